@@ -1,0 +1,98 @@
+"""A webhook's receiver on loopback, that answers as a test tells it to."""
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Answer:
+    status: int = 204
+    headers: dict = field(default_factory=dict)
+    body: bytes = b""
+    hangs: bool = False
+
+
+@dataclass(frozen=True)
+class Received:
+    method: str
+    path: str
+    headers: dict
+    body: bytes
+    peer: tuple
+
+
+class Receiver(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, address=("127.0.0.1", 0)):
+        super().__init__(address, _Handler)
+        self.answer = Answer()
+        self.received = []
+        self.accepted = []
+        self.released = threading.Event()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/callback"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that give up are what some tests are about
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        received = Received(self.command, self.path, dict(self.headers), body, self.client_address)
+        with self.server.lock:
+            answer = self.server.answer
+            self.server.received.append(received)
+            if 200 <= answer.status < 300 and not answer.hangs:
+                self.server.accepted.append(received)
+        if answer.hangs:
+            self.server.released.wait(30)
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        if answer.status != 204:
+            self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def running_receiver():
+    receiver = Receiver()
+    thread = threading.Thread(target=receiver.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield receiver
+    finally:
+        receiver.released.set()
+        receiver.shutdown()
+        thread.join()
+        receiver.server_close()
+
+
+def until(condition, *, secs=10.0):
+    """Poll for a condition that is about to come true."""
+    ends_at = time.monotonic() + secs
+    while not condition():
+        assert time.monotonic() < ends_at, "it did not come true in time"
+        time.sleep(0.005)

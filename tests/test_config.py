@@ -1,0 +1,687 @@
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from vodpoller import config
+from vodpoller.errors import ConfigError
+from vodpoller.secret import HasSecrets, Secret
+from vodpoller.sinks import SinkConfig, available_sinks
+
+ENV = {"TENCENTCLOUD_SECRET_ID": "AKIDfromenv", "TENCENTCLOUD_SECRET_KEY": "keyfromenv"}
+WEBHOOK_SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIz"
+EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
+
+SOURCE = """
+[[sources]]
+name = "main"
+unrouted = "dead_letter"
+"""
+ROUTE = """
+[[routes]]
+name = "all"
+sinks = ["archive"]
+"""
+SINK = """
+[sinks.archive]
+type = "file"
+path = "/var/lib/vodpoller/events.jsonl"
+"""
+VALID = SOURCE + ROUTE + SINK
+
+
+class NoSink:
+    """An entry point may name anything."""
+
+
+def load(text: str, folder: Path, env: Mapping[str, str] = ENV) -> config.Config:
+    path = folder / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return config.load(path, env=env)
+
+
+def problems_of(text: str, folder: Path, env: Mapping[str, str] = ENV) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(text, folder, env)
+    assert all(problem.startswith(f"{folder / 'config.toml'}: ") for problem in caught.value.problems)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return tuple(problem.removeprefix(f"{folder / 'config.toml'}: ") for problem in caught.value.problems)
+
+
+def replaced(old: str, new: str) -> str:
+    assert old in VALID
+    return VALID.replace(old, new)
+
+
+# --- what is wrong, one thing at a time: the text, then what its one problem starts with and what it holds
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        # keys that do not exist
+        (VALID + "[api]\ntimout_secs = 3", "api.timout_secs", ["no such key", "did you mean timeout_secs?"]),
+        (VALID + "[lok]\nlevel = 'info'", "lok", ["no such key", "did you mean log?"]),
+        (VALID + "[log]\nzzz = 1", "log.zzz", ["no such key", "level, format"]),
+        ("level = 'info'" + VALID, "level", ["no such key here", "[log]"]),
+        (VALID + "[log]\nmax_lanes = 3", "log.max_lanes", ["[[sources]]"]),
+        (VALID + "paht = 'x'", "sinks.archive.paht", ["did you mean path?"]),
+        # types
+        (replaced('name = "main"', 'name = "main"\nmax_lanes = true'), "sources.main.max_lanes", ["whole number"]),
+        (replaced('name = "main"', 'name = "main"\nmax_lanes = 1.5'), "sources.main.max_lanes", ["fraction"]),
+        (
+            replaced('name = "main"', 'name = "main"\ninterval_secs = "1"'),
+            "sources.main.interval_secs",
+            ["must be a number without quotes, but is text (for example: interval_secs = 1)"],
+        ),
+        (replaced('name = "main"', 'name = "main"\nlong_poll = 1'), "sources.main.long_poll", ["true or false"]),
+        (replaced('name = "main"', "name = 5"), "sources[0].name", ["must be text in quotes, but is a whole number"]),
+        (replaced('["archive"]', '"archive"'), "routes.all.sinks", ["must be a list in square brackets, but is text"]),
+        (replaced('["archive"]', '["archive", 5]'), "routes.all.sinks[1]", ["must be text in quotes"]),
+        (VALID + "[log]\nlevel = 3", "log.level", ['one of "debug", "info", "warning", "error"']),
+        (VALID + "[daemon]\nshutdown_secs = 2020-01-01", "daemon.shutdown_secs", ["but is a date or time"]),
+        ("log = 'info'" + VALID, "log", ["must be a table, but is text", "[log]"]),
+        ("credentials = 'x'" + VALID, "credentials", ["must be a table"]),
+        (VALID.replace(SOURCE, '[sources]\nname = "main"\n'), "sources", ["must be a list of tables", "[[sources]]"]),
+        ("sources = [1]" + VALID.replace(SOURCE, ""), "sources[0]", ["must be a table", "[[sources]]"]),
+        ("sinks = 1" + ROUTE + SOURCE, "sinks", ["must hold tables"]),
+        (replaced('type = "file"', "type = 1"), "sinks.archive.type", ["must be text", 'one of "file"']),
+        # numbers
+        (replaced('name = "main"', 'name = "main"\nmax_lanes = -1'), "sources.main.max_lanes", ["at least 1", "128"]),
+        (replaced('name = "main"', 'name = "main"\nmax_lanes = 129'), "sources.main.max_lanes", ["at most 128"]),
+        (replaced('name = "main"', 'name = "main"\nsub_app_id = 0'), "sources.main.sub_app_id", ["0 is too small"]),
+        (VALID + "[api]\nrequests_per_sec = inf", "api.requests_per_sec", ["inf is not a number that can be used"]),
+        (VALID + "[api]\nlease_secs = nan", "api.lease_secs", ["nan is not"]),
+        (VALID + "[journal]\nmax_bytes = 1", "journal.max_bytes", ["at least 1048576"]),
+        (VALID + "[journal]\nledger_days = 3", "journal.ledger_days", ["at least 4"]),
+        (VALID + "[api]\nconfirm_timeout_secs = 0", "api.confirm_timeout_secs", ["0 is too small (more than 0"]),
+        (VALID + "queue_max_events = -5", "sinks.archive.queue_max_events", ["-5 is too small (at least 16"]),
+        (
+            VALID + "[api]\nconfirm_reserve_secs = 30",
+            "api.confirm_reserve_secs",
+            ["30 is not less than lease_secs", "less than 30"],
+        ),
+        (VALID + "[api]\nconfirm_timeout_secs = 6", "api.confirm_timeout_secs", ["more than confirm_reserve_secs"]),
+        # one of a few words
+        (
+            VALID + '[log]\nlevel = "warn"',
+            "log.level",
+            ['"warn" is not known (did you mean "warning"?', '"debug", "info", "warning", "error"'],
+        ),
+        (replaced('"dead_letter"', '"dead-letter"'), "sources.main.unrouted", ['did you mean "dead_letter"?']),
+        (replaced('"/var/lib', '"x"\nformat = "callbak"\n#'), "sinks.archive.format", ['"callback"']),
+        # names
+        (replaced('name = "all"', 'name = "all of it"'), "routes[0].name", ['letters, digits, ".", "_" and "-"']),
+        (replaced('name = "main"', ""), "sources[0].name", ['is missing (for example: name = "main")']),
+        (replaced('name = "all"', f'name = "{"a" * 65}"'), f"routes.{'a' * 65}.name", ["at most 64"]),
+        (VALID.replace("archive", '"a b"').replace('""a b""', '"a b"'), "sinks.a b", ["no name for a sink"]),
+        # tables that lack
+        (ROUTE + SINK, "sources", ["there is none", "[[sources]]"]),
+        (SOURCE + SINK, "routes", ["there is none", "[[routes]]"]),
+        ("sources = []" + ROUTE + SINK, "sources", ["there is none"]),
+        # the endpoint
+        (VALID + '[api]\nendpoint = "vod.example"', "api.endpoint", ["is not an http or https address"]),
+        (VALID + '[api]\nendpoint = "https://x:y"', "api.endpoint", ["is not an http or https address"]),
+        (VALID + '[api]\nendpoint = "https://[::1"', "api.endpoint", ["is not an http or https address"]),
+        (VALID + '[api]\nendpoint = "ftp://vod.example"', "api.endpoint", ["is not an http or https address"]),
+        (VALID + '[api]\nendpoint = "https://vod.example/v3"', "api.endpoint", ["more than scheme, host and port"]),
+        (VALID + '[api]\nendpoint = "https://vod.example?a=b"', "api.endpoint", ["more than scheme, host and port"]),
+        (VALID + '[api]\nendpoint = "https://u:p@vod.example"', "api.endpoint", ["more than scheme, host and port"]),
+        (VALID + '[api]\nendpoint = "http://vod.example"', "api.endpoint", ["is not encrypted (write https://"]),
+        (VALID + '[api]\nregion = ""', "api.region", ["characters"]),
+        # references
+        (
+            replaced('["archive"]', '["archive", "archvie"]'),
+            "routes.all.sinks",
+            ['there is no sink "archvie" (did you mean "archive"?', 'there are: "archive"'],
+        ),
+        (replaced('["archive"]', '["archive"]\nsources = ["mian"]'), "routes.all.sources", ['did you mean "main"?']),
+        (replaced('["archive"]', '["archive"]\nsources = []'), "routes.all.sources", ["is empty"]),
+        (VALID + '[sinks.spare]\ntype = "stdout"', "sinks.spare", ["no route uses this sink"]),
+        # sink types
+        (replaced('type = "file"', 'type = "flie"'), "sinks.archive.type", ['did you mean "file"?', '"webhook"']),
+        (replaced('type = "file"', ""), "sinks.archive.type", ["is missing", '"file"', '"stdout"', '"webhook"']),
+        (SOURCE + ROUTE + '[sinks.archive]\ntype = "file"', "sinks.archive.path", ["is missing"]),
+        # routes
+        (replaced('["archive"]', '["archive"]\nevent_types = []'), "routes.all.event_types", ["is empty"]),
+        (replaced('["archive"]', '["archive"]\nevent_types = [""]'), "routes.all.event_types", ["an empty pattern"]),
+        (replaced('["archive"]', '["archive"]\nevent_types = ["a[b"]'), "routes.all.event_types", ['"a[b"', '"]"']),
+        (replaced('["archive"]', '["archive"]\nevent_types = ["a[]b"]'), "routes.all.event_types", ['"a[]b"']),
+        (replaced('["archive"]', '["archive"]\nevent_types = ["[!]"]'), "routes.all.event_types", ['"[!]"']),
+        (
+            replaced('["archive"]', '["archive"]\nwhere = "Definition == 10"'),
+            "routes.all.where",
+            ['"Definition == 10" is no JMESPath expression: column 15: "10" cannot stand here', "`10`"],
+        ),
+        (replaced('["archive"]', '["archive"]\nwhere = "a =="'), "routes.all.where", ["column 5: it ends too early"]),
+        (replaced('["archive"]', '["archive"]\nwhere = "a == \'b"'), "routes.all.where", ["unclosed ' delimiter"]),
+        (replaced('["archive"]', '["archive"]\nwhere = ""'), "routes.all.where", ["is empty"]),
+        (
+            replaced('["archive"]', '["archive"]\nwhere = "a || !contians(b, \'c\')"'),
+            "routes.all.where",
+            ["JMESPath has no function contians", 'did you mean "contains"?'],
+        ),
+        (replaced(ROUTE, ROUTE + ROUTE), "routes.all.name", ["another of the routes has this name"]),
+        # sources
+        (
+            replaced(SOURCE, SOURCE + SOURCE + "sub_app_id = 7"),
+            "sources.main.name",
+            ["another of the sources has this name"],
+        ),
+        (
+            replaced(SOURCE, SOURCE + SOURCE.replace("main", "other")),
+            "sources.other.sub_app_id",
+            ["neither this source nor sources.main has one"],
+        ),
+        (
+            replaced(SOURCE, SOURCE + "sub_app_id = 7" + SOURCE.replace("main", "other") + "sub_app_id = 7"),
+            "sources.other.sub_app_id",
+            ["this is also that of sources.main"],
+        ),
+        # variables
+        (VALID + '[log]\nlevel = "${LEVEL}"', "log.level", ["no variable LEVEL", "$${"]),
+        (VALID + '[log]\nlevel = "${LEVEL"', "log.level", ["no variable follows"]),
+        (VALID + '[log]\nlevel = "${LEVEL:-info}"', "log.level", ["no variable follows"]),
+        (replaced('["archive"]', '["${SINK}", "archive"]'), "routes.all.sinks[0]", ["no variable SINK"]),
+        (replaced('"file"', '"${TYPE}"'), "sinks.archive.type", ["no variable TYPE"]),
+        # files
+        (VALID + '[journal]\npath = ""', "journal.path", ["names no file"]),
+        (
+            VALID + '[journal]\npath = "/var/lib/vodpoller/events.jsonl"',
+            "sinks.archive",
+            ["journal writes", "/var/lib/vodpoller/events.jsonl", "too"],
+        ),
+        (
+            replaced('["archive"]', '["archive", "b"]') + SINK.replace("archive", "b"),
+            "sinks.b",
+            ["sinks.archive writes", "/var/lib/vodpoller/events.jsonl", "too (give each its own)"],
+        ),
+    ],
+)
+def test_a_mistake_is_one_problem_that_names_its_key_and_the_way_out(tmp_path, text, key, words):
+    (problem,) = problems_of(text, tmp_path)
+    assert problem.startswith(f"{key}: ")
+    for word in words:
+        assert word in problem
+    assert problem.endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("a = ", "line 1, column 5: this is no value (text stands in quotes"),
+        ("\n[log]\nlevel = debug", "line 3, column 9: this is no value"),
+        ('[log]\nlevel = "info\nformat = 1', "line 2, column 14: a text is not closed on its line"),
+        ("[log]\n[log]\n", "line 2, column 5: this table begins for the second time"),
+        ("a = 1\na = 2\n", "line 2, column 6: a key is given twice"),
+        ("a 1", "line 1, column 3: a key has no ="),
+        ("a = 1 b = 2", "line 1, column 7: something stands behind the value"),
+        ("[log", "line 1, column 5: the name of a table is not closed"),
+        ("a = 'x", "line 1, column 7: a text is not closed"),
+        ("a = '''x", "line 1, column 9: "),
+        (f"a = {'1' * 5000}", "this is no TOML"),
+        (f"a = {'[' * 5000}", "this is no TOML"),
+    ],
+)
+def test_text_that_is_no_toml_is_one_problem_with_line_and_column(tmp_path, text, start):
+    (problem,) = problems_of(text, tmp_path)
+    assert problem.startswith(start)
+
+
+def test_a_missing_file_says_what_to_copy(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: there is no such file \(copy config\.example\.toml"):
+        config.load(tmp_path / "none.toml", env=ENV)
+
+
+def test_a_folder_in_the_files_place_is_a_problem(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory \("):
+        config.load(tmp_path, env=ENV)
+
+
+def test_a_file_in_another_encoding_is_a_problem_with_its_line(tmp_path):
+    (tmp_path / "config.toml").write_bytes("[log]\n# für\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.toml: line 2: this is not UTF-8 text"):
+        config.load(tmp_path / "config.toml", env=ENV)
+
+
+def test_everything_wrong_is_reported_at_once(tmp_path):
+    text = """
+        level = "info"
+        [api]
+        endpont = "https://vod.example"
+        requests_per_sec = -1
+        [credentials]
+        secret_id_file = "none"
+        [[sources]]
+        name = "main"
+        max_lanes = "16"
+        [[sources]]
+        interval_secs = 0
+        [[routes]]
+        name = "r"
+        event_types = ["a["]
+        where = "a =="
+        sinks = ["archiv", "${SINK}"]
+        [sinks.archive]
+        type = "fil"
+        [sinks.hook]
+        type = "webhook"
+        url = 5
+        [journal]
+        ledger_days = 0
+        [log]
+        level = "loud"
+        [daemon]
+        shutdown_secs = true
+        """
+    keys = [problem.split(": ")[0] for problem in problems_of(text, tmp_path, {})]
+    assert sorted(keys) == sorted(
+        [
+            "level",
+            "api.endpont",
+            "api.requests_per_sec",
+            "credentials.secret_id_file",
+            "credentials.secret_key",
+            "sources.main.max_lanes",
+            "sources.main.unrouted",
+            "sources[1].name",
+            "sources[1].interval_secs",
+            "sources[1].sub_app_id",
+            "sources[1].unrouted",
+            "routes.r.event_types",
+            "routes.r.where",
+            "routes.r.sinks",
+            "routes.r.sinks[1]",
+            "sinks.archive",
+            "sinks.archive.type",
+            "sinks.hook",
+            "sinks.hook.url",
+            "journal.ledger_days",
+            "log.level",
+            "daemon.shutdown_secs",
+        ]
+    )
+
+
+# --- coverage
+
+
+@pytest.mark.parametrize(
+    ("keys", "covered"),
+    [
+        ("", True),
+        ('event_types = ["*"]', True),
+        ('event_types = ["a", "**"]', True),
+        ('sources = ["main"]', True),
+        ('event_types = ["?*"]', False),
+        ('event_types = ["New*", "[!N]*"]', False),
+        ('where = "EventType"', False),
+        ('sources = ["other"]', False),
+    ],
+)
+def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, keys, covered):
+    route = ROUTE + keys + '\n[[routes]]\nname = "b"\nsources = ["other"]\nsinks = ["archive"]\n'
+    other = '[[sources]]\nname = "other"\nsub_app_id = 7\n'
+    text = SOURCE + other + route + SINK
+    assert load(text, tmp_path).coverage == {"main": covered, "other": True}
+    text = text.replace('unrouted = "dead_letter"', "")
+    if covered:
+        assert load(text, tmp_path).sources[0].unrouted is None
+    else:
+        (problem,) = problems_of(text, tmp_path)
+        assert problem.startswith("sources.main.unrouted: is missing")
+        assert all(word in problem for word in ('"dead_letter"', '"confirm"', '"leave"'))
+
+
+# --- sinks of other packages
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("vodpoller_no_such_module:Sink", ["cannot be loaded: ModuleNotFoundError", "vodpoller_no_such_module"]),
+        ("vodpoller.config:NoSuchName", ["cannot be loaded: AttributeError"]),
+        (f"{__name__}:NoSink", ["is no sink"]),
+        ("vodpoller.delivery:Sink", ["is no sink"]),
+    ],
+)
+def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):
+    point = EntryPoint(name="odd", value=value, group="vodpoller.sinks")
+    monkeypatch.setattr(config, "available_sinks", lambda: {**available_sinks(), "odd": point})
+    (problem,) = problems_of(SOURCE + ROUTE + '[sinks.archive]\ntype = "odd"', tmp_path)
+    assert problem.startswith('sinks.archive.type: the sink type "odd" ')
+    assert all(word in problem for word in words)
+
+
+def test_a_sink_type_that_nobody_configured_is_not_loaded(tmp_path, monkeypatch):
+    point = EntryPoint(name="odd", value="vodpoller_no_such_module:Sink", group="vodpoller.sinks")
+    monkeypatch.setattr(config, "available_sinks", lambda: {**available_sinks(), "odd": point})
+    assert set(load(VALID, tmp_path).sinks) == {"archive"}
+
+
+# --- variables
+
+
+def test_variables_are_replaced_in_texts_only_and_can_be_escaped(tmp_path):
+    env = {**ENV, "FOLDER": "/srv", "TYPE": "New${X}*", "EMPTY": ""}
+    text = VALID.replace("/var/lib", "${FOLDER}${EMPTY}").replace(
+        '["archive"]', '["archive"]\nevent_types = ["$${FOLDER}", "$$", "$x", "${TYPE}"]'
+    )
+    loaded = load(text + "\n# ${COMMENT}", tmp_path, env)
+    assert loaded.routes[0].event_types == ("${FOLDER}", "$$", "$x", "New${X}*")
+    assert loaded.sinks["archive"].claims() == frozenset({"file:/srv/vodpoller/events.jsonl"})
+
+
+# --- the API key
+
+
+def key_of(loaded: config.Config) -> tuple[str, str, str | None]:
+    found = loaded.credentials
+    return found.secret_id.get(), found.secret_key.get(), found.token.get() if found.token else None
+
+
+def test_no_key_anywhere_is_a_problem_that_names_the_three_ways(tmp_path):
+    problems = problems_of(VALID, tmp_path, {})
+    assert [problem.split(": ")[0] for problem in problems] == ["credentials.secret_id", "credentials.secret_key"]
+    for way in ("secret_id_file", "$CREDENTIALS_DIRECTORY/secret_id", "TENCENTCLOUD_SECRET_ID"):
+        assert way in problems[0]
+
+
+def test_the_key_comes_from_the_environment_where_the_file_leaves_it_out(tmp_path):
+    assert key_of(load(VALID, tmp_path)) == ("AKIDfromenv", "keyfromenv", None)
+    loaded = load(VALID, tmp_path, {**ENV, "TENCENTCLOUD_TOKEN": "tokenfromenv"})
+    assert key_of(loaded) == ("AKIDfromenv", "keyfromenv", "tokenfromenv")
+
+
+def test_the_credentials_directory_goes_before_the_environment_and_its_token_with_it(tmp_path):
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (folder / "secret_id").write_text("AKIDfromdir\n")
+    (folder / "secret_key").write_text("keyfromdir\r\n\n")
+    env = {**ENV, "TENCENTCLOUD_TOKEN": "of another key", "CREDENTIALS_DIRECTORY": str(folder)}
+    assert key_of(load(VALID, tmp_path, env)) == ("AKIDfromdir", "keyfromdir", None)
+    (folder / "token").write_text("tokenfromdir")
+    assert key_of(load(VALID, tmp_path, env)) == ("AKIDfromdir", "keyfromdir", "tokenfromdir")
+
+
+def test_a_relative_secret_file_lies_beside_the_configuration_or_in_the_credentials_directory(tmp_path):
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (folder / "id").write_text("AKIDfromdir")
+    (tmp_path / "id").write_text("AKIDfrombeside")
+    (tmp_path / "key").write_text("keyfromfile")
+    text = f'{VALID}[credentials]\nsecret_id_file = "id"\nsecret_key_file = "{tmp_path}/key"'
+    assert key_of(load(text, tmp_path)) == ("AKIDfrombeside", "keyfromfile", None)
+    env = {"CREDENTIALS_DIRECTORY": str(folder)}
+    assert key_of(load(text, tmp_path, env)) == ("AKIDfromdir", "keyfromfile", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory"),
+        ("folder", "Is a directory"),
+        (b"", "it is empty"),
+        (b"\r\n\n", "it is empty"),
+        (b"\xffhunter2", "it is not UTF-8 text"),
+    ],
+)
+def test_a_secret_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, content, why):
+    file = tmp_path / "key"
+    match content:
+        case "folder":
+            file.mkdir()
+        case bytes():
+            file.write_bytes(content)
+    (problem,) = problems_of(VALID + '[credentials]\nsecret_key_file = "key"', tmp_path)
+    assert problem.startswith(f"credentials.secret_key_file: {file} cannot be read: {why} (")
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "words"),
+    [
+        ('secret_key = "hunter2"\nsecret_key_file = "key"', "credentials.secret_key_file", "together with secret_key"),
+        ('secret_key = ""', "credentials.secret_key", "is empty"),
+        ('secret_key_file = ""', "credentials.secret_key_file", "is empty"),
+        ('secret_key_file = "a\\u0000b"', "credentials.secret_key_file", "no file has such a name"),
+        ("secret_key_file = 5", "credentials.secret_key_file", "must be text in quotes"),
+        ("secret_key = 18446744073", "credentials.secret_key", "must be text in quotes"),
+        ('secret_key = ["hunter2"]', "credentials.secret_key", "must be text in quotes"),
+        ('secret_keyy = "hunter2"', "credentials.secret_keyy", "did you mean secret_key?"),
+        ('secret_key = "hunter2${NONE}"', "credentials.secret_key", "no variable NONE"),
+    ],
+)
+def test_a_wrong_secret_is_a_problem_that_does_not_show_it(tmp_path, keys, key, words):
+    (problem,) = problems_of(f"{VALID}[credentials]\n{keys}", tmp_path)
+    assert problem.startswith(f"{key}: ")
+    assert words in problem
+    assert "hunter2" not in problem
+    assert "18446744073" not in problem
+
+
+def test_secrets_stay_out_of_every_message_and_of_the_configuration_as_text(tmp_path):
+    text = VALID + '[credentials]\nsecret_id = "hunter2"\nsecret_key = "${KEY}"\ntoken = "hunter2"\n'
+    env = {"KEY": "hunter2"}
+    assert "hunter2" not in repr(load(text, tmp_path, env))
+    broken = (
+        text + '[sinks.hook]\ntype = "webhook"\nurl = 5\nsecret = "hunter2"\nheaders = "hunter2"\n[log]\nlevel = 1\n'
+    )
+    problems = problems_of(broken, tmp_path, env)
+    assert len(problems) >= 4
+    assert "hunter2" not in "".join(problems)
+
+
+def test_all_secrets_can_be_listed_for_redaction_and_rereading(tmp_path):
+    (tmp_path / "hook").write_text(WEBHOOK_SECRET + "\n")
+    text = VALID.replace('["archive"]', '["archive", "hook"]') + (
+        '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/x"\nsecret_file = "hook"'
+    )
+    values = [secret.get() for secret in load(text, tmp_path).secrets()]
+    assert values == ["AKIDfromenv", "keyfromenv", WEBHOOK_SECRET]
+
+
+def test_a_secret_keeps_its_last_value_when_its_file_goes_bad(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("one\n")
+    secret = Secret(path=file)
+    file.write_text("two\n")
+    secret.reread()
+    assert secret.get() == "two"
+    file.write_text("\n")
+    with pytest.raises(OSError, match="it is empty"):
+        secret.reread()
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        secret.reread()
+    assert secret.get() == "two"
+    assert "two" not in f"{secret} {secret!r}"
+
+
+def test_a_models_own_error_hides_its_input():
+    class Table(HasSecrets):
+        password: Secret | None = None
+        password_file: str | None = None
+
+    with pytest.raises(ValueError, match="must be text") as caught:
+        Table.model_validate({"password": ["hunter2"]})
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in Table.model_validate({"password": "hunter2"}).model_dump_json()
+
+
+# --- what is right
+
+
+def test_a_minimal_file_gets_the_documented_defaults(tmp_path):
+    loaded = load(VALID, tmp_path)
+    assert loaded.api.model_dump() == {
+        "endpoint": "https://vod.tencentcloudapi.com",
+        "region": None,
+        "timeout_secs": 10,
+        "lease_secs": 30,
+        "confirm_reserve_secs": 5,
+        "confirm_timeout_secs": 2,
+        "requests_per_sec": 100,
+    }
+    assert loaded.sources[0].model_dump() == {
+        "name": "main",
+        "sub_app_id": None,
+        "interval_secs": 1,
+        "long_poll": True,
+        "max_lanes": 16,
+        "on_failure": "store",
+        "unrouted": "dead_letter",
+    }
+    assert loaded.journal.model_dump() == {
+        "path": Path("/var/lib/vodpoller/journal.db"),
+        "max_bytes": 1073741824,
+        "ledger_days": 5,
+    }
+    assert loaded.log.model_dump() == {"level": "info", "format": None}
+    assert loaded.daemon.shutdown_secs == 25
+    assert loaded.routes[0].sinks == ("archive",)
+    assert isinstance(loaded.sinks["archive"], loaded.sink_classes["archive"].Config)
+
+
+@pytest.mark.parametrize(
+    ("lease", "reserve", "timeout"),
+    [("30", 5, 2), ("3600", 5, 2), ("6", 1, 0.4), ("6\nconfirm_reserve_secs = 3", 3, 1.2)],
+)
+def test_the_defaults_of_confirming_shrink_with_the_lease_of_a_simulator(tmp_path, lease, reserve, timeout):
+    api = load(f"{VALID}[api]\nlease_secs = {lease}", tmp_path).api
+    assert (api.confirm_reserve_secs, api.confirm_timeout_secs) == pytest.approx((reserve, timeout))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "kept"),
+    [
+        ("http://127.0.0.1:9000", "http://127.0.0.1:9000"),
+        ("http://localhost:9000/", "http://localhost:9000"),
+        ("http://[::1]:9000", "http://[::1]:9000"),
+        ("https://vod.intl.example", "https://vod.intl.example"),
+    ],
+)
+def test_plain_http_is_for_this_machine_only(tmp_path, endpoint, kept):
+    assert load(f'{VALID}[api]\nendpoint = "{endpoint}"', tmp_path).api.endpoint == kept
+
+
+def test_the_region_comes_from_the_environment_where_the_file_leaves_it_out(tmp_path):
+    env = {**ENV, "TENCENTCLOUD_REGION": "ap-beijing"}
+    assert load(VALID, tmp_path, env).api.region == "ap-beijing"
+    assert load(VALID + '[api]\nregion = "ap-guangzhou"', tmp_path, env).api.region == "ap-guangzhou"
+    assert load(VALID, tmp_path, {**ENV, "TENCENTCLOUD_REGION": ""}).api.region is None
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path):
+    (tmp_path / "config.toml").write_bytes(VALID.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert config.load(tmp_path / "config.toml", env=ENV).sources[0].name == "main"
+
+
+@pytest.mark.parametrize("glob", ["*", "a?c", "[ab]*", "[!ab]", "[]]", "[!]]x", "a]"])
+def test_globs_may_use_brackets(tmp_path, glob):
+    text = VALID.replace('["archive"]', f'["archive"]\nevent_types = ["{glob}"]')
+    assert load(text, tmp_path).routes[0].event_types == (glob,)
+
+
+def test_a_source_with_a_sub_app_id_and_one_without_are_different_queues(tmp_path):
+    text = VALID.replace(SOURCE, SOURCE + SOURCE.replace("main", "other") + "sub_app_id = 7")
+    assert [source.sub_app_id for source in load(text, tmp_path).sources] == [None, 7]
+
+
+def test_a_dictionary_does_as_well_as_a_file(tmp_path):
+    data = {**tomllib.loads(VALID), "credentials": {"secret_id": "id", "secret_key": Secret(value="key")}}
+    loaded = config.from_dict(data, where="demo", base=tmp_path, env={})
+    assert key_of(loaded) == ("id", "key", None)
+    with pytest.raises(ConfigError, match=r"^demo: log: must be a table"):
+        config.from_dict({**data, "log": 5}, where="demo", base=tmp_path, env={})
+
+
+def test_reading_does_not_import_what_only_some_sinks_need():
+    code = (
+        "import sys, vodpoller.config; sys.exit('requests' in sys.modules or 'vodpoller.sinks.webhook' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the example and the schema
+
+BUILT_IN = ("file", "stdout", "webhook")
+_OPTIONAL = re.compile(r"# (?=[a-z_]+ = |\[)")
+
+
+def models() -> dict[str, type[BaseModel]]:
+    """The model of every table that can be in the file: by the table's name, a sink's by its type."""
+    tables = {name: model for name, model in config.TABLES.items() if name != "sinks"}
+    return {**tables, **{name: available_sinks()[name].load().Config for name in BUILT_IN}}
+
+
+def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
+    """The example with every optional line in, and of each secret either the value or the file."""
+    text = "\n".join(_OPTIONAL.sub("", line, count=1) for line in EXAMPLE.read_text(encoding="utf-8").splitlines())
+    data = tomllib.loads(text)
+    for table in (data["credentials"], *data["sinks"].values()):
+        for twin in [key for key in table if f"{key}_file" in table]:
+            (folder / table[f"{twin}_file"]).write_text(WEBHOOK_SECRET)
+            del table[twin if files else f"{twin}_file"]
+    return data
+
+
+def test_the_example_is_valid_as_it_stands():
+    loaded = config.load(EXAMPLE, env=ENV)
+    assert [source.name for source in loaded.sources] == ["main"]
+    assert loaded.coverage == {"main": False}
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_the_example_is_valid_with_every_optional_line(tmp_path, files):
+    data = example_with_everything(files=files, folder=tmp_path)
+    names = re.findall(r"\$\{([A-Z_]+)\}", EXAMPLE.read_text(encoding="utf-8"))
+    env = dict.fromkeys(names, WEBHOOK_SECRET)
+    loaded = config.from_dict(data, where="example", base=tmp_path, env=env)
+    assert {sink.type for sink in loaded.sinks.values()} == set(BUILT_IN)
+    assert len(loaded.routes) == 2
+
+
+@pytest.mark.parametrize("name", [*(name for name in config.TABLES if name != "sinks"), *BUILT_IN])
+def test_the_example_has_every_key_with_its_default(tmp_path, name):
+    data = example_with_everything(files=True, folder=tmp_path)
+    bare = example_with_everything(files=False, folder=tmp_path)
+    tables: list[dict[str, Any]] = []
+    for whole in (data, bare):
+        found = [sink for sink in whole["sinks"].values() if sink["type"] == name] if name in BUILT_IN else whole[name]
+        tables += found if isinstance(found, list) else [found]
+    shown = {key: value for table in tables for key, value in table.items()}
+    # What all sinks have in common is shown at the first one.
+    common = set(SinkConfig.model_fields) if name in ("stdout", "webhook") else set()
+    model = models()[name]
+    assert set(shown) - common == set(model.model_fields) - common
+    for key, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if key not in common and not field.is_required() and default is not None:
+            assert shown[key] == (str(default) if isinstance(default, Path) else default), key
+
+
+def test_every_key_is_described_and_has_bounds():
+    for name, model in models().items():
+        for key, field in model.model_fields.items():
+            assert field.description, f"{name}.{key}"
+            if field.annotation in (int, float):
+                assert field.metadata, f"{name}.{key}"
+
+
+def test_the_schema_describes_all_tables_and_the_keys_of_each_sink():
+    schema = config.json_schema()
+    assert set(schema["properties"]) == set(config.TABLES)
+    assert schema["additionalProperties"] is False
+    sinks = schema["properties"]["sinks"]["additionalProperties"]
+    assert set(BUILT_IN) <= set(sinks["properties"]["type"]["enum"])
+    references = re.findall(r"'\$ref': '#/\$defs/(\w+)'", str(schema))
+    assert references
+    assert set(references) <= set(schema["$defs"])
+    assert schema["$defs"]["Api"]["properties"]["confirm_reserve_secs"]["default"] == 5

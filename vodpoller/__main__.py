@@ -1,0 +1,5 @@
+"""`python -m vodpoller`: the same as the `vodpoller` command."""
+
+from vodpoller.cli import main
+
+main()

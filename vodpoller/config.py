@@ -1,0 +1,1070 @@
+"""The settings: one TOML file, read strictly, with all that is wrong in it said at once and in plain words."""
+
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_args
+from urllib.parse import urlsplit
+
+import jmespath
+from jmespath.exceptions import JMESPathError, LexerError, ParseError
+from jmespath.functions import Functions
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from vodpoller.delivery import Sink
+from vodpoller.errors import ConfigError
+from vodpoller.logs import Level
+from vodpoller.secret import HasSecrets, Secret, Surroundings
+from vodpoller.sinks import SinkConfig, available_sinks
+
+_STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+# VOD's lease is 30 s. Where a simulator's is shorter, the two defaults that must fit into it shrink in proportion.
+_LEASE_SECS: Final = 30.0
+_RESERVE_SECS: Final = 5.0
+_CONFIRM_TIMEOUT_SECS: Final = 2.0
+
+_NAME_PATTERN: Final = r"^[A-Za-z0-9_.-]+$"
+_NAME_LENGTH: Final = 64
+_NAME_RULE: Final = 'letters, digits, ".", "_" and "-", 64 at most'
+Name = Annotated[str, Field(pattern=_NAME_PATTERN, max_length=_NAME_LENGTH)]
+
+_SHOWN_LENGTH: Final = 120
+_VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)\}?")
+
+_Model = TypeVar("_Model", bound=BaseModel)
+_Location = tuple[str | int, ...]
+
+
+# --- the tables of the file -------------------------------------------------------------------------------------------
+
+
+def _default_reserve_secs(data: dict[str, Any]) -> float:
+    return min(_RESERVE_SECS, cast("float", data.get("lease_secs", _LEASE_SECS)) * _RESERVE_SECS / _LEASE_SECS)
+
+
+def _default_confirm_timeout_secs(data: dict[str, Any]) -> float:
+    reserve_secs = cast("float", data.get("confirm_reserve_secs", _RESERVE_SECS))
+    return min(_CONFIRM_TIMEOUT_SECS, reserve_secs * _CONFIRM_TIMEOUT_SECS / _RESERVE_SECS)
+
+
+class Api(BaseModel):
+    """`[api]`: how Tencent Cloud's VOD API is reached, and its limits."""
+
+    model_config = _STRICT
+
+    endpoint: str = Field(
+        default="https://vod.tencentcloudapi.com",
+        description="Where the API is: a URL without a path. Plain http only on this machine, for the simulator.",
+    )
+    region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = Field(
+        default=None,
+        description="The region that requests name; VOD needs none. Left out: $TENCENTCLOUD_REGION, if set.",
+        examples=["ap-guangzhou"],
+    )
+    timeout_secs: Annotated[float, Field(ge=1, le=300)] = Field(
+        default=10.0,
+        description="How long a pull may take. VOD holds an empty one for 5 s, so less than 6 is too short.",
+    )
+    lease_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
+        default=_LEASE_SECS,
+        description="How long VOD keeps pulled events for us. It is 30 there; only a simulator has another value.",
+    )
+    confirm_reserve_secs: Annotated[float, Field(gt=0, le=3600)] = Field(
+        default_factory=_default_reserve_secs,
+        description="The end of the lease that is kept for confirming; deliveries stop there. Less than `lease_secs`."
+        " Left out with a `lease_secs` below 30: a sixth of that.",
+        json_schema_extra={"default": _RESERVE_SECS},
+    )
+    confirm_timeout_secs: Annotated[float, Field(gt=0, le=60)] = Field(
+        default_factory=_default_confirm_timeout_secs,
+        description="How long one attempt to confirm may take; at most `confirm_reserve_secs`."
+        " Left out with a reserve below 5: two fifths of that.",
+        json_schema_extra={"default": _CONFIRM_TIMEOUT_SECS},
+    )
+    requests_per_sec: Annotated[float, Field(ge=1, le=10_000)] = Field(
+        default=100.0,
+        description="How many requests a second each API action gets, over all sources: the quota of the account.",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_bare_url(cls, value: str) -> str:
+        example = "for example https://vod.tencentcloudapi.com"
+        try:
+            parts = urlsplit(value)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
+            raise ValueError(f"is not an http or https address ({example})")
+        if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(f"has more than scheme, host and port ({example})")
+        if parts.scheme == "http" and not _is_loopback(host):
+            raise ValueError("is not encrypted (write https://; plain http is for a simulator on this machine only)")
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @field_validator("confirm_reserve_secs")
+    @classmethod
+    def _fits_into_the_lease(cls, value: float, info: ValidationInfo) -> float:
+        lease_secs = info.data.get("lease_secs", math.inf)
+        if value >= lease_secs:
+            raise ValueError(
+                f"{value:g} is not less than lease_secs, so that no time is left to deliver (less than {lease_secs:g})"
+            )
+        return value
+
+    @field_validator("confirm_timeout_secs")
+    @classmethod
+    def _fits_into_the_reserve(cls, value: float, info: ValidationInfo) -> float:
+        reserve_secs = info.data.get("confirm_reserve_secs", math.inf)
+        if value > reserve_secs:
+            raise ValueError(
+                f"{value:g} is more than confirm_reserve_secs, so that one attempt may outlast the lease"
+                f" (at most {reserve_secs:g})"
+            )
+        return value
+
+
+class CredentialsTable(HasSecrets):
+    """`[credentials]`: the API key. Each secret is given as such or, better, as the name of a file that holds it."""
+
+    model_config = _STRICT
+
+    secret_id: Secret | None = Field(default=None, description="The SecretId of the API key.")
+    secret_id_file: str | None = Field(
+        default=None,
+        description="The file that holds the SecretId. Left out: $CREDENTIALS_DIRECTORY/secret_id,"
+        " then $TENCENTCLOUD_SECRET_ID.",
+        examples=["secret_id"],
+    )
+    secret_key: Secret | None = Field(default=None, description="The SecretKey of the API key.")
+    secret_key_file: str | None = Field(
+        default=None,
+        description="The file that holds the SecretKey. Left out: $CREDENTIALS_DIRECTORY/secret_key,"
+        " then $TENCENTCLOUD_SECRET_KEY.",
+        examples=["secret_key"],
+    )
+    token: Secret | None = Field(default=None, description="The token of a temporary API key.")
+    token_file: str | None = Field(
+        default=None,
+        description="The file that holds the token. Left out: looked for where the SecretKey was found,"
+        " as `token` beside it or as $TENCENTCLOUD_TOKEN.",
+        examples=["token"],
+    )
+
+
+class Source(BaseModel):
+    """`[[sources]]`: one event queue of VOD."""
+
+    model_config = _STRICT
+
+    name: Name = Field(description="What logs and routes call it.", examples=["main"])
+    sub_app_id: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
+        default=None,
+        description="The SubAppId of the VOD application. Accounts opened since 2023-12-25 must give it.",
+        examples=[1500000001],
+    )
+    interval_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
+        default=1.0, description="How often it is made sure that a pull is running."
+    )
+    long_poll: bool = Field(
+        default=True,
+        description="Whether the next pull starts as soon as one came back empty; if not, at the next interval.",
+    )
+    max_lanes: Annotated[int, Field(ge=1, le=128)] = Field(
+        default=16, description="How many pulls, with their deliveries, run at once at most."
+    )
+    on_failure: Literal["store", "leave"] = Field(
+        default="store",
+        description="What happens to an event that a sink did not take in time: `store` keeps it in the journal,"
+        " `leave` lets VOD bring it again (for machines whose disk does not last).",
+    )
+    unrouted: Literal["dead_letter", "confirm", "leave"] | None = Field(
+        default=None,
+        description="What happens to an event that no route takes: `dead_letter` keeps it for a person, `confirm` drops"
+        " it, `leave` lets it circle at VOD. Needed where the routes do not cover every event.",
+        examples=["dead_letter"],
+    )
+
+
+class Route(BaseModel):
+    """`[[routes]]`: which events go to which sinks. Every route that matches applies; a sink gets an event once."""
+
+    model_config = _STRICT
+
+    name: Name = Field(description="What logs call it.", examples=["snapshots"])
+    event_types: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="Patterns of the event types it takes, with `*`, `?` and `[abc]`, case-sensitive. Left out: all.",
+        examples=[["CreateSnapshotByTimeOffsetComplete"]],
+    )
+    sources: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="The sources whose events it takes. Left out: all.", examples=[["main"]]
+    )
+    where: str | None = Field(
+        default=None,
+        description="A JMESPath expression that an event must satisfy, as in tccli's --filter.",
+        examples=["SnapshotByTimeOffsetCompleteEvent.Definition == `10`"],
+    )
+    sinks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        description="The sinks that get the events.", examples=[["archive"]]
+    )
+
+    @field_validator("event_types")
+    @classmethod
+    def _are_globs(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for glob in value or ():
+            if not glob:
+                raise ValueError('has an empty pattern ("*" takes every type)')
+            if _has_open_bracket(glob):
+                raise ValueError(
+                    f'the pattern {_quoted(glob)} has a "[" without its "]" (for example "*Complete" or "[ab]*")'
+                )
+        return value
+
+    @field_validator("where")
+    @classmethod
+    def _is_jmespath(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check_jmespath(value)
+        return value
+
+
+class Journal(BaseModel):
+    """`[journal]`: the file that remembers what was delivered and holds what could not be."""
+
+    model_config = _STRICT
+
+    path: Annotated[Path, Field(strict=False)] = Field(
+        default=Path("/var/lib/vodpoller/journal.db"), description="The journal's file; its folder must exist."
+    )
+    max_bytes: Annotated[int, Field(ge=2**20, le=2**50)] = Field(
+        default=2**30, description="How large it may grow. When it is full, events stay with VOD."
+    )
+    ledger_days: Annotated[float, Field(ge=4, le=3650)] = Field(
+        default=5.0,
+        description="How long an unconfirmed event is remembered as delivered. VOD keeps events for 4 days.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_file(cls, value: Path) -> Path:
+        if not value.name:
+            raise ValueError("names no file (for example /var/lib/vodpoller/journal.db)")
+        return value
+
+
+class Log(BaseModel):
+    """`[log]`: what is written to stderr."""
+
+    model_config = _STRICT
+
+    level: Level = Field(default="info", description="The lowest level that is written.")
+    format: Literal["json", "console"] | None = Field(
+        default=None,
+        description="`json` for programs, `console` for people. Left out: `console` on a terminal, `json` elsewhere.",
+        examples=["json"],
+    )
+
+
+class Daemon(BaseModel):
+    """`[daemon]`: the process."""
+
+    model_config = _STRICT
+
+    shutdown_secs: Annotated[float, Field(ge=1, le=3600)] = Field(
+        default=25.0, description="How long stopping may take; less than systemd's TimeoutStopSec."
+    )
+
+
+TABLES: Final[Mapping[str, type[BaseModel]]] = {
+    "api": Api,
+    "credentials": CredentialsTable,
+    "sources": Source,
+    "routes": Route,
+    "sinks": SinkConfig,
+    "journal": Journal,
+    "log": Log,
+    "daemon": Daemon,
+}
+_LISTS: Final = ("sources", "routes")
+
+
+# --- what comes of them -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """The API key, wherever it was found.
+
+    Args:
+        secret_id: Tencent's SecretId.
+        secret_key: Its SecretKey.
+        token: Of a temporary key, None for a lasting one.
+    """
+
+    secret_id: Secret
+    secret_key: Secret
+    token: Secret | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration, valid in itself and in its cross references.
+
+    Args:
+        api: As in the file, as are `journal`, `log`, `daemon`.
+        credentials: The API key.
+        sources: At least one.
+        routes: At least one; they name existing sources and sinks only.
+        sinks: The configuration of each sink by its name; each is of its class's own `Config`.
+        sink_classes: The class of each sink by its name; called with the name and the configuration it gives the sink.
+        coverage: Of each source by its name, whether the routes take every event of it. Where not, it has `unrouted`.
+    """
+
+    api: Api
+    credentials: Credentials
+    sources: tuple[Source, ...]
+    routes: tuple[Route, ...]
+    sinks: Mapping[str, SinkConfig]
+    sink_classes: Mapping[str, type[Sink]]
+    journal: Journal
+    log: Log
+    daemon: Daemon
+    coverage: Mapping[str, bool]
+
+    def secrets(self) -> tuple[Secret, ...]:
+        """Every secret in it: what must not be shown, and what SIGHUP reads again."""
+        own = (self.credentials.secret_id, self.credentials.secret_key, self.credentials.token)
+        of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
+        return (*(secret for secret in own if secret is not None), *of_sinks)
+
+
+def load(path: Path, *, env: Mapping[str, str]) -> Config:
+    """Read the file.
+
+    Args:
+        path: The TOML file.
+        env: The environment: `${VAR}` in texts, the API key where the file does not give it, `$CREDENTIALS_DIRECTORY`.
+
+    Raises:
+        ConfigError: It cannot be used. All problems are in it, but a text that is no TOML has one: the first.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            [f"{path}: there is no such file (copy config.example.toml there and edit it, or name a file with -c)"]
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError([f"{path}: line {line}: this is not UTF-8 text (save the file as UTF-8)"]) from None
+    except OSError as error:
+        raise ConfigError(
+            [f"{path}: cannot be read: {error.strerror or error} (a file that this user may read)"]
+        ) from None
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path}: {_toml_problem(error, text)}"]) from None
+    return from_dict(data, where=str(path), base=path.parent, env=env)
+
+
+def from_dict(data: Mapping[str, Any], *, where: str, base: Path, env: Mapping[str, str]) -> Config:
+    """Validate what a TOML file would hold.
+
+    Args:
+        data: The tables.
+        where: What problems start with: the file.
+        base: The folder that secret files of relative name lie in, unless `$CREDENTIALS_DIRECTORY` is set.
+        env: As for `load`.
+
+    Raises:
+        ConfigError: It cannot be used. All problems are in it.
+    """
+    reading = _Reading(data, base=base, env=env)
+    config = reading.read()
+    if config is None:
+        raise ConfigError([f"{where}: {problem}" for problem in reading.problems()])
+    return config
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the file, for editors; sinks as far as their types are installed and can be loaded."""
+    sinks: dict[str, type[SinkConfig]] = {}
+    for name, point in available_sinks().items():
+        try:
+            sinks[name] = _config_of(_loaded(point))
+        except _UnusableSinkError:
+            continue
+    models = [*TABLES.values(), *sinks.values()]
+    keys: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in models]
+    references, definitions = models_json_schema(keys)
+
+    def reference(model: type[BaseModel]) -> dict[str, Any]:
+        return dict(references[model, "validation"])
+
+    properties = {
+        name: {"type": "array", "minItems": 1, "items": reference(model)} if name in _LISTS else reference(model)
+        for name, model in TABLES.items()
+    }
+    alternatives = [
+        {"if": {"properties": {"type": {"const": name}}}, "then": reference(model)} for name, model in sinks.items()
+    ]
+    properties["sinks"] = {
+        "type": "object",
+        "minProperties": 1,
+        "additionalProperties": {
+            "type": "object",
+            "required": ["type"],
+            "properties": {"type": {"enum": sorted(sinks)}},
+            "allOf": alternatives,
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vodpoller",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["sources", "routes", "sinks"],
+        "properties": properties,
+        **definitions,
+    }
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _UnusableSinkError(Exception):
+    """A sink type that is installed cannot be used; says why."""
+
+
+@dataclass(slots=True)
+class _Problems:
+    """What is wrong, with its place in the file, in the order in which it was found."""
+
+    found: list[tuple[_Location, str]] = field(default_factory=list)
+
+    def add(self, where: _Location, what: str) -> None:
+        self.found.append((where, what))
+
+    def concern(self, where: _Location) -> bool:
+        """Whether something is wrong at the place itself or in it."""
+        return any(place[: len(where)] == where for place, _ in self.found)
+
+
+class _Reading:
+    """One reading of a configuration.
+
+    What crosses tables (names, coverage) is looked up in the data as it came and not in the models, so that a mistake
+    in one table hides none in another and makes none up.
+    """
+
+    def __init__(self, data: Mapping[str, Any], *, base: Path, env: Mapping[str, str]) -> None:
+        self._env = env
+        directory = env.get("CREDENTIALS_DIRECTORY")
+        self._surroundings = Surroundings(base=base, credentials_directory=Path(directory) if directory else None)
+        self._problems = _Problems()
+        self._data = {key: self._interpolated(value, (key,)) for key, value in data.items()}
+
+    def problems(self) -> list[str]:
+        """Each with the key it is about, and each once."""
+        return list(dict.fromkeys(f"{self._key(where)}: {what}" for where, what in self._problems.found))
+
+    def read(self) -> Config | None:
+        for key in self._data:
+            if key not in TABLES:
+                self._problems.add((key,), _unknown_key(key, TABLES, TABLES))
+        api = self._table("api", Api, self._with_region)
+        credentials = self._credentials()
+        sources = self._items("sources", Source, '[[sources]] with name = "main"')
+        routes = self._items("routes", Route, '[[routes]] with name = "all" and sinks = ["archive"]')
+        sinks, sink_classes = self._sinks()
+        journal = self._table("journal", Journal)
+        log = self._table("log", Log)
+        daemon = self._table("daemon", Daemon)
+        self._check_names()
+        self._check_sub_app_ids()
+        self._check_references()
+        self._check_claims(sinks, journal)
+        coverage = self._coverage()
+        if self._problems.found:
+            return None
+        if not (api and credentials and journal and log and daemon):
+            raise AssertionError("a table is missing without a problem that says so")
+        return Config(
+            api=api,
+            credentials=credentials,
+            sources=tuple(sources),
+            routes=tuple(routes),
+            sinks=sinks,
+            sink_classes=sink_classes,
+            journal=journal,
+            log=log,
+            daemon=daemon,
+            coverage=coverage,
+        )
+
+    # --- variables
+
+    def _interpolated(self, value: Any, where: _Location) -> Any:
+        match value:
+            case str():
+                return _VARIABLE.sub(lambda found: self._variable(found, where), value)
+            case list() | tuple():
+                return [self._interpolated(item, (*where, at)) for at, item in enumerate(value)]
+            case Mapping():
+                return {key: self._interpolated(item, (*where, key)) for key, item in value.items()}
+            case _:
+                return value
+
+    def _variable(self, found: re.Match[str], where: _Location) -> str:
+        if found[0] == "$${":
+            return "${"
+        name = found["name"]
+        if name is None or not found[0].endswith("}") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            self._problems.add(where, 'has a "${" that no variable follows (write ${NAME}, or $${ for the characters)')
+        elif name not in self._env:
+            self._problems.add(
+                where,
+                f"the environment has no variable {name} (set it where the daemon is started,"
+                " or write $${ for the characters)",
+            )
+        else:
+            return self._env[name]
+        return found[0]
+
+    # --- single tables
+
+    def _with_region(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        region = self._env.get("TENCENTCLOUD_REGION")
+        return {**({"region": region} if region else {}), **table}
+
+    def _table(
+        self, name: str, model: type[_Model], prepare: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    ) -> _Model | None:
+        table = self._data.get(name, {})
+        if isinstance(table, dict):
+            return self._validated(model, prepare(table), (name,))
+        self._problems.add((name,), f"must be a table, but is {_kind(table)} (write [{name}] on a line of its own)")
+        return None
+
+    def _items(self, name: str, model: type[_Model], example: str) -> list[_Model]:
+        items = self._data.get(name)
+        if not items and isinstance(items, list | None):
+            self._problems.add((name,), f"there is none (add at least one: {example})")
+        elif not isinstance(items, list):
+            self._problems.add((name,), f"must be a list of tables, but is {_kind(items)} (write [[{name}]])")
+        valid: list[_Model] = []
+        for at, item in enumerate(items if isinstance(items, list) else []):
+            if not isinstance(item, dict):
+                self._problems.add((name, at), f"must be a table, but is {_kind(item)} (write [[{name}]])")
+            elif (found := self._validated(model, item, (name, at))) is not None:
+                valid.append(found)
+        return valid
+
+    def _validated(self, model: type[_Model], table: Mapping[str, Any], where: _Location) -> _Model | None:
+        try:
+            return model.model_validate(table, context=self._surroundings)
+        except ValidationError as error:
+            # The input is kept out of it: it may be a secret.
+            for detail in error.errors(include_url=False):
+                self._add(detail, model, where)
+        return None
+
+    def _add(self, detail: ErrorDetails, model: type[BaseModel], where: _Location) -> None:
+        place = detail["loc"]
+        context = detail.get("ctx", {})
+        if context.get("key"):
+            place = (*place[:-1], context["key"])
+        if detail["type"] != "default_factory_not_called" and not self._problems.concern((*where, *place)):
+            self._problems.add((*where, *place), _in_words(detail, model, in_sink=where[0] == "sinks"))
+
+    def _credentials(self) -> Credentials | None:
+        table = self._data.get("credentials", {})
+        if not isinstance(table, dict):
+            self._table("credentials", CredentialsTable)
+            return None
+        found = dict(table)
+        places = {key: self._find_credential(key, found) for key in ("secret_id", "secret_key")}
+        # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
+        self._find_credential("token", found, only=places["secret_key"])
+        for key, place in places.items():
+            if place is None:
+                self._problems.add(
+                    ("credentials", key),
+                    f"is nowhere to be found (set {key}_file in [credentials], or provide $CREDENTIALS_DIRECTORY/{key}"
+                    f" as systemd's LoadCredential= does, or set the variable TENCENTCLOUD_{key.upper()})",
+                )
+        valid = self._validated(CredentialsTable, found, ("credentials",))
+        if valid is None or valid.secret_id is None or valid.secret_key is None:
+            return None
+        return Credentials(secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token)
+
+    def _find_credential(self, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:
+        """Enter one secret that the table leaves out, and say where it is: "file", "directory", "env", or nowhere."""
+        if key in table or f"{key}_file" in table:
+            return "file"
+        directory = self._surroundings.credentials_directory
+        if only in (None, "directory") and directory is not None and (directory / key).exists():
+            table[f"{key}_file"] = str(directory / key)
+            return "directory"
+        if only in (None, "env") and (value := self._env.get(f"TENCENTCLOUD_{key.upper()}")):
+            table[key] = value
+            return "env"
+        return None
+
+    # --- sinks
+
+    def _sinks(self) -> tuple[dict[str, SinkConfig], dict[str, type[Sink]]]:
+        configs: dict[str, SinkConfig] = {}
+        classes: dict[str, type[Sink]] = {}
+        tables = self._data.get("sinks", {})
+        if not isinstance(tables, dict):
+            self._problems.add(("sinks",), f"must hold tables, but is {_kind(tables)} (write [sinks.archive])")
+        elif not tables:
+            self._problems.add(("sinks",), 'there is none (add at least one: [sinks.archive] with type = "file")')
+        else:
+            available = available_sinks()
+            for name, table in tables.items():
+                if (sink_class := self._sink_class(name, table, available)) is not None:
+                    classes[name] = sink_class
+                    if (config := self._validated(_config_of(sink_class), table, ("sinks", name))) is not None:
+                        configs[name] = config
+        return configs, classes
+
+    def _sink_class(self, name: str, table: Any, available: Mapping[str, EntryPoint]) -> type[Sink] | None:
+        where = ("sinks", name)
+        if not isinstance(table, dict):
+            self._problems.add(where, f"must be a table, but is {_kind(table)} (write [sinks.archive], then its keys)")
+            return None
+        if not re.fullmatch(_NAME_PATTERN, name) or len(name) > _NAME_LENGTH:
+            self._problems.add(where, f"is no name for a sink ({_NAME_RULE})")
+        type_name = table.get("type")
+        place = (*where, "type")
+        if "type" not in table:
+            self._problems.add(place, f"is missing (one of {_quoted_all(sorted(available))})")
+        elif not isinstance(type_name, str):
+            self._problems.add(
+                place, f"must be text in quotes, but is {_kind(type_name)} (one of {_quoted_all(sorted(available))})"
+            )
+        elif type_name in available:
+            try:
+                return _loaded(available[type_name])
+            except _UnusableSinkError as error:
+                self._problems.add(place, str(error))
+        elif not self._problems.concern(place):
+            self._problems.add(
+                place,
+                f"no sink type {_quoted(type_name)} is installed ({_suggestion(type_name, available)}"
+                f"installed: {_quoted_all(sorted(available))})",
+            )
+        return None
+
+    # --- what crosses tables
+
+    def _raw(self, name: str) -> list[tuple[int, Mapping[str, Any]]]:
+        items = self._data.get(name)
+        return [
+            (at, item) for at, item in enumerate(items if isinstance(items, list) else []) if isinstance(item, dict)
+        ]
+
+    def _names(self, name: str) -> dict[str, int]:
+        """The names of a list's tables with the first place of each."""
+        names: dict[str, int] = {}
+        for at, item in self._raw(name):
+            if isinstance(item.get("name"), str):
+                names.setdefault(item["name"], at)
+        return names
+
+    def _check_names(self) -> None:
+        for table in _LISTS:
+            first = self._names(table)
+            for at, item in self._raw(table):
+                if first.get(str(item.get("name")), at) != at:
+                    self._problems.add((table, at, "name"), f"another of the {table} has this name (give each its own)")
+
+    def _check_sub_app_ids(self) -> None:
+        first: dict[int | None, int] = {}
+        for at, item in self._raw("sources"):
+            sub_app_id = item.get("sub_app_id")
+            if isinstance(sub_app_id, int | None) and first.setdefault(sub_app_id, at) != at:
+                other = self._key(("sources", first[sub_app_id]))
+                same = "neither this source nor" if sub_app_id is None else "this is also that of"
+                self._problems.add(
+                    ("sources", at, "sub_app_id"),
+                    f"{same} {other}{' has one' if sub_app_id is None else ''}, and two sources of one queue take"
+                    " each other's events (give each its own SubAppId, or keep one source)",
+                )
+
+    def _check_references(self) -> None:
+        used: set[str] = set()
+        sinks = self._data.get("sinks", {})
+        for at, route in self._raw("routes"):
+            used.update(_texts(route.get("sinks")).values())
+            self._check_names_exist(("routes", at, "sources"), route.get("sources"), self._names("sources"))
+            if isinstance(sinks, dict):
+                self._check_names_exist(("routes", at, "sinks"), route.get("sinks"), sinks)
+        for name in sinks if isinstance(sinks, dict) and self._raw("routes") else ():
+            if name not in used:
+                self._problems.add(
+                    ("sinks", name), "no route uses this sink (name it in the sinks of a route, or delete it)"
+                )
+
+    def _check_names_exist(self, where: _Location, names: Any, known: Collection[str]) -> None:
+        kind = str(where[-1])
+        for at, name in _texts(names).items():
+            if name not in known and not self._problems.concern((*where, at)):
+                others = f"there are: {_quoted_all(known)}" if known else f"there are no {kind} at all"
+                self._problems.add(
+                    where, f"there is no {kind[:-1]} {_quoted(name)} ({_suggestion(name, known)}{others})"
+                )
+
+    def _check_claims(self, sinks: Mapping[str, SinkConfig], journal: Journal | None) -> None:
+        holders: dict[str, str] = {}
+        if journal is not None:
+            holders[f"file:{journal.path.resolve()}"] = "journal"
+        for name, sink in sinks.items():
+            for claim in sorted(sink.claims()):
+                holder = holders.setdefault(claim, f"sinks.{name}")
+                if holder != f"sinks.{name}":
+                    self._problems.add(
+                        ("sinks", name), f"{holder} writes {claim.removeprefix('file:')} too (give each its own)"
+                    )
+
+    def _coverage(self) -> dict[str, bool]:
+        routes = self._raw("routes")
+        coverage = {}
+        for at, source in self._raw("sources"):
+            name = str(source.get("name"))
+            covered = any(_takes_everything(route, name) for _, route in routes)
+            coverage[name] = covered
+            if routes and not covered and "unrouted" not in source:
+                self._problems.add(
+                    ("sources", at, "unrouted"),
+                    "is missing, and the routes do not take every event of this source (say what happens to the others:"
+                    ' "dead_letter" keeps them for a person, "confirm" drops them, "leave" lets them circle at VOD)',
+                )
+        return coverage
+
+    # --- names of places
+
+    def _key(self, where: _Location) -> str:
+        """The place as a person would name it: `sources.main.interval_secs`, or `sources[0]` where it has no name."""
+        key = ""
+        for depth, part in enumerate(where):
+            if isinstance(part, str):
+                key += f".{part}" if key else part
+                continue
+            item = self._data[str(where[0])][part] if depth == 1 and where[0] in _LISTS else None
+            name = item.get("name") if isinstance(item, dict) else None
+            named = isinstance(name, str) and re.fullmatch(_NAME_PATTERN, name)
+            key += f".{name}" if named else f"[{part}]"
+        return key
+
+
+def _loaded(point: EntryPoint) -> type[Sink]:
+    try:
+        sink_class = point.load()
+    except Exception as error:  # an installed package may fail in any way
+        raise _UnusableSinkError(
+            f"the sink type {_quoted(point.name)} cannot be loaded: {type(error).__name__}: {error}"
+            f" (install what {point.value} needs, or remove the sink)"
+        ) from error
+    config = getattr(sink_class, "Config", None)
+    if not (isinstance(sink_class, type) and issubclass(sink_class, Sink)) or not (
+        isinstance(config, type) and issubclass(config, SinkConfig)
+    ):
+        raise _UnusableSinkError(
+            f"the sink type {_quoted(point.name)} is no sink: {point.value} must be a vodpoller.delivery.Sink with a"
+            " Config (ask those who made the package)"
+        )
+    return sink_class
+
+
+def _config_of(sink_class: type[Sink]) -> type[SinkConfig]:
+    return cast("type[SinkConfig]", sink_class.Config)  # type: ignore[attr-defined]  # _loaded has looked
+
+
+def _texts(value: Any) -> dict[int, str]:
+    """The texts in what should be a list of texts; a text in its place is meant as the only one."""
+    value = [value] if isinstance(value, str) else value
+    return {at: item for at, item in enumerate(value if isinstance(value, list) else []) if isinstance(item, str)}
+
+
+def _takes_everything(route: Mapping[str, Any], source: str) -> bool:
+    globs = route.get("event_types", ["*"])
+    sources = route.get("sources", [source])
+    return (
+        "where" not in route
+        and source in (sources if isinstance(sources, list) else [])
+        and any(set(glob) == {"*"} for glob in _texts(globs).values())
+    )
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+_WANTED: Final[Mapping[str, str]] = {
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list in square brackets",
+    "model_type": "a table",
+    "path_type": "text in quotes",
+    "string_type": "text in quotes",
+    "tuple_type": "a list in square brackets",
+}
+_KINDS: Final[Mapping[type, str]] = {
+    bool: "true or false",  # before int, which it is too
+    int: "a whole number",
+    float: "a number with a fraction",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    Mapping: "a table",
+}
+_BOUNDS: Final[Mapping[str, str]] = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _in_words(  # noqa: C901, PLR0911, PLR0912 - flat: one case for each kind of mistake
+    detail: ErrorDetails, model: type[BaseModel], *, in_sink: bool
+) -> str:
+    """What is wrong at one place. Shows values only where they are numbers or should be one of a few words.
+
+    Args:
+        detail: Of pydantic.
+        model: The table's.
+        in_sink: Whether the table is a sink's: its type has keys of its own, other tables say nothing about them.
+    """
+    kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
+    place = detail["loc"]
+    names = [part for part in place if isinstance(part, str)]
+    name = names[-1] if names else ""
+    info = model.model_fields.get(name) if len(names) == 1 else None
+    match kind:
+        case "vodpoller":
+            return str(context["why"])
+        case "value_error" | "assertion_error":
+            return str(context["error"])
+        case "extra_forbidden":
+            known = model.model_fields if len(place) == 1 else {}
+            return _unknown_key(name, known, {} if in_sink else TABLES)
+        case "missing":
+            return _missing(name, info)
+        case "literal_error":
+            allowed = _words_of(info) or str(context.get("expected", ""))
+            if not isinstance(value, str):
+                return f"is {_kind(value)} (one of {allowed})"
+            near = _suggestion(value, re.findall(r'"([^"]*)"', allowed))
+            return f"{_quoted(value)} is not known ({near}one of {allowed})"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            extent = "small" if kind.startswith("greater") else "large"
+            return f"{value} is too {extent} ({_bounds(info, context)})"
+        case "finite_number":
+            return f"{value} is not a number that can be used{_example(name, info)}"
+        case "string_pattern_mismatch" if context.get("pattern") == _NAME_PATTERN:
+            return f"has characters that names may not have ({_NAME_RULE})"
+        case "string_pattern_mismatch":
+            return f"has characters that do not belong here{_example(name, info)}"
+        case "string_too_short" | "too_short":
+            return f"{'is empty' if context.get('min_length') == 1 else 'is too short'}{_example(name, info)}"
+        case "string_too_long" | "too_long":
+            return f"is too long (at most {context.get('max_length')})"
+        case _ if kind in _WANTED:
+            quotes = " without quotes" if isinstance(value, str) and "list" not in _WANTED[kind] else ""
+            return f"must be {_WANTED[kind]}{quotes}, but is {_kind(value)}{_example(name, info)}"
+        case _:
+            return detail["msg"][:1].lower() + detail["msg"][1:]
+
+
+def _missing(name: str, info: FieldInfo | None) -> str:
+    if info is None:
+        return "is missing"
+    example = _example(name, info) or (f" ({info.description})" if info.description else "")
+    return f"is missing{example}"
+
+
+def _example(name: str, info: FieldInfo | None) -> str:
+    if info is None:
+        return ""
+    value = info.get_default()
+    if value is None or value is PydanticUndefined:
+        value = info.examples[0] if info.examples else None
+    return "" if value is None else f" (for example: {name} = {_toml(value)})"
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int():
+            return str(value)
+        case float():
+            return f"{value:g}"
+        case list() | tuple():
+            return f"[{', '.join(_toml(item) for item in value)}]"
+        case _:
+            return _quoted(str(value))
+
+
+def _bounds(info: FieldInfo | None, context: Mapping[str, Any]) -> str:
+    limits = {
+        name: getattr(item, name) for item in (info.metadata if info else ()) for name in _BOUNDS if hasattr(item, name)
+    } or {name: context[name] for name in _BOUNDS if name in context}
+    return ", ".join(f"{words} {_toml(limits[name])}" for name, words in _BOUNDS.items() if name in limits)
+
+
+def _words_of(info: FieldInfo | None) -> str:
+    """The values that a field may have, where they are a few words."""
+    found: list[Any] = [info.annotation] if info else []
+    words: list[str] = []
+    while found:
+        part = found.pop(0)
+        if isinstance(part, str):
+            words.append(part)
+        else:
+            found.extend(get_args(part))
+    return _quoted_all(words)
+
+
+def _unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[BaseModel]]) -> str:
+    headers = {"sinks": "[sinks.NAME]"} | {name: f"[[{name}]]" for name in _LISTS}
+    owners = [headers.get(name, f"[{name}]") for name, model in elsewhere.items() if key in model.model_fields]
+    if owners:
+        hint = f"it belongs under {' or '.join(owners)}"
+    elif near := _nearest(key, known):
+        hint = f"did you mean {near}?"
+    else:
+        hint = f"known here: {', '.join(known)}" if known else "delete it"
+    return f"there is no such key here ({hint})"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return near[0] if near else None
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = _nearest(word, known)
+    return f"did you mean {_quoted(near)}? " if near else ""
+
+
+def _kind(value: Any) -> str:
+    return next((words for kind, words in _KINDS.items() if isinstance(value, kind)), "a date or time")
+
+
+def _quoted(text: str) -> str:
+    short = text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
+    return json.dumps(short, ensure_ascii=False)
+
+
+def _quoted_all(texts: Iterable[str]) -> str:
+    return ", ".join(_quoted(text) for text in texts)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _has_open_bracket(glob: str) -> bool:
+    """Whether fnmatch takes a "[" for the character itself because nothing closes it."""
+    at = 0
+    while (at := glob.find("[", at)) >= 0:
+        # A "]" right at the start, or after "!", is one of the characters.
+        start = at + 2 if glob[at + 1 : at + 2] == "!" else at + 1
+        end = glob.find("]", start + 1)
+        if end < 0:
+            return True
+        at = end
+    return False
+
+
+# --- texts that are read by others ------------------------------------------------------------------------------------
+
+
+def _check_jmespath(expression: str) -> None:
+    try:
+        parsed = jmespath.compile(expression).parsed
+    except LexerError as error:
+        raise ValueError(_jmespath_problem(expression, error.lex_position, error.message.lower())) from None
+    except ParseError as error:
+        what = (
+            "it ends too early" if error.token_value is None else f"{_quoted(str(error.token_value))} cannot stand here"
+        )
+        raise ValueError(_jmespath_problem(expression, error.lex_position, what)) from None
+    except (JMESPathError, RecursionError):
+        raise ValueError("is empty or nested too deeply (leave the key out to take every event)") from None
+    for name in _functions_in(parsed):
+        if name not in Functions.FUNCTION_TABLE:
+            near = _suggestion(name, Functions.FUNCTION_TABLE)
+            raise ValueError(
+                f"{_quoted(expression)}: JMESPath has no function {name} ({near}its functions: https://jmespath.org)"
+            )
+
+
+def _jmespath_problem(expression: str, position: int, what: str) -> str:
+    return (
+        f"{_quoted(expression)} is no JMESPath expression: column {position + 1}: {what}"
+        " (text stands in 'single quotes', numbers in `backticks`, as in Definition == `10`)"
+    )
+
+
+def _functions_in(node: Mapping[str, Any]) -> Iterator[str]:
+    nodes: list[Any] = [node]
+    while nodes:
+        match nodes.pop():
+            case {"type": "function_expression", "value": name, "children": children}:
+                yield name
+                nodes.extend(children)
+            case {"children": children}:
+                nodes.extend(children)
+
+
+def _toml_problem(error: ValueError | RecursionError, text: str) -> str:
+    """The problem with its line and column, in words for those who write TOML for the first time."""
+    found = _TOML_MESSAGE.fullmatch(str(error))
+    if found is None:
+        return "this is no TOML (a number is too long, or brackets are nested too deeply)"
+    lines = text.split("\n")
+    line, column = (int(found["line"]), int(found["column"])) if found["line"] else (len(lines), len(lines[-1]) + 1)
+    message = found["message"]
+    for start, (what, right) in _TOML_WORDS.items():
+        if message.startswith(start):
+            return f"line {line}, column {column}: {what} ({right})"
+    return f"line {line}, column {column}: {message[:1].lower()}{message[1:]} (see https://toml.io)"
+
+
+_TOML_MESSAGE: Final = re.compile(
+    r"(?P<message>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
+)
+_TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
+    "Invalid value": ("this is no value", 'text stands in quotes; numbers, true and false do not: name = "main"'),
+    "Cannot overwrite": ("a key is given twice", "delete one of the two lines"),
+    "Cannot declare": ("this table begins for the second time", "put its keys together, or write [[…]] for a list"),
+    "Illegal character '\\n'": ("a text is not closed on its line", 'end it with "'),
+    'Expected "\'"': ("a text is not closed", "end it with '"),
+    "Expected '\"'": ("a text is not closed", 'end it with "'),
+    "Unescaped '\\'": ("a backslash in a text", "write \\\\, or 'single quotes' around the text"),
+    "Expected '=' after": ("a key has no =", "key = value"),
+    "Expected newline": ("something stands behind the value", "one key = value on each line; text in quotes"),
+    "Expected ']' at": ("the name of a table is not closed", "[table] or [[list of tables]]"),
+    "Invalid statement": ("this is no key", "key = value, with letters, digits, _ and - in the key"),
+    "Unclosed array": ("a list is not closed", "end it with ]"),
+    "Unclosed inline table": ("a table in { } is not closed on its line", "end it with }"),
+}

@@ -1,0 +1,377 @@
+"""The composition root: builds everything from the configuration, drives what is periodic, and ends it in order."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Final
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.interval import IntervalTrigger
+
+from vodpoller import tc3
+from vodpoller.config import Config
+from vodpoller.confirmer import Confirmer
+from vodpoller.delivery import InFlight, Sink, Worker
+from vodpoller.errors import ConfigError, JournalError, StorageError
+from vodpoller.journal import Journal
+from vodpoller.logs import Logger, Repeats
+from vodpoller.pending import Retrier
+from vodpoller.pipeline import Pipeline
+from vodpoller.poller import Poller
+from vodpoller.router import Router
+from vodpoller.secret import Secret
+from vodpoller.systemd import Liveness, Notifier
+from vodpoller.vod import VodClient
+
+HEARTBEAT_SECS: Final = 5.0
+OVERDUE_SECS: Final = 30.0
+CLOCK_STEP_SECS: Final = 2.0
+LAST_SECS: Final = 5.0
+
+UPKEEP_SECS: Final = 1.0
+PRUNE_SECS: Final = 5.0
+COUNT_SECS: Final = 30.0
+
+
+class Daemon:
+    """All of vodpoller, open and ready to run.
+
+    Args:
+        config: Valid.
+        log: Where to.
+        notifier: The service manager, if there is one.
+
+    Raises:
+        ConfigError: A sink cannot be opened.
+        JournalError: The journal cannot be opened.
+    """
+
+    def __init__(self, config: Config, *, log: Logger, notifier: Notifier) -> None:
+        self._config = config
+        self._log = log
+        self._repeats = Repeats(log)
+        self._notifier = notifier
+        self._liveness = Liveness()
+        self._signals: SimpleQueue[int] = SimpleQueue()
+        self._clock_offset_secs = time.time() - time.monotonic()
+        self._counts: dict[tuple[str, str], int] = {}
+        self._journal = Journal(
+            config.journal.path,
+            max_bytes=config.journal.max_bytes,
+            ledger_days=config.journal.ledger_days,
+            log=log,
+        )
+        try:
+            self._sinks = self._open_sinks()
+        except (ConfigError, JournalError):
+            self._journal.close()
+            raise
+        in_flight = InFlight()
+        self._workers = {name: self._worker(name, sink, in_flight) for name, sink in self._sinks.items()}
+        self._vod = VodClient(
+            endpoint=config.api.endpoint,
+            region=config.api.region or "",
+            credentials=self._credentials,
+            requests_per_sec=config.api.requests_per_sec,
+            timeout_secs=config.api.timeout_secs,
+            confirm_timeout_secs=config.api.confirm_timeout_secs,
+            lease_secs=config.api.lease_secs,
+            log=log,
+        )
+        self._pipeline = Pipeline(
+            vod=self._vod,
+            router=Router(config.routes),
+            workers=self._workers,
+            in_flight=in_flight,
+            journal=self._journal,
+            confirmer=Confirmer(vod=self._vod, log=log),
+            confirm_reserve_secs=config.api.confirm_reserve_secs,
+            log=log,
+        )
+        self._pollers = [
+            Poller(
+                source,
+                self._pipeline,
+                may_pull=lambda: self._journal.is_writable,
+                on_operator_error=self._reread_credentials,
+                cycle_secs=2 * config.api.timeout_secs + config.api.lease_secs,
+                log=log,
+                liveness=self._liveness,
+            )
+            for source in config.sources
+        ]
+        self._retrier = Retrier(
+            journal=self._journal,
+            workers=self._workers,
+            in_flight=in_flight,
+            give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
+            log=log,
+        )
+        self._scheduler = BackgroundScheduler(
+            timezone=UTC,
+            executors={"default": ThreadPoolExecutor(max_workers=2)},
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        )
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _open_sinks(self) -> dict[str, Sink]:
+        sinks: dict[str, Sink] = {}
+        problems: list[str] = []
+        for name, sink_class in self._config.sink_classes.items():
+            try:
+                sinks[name] = sink_class(name, self._config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
+            except ConfigError as error:
+                problems += [f"sinks.{name}: {problem}" for problem in error.problems]
+        try:
+            if not problems:
+                for name, sink in sinks.items():
+                    self._recover(name, sink)
+        except OSError as error:
+            problems.append(f"sinks.{name}: what it holds cannot be read: {error}")
+        except StorageError as error:
+            _close_all(sinks)
+            raise JournalError(str(error)) from error
+        if problems:
+            _close_all(sinks)
+            raise ConfigError(problems)
+        return sinks
+
+    def _recover(self, name: str, sink: Sink) -> None:
+        """Bring the ledger up to what the sink's file really holds: a crash may have come in between."""
+        mark = self._journal.position(name)
+        keys = sink.recover(mark, {source.sub_app_id for source in self._config.sources})
+        number = self._journal.recover(name, keys, sink.position)
+        if number:
+            self._log.warning("file.recovered", sink=name, keys=number)
+
+    def _worker(self, name: str, sink: Sink, in_flight: InFlight) -> Worker:
+        settings = self._config.sinks[name]
+        return Worker(
+            name=name,
+            sink=sink,
+            ledger=self._journal,
+            in_flight=in_flight,
+            queue_max_events=settings.queue_max_events,
+            breaker_failures=settings.breaker_failures,
+            log=self._log,
+            liveness=self._liveness,
+        )
+
+    def _credentials(self) -> tc3.Credentials:
+        found = self._config.credentials
+        return tc3.Credentials(
+            secret_id=found.secret_id.get(),
+            secret_key=found.secret_key.get(),
+            token=found.token.get() if found.token else "",
+        )
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, *, until: Callable[[], bool] | None = None) -> int:
+        """Run until a signal asks for the end.
+
+        Args:
+            until: Asked every heartbeat (every tenth of a second where it is given): whether to end without a signal.
+
+        Returns:
+            The exit code.
+        """
+        self._handle_signals()
+        self._start()
+        heartbeat_secs = HEARTBEAT_SECS if until is None else 0.1
+        next_beat = 0.0
+        while until is None or not until():
+            if time.monotonic() >= next_beat:
+                self._beat()
+                next_beat = time.monotonic() + HEARTBEAT_SECS
+            try:
+                received = self._signals.get(timeout=heartbeat_secs)
+            except Empty:
+                continue
+            if received != signal.SIGHUP:
+                self._log.info("daemon.stopping", signal=signal.Signals(received).name)
+                break
+            self._reload()
+        return self._stop()
+
+    def request_stop(self) -> None:
+        """The same as SIGTERM, from another thread."""
+        self._signals.put(signal.SIGTERM)
+
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """Stored rows by (sink, "pending" or "dead")."""
+        return self._journal.counts()
+
+    @property
+    def settled_events(self) -> int:
+        """How many pulled events were settled so far."""
+        return self._pipeline.settled_events
+
+    def _handle_signals(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        stopping = False
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            nonlocal stopping
+            if number != signal.SIGHUP:
+                if stopping:
+                    os._exit(128 + number)
+                stopping = True
+            self._signals.put(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, handle)
+
+    def _start(self) -> None:
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is no news
+        for worker in self._workers.values():
+            worker.start()
+        for poller in self._pollers:
+            self._periodically(f"tick {poller.name}", poller.tick, self._interval_secs(poller.name))
+            poller.tick()
+        self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
+        self._periodically("prune", self._journal.prune, PRUNE_SECS)
+        self._periodically("count", self._count, COUNT_SECS)
+        self._scheduler.start()
+        self._log.info(
+            "daemon.started",
+            sources=[poller.name for poller in self._pollers],
+            sinks=list(self._workers),
+            endpoint=self._config.api.endpoint,
+        )
+        self._notifier.ready()
+
+    def _interval_secs(self, name: str) -> float:
+        return next(source.interval_secs for source in self._config.sources if source.name == name)
+
+    def _periodically(self, name: str, task: Callable[[], object], every_secs: float) -> None:
+        self._scheduler.add_job(partial(self._run_task, name, task), IntervalTrigger(seconds=every_secs), id=name)
+
+    def _run_task(self, name: str, task: Callable[[], object]) -> None:
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001 - it runs again at its next time
+            self._repeats.say("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
+
+    def _keep_up(self) -> None:
+        self._journal.flush()
+        self._retrier.submit_due()
+
+    def _count(self) -> None:
+        self._counts = self._journal.counts()
+        now = time.time()
+        self._journal.mark("seen", now)
+        for sink in {sink for sink, state in self._counts if state == "pending"} - set(self._workers):
+            self._repeats.say(
+                "warning",
+                "pending.stuck",
+                cause=f"no sink {sink}",
+                sink=sink,
+                pending=self._counts[sink, "pending"],
+                hint="the configuration has no sink of this name any more: bring it back, or purge what waits for it",
+            )
+
+    def _beat(self) -> None:
+        self._notice_clock_step()
+        overdue = self._liveness.overdue(OVERDUE_SECS)
+        for step, secs in overdue.items():
+            self._repeats.say("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
+        if not overdue:
+            self._notifier.alive()
+        self._notifier.status(self._status())
+
+    def _notice_clock_step(self) -> None:
+        """APScheduler runs on the wall clock: set back an hour, its jobs would not run for that hour."""
+        offset_secs = time.time() - time.monotonic()
+        step_secs, self._clock_offset_secs = offset_secs - self._clock_offset_secs, offset_secs
+        if abs(step_secs) < CLOCK_STEP_SECS:
+            return
+        self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
+        self._journal.shift(step_secs)
+        for job in self._scheduler.get_jobs():
+            job.modify(next_run_time=datetime.now(UTC))
+
+    def _status(self) -> str:
+        said = []
+        for poller in self._pollers:
+            problem = poller.problem
+            said.append(f"{poller.name}: {'pulling' if problem is None else f'cannot pull: {problem}'}")
+        open_sinks = [worker.name for worker in self._workers.values() if worker.is_open]
+        if open_sinks:
+            said.append(f"sinks not accepting: {', '.join(open_sinks)}")
+        stored = {state: sum(n for (_, s), n in self._counts.items() if s == state) for state in ("pending", "dead")}
+        said += [f"{number} {state}" for state, number in stored.items() if number]
+        return "; ".join([*said, f"{self.settled_events} events settled"])
+
+    # --- signals ------------------------------------------------------------------------------------------------------
+
+    def _reload(self) -> None:
+        self._reread(self._config.secrets())
+        for name, sink in self._sinks.items():
+            try:
+                sink.reopen()
+            except Exception as error:  # noqa: BLE001 - a sink that cannot reopen fails at its next delivery
+                self._repeats.say("error", "task.failed", cause=f"reopen {name}", task=f"reopen {name}", exc_info=error)
+        for poller in self._pollers:
+            poller.wake()
+        self._log.info("daemon.reloaded")
+
+    def _reread_credentials(self) -> None:
+        found = self._config.credentials
+        self._reread([secret for secret in (found.secret_id, found.secret_key, found.token) if secret])
+
+    def _reread(self, secrets: list[Secret] | tuple[Secret, ...]) -> None:
+        for secret in secrets:
+            try:
+                secret.reread()
+            except (OSError, UnicodeDecodeError) as error:
+                self._repeats.say("warning", "secret.unreadable", cause=str(error), error_message=str(error))
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> int:
+        """Settle what was pulled, close what is open. A thread that hangs does not hold the exit."""
+        ends_at = time.monotonic() + self._config.daemon.shutdown_secs
+        self._notifier.stopping()
+        self._scheduler.shutdown(wait=False)
+        for poller in self._pollers:
+            poller.stop()
+        ended = [poller.join(ends_at - LAST_SECS - time.monotonic()) for poller in self._pollers]
+        if not all(ended):
+            for poller in self._pollers:
+                poller.hurry()
+            ended = [poller.join(ends_at - 1 - time.monotonic()) for poller in self._pollers]
+        for worker in self._workers.values():
+            worker.stop()
+        for name, worker in self._workers.items():
+            if worker.join(max(ends_at - 1 - time.monotonic(), 0.1)):
+                _close(self._sinks[name])
+            else:
+                self._log.warning("sink.stuck", sink=name)
+        if all(ended):
+            self._journal.close()
+        self._vod.close()
+        self._log.info("daemon.stopped", events=self.settled_events)
+        return 0
+
+
+def _close_all(sinks: Mapping[str, Sink]) -> None:
+    for sink in sinks.values():
+        _close(sink)
+
+
+def _close(sink: Sink) -> None:
+    try:
+        sink.close()
+    except Exception:
+        logging.getLogger(__name__).warning("a sink could not be closed", exc_info=True)

@@ -1,0 +1,92 @@
+"""What can go wrong, named by what the caller does about it.
+
+Every error may carry what Tencent Cloud answered: its `error_code` and the `request_id` that its support asks for.
+"""
+
+from collections.abc import Mapping, Sequence
+
+
+class VodpollerError(Exception):
+    """The root of all errors that vodpoller raises on purpose.
+
+    Args:
+        message: One sentence for a person: what happened and, where it is known, what to do.
+        error_code: Tencent's dotted error code, empty where the failure is not an API answer.
+        request_id: Tencent's RequestId, empty where there is none.
+    """
+
+    def __init__(self, message: str, *, error_code: str = "", request_id: str = "") -> None:
+        super().__init__(message)
+        self.error_code = error_code
+        self.request_id = request_id
+
+    def fields(self) -> dict[str, str]:
+        """The error as log fields; those without a value are left out."""
+        fields = {"error_code": self.error_code, "request_id": self.request_id, "error_message": str(self)}
+        return {name: value for name, value in fields.items() if value}
+
+
+class TransientError(VodpollerError):
+    """Try again.
+
+    Args:
+        retry_after_secs: How long the other side asked to be left alone, None where it said nothing.
+    """
+
+    def __init__(
+        self, message: str, *, retry_after_secs: float | None = None, error_code: str = "", request_id: str = ""
+    ) -> None:
+        super().__init__(message, error_code=error_code, request_id=request_id)
+        self.retry_after_secs = retry_after_secs
+
+
+class ThrottledError(TransientError):
+    """Try again, and slower: the account's request quota is used up."""
+
+
+class OperatorError(VodpollerError):
+    """A person must act (credentials, rights, SubAppId): say so loudly, back off for long, never exit over it."""
+
+
+class RefusedHandlesError(VodpollerError):
+    """ConfirmEvents refused its parameters: some handle is stale, or the SubAppId is wrong. Split the batch."""
+
+
+class RejectedError(VodpollerError):
+    """The sink will never accept this event: dead-letter it."""
+
+
+class PartialFailureError(VodpollerError):
+    """A sink accepted some events of one call and not the others.
+
+    Args:
+        failures: The error of each event that was not accepted, by its position in the call.
+    """
+
+    def __init__(self, failures: Mapping[int, Exception]) -> None:
+        super().__init__(f"{len(failures)} events were not accepted")
+        self.failures = dict(failures)
+
+
+class LeaseLostError(VodpollerError):
+    """The lease ran out before the confirm got through: leave the event, VOD brings it again."""
+
+
+class StorageError(VodpollerError):
+    """The journal cannot take a write now (disk full, locked, read-only): leave the events with VOD."""
+
+
+class JournalError(VodpollerError):
+    """The journal cannot be opened (another daemon has it, it is corrupt): exit 1 with the way out."""
+
+
+class ConfigError(VodpollerError):
+    """The configuration cannot be used: exit 78.
+
+    Args:
+        problems: One line each: `file: key: what is wrong (what would be right)`.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)

@@ -1,0 +1,444 @@
+"""What VOD says: the event, the lease it is held under, its identity, and how an answer is read.
+
+Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183) and "Event overview" (266/33948), and from
+their samples, which show every irregularity that is handled here.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TypeVar
+
+import orjson
+
+SNAPSHOT_EVENT_TYPE = "CreateSnapshotByTimeOffsetComplete"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The time in which the handles of one pull can be confirmed. It cannot be extended.
+
+    Args:
+        starts_at: Monotonic time, in seconds, at which the pull was sent: the earliest moment that VOD can have started
+            to count.
+        secs: How long it lasts; 30 at VOD.
+    """
+
+    starts_at: float
+    secs: float
+
+    @property
+    def ends_at(self) -> float:
+        """Monotonic time, in seconds, from which VOD may hand the events to another pull."""
+        return self.starts_at + self.secs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One `EventContent`, without its handle, which belongs to a pull and not to the event.
+
+    Args:
+        source: The name of the source that pulled it.
+        sub_app_id: Tencent's SubAppId, None for an account without.
+        type: `EventType` as it came, an open set; empty where the event has none.
+        key: The identity: SHA-256 over SubAppId and canonical body. The same at every redelivery and after a restart.
+        body: The body of a v3.0 normal callback, UTF-8 JSON.
+        content: The same, parsed. Not to be changed.
+    """
+
+    source: str
+    sub_app_id: int | None
+    type: str
+    key: bytes
+    body: bytes
+    content: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledEvent:
+    """An event and the handle that confirms it while the lease lasts."""
+
+    handle: str
+    event: Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Malformed:
+    """What VOD sent in an event's place and cannot be read.
+
+    Args:
+        handle: What confirms it; None where not even that could be found, so that nothing can be done about it.
+        event: The text as it came, as an event without content, to be stored as a dead letter.
+        why: What is wrong, for a person.
+    """
+
+    handle: str | None
+    event: Event
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One image of a snapshot task (`SnapshotByTimeOffsetTaskOutput`, "Event overview").
+
+    Args:
+        time_offset_ms: Its place in the video.
+        url: Where it lies; empty where it failed.
+        err_code: 0 for success.
+    """
+
+    time_offset_ms: int | None
+    url: str
+    err_code: int | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotsTaken:
+    """A `CreateSnapshotByTimeOffsetComplete` event: what was asked for and what came of it.
+
+    Args:
+        task_id: Tencent's id of the task.
+        file_id: Tencent's id of the video.
+        definition: Id of the snapshot template.
+        snapshots: The images, the failed ones among them.
+    """
+
+    task_id: str
+    file_id: str
+    definition: int | None
+    snapshots: tuple[Snapshot, ...]
+
+    @property
+    def failed(self) -> tuple[Snapshot, ...]:
+        """The images that could not be taken."""
+        return tuple(snapshot for snapshot in self.snapshots if snapshot.err_code not in (0, "0"))
+
+
+class UnreadableError(ValueError):
+    """The text is no answer of VOD; says why."""
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise UnreadableError(f"the number {text[:40]} is beyond what JSON readers hold")
+    return number
+
+
+def _not_json(literal: str) -> Any:
+    raise UnreadableError(f"{literal} is not JSON")
+
+
+# strict=False: documented samples hold raw tabs inside strings. Python's integers keep every digit.
+_decoder = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_not_json)
+_exact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
+_exact_ascii = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), check_circular=False)
+_canonical = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), sort_keys=True, check_circular=False)
+
+
+def decode_json(text: str) -> Any:
+    """Read JSON as VOD writes it.
+
+    Args:
+        text: The whole document.
+
+    Raises:
+        UnreadableError: It is not JSON, nested too deeply, or holds a number that no double can hold.
+    """
+    try:
+        return _decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(str(error)) from error
+
+
+def encode_json(value: Any) -> bytes:
+    """Write JSON-equal UTF-8: integers digit for digit, members in their order.
+
+    orjson writes the common case; what it refuses (integers beyond 64 bits, lone surrogates) goes the exact way.
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        try:
+            return _exact.encode(value).encode()
+        except UnicodeEncodeError:
+            return _exact_ascii.encode(value).encode()
+
+
+def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
+    """The identity of an event: SHA-256 over SubAppId and canonical body.
+
+    Members that are null at the top level do not count, since VOD leaves them out or sends them as it likes; nor does
+    the order of members.
+
+    Args:
+        content: The event without its handle.
+        sub_app_id: None and 0 are the same: the account's primary application.
+    """
+    meaningful = {name: value for name, value in content.items() if value is not None}
+    try:
+        canonical = orjson.dumps(meaningful, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        canonical = _canonical.encode(meaningful).encode()
+    return hashlib.sha256(b"%d\n%b" % (sub_app_id or 0, canonical)).digest()
+
+
+def make_event(content: Mapping[str, Any], *, source: str, sub_app_id: int | None) -> Event:
+    """The event of a body that has no handle.
+
+    Args:
+        content: The parsed body of a normal callback.
+        source: Name of the source.
+        sub_app_id: Its SubAppId.
+    """
+    event_type = content.get("EventType")
+    return Event(
+        source=source,
+        sub_app_id=sub_app_id,
+        type=event_type if isinstance(event_type, str) else "",
+        key=event_key(content, sub_app_id),
+        body=encode_json(content),
+        content=content,
+    )
+
+
+def restore_event(*, body: bytes, key: bytes, event_type: str, source: str, sub_app_id: int | None) -> Event:
+    """The event that was stored; a body that never could be read has no content.
+
+    Args:
+        body: As it was stored.
+        key: As it was stored.
+        event_type: As it was stored.
+        source: Name of the source that pulled it.
+        sub_app_id: Its SubAppId.
+    """
+    try:
+        content = decode_json(body.decode())
+    except ValueError:
+        content = {}
+    return Event(source=source, sub_app_id=sub_app_id, type=event_type, key=key, body=body, content=content)
+
+
+def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent | Malformed:
+    """Take one parsed element of `EventSet` apart.
+
+    Args:
+        item: The element; whatever has a handle is an event.
+        source: Name of the source that pulled it.
+        sub_app_id: Its SubAppId.
+
+    Raises:
+        UnreadableError: It is nested so deeply that it could just be read, and not be written again.
+    """
+    handle = _handle_of(item)
+    try:
+        if handle is None:
+            text = encode_json(item).decode()
+            return _malformed(text, None, "it has no EventHandle", source=source, sub_app_id=sub_app_id)
+        content = {name: value for name, value in item.items() if name != "EventHandle"}
+        return PulledEvent(handle=handle, event=make_event(content, source=source, sub_app_id=sub_app_id))
+    except RecursionError as error:
+        raise UnreadableError("it is nested too deeply") from error
+
+
+def _handle_of(item: Any) -> str | None:
+    handle = item.get("EventHandle") if isinstance(item, dict) else None
+    if isinstance(handle, str) and handle:
+        return handle
+    if isinstance(handle, int) and not isinstance(handle, bool):  # handles of digits only exist
+        return str(handle)
+    return None
+
+
+# --- what can be cut out of an answer that as a whole cannot be read --------------------------------------------------
+
+_EVENT_SET = re.compile(r'"EventSet"\s*:\s*\[')
+_GAP = re.compile(r"[\s,]*")
+_STRING = r'"(?:[^"\\]|\\.)*+"'
+_HANDLE = re.compile(rf'"EventHandle"\s*:\s*({_STRING}|\d+)')
+_TYPE = re.compile(rf'"EventType"\s*:\s*({_STRING})')
+_NEXT_ITEM = re.compile(r'\}\s*,\s*(?=\{\s*"(?:EventHandle|EventType)")')
+_BARE = re.compile(r"[^\[\]{},]+")
+_BRACKET = re.compile(rf"{_STRING}|[\[\]{{}}]")
+
+
+def salvage_events(
+    text: str, *, truncated: bool, source: str, sub_app_id: int | None
+) -> Iterator[PulledEvent | Malformed]:
+    """Read an answer event by event, so that one that is broken costs no other.
+
+    Args:
+        text: An answer that is truncated, or not JSON in some place. Bytes that are not UTF-8 are surrogate escapes.
+        truncated: The answer's end was lost. An event that was cut off is whole at VOD, so it gets no handle here: it
+            must come again, not become a dead letter.
+        source: Name of the source that pulled it.
+        sub_app_id: Its SubAppId.
+    """
+    found = _EVENT_SET.search(text)
+    if found is None:
+        return
+    at = found.end()
+    while True:
+        at = _after(_GAP, text, at)
+        if at >= len(text) or text[at] == "]":
+            return
+        item, end, why = _cut_item(text, at)
+        piece = text[at:end]
+        at = end
+        if why is None:
+            try:
+                yield read_event(item, source=source, sub_app_id=sub_app_id)
+                continue
+            except UnreadableError as error:
+                why = str(error)
+        if truncated and end >= len(text):
+            yield _malformed(piece, None, "the answer was cut off inside it", source=source, sub_app_id=sub_app_id)
+        else:
+            yield _malformed(piece, _first_json(_HANDLE, piece), why, source=source, sub_app_id=sub_app_id)
+
+
+def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
+    found = pattern.match(text, at)
+    return found.end() if found else at
+
+
+def _cut_item(text: str, at: int) -> tuple[Any, int, str | None]:
+    """One element from `at` on: its value, where it ends, and why it cannot be used (None where it can)."""
+    why: str | None = None
+    item = None
+    try:
+        item, end = _decoder.raw_decode(text, at)
+        text[at:end].encode()
+    except UnicodeEncodeError:
+        why = "it holds bytes that are not UTF-8"
+    except (ValueError, RecursionError) as error:
+        end = _balanced_end(text, at)
+        why = f"it is not JSON: {error}"
+    return item, end, why
+
+
+def _balanced_end(text: str, at: int) -> int:
+    """Where the element that starts at `at` ends: its last bracket, or before what looks like the next element."""
+    bare = _BARE.match(text, at)
+    if bare is not None:
+        return bare.end()
+    following = _NEXT_ITEM.search(text, at)
+    limit = following.start() + 1 if following else len(text)
+    depth = 0
+    for token in _BRACKET.finditer(text, at, limit):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+            if depth <= 0:
+                return max(token.end() if token[0] == "}" else token.start(), at + 1)
+    return limit
+
+
+def _first_json(pattern: re.Pattern[str], text: str) -> str | None:
+    """The string or number that the pattern's group holds, None where the text has none."""
+    found = pattern.search(text)
+    if found is None:
+        return None
+    try:
+        value = _decoder.decode(found[1])
+    except ValueError:
+        return None
+    return str(value) or None
+
+
+def _malformed(piece: str, handle: str | None, why: str, *, source: str, sub_app_id: int | None) -> Malformed:
+    # The handle differs at each redelivery: the identity is that of the text without it.
+    without_handle = _HANDLE.sub('"EventHandle":""', piece).encode(errors="surrogateescape")
+    event = Event(
+        source=source,
+        sub_app_id=sub_app_id,
+        type=_first_json(_TYPE, piece) or "",
+        key=hashlib.sha256(b"%d\nmalformed\n%b" % (sub_app_id or 0, without_handle)).digest(),
+        body=piece.encode(errors="surrogateescape"),
+        content={},
+    )
+    return Malformed(handle=handle, event=event, why=why)
+
+
+# --- what the log, the demo and the sinks want to know of an event ----------------------------------------------------
+
+
+def payload_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The member that holds the payload. Its name does not follow from the type, so it is the first object found."""
+    for value in content.values():
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _id_in(content: Mapping[str, Any], name: str) -> str:
+    """A string or integer member called `name`: of the payload, else of an object in it, else of the event."""
+    payload = payload_of(content)
+    places = [payload, *(value for value in payload.values() if isinstance(value, dict)), content]
+    for place in places:
+        value = place.get(name)
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+    return ""
+
+
+def task_id_of(event: Event) -> str:
+    """Tencent's id of the task that ended, empty where the event names none."""
+    return _id_in(event.content, "TaskId")
+
+
+def file_id_of(event: Event) -> str:
+    """Tencent's id of the video, every digit of it, empty where the event names none."""
+    return _id_in(event.content, "FileId")
+
+
+def event_fields(event: Event) -> dict[str, str]:
+    """The ids by which a log line names an event."""
+    return {
+        "source": event.source,
+        "event_type": event.type,
+        "key": event.key.hex(),
+        "task_id": task_id_of(event),
+        "file_id": file_id_of(event),
+    }
+
+
+def snapshots_of(event: Event) -> SnapshotsTaken | None:
+    """The typed content of a snapshot event, None for any other.
+
+    Fields that are missing or of another type than documented are empty or None: the event is delivered all the same.
+    """
+    payload = event.content.get("SnapshotByTimeOffsetCompleteEvent")
+    if not isinstance(payload, dict):
+        return None
+    images = payload.get("SnapshotInfoSet")
+    return SnapshotsTaken(
+        task_id=task_id_of(event),
+        file_id=file_id_of(event),
+        definition=_typed(payload, "Definition", int),
+        snapshots=tuple(_snapshot(image) for image in images if isinstance(image, dict))
+        if isinstance(images, list)
+        else (),
+    )
+
+
+def _snapshot(image: Mapping[str, Any]) -> Snapshot:
+    err_code = image.get("ErrCode", 0)
+    return Snapshot(
+        time_offset_ms=_typed(image, "TimeOffset", int),
+        url=_typed(image, "Url", str) or "",
+        err_code=err_code if isinstance(err_code, int | str) else 0,
+    )
+
+
+def _typed(place: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
+    value = place.get(name)
+    return value if isinstance(value, kind) else None

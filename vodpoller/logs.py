@@ -1,0 +1,280 @@
+"""Structured logs: one object a line, on stderr, the same shape for our lines, libraries' lines and warnings.
+
+`CATALOGUE` is the whole vocabulary: a line's `event` is one of its names.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, Protocol, TextIO
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
+
+Level = Literal["debug", "info", "warning", "error"]
+Logger = FilteringBoundLogger
+
+LINE_MAX_BYTES: Final = 16 * 1024
+
+CATALOGUE: Final[Mapping[str, str]] = {
+    "api.answered": "a call to VOD ended (debug)",
+    "answer.salvaged": "an answer of VOD was not readable as a whole; what could be read of it is used",
+    "breaker.closed": "a sink accepts events again",
+    "breaker.opened": "a sink failed on several events in a row; its events wait in the journal until a probe succeeds",
+    "clock.corrected": "this machine's clock is off; requests are signed with VOD's time instead",
+    "clock.stepped": "the wall clock jumped; schedules and due times were moved along",
+    "confirm.failed": "some handles could not be confirmed within their lease; VOD brings the events again",
+    "confirm.refused": "VOD refuses handles that are well inside their lease: is the SubAppId right?",
+    "daemon.reloaded": "SIGHUP: files were reopened, secrets read again, waiting ended",
+    "daemon.started": "configuration, journal and sinks are open and events are being pulled",
+    "daemon.stopped": "everything that was pulled is settled; the process ends",
+    "daemon.stopping": "a signal asked the daemon to stop; no new pull starts",
+    "delivery.failed": "an attempt at a sink failed and will be repeated",
+    "event.dead": "an event at a sink became a dead letter: a person must look at it",
+    "event.left": "events that no route covers are left with VOD and come again every lease",
+    "event.malformed": "what VOD sent cannot be read: a dead letter where it has a handle, else only this line",
+    "event.settled": "the fate of one pulled event",
+    "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
+    "file.reopened": "a sink's file was opened again",
+    "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
+    "journal.recovered": "the journal can be written again",
+    "journal.pruned": "old ledger rows were deleted (debug)",
+    "lane.failed": "a lane met an error that nobody foresaw; what it held comes again",
+    "library.logged": "a library's own log line or warning",
+    "pending.delivered": "a stored event was delivered at last",
+    "pending.stuck": "stored events wait for a sink that is not accepting them",
+    "pull.failed": "pulling failed and will be repeated after a back-off",
+    "pull.recovered": "pulling works again",
+    "secret.unreadable": "a secret's file could not be read again; the last value stays in use",
+    "simulator.answered": "the simulator answered a request of its API (debug)",
+    "sink.stuck": "a sink has not come back from a call long after its deadline",
+    "task.failed": "a periodic task failed; it runs again at its next time",
+    "thread.overdue": "a thread is far past its deadline; the watchdog is no longer fed",
+}
+
+_PRIORITY: Final = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error": b"<3>", "critical": b"<2>"}
+
+
+class _Stream(Protocol):
+    def fileno(self) -> int: ...
+
+
+class LineLogger:
+    """Writes rendered lines to a file descriptor, whole, from any thread.
+
+    Args:
+        stream: Where to; its descriptor is written directly.
+        fallback: Used where the stream has no descriptor (a captured stderr).
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        try:
+            self._fd: int | None = stream.fileno()
+        except (OSError, ValueError):
+            self._fd = None
+        self._lock = threading.Lock()
+
+    def msg(self, line: bytes) -> None:
+        """Write one line. A reader that went away must not stop the daemon."""
+        with self._lock:
+            try:
+                if self._fd is None:
+                    self._stream.write(line.decode())
+                    return
+                while line:
+                    line = line[os.write(self._fd, line) :]
+            except OSError:
+                pass
+
+    debug = info = warning = error = critical = msg
+
+
+class _Json:
+    def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]]) -> None:
+        self._priorities = priorities
+        self._secrets = secrets
+
+    def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> bytes:
+        prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
+        line = _encode(event_dict)
+        if len(line) > LINE_MAX_BYTES - 8:
+            line = _shortened(event_dict)
+        return prefix + _redacted(line, self._secrets()) + b"\n"
+
+
+class _Console:
+    def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]], colors: bool) -> None:
+        self._priorities = priorities
+        self._secrets = secrets
+        self._render = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+
+    def __call__(self, logger: WrappedLogger, name: str, event_dict: EventDict) -> bytes:
+        prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
+        line = self._render(logger, name, event_dict).encode(errors="backslashreplace")
+        return prefix + _redacted(line[: LINE_MAX_BYTES - 8], self._secrets()) + b"\n"
+
+
+def _encode(event_dict: EventDict) -> bytes:
+    try:
+        return orjson.dumps(event_dict, default=_jsonable)
+    except TypeError:  # lone surrogates, integers beyond 64 bits
+        return orjson.dumps({name: _safe(value) for name, value in event_dict.items()}, default=_jsonable)
+
+
+def _jsonable(value: object) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return str(value)
+
+
+def _safe(value: object) -> object:
+    return value if isinstance(value, bool | float | None) else repr(value)
+
+
+def _shortened(event_dict: EventDict) -> bytes:
+    """The line with its long fields cut so that it fits: what journald or a log shipper would cut anywhere else."""
+    room = LINE_MAX_BYTES // (2 * max(len(event_dict), 8))
+    short = {name: _cut(value, room) for name, value in event_dict.items()}
+    short["truncated"] = True
+    return _encode(short)[: LINE_MAX_BYTES - 8]
+
+
+def _cut(value: object, room: int) -> object:
+    if isinstance(value, bool | int | float | None):
+        return value
+    text = value if isinstance(value, str) else _encode({"": value}).decode()
+    # An escaped character takes up to six bytes in the line.
+    return text if len(text) * 6 <= room else text[: room // 6] + "…"
+
+
+def _redacted(line: bytes, secrets: Iterable[str]) -> bytes:
+    for secret in secrets:
+        line = line.replace(secret.encode(), b"[secret]")
+    return line
+
+
+class _FromLibraries(logging.Handler):
+    """Brings the lines of libraries into our form."""
+
+    def __init__(self, log: Logger) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            name = "error" if record.levelno >= logging.ERROR else record.levelname.lower()
+            write = getattr(self._log, name, self._log.info)
+            write("library.logged", logger=record.name, message=record.getMessage(), exc_info=record.exc_info or None)
+        except Exception:  # noqa: BLE001 - logging must never raise into the library that logs
+            self.handleError(record)
+
+
+def make_logger(
+    stream: TextIO,
+    *,
+    level: Level = "info",
+    log_format: Literal["json", "console"] | None = None,
+    secrets: Callable[[], Iterable[str]] = tuple,
+    journal_stream: str = "",
+) -> Logger:
+    """The logger of the process, and the same form for the lines of libraries and for warnings.
+
+    Args:
+        stream: Where lines go: stderr.
+        level: The lowest level that is written.
+        log_format: None is "console" on a terminal and "json" elsewhere.
+        secrets: What must not be in any line, whatever happens; asked at each line.
+        journal_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
+    """
+    chosen = log_format or ("console" if stream.isatty() else "json")
+    priorities = _is_journal(stream, journal_stream)
+    renderer: Any = (
+        _Json(priorities=priorities, secrets=secrets)
+        if chosen == "json"
+        else _Console(priorities=priorities, secrets=secrets, colors=stream.isatty())
+    )
+    exceptions: list[Any] = [structlog.processors.format_exc_info] if chosen == "json" else []
+    log: Logger = structlog.wrap_logger(
+        LineLogger(stream),
+        processors=[
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.add_log_level,
+            *exceptions,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        context_class=dict,
+        cache_logger_on_first_use=True,
+    ).bind()
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, _FromLibraries):
+            root.removeHandler(handler)
+    root.addHandler(_FromLibraries(log))
+    root.setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    logging.captureWarnings(capture=True)
+    return log
+
+
+def _is_journal(stream: _Stream, journal_stream: str) -> bool:
+    """Whether the stream is the one that systemd connected to the journal: `$JOURNAL_STREAM` is its device:inode."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return journal_stream == f"{status.st_dev}:{status.st_ino}"
+
+
+class Repeats:
+    """Says a thing that repeats once per cause, then counts, so that a fault of hours is not a log of gigabytes.
+
+    Args:
+        log: Where to.
+        window_secs: After this long the same cause is said again, with the number of lines that it stands for.
+        monotonic: The clock, in seconds.
+    """
+
+    def __init__(
+        self, log: Logger, *, window_secs: float = 300.0, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._log = log
+        self._window_secs = window_secs
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def say(self, level: Level, event: str, *, cause: str, **fields: Any) -> None:
+        """Log, or count.
+
+        Args:
+            level: As a logger's method.
+            event: A name of the catalogue.
+            cause: What makes two lines the same; not part of the line.
+            fields: The line's fields.
+        """
+        now = self._monotonic()
+        with self._lock:
+            said_at, suppressed = self._said.get(cause, (None, 0))
+            if said_at is not None and now - said_at < self._window_secs:
+                self._said[cause] = (said_at, suppressed + 1)
+                return
+            self._said[cause] = (now, 0)
+        if suppressed:
+            fields["suppressed_lines"] = suppressed
+        getattr(self._log, level)(event, **fields)
+
+    def forget(self, prefix: str) -> int | None:
+        """The causes that start with `prefix` are over.
+
+        Returns:
+            How many lines were not written for them; None where none was said at all.
+        """
+        with self._lock:
+            over = [cause for cause in self._said if cause.startswith(prefix)]
+            return sum(self._said.pop(cause)[1] for cause in over) if over else None

@@ -1,0 +1,258 @@
+"""Lanes: when to pull, and how many at once."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from vodpoller.delivery import Backoff, Latch
+from vodpoller.errors import OperatorError, TransientError, VodpollerError
+from vodpoller.logs import Logger, Repeats
+from vodpoller.pipeline import Pipeline
+from vodpoller.pipeline import Source as PulledSource
+from vodpoller.systemd import Liveness
+from vodpoller.vod import Pull
+
+HUNG_SECS: Final = 1.0
+EMPTY_PACE_SECS: Final = 1.0
+FIRST_RETRY_SECS: Final = 0.1
+PAUSE_CHECK_SECS: Final = 0.5
+FOREVER_SECS: Final = 3600.0
+
+
+class Source(PulledSource, Protocol):
+    """What a poller reads of a configured source; see the table of keys."""
+
+    @property
+    def long_poll(self) -> bool: ...  # noqa: D102 - as in the configuration
+    @property
+    def max_lanes(self) -> int: ...  # noqa: D102 - as in the configuration
+
+
+class Poller:
+    """Keeps a pull outstanding at one source, and more of them while there is a backlog.
+
+    A lane is a thread that runs cycles. It needs a turn to pull, and there are as many turns as pulls are wanted: idle,
+    one. A lane whose answer holds events passes its turn on before it delivers, and adds one where the answer came at
+    once, since then there is probably more; a lane whose answer is empty keeps its turn only if it is the last.
+
+    Args:
+        source: The source.
+        pipeline: Runs the cycles.
+        may_pull: Whether events can be taken care of at the moment.
+        on_operator_error: Called when a pull failed in a way that only a person can mend: read the credentials again.
+        cycle_secs: How long a cycle may take before its lane counts as hung.
+        log: Where to.
+        liveness: Told what each lane is at.
+        monotonic: The clock, in seconds.
+    """
+
+    _TRANSIENT = Backoff(first_secs=2.0, most_secs=60.0)
+    _OPERATOR = Backoff(first_secs=4.0, most_secs=60.0)
+
+    def __init__(
+        self,
+        source: Source,
+        pipeline: Pipeline,
+        *,
+        may_pull: Callable[[], bool],
+        on_operator_error: Callable[[], None],
+        cycle_secs: float,
+        log: Logger,
+        liveness: Liveness,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._pipeline = pipeline
+        self._may_pull = may_pull
+        self._on_operator_error = on_operator_error
+        self._cycle_secs = cycle_secs
+        self._log = log
+        self._repeats = Repeats(log, monotonic=monotonic)
+        self._liveness = liveness
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._turn_granted = threading.Condition(self._lock)
+        self._pause_over = threading.Condition(self._lock)
+        self._lanes: list[threading.Thread] = []
+        self._latches: dict[Latch, None] = {}
+        self._parked = 0
+        self._turns = 0
+        self._pulling = 0
+        self._not_before = 0.0
+        self._failures = 0
+        self._problem: VodpollerError | None = None
+        self._stopping = False
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self._source.name
+
+    @property
+    def problem(self) -> VodpollerError | None:
+        """Why the last pull failed; None while pulling works."""
+        return self._problem
+
+    def tick(self) -> None:
+        """Make sure that a lane is pulling; returns at once."""
+        with self._lock:
+            if self._pulling + self._turns == 0:
+                self._grant(1)
+
+    def wake(self) -> None:
+        """End the waiting after failures: the cause may be gone."""
+        with self._lock:
+            self._not_before = 0.0
+            self._failures = 0
+            self._pause_over.notify_all()
+
+    def stop(self) -> None:
+        """Start no new pull. A pull that is under way is awaited: dropping it would strand what it brings."""
+        with self._lock:
+            self._stopping = True
+            self._turn_granted.notify_all()
+            self._pause_over.notify_all()
+
+    def hurry(self) -> None:
+        """Let no lane wait for a sink any longer: what was not accepted is stored."""
+        with self._lock:
+            for latch in self._latches:
+                latch.hurry(patiently=False)
+
+    def join(self, timeout_secs: float) -> bool:
+        """Wait until the lanes have seen through what they pulled.
+
+        Returns:
+            Whether they have.
+        """
+        until = self._monotonic() + timeout_secs
+        for lane in list(self._lanes):
+            lane.join(max(until - self._monotonic(), 0))
+        return not any(lane.is_alive() for lane in self._lanes)
+
+    # --- a lane -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._take_turn():
+            try:
+                self._cycle()
+            except Exception:  # noqa: BLE001 - a lane must outlive whatever a bug brings
+                self._log.error("lane.failed", source=self.name, exc_info=True)
+            with self._lock:
+                self._parked += 1
+
+    def _take_turn(self) -> bool:
+        with self._lock:
+            while not (self._stopping or self._turns):
+                self._turn_granted.wait()
+            self._parked -= 1
+            if self._stopping:
+                return False
+            self._turns -= 1
+            self._pulling += 1
+            return self._pause()
+
+    def _pause(self) -> bool:
+        """Wait for the end of a back-off and until events can be taken care of; False when it is time to end."""
+        while not self._stopping:
+            wait_secs = self._not_before - self._monotonic()
+            if wait_secs <= 0 and self._may_pull():
+                return True
+            self._pause_over.wait(wait_secs if wait_secs > 0 else PAUSE_CHECK_SECS)
+        self._pulling -= 1
+        return False
+
+    def _cycle(self) -> None:
+        latch = Latch(is_needed=self._lane_is_missing)
+        answered = False
+
+        def on_answer(pull: Pull) -> None:
+            nonlocal answered
+            answered = True
+            self._answered(pull, latch)
+
+        self._liveness.begin(f"lane {self.name}", self._cycle_secs)
+        try:
+            self._pipeline.cycle(self._source, on_answer=on_answer, latch=latch)
+        except Exception as error:
+            if answered:
+                raise
+            self._failed(error)
+        finally:
+            self._liveness.end()
+            with self._lock:
+                self._latches.pop(latch, None)
+
+    def _lane_is_missing(self) -> bool:
+        return self._turns > self._parked
+
+    # --- turns; all of this holds the lock ----------------------------------------------------------------------------
+
+    def _grant(self, turns: int) -> None:
+        self._turns = min(self._turns + turns, self._source.max_lanes - self._pulling)
+        while self._parked < self._turns and len(self._lanes) < self._source.max_lanes and not self._stopping:
+            lane = threading.Thread(target=self._run, name=f"lane-{self.name}-{len(self._lanes)}", daemon=True)
+            self._lanes.append(lane)
+            self._parked += 1
+            lane.start()
+        self._turn_granted.notify(turns)
+        if self._lane_is_missing():
+            # Every lane waits for a sink: the one that waits longest stores what its sinks have not taken.
+            next((latch for latch in self._latches if latch.hurry()), None)
+
+    def _answered(self, pull: Pull, latch: Latch) -> None:
+        hung = pull.hung_secs >= HUNG_SECS
+        with self._lock:
+            self._pulling -= 1
+            failures, self._failures, self._problem = self._failures, 0, None
+            if pull.events or pull.malformed:
+                self._latches[latch] = None
+                has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_lanes
+                self._grant(2 if has_free_lane and not hung else 1)
+            else:
+                self._answered_empty(hung=hung, asked_at=pull.lease.starts_at)
+        if failures > 1:
+            suppressed = self._repeats.forget("")
+            self._log.info("pull.recovered", source=self.name, failures=failures, suppressed_lines=suppressed or 0)
+
+    def _answered_empty(self, *, hung: bool, asked_at: float) -> None:
+        if self._source.long_poll and self._pulling + self._turns == 0:
+            if not hung:
+                self._not_before = max(self._not_before, asked_at + EMPTY_PACE_SECS)
+            self._grant(1)
+
+    def _failed(self, error: Exception) -> None:
+        now = self._monotonic()
+        with self._lock:
+            self._pulling -= 1
+            if now >= self._not_before:  # a failure of lanes that set out together is one failure
+                self._failures += 1
+                self._not_before = now + self._back_off_secs(error)
+            if self._pulling + self._turns == 0:
+                self._grant(1)
+            retry_in_secs = round(self._not_before - now, 1)
+            self._problem = error if isinstance(error, VodpollerError) else TransientError(repr(error))
+        self._say_failed(error, retry_in_secs)
+        if isinstance(error, OperatorError):
+            self._on_operator_error()
+
+    def _back_off_secs(self, error: Exception) -> float:
+        if isinstance(error, OperatorError):
+            return self._OPERATOR.secs(self._failures)
+        asked_secs = error.retry_after_secs if isinstance(error, TransientError) else None
+        own_secs = FIRST_RETRY_SECS if self._failures == 1 else self._TRANSIENT.secs(self._failures - 1)
+        return max(own_secs, min(asked_secs or 0.0, FOREVER_SECS))
+
+    def _say_failed(self, error: Exception, retry_in_secs: float) -> None:
+        known = isinstance(error, VodpollerError)
+        fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
+        self._repeats.say(
+            "error" if isinstance(error, OperatorError) or not known else "warning",
+            "pull.failed",
+            cause=f"{type(error).__name__} {fields.get('error_code') or fields.get('error_message')}",
+            source=self.name,
+            retry_in_secs=retry_in_secs,
+            exc_info=None if known else error,
+            **fields,
+        )

@@ -1,0 +1,118 @@
+"""Which sinks get an event."""
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import jmespath
+from jmespath.exceptions import JMESPathError
+
+from vodpoller.errors import RejectedError
+from vodpoller.events import Event
+
+_FALSE: Final[tuple[Any, ...]] = (None, "", [], {})
+_REMEMBERED_TYPES: Final = 1000
+
+
+class Route(Protocol):
+    """What the router reads of a configured route; see the table of keys."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - as in the configuration
+    @property
+    def event_types(self) -> Sequence[str] | None: ...  # noqa: D102 - as in the configuration
+    @property
+    def sources(self) -> Sequence[str] | None: ...  # noqa: D102 - as in the configuration
+    @property
+    def where(self) -> str | None: ...  # noqa: D102 - as in the configuration
+    @property
+    def sinks(self) -> Sequence[str]: ...  # noqa: D102 - as in the configuration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Where an event goes.
+
+    Args:
+        sinks: The sinks that get it, each once.
+        failed: The sinks that would get it if a route's `where` could be evaluated on it, with what is wrong.
+    """
+
+    sinks: tuple[str, ...]
+    failed: dict[str, RejectedError]
+
+    @property
+    def is_unrouted(self) -> bool:
+        """No route names a sink for it."""
+        return not (self.sinks or self.failed)
+
+
+class _Compiled:
+    def __init__(self, route: Route) -> None:
+        self.name = route.name
+        self.sinks = tuple(route.sinks)
+        self.where: Any = jmespath.compile(route.where) if route.where else None
+        self._sources = None if route.sources is None else frozenset(route.sources)
+        patterns = None if route.event_types is None else [fnmatch.translate(glob) for glob in route.event_types]
+        self._types = None if patterns is None else re.compile("|".join(patterns))
+
+    def covers(self, source: str, event_type: str) -> bool:
+        return (self._sources is None or source in self._sources) and (
+            self._types is None or self._types.match(event_type) is not None
+        )
+
+    def wants(self, event: Event) -> bool:
+        """Whether `where` holds. JMESPath takes null, false, "", [] and {} for false, and 0 for true."""
+        if self.where is None:
+            return True
+        try:
+            found = self.where.search(event.content)
+        except (JMESPathError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise RejectedError(f"route {self.name}: `where` cannot be evaluated on this event: {error}") from error
+        return found not in _FALSE and found is not False
+
+
+class Router:
+    """Applies every route that matches; an event goes to a sink once, however many routes name it.
+
+    Args:
+        routes: In the configuration's order. Their expressions are compiled here.
+    """
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = [_Compiled(route) for route in routes]
+        # Types are an open set, but a small one; the limit is for a queue that is fed nonsense.
+        self._candidates: dict[tuple[str, str], tuple[list[_Compiled], Routed | None]] = {}
+
+    def route(self, event: Event) -> Routed:
+        """Where the event goes."""
+        candidates, constant = self._candidates.get((event.source, event.type)) or self._find(event.source, event.type)
+        return constant if constant is not None else _evaluate(candidates, event)
+
+    def _find(self, source: str, event_type: str) -> tuple[list[_Compiled], Routed | None]:
+        candidates = [route for route in self._routes if route.covers(source, event_type)]
+        constant = None
+        if all(route.where is None for route in candidates):
+            constant = Routed(sinks=_each_once(route.sinks for route in candidates), failed={})
+        if len(self._candidates) < _REMEMBERED_TYPES:
+            self._candidates[source, event_type] = (candidates, constant)
+        return candidates, constant
+
+
+def _evaluate(candidates: Sequence[_Compiled], event: Event) -> Routed:
+    chosen: list[tuple[str, ...]] = []
+    failed: dict[str, RejectedError] = {}
+    for route in candidates:
+        try:
+            if route.wants(event):
+                chosen.append(route.sinks)
+        except RejectedError as error:
+            failed |= dict.fromkeys(route.sinks, error)
+    sinks = _each_once(chosen)
+    return Routed(sinks=sinks, failed={sink: error for sink, error in failed.items() if sink not in sinks})
+
+
+def _each_once(groups: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(sink for group in groups for sink in group))

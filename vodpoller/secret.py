@@ -1,0 +1,180 @@
+"""Secrets: read from the configuration or from a file, read again on SIGHUP, never shown."""
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What the configuration's meaning depends on besides its text; pydantic's validation context.
+
+    Args:
+        base: The folder of the configuration file: secret files of relative name lie there.
+        credentials_directory: `$CREDENTIALS_DIRECTORY` of systemd.exec(5); where it is set, they lie here instead.
+    """
+
+    base: Path = Path()
+    credentials_directory: Path | None = None
+
+    def locate(self, name: str) -> Path:
+        """The secret file that is meant.
+
+        Args:
+            name: As configured, relative or absolute.
+        """
+        return ((self.credentials_directory or self.base) / name).absolute()
+
+
+class Secret:
+    """One secret value.
+
+    Args:
+        value: The secret itself; None where it is in a file.
+        path: The file that holds it; trailing newlines do not count.
+
+    Raises:
+        OSError: The file cannot be read, or is empty.
+        UnicodeDecodeError: The file is not UTF-8.
+    """
+
+    def __init__(self, *, value: str | None = None, path: Path | None = None) -> None:
+        self._value = value or ""
+        self._path = path
+        self.reread()
+
+    def get(self) -> str:
+        """The value as of the last read."""
+        return self._value
+
+    def reread(self) -> None:
+        """Read the file again, where there is one. The last value stays where that fails.
+
+        Raises:
+            OSError: The file cannot be read, or is empty.
+            UnicodeDecodeError: The file is not UTF-8.
+        """
+        if self._path is None:
+            return
+        value = self._path.read_text(encoding="utf-8").rstrip("\r\n")
+        if not value:
+            raise OSError(errno.ENODATA, "it is empty", str(self._path))
+        self._value = value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    __str__ = __repr__
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            _validated_secret,
+            serialization=core_schema.plain_serializer_function_ser_schema(_serialized_secret, info_arg=True),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "minLength": 1, "format": "password", "writeOnly": True}
+
+
+@dataclass(frozen=True, slots=True)
+class _InFile:
+    """Stands in a secret's place for its `_file` twin until the secret itself is validated."""
+
+    key: str
+    name: str
+    both: bool
+
+
+class HasSecrets(BaseModel):
+    """A model whose secrets may lie in files: declare `X: Secret | None = None` and `X_file: str | None = None`.
+
+    X is filled from the file that X_file names; giving both, or a file without content, is an error. What relative
+    names mean comes in as the validation context, a `Surroundings`. X is never shown, whatever is wrong with it.
+    """
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_files(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        files = {}
+        for key in cls.secret_keys():
+            name = data.get(f"{key}_file")
+            if isinstance(name, str):
+                files[key] = _InFile(f"{key}_file", name, both=data.get(key) is not None)
+        return {**data, **files}
+
+    @classmethod
+    def secret_keys(cls) -> Iterator[str]:
+        """The fields that hold secrets and have a `_file` twin."""
+        for key, field in cls.model_fields.items():
+            if (field.annotation is Secret or Secret in get_args(field.annotation)) and (
+                f"{key}_file" in cls.model_fields
+            ):
+                yield key
+
+    def secrets(self) -> Iterator[Secret]:
+        """All secrets that are given."""
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, Secret):
+                yield value
+
+
+def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
+    match value:
+        case Secret():
+            return value
+        case _InFile(both=True):
+            only = value.key.removesuffix("_file")
+            raise _problem(value.key, f"is given together with {only} (keep one of the two)")
+        case _InFile():
+            return _secret_from_file(value, info.context if isinstance(info.context, Surroundings) else Surroundings())
+        case str() if value:
+            return Secret(value=value)
+        case str():
+            raise _problem("", "is empty (leave the key out where there is no secret)")
+        case _:
+            raise _problem("", "must be text in quotes")
+
+
+def _secret_from_file(given: _InFile, surroundings: Surroundings) -> Secret:
+    if not given.name:
+        raise _problem(given.key, "is empty (give the name of the file that holds the secret)")
+    path = surroundings.locate(given.name)
+    try:
+        return Secret(path=path)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+    except UnicodeDecodeError:  # its own message would show bytes of the secret
+        why = "it is not UTF-8 text"
+    except ValueError:
+        why = "no file has such a name"
+    raise _problem(given.key, f"{path} cannot be read: {why} (put the secret into that file, readable for this user)")
+
+
+def _problem(key: str, why: str) -> PydanticCustomError:
+    """An error that names the key which the person wrote; an empty key is the field's own."""
+    return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
+
+
+def _serialized_secret(value: Secret, info: SerializationInfo) -> Any:
+    return "***" if info.mode_is_json() else value

@@ -1,0 +1,1492 @@
+"""The VOD event API on loopback: what a consumer can be tried, tested and measured against without an account.
+
+It answers `PullEvents` and `ConfirmEvents` (version 2018-07-17) as Tencent Cloud documents them (product/266/34183 and
+266/34184, signature v3 in product/266/38490): long polls, leases, new handles at each redelivery, quotas and errors.
+Signatures are verified by code of its own, so that agreement with a client means something. The faults of networks and
+services can be switched on, each with its probability.
+
+`EventQueue` is the queue alone and knows no network; `Simulator` serves it from a background thread, `serve` from the
+main thread of a command.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import signal
+import socket
+import struct
+import threading
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import formatdate
+from functools import partial
+from heapq import heappop, heappush
+from math import isfinite, isnan, nan
+from pathlib import Path
+from random import Random
+from typing import Any, Final, Literal, Self, TypedDict, TypeVar, get_args
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import orjson
+
+from vodpoller.errors import VodpollerError
+from vodpoller.logs import Logger
+
+Empty = Literal["null", "error", "list", "absent", "mixed"]
+Stale = Literal["atomic", "per_handle"]
+Fault = Literal["reset", "http_5xx", "internal_error", "limit", "truncated", "slow", "lost"]
+
+FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
+CONTROLLABLE: Final = frozenset(
+    {
+        "batch",
+        "clock_skew_secs",
+        "empty",
+        "faults",
+        "poll_secs",
+        "requests_per_sec",
+        "rtt_secs",
+        "secret_id",
+        "secret_key",
+        "slow_secs",
+        "stale",
+        "sub_app_id",
+        "token",
+    }
+)
+
+_VERSION: Final = "2018-07-17"
+_HANDLES_MAX: Final = 16
+_SIGNATURE_SECS: Final = 300
+_ACTIONS: Final[Mapping[str, str]] = {"PullEvents": "pull", "ConfirmEvents": "confirm"}
+_PARAMETERS: Final[Mapping[str, frozenset[str]]] = {
+    "PullEvents": frozenset({"SubAppId", "ExtInfo"}),
+    "ConfirmEvents": frozenset({"SubAppId", "ExtInfo", "EventHandles"}),
+}
+_EMPTY_FORMS: Final[Mapping[str, bytes]] = {
+    "null": b'"EventSet":null,',
+    "error": b'"Error":{"Code":"ResourceNotFound","Message":"no event"},',
+    "list": b'"EventSet":[],',
+    "absent": b"",
+}
+_HEAD_MAX_BYTES: Final = 64 * 1024
+_BODY_MAX_BYTES: Final = 256 * 1024 * 1024
+_LATENCIES_KEPT: Final = 20_000
+_SECS: Final = ("rate", "poll_secs", "visibility_secs", "requests_per_sec", "rtt_secs", "slow_secs")
+_COUNTS: Final = ("events", "feed", "forget_confirms", "port")
+_CHOICES: Final = {"empty": get_args(Empty), "stale": get_args(Stale)}
+_TEXTS: Final = ("secret_id", "secret_key", "token")
+
+_T = TypeVar("_T")
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatorOptions:
+    """How the simulator behaves. Those named in `CONTROLLABLE` can be changed while it runs.
+
+    Args:
+        host: The address to listen on.
+        port: The port to listen on; 0 takes a free one.
+        events: How many generated events are in the queue at the start.
+        rate: Events per second that are born while it runs; 0 for none. They are the lines of `events_file` where that
+            is given, else generated ones.
+        feed: How many events `rate` brings in all; 0 for no end (or for all lines of `events_file`).
+        events_file: A file with one callback body a line. Each line is passed on as it is, readable or not: the handle
+            is put in after its first `{`, and a line that starts with anything else is served without one. Lines
+            without text are skipped. All of them are fed at the start where `rate` is 0.
+        poll_secs: How long a pull of an empty queue hangs; 5 at VOD. 0 answers at once.
+        visibility_secs: How long a pulled event is leased, from the moment the answer is made; 30 at VOD.
+        batch: How many events a pull gets at most, 1 to 16; 16 at VOD.
+        secret_id: The SecretId that requests must be signed with. None, together with `secret_key`: nothing is
+            verified.
+        secret_key: The SecretKey that belongs to it.
+        token: The temporary token that signed requests must carry; None for none.
+        requests_per_sec: The quota of each action over any second that has just passed; 0 for no limit. 100 at VOD.
+        rtt_secs: The round trip that each API request takes: half of it passes before it is looked at, half after.
+        empty: What a pull gets when there is nothing: an `EventSet` that is null, the error `ResourceNotFound`, an
+            empty list, no `EventSet` at all, or each of them in turn ("mixed").
+        stale: What a confirm with a stale handle does besides failing: nothing ("atomic"), or it confirms the valid
+            handles ("per_handle"). Tencent does not document which.
+        sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
+        faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
+            "confirm.lost". `reset`, `http_5xx`, `internal_error` and `limit` keep the request from being carried out;
+            with `truncated`, `slow` and `lost` it is carried out, and the answer is cut off, late by `slow_secs`, or
+            never sent.
+        slow_secs: What the fault `slow` adds.
+        seed: Of everything random and of the generated events' ids. None takes a new one, so that no two runs bring the
+            same events.
+        forget_confirms: The first so many confirmed handles are answered with success and forgotten: their events come
+            again.
+        clock_skew_secs: What the simulator's clock is ahead of this machine's: in its `Date` header and where it judges
+            a request's timestamp.
+        keep_bodies: Keep the bodies of confirmed events for the ledger. Generated ones cost no memory and are always
+            there.
+
+    Raises:
+        ValueError: A value is out of its bounds; says which and what would be right.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    events: int = 0
+    rate: float = 0.0
+    feed: int = 0
+    events_file: Path | None = None
+    poll_secs: float = 5.0
+    visibility_secs: float = 30.0
+    batch: int = 16
+    secret_id: str | None = None
+    secret_key: str | None = None
+    token: str | None = None
+    requests_per_sec: float = 100
+    rtt_secs: float = 0.0
+    empty: Empty = "null"
+    stale: Stale = "atomic"
+    sub_app_id: int | None = None
+    faults: Mapping[str, float] = field(default_factory=dict)
+    slow_secs: float = 3.0
+    seed: int | None = None
+    forget_confirms: int = 0
+    clock_skew_secs: float = 0.0
+    keep_bodies: bool = False
+
+    def __post_init__(self) -> None:
+        for right, problem in self._judged():
+            if not right:
+                raise ValueError(problem)
+        _check_faults(self.faults)
+
+    def _judged(self) -> Iterator[tuple[bool, str]]:
+        """What must hold of the values, each with what is said where it does not."""
+        for name in _SECS:
+            value = getattr(self, name)
+            yield _is_number(value) and value >= 0, f"{name}: {value!r} is no number of 0 or more"
+        for name in _COUNTS:
+            value = getattr(self, name)
+            yield _is_whole(value) and value >= 0, f"{name}: {value!r} is no whole number of 0 or more"
+        for name in _TEXTS:
+            yield isinstance(getattr(self, name), str | None), f"{name}: must be a string"
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            yield value in choices, f"{name}: {value!r} is none of {', '.join(choices)}"
+        skew, batch, app = self.clock_skew_secs, self.batch, self.sub_app_id
+        both_or_none = (self.secret_id is None) == (self.secret_key is None)
+        yield _is_number(skew), f"clock_skew_secs: {skew!r} is no number"
+        yield _is_whole(batch) and 1 <= batch <= _HANDLES_MAX, f"batch: {batch!r} is not 1 to {_HANDLES_MAX}"
+        yield app is None or _is_whole(app), f"sub_app_id: {app!r} is no whole number"
+        yield both_or_none, "secret_id, secret_key: give both, or neither to verify nothing"
+        yield not self.feed or self.rate > 0, "feed: needs a rate; for events that are there at the start, use events"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_faults(faults: object) -> None:
+    if not isinstance(faults, Mapping):
+        raise ValueError("faults: must map the name of a fault to its probability")  # noqa: TRY004 - one error for all
+    for name, probability in faults.items():
+        action, _, fault = str(name).rpartition(".")
+        if fault not in FAULTS or action not in ("", *_ACTIONS.values()):
+            known = ", ".join(FAULTS)
+            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as pull.NAME and confirm.NAME")
+        if not _is_number(probability) or not 0 <= probability <= 1:
+            raise ValueError(f"faults: {name}: {probability!r} is no probability from 0 to 1")
+
+
+def parse_faults(text: str) -> dict[str, float]:
+    """Read faults as they are written on a command line: `reset=0.02,confirm.lost=0.1`.
+
+    Args:
+        text: Names and probabilities; empty for none.
+
+    Raises:
+        ValueError: A name is unknown or a probability is none; says which.
+    """
+    faults: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, probability = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ValueError(f"faults: {part!r} lacks its probability; write {part}=0.1")
+        try:
+            faults[name] = float(probability)
+        except ValueError:
+            raise ValueError(f"faults: {name}: {probability!r} is no probability from 0 to 1") from None
+    _check_faults(faults)
+    return faults
+
+
+# --- generated events -------------------------------------------------------------------------------------------------
+
+# The members that the documented sample of a callback shows as null beside the one with the payload.
+_SIBLINGS: Final = (
+    "FileUploadEvent",
+    "ProcedureStateChangeEvent",
+    "FileDeleteEvent",
+    "PullCompleteEvent",
+    "EditMediaComplete",
+    "WechatPublishComplete",
+    "TranscodeCompleteEvent",
+    "ConcatCompleteEvent",
+    "ClipCompleteEvent",
+    "CreateImageSpriteCompleteEvent",
+    "SnapshotByTimeOffsetCompleteEvent",
+)
+_HOST: Final = "http://251000800.vod2.example.com/%(task)s"
+
+
+def _template(event_type: str, member: str, payload: Mapping[str, Any], *, siblings: bool = True) -> str:
+    others: dict[str, Any] = dict.fromkeys(_SIBLINGS) if siblings else {}
+    others[member] = payload
+    return json.dumps({"EventType": event_type, **others}, separators=(",", ":"))
+
+
+def _snapshots(definition: int, *, failed: bool = False) -> str:
+    images = [
+        {"ErrCode": 0, "TimeOffset": 10_000, "Url": f"{_HOST}/1.png?born=%(born).6f"},
+        {"ErrCode": 0, "TimeOffset": 20_000, "Url": f"{_HOST}/2.png"},
+    ]
+    if failed:
+        images[1] |= {"ErrCode": 70_000, "Url": ""}
+    return _template(
+        "CreateSnapshotByTimeOffsetComplete",
+        "SnapshotByTimeOffsetCompleteEvent",
+        {
+            "TaskId": "251000800-CreateSnapshotByTimeOffset-%(task)st0",
+            "FileId": "%(file)s",
+            "Definition": definition,
+            "SnapshotInfoSet": images,
+        },
+    )
+
+
+def _uploaded() -> str:
+    basics = {
+        "Name": "holiday",
+        "Description": "",
+        "CreateTime": "2026-01-05T08:30:00Z",
+        "UpdateTime": "2026-01-05T08:30:02Z",
+        "ExpireTime": "9999-12-31T23:59:59Z",
+        "ClassId": 0,
+        "ClassName": "Other",
+        "ClassPath": "Other",
+        "CoverUrl": "",
+        "Type": "mp4",
+        "MediaUrl": f"{_HOST}/source.mp4",
+        "SourceInfo": {"SourceType": "ServerUpload", "SourceContext": "", "LiveRecordInfo": None},
+        "StorageRegion": "ap-guangzhou",
+        "TagSet": [],
+        "Vid": "%(file)s",
+        "Category": "Video",
+        "Status": "Normal",
+        "StorageClass": "STANDARD",
+    }
+    payload = {"FileId": "%(file)s", "MediaBasicInfo": basics, "ProcedureTaskId": "", "MetaData": None}
+    return _template("NewFileUpload", "FileUploadEvent", payload, siblings=False)
+
+
+def _procedure() -> str:
+    transcoding = {
+        "Status": "SUCCESS",
+        "ErrCode": 0,
+        "Message": "",
+        "Input": {"Definition": 100_020},
+        "Output": {"Url": f"{_HOST}/v.f100020.mp4", "Size": 4_189_073, "Container": "mov,mp4,m4a", "Height": 480},
+    }
+    payload = {
+        "TaskId": "251000800-procedurev2-%(task)st0",
+        "Status": "FINISH",
+        "ErrCode": 0,
+        "Message": "",
+        "FileId": "%(file)s",
+        "FileName": "holiday",
+        "FileUrl": f"{_HOST}/source.mp4",
+        "MetaData": {"AudioDuration": 60.1, "Bitrate": 1_021_028, "Container": "mov,mp4,m4a", "Duration": 60.0},
+        "MediaProcessResultSet": [{"Type": "Transcode", "TranscodeTask": transcoding}],
+        "TasksPriority": 0,
+        "TasksNotifyMode": "",
+        "SessionContext": "",
+        "SessionId": "",
+    }
+    return _template("ProcedureStateChanged", "ProcedureStateChangeEvent", payload, siblings=False)
+
+
+def _deleted() -> str:
+    parts = [{"Type": kind, "Definition": 0} for kind in ("OriginalFiles", "TranscodeFiles", "SnapshotFiles")]
+    payload = {
+        "FileIdSet": ["%(file)s"],
+        "FileDeleteResultInfo": [{"FileId": "%(file)s", "DeleteParts": parts}],
+        "Operator": {"Kind": "ServerApi", "Request": "%(task)s"},
+    }
+    return _template("FileDeleted", "FileDeleteEvent", payload)
+
+
+def _transcoded() -> str:
+    payload = {
+        "TaskId": "251000800-Transcode-%(task)st0",
+        "ErrCode": 0,
+        "Message": "",
+        "FileId": "%(file)s",
+        "FileName": "holiday",
+        "Duration": 60,
+        "CoverUrl": "",
+        "PlayInfoSet": [{"Url": f"{_HOST}/f20.mp4", "Definition": 20, "Bitrate": 512_000, "Height": 360, "Width": 640}],
+    }
+    return _template("TranscodeComplete", "TranscodeCompleteEvent", payload)
+
+
+def _unheard_of() -> str:
+    payload = {
+        "TaskId": "251000800-HologramRender-%(task)st0",
+        "FileId": "%(file)s",
+        "Status": 2,
+        "Layers": [{"Depth": depth, "Url": f"{_HOST}/layer{depth}.holo"} for depth in range(4)],
+    }
+    return _template("HologramRenderComplete", "HologramRenderCompleteTask", payload)
+
+
+class EventGenerator:
+    """Bodies as VOD would send them, of several types, mostly `CreateSnapshotByTimeOffsetComplete`.
+
+    A body depends on nothing but its number, its birth and the seed, so it need not be stored. In snapshot events the
+    first `Url` ends with `?born=` and the moment of birth, in Unix seconds: latencies can be told from what arrives.
+
+    Args:
+        seed: Runs with different seeds have no id in common.
+    """
+
+    def __init__(self, seed: int) -> None:
+        random = Random(seed)  # noqa: S311 - ids, not secrets
+        # An odd factor permutes the integers of that width, so no id comes twice.
+        self._task = (random.getrandbits(128), random.getrandbits(128) | 1)
+        self._file = (random.getrandbits(63), random.getrandbits(63) | 1)
+        well, other = _snapshots(10), _snapshots(20)
+        self._templates = (
+            *(
+                well,
+                _uploaded(),
+                well,
+                _snapshots(10, failed=True),
+                well,
+                _procedure(),
+                other,
+                well,
+                _unheard_of(),
+                well,
+            ),
+            *(other, _deleted(), well, well, _transcoded(), well, _procedure(), well, other, well),
+        )
+
+    def body(self, number: int, born: float) -> bytes:
+        """The event's body, without a handle.
+
+        Args:
+            number: Which event.
+            born: When it was born, in Unix seconds.
+        """
+        task_start, task_factor = self._task
+        file_start, file_factor = self._file
+        names = {
+            "task": format((task_start + number * task_factor) % 2**128, "032x"),
+            "file": 10**19 + (file_start + number * file_factor) % 2**63,
+            "born": born,
+        }
+        return (self._templates[number % len(self._templates)] % names).encode()
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+_NO_MEMBERS: Final = re.compile(rb"\{\s*\}")
+
+
+class StaleHandlesError(VodpollerError):
+    """A confirm named handles whose lease is over, that were confirmed before, or that never were.
+
+    Args:
+        handles: Which.
+    """
+
+    def __init__(self, handles: Sequence[str]) -> None:
+        super().__init__(f"{len(handles)} handles are stale or unknown")
+        self.handles = tuple(handles)
+
+
+class LedgerRow(TypedDict):
+    """What became of one event.
+
+    `stranded` says that it was pulled, that its lease ran out, and that nobody has pulled it since. Times are in Unix
+    seconds. `body` is None where it was not asked for, or not kept.
+    """
+
+    number: int
+    times_delivered: int
+    confirmed: bool
+    leased: bool
+    stranded: bool
+    born: float
+    confirmed_at: float | None
+    body: str | None
+
+
+class EventQueue:
+    """The queue behind the API: leases, handles, redelivery. Not thread-safe; without network and without waiting.
+
+    The events that were fed are at each instant divided into the confirmed, the leased and the visible.
+
+    Args:
+        visibility_secs: How long a lease lasts.
+        generator: Makes the bodies of generated events whenever they are needed.
+        random: Where handles come from.
+        forget_confirms: So many confirms are accepted without effect.
+        keep_bodies: Whether the bodies of confirmed events stay for the ledger.
+        monotonic: The clock, in seconds.
+        wall_offset_secs: What makes Unix time of the clock's.
+    """
+
+    def __init__(
+        self,
+        *,
+        visibility_secs: float,
+        generator: EventGenerator,
+        random: Random,
+        forget_confirms: int = 0,
+        keep_bodies: bool = False,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_offset_secs: float = 0.0,
+    ) -> None:
+        self._visibility_secs = visibility_secs
+        self._generator = generator
+        self._random = random
+        self._forget = forget_confirms
+        self._keep_bodies = keep_bodies
+        self._monotonic = monotonic
+        self._wall_offset_secs = wall_offset_secs
+        # One entry an event, by its number: arrays, since a million of them must fit beside what is measured.
+        self._born = array("d")
+        self._confirmed_at = array("d")
+        self._times = array("I")
+        self._generated = bytearray()
+        self._bodies: dict[int, bytes] = {}
+        self._never_pulled = 0
+        self._again: list[int] = []
+        self._leased: dict[str, int] = {}
+        self._leases: deque[tuple[float, list[str]]] = deque()
+        self._pull_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self._confirm_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
+        self.confirmed = 0
+        self.redeliveries = 0
+        self.forgotten = 0
+
+    @property
+    def fed(self) -> int:
+        """How many events there ever were."""
+        return len(self._born)
+
+    @property
+    def leased(self) -> int:
+        """How many events are leased, as of the last `expire`."""
+        return len(self._leased)
+
+    @property
+    def visible(self) -> int:
+        """How many events the next pulls can have, as of the last `expire`."""
+        return len(self._again) + self.fed - self._never_pulled
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do next, on the clock; None where nothing is leased."""
+        return self._leases[0][0] if self._leases else None
+
+    def feed(self, bodies: Iterable[bytes]) -> int:
+        """Events are born.
+
+        Args:
+            bodies: Callback bodies, one an event; they are not read.
+
+        Returns:
+            How many.
+        """
+        before = self.fed
+        for number, body in enumerate(bodies, before):
+            self._bear(generated=False)
+            self._bodies[number] = body
+        return self.fed - before
+
+    def generate(self, count: int) -> None:
+        """As many generated events are born."""
+        for _ in range(count):
+            self._bear(generated=True)
+
+    def _bear(self, *, generated: bool) -> None:
+        self._born.append(self._monotonic())
+        self._confirmed_at.append(nan)
+        self._times.append(0)
+        self._generated.append(generated)
+
+    def take(self, limit: int) -> list[bytes]:
+        """Lease events, the oldest first.
+
+        Args:
+            limit: How many at most.
+
+        Returns:
+            Elements for `EventSet`, each with its new handle.
+        """
+        self.expire()
+        now = self._monotonic()
+        elements: list[bytes] = []
+        handles: list[str] = []
+        while len(elements) < limit and (number := self._pop()) is not None:
+            handle = format(self._random.getrandbits(128), "032x")
+            handles.append(handle)
+            self._leased[handle] = number
+            elements.append(_with_handle(self._body(number), handle))
+            if self._times[number]:
+                self.redeliveries += 1
+            else:
+                self._pull_latencies.append(now - self._born[number])
+            self._times[number] += 1
+        if handles:
+            self._leases.append((now + self._visibility_secs, handles))
+        return elements
+
+    def _pop(self) -> int | None:
+        # What was pulled before is older than all that never was.
+        if self._again:
+            return heappop(self._again)
+        if self._never_pulled < self.fed:
+            self._never_pulled += 1
+            return self._never_pulled - 1
+        return None
+
+    def _body(self, number: int) -> bytes:
+        if self._generated[number]:
+            return self._generator.body(number, self._born[number] + self._wall_offset_secs)
+        return self._bodies[number]
+
+    def confirm(self, handles: Sequence[str], *, atomic: bool) -> None:
+        """Let VOD forget events.
+
+        Args:
+            handles: Of their last pull. The second of two equal ones is stale.
+            atomic: One stale handle keeps the valid ones from being confirmed.
+
+        Raises:
+            StaleHandlesError: Some handles are stale.
+        """
+        self.expire()
+        valid = [handle for handle in dict.fromkeys(handles) if handle in self._leased]
+        stale = list((Counter(handles) - Counter(valid)).elements())
+        if not (stale and atomic):
+            for handle in valid:
+                self._confirm(handle)
+        if stale:
+            raise StaleHandlesError(stale)
+
+    def _confirm(self, handle: str) -> None:
+        if self._forget:
+            self._forget -= 1
+            self.forgotten += 1
+            return
+        number = self._leased.pop(handle)
+        now = self._monotonic()
+        self._confirmed_at[number] = now
+        self._confirm_latencies.append(now - self._born[number])
+        self.confirmed += 1
+        if not self._keep_bodies:
+            self._bodies.pop(number, None)
+
+    def expire(self) -> None:
+        """Make visible again what was leased for too long."""
+        now = self._monotonic()
+        while self._leases and self._leases[0][0] <= now:
+            for handle in self._leases.popleft()[1]:
+                number = self._leased.pop(handle, None)
+                if number is not None:
+                    heappush(self._again, number)
+
+    def ledger(self, *, start: int = 0, count: int | None = None, bodies: bool = False) -> list[LedgerRow]:
+        """What became of the events, in the order of their birth.
+
+        Args:
+            start: Number of the first one to tell of.
+            count: How many; None for all.
+            bodies: Tell their bodies, too.
+        """
+        self.expire()
+        end = self.fed if count is None else min(self.fed, start + count)
+        leased = set(self._leased.values())
+        return [self._row(number, leased=number in leased, with_body=bodies) for number in range(start, end)]
+
+    def _row(self, number: int, *, leased: bool, with_body: bool) -> LedgerRow:
+        confirmed = not isnan(self._confirmed_at[number])
+        has_body = with_body and (self._generated[number] or number in self._bodies)
+        return LedgerRow(
+            number=number,
+            times_delivered=self._times[number],
+            confirmed=confirmed,
+            leased=leased,
+            stranded=self._times[number] > 0 and not confirmed and not leased,
+            born=self._born[number] + self._wall_offset_secs,
+            confirmed_at=self._confirmed_at[number] + self._wall_offset_secs if confirmed else None,
+            body=self._body(number).decode(errors="replace") if has_body else None,
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, and how long after their birth the latest 20,000 events were pulled and confirmed, in seconds."""
+        self.expire()
+        return {
+            "fed": self.fed,
+            "confirmed": self.confirmed,
+            "outstanding": self.leased,
+            "visible": self.visible,
+            "redeliveries": self.redeliveries,
+            "confirms_forgotten": self.forgotten,
+            "birth_to_first_pull_secs": _percentiles(self._pull_latencies),
+            "birth_to_confirm_secs": _percentiles(self._confirm_latencies),
+        }
+
+
+def _with_handle(body: bytes, handle: str) -> bytes:
+    if not body.startswith(b"{"):
+        return body
+    gap = b"" if _NO_MEMBERS.match(body) else b","
+    return b'{"EventHandle":"%b"%b%b' % (handle.encode(), gap, body[1:])
+
+
+def _percentiles(values: Iterable[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    last = len(ordered) - 1
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {name: round(ordered[round(last * share)], 6) for name, share in shares.items()}
+
+
+class SlidingSecond:
+    """Counts what happened in the second that has just passed."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque()
+        self.peak = 0
+
+    def count(self, now: float) -> int:
+        """How much happened after `now` less one second."""
+        while self._times and self._times[0] <= now - 1:
+            self._times.popleft()
+        return len(self._times)
+
+    def add(self, now: float) -> None:
+        """It happened."""
+        self._times.append(now)
+        self.peak = max(self.peak, self.count(now))
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class _BadRequestError(Exception):
+    """What came is not the HTTP that this server speaks."""
+
+
+_DIGITS: Final = re.compile(r"[0-9]{1,12}")
+_REASONS: Final = {200: b"OK", 400: b"Bad Request", 404: b"Not Found", 500: b"Internal Server Error"} | {
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+}
+
+
+class _Connection(asyncio.Protocol):
+    """One client's connection: HTTP/1.1 with keep-alive, one request after the other."""
+
+    def __init__(self, service: "_Service") -> None:
+        self._service = service
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._busy = False
+        self._close_after = False
+        self.on_lost: Callable[[], None] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody would read an answer."""
+        return self._transport is None or self._transport.is_closing()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker; TCP is nothing else
+        self._transport = transport
+        self._service.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._transport = None
+        self._service.connections.discard(self)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._next()
+
+    def _next(self) -> None:
+        if self._busy or self.closed:
+            return
+        try:
+            request = self._cut_request()
+        except _BadRequestError as error:
+            self._close_after = True
+            self._service.bad_requests += 1
+            self.send(orjson.dumps({"error": str(error)}), status=400)
+            return
+        if request is not None:
+            self._busy = True
+            self._close_after = request.headers.get("connection", "").lower() == "close"
+            self._service.handle(request, self)
+
+    def _cut_request(self) -> _Request | None:
+        end = self._buffer.find(b"\r\n\r\n")
+        if end > _HEAD_MAX_BYTES or (end < 0 and len(self._buffer) > _HEAD_MAX_BYTES):
+            raise _BadRequestError("the head is longer than 64 KiB")
+        if end < 0:
+            return None
+        first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
+        parts = first.split(" ")
+        if len(parts) != 3 or parts[2] != "HTTP/1.1":  # noqa: PLR2004 - method, target, version
+            raise _BadRequestError("the first line is not that of an HTTP/1.1 request")
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon or not name or name != name.strip():
+                raise _BadRequestError(f"{line[:80]!r} is no header")
+            headers[name.lower()] = value.strip()
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers or not _DIGITS.fullmatch(length):
+            raise _BadRequestError("a body needs its Content-Length")
+        if int(length) > _BODY_MAX_BYTES:
+            raise _BadRequestError("the body is too long")
+        start, stop = end + 4, end + 4 + int(length)
+        if len(self._buffer) < stop:
+            if headers.get("expect", "").lower() == "100-continue" and len(self._buffer) == start and self._transport:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return None
+        body = bytes(self._buffer[start:stop])
+        del self._buffer[:stop]
+        return _Request(method=parts[0], target=parts[1], headers=headers, body=body)
+
+    def send(
+        self, body: bytes, *, status: int = 200, content_type: bytes = b"application/json", cut_at: int | None = None
+    ) -> None:
+        """Answer the request.
+
+        Args:
+            body: The whole body.
+            status: Of HTTP.
+            content_type: Of the body.
+            cut_at: End the connection after so many bytes of the body.
+        """
+        if self._transport is None or self._transport.is_closing():
+            return
+        head = b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\nConnection: %b\r\n\r\n" % (
+            status,
+            _REASONS[status],
+            self._service.date(),
+            content_type,
+            len(body),
+            b"close" if self._close_after else b"keep-alive",
+        )
+        self._transport.write(head + body[:cut_at])
+        if self._close_after or cut_at is not None:
+            self._transport.close()
+            return
+        self._busy = False
+        if self._buffer:
+            asyncio.get_running_loop().call_soon(self._next)
+
+    def drop(self) -> None:
+        """End the connection at once, whatever is still to be sent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def cut(self) -> None:
+        """End the connection without an answer."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def reset(self) -> None:
+        """End the connection as a crashed peer or an angry middlebox does."""
+        if self._transport is not None:
+            # With a linger time of 0 the kernel sends RST where it would send FIN.
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._transport.abort()
+
+
+# --- the API ----------------------------------------------------------------------------------------------------------
+
+
+class _ApiError(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """One request to the API, on its way."""
+
+    action: str
+    fault: Fault | None
+    request: _Request
+    connection: _Connection
+    started_at: float
+
+
+_AUTHORIZATION: Final = re.compile(
+    r"TC3-HMAC-SHA256 Credential=(?P<id>[^/\s,]+)/(?P<date>[^/\s,]+)/(?P<service>[^/\s,]+)/tc3_request, ?"
+    r"SignedHeaders=(?P<headers>[a-z0-9;-]+), ?Signature=(?P<signature>[0-9a-f]+)"
+)
+
+
+def _verify(request: _Request, *, secret_id: str, secret_key: str, token: str | None, now: float) -> None:
+    """Check a request's TC3-HMAC-SHA256 signature as the documents of signature v3 (product/266/38490) describe it.
+
+    Raises:
+        _ApiError: With the code that Tencent gives the failure.
+    """
+    headers = request.headers
+    timestamp = headers["x-tc-timestamp"]
+    claim = _AUTHORIZATION.fullmatch(headers["authorization"])
+    if claim is None:
+        raise _ApiError("AuthFailure.InvalidAuthorization", "The Authorization header is not that of signature v3.")
+    if claim["id"] != secret_id:
+        raise _ApiError("AuthFailure.SecretIdNotFound", "There is no such SecretId.")
+    if not _DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
+        raise _ApiError("AuthFailure.SignatureExpire", f"X-TC-Timestamp is more than {_SIGNATURE_SECS} s off.")
+    names = claim["headers"].split(";")
+    failure = _ApiError("AuthFailure.SignatureFailure", "The signature is not that of this request and SecretKey.")
+    if not {"content-type", "host"} <= set(names) <= set(headers) or names != sorted(names):
+        raise failure
+    date = datetime.fromtimestamp(int(timestamp), UTC).strftime("%Y-%m-%d")
+    if (claim["date"], claim["service"]) != (date, "vod"):
+        raise failure
+    signed = "".join(f"{name}:{headers[name].lower()}\n" for name in names)
+    digest = hashlib.sha256(request.body).hexdigest()
+    canonical = "\n".join(("POST", "/", "", signed, claim["headers"], digest))
+    canonical_digest = hashlib.sha256(canonical.encode("latin-1")).hexdigest()
+    text = "\n".join(("TC3-HMAC-SHA256", timestamp, f"{date}/vod/tc3_request", canonical_digest))
+    key = b"TC3" + secret_key.encode()
+    for part in (date, "vod", "tc3_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    if not hmac.compare_digest(hmac.digest(key, text.encode(), "sha256").hex(), claim["signature"]):
+        raise failure
+    if token is not None and headers.get("x-tc-token") != token:
+        raise _ApiError("AuthFailure.TokenFailure", "X-TC-Token is not the token of this SecretId.")
+
+
+class _Service:
+    """The API and the control endpoints over one queue; lives in one event loop."""
+
+    def __init__(self, options: SimulatorOptions, log: Logger | None) -> None:
+        self._options = options
+        self._log = log
+        seed = secrets.randbits(63) if options.seed is None else options.seed
+        self._random = Random(seed)  # noqa: S311 - faults and handles, not secrets
+        self._faults: Mapping[str, tuple[tuple[Fault, float], ...]] = _faults_by_action(options.faults)
+        self._queue = EventQueue(
+            visibility_secs=options.visibility_secs,
+            generator=EventGenerator(seed),
+            random=self._random,
+            forget_confirms=options.forget_confirms,
+            keep_bodies=options.keep_bodies,
+            wall_offset_secs=time.time() - time.monotonic(),
+        )
+        self._date_second = 0
+        self._date = b""
+        self._empties = 0
+        self._hanging: dict[_Call, asyncio.TimerHandle] = {}
+        self._expiry: asyncio.TimerHandle | None = None
+        self._lines: list[bytes] | None = None
+        self._paced = 0
+        self._paced_total: float = 0
+        self._started_at = 0.0
+        self._accepted = {action: SlidingSecond() for action in _ACTIONS}
+        self._arrived = {action: SlidingSecond() for action in _ACTIONS}
+        self._counts: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._faulted: Counter[str] = Counter()
+        self.bad_requests = 0
+        self.connections: set[_Connection] = set()
+
+    # --- life ---
+
+    async def run(self, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+        """Serve until `stop` is set.
+
+        Args:
+            ready: Called with the base URL once connections are accepted.
+            stop: Ends it; all connections are cut.
+
+        Raises:
+            OSError: The address cannot be listened on, or the events' file cannot be read.
+        """
+        options = self._options
+        loop = asyncio.get_running_loop()
+        if options.events_file is not None:
+            self._lines = _lines_of(options.events_file.read_bytes())
+        server = await loop.create_server(lambda: _Connection(self), options.host, options.port, backlog=1024)
+        try:
+            self._start_feeding()
+            host, port = server.sockets[0].getsockname()[:2]
+            ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            await stop.wait()
+        finally:
+            server.close()
+            for call in list(self._hanging):
+                self._unhang(call)
+            for connection in list(self.connections):
+                connection.drop()
+            await asyncio.sleep(0)  # the turn in which the transports close their sockets
+            await server.wait_closed()
+
+    def _start_feeding(self) -> None:
+        options = self._options
+        self._started_at = time.monotonic()
+        self._queue.generate(options.events)
+        if not options.rate:
+            self._queue.feed(self._lines or ())
+            return
+        self._paced_total = options.feed or float("inf")
+        if self._lines is not None:
+            self._paced_total = min(self._paced_total, len(self._lines))
+        self._feed_due()
+
+    def _feed_due(self) -> None:
+        """Feed what is due by now, so that the rate holds however late timers are."""
+        rate = self._options.rate
+        elapsed_secs = time.monotonic() - self._started_at
+        due = int(min(elapsed_secs * rate + 1, self._paced_total)) - self._paced
+        if due > 0:
+            if self._lines is None:
+                self._queue.generate(due)
+            else:
+                self._queue.feed(self._lines[self._paced : self._paced + due])
+            self._paced += due
+            self._wake()
+        if self._paced < self._paced_total:
+            wait_secs = self._started_at + self._paced / rate - time.monotonic()
+            asyncio.get_running_loop().call_later(max(wait_secs, 0.001), self._feed_due)
+
+    def date(self) -> bytes:
+        """The value of the `Date` header, by the simulator's own clock."""
+        second = int(self._now())
+        if second != self._date_second:
+            self._date_second = second
+            self._date = formatdate(second, usegmt=True).encode()
+        return self._date
+
+    def _now(self) -> float:
+        return time.time() + self._options.clock_skew_secs
+
+    # --- requests ---
+
+    def handle(self, request: _Request, connection: _Connection) -> None:
+        """Answer a request on its connection, now or later."""
+        if request.method != "POST" or request.target != "/":
+            self._handle_control(request, connection)
+            return
+        action = request.headers.get("x-tc-action", "")
+        call = _Call(
+            action=action,
+            fault=self._draw_fault(action),
+            request=request,
+            connection=connection,
+            started_at=time.monotonic(),
+        )
+        _after(self._options.rtt_secs / 2, partial(self._serve, call))
+
+    def _draw_fault(self, action: str) -> Fault | None:
+        for fault, probability in self._faults.get(action, ()):
+            if self._random.random() < probability:
+                self._faulted[f"{_ACTIONS[action]}.{fault}"] += 1
+                return fault
+        return None
+
+    def _serve(self, call: _Call) -> None:
+        self._requests[call.action if call.action in _ACTIONS else "other"] += 1
+        if call.action in _ACTIONS:
+            self._arrived[call.action].add(time.monotonic())
+        if call.fault == "reset":
+            call.connection.reset()
+            return
+        if call.fault == "http_5xx":
+            status = self._random.choice((500, 502, 503, 504))
+            page = b"<html><body>%b</body></html>" % _REASONS[status]
+            send = partial(call.connection.send, page, status=status, content_type=b"text/html")
+            _after(self._options.rtt_secs / 2, send)
+            return
+        try:
+            _fail_on_purpose(call.fault)
+            self._authorize(call)
+            self._limit(call.action)
+            self._carry_out(call, self._parameters(call))
+        except _ApiError as error:
+            self._errors[error.code] += 1
+            self._reply(call, _error(error.code, str(error)), code=error.code)
+
+    def _authorize(self, call: _Call) -> None:
+        options, headers = self._options, call.request.headers
+        needed = ["X-TC-Action", "X-TC-Version"]
+        if options.secret_id is not None:
+            needed += ["X-TC-Timestamp", "Authorization"]
+        for name in needed:
+            if name.lower() not in headers:
+                raise _ApiError("MissingParameter", f"The request lacks the header {name}.")
+        if call.action not in _ACTIONS:
+            raise _ApiError("InvalidAction", f"The simulator knows {', '.join(_ACTIONS)}, not {call.action}.")
+        if headers["x-tc-version"] != _VERSION:
+            raise _ApiError("NoSuchVersion", f"The version of this API is {_VERSION}.")
+        if options.secret_id is not None and options.secret_key is not None:
+            _verify(
+                call.request,
+                secret_id=options.secret_id,
+                secret_key=options.secret_key,
+                token=options.token,
+                now=self._now(),
+            )
+
+    def _limit(self, action: str) -> None:
+        quota = self._options.requests_per_sec
+        if not quota:
+            return
+        now = time.monotonic()
+        if self._accepted[action].count(now) >= quota:
+            self._counts["refused_by_limit"] += 1
+            raise _ApiError("RequestLimitExceeded", f"{action} may be called {quota:g} times a second.")
+        self._accepted[action].add(now)
+
+    def _parameters(self, call: _Call) -> dict[str, Any]:
+        try:
+            parameters = orjson.loads(call.request.body)
+        except ValueError:
+            parameters = None
+        if not isinstance(parameters, dict):
+            raise _ApiError("InvalidParameter", "The body is not a JSON object.")
+        if unknown := sorted(parameters.keys() - _PARAMETERS[call.action]):
+            raise _ApiError("UnknownParameter", f"{call.action} has no parameter {unknown[0]}.")
+        sub_app_id = parameters.get("SubAppId")
+        if sub_app_id is not None and not _is_whole(sub_app_id):
+            raise _ApiError("InvalidParameter", "SubAppId is an integer.")
+        if self._options.sub_app_id is not None and sub_app_id != self._options.sub_app_id:
+            if call.action == "PullEvents":
+                raise _ApiError("ResourceNotFound.UserNotExist", "There is no such SubAppId.")
+            raise _ApiError("InvalidParameterValue.SubAppId", "There is no such SubAppId.")
+        return parameters
+
+    def _carry_out(self, call: _Call, parameters: Mapping[str, Any]) -> None:
+        if call.action == "PullEvents":
+            self._pull(call)
+            return
+        self._confirm(parameters)
+        self._reply(call, b"")
+
+    def _confirm(self, parameters: Mapping[str, Any]) -> None:
+        handles = parameters.get("EventHandles")
+        if handles is None:
+            raise _ApiError("MissingParameter", "EventHandles is missing.")
+        if not isinstance(handles, list) or not all(isinstance(handle, str) for handle in handles):
+            raise _ApiError("InvalidParameter", "EventHandles is a list of strings.")
+        if not 1 <= len(handles) <= _HANDLES_MAX:
+            raise _ApiError("InvalidParameter", f"EventHandles takes 1 to {_HANDLES_MAX} handles.")
+        try:
+            self._queue.confirm(handles, atomic=self._options.stale == "atomic")
+        except StaleHandlesError as error:
+            self._counts["confirms_stale"] += 1
+            raise _ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
+        self._counts["confirms"] += 1
+
+    # --- pulling ---
+
+    def _pull(self, call: _Call) -> None:
+        if call.connection.closed:
+            self._counts["pulls_abandoned"] += 1
+            return
+        elements = self._queue.take(self._options.batch)
+        if elements:
+            self._give(call, elements)
+        elif self._options.poll_secs:
+            timer = asyncio.get_running_loop().call_later(self._options.poll_secs, self._give_nothing, call)
+            self._hanging[call] = timer
+            call.connection.on_lost = partial(self._abandon, call)
+        else:
+            self._give_nothing(call)
+
+    def _give(self, call: _Call, elements: Sequence[bytes]) -> None:
+        self._watch_leases()
+        self._counts["pulls"] += 1
+        self._reply(call, b'"EventSet":[%b],' % b",".join(elements), events=len(elements))
+
+    def _give_nothing(self, call: _Call) -> None:
+        self._unhang(call)
+        self._counts["pulls"] += 1
+        self._counts["pulls_empty"] += 1
+        form: str = self._options.empty
+        if form == "mixed":
+            form = tuple(_EMPTY_FORMS)[self._empties % len(_EMPTY_FORMS)]
+            self._empties += 1
+        self._reply(call, _EMPTY_FORMS[form], events=0)
+
+    def _unhang(self, call: _Call) -> None:
+        timer = self._hanging.pop(call, None)
+        if timer is not None:
+            timer.cancel()
+            call.connection.on_lost = None
+
+    def _abandon(self, call: _Call) -> None:
+        self._unhang(call)
+        self._counts["pulls_abandoned"] += 1
+
+    def _wake(self) -> None:
+        """Events may have become visible: give them to the pulls that have hung the longest."""
+        while self._hanging and self._queue.visible:
+            call = next(iter(self._hanging))
+            self._unhang(call)
+            if call.connection.closed:
+                self._counts["pulls_abandoned"] += 1
+            else:
+                self._give(call, self._queue.take(self._options.batch))
+
+    def _watch_leases(self) -> None:
+        at = self._queue.next_expiry
+        if self._expiry is None and at is not None:
+            wait_secs = max(at - time.monotonic(), 0.0)
+            self._expiry = asyncio.get_running_loop().call_later(wait_secs, self._end_leases)
+
+    def _end_leases(self) -> None:
+        self._expiry = None
+        self._queue.expire()
+        self._wake()
+        self._watch_leases()
+
+    def _reply(self, call: _Call, members: bytes, *, code: str = "", events: int | None = None) -> None:
+        """Send the answer after the rest of the round trip, spoilt by the call's fault."""
+        request_id = str(UUID(int=self._random.getrandbits(128), version=4))
+        body = b'{"Response":{%b"RequestId":"%b"}}' % (members, request_id.encode())
+        if self._log is not None:
+            fields = {"error_code": code or None, "events": events, "fault": call.fault}
+            self._log.debug(
+                "simulator.answered",
+                action=call.action,
+                request_id=request_id,
+                duration_secs=round(time.monotonic() - call.started_at, 6),
+                **{name: value for name, value in fields.items() if value is not None},
+            )
+        send: Callable[[], None] = partial(call.connection.send, body)
+        delay_secs = self._options.rtt_secs / 2
+        match call.fault:
+            case "lost":
+                send = call.connection.cut
+            case "truncated":
+                at = self._random.randrange(1, len(body))
+                # The connection breaks half-way, or a proxy takes the half for the whole.
+                whole = self._random.random() < 0.5  # noqa: PLR2004 - a coin
+                send = partial(call.connection.send, body[:at] if whole else body, cut_at=None if whole else at)
+            case "slow":
+                delay_secs += self._options.slow_secs
+            case _:
+                pass
+        _after(delay_secs, send)
+
+    # --- control ---
+
+    def _handle_control(self, request: _Request, connection: _Connection) -> None:
+        try:
+            target = urlsplit(request.target)
+            answer = self._control(request.method, target.path, parse_qs(target.query), request.body)
+        except ValueError as error:
+            connection.send(orjson.dumps({"error": str(error)}), status=400)
+            return
+        if answer is None:
+            known = "POST / (the API), GET /_stats, GET /_ledger, POST /_feed, POST /_control"
+            connection.send(orjson.dumps({"error": f"there is only {known}"}), status=404)
+            return
+        connection.send(orjson.dumps(answer))
+
+    def _control(self, method: str, path: str, query: Mapping[str, list[str]], body: bytes) -> Any:
+        match method, path:
+            case "GET", "/_stats":
+                return self.stats()
+            case "GET", "/_ledger":
+                start, count = (_whole(query[name][0]) if name in query else None for name in ("from", "n"))
+                return self.ledger(start=start or 0, count=count, bodies=query.get("bodies") == ["1"])
+            case "POST", "/_feed":
+                return {"fed": self.feed(_lines_of(body))}
+            case "POST", "/_control":
+                changes = orjson.loads(body)
+                if not isinstance(changes, dict):
+                    raise ValueError("the body must be an object of options")  # noqa: TRY004 - answered as other bad values
+                self.control(changes)
+                return {"changed": sorted(changes)}
+            case _:
+                return None
+
+    def feed(self, bodies: Iterable[bytes]) -> int:
+        """Events are born, and pulls that hang get them."""
+        count = self._queue.feed(bodies)
+        self._wake()
+        return count
+
+    def control(self, changes: Mapping[str, Any]) -> None:
+        """Change options.
+
+        Raises:
+            ValueError: An option is unknown, or cannot be changed while running, or has no such value.
+        """
+        if unknown := sorted(changes.keys() - CONTROLLABLE):
+            raise ValueError(f"{unknown[0]}: cannot be changed while running; {', '.join(sorted(CONTROLLABLE))} can")
+        values = dict(changes)
+        if isinstance(values.get("faults"), str):
+            values["faults"] = parse_faults(values["faults"])
+        self._options = dataclasses.replace(self._options, **values)
+        self._faults = _faults_by_action(self._options.faults)
+
+    def ledger(self, *, start: int, count: int | None, bodies: bool) -> list[LedgerRow]:
+        """See `EventQueue.ledger`."""
+        return self._queue.ledger(start=start, count=count, bodies=bodies)
+
+    def stats(self) -> dict[str, Any]:
+        """What `Simulator.stats` describes."""
+        return {
+            **{name: self._counts[name] for name in _COUNTED},
+            "pulls_hanging_now": len(self._hanging),
+            "requests": dict(self._requests),
+            "errors": dict(self._errors),
+            "faults": dict(self._faulted),
+            "bad_requests": self.bad_requests,
+            "peak_requests_per_sec": {action: arrived.peak for action, arrived in self._arrived.items()},
+            "connections_now": len(self.connections),
+            "feeding": self._paced < self._paced_total,
+            **self._queue.stats(),
+        }
+
+
+_COUNTED: Final = ("pulls", "pulls_empty", "pulls_abandoned", "confirms", "confirms_stale", "refused_by_limit")
+
+
+def _fail_on_purpose(fault: Fault | None) -> None:
+    if fault == "internal_error":
+        raise _ApiError("InternalError", "Something broke inside the service.")
+    if fault == "limit":
+        raise _ApiError("RequestLimitExceeded", "The quota of this action is used up.")
+
+
+def _after(delay_secs: float, act: Callable[[], None]) -> None:
+    if delay_secs > 0:
+        asyncio.get_running_loop().call_later(delay_secs, act)
+    else:
+        act()
+
+
+def _error(code: str, message: str) -> bytes:
+    return b'"Error":%b,' % orjson.dumps({"Code": code, "Message": message})
+
+
+def _whole(text: str) -> int:
+    if not _DIGITS.fullmatch(text):
+        raise ValueError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def _lines_of(text: bytes) -> list[bytes]:
+    return [line for line in text.split(b"\n") if line.strip()]
+
+
+def _faults_by_action(faults: Mapping[str, float]) -> dict[str, tuple[tuple[Fault, float], ...]]:
+    """The faults of each action; a name that is narrowed to the action counts before the general one."""
+    return {
+        action: tuple(
+            (fault, probability)
+            for fault in FAULTS
+            if (probability := faults.get(f"{prefix}.{fault}", faults.get(fault, 0.0))) > 0
+        )
+        for action, prefix in _ACTIONS.items()
+    }
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+class Simulator:
+    """Runs the API in a background thread of this process; installs no signal handlers. A context manager.
+
+    `feed`, `control`, `stats` and `ledger` may be called from any thread while it runs; `stats` and `ledger` also
+    after it was stopped.
+
+    Args:
+        options: How it behaves; None for the defaults.
+        log: Gets a debug line for each answer.
+    """
+
+    def __init__(self, options: SimulatorOptions | None = None, log: Logger | None = None) -> None:
+        self._service = _Service(options or SimulatorOptions(), log)
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._url = ""
+
+    @property
+    def url(self) -> str:
+        """The base URL, `http://HOST:PORT`; empty before `start`."""
+        return self._url
+
+    def start(self) -> str:
+        """Start serving.
+
+        Returns:
+            The base URL. Connections are accepted from now on.
+
+        Raises:
+            OSError: The address cannot be listened on, or the events' file cannot be read.
+        """
+        started: Future[str] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="simulator", daemon=True)
+        self._thread.start()
+        self._url = started.result()
+        return self._url
+
+    def _run(self, started: Future[str]) -> None:
+        async def serve_here() -> None:
+            self._loop = asyncio.get_running_loop()
+            try:
+                await self._service.run(started.set_result, self._stop)
+            finally:
+                self._loop = None
+
+        try:
+            asyncio.run(serve_here())
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    def stop(self) -> None:
+        """Cut all connections and end the thread. Further calls do nothing."""
+        loop, thread, self._thread = self._loop, self._thread, None
+        if thread is None:
+            return
+        if loop is not None:
+            loop.call_soon_threadsafe(self._stop.set)
+        thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def feed(self, bodies: Iterable[bytes | str]) -> int:
+        """Put events into the queue.
+
+        Args:
+            bodies: Callback bodies, one an event, passed on as they are.
+
+        Returns:
+            How many.
+        """
+        texts = [body.encode() if isinstance(body, str) else body for body in bodies]
+        return self._call(lambda: self._service.feed(texts))
+
+    def control(self, **changes: Any) -> None:
+        """Change options of `CONTROLLABLE`; `faults` may be a string, as `parse_faults` reads it.
+
+        Raises:
+            ValueError: An option is unknown, or cannot be changed while running, or has no such value.
+        """
+        self._call(lambda: self._service.control(changes))
+
+    def stats(self) -> dict[str, Any]:
+        """What has happened so far; `GET /_stats` answers the same.
+
+        Returns:
+            `pulls` that were answered, `pulls_empty` among them, `pulls_abandoned` by their clients while they hung,
+            `pulls_hanging_now`; `confirms` that succeeded and `confirms_stale`; `refused_by_limit`; `requests` by
+            action, `errors` by code, `faults` by action and name, `bad_requests` that were no HTTP/1.1;
+            `peak_requests_per_sec` by action, over any second, refused ones included; `connections_now`; `feeding`:
+            whether `rate` still brings events; `fed`, divided into `confirmed`, `outstanding` (leased) and `visible`;
+            `redeliveries`, `confirms_forgotten`; percentiles `birth_to_first_pull_secs` and `birth_to_confirm_secs` of
+            the latest 20,000 events.
+        """
+        return self._call(self._service.stats)
+
+    def ledger(self, *, start: int = 0, count: int | None = None, bodies: bool = False) -> list[LedgerRow]:
+        """What became of each event; `GET /_ledger?from=START&n=COUNT&bodies=1` answers the same.
+
+        Args:
+            start: Number of the first event to tell of.
+            count: How many; None for all.
+            bodies: Tell their bodies, too.
+        """
+        return self._call(lambda: self._service.ledger(start=start, count=count, bodies=bodies))
+
+    def _call(self, function: Callable[[], _T]) -> _T:
+        """Run something where the queue lives: in the loop while there is one."""
+        loop = self._loop
+        if loop is None:
+            return function()
+        answer: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+                answer.set_exception(error)
+
+        loop.call_soon_threadsafe(run)
+        return answer.result()
+
+
+def serve(options: SimulatorOptions, log: Logger | None, ready: Callable[[str], None]) -> None:
+    """Serve from the main thread until SIGINT or SIGTERM.
+
+    Args:
+        options: How it behaves.
+        log: Gets a debug line for each answer.
+        ready: Called with the base URL once connections are accepted.
+
+    Raises:
+        OSError: The address cannot be listened on, or the events' file cannot be read.
+    """
+
+    async def serve_here() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await _Service(options, log).run(ready, stop)
+
+    asyncio.run(serve_here())

@@ -1,0 +1,73 @@
+"""The notify protocol of systemd (sd_notify(3)): datagrams to the socket that `$NOTIFY_SOCKET` names."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+
+class Notifier:
+    """Tells the service manager how the daemon is; does nothing where there is none.
+
+    Args:
+        address: `$NOTIFY_SOCKET`; a leading @ means the abstract namespace; empty means no service manager.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._last_status = ""
+
+    def notify(self, *assignments: str) -> None:
+        """Send `NAME=value` lines in one datagram. A manager that does not listen is no reason to fail."""
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify_socket:
+                notify_socket.settimeout(1)
+                notify_socket.sendto("\n".join(assignments).encode(), self._address)
+        except OSError:
+            pass
+
+    def ready(self) -> None:
+        """Start-up is finished."""
+        self.notify("READY=1")
+
+    def stopping(self) -> None:
+        """Shutdown has begun."""
+        self.notify("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        """One line for `systemctl status`; sent only where it changed."""
+        if text != self._last_status:
+            self._last_status = text
+            self.notify(f"STATUS={text}")
+
+    def alive(self) -> None:
+        """Feed the watchdog."""
+        self.notify("WATCHDOG=1")
+
+
+class Liveness:
+    """Knows what each thread is at and by when it should be done, so that the watchdog tells a hang from a wait.
+
+    Args:
+        monotonic: The clock, in seconds.
+    """
+
+    def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._steps: dict[int, tuple[str, float]] = {}
+
+    def begin(self, step: str, within_secs: float) -> None:
+        """This thread begins something that should end within so many seconds."""
+        self._steps[threading.get_ident()] = (step, self._monotonic() + within_secs)
+
+    def end(self) -> None:
+        """This thread is done with it, and may now wait for as long as it likes."""
+        self._steps.pop(threading.get_ident(), None)
+
+    def overdue(self, grace_secs: float) -> dict[str, float]:
+        """The steps that are further past their deadline than the grace, with how far, in seconds."""
+        now = self._monotonic()
+        late = {step: now - deadline for step, deadline in list(self._steps.values())}
+        return {step: secs for step, secs in late.items() if secs > grace_secs}

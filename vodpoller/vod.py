@@ -1,0 +1,685 @@
+"""The VOD event API: one request, one answer. Who calls decides what to try again.
+
+Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184), "Common
+error codes" and "Request structure", and from what public consumers of the API have met.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from math import inf
+from typing import Any, Final
+
+import orjson
+import requests
+from requests import PreparedRequest
+from requests.adapters import HTTPAdapter
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, RequestException, Timeout
+from requests.structures import CaseInsensitiveDict
+from urllib3.exceptions import HTTPError
+
+from vodpoller import __version__
+from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError, VodpollerError
+from vodpoller.events import (
+    Lease,
+    Malformed,
+    PulledEvent,
+    UnreadableError,
+    decode_json,
+    encode_json,
+    read_event,
+    salvage_events,
+)
+from vodpoller.logs import Logger
+from vodpoller.tc3 import Credentials, Tc3Auth
+
+_VERSION: Final = "2018-07-17"
+_PULL: Final = "PullEvents"
+_CONFIRM: Final = "ConfirmEvents"
+_CHUNK_BYTES: Final = 64 * 1024
+_CONNECT_SECS: Final = 5.0
+_CLOCK_OFF_SECS: Final = 60.0
+_EXCERPT_CHARS: Final = 100
+_MESSAGE_CHARS: Final = 300
+_HTTP_OK: Final = 200
+_HTTP_TOO_MANY: Final = 429
+
+
+class RateLimiter:
+    """Evenly spaced slots for one API action, for all threads of the process.
+
+    The slots lie 2% further apart than the quota asks for, and a thread that comes late may use a slot of the recent
+    past: at most two, and no more than those 2% leave room for. So no capacity is lost to late wake-ups, and no second,
+    wherever it begins, holds more slots than the quota.
+
+    Args:
+        requests_per_sec: The quota.
+        monotonic: The clock, in seconds.
+        sleep: Waits that many seconds.
+    """
+
+    _AIM = 0.98
+    _LATE_SLOTS = 1.9  # a little less than two, since requests reach the server with some jitter
+    _RECOVERY_PER_SEC = 0.05
+    _FLOOR_PER_SEC = 1.0
+
+    def __init__(
+        self,
+        requests_per_sec: float,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._quota = requests_per_sec
+        self._late_slots = min(self._LATE_SLOTS, self._LATE_SLOTS / 2 * (1 - self._AIM) * requests_per_sec)
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._rate = requests_per_sec
+        self._rate_at = monotonic()
+        self._halved_at = -inf
+        self._next_at = -inf
+
+    def acquire(self, timeout_secs: float | None = None) -> bool:
+        """Wait for a slot.
+
+        Args:
+            timeout_secs: None waits as long as it takes.
+
+        Returns:
+            False, at once and without using up a slot, where none comes within the time.
+        """
+        with self._lock:
+            now = self._monotonic()
+            gap_secs = 1 / (self._AIM * self._recovered(now))
+            slot_at = max(self._next_at, now - self._late_slots * gap_secs)
+            wait_secs = slot_at - now
+            if timeout_secs is not None and wait_secs > timeout_secs:
+                return False
+            self._next_at = slot_at + gap_secs
+        if wait_secs > 0:
+            self._sleep(wait_secs)
+        return True
+
+    def throttled(self) -> None:
+        """The server says that it was too much: halve the rate, which then recovers by 5% of the quota a second.
+
+        The refusals of one second count as one, however many threads report them.
+        """
+        with self._lock:
+            now = self._monotonic()
+            if now - self._halved_at < 1:
+                return
+            self._halved_at = now
+            self._rate = max(self._recovered(now) / 2, min(self._FLOOR_PER_SEC, self._quota))
+
+    def _recovered(self, now: float) -> float:
+        gained = self._RECOVERY_PER_SEC * self._quota * (now - self._rate_at)
+        self._rate_at = now
+        self._rate = min(self._quota, self._rate + gained)
+        return self._rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """What one PullEvents brought.
+
+    Args:
+        events: 0 to 16 events.
+        malformed: What stood in an event's place and cannot be read.
+        lease: The time in which the handles can be confirmed.
+        hung_secs: How long the answer took; an empty queue makes VOD wait up to 5 s.
+        request_id: Tencent's RequestId, empty where the answer has none.
+    """
+
+    events: tuple[PulledEvent, ...]
+    malformed: tuple[Malformed, ...]
+    lease: Lease
+    hung_secs: float
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Action:
+    name: str
+    headers: Mapping[str, str]
+    limiter: RateLimiter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """One HTTP answer, taken apart.
+
+    Args:
+        sent_at: Monotonic time at which its request began to be sent.
+        took_secs: From then until the body was read.
+        status: Of HTTP.
+        headers: Of HTTP.
+        body: Without its content encoding; what came of it.
+        cut: Why the body is not all that was sent; empty where it is.
+        unreadable: Why the body is not JSON; empty where it is.
+        response: The `Response` member, None where there is none.
+        error_code: Of `Response.Error`, None where the answer has no error.
+        error_message: Of `Response.Error`.
+        request_id: Empty where there is none.
+    """
+
+    sent_at: float
+    took_secs: float
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    cut: str
+    unreadable: str
+    response: Mapping[str, Any] | None
+    error_code: str | None
+    error_message: str
+    request_id: str
+
+    @property
+    def excerpt(self) -> str:
+        return self.body[: 4 * _EXCERPT_CHARS].decode(errors="replace")[:_EXCERPT_CHARS]
+
+
+class VodClient:
+    """Pulls and confirms events. Every call is one signed request and one answer, from any thread.
+
+    The one exception: a request that is refused because this machine's clock is wrong is sent again, once, with the
+    server's time.
+
+    Args:
+        endpoint: URL of the API: `https://vod.tencentcloudapi.com`.
+        region: `X-TC-Region`; empty leaves it out.
+        credentials: Asked at each request.
+        requests_per_sec: The account's quota for each API action.
+        timeout_secs: For a pull, from the connection to the answer's last byte. VOD lets an empty pull hang for 5 s and
+            recommends 10.
+        confirm_timeout_secs: The same for a confirm.
+        lease_secs: How long a pull's handles can be confirmed.
+        log: Where to.
+        session: Gives the transport and the environment's proxies; closed with the client. None makes one.
+        monotonic: The clock of leases and timeouts, in seconds.
+        wall: Unix time, in seconds.
+        sleep: Waits that many seconds.
+        answer_max_bytes: What is read of an answer, at most, after decompression.
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint: str,
+        region: str = "",
+        credentials: Callable[[], Credentials],
+        requests_per_sec: float = 100.0,
+        timeout_secs: float = 10.0,
+        confirm_timeout_secs: float = 2.0,
+        lease_secs: float = 30.0,
+        log: Logger,
+        session: requests.Session | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+        answer_max_bytes: int = 64 * 1024 * 1024,
+    ) -> None:
+        self._timeout_secs = timeout_secs
+        self._confirm_timeout_secs = confirm_timeout_secs
+        self._lease_secs = lease_secs
+        self._log = log
+        self._monotonic = monotonic
+        self._wall = wall
+        self._answer_max_bytes = answer_max_bytes
+
+        self._url = requests.Request("POST", endpoint).prepare().url or endpoint
+        self._session = _make_session() if session is None else session
+        # Asking the environment at each request would cost as much again as the request.
+        environment = self._session.merge_environment_settings(self._url, {}, None, None, None)
+        self._session.trust_env = False
+        self._proxies: dict[str, str] = dict(environment["proxies"])
+        self._verify: bool | str = environment["verify"] or True
+        # The adapter alone, not Session.send: that keeps cookies, and reads a redirect's body and target.
+        self._adapter = self._session.get_adapter(self._url)
+
+        self._clock_lock = threading.Lock()
+        self._clock_offset_secs = 0.0
+        self._sign = Tc3Auth(credentials, wall=lambda: wall() + self._clock_offset_secs)
+        self._pull, self._confirm = (
+            _Action(
+                name=name,
+                headers=_headers(name, region),
+                limiter=RateLimiter(requests_per_sec, monotonic=monotonic, sleep=sleep),
+            )
+            for name in (_PULL, _CONFIRM)
+        )
+
+    def pull(self, source: str, sub_app_id: int | None) -> Pull:
+        """Take up to 16 events from the queue; hangs up to 5 s while it is empty.
+
+        Args:
+            source: Name of the source, for the events.
+            sub_app_id: Tencent's SubAppId, None for an account without.
+
+        Raises:
+            ThrottledError: The quota is used up, or leaves no slot within `timeout_secs`.
+            TransientError: Nothing usable came.
+            OperatorError: Credentials, rights or configuration are wrong.
+        """
+        body = orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
+        answer = self._ask(self._pull, body, timeout_secs=self._timeout_secs, give_up_at=None)
+        items: Sequence[PulledEvent | Malformed]
+        if answer.error_code is not None:
+            if not _is_empty_queue(answer):
+                raise _refusal(self._pull, answer)
+            items = ()
+        elif answer.status == _HTTP_OK and answer.unreadable:
+            items = self._salvaged(answer, answer.cut or answer.unreadable, source, sub_app_id)
+        else:
+            event_set = _event_set(answer)
+            try:
+                items = [read_event(item, source=source, sub_app_id=sub_app_id) for item in event_set]
+            except UnreadableError as error:
+                items = self._salvaged(answer, str(error), source, sub_app_id)
+        return Pull(
+            events=tuple([item for item in items if isinstance(item, PulledEvent)]),
+            malformed=tuple([item for item in items if isinstance(item, Malformed)]),
+            lease=Lease(starts_at=answer.sent_at, secs=self._lease_secs),
+            hung_secs=answer.took_secs,
+            request_id=answer.request_id,
+        )
+
+    def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> None:
+        """Let VOD forget events.
+
+        Args:
+            sub_app_id: As it was at the pull.
+            handles: 1 to 16, of one pull.
+            timeout_secs: What is left of the lease, the wait for a request slot included. The request itself takes
+                `confirm_timeout_secs` at most.
+
+        Raises:
+            RefusedHandlesError: Some handle is stale, or of another SubAppId. None may have been confirmed.
+            ThrottledError: The quota is used up, or leaves no slot in time: nothing was confirmed.
+            TransientError: It is not known whether the handles are confirmed.
+            OperatorError: Credentials, rights or configuration are wrong.
+        """
+        content: dict[str, Any] = {"EventHandles": list(handles)}
+        if sub_app_id is not None:
+            content["SubAppId"] = sub_app_id
+        give_up_at = None if timeout_secs is None else self._monotonic() + timeout_secs
+        answer = self._ask(
+            self._confirm, encode_json(content), timeout_secs=self._confirm_timeout_secs, give_up_at=give_up_at
+        )
+        if answer.error_code is not None:
+            raise _refusal(self._confirm, answer)
+        _response_of(answer)
+
+    def close(self) -> None:
+        """Close the connections. A call that is under way may fail."""
+        self._session.close()
+
+    # --- one exchange -------------------------------------------------------------------------------------------------
+
+    def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, give_up_at: float | None) -> _Answer:
+        offset_secs = self._clock_offset_secs
+        answer = self._exchange(action, body, timeout_secs=timeout_secs, give_up_at=give_up_at)
+        if answer.error_code == "AuthFailure.SignatureExpire" and self._clock_was_off(answer, offset_secs):
+            answer = self._exchange(action, body, timeout_secs=timeout_secs, give_up_at=give_up_at)
+        return answer
+
+    def _clock_was_off(self, answer: _Answer, used_offset_secs: float) -> bool:
+        """Whether the server's time is another than the request was signed with; if so it is used from now on."""
+        server_time = _http_date(answer.headers.get("Date"))
+        if server_time is None:
+            return False
+        offset_secs = server_time - self._wall()
+        if abs(offset_secs - used_offset_secs) <= _CLOCK_OFF_SECS:
+            return False
+        with self._clock_lock:
+            corrected = self._clock_offset_secs == used_offset_secs  # else another thread has done it meanwhile
+            if corrected:
+                self._clock_offset_secs = offset_secs
+        if corrected:
+            self._log.warning("clock.corrected", skew_secs=round(offset_secs, 1), request_id=answer.request_id)
+        return True
+
+    def _exchange(self, action: _Action, body: bytes, *, timeout_secs: float, give_up_at: float | None) -> _Answer:
+        """Wait for a slot, sign, send, and read the answer.
+
+        Args:
+            action: Which.
+            body: Of the request.
+            timeout_secs: For request and answer.
+            give_up_at: Monotonic time that ends the wait for the slot too; None waits `timeout_secs` of a pull for it.
+        """
+        slot_secs = self._timeout_secs if give_up_at is None else give_up_at - self._monotonic()
+        got_slot = slot_secs > 0 and action.limiter.acquire(slot_secs)
+        prepared = self._prepare(action, body) if got_slot else None
+        sent_at = self._monotonic()
+        if give_up_at is not None:
+            timeout_secs = min(timeout_secs, give_up_at - sent_at)
+        if prepared is None or timeout_secs <= 0:
+            raise ThrottledError(f"{action.name} was not sent: api.requests_per_sec left no room for it in time")
+        try:
+            answer = self._sent(prepared, sent_at, timeout_secs)
+        except VodpollerError as error:
+            took_secs = round(self._monotonic() - sent_at, 6)
+            self._log.debug("api.answered", action=action.name, duration_secs=took_secs, **error.fields())
+            raise
+        self._log.debug(
+            "api.answered",
+            action=action.name,
+            request_id=answer.request_id,
+            duration_secs=round(answer.took_secs, 6),
+            status=answer.status,
+            error_code=answer.error_code,
+        )
+        if _is_throttling(answer):
+            action.limiter.throttled()
+        return answer
+
+    def _prepare(self, action: _Action, body: bytes) -> PreparedRequest:
+        prepared = PreparedRequest()
+        prepared.method = "POST"
+        prepared.url = self._url
+        prepared.headers = CaseInsensitiveDict(action.headers)
+        prepared.headers["Content-Length"] = str(len(body))
+        prepared.body = body
+        return self._sign(prepared)
+
+    def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> _Answer:
+        try:
+            response = self._adapter.send(
+                prepared,
+                stream=True,
+                timeout=(min(timeout_secs, _CONNECT_SECS), timeout_secs),
+                verify=self._verify,
+                proxies=self._proxies,
+            )
+        except (InvalidURL, InvalidSchema, MissingSchema) as error:
+            raise OperatorError(f"api.endpoint or the environment's proxy cannot be used: {_reason(error)}") from error
+        except Timeout as error:
+            raise TransientError(f"no answer within {timeout_secs:.1f} s: {_reason(error)}") from error
+        except (RequestException, HTTPError) as error:
+            raise TransientError(f"VOD cannot be reached: {_reason(error)}") from error
+        except OSError as error:  # requests says so where the CA bundle is missing
+            raise OperatorError(f"the request cannot be sent: {error}") from error
+        except ValueError:
+            # The cause is left out because it quotes the header, which may be the token.
+            raise OperatorError(
+                "the request cannot be sent: secret_id, token or region hold characters that no HTTP header may hold"
+            ) from None
+        try:
+            body, cut = self._read_body(response, sent_at + timeout_secs)
+        finally:
+            response.close()  # a connection whose answer was read to its end is in the pool by now and stays open
+        return _take_apart(response, body, cut, sent_at=sent_at, took_secs=self._monotonic() - sent_at)
+
+    def _read_body(self, response: requests.Response, give_up_at: float) -> tuple[bytes, str]:
+        """All of the body that can be had until then, and why it is not all; empty where it is."""
+        raw = response.raw
+        chunks: list[bytes] = []
+        left = self._answer_max_bytes
+        try:
+            while True:
+                left_secs = give_up_at - self._monotonic()
+                if left_secs <= 0:
+                    return b"".join(chunks), "it did not end in time"
+                connection = raw.connection
+                if connection is not None and connection.sock is not None:
+                    connection.sock.settimeout(left_secs)
+                # read1 hands out what has come: read would keep it back, and lose it when the connection breaks.
+                chunk = raw.read1(_CHUNK_BYTES, decode_content=True)
+                if not chunk:
+                    return b"".join(chunks), ""
+                chunks.append(chunk)
+                left -= len(chunk)
+                if left < 0:
+                    return b"".join(chunks), f"it is longer than {self._answer_max_bytes} bytes"
+        except (HTTPError, OSError) as error:
+            return b"".join(chunks), str(error)
+
+    # --- what an answer means -----------------------------------------------------------------------------------------
+
+    def _salvaged(
+        self, answer: _Answer, why: str, source: str, sub_app_id: int | None
+    ) -> list[PulledEvent | Malformed]:
+        """Event by event, what can be read of an answer that cannot be as a whole."""
+        text = answer.body.decode(errors="surrogateescape")
+        truncated = bool(answer.cut) or not text.rstrip().endswith("}")
+        items = list(salvage_events(text, truncated=truncated, source=source, sub_app_id=sub_app_id))
+        usable = sum(1 for item in items if item.handle is not None)
+        if not usable:
+            raise _unusable(answer)
+        events = sum(1 for item in items if isinstance(item, PulledEvent))
+        self._log.warning(
+            "answer.salvaged",
+            source=source,
+            events=events,
+            malformed=len(items) - events,
+            answer_bytes=len(answer.body),
+            error_message=why,
+        )
+        return items
+
+
+def _make_session() -> requests.Session:
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=0))
+    return session
+
+
+def _headers(action: str, region: str) -> dict[str, str]:
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": f"vodpoller/{__version__}",
+        "Accept": "application/json",
+        # Compression would cost more time than it saves, and hide the events of an answer that is cut.
+        "Accept-Encoding": "identity",
+        "X-TC-Action": action,
+        "X-TC-Version": _VERSION,
+    }
+    return {**headers, "X-TC-Region": region} if region else headers
+
+
+def _reason(error: Exception) -> str:
+    """What a library's error says, without the layers that it is wrapped in."""
+    inner = error.args[0] if error.args else error
+    return str(getattr(inner, "reason", None) or inner)[:_MESSAGE_CHARS]
+
+
+def _take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: float, took_secs: float) -> _Answer:
+    """Content-Type does not matter: VOD's may carry a charset, or be another."""
+    unreadable = ""
+    document: Any = None
+    try:
+        document = decode_json(body.decode())
+    except (UnreadableError, UnicodeDecodeError) as error:
+        unreadable = str(error)
+    inner = document.get("Response") if isinstance(document, dict) else None
+    answered = inner if isinstance(inner, dict) else None
+    error_code, error_message = _error_in(answered)
+    request_id = answered.get("RequestId") if answered else None
+    return _Answer(
+        sent_at=sent_at,
+        took_secs=took_secs,
+        status=response.status_code,
+        headers=response.headers,
+        body=body,
+        cut=cut,
+        unreadable=unreadable,
+        response=answered,
+        error_code=error_code,
+        error_message=error_message,
+        request_id=str(request_id) if isinstance(request_id, str | int) else "",
+    )
+
+
+def _error_in(response: Mapping[str, Any] | None) -> tuple[str | None, str]:
+    error = response.get("Error") if response else None
+    if error is None:
+        return None, ""
+    if not isinstance(error, dict):
+        return "", str(error)
+    return str(error.get("Code") or ""), str(error.get("Message") or "")
+
+
+def _refusal(action: _Action, answer: _Answer) -> VodpollerError:
+    """The error for an answer with an error code."""
+    code = answer.error_code or ""
+    said = answer.error_message[:_MESSAGE_CHARS]
+    message = f"{action.name} was refused with {code or 'an error without a code'}: {said}"
+    request_id = answer.request_id
+    if _is_throttling(answer):
+        retry_after_secs = _retry_after_secs(answer)
+        return ThrottledError(message, retry_after_secs=retry_after_secs, error_code=code, request_id=request_id)
+    if action.name == _CONFIRM and _is_about_handles(code, said):
+        return RefusedHandlesError(message, error_code=code, request_id=request_id)
+    if code.startswith(_FOR_OPERATORS):
+        return OperatorError(f"{message} | {_advice(code, said)}", error_code=code, request_id=request_id)
+    return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
+
+
+def _is_throttling(answer: _Answer) -> bool:
+    return (answer.error_code or "").startswith("RequestLimitExceeded") or answer.status == _HTTP_TOO_MANY
+
+
+def _response_of(answer: _Answer) -> Mapping[str, Any]:
+    """The `Response` of an answer without an error code.
+
+    Raises:
+        TransientError: There is none, or HTTP says that it failed.
+    """
+    if answer.status != _HTTP_OK:
+        raise _http_failure(answer)
+    if answer.response is None:
+        raise _unusable(answer)
+    return answer.response
+
+
+def _unusable(answer: _Answer) -> TransientError:
+    why = answer.cut or answer.unreadable or "it has no Response"
+    return TransientError(f"the answer cannot be used ({why[:_MESSAGE_CHARS]}): {answer.excerpt!r}")
+
+
+def _event_set(answer: _Answer) -> list[Any]:
+    event_set = _response_of(answer).get("EventSet")
+    if event_set is None:
+        return []
+    if not isinstance(event_set, list):
+        raise TransientError(f"EventSet is not a list: {answer.excerpt!r}", request_id=answer.request_id)
+    return event_set
+
+
+def _http_failure(answer: _Answer) -> TransientError:
+    """The error for an answer that is not VOD's own, or whose body says nothing."""
+    status = answer.status
+    kind: type[TransientError] = TransientError
+    location = ""
+    if status == _HTTP_TOO_MANY:
+        kind, what = ThrottledError, "something before VOD asks for fewer requests"
+    elif status == requests.codes.proxy_authentication_required:
+        what = "the proxy wants a login: put user:password@ into the proxy URL of the environment"
+    elif status == requests.codes.forbidden:
+        what = "something between here and VOD, such as a proxy or a firewall, forbids the request"
+    elif 300 <= status < 400:  # noqa: PLR2004 - the class of redirects
+        location = f" to {answer.headers.get('Location', '')[:_EXCERPT_CHARS]}"
+        what = "the endpoint redirects, which is not followed since credentials must not travel: set api.endpoint right"
+    elif status >= requests.codes.server_error:
+        what = "VOD, or something before it, has a fault"
+    else:
+        what = "that is no answer of VOD: is api.endpoint right?"
+    return kind(
+        f"HTTP status {status}{location}: {what}: {answer.excerpt!r}",
+        retry_after_secs=_retry_after_secs(answer),
+        request_id=answer.request_id,
+    )
+
+
+def _retry_after_secs(answer: _Answer) -> float | None:
+    """`Retry-After` (RFC 9110, section 10.2.3): seconds, or a date, which is compared with the server's own."""
+    value = answer.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    then, now = _http_date(value), _http_date(answer.headers.get("Date"))
+    return max(then - now, 0.0) if then is not None and now is not None else None
+
+
+def _http_date(value: str | None) -> float | None:
+    try:
+        return parsedate_to_datetime(value).timestamp() if value else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _is_empty_queue(answer: _Answer) -> bool:
+    """VOD calls an empty queue a resource that was not found; its longer codes are other things not found."""
+    message = answer.error_message.lower()
+    return answer.error_code == "ResourceNotFound" and (not message or "event" in message)
+
+
+def _is_about_handles(code: str, message: str) -> bool:
+    """Whether a refused confirm may go through with fewer handles: the document only says "parameter error", 4000."""
+    if _names_sub_app(code) or (_names_sub_app(message) and "handle" not in message.lower()):
+        return False
+    if code.startswith("InvalidParameter") or code in {"4000", "ResourceNotFound"}:
+        return True
+    return "handle" in code.lower() or (code == "FailedOperation" and "handle" in message.lower())
+
+
+def _names_sub_app(text: str) -> bool:
+    return "subappid" in text.lower()
+
+
+# Codes that begin so will not go away by themselves.
+_FOR_OPERATORS: Final = (
+    "ActionOffline",
+    "AuthFailure",
+    "FailedOperation.InvalidAccount",
+    "FailedOperation.InvalidVodUser",
+    "InvalidAction",
+    "InvalidParameter",
+    "IpInBlacklist",
+    "IpNotInWhitelist",
+    "MissingParameter",
+    "NoSuchProduct",
+    "NoSuchVersion",
+    "ResourceNotFound",
+    "Unauthorized",
+    "UnknownParameter",
+    "UnsupportedOperation",
+    "UnsupportedProtocol",
+    "UnsupportedRegion",
+    "4000",
+)
+
+_NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
+_RIGHTS: Final = "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owner of the key"
+
+# The first that fits; what comes last fits all.
+_ADVICE: Final = (
+    ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: compare secret_id with the CAM console"),
+    ("AuthFailure.InvalidSecretId", "this is no key of Tencent Cloud's API: compare secret_id with the CAM console"),
+    ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then send SIGHUP"),
+    ("AuthFailure.SignatureExpire", "the clock of this machine is off by over 300 s: synchronize it (NTP)"),
+    ("AuthFailure.TokenFailure", "the temporary token is wrong or has ended: renew key and token together"),
+    ("AuthFailure.UnauthorizedOperation", _RIGHTS),
+    ("AuthFailure", "check the key in the CAM console, then send SIGHUP"),
+    ("Unauthorized", _RIGHTS),
+    ("FailedOperation.Invalid", _NO_VOD_USER),
+    ("ResourceNotFound.UserNotExist", _NO_VOD_USER),
+    ("ResourceNotFound", "does the SubAppId exist in this account? check sub_app_id"),
+    ("UnsupportedRegion", "check api.region, or leave it out"),
+    ("Ip", "let the address of this machine in, at the account's access settings"),
+    ("", "check api.endpoint and api.region, and whether there is a newer vodpoller"),
+)
+_SUB_APP: Final = (
+    "check the source's sub_app_id: accounts opened since 2023-12-25 must give it, and it must be one of the account's"
+)
+
+
+def _advice(code: str, message: str) -> str:
+    if _names_sub_app(code + message) or code.startswith(("InvalidParameter", "MissingParameter", "4000")):
+        return _SUB_APP
+    return next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
