@@ -70,8 +70,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer.body)
 
-    do_GET = do_POST
-
     def log_message(self, *args):
         pass
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from vodpoller import config
@@ -193,6 +195,7 @@ def replaced(old: str, new: str) -> str:
         (replaced('"file"', '"${TYPE}"'), "sinks.archive.type", ["no variable TYPE"]),
         # files
         (VALID + '[journal]\npath = ""', "journal.path", ["names no file"]),
+        (VALID + '[journal]\npath = "/a\\u0000b"', "journal.path", ["names no file"]),
         (
             VALID + '[journal]\npath = "/var/lib/vodpoller/events.jsonl"',
             "sinks.archive",
@@ -310,6 +313,62 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     )
 
 
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["main", "archive", "${X", "["]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+    max_leaves=5,
+)
+PLACES = [
+    (table, key)
+    for table in [
+        ("sources", 0),
+        ("routes", 0),
+        ("sinks", "archive"),
+        ("api",),
+        ("credentials",),
+        ("journal",),
+        ("log",),
+    ]
+    for key in [
+        None,
+        "name",
+        "sinks",
+        "sources",
+        "where",
+        "event_types",
+        "type",
+        "path",
+        "secret_key",
+        "endpoint",
+        "level",
+    ]
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.sampled_from(PLACES), value=ANYTHING)
+def test_whatever_stands_in_the_file_is_taken_or_a_problem(place, value):
+    data = tomllib.loads(VALID + "[api]\n[credentials]\n[journal]\n[log]")
+    (*path, last), key = place
+    at: Any = data
+    for part in path:
+        at = at[part]
+    if key is None:
+        at[last] = value
+    else:
+        at[last][key] = value
+    try:
+        found = config.from_dict(data, where="file", base=Path("/nonexistent"), env=ENV).sources
+    except ConfigError as error:
+        found = error.problems
+    assert found
+
+
 # --- coverage
 
 
@@ -421,6 +480,18 @@ def test_a_relative_secret_file_lies_beside_the_configuration_or_in_the_credenti
     assert key_of(load(text, tmp_path)) == ("AKIDfrombeside", "keyfromfile", None)
     env = {"CREDENTIALS_DIRECTORY": str(folder)}
     assert key_of(load(text, tmp_path, env)) == ("AKIDfromdir", "keyfromfile", None)
+
+
+def test_a_credentials_directory_that_may_not_be_searched_is_a_problem(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    folder = tmp_path / "credentials"
+    path = tmp_path / "config.toml"
+    path.write_text(VALID)
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ConfigError, match=f"credentials.secret_id_file: {folder}/secret_id cannot be read: "):
+        config.load(path, env={**ENV, "CREDENTIALS_DIRECTORY": str(folder)})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vodpoller.events import (
@@ -27,6 +27,10 @@ from vodpoller.events import (
     snapshots_of,
     task_id_of,
 )
+
+# A loaded machine is slow, not wrong.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -62,7 +66,7 @@ def salvage(text, *, truncated=False, sub_app_id=None):
 
 def answer_of(*elements):
     """An answer whose elements are given as they stand in it."""
-    return '{"Response":{"EventSet":[%s],"RequestId":"r"}}' % ",".join(elements)
+    return '{"Response":{"EventSet":[' + ",".join(elements) + '],"RequestId":"r"}}'
 
 
 def element(number, **members):
@@ -126,7 +130,7 @@ def test_no_json_value_in_an_events_place_breaks_the_reader(item):
 
 @pytest.mark.parametrize("depth", [250, 300, 900, 960, 990])
 def test_deep_nesting_is_an_event_or_malformed_but_never_breaks_the_batch(depth):
-    text = answer_of(element(0), '{"EventHandle":"deep","Deep":%s}' % nested(depth), element(2))
+    text = answer_of(element(0), f'{{"EventHandle":"deep","Deep":{nested(depth)}}}', element(2))
     try:
         read_items = [read(item) for item in decode_json(text)["Response"]["EventSet"]]
     except UnreadableError:
@@ -208,7 +212,7 @@ def test_a_null_below_the_top_level_counts():
     ],
 )
 def test_integers_stay_digit_for_digit(digits):
-    item = decode_json('{"EventHandle":"h","E":{"FileId":%s}}' % digits)
+    item = decode_json(f'{{"EventHandle":"h","E":{{"FileId":{digits}}}}}')
     event = read_whole(item).event
     assert event.body == b'{"E":{"FileId":%s}}' % digits.encode()
     assert file_id_of(event) == digits
@@ -284,8 +288,8 @@ BROKEN = {
     "bad escape": r'{"EventHandle":"bad","EventType":"T","E":"\x"}',
     "brackets in a string": r'{"EventHandle":"bad","EventType":"T","E":"}]{[\"",}',
     "not UTF-8": b'{"EventHandle":"bad","EventType":"T","E":"\xff"}'.decode(errors="surrogateescape"),
-    "too deep": '{"EventHandle":"bad","EventType":"T","E":%s}' % nested(5000),
-    "an integer too long": '{"EventHandle":"bad","EventType":"T","E":%s}' % ("9" * 5000),
+    "too deep": f'{{"EventHandle":"bad","EventType":"T","E":{nested(5000)}}}',
+    "an integer too long": '{"EventHandle":"bad","EventType":"T","E":' + "9" * 5000 + "}",
     "a bracket too few": '{"EventHandle":"bad","EventType":"T","E":{"N":1}',
     "unclosed string": '{"EventHandle":"bad","EventType":"T","E":"x}',
 }
@@ -322,7 +326,7 @@ def test_a_broken_element_with_a_numeric_handle_keeps_it():
 
 def test_a_broken_element_is_the_same_under_another_handle_and_another_under_another_sub_app():
     def key(handle, sub_app_id=None):
-        (item,) = salvage(answer_of('{"EventHandle":"%s","N":NaN}' % handle), sub_app_id=sub_app_id)
+        (item,) = salvage(answer_of(f'{{"EventHandle":"{handle}","N":NaN}}'), sub_app_id=sub_app_id)
         return item.event.key
 
     assert key("one") == key("other")

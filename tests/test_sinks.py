@@ -6,11 +6,12 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import get_args
 
 import pytest
-from receiver import Answer, running_receiver, until
 
+from tests.receiver import Answer, running_receiver, until
 from vodpoller.delivery import Sink
 from vodpoller.errors import RejectedError, TransientError
 from vodpoller.events import decode_json, make_event
@@ -26,10 +27,12 @@ def event(number=0, **more):
 
 
 class FileHarness:
-    cannot = {
-        "hang": "a write to a disk that does not answer cannot be given up",
-        "reject": "a file takes every line",
-    }
+    cannot = MappingProxyType(
+        {
+            "hang": "a write to a disk that does not answer cannot be given up",
+            "reject": "a file takes every line",
+        }
+    )
 
     def __init__(self, tmp_path):
         self.path = tmp_path / "events.jsonl"
@@ -61,7 +64,7 @@ class _FailingFiles(Files):
 
 
 class StdoutHarness:
-    cannot = {"reject": "a stream takes every line"}
+    cannot = MappingProxyType({"reject": "a stream takes every line"})
 
     def __init__(self, tmp_path):
         self.reading, self.writing = os.pipe()
@@ -123,7 +126,7 @@ class StdoutHarness:
 
 
 class WebhookHarness:
-    cannot = {}
+    cannot = MappingProxyType({})
 
     def __init__(self, tmp_path):
         self.running = running_receiver()
@@ -293,7 +296,7 @@ def test_reopening_while_it_delivers_loses_and_repeats_nothing(harness, sink):
     done = threading.Event()
 
     def reopen():
-        while not done.is_set():
+        while not done.wait(0.001):
             sink.reopen()
 
     reopening = threading.Thread(target=reopen)

@@ -93,8 +93,8 @@ def test_signs_as_the_official_sdk_does(case, monkeypatch):
 def test_one_auth_signs_right_when_day_and_credentials_change_between_requests(monkeypatch):
     day, keys = MIDNIGHT - 1, PERMANENT
     auth = Tc3Auth(lambda: keys, wall=lambda: day)
-    for day in (MIDNIGHT - 1, MIDNIGHT, MIDNIGHT - 1):  # noqa: B007 - the lambda reads it
-        for keys in (PERMANENT, Credentials("AKIDexample", "another-key")):  # noqa: B007 - as above
+    for day in (MIDNIGHT - 1, MIDNIGHT, MIDNIGHT - 1):
+        for keys in (PERMANENT, Credentials("AKIDexample", "another-key")):
             headers, body = official_request(Case(credentials=keys, now=day), monkeypatch)
             prepared = auth(post("https://vod.tencentcloudapi.com/", body))
             assert prepared.headers["Authorization"] == headers["Authorization"]

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -247,10 +248,11 @@ class Journal(BaseModel):
     model_config = _STRICT
 
     path: Annotated[Path, Field(strict=False)] = Field(
-        default=Path("/var/lib/vodpoller/journal.db"), description="The journal's file; its folder must exist."
+        default=Path("/var/lib/vodpoller/journal.db"),
+        description="The journal's file; its folder is made where it is missing.",
     )
     max_bytes: Annotated[int, Field(ge=2**20, le=2**50)] = Field(
-        default=2**30, description="How large it may grow. When it is full, events stay with VOD."
+        default=2**30, description="How much the stored events may take. Beyond it, events stay with VOD."
     )
     ledger_days: Annotated[float, Field(ge=4, le=3650)] = Field(
         default=5.0,
@@ -260,7 +262,7 @@ class Journal(BaseModel):
     @field_validator("path")
     @classmethod
     def _names_a_file(cls, value: Path) -> Path:
-        if not value.name:
+        if not value.name or "\0" in str(value):
             raise ValueError("names no file (for example /var/lib/vodpoller/journal.db)")
         return value
 
@@ -617,7 +619,7 @@ class _Reading:
         if key in table or f"{key}_file" in table:
             return "file"
         directory = self._surroundings.credentials_directory
-        if only in (None, "directory") and directory is not None and (directory / key).exists():
+        if only in (None, "directory") and directory is not None and _seems_to_exist(directory / key):
             table[f"{key}_file"] = str(directory / key)
             return "directory"
         if only in (None, "env") and (value := self._env.get(f"TENCENTCLOUD_{key.upper()}")):
@@ -734,7 +736,7 @@ class _Reading:
     def _check_claims(self, sinks: Mapping[str, SinkConfig], journal: Journal | None) -> None:
         holders: dict[str, str] = {}
         if journal is not None:
-            holders[f"file:{journal.path.resolve()}"] = "journal"
+            holders[f"file:{os.path.realpath(journal.path)}"] = "journal"
         for name, sink in sinks.items():
             for claim in sorted(sink.claims()):
                 holder = holders.setdefault(claim, f"sinks.{name}")
@@ -772,6 +774,13 @@ class _Reading:
             named = isinstance(name, str) and re.fullmatch(_NAME_PATTERN, name)
             key += f".{name}" if named else f"[{part}]"
         return key
+
+
+def _seems_to_exist(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return True  # reading it will say what is wrong
 
 
 def _loaded(point: EntryPoint) -> type[Sink]:

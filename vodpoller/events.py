@@ -264,7 +264,8 @@ _HANDLE = re.compile(rf'"EventHandle"\s*:\s*({_STRING}|\d+)')
 _TYPE = re.compile(rf'"EventType"\s*:\s*({_STRING})')
 _NEXT_ITEM = re.compile(r'\}\s*,\s*(?=\{\s*"(?:EventHandle|EventType)")')
 _BARE = re.compile(r"[^\[\]{},]+")
-_BRACKET = re.compile(rf"{_STRING}|[\[\]{{}}]")
+# What a string that was cut off holds is no bracket either.
+_BRACKET = re.compile(rf'{_STRING}|"(?:[^"\\]|\\.)*+\\?\Z|[\[\]{{}}]')
 
 
 def salvage_events(

@@ -195,7 +195,7 @@ class VodClient:
         credentials: Asked at each request.
         requests_per_sec: The account's quota for each API action.
         timeout_secs: For a pull, from the connection to the answer's last byte. VOD lets an empty pull hang for 5 s and
-            recommends 10.
+            recommends 10. Name resolution is not bounded by it, nor is a server that dribbles its headers.
         confirm_timeout_secs: The same for a confirm.
         lease_secs: How long a pull's handles can be confirmed.
         log: Where to.
