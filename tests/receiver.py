@@ -1,8 +1,9 @@
 """A webhook's receiver on loopback, that answers as a test tells it to."""
 
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -35,12 +36,24 @@ class Receiver(ThreadingHTTPServer):
         self.received = []
         self.accepted = []
         self.released = threading.Event()
-        self.stopped = False
+        self.connections = []
         self.lock = threading.Lock()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/callback"
+
+    def process_request(self, request, client_address):
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def hang_up(self):
+        for connection in self.connections:
+            with suppress(OSError):  # it has ended already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def answer_to(self, received):
+        return self.answer
 
     def handle_error(self, request, client_address):
         pass  # clients that give up are what some tests are about
@@ -54,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         received = Received(self.command, self.path, dict(self.headers), body, self.client_address)
         with self.server.lock:
-            answer = self.server.answer
+            answer = self.server.answer_to(received)
             self.server.received.append(received)
             if 200 <= answer.status < 300 and not answer.hangs:
                 self.server.accepted.append(received)
@@ -75,8 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_receiver():
-    receiver = Receiver()
+def running_receiver(receiver=None):
+    receiver = receiver or Receiver()
     thread = threading.Thread(target=receiver.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -85,6 +98,7 @@ def running_receiver():
         receiver.released.set()
         receiver.shutdown()
         thread.join()
+        receiver.hang_up()
         receiver.server_close()
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import annotated_types
 import pytest
+from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
+from vodpoller.cli import main
 from vodpoller.config import TABLES
 from vodpoller.sinks import SinkConfig, available_sinks
 
@@ -90,10 +92,6 @@ def test_the_table_of_keys_is_that_of_the_models() -> None:
 
 
 def test_every_command_line_option_of_the_readme_exists() -> None:
-    from click.testing import CliRunner
-
-    from vodpoller.cli import main
-
     text = README.read_text()
     for command in sorted(set(re.findall(r"\bvodpoller (run|check|demo|simulate)\b", text))):
         options = CliRunner().invoke(main, [command, "--help"]).output

@@ -169,6 +169,13 @@ def sink_type(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @pytest.fixture
 def harness(sink_type, tmp_path):
     made = HARNESSES[sink_type](tmp_path)

@@ -344,6 +344,7 @@ class Daemon:
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
         self._notifier.stopping()
         self._scheduler.shutdown(wait=False)
+        self._vod.stop_pulling()
         for poller in self._pollers:
             poller.stop()
         ended = [poller.join(ends_at - LAST_SECS - time.monotonic()) for poller in self._pollers]

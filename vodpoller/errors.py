@@ -48,6 +48,10 @@ class OperatorError(VodpollerError):
     """A person must act (credentials, rights, SubAppId): say so loudly, back off for long, never exit over it."""
 
 
+class StoppingError(VodpollerError):
+    """The daemon is stopping: the request was not sent."""
+
+
 class RefusedHandlesError(VodpollerError):
     """ConfirmEvents refused its parameters: some handle is stale, or the SubAppId is wrong. Split the batch."""
 

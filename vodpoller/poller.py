@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from vodpoller.delivery import Backoff, Latch
-from vodpoller.errors import OperatorError, TransientError, VodpollerError
+from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.logs import Logger, Repeats
 from vodpoller.pipeline import Pipeline
 from vodpoller.pipeline import Source as PulledSource
@@ -175,6 +175,9 @@ class Poller:
         self._liveness.begin(f"lane {self.name}", self._cycle_secs)
         try:
             self._pipeline.cycle(self._source, on_answer=on_answer, latch=latch)
+        except StoppingError:
+            with self._lock:
+                self._pulling -= 1
         except Exception as error:
             if answered:
                 raise

@@ -21,7 +21,14 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import HTTPError
 
 from vodpoller import __version__
-from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError, VodpollerError
+from vodpoller.errors import (
+    OperatorError,
+    RefusedHandlesError,
+    StoppingError,
+    ThrottledError,
+    TransientError,
+    VodpollerError,
+)
 from vodpoller.events import (
     Lease,
     Malformed,
@@ -241,6 +248,7 @@ class VodClient:
         # The adapter alone, not Session.send: that keeps cookies, and reads a redirect's body and target.
         self._adapter = self._session.get_adapter(self._url)
 
+        self._pulls_stopped = False
         self._clock_lock = threading.Lock()
         self._clock_offset_secs = 0.0
         self._sign = Tc3Auth(credentials, wall=lambda: wall() + self._clock_offset_secs)
@@ -264,6 +272,7 @@ class VodClient:
             ThrottledError: The quota is used up, or leaves no slot within `timeout_secs`.
             TransientError: Nothing usable came.
             OperatorError: Credentials, rights or configuration are wrong.
+            StoppingError: `stop_pulling` was called before the request was sent.
         """
         body = orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
         answer = self._ask(self._pull, body, timeout_secs=self._timeout_secs, give_up_at=None)
@@ -314,6 +323,10 @@ class VodClient:
             raise _refusal(self._confirm, answer)
         _response_of(answer)
 
+    def stop_pulling(self) -> None:
+        """Send no further pull, also of those that wait for a slot."""
+        self._pulls_stopped = True
+
     def close(self) -> None:
         """Close the connections. A call that is under way may fail."""
         self._session.close()
@@ -358,6 +371,8 @@ class VodClient:
         sent_at = self._monotonic()
         if give_up_at is not None:
             timeout_secs = min(timeout_secs, give_up_at - sent_at)
+        if self._pulls_stopped and action is self._pull:
+            raise StoppingError(f"{action.name} was not sent: the daemon is stopping")
         if prepared is None or timeout_secs <= 0:
             raise ThrottledError(f"{action.name} was not sent: api.requests_per_sec left no room for it in time")
         try:

@@ -1,0 +1,323 @@
+"""Whole processes for tests: the simulator and the daemon, each as a user starts it, and what can be seen of them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET_ID = "AKIDwholedaemon"
+SECRET_KEY = "the-key-of-the-whole-daemon-tests"
+
+
+def until(condition, *, secs=15.0, every_secs=0.05, what="it did not come true in time"):
+    """Poll for something that is about to come true.
+
+    Returns:
+        What the condition said, which is true.
+    """
+    ends_at = time.monotonic() + secs
+    while not (value := condition()):
+        assert time.monotonic() < ends_at, what() if callable(what) else what
+        time.sleep(every_secs)
+    return value
+
+
+def environment(**changes):
+    """That of this process, without what would change what vodpoller does."""
+    dropped = ("TENCENTCLOUD_", "NOTIFY_SOCKET", "JOURNAL_STREAM", "CREDENTIALS_DIRECTORY", "WATCHDOG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return {**kept, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", **changes}
+
+
+def canonical(text):
+    """What makes two JSON documents the same, by the standard library's understanding of JSON alone."""
+    return json.dumps(json.loads(text, strict=False), sort_keys=True)
+
+
+def run_command(*args, timeout_secs=30, **env):
+    """One command of vodpoller, from its start to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "vodpoller", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_secs,
+        env=environment(**env),
+    )
+
+
+class SimulatorProcess:
+    """`vodpoller simulate` with the options that are given, and its control endpoints."""
+
+    def __init__(self, errors_path, *, wait=True, **options):
+        args = []
+        for name, value in options.items():
+            args.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                args.append(str(value))
+        with errors_path.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vodpoller", "simulate", *args],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment(),
+            )
+        self.url = self.process.stdout.readline().strip()
+        assert self.url.startswith("http://"), errors_path.read_text()
+        self._session = requests.Session()
+        self._session.trust_env = False
+
+    def stats(self):
+        return self._session.get(f"{self.url}/_stats", timeout=10).json()
+
+    def ledger(self, *, bodies=False):
+        return self._session.get(f"{self.url}/_ledger?bodies={int(bodies)}", timeout=30).json()
+
+    def feed(self, *bodies):
+        lines = b"\n".join(body.encode() if isinstance(body, str) else body for body in bodies)
+        return self._post("/_feed", lines)["fed"]
+
+    def control(self, **changes):
+        self._post("/_control", json.dumps(changes).encode())
+
+    def _post(self, path, data):
+        response = self._session.post(self.url + path, data=data, timeout=30)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    @property
+    def requests(self):
+        return sum(self.stats()["requests"].values())
+
+    def all_confirmed(self):
+        stats = self.stats()
+        return not stats["feeding"] and stats["confirmed"] == stats["fed"]
+
+    def stop(self):
+        self._session.close()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class DaemonProcess:
+    """`vodpoller run` with its stderr in a file."""
+
+    def __init__(self, config_path, log_path, **env):
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vodpoller", "run", "-c", str(config_path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=environment(**env),
+            )
+
+    def log(self, event=None):
+        """The whole lines of the log, parsed; those of one event where it is named."""
+        text = self.log_path.read_bytes()
+        lines = map(json.loads, text[: text.rfind(b"\n") + 1].splitlines())
+        return [line for line in lines if event is None or line["event"] == event]
+
+    def problems(self):
+        return [line for line in self.log() if line["level"] in ("warning", "error", "critical")]
+
+    def await_log(self, event, *, secs=15.0, number=1, where=lambda line: True):
+        """The lines of an event as soon as there are so many."""
+
+        def found():
+            assert self.process.poll() is None or event == "daemon.stopped", f"it ended: {self.tail()}"
+            lines = [line for line in self.log(event) if where(line)]
+            return lines if len(lines) >= number else None
+
+        return until(found, secs=secs, what=lambda: f"no {event} in the log: {self.tail()}")
+
+    def tail(self):
+        return self.log_path.read_text()[-3000:]
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def terminate(self, *, secs=30.0):
+        """SIGTERM.
+
+        Returns:
+            The exit code, and how long it took in seconds.
+        """
+        began = time.monotonic()
+        self.signal(signal.SIGTERM)
+        return self.process.wait(secs), time.monotonic() - began
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class System:
+    """The processes of one test and their files; a context manager that leaves no process behind."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.archive = folder / "events.jsonl"
+        self.journal = folder / "journal.db"
+        self.config_path = folder / "config.toml"
+        self.key_path = folder / "secret_key"
+        self._running = []
+        self._logs = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        for process in reversed(self._running):
+            process.stop() if isinstance(process, SimulatorProcess) else process.kill()
+
+    def simulator(self, **options):
+        defaults = {"poll_secs": 0.5, "visibility_secs": 3, "requests_per_sec": 0}
+        simulator = SimulatorProcess(self.folder / "simulator.err", **(defaults | options))
+        self._running.append(simulator)
+        return simulator
+
+    def configure(
+        self,
+        url,
+        *,
+        lease_secs=3.0,
+        api="requests_per_sec = 1000",
+        source='unrouted = "dead_letter"',
+        sinks=None,
+        routes=None,
+        secret_key=SECRET_KEY,
+        more="",
+    ):
+        """Write the configuration: by default all events go to a file.
+
+        Args:
+            url: The endpoint.
+            lease_secs: As the simulator has it.
+            api: Further lines of [api].
+            source: Further lines of [[sources]].
+            sinks: The tables of the sinks; None for a file, named archive.
+            routes: The tables of the routes; None for one to each of the sinks.
+            secret_key: What is in the key's file.
+            more: Further tables.
+        """
+        sinks = self.archive_sink if sinks is None else sinks
+        names = [line.split(".", 1)[1].rstrip("]") for line in sinks.splitlines() if line.startswith("[sinks.")]
+        names = [name for name in names if "." not in name]
+        routes = f'[[routes]]\nname = "all"\nsinks = {json.dumps(names)}\n' if routes is None else routes
+        self.key_path.write_text(secret_key + "\n")
+        self.config_path.write_text(
+            f'[api]\nendpoint = "{url}"\nlease_secs = {lease_secs}\n{api}\n'
+            f'[credentials]\nsecret_id = "{SECRET_ID}"\nsecret_key_file = "{self.key_path}"\n'
+            f'[[sources]]\nname = "main"\n{source}\n{routes}\n{sinks}\n'
+            f'[journal]\npath = "{self.journal}"\n{more}\n'
+        )
+        return self.config_path
+
+    @property
+    def archive_sink(self):
+        return f'[sinks.archive]\ntype = "file"\npath = "{self.archive}"\n'
+
+    def daemon(self, *, started=True, log_name=None, **env):
+        """Start the daemon on the configuration that was written; waits until it says that it has."""
+        self._logs += 1
+        daemon = DaemonProcess(self.config_path, self.folder / (log_name or f"daemon{self._logs}.log"), **env)
+        self._running.append(daemon)
+        if started:
+            daemon.await_log("daemon.started")
+        return daemon
+
+    def lines(self):
+        """The whole lines of the archive."""
+        data = self.archive.read_bytes() if self.archive.exists() else b""
+        return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+
+    def lines_of_all_files(self):
+        """Those of rotated files, too."""
+        return [
+            line
+            for path in sorted(self.folder.glob("events.jsonl*"))
+            if path.suffix != ".lock"
+            for line in path.read_bytes().split(b"\n")[:-1]
+        ]
+
+
+def differences(fed, arrived):
+    """What was fed and did not arrive, and what arrived and was not fed or too often: two multisets."""
+    wanted, got = Counter(map(canonical, fed)), Counter(map(canonical, arrived))
+    return list((wanted - got).elements()), list((got - wanted).elements())
+
+
+def bodies_of(ledger):
+    """What the queue was fed with, of a ledger with bodies."""
+    return [row["body"] for row in ledger]
+
+
+class HeldPort:
+    """A port on which nobody listens, kept from other processes until somebody does who shares addresses."""
+
+    def __init__(self):
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        self.number = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.number}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self._socket.close()
+
+
+class ServiceManager:
+    """The other end of the notify socket."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.settimeout(0.1)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+        self.received = []
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception):
+        self._stopped.set()
+        self._thread.join()
+        self._socket.close()
+
+    def _listen(self):
+        while not self._stopped.is_set():
+            try:
+                said = self._socket.recv(65536).decode()
+            except TimeoutError:
+                continue
+            self.received.append((time.monotonic(), said))
+
+    def said(self, start):
+        return [said for _, said in self.received if said.startswith(start)]
+
+
+@contextmanager
+def running_system(folder):
+    """A System that is over when the test is."""
+    with System(folder) as system:
+        yield system

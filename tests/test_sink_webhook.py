@@ -1,0 +1,575 @@
+import base64
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from pydantic import ValidationError
+from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+
+from tests.receiver import Answer, Receiver, running_receiver, until
+from vodpoller import __version__
+from vodpoller.errors import ConfigError, RejectedError, TransientError
+from vodpoller.events import make_event
+from vodpoller.secret import Secret
+from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+OTHER_SECRET = "whsec_" + base64.b64encode(bytes(range(100, 132))).decode()
+SLACK_SECS = 1.5
+
+
+def event(number=1, **more):
+    return make_event({"EventType": "NewFileUpload", "Number": number, **more}, source="main", sub_app_id=None)
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver() as running:
+        yield running
+
+
+@pytest.fixture
+def opened():
+    sinks = []
+
+    def open_it(url, **more):
+        times = {name: more.pop(name) for name in ("wall", "monotonic") if name in more}
+        sinks.append(WebhookSink("hook", WebhookConfig(type="webhook", url=url, **more), **times))
+        return sinks[-1]
+
+    yield open_it
+    for sink in sinks:
+        sink.close()
+
+
+@contextmanager
+def raw_server(serve):
+    """A server that does with each connection what no HTTP server would."""
+    stopping = threading.Event()
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        listening.settimeout(0.05)
+
+        def accept():
+            while not stopping.is_set():
+                try:
+                    connection, _ = listening.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.settimeout(5)
+                    with suppress(OSError):
+                        serve(connection, stopping)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        finally:
+            stopping.set()
+            thread.join()
+
+
+@contextmanager
+def black_hole():
+    """An address on which a connection is never made: its backlog is full."""
+    with closing(socket.socket()) as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        fillers = []
+        try:
+            for _ in range(4):
+                filler = socket.socket()
+                fillers.append(filler)
+                filler.settimeout(0)
+                filler.connect_ex(listening.getsockname())
+            yield listening.getsockname()[1]
+        finally:
+            for filler in fillers:
+                filler.close()
+
+
+def failure_of(sink, kind=TransientError, timeout_secs=5.0):
+    with pytest.raises(kind) as excinfo:
+        sink.deliver([event()], timeout_secs)
+    return excinfo.value
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "app.example/callback",
+        "ftp://app.example/",
+        "http://",
+        "http:///path",
+        "http://app.example:99999/",
+        "http://app.example:port/",
+        "http://app example/",
+        "http://app.example/\npath",
+        "http://[::1/",
+        "http://.example:80/",
+    ],
+)
+def test_what_is_no_http_address_is_refused(url):
+    with pytest.raises(ValidationError) as excinfo:
+        WebhookConfig(type="webhook", url=url)
+    assert [error["loc"] for error in excinfo.value.errors()] == [("url",)]
+
+
+def test_credentials_in_the_url_are_refused_without_being_told():
+    with pytest.raises(ValidationError) as excinfo:
+        WebhookConfig(type="webhook", url="https://user:hunter2@app.example/")
+    (error,) = excinfo.value.errors()
+    assert "headers" in error["msg"]
+    assert "hunter2" not in error["msg"]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "whsec_",
+        "hunter2!",
+        "whsec_not base64 at all, of any length",
+        base64.b64encode(bytes(23)).decode(),
+        base64.b64encode(bytes(65)).decode(),
+        base64.b64encode(b"\xff" * 32).decode().replace("/", "_"),
+    ],
+)
+def test_a_secret_that_cannot_sign_is_refused_with_the_way_to_make_one(secret):
+    with pytest.raises(ValidationError) as excinfo:
+        WebhookConfig(type="webhook", url="https://app.example/", secret=secret)
+    (error,) = excinfo.value.errors()
+    assert error["loc"] == ("secret",)
+    assert "openssl rand -base64 32" in error["msg"]
+    assert secret not in error["msg"].replace("whsec_ and base64", "")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Length": "5"},
+        {"content-type": "text/plain"},
+        {"Transfer-Encoding": "chunked"},
+        {"Connection": "close"},
+        {"Webhook-Id": "mine"},
+        {"webhook-anything": "mine"},
+        {"": "empty"},
+        {"X Y": "blank"},
+        {"X:": "colon"},
+        {"X": ""},
+        {"X": " blank"},
+        {"X": "blank "},
+        {"X": "a\r\nInjected: yes"},
+        {"X": "雪"},
+        {"X": "1", "x": "2"},
+    ],
+)
+def test_headers_that_cannot_be_set_are_refused(headers):
+    with pytest.raises(ValidationError) as excinfo:
+        WebhookConfig(type="webhook", url="https://app.example/", headers=headers)
+    assert [error["loc"] for error in excinfo.value.errors()] == [("headers",)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("timeout_secs", 0.09), ("timeout_secs", 301), ("concurrency", 0), ("concurrency", 513), ("retries", 3)],
+)
+def test_values_out_of_bounds_are_refused(key, value):
+    with pytest.raises(ValidationError):
+        WebhookConfig(type="webhook", url="https://app.example/", **{key: value})
+
+
+def test_the_config_shows_neither_secret_nor_header_values():
+    config = WebhookConfig(type="webhook", url="https://app.example/", secret=SECRET, headers={"X-Token": "hunter2"})
+    assert "hunter2" not in repr(config)
+    assert SECRET not in repr(config)
+
+
+def test_a_ca_bundle_that_does_not_exist_is_a_config_error(opened, monkeypatch, tmp_path):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nothing.pem"))
+    with pytest.raises(ConfigError, match=r"nothing\.pem, which does not exist"):
+        opened("https://app.example/")
+
+
+# --- the request ---
+
+
+def test_the_request_is_the_body_with_its_identity(opened, receiver):
+    sink = opened(receiver.url + "?a=b", headers={"Authorization": "Bearer of-tidings"}, wall=lambda: 1_700_000_000.9)
+    sink.deliver([event()], 5.0)
+    (received,) = receiver.received
+    assert (received.method, received.path, received.body) == ("POST", "/callback?a=b", event().body)
+    headers = {name.lower(): value for name, value in received.headers.items()}
+    assert headers.pop("host") == f"127.0.0.1:{receiver.server_port}"
+    assert headers == {
+        "accept-encoding": "identity",
+        "authorization": "Bearer of-tidings",
+        "content-length": str(len(event().body)),
+        "content-type": "application/json",
+        "user-agent": f"vodpoller/{__version__}",
+        "webhook-id": event().key.hex(),
+        "webhook-timestamp": "1700000000",
+    }
+
+
+@pytest.mark.parametrize("secret", [SECRET, SECRET.removeprefix("whsec_"), SECRET.rstrip("=")])
+def test_the_signature_is_what_standard_webhooks_verifies(opened, receiver, secret):
+    opened(receiver.url, secret=secret).deliver([event(Title="雪")], 5.0)
+    (received,) = receiver.received
+    assert Webhook(SECRET).verify(received.body, received.headers) == event(Title="雪").content
+    with pytest.raises(WebhookVerificationError):
+        Webhook(OTHER_SECRET).verify(received.body, received.headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(received.body + b" ", received.headers)
+
+
+def test_a_secret_that_was_read_again_signs_the_next_call(opened, receiver, tmp_path):
+    path = tmp_path / "hook_secret"
+    path.write_text(SECRET + "\n")
+    secret = Secret(path=path)
+    sink = opened(receiver.url, secret=secret)
+    sink.deliver([event(1)], 5.0)
+    path.write_text(OTHER_SECRET + "\n")
+    secret.reread()
+    sink.deliver([event(2)], 5.0)
+    for signed_by, received in zip((SECRET, OTHER_SECRET), receiver.received, strict=True):
+        Webhook(signed_by).verify(received.body, received.headers)
+
+
+def test_a_secret_that_was_read_again_and_cannot_sign_sends_nothing(opened, receiver, tmp_path):
+    path = tmp_path / "hook_secret"
+    path.write_text(SECRET)
+    secret = Secret(path=path)
+    sink = opened(receiver.url, secret=secret)
+    path.write_text("hunter2")
+    secret.reread()
+    error = failure_of(sink)
+    assert "openssl rand -base64 32" in str(error)
+    assert "hunter2" not in str(error)
+    assert receiver.received == []
+
+
+def test_connections_are_kept(opened, receiver):
+    sink = opened(receiver.url)
+    receiver.answer = Answer(200, body=b"thanks")
+    for number in range(3):
+        sink.deliver([event(number)], 5.0)
+    assert len({received.peer for received in receiver.received}) == 1
+
+
+def test_cookies_are_not_kept(opened, receiver):
+    sink = opened(receiver.url)
+    receiver.answer = Answer(204, {"Set-Cookie": "session=1; Path=/"})
+    sink.deliver([event(1)], 5.0)
+    sink.deliver([event(2)], 5.0)
+    assert not any("Cookie" in received.headers for received in receiver.received)
+
+
+def test_the_environments_proxy_is_used_and_looked_up_once(opened, receiver, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://user:hunter2@127.0.0.1:{receiver.server_port}")
+    sink = opened("http://app.invalid/callback")
+    monkeypatch.delenv("http_proxy")
+    sink.deliver([event()], 5.0)
+    (received,) = receiver.received
+    assert received.path == "http://app.invalid/callback"
+    assert received.headers["Proxy-Authorization"].startswith("Basic ")
+    receiver.answer = Answer(503)
+    error = failure_of(sink)
+    assert str(error) == "app.invalid:80 (by the proxy 127.0.0.1) answered 503 Service Unavailable"
+
+
+# --- the answer ---
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+def test_success_accepts(opened, receiver, status):
+    receiver.answer = Answer(status)
+    opened(receiver.url).deliver([event()], 5.0)
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_an_event_that_will_never_be_taken_is_rejected_with_what_the_answer_says(opened, receiver, status):
+    receiver.answer = Answer(status, body=b"no such\n  field: " + "雪".encode() * 300)
+    error = failure_of(opened(receiver.url), RejectedError)
+    assert f" answered {status} " in str(error)
+    assert str(error).endswith(": no such field: " + "雪" * 185)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 408, 409, 410, 425, 429, 499, 500, 502, 503, 504, 599])
+def test_any_other_answer_may_change(opened, receiver, status):
+    receiver.answer = Answer(status)
+    error = failure_of(opened(receiver.url))
+    assert f"127.0.0.1:{receiver.server_port} answered {status}" in str(error)
+    assert error.retry_after_secs is None
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_told_and_not_followed(opened, receiver, status):
+    receiver.answer = Answer(status, {"Location": "/new/place?token=hunter2"}, b"x" * 100_000)
+    error = failure_of(opened(receiver.url))
+    assert f"points to http://127.0.0.1:{receiver.server_port}/new/place:" in str(error)
+    assert "sinks.hook.url" in str(error)
+    assert "hunter2" not in str(error)
+    assert len(receiver.received) == 1
+
+
+@pytest.mark.parametrize("location", ["http://[::1", "http://app.example:port/", "\\\\", "http://user:hunter2@x/"])
+def test_a_redirect_to_a_strange_place_is_no_other_error(opened, receiver, location):
+    receiver.answer = Answer(302, {"Location": location})
+    assert "hunter2" not in str(failure_of(opened(receiver.url)))
+
+
+@pytest.mark.parametrize(
+    ("text", "secs"),
+    [
+        ("7", 7.0),
+        ("0", 0.0),
+        (" 120 ", 120.0),
+        ("99999999999999999999", 86_400.0),
+        (format_datetime(datetime.fromtimestamp(1_700_000_060, UTC), usegmt=True), 60.0),
+        (format_datetime(datetime.fromtimestamp(1_700_000_000, UTC) - timedelta(days=1), usegmt=True), 0.0),
+        ("Tue, 14 Nov 2023 22:14:20 -0000", 60.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+        ("soon", None),
+        ("-5", None),
+        ("1.5", None),
+        ("nan", None),
+        ("", None),
+        ("Tue, 99 Nov 2023 22:14:20 GMT", None),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_handed_on(opened, receiver, status, text, secs):
+    receiver.answer = Answer(status, {"Retry-After": text})
+    assert failure_of(opened(receiver.url, wall=lambda: 1_700_000_000.0)).retry_after_secs == secs
+
+
+def test_an_echo_of_secret_and_headers_is_not_passed_on(opened, receiver):
+    receiver.answer = Answer(400, body=f"x{'y' * 190} hunter2-hunter2 {SECRET}".encode())
+    sink = opened(receiver.url, secret=SECRET, headers={"Authorization": "hunter2-hunter2"})
+    assert "hunter2" not in str(failure_of(sink, RejectedError))
+    receiver.answer = Answer(422, body=f"hunter2-hunter2 {SECRET}".encode())
+    assert str(failure_of(sink, RejectedError)).endswith(": *** ***")
+
+
+def test_an_answer_without_end_is_read_to_a_bound_only(opened):
+    def serve(connection, stopping):
+        connection.recv(65_536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not stopping.is_set():
+            connection.sendall(bytes(65_536))
+
+    with raw_server(serve) as url:
+        sink = opened(url)
+        sink.deliver([event()], 10.0)
+        sink.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1", b"HTTP/1.1 abc\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200],
+)
+def test_what_is_no_answer_is_a_transient_error(opened, answer):
+    def serve(connection, stopping):
+        connection.recv(65_536)
+        connection.sendall(answer)
+
+    with raw_server(serve) as url:
+        assert "closed the connection without a whole answer" in str(failure_of(opened(url)))
+
+
+# --- the time limit ---
+
+
+def drip(start, piece):
+    def serve(connection, stopping):
+        connection.recv(65_536)
+        connection.sendall(start)
+        while not stopping.wait(0.03):
+            connection.sendall(piece)
+
+    return serve
+
+
+def never_reads(connection, stopping):
+    stopping.wait(20)
+
+
+@pytest.mark.parametrize("serve", [drip(b"HTTP/1.1 200 OK\r\nX: ", b"x"), drip(b"", b"H"), never_reads])
+def test_a_receiver_that_goes_on_slowly_forever_costs_no_more_than_the_time_limit(opened, serve):
+    with raw_server(serve) as url:
+        sink = opened(url)
+        began = time.monotonic()
+        with pytest.raises(TransientError, match=r"did not answer within 0\.3 s"):
+            sink.deliver([event(Text="x" * 20_000_000)] if serve is never_reads else [event()], 0.3)
+        assert time.monotonic() - began < 0.3 + SLACK_SECS
+
+
+def test_once_the_status_says_accepted_a_body_that_never_ends_changes_nothing(opened):
+    with raw_server(drip(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b"x")) as url:
+        began = time.monotonic()
+        opened(url).deliver([event()], 0.3)
+        assert time.monotonic() - began < 0.3 + SLACK_SECS
+
+
+def test_a_host_that_swallows_packets_costs_no_more_than_the_time_limit(opened):
+    with black_hole() as port:
+        sink = opened(f"http://127.0.0.1:{port}/")
+        began = time.monotonic()
+        error = failure_of(sink, timeout_secs=0.3)
+        assert time.monotonic() - began < 0.3 + SLACK_SECS
+        assert str(error).startswith(f"127.0.0.1:{port} could not be reached within 0.3 s")
+
+
+def test_an_address_that_swallows_packets_leaves_time_for_the_next_one(opened, receiver, monkeypatch):
+    with black_hole() as port:
+        addresses = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", number))
+            for number in (port, receiver.server_port)
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: addresses)
+        opened("http://app.example/").deliver([event()], 1.0)
+    assert len(receiver.accepted) == 1
+
+
+def test_a_name_server_that_does_not_answer_costs_no_more_than_the_time_limit(opened, monkeypatch):
+    released = threading.Event()
+    ended = threading.Event()
+
+    def look_up(*args, **kwargs):
+        released.wait(20)
+        ended.set()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    sink = opened("http://app.example/")
+    began = time.monotonic()
+    error = failure_of(sink, timeout_secs=0.3)
+    assert time.monotonic() - began < 0.3 + SLACK_SECS
+    assert "app.example:80 could not be reached within 0.3 s" in str(error)
+    released.set()
+    until(ended.is_set)
+
+
+# --- connections that fail ---
+
+
+def test_a_refused_connection_says_who_refused(opened):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        port = listening.getsockname()[1]
+    error = failure_of(opened(f"http://127.0.0.1:{port}/hook?token=hunter2"))
+    assert str(error) == f"127.0.0.1:{port} refused the connection (is the receiver running?)"
+
+
+def test_a_name_that_does_not_exist_says_so(opened, monkeypatch):
+    def look_up(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert "nobody.example:443 cannot be found: Name or service" in str(failure_of(opened("https://nobody.example/")))
+
+
+def test_a_receiver_that_restarts_is_found_again(opened):
+    with running_receiver() as first:
+        port = first.server_port
+        sink = opened(first.url)
+        sink.deliver([event(1)], 5.0)
+    failure_of(sink, timeout_secs=1.0)
+    second = Receiver(("127.0.0.1", port))
+    thread = threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        sink.deliver([event(2)], 5.0)
+        assert [received.body for received in second.accepted] == [event(2).body]
+    finally:
+        second.shutdown()
+        thread.join()
+        second.server_close()
+
+
+def test_plain_http_where_tls_is_expected_is_a_tls_error(opened, receiver):
+    error = failure_of(opened(receiver.url.replace("http:", "https:")))
+    assert "failed at TLS" in str(error)
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    if shutil.which("openssl") is None and "CI" not in os.environ:
+        pytest.skip("openssl is not installed")
+    pem = tmp_path / "receiver.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=receiver"
+    names = "subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        [*command.split(), "-addext", names, "-keyout", str(pem), "-out", str(tmp_path / "cert.pem")],
+        check=True,
+        capture_output=True,
+    )
+    with pem.open("ab") as file:
+        file.write((tmp_path / "cert.pem").read_bytes())
+    return pem
+
+
+@pytest.fixture
+def tls_receiver(receiver, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+    return receiver
+
+
+def test_a_certificate_that_nobody_vouches_for_is_not_accepted(opened, tls_receiver):
+    error = failure_of(opened(tls_receiver.url.replace("http:", "https:")))
+    assert "cannot be trusted: self" in str(error)
+    assert tls_receiver.received == []
+
+
+def test_a_certificate_of_the_environments_ca_bundle_is_accepted(opened, tls_receiver, certificate, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    sink = opened(tls_receiver.url.replace("http:", "https:"))
+    sink.deliver([event(1)], 5.0)
+    sink.deliver([event(2, Text="x" * 1_000_000)], 5.0)
+    assert [received.body for received in tls_receiver.accepted] == [event(1).body, event(2, Text="x" * 1_000_000).body]
+
+
+# --- closing ---
+
+
+def test_closing_does_not_wait_for_a_call_that_hangs(opened, receiver):
+    receiver.answer = Answer(hangs=True)
+    sink = opened(receiver.url)
+    errors = []
+
+    def deliver():
+        try:
+            sink.deliver([event()], 5.0)
+        except TransientError as error:
+            errors.append(error)
+
+    delivering = threading.Thread(target=deliver)
+    delivering.start()
+    until(lambda: receiver.received)
+    sink.close()
+    assert delivering.is_alive()
+    receiver.released.set()
+    delivering.join()
+    assert len(errors) == 1
