@@ -291,6 +291,18 @@ def test_a_file_that_an_operator_emptied_is_not_filled_up_with_zeros(opened, fil
     assert path.read_bytes() == line(2)
 
 
+def test_a_file_that_was_emptied_while_its_tail_was_dirty_is_not_filled_up_with_zeros(opened, files, path):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    files.room_bytes, files.failing = 5, {"ftruncate"}
+    with pytest.raises(TransientError):
+        sink.deliver([event(2)], 5.0)
+    os.truncate(path, 0)
+    files.room_bytes, files.failing = None, set()
+    sink.deliver([event(3)], 5.0)
+    assert path.read_bytes() == line(3)
+
+
 def test_a_file_that_was_removed_is_made_anew(opened, path):
     sink = opened()
     sink.deliver([event(1)], 5.0)

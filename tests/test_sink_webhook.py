@@ -415,13 +415,18 @@ def never_reads(connection, stopping):
     stopping.wait(20)
 
 
-@pytest.mark.parametrize("serve", [drip(b"HTTP/1.1 200 OK\r\nX: ", b"x"), drip(b"", b"H"), never_reads])
+def reads_slowly(connection, stopping):
+    while not stopping.wait(0.03):
+        connection.recv(65_536)
+
+
+@pytest.mark.parametrize("serve", [drip(b"HTTP/1.1 200 OK\r\nX: ", b"x"), drip(b"", b"H"), never_reads, reads_slowly])
 def test_a_receiver_that_goes_on_slowly_forever_costs_no_more_than_the_time_limit(opened, serve):
     with raw_server(serve) as url:
         sink = opened(url)
         began = time.monotonic()
         with pytest.raises(TransientError, match=r"did not answer within 0\.3 s"):
-            sink.deliver([event(Text="x" * 20_000_000)] if serve is never_reads else [event()], 0.3)
+            sink.deliver([event(Text="x" * 20_000_000)] if serve in (never_reads, reads_slowly) else [event()], 0.3)
         assert time.monotonic() - began < 0.3 + SLACK_SECS
 
 

@@ -1,8 +1,13 @@
 """The commands and their exit codes. What a command needs is imported when it runs: `--version` stays quick."""
 
 import faulthandler
+import json
 import os
 import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -11,11 +16,19 @@ import click
 from vodpoller import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from rich.console import Console
+
     from vodpoller.config import Config
+    from vodpoller.daemon import Daemon
+    from vodpoller.letters import Filter, Letters, StoredEvent
     from vodpoller.logs import Logger
 
 EXIT_FAILURE: Final = 1
 EXIT_CONFIG: Final = 78
+SHOWN_CHARS: Final = 80
+PIPED_WIDTH: Final = 200
 DEFAULT_CONFIG: Final = Path("/etc/vodpoller/config.toml")
 
 _config_option = click.option(
@@ -40,23 +53,15 @@ def main() -> None:
 def run(config_path: Path) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again."""
     faulthandler.enable()
-    config = _load(config_path)
-    from vodpoller.daemon import Daemon  # noqa: PLC0415 - see the module's docstring
-    from vodpoller.systemd import Notifier  # noqa: PLC0415 - see the module's docstring
-
-    log = _make_logger(config)
-    daemon = _opened(lambda: Daemon(config, log=log, notifier=Notifier(os.environ.get("NOTIFY_SOCKET", ""))))
-    code = daemon.run()
-    # A thread that hangs in a sink must not hold the exit, as the interpreter's own end would let it.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    daemon = _open_daemon(_load(config_path))
+    _end(daemon.run())
 
 
 @main.command()
 @_config_option
-def check(config_path: Path) -> None:
-    """Validate the configuration and say what it does; opens nothing, connects to nothing."""
+@click.option("--connect", is_flag=True, help="Also try key, clock and rights at VOD, every sink and the journal.")
+def check(config_path: Path, *, connect: bool) -> None:
+    """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
     config = _load(config_path)
     click.echo(f"{config_path}: good")
     for source in config.sources:
@@ -69,6 +74,206 @@ def check(config_path: Path) -> None:
         click.echo(f"  route {route.name}: {types}{condition} -> {', '.join(route.sinks)}")
     for name, sink in config.sinks.items():
         click.echo(f"  sink {name}: {sink.type}")
+    if connect and not _check_connections(config):
+        sys.exit(EXIT_FAILURE)
+
+
+def _check_connections(config: "Config") -> bool:
+    from rich.table import Table  # noqa: PLC0415 - see the module's docstring
+    from rich.text import Text  # noqa: PLC0415 - see the module's docstring
+
+    from vodpoller.checkup import check_connections  # noqa: PLC0415 - see the module's docstring
+
+    table = Table("what", "", "found")
+    good = True
+    for finding in check_connections(config, _make_logger(config)):
+        verdict = Text("good", style="green") if finding.good else Text("BAD", style="bold red")
+        table.add_row(finding.what, verdict, finding.text)
+        good = good and finding.good
+    _console().print(table)
+    return good
+
+
+@main.command()
+@_config_option
+def once(config_path: Path) -> None:
+    """Pull until the first empty answer, deliver what is due, and end: for cron.
+
+    Exit code 0: nothing was left. 1: something is pending, or comes again, or VOD could not be reached.
+    """
+    config = _load(config_path)
+    daemon = _open_daemon(config)
+    _end(0 if daemon.run_once() else EXIT_FAILURE)
+
+
+@main.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(config_path: Path, *, as_json: bool) -> None:
+    """Say what the journal knows: what is stored by sink and age, when VOD last answered."""
+    config = _load(config_path)
+    with _letters(config) as letters:
+        report = {
+            "running": letters.is_in_use(),
+            **{f"last_{name}_at": _iso(at) for name, at in sorted(letters.marks().items())},
+            "stored": [
+                {"sink": found.sink, "state": found.state, "events": found.events, "oldest_at": _iso(found.oldest_at)}
+                for found in letters.backlogs()
+            ],
+        }
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    _print_status(report)
+
+
+def _print_status(report: "Mapping[str, Any]") -> None:
+    from rich.table import Table  # noqa: PLC0415 - see the module's docstring
+
+    console = _console()
+    console.print("The daemon runs." if report["running"] else "No daemon runs with this journal.")
+    for name in ("started", "pull", "confirm"):
+        console.print(f"Last {name}: {report.get(f'last_{name}_at', 'never')}")
+    if not report["stored"]:
+        console.print("Nothing is stored: every event that was pulled has been delivered.")
+        return
+    table = Table("sink", "state", "events", "oldest since")
+    for row in report["stored"]:
+        table.add_row(row["sink"] or "(none)", row["state"], f"{row['events']:,}", row["oldest_at"])
+    console.print(table)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from vodpoller.config import json_schema  # noqa: PLC0415 - see the module's docstring
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.group()
+def deadletters() -> None:
+    """Look at dead letters: events that wait for a person. Replay or purge them."""
+
+
+def _filter_options(command: "Callable[..., Any]") -> "Callable[..., Any]":
+    for option in (
+        click.option("--since", help="Stored since: a time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d)."),
+        click.option("--reason", help="rejected, gave_up, malformed or unrouted."),
+        click.option("--type", "event_type", help="The event type; * and ? are allowed."),
+        click.option("--sink", help="The sink that lacks them."),
+    ):
+        command = option(command)
+    return _config_option(command)
+
+
+@deadletters.command("list")
+@_filter_options
+@click.option("--pending", is_flag=True, help="What will be tried again, instead of dead letters.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Rows of the table.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, without a limit.")
+def list_letters(config_path: Path, *, pending: bool, limit: int, as_json: bool, **options: Any) -> None:
+    """List dead letters, the oldest first."""
+    wanted = _filter(options, state="pending" if pending else "dead")
+    with _letters(_load(config_path)) as letters:
+        if as_json:
+            for row in letters.stored(wanted):
+                click.echo(json.dumps(_as_dict(row)))
+            return
+        _print_letters(list(letters.stored(wanted, limit=limit)), letters.count(wanted))
+
+
+def _print_letters(rows: "Sequence[StoredEvent]", total: int) -> None:
+    from rich.table import Table  # noqa: PLC0415 - see the module's docstring
+
+    console = _console()
+    table = Table("id", "since", "sink", "event type", "reason", "tries", "error")
+    for row in rows:
+        error = row.error if len(row.error) <= SHOWN_CHARS else row.error[: SHOWN_CHARS - 1] + "…"
+        cells = (str(row.id), _iso(row.stored_at), row.sink or "(none)", row.event_type or "(none)", row.reason)
+        table.add_row(*cells, str(row.attempts), error)
+    if rows:
+        console.print(table)
+    console.print(f"{total:,} in all" + (f", {len(rows):,} shown (--limit)" if len(rows) < total else ""))
+
+
+@deadletters.command()
+@click.argument("letter_id", metavar="ID", type=int)
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, the body in it as a string.")
+def show(letter_id: int, config_path: Path, *, as_json: bool) -> None:
+    """Show one stored event whole, with its body."""
+    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+
+    with _letters(_load(config_path)) as letters:
+        wanted = [Filter(ids=[letter_id], state=state) for state in ("dead", "pending")]
+        row = next((row for which in wanted for row in letters.stored(which)), None)
+        body = letters.body(letter_id)
+    if row is None or body is None:
+        _fail([f"there is no stored event {letter_id} (see `vodpoller deadletters list`)"], EXIT_FAILURE)
+    text = body.decode(errors="replace")
+    if as_json:
+        click.echo(json.dumps({**_as_dict(row), "body": text}))
+        return
+    for name, value in _as_dict(row).items():
+        click.echo(f"{name + ':':12} {value}")
+    click.echo()
+    click.echo(text)
+
+
+@deadletters.command()
+@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=int)
+@_filter_options
+def replay(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> None:
+    """Deliver dead letters after all: those named, those that the options mean, or all.
+
+    A running daemon delivers them within seconds. Without one this command does, and what fails stays pending with its
+    new error. Interrupted, it can be called again.
+    """
+    from vodpoller.router import Router  # noqa: PLC0415 - see the module's docstring
+
+    config = _load(config_path)
+    wanted = _filter(options, ids=letter_ids)
+    marked = impossible = 0
+    with _letters(config, writable=True) as letters:
+        for done, undone in letters.replay(wanted, router=Router(config.routes), sinks=list(config.sinks)):
+            marked, impossible = marked + done, impossible + undone
+        running = letters.is_in_use()
+    click.echo(f"{marked:,} to be delivered again")
+    if impossible:
+        click.echo(f"{impossible:,} cannot be: unreadable, without a route, or of a sink that is no more", err=True)
+    if running:
+        click.echo("The running daemon delivers them; `vodpoller status` tells what is left.")
+    elif marked:
+        _deliver_here(config, marked)
+
+
+def _deliver_here(config: "Config", number: int) -> None:
+    from rich.progress import Progress  # noqa: PLC0415 - see the module's docstring
+
+    daemon = _open_daemon(config)
+    with Progress(console=_console(stderr=True)) as progress:
+        task = progress.add_task("delivering", total=number)
+        all_done = daemon.run_once(pull=False, progress=lambda delivered: progress.update(task, completed=delivered))
+    click.echo(f"{daemon.redelivered_events:,} delivered")
+    if not all_done:
+        click.echo("Some are still pending: see `vodpoller deadletters list --pending`.", err=True)
+    _end(0 if all_done else EXIT_FAILURE)
+
+
+@deadletters.command()
+@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=int)
+@_filter_options
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **options: Any) -> None:
+    """Delete dead letters for good: those named, those that the options mean, or all."""
+    wanted = _filter(options, ids=letter_ids)
+    with _letters(_load(config_path), writable=True) as letters:
+        number = letters.count(wanted)
+        if number and not yes:
+            click.confirm(f"Delete {number:,} dead letters for good?", abort=True)
+        deleted = sum(letters.purge(wanted))
+    click.echo(f"{deleted:,} deleted")
 
 
 @main.command()
@@ -147,15 +352,71 @@ def _load(path: Path) -> "Config":
         _fail(error.problems, EXIT_CONFIG)
 
 
-def _opened(open_it: Any) -> Any:
+def _open_daemon(config: "Config") -> "Daemon":
+    from vodpoller.daemon import Daemon  # noqa: PLC0415 - see the module's docstring
     from vodpoller.errors import ConfigError, JournalError  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.systemd import Notifier  # noqa: PLC0415 - see the module's docstring
 
     try:
-        return open_it()
+        return Daemon(config, log=_make_logger(config), notifier=Notifier(os.environ.get("NOTIFY_SOCKET", "")))
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
     except JournalError as error:
         _fail([str(error)], EXIT_FAILURE)
+
+
+def _end(code: int) -> NoReturn:
+    """Exit; a thread that hangs in a sink must not hold the exit, as the interpreter's own end would let it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def _letters(config: "Config", *, writable: bool = False) -> "Iterator[Letters]":
+    from vodpoller.errors import JournalError  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.letters import Letters  # noqa: PLC0415 - see the module's docstring
+
+    try:
+        with Letters(config.journal.path, writable=writable) as letters:
+            yield letters
+    except JournalError as error:
+        _fail([str(error)], EXIT_FAILURE)
+
+
+def _filter(options: "Mapping[str, Any]", *, state: str = "dead", ids: "Sequence[int]" = ()) -> "Filter":
+    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+
+    since = _time(options["since"]) if options["since"] else None
+    named = {name: options[name] for name in ("sink", "event_type", "reason")}
+    return Filter(state=state, ids=ids, since=since, **named)
+
+
+def _time(text: str) -> float:
+    """A time or an age, in seconds since 1970."""
+    units = {"m": 60, "h": 3600, "d": 86_400}
+    if text[:-1].isdigit() and text[-1] in units:
+        return time.time() - int(text[:-1]) * units[text[-1]]
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)") from error
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _as_dict(row: "StoredEvent") -> dict[str, Any]:
+    return {**asdict(row), "stored_at": _iso(row.stored_at)}
+
+
+def _console(*, stderr: bool = False) -> "Console":
+    from rich.console import Console  # noqa: PLC0415 - see the module's docstring
+
+    # Tables that a pipe or a file gets are as wide as they need to be.
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH, markup=False, highlight=False)
 
 
 def _make_logger(config: "Config") -> "Logger":

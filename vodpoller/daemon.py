@@ -17,10 +17,10 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from vodpoller import tc3
-from vodpoller.config import Config
+from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import InFlight, Sink, Worker
-from vodpoller.errors import ConfigError, JournalError, StorageError
+from vodpoller.delivery import InFlight, Latch, Sink, Worker
+from vodpoller.errors import ConfigError, JournalError, OperatorError, StorageError, TransientError
 from vodpoller.journal import Journal
 from vodpoller.logs import Logger, Repeats
 from vodpoller.pending import Retrier
@@ -29,12 +29,13 @@ from vodpoller.poller import Poller
 from vodpoller.router import Router
 from vodpoller.secret import Secret
 from vodpoller.systemd import Liveness, Notifier
-from vodpoller.vod import VodClient
+from vodpoller.vod import Pull, VodClient
 
 HEARTBEAT_SECS: Final = 5.0
 OVERDUE_SECS: Final = 30.0
 CLOCK_STEP_SECS: Final = 2.0
 LAST_SECS: Final = 5.0
+ONCE_TRIES: Final = 3
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
@@ -74,7 +75,7 @@ class Daemon:
         except (ConfigError, JournalError):
             self._journal.close()
             raise
-        in_flight = InFlight()
+        self._in_flight = in_flight = InFlight()
         self._workers = {name: self._worker(name, sink, in_flight) for name, sink in self._sinks.items()}
         self._vod = VodClient(
             endpoint=config.api.endpoint,
@@ -130,13 +131,13 @@ class Daemon:
             try:
                 sinks[name] = sink_class(name, self._config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
             except ConfigError as error:
-                problems += [f"sinks.{name}: {problem}" for problem in error.problems]
+                problems += error.problems
         try:
             if not problems:
                 for name, sink in sinks.items():
                     self._recover(name, sink)
-        except OSError as error:
-            problems.append(f"sinks.{name}: what it holds cannot be read: {error}")
+        except ConfigError as error:
+            problems += error.problems
         except StorageError as error:
             _close_all(sinks)
             raise JournalError(str(error)) from error
@@ -203,6 +204,56 @@ class Daemon:
             self._reload()
         return self._stop()
 
+    def run_once(self, *, pull: bool = True, progress: Callable[[int], None] | None = None) -> bool:
+        """Take what is there and end: pull until the first empty answer, deliver what is due.
+
+        Args:
+            pull: False leaves VOD alone: only what is stored and due is delivered.
+            progress: Told, again and again, how many stored events were delivered so far.
+
+        Returns:
+            Whether nothing was left: no pull failed, VOD has nothing to bring again, nothing is pending.
+        """
+        self._handle_signals()
+        for worker in self._workers.values():
+            worker.start()
+        drained = [self._pull_until_empty(source) for source in self._config.sources] if pull else []
+        self._deliver_due(progress)
+        self._mark()
+        pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
+        self._stop()
+        return all(drained) and not self._pipeline.unsettled_events and not pending
+
+    def _pull_until_empty(self, source: Source) -> bool:
+        """Run cycles of one source; whether they came to the first empty answer."""
+        answers: list[Pull] = []
+        failures = 0
+        while self._signals.empty():
+            try:
+                self._pipeline.cycle(source, on_answer=answers.append, latch=Latch())
+            except (TransientError, OperatorError) as error:
+                failures += 1
+                self._log.error("pull.failed", source=source.name, **error.fields())
+                if failures == ONCE_TRIES or isinstance(error, OperatorError):
+                    return False
+                time.sleep(failures)
+            else:
+                answer = answers.pop()
+                if not (answer.events or answer.malformed):
+                    return True
+        return False
+
+    def _deliver_due(self, progress: Callable[[int], None] | None) -> None:
+        """Deliver stored events until none is due and none is on its way, or a signal comes."""
+        while self._signals.empty():
+            self._journal.flush()
+            submitted = self._retrier.submit_due()
+            if progress is not None:
+                progress(self._retrier.delivered)
+            if not submitted and not len(self._in_flight):
+                return
+            time.sleep(0.02)
+
     def request_stop(self) -> None:
         """The same as SIGTERM, from another thread."""
         self._signals.put(signal.SIGTERM)
@@ -215,6 +266,11 @@ class Daemon:
     def settled_events(self) -> int:
         """How many pulled events were settled so far."""
         return self._pipeline.settled_events
+
+    @property
+    def redelivered_events(self) -> int:
+        """How many stored events were delivered so far."""
+        return self._retrier.delivered
 
     def _handle_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -269,8 +325,6 @@ class Daemon:
 
     def _count(self) -> None:
         self._counts = self._journal.counts()
-        now = time.time()
-        self._journal.mark("seen", now)
         for sink in {sink for sink, state in self._counts if state == "pending"} - set(self._workers):
             self._repeats.say(
                 "warning",
@@ -283,12 +337,19 @@ class Daemon:
 
     def _beat(self) -> None:
         self._notice_clock_step()
+        self._mark()
         overdue = self._liveness.overdue(OVERDUE_SECS)
         for step, secs in overdue.items():
             self._repeats.say("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
         if not overdue:
             self._notifier.alive()
         self._notifier.status(self._status())
+
+    def _mark(self) -> None:
+        """Leave word for `vodpoller status`."""
+        for name, at in (("pull", self._pipeline.last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
+            if at:
+                self._journal.mark(name, at)
 
     def _notice_clock_step(self) -> None:
         """APScheduler runs on the wall clock: set back an hour, its jobs would not run for that hour."""
@@ -343,7 +404,8 @@ class Daemon:
         """Settle what was pulled, close what is open. A thread that hangs does not hold the exit."""
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
         self._notifier.stopping()
-        self._scheduler.shutdown(wait=False)
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)
         self._vod.stop_pulling()
         for poller in self._pollers:
             poller.stop()

@@ -100,7 +100,7 @@ class _Write:
         self.work = work
         self.durable = durable
         self.done = False
-        self.error: sqlite3.Error | OSError | None = None
+        self.error: Exception | None = None
 
 
 class Journal:
@@ -221,7 +221,7 @@ class Journal:
             for write in batch:
                 write.work(self._writer)
             self._writer.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:  # OSError: what is recovered is read from a sink's file meanwhile
+        except Exception as error:  # noqa: BLE001 - what is recovered is read from a sink's file meanwhile
             with suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
             for write in batch:

@@ -122,7 +122,7 @@ def _encode(event_dict: EventDict) -> bytes:
     try:
         return orjson.dumps(event_dict, default=_jsonable)
     except TypeError:  # lone surrogates, integers beyond 64 bits
-        return orjson.dumps({name: _safe(value) for name, value in event_dict.items()}, default=_jsonable)
+        return orjson.dumps(_safe(dict(event_dict)))
 
 
 def _jsonable(value: object) -> Any:
@@ -134,7 +134,20 @@ def _jsonable(value: object) -> Any:
 
 
 def _safe(value: object) -> object:
-    return value if isinstance(value, bool | float | None) else repr(value)
+    """The same, as far as JSON readers other than Python's hold it."""
+    match value:
+        case None | bool() | float():
+            return value
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case int():
+            return value if value.bit_length() < 64 else str(value)  # noqa: PLR2004 - what most readers hold
+        case Mapping():
+            return {str(_safe(str(name))): _safe(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_safe(inner) for inner in value]
+        case _:
+            return _safe(_jsonable(value))
 
 
 def _shortened(event_dict: EventDict) -> bytes:

@@ -23,6 +23,10 @@ class Retrier:
         give_up_after_secs: By the sink's name: the age at which a row becomes a dead letter.
         log: Where to.
         wall: The clock that stamped the rows, in seconds since 1970.
+
+    Attributes:
+        delivered: How many rows sinks accepted so far.
+        failed: How many attempts failed.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class Retrier:
         self._log = log
         self._repeats = Repeats(log)
         self._wall = wall
+        self.delivered = 0
+        self.failed = 0
 
     def submit_due(self) -> int:
         """Submit what is due, as far as the workers have room for it; returns without waiting for them.
@@ -81,6 +87,7 @@ class Retrier:
     def _settled(self, row: Pending, delivery: Delivery) -> None:
         match delivery.outcome:
             case Outcome.DELIVERED:
+                self.delivered += 1
                 self._log.info(
                     "pending.delivered",
                     sink=row.sink,
@@ -89,8 +96,10 @@ class Retrier:
                     **event_fields(row.event),
                 )
             case Outcome.REJECTED:
+                self.failed += 1
                 self._bury(row, delivery, "rejected")
             case Outcome.ERRORED:
+                self.failed += 1
                 self._errored(row, delivery)
             case _:
                 # Not tried: the breaker is open or the queue full. Another row gets the next turn.

@@ -57,6 +57,13 @@ class Pipeline:
         confirm_reserve_secs: The end of a lease that is kept for confirming.
         log: Where to.
         monotonic: The clock, in seconds.
+        wall: The clock of `last_pull_at` and `last_confirm_at`, in seconds since 1970.
+
+    Attributes:
+        settled_events: How many pulled events were settled so far.
+        unsettled_events: How many of them VOD brings again: left, or not confirmed.
+        last_pull_at: When VOD last answered a pull; 0 for never.
+        last_confirm_at: When VOD last confirmed something; 0 for never.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Pipeline:
         confirm_reserve_secs: float,
         log: Logger,
         monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._vod = vod
         self._router = router
@@ -82,7 +90,11 @@ class Pipeline:
         self._log = log
         self._repeats = Repeats(log, monotonic=monotonic)
         self._monotonic = monotonic
+        self._wall = wall
         self.settled_events = 0
+        self.unsettled_events = 0
+        self.last_pull_at = 0.0
+        self.last_confirm_at = 0.0
 
     def cycle(self, source: Source, *, on_answer: Callable[[Pull], None], latch: Latch) -> None:
         """Take one batch from VOD and see it through.
@@ -98,6 +110,7 @@ class Pipeline:
         """
         pull = self._vod.pull(source.name, source.sub_app_id)
         answered_at = self._monotonic()
+        self.last_pull_at = self._wall()
         on_answer(pull)
         if not (pull.events or pull.malformed):
             return
@@ -278,6 +291,7 @@ class Pipeline:
         for item in safe:
             item.confirmed = item.handle in confirmed
         if confirmed:
+            self.last_confirm_at = self._wall()
             self._journal.confirmed([item.event.key for item in safe if item.confirmed])
 
     def _report(self, items: Sequence[_Item], lease: Lease, answered_at: float) -> None:
@@ -285,6 +299,7 @@ class Pipeline:
         duration_secs = round(now - answered_at, 4)
         lease_left_secs = round(lease.ends_at - now, 3)
         self.settled_events += len(items)
+        self.unsettled_events += sum(not item.confirmed for item in items)
         for item in items:
             fields: dict[str, object] = {}
             taken = snapshots_of(item.event)

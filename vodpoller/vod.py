@@ -251,6 +251,7 @@ class VodClient:
         self._pulls_stopped = False
         self._clock_lock = threading.Lock()
         self._clock_offset_secs = 0.0
+        self._last_date: tuple[str | None, float] = (None, 0.0)
         self._sign = Tc3Auth(credentials, wall=lambda: wall() + self._clock_offset_secs)
         self._pull, self._confirm = (
             _Action(
@@ -323,6 +324,13 @@ class VodClient:
             raise _refusal(self._confirm, answer)
         _response_of(answer)
 
+    @property
+    def skew_secs(self) -> float | None:
+        """What must be added to this machine's clock to get VOD's, by its last answer; None before the first."""
+        header, received_at = self._last_date
+        server_time = _http_date(header)
+        return None if server_time is None else server_time - received_at
+
     def stop_pulling(self) -> None:
         """Send no further pull, also of those that wait for a slot."""
         self._pulls_stopped = True
@@ -381,6 +389,7 @@ class VodClient:
             took_secs = round(self._monotonic() - sent_at, 6)
             self._log.debug("api.answered", action=action.name, duration_secs=took_secs, **error.fields())
             raise
+        self._last_date = (answer.headers.get("Date"), self._wall())
         self._log.debug(
             "api.answered",
             action=action.name,

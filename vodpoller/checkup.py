@@ -1,0 +1,102 @@
+"""`vodpoller check --connect`: everything that the daemon will need, tried without using it up."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vodpoller.config import Config, Source
+from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, VodpollerError
+from vodpoller.logs import Logger
+from vodpoller.tc3 import Credentials
+from vodpoller.vod import VodClient
+
+CLOCK_TOLERANCE_SECS: Final = 60.0
+IMPOSSIBLE_HANDLE: Final = "vodpoller-check"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What came of one check.
+
+    Args:
+        what: What was looked at.
+        good: Whether the daemon can work with it.
+        text: What was found; where it is not good, what to do.
+    """
+
+    what: str
+    good: bool
+    text: str
+
+
+def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
+    """Try key, clock and rights of each source, each sink, and the journal. Consumes no event, writes nothing.
+
+    Args:
+        config: Valid.
+        log: For the client's own lines.
+    """
+    vod = VodClient(
+        endpoint=config.api.endpoint,
+        region=config.api.region or "",
+        credentials=lambda: Credentials(
+            secret_id=config.credentials.secret_id.get(),
+            secret_key=config.credentials.secret_key.get(),
+            token=config.credentials.token.get() if config.credentials.token else "",
+        ),
+        confirm_timeout_secs=config.api.timeout_secs,
+        log=log,
+    )
+    try:
+        for source in config.sources:
+            yield _check_source(vod, source)
+        yield _check_clock(vod)
+    finally:
+        vod.close()
+    for name, sink_class in config.sink_classes.items():
+        try:
+            yield Finding(what=f"sink {name}", good=True, text=sink_class.probe(name, config.sinks[name]))
+        except ConfigError as error:
+            yield Finding(what=f"sink {name}", good=False, text=str(error))
+    yield _check_journal(config.journal.path)
+
+
+def _check_source(vod: VodClient, source: Source) -> Finding:
+    """Confirm a handle that cannot exist: only who has key, rights and SubAppId right is told that it is wrong."""
+    what = f"source {source.name}"
+    try:
+        vod.confirm(source.sub_app_id, [IMPOSSIBLE_HANDLE])
+    except RefusedHandlesError as error:
+        return Finding(
+            what=what, good=True, text=f"VOD takes the key and lets it confirm (RequestId {error.request_id})"
+        )
+    except OperatorError as error:
+        return Finding(what=what, good=False, text=f"{error} (RequestId {error.request_id})")
+    except VodpollerError as error:
+        return Finding(what=what, good=False, text=f"{error} (is api.endpoint right, and this machine online?)")
+    return Finding(what=what, good=True, text="VOD takes the key and lets it confirm")
+
+
+def _check_clock(vod: VodClient) -> Finding:
+    skew_secs = vod.skew_secs
+    if skew_secs is None:
+        return Finding(what="clock", good=False, text="not compared: VOD did not answer")
+    text = f"this machine's clock is {abs(skew_secs):.0f} s {'behind' if skew_secs > 0 else 'ahead of'} VOD's"
+    if abs(skew_secs) <= CLOCK_TOLERANCE_SECS:
+        return Finding(what="clock", good=True, text=text)
+    return Finding(
+        what="clock", good=False, text=f"{text}: synchronize it (NTP). The daemon signs with VOD's time until then"
+    )
+
+
+def _check_journal(path: Path) -> Finding:
+    place = path if path.exists() else next(parent for parent in path.parents if parent.exists())
+    if os.access(place, os.W_OK):
+        return Finding(what="journal", good=True, text=f"{place} can be written")
+    return Finding(
+        what="journal",
+        good=False,
+        text=f"{place} cannot be written by this user: give it to the user that runs vodpoller, or set journal.path",
+    )
