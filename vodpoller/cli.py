@@ -35,7 +35,8 @@ _config_option = click.option(
     "-c",
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    # Not click's own check of readability: a file that the user may not read is exit 78, as all that is wrong with it.
+    type=click.Path(path_type=Path, readable=False),
     default=DEFAULT_CONFIG,
     show_default=True,
     help="The configuration file.",
@@ -432,6 +433,9 @@ def _make_logger(config: "Config") -> "Logger":
 
 
 def _fail(problems: Any, code: int) -> NoReturn:
+    from vodpoller.logs import is_journal  # noqa: PLC0415 - see the module's docstring
+
+    priority = "<3>" if is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
     for problem in problems:
-        click.echo(f"vodpoller: {problem}", err=True)
+        click.echo(f"{priority}vodpoller: {problem}", err=True)
     sys.exit(code)

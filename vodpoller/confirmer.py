@@ -20,6 +20,7 @@ from vodpoller.logs import Level, Logger, Repeats
 MAX_CALLS = 9
 HANDLES_A_CALL = 16
 SUSPICIOUS_REFUSALS = 3
+FRESH_SHARE = 0.1
 
 
 class ConfirmsEvents(Protocol):
@@ -95,7 +96,9 @@ class Confirmer:
                 if len(part) > 1:
                     half = len(part) // 2
                     parts = [part[:half], part[half:], *parts]
-            except (TransientError, OperatorError, LeaseLostError, _RefusedAfterLostAnswerError) as error:
+            except _RefusedAfterLostAnswerError as error:
+                problem = error
+            except (TransientError, OperatorError, LeaseLostError) as error:
                 problem = error
                 break
         if problem is None:
@@ -154,7 +157,8 @@ class Confirmer:
             **error.fields(),
         }
         # A stale handle is no fault while the lease is nearly over; fresh ones refused again and again are one.
-        if isinstance(error, RefusedHandlesError) and unconfirmed == of:
+        is_fresh = lease.ends_at - self._monotonic() > lease.secs * FRESH_SHARE
+        if isinstance(error, RefusedHandlesError) and unconfirmed == of and is_fresh:
             refused = self._refused_in_a_row[source] = self._refused_in_a_row.get(source, 0) + 1
             if refused >= SUSPICIOUS_REFUSALS:
                 hint = "VOD refuses handles that it has just given out: check sub_app_id of this source"

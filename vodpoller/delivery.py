@@ -172,10 +172,10 @@ class Latch:
         with self._condition:
             self._open += number
 
-    def settled(self) -> None:
-        """One more is."""
+    def settled(self, number: int = 1) -> None:
+        """So many more are."""
         with self._condition:
-            self._open -= 1
+            self._open -= number
             if self._open <= 0:
                 self._condition.notify_all()
 
@@ -309,16 +309,25 @@ class InFlight:
 
     def settle(self, delivery: Delivery, outcome: Outcome, error: Exception | None = None) -> None:
         """Make the outcome known to all who wait. The first outcome counts."""
+        self.settle_all((delivery,), outcome, error)
+
+    def settle_all(self, deliveries: Sequence[Delivery], outcome: Outcome, error: Exception | None = None) -> None:
+        """The same for many that came to the same: whoever waits for several of them is woken once."""
+        settled: list[Delivery] = []
+        waiting: dict[Latch, int] = {}
         with self._lock:
-            if delivery.outcome is not None:
-                return
-            delivery.outcome, delivery.error = outcome, error or delivery.error
-            del self._deliveries[delivery.event.key, delivery.sink]
-            latches = delivery.latches
-        for latch in latches:
-            latch.settled()
-        if delivery.on_settled is not None:
-            delivery.on_settled(delivery)
+            for delivery in deliveries:
+                if delivery.outcome is None:
+                    delivery.outcome, delivery.error = outcome, error or delivery.error
+                    del self._deliveries[delivery.event.key, delivery.sink]
+                    settled.append(delivery)
+                    for latch in delivery.latches:
+                        waiting[latch] = waiting.get(latch, 0) + 1
+        for latch, number in waiting.items():
+            latch.settled(number)
+        for delivery in settled:
+            if delivery.on_settled is not None:
+                delivery.on_settled(delivery)
 
     def start(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
         """Mark deliveries as running.
@@ -510,8 +519,7 @@ class Worker:
             if len(refused) < len(deliveries):
                 self._spawn_if_useful()
                 self._condition.notify(-(-len(self._queue) // self.sink.batch_events))
-        for delivery in refused:
-            self._in_flight.settle(delivery, Outcome.UNSETTLED)
+        self._in_flight.settle_all(refused, Outcome.UNSETTLED)
 
     def _may_probe(self, delivery: Delivery) -> bool:
         # While the breaker is open at most one delivery waits in the queue: the next probe.
@@ -522,9 +530,12 @@ class Worker:
         for _ in range(missing):
             number = len(self._threads)
             thread = threading.Thread(target=self._run, name=f"sink-{self.name}-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads: those there are go on, the next event tries again
+                return
             self._threads.append(thread)
             self._idle += 1
-            thread.start()
 
     def _run(self) -> None:
         while (batch := self._take()) is not None:
@@ -553,8 +564,7 @@ class Worker:
                 self._condition.wait(self._delayed[0][0] - self._monotonic() if self._delayed else None)
             else:
                 return None
-        for delivery in refused:
-            self._in_flight.settle(delivery, Outcome.UNSETTLED)
+        self._in_flight.settle_all(refused, Outcome.UNSETTLED)
         return batch
 
     def _requeue_due(self) -> None:
@@ -602,9 +612,12 @@ class Worker:
         try:
             self.sink.deliver([delivery.event for delivery in batch], timeout_secs)
         except PartialFailureError as error:
-            failures = error.failures
-        except Exception as error:  # noqa: BLE001 - unknown exceptions count as transient
-            failures = dict.fromkeys(range(len(batch)), error)
+            # One that names no event, or one that is not in the call, tells nothing: then none was accepted.
+            is_usable = error.failures and all(0 <= index < len(batch) for index in error.failures)
+            failures = error.failures if is_usable else dict.fromkeys(range(len(batch)), error)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - unknown exceptions count as transient
+            cause = error if isinstance(error, Exception) else TransientError(f"the sink called sys.exit({error})")
+            failures = dict.fromkeys(range(len(batch)), cause)
         finally:
             self._liveness.end()
         accepted = [delivery for index, delivery in enumerate(batch) if index not in failures]
@@ -615,8 +628,7 @@ class Worker:
             if closed:
                 self._repeats.forget("")
                 self._log.info("breaker.closed", sink=self.name)
-            for delivery in accepted:
-                self._in_flight.settle(delivery, Outcome.DELIVERED)
+            self._in_flight.settle_all(accepted, Outcome.DELIVERED)
         return failures
 
     def _not_accepted(self, delivery: Delivery, error: Exception, *, counts: bool) -> None:

@@ -378,37 +378,40 @@ def payload_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _id_in(content: Mapping[str, Any], name: str) -> str:
+def _id_in(payload: Mapping[str, Any], content: Mapping[str, Any], name: str) -> str:
     """A string or integer member called `name`: of the payload, else of an object in it, else of the event."""
-    payload = payload_of(content)
-    places = [payload, *(value for value in payload.values() if isinstance(value, dict)), content]
-    for place in places:
-        value = place.get(name)
-        if isinstance(value, str) and value:
-            return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-    return ""
+    found = _id(payload.get(name))
+    if found:
+        return found
+    inner = (_id(value.get(name)) for value in payload.values() if isinstance(value, dict))
+    return next(filter(None, inner), "") or _id(content.get(name))
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 def task_id_of(event: Event) -> str:
     """Tencent's id of the task that ended, empty where the event names none."""
-    return _id_in(event.content, "TaskId")
+    return _id_in(payload_of(event.content), event.content, "TaskId")
 
 
 def file_id_of(event: Event) -> str:
     """Tencent's id of the video, every digit of it, empty where the event names none."""
-    return _id_in(event.content, "FileId")
+    return _id_in(payload_of(event.content), event.content, "FileId")
 
 
 def event_fields(event: Event) -> dict[str, str]:
     """The ids by which a log line names an event."""
+    payload = payload_of(event.content)
     return {
         "source": event.source,
         "event_type": event.type,
         "key": event.key.hex(),
-        "task_id": task_id_of(event),
-        "file_id": file_id_of(event),
+        "task_id": _id_in(payload, event.content, "TaskId"),
+        "file_id": _id_in(payload, event.content, "FileId"),
     }
 
 

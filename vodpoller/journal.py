@@ -25,6 +25,7 @@ SCHEMA_VERSION: Final = 1
 CONFIRMED_KEPT_SECS: Final = 600.0
 DUE_HORIZON_SECS: Final = 900.0
 ROW_OVERHEAD_BYTES: Final = 512
+QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 PRUNE_ROWS: Final = 10_000
 _KEYS_A_QUERY: Final = 500
 
@@ -158,6 +159,8 @@ class Journal:
         except JournalError:
             os.close(self._lock_fd)
             raise
+        self._identity = _identity_of(path)
+        self._replaced = False
         self._letters_bytes = 0
         self._letters_bytes = self._count_letters_bytes()
 
@@ -171,6 +174,10 @@ class Journal:
                 f"{self._path}: the journal is of version {version}, this vodpoller writes version {SCHEMA_VERSION}: "
                 "install the vodpoller that wrote it"
             )
+        if self._path.stat().st_size <= QUICK_CHECK_BYTES:
+            ((verdict,), *_) = self._writer.execute("PRAGMA quick_check(1)").fetchall()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
         for table in ("ledger", "letters", "positions", "marks"):
             self._writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
         # A write shows now, not at the first event, that the file is read-only or the disk is full.
@@ -353,6 +360,7 @@ class Journal:
         """
         if not letters:
             return
+        self._check_in_place()
         size = sum(len(letter.event.body) + ROW_OVERHEAD_BYTES for letter in letters)
         if self._letters_bytes + size > self._max_bytes:
             error = StorageError(
@@ -460,8 +468,23 @@ class Journal:
 
     @property
     def is_writable(self) -> bool:
-        """Whether every accepted pair is in the file: if not, no new pull should start."""
-        return not self._unwritten
+        """Whether the file is in its place and has every accepted pair: if not, no new pull should start."""
+        return not (self._unwritten or self._replaced)
+
+    def _check_in_place(self) -> None:
+        """What is written to a file that was deleted or replaced is lost at the next start.
+
+        Raises:
+            StorageError: That happened.
+        """
+        self._replaced = _identity_of(self._path) != self._identity
+        if self._replaced:
+            error = StorageError(
+                f"{self._path}: the journal was deleted or replaced while it was open: put it back if you can, and"
+                " restart vodpoller; until then events stay with VOD"
+            )
+            self._repeats.say("error", "journal.failed", cause="replaced", **error.fields())
+            raise error
 
     @property
     def has_letters(self) -> bool:
@@ -479,6 +502,8 @@ class Journal:
 
     def flush(self) -> None:
         """Write what waits in memory. Called every second; a failure is said once and tried again."""
+        with suppress(StorageError):
+            self._check_in_place()
         if not (self._unwritten or self._queue or self._failing):
             return
         with self._queue_lock:
@@ -621,6 +646,14 @@ def _lock(path: Path) -> int:
             f"(`systemctl status vodpoller`, `fuser {lock_path}`)? Stop it, or set another journal.path"
         ) from error
     return lock_fd
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _cannot_open(path: Path, error: sqlite3.Error) -> str:

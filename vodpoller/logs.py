@@ -18,6 +18,7 @@ Level = Literal["debug", "info", "warning", "error"]
 Logger = FilteringBoundLogger
 
 LINE_MAX_BYTES: Final = 16 * 1024
+REMEMBERED_CAUSES: Final = 1000
 
 CATALOGUE: Final[Mapping[str, str]] = {
     "api.answered": "a call to VOD ended (debug)",
@@ -100,6 +101,8 @@ class _Json:
 
     def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> bytes:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
+        # What every line has comes first, for the eyes of whoever tails them.
+        event_dict = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")} | dict(event_dict)
         line = _encode(event_dict)
         if len(line) > LINE_MAX_BYTES - 8:
             line = _shortened(event_dict)
@@ -206,7 +209,7 @@ def make_logger(
         journal_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
     """
     chosen = log_format or ("console" if stream.isatty() else "json")
-    priorities = _is_journal(stream, journal_stream)
+    priorities = is_journal(stream, journal_stream)
     renderer: Any = (
         _Json(priorities=priorities, secrets=secrets)
         if chosen == "json"
@@ -235,7 +238,7 @@ def make_logger(
     return log
 
 
-def _is_journal(stream: _Stream, journal_stream: str) -> bool:
+def is_journal(stream: _Stream, journal_stream: str) -> bool:
     """Whether the stream is the one that systemd connected to the journal: `$JOURNAL_STREAM` is its device:inode."""
     try:
         status = os.fstat(stream.fileno())
@@ -262,7 +265,7 @@ class Repeats:
         self._lock = threading.Lock()
         self._said: dict[str, tuple[float, int]] = {}
 
-    def say(self, level: Level, event: str, *, cause: str, **fields: Any) -> None:
+    def say(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
         """Log, or count.
 
         Args:
@@ -270,17 +273,23 @@ class Repeats:
             event: A name of the catalogue.
             cause: What makes two lines the same; not part of the line.
             fields: The line's fields.
+
+        Returns:
+            Whether a line was written.
         """
         now = self._monotonic()
         with self._lock:
             said_at, suppressed = self._said.get(cause, (None, 0))
             if said_at is not None and now - said_at < self._window_secs:
                 self._said[cause] = (said_at, suppressed + 1)
-                return
+                return False
+            if len(self._said) >= REMEMBERED_CAUSES:  # some causes quote what came: there is no end of them
+                self._said.clear()
             self._said[cause] = (now, 0)
         if suppressed:
             fields["suppressed_lines"] = suppressed
         getattr(self._log, level)(event, **fields)
+        return True
 
     def forget(self, prefix: str) -> int | None:
         """The causes that start with `prefix` are over.

@@ -18,6 +18,7 @@ EMPTY_PACE_SECS: Final = 1.0
 FIRST_RETRY_SECS: Final = 0.1
 PAUSE_CHECK_SECS: Final = 0.5
 FOREVER_SECS: Final = 3600.0
+LASTING_FAILURES: Final = 3
 
 
 class Source(PulledSource, Protocol):
@@ -81,6 +82,8 @@ class Poller:
         self._pulling = 0
         self._not_before = 0.0
         self._failures = 0
+        self._failed_pulls = 0
+        self._said = False
         self._problem: VodpollerError | None = None
         self._stopping = False
 
@@ -106,6 +109,7 @@ class Poller:
             self._not_before = 0.0
             self._failures = 0
             self._pause_over.notify_all()
+        self._repeats.forget("")  # whoever asked wants to hear whether it helped
 
     def stop(self) -> None:
         """Start no new pull. A pull that is under way is awaited: dropping it would strand what it brings."""
@@ -208,16 +212,17 @@ class Poller:
         hung = pull.hung_secs >= HUNG_SECS
         with self._lock:
             self._pulling -= 1
-            failures, self._failures, self._problem = self._failures, 0, None
+            failed_pulls, self._failed_pulls, self._failures, self._problem = self._failed_pulls, 0, 0, None
+            self._said = False
             if pull.events or pull.malformed:
                 self._latches[latch] = None
                 has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_lanes
                 self._grant(2 if has_free_lane and not hung else 1)
             else:
                 self._answered_empty(hung=hung, asked_at=pull.lease.starts_at)
-        if failures > 1:
+        if failed_pulls > 1:
             suppressed = self._repeats.forget("")
-            self._log.info("pull.recovered", source=self.name, failures=failures, suppressed_lines=suppressed or 0)
+            self._log.info("pull.recovered", source=self.name, failures=failed_pulls, suppressed_lines=suppressed or 0)
 
     def _answered_empty(self, *, hung: bool, asked_at: float) -> None:
         if self._source.long_poll and self._pulling + self._turns == 0:
@@ -231,12 +236,14 @@ class Poller:
             self._pulling -= 1
             if now >= self._not_before:  # a failure of lanes that set out together is one failure
                 self._failures += 1
+                self._failed_pulls += 1
                 self._not_before = now + self._back_off_secs(error)
             if self._pulling + self._turns == 0:
                 self._grant(1)
             retry_in_secs = round(self._not_before - now, 1)
             self._problem = error if isinstance(error, VodpollerError) else TransientError(repr(error))
-        self._say_failed(error, retry_in_secs)
+            lasts = self._failed_pulls >= LASTING_FAILURES
+        self._say_failed(error, retry_in_secs, lasts=lasts)
         if isinstance(error, OperatorError):
             self._on_operator_error()
 
@@ -247,10 +254,13 @@ class Poller:
         own_secs = FIRST_RETRY_SECS if self._failures == 1 else self._TRANSIENT.secs(self._failures - 1)
         return max(own_secs, min(asked_secs or 0.0, FOREVER_SECS))
 
-    def _say_failed(self, error: Exception, retry_in_secs: float) -> None:
+    def _say_failed(self, error: Exception, retry_in_secs: float, *, lasts: bool) -> None:
+        """Say each cause once. Single failures that were said lately do not keep one that lasts from being said."""
+        if lasts and not self._said:
+            self._repeats.forget("")
         known = isinstance(error, VodpollerError)
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
-        self._repeats.say(
+        self._said |= self._repeats.say(
             "error" if isinstance(error, OperatorError) or not known else "warning",
             "pull.failed",
             cause=f"{type(error).__name__} {fields.get('error_code') or fields.get('error_message')}",

@@ -24,7 +24,7 @@ class Notifier:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify_socket:
                 notify_socket.settimeout(1)
-                notify_socket.sendto("\n".join(assignments).encode(), self._address)
+                notify_socket.sendto("\n".join(assignments).encode(errors="replace"), self._address)
         except OSError:
             pass
 
@@ -40,7 +40,7 @@ class Notifier:
         """One line for `systemctl status`; sent only where it changed."""
         if text != self._last_status:
             self._last_status = text
-            self.notify(f"STATUS={text}")
+            self.notify(f"STATUS={' '.join(text.split())}")  # a second line would be another assignment
 
     def alive(self) -> None:
         """Feed the watchdog."""
@@ -69,5 +69,8 @@ class Liveness:
     def overdue(self, grace_secs: float) -> dict[str, float]:
         """The steps that are further past their deadline than the grace, with how far, in seconds."""
         now = self._monotonic()
-        late = {step: now - deadline for step, deadline in list(self._steps.values())}
-        return {step: secs for step, secs in late.items() if secs > grace_secs}
+        late: dict[str, float] = {}
+        for step, deadline in list(self._steps.values()):  # threads share names: the latest of them counts
+            if now - deadline > grace_secs:
+                late[step] = max(now - deadline, late.get(step, 0.0))
+        return late

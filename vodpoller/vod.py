@@ -425,7 +425,10 @@ class VodClient:
         except Timeout as error:
             raise TransientError(f"no answer within {timeout_secs:.1f} s: {_reason(error)}") from error
         except (RequestException, HTTPError) as error:
-            raise TransientError(f"VOD cannot be reached: {_reason(error)}") from error
+            raise TransientError(
+                f"VOD cannot be reached: {_reason(error)} (if this lasts: is api.endpoint right, and does it get through"
+                " DNS, firewall and proxy?)"
+            ) from error
         except OSError as error:  # requests says so where the CA bundle is missing
             raise OperatorError(f"the request cannot be sent: {error}") from error
         except ValueError:

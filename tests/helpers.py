@@ -1,0 +1,130 @@
+"""Doubles that the tests of the core share: a clock, a sink in memory, a ledger in memory, a log that can be read."""
+
+import threading
+import time
+
+import structlog
+
+from vodpoller.delivery import Delivery, Latch, Sink
+from vodpoller.events import make_event
+
+
+def until(condition, *, secs=10.0, what="it did not come true in time"):
+    """Poll for something that is about to come true; returns what the condition said."""
+    ends_at = time.monotonic() + secs
+    while not (value := condition()):
+        assert time.monotonic() < ends_at, what
+        time.sleep(0.002)
+    return value
+
+
+class FakeClock:
+    """A clock that stands still until a test, or somebody who sleeps, moves it."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, secs):
+        self.now += secs
+
+
+def log_into(lines, level="debug"):
+    """A logger that keeps its lines as dicts."""
+
+    def keep(_logger, method, line):
+        lines.append({**line, "level": method})
+        raise structlog.DropEvent
+
+    return structlog.wrap_logger(
+        None, processors=[keep], wrapper_class=structlog.make_filtering_bound_logger(level)
+    ).bind()
+
+
+def named(lines, event):
+    return [line for line in lines if line["event"] == event]
+
+
+def event(number=0, *, event_type="NewFileUpload", source="main", sub_app_id=None, **more):
+    content = {"EventType": event_type, "FileUploadEvent": {"FileId": str(number)}, **more}
+    return make_event(content, source=source, sub_app_id=sub_app_id)
+
+
+class MemorySink(Sink):
+    """Takes events, or does what `behaviour` does with them; waits at its gate before that."""
+
+    def __init__(self, *, concurrency=1, batch_events=1, timeout_secs=1.0):
+        self.concurrency = concurrency
+        self.batch_events = batch_events
+        self.timeout_secs = timeout_secs
+        self.behaviour = lambda events: None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.lock = threading.Lock()
+        self.calls = []
+        self.called_at = []
+        self.accepted = []
+        self.running = 0
+        self.most_running = 0
+        self.end = None
+
+    def deliver(self, events, timeout_secs):
+        with self.lock:
+            self.calls.append([event.key for event in events])
+            self.called_at.append(time.monotonic())
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+        try:
+            assert self.gate.wait(20)
+            self.behaviour(events)
+            with self.lock:
+                self.accepted += [event.key for event in events]
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def position(self):
+        return self.end
+
+    def fail_with(self, *errors):
+        """Each call raises the next of these; None accepts; when they are used up all is accepted."""
+        left = list(errors)
+
+        def behave(events):
+            error = left.pop(0) if left else None
+            if error is not None:
+                raise error
+
+        self.behaviour = behave
+
+    def fail_always(self, error):
+        def behave(events):
+            raise error
+
+        self.behaviour = behave
+
+
+class MemoryLedger:
+    """Remembers what was accepted, and what was known of it at that moment."""
+
+    def __init__(self):
+        self.accepted = []
+        self.outcomes_then = []
+        self.stored_then = []
+
+    def accept(self, sink, accepted, position):
+        self.accepted += [(sink, delivery.event.key) for delivery in accepted]
+        self.outcomes_then += [delivery.outcome for delivery in accepted]
+        self.stored_then += [delivery.stored for delivery in accepted]
+
+
+def send(worker, in_flight, events, *, deadline_in_secs=None):
+    """Claim and submit fresh deliveries, as a lane does."""
+    deadline = None if deadline_in_secs is None else time.monotonic() + deadline_in_secs
+    latch = Latch()
+    deliveries = [Delivery(event, worker.name, deadline=deadline) for event in events]
+    standing, fresh = in_flight.claim(deliveries, latch)
+    worker.submit(fresh)
+    return standing, latch

@@ -1,0 +1,117 @@
+from dataclasses import dataclass
+
+import pytest
+
+from tests.helpers import event
+from vodpoller.router import Router
+
+
+@dataclass(frozen=True)
+class Route:
+    sinks: tuple = ("archive",)
+    event_types: tuple | None = None
+    sources: tuple | None = None
+    where: str | None = None
+    name: str = "r"
+
+
+def routed(*routes, **more):
+    return Router(routes).route(event(**more))
+
+
+def test_an_event_that_no_route_takes_is_unrouted():
+    assert routed(Route(event_types=("Other",))).is_unrouted
+    assert routed().is_unrouted
+
+
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [
+        ("length(Missing)", {}),
+        ("starts_with(EventType, `1`)", {}),
+        ("avg(Numbers) > `1`", {"Numbers": [10**400, 1]}),
+        ("sort(Mixed)", {"Mixed": [1, "a", None]}),
+        ("max_by(Mixed, &a)", {"Mixed": [{"a": 1}, {"a": "b"}]}),
+        ("join('', Mixed)", {"Mixed": [1]}),
+    ],
+)
+def test_a_where_that_cannot_be_evaluated_rejects_the_event_for_its_sinks_and_no_others(where, more):
+    result = routed(Route(sinks=("a", "b"), where=where), Route(sinks=("c",)), **more)
+    assert result.sinks == ("c",)
+    assert set(result.failed) == {"a", "b"}
+    assert "`where` cannot be evaluated" in str(result.failed["a"])
+    assert not result.is_unrouted
+
+
+def test_a_sink_that_another_route_reaches_does_not_suffer_from_a_where_that_fails():
+    result = routed(Route(sinks=("a",), where="length(Missing)"), Route(sinks=("a",)))
+    assert result.sinks == ("a",)
+    assert result.failed == {}
+
+
+@pytest.mark.parametrize(
+    ("where", "holds"),
+    [
+        ("FileUploadEvent.FileId == '7'", True),
+        ("FileUploadEvent.FileId == '8'", False),
+        ("Missing", False),
+        ("`0`", True),
+        ("`false`", False),
+        ("''", False),
+        ("`[]`", False),
+        ("`{}`", False),
+        ("`null`", False),
+        ("EventType", True),
+        ("!Missing", True),
+        ("FileUploadEvent", True),
+    ],
+)
+def test_where_holds_as_jmespath_has_it(where, holds):
+    assert routed(Route(where=where), number=7).is_unrouted is not holds
+
+
+@pytest.mark.parametrize(
+    ("globs", "event_type", "matches"),
+    [
+        (("NewFileUpload",), "NewFileUpload", True),
+        (("NewFileUpload",), "NewFileUploads", False),
+        (("newfileupload",), "NewFileUpload", False),
+        (("New*",), "NewFileUpload", True),
+        (("*Complete",), "CreateSnapshotByTimeOffsetComplete", True),
+        (("Other", "N?wFileUpload"), "NewFileUpload", True),
+        (("Other", "File"), "FileDeleted", False),
+        (("*",), "", True),
+        (("",), "", True),
+        (("*",), "two\nlines", True),
+        (("Ne[wx]*",), "NewFileUpload", True),
+        (("New",), "New\n", False),
+    ],
+)
+def test_event_types_are_globs_of_the_whole_type(globs, event_type, matches):
+    assert routed(Route(event_types=globs), event_type=event_type).is_unrouted is not matches
+
+
+def test_a_route_takes_the_events_of_its_sources_only():
+    router = Router([Route(sources=("main",))])
+    assert router.route(event(source="main")).sinks == ("archive",)
+    assert router.route(event(source="other")).is_unrouted
+
+
+def test_an_event_goes_to_a_sink_once_in_the_order_of_the_routes():
+    result = routed(Route(sinks=("b", "a")), Route(sinks=("a", "c")), Route(sinks=("b",)))
+    assert result.sinks == ("b", "a", "c")
+
+
+def test_what_is_remembered_of_a_type_is_not_what_holds_for_another_event():
+    router = Router([Route(where="FileUploadEvent.FileId == '7'"), Route(sinks=("all",), event_types=("A",))])
+    assert router.route(event(7)).sinks == ("archive",)
+    assert router.route(event(8)).is_unrouted
+    assert router.route(event(7, event_type="A")).sinks == ("archive", "all")
+    assert router.route(event(8, event_type="A")).sinks == ("all",)
+
+
+def test_a_queue_that_is_fed_nonsense_types_does_not_fill_the_memory():
+    router = Router([Route()])
+    for number in range(1500):
+        assert router.route(event(event_type=f"T{number}")).sinks == ("archive",)
+    assert len(router._candidates) <= 1000

@@ -1,0 +1,207 @@
+"""systemd/vodpoller.service: what it promises, and that systemd itself finds nothing wrong with it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vodpoller import cli
+from vodpoller.config import TABLES
+from vodpoller.daemon import HEARTBEAT_SECS
+
+UNIT = Path(__file__).parents[1] / "systemd" / "vodpoller.service"
+SECS = {"": 1, "s": 1, "sec": 1, "min": 60}
+
+
+def parsed(text):
+    """All values of each setting by (section, name); an empty one resets, as in systemd.syntax(7)."""
+    settings = defaultdict(list)
+    section = ""
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        if not line.strip() or line.startswith(("#", ";")):
+            continue
+        if line.startswith("["):
+            section = line.strip("[] ")
+            continue
+        name, _, value = line.partition("=")
+        settings[section, name] += [value]
+    return settings
+
+
+@pytest.fixture(scope="module")
+def unit():
+    return parsed(UNIT.read_text())
+
+
+def secs(unit, name):
+    number, name_of_unit = re.fullmatch(r"(\d+)(\w*)", unit["Service", name][-1]).groups()
+    return int(number) * SECS[name_of_unit]
+
+
+def systemd_analyze(*words):
+    if shutil.which("systemd-analyze") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("systemd-analyze is not installed: CI must check the unit (apt-get install systemd)")
+        pytest.skip("systemd-analyze is not installed: the unit is checked where it is, and in CI")
+    return subprocess.run(
+        ["systemd-analyze", "--no-pager", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def with_stub(text):
+    """The unit as it can be verified on a machine where vodpoller is not installed."""
+    return re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE)
+
+
+# --- what makes a failure worse ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ExecStartPre", "ExecCondition"])
+def test_nothing_runs_before_the_program_as_its_failure_would_be_repeated_for_ever(unit, name):
+    assert ("Service", name) not in unit
+
+
+def test_what_a_person_must_mend_is_not_restarted(unit):
+    assert unit["Service", "RestartPreventExitStatus"] == [f"{cli.EXIT_CONFIG} 243"]
+
+
+def test_everything_else_is_restarted_for_as_long_as_it_takes(unit):
+    assert unit["Service", "Restart"] == ["on-failure"]
+    assert unit["Service", "RestartSec"] == ["5"]
+    assert unit["Unit", "StartLimitIntervalSec"] == ["0"]
+
+
+def test_a_stop_is_not_cut_off_while_the_daemon_still_settles(unit):
+    assert secs(unit, "TimeoutStopSec") == 40
+    assert TABLES["daemon"]().shutdown_secs + 10 <= secs(unit, "TimeoutStopSec")
+
+
+def test_programs_of_a_sink_may_finish_during_a_stop(unit):
+    assert unit["Service", "KillMode"] == ["mixed"]
+
+
+def test_the_watchdog_outlasts_several_heartbeats(unit):
+    assert secs(unit, "WatchdogSec") == 60
+    assert HEARTBEAT_SECS * 4 < secs(unit, "WatchdogSec")
+
+
+def test_a_dump_of_memory_cannot_leak_the_key(unit):
+    assert unit["Service", "LimitCORE"] == ["0"]
+
+
+def test_the_journal_drops_no_line_at_full_speed(unit):
+    assert unit["Service", "LogRateLimitIntervalSec"] == ["0"]
+
+
+@pytest.mark.parametrize("name", ["StandardOutput", "StandardError", "SyslogLevelPrefix"])
+def test_lines_go_to_the_journal_which_reads_their_priority(unit, name):
+    assert ("Service", name) not in unit
+
+
+# --- how it runs ------------------------------------------------------------------------------------------------------
+
+
+def test_it_runs_the_daemon_with_the_documented_paths(unit):
+    assert unit["Service", "ExecStart"] == ["/opt/vodpoller/venv/bin/vodpoller run -c /etc/vodpoller/config.toml"]
+    assert str(cli.DEFAULT_CONFIG) in unit["Service", "ExecStart"][0]
+
+
+def test_systemd_waits_until_it_is_ready(unit):
+    assert unit["Service", "Type"] == ["notify"]
+
+
+def test_reload_is_sighup(unit):
+    assert unit["Service", "ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+
+
+def test_it_has_a_user_and_a_state_directory_of_its_own(unit):
+    assert unit["Service", "DynamicUser"] == ["yes"]
+    assert unit["Service", "StateDirectory"] == ["vodpoller"]
+    paths = (TABLES["journal"]().path, "/var/lib/vodpoller/journal.db")
+    assert str(paths[0]) == paths[1]
+
+
+def test_the_key_comes_as_credentials(unit):
+    assert unit["Service", "LoadCredential"] == [
+        "secret_id:/etc/vodpoller/secret_id",
+        "secret_key:/etc/vodpoller/secret_key",
+    ]
+
+
+def test_it_starts_at_boot_once_the_network_is_there(unit):
+    assert unit["Install", "WantedBy"] == ["multi-user.target"]
+    assert unit["Unit", "Wants"] == unit["Unit", "After"] == ["network-online.target"]
+
+
+def test_it_may_use_the_network(unit):
+    assert set(unit["Service", "RestrictAddressFamilies"][0].split()) == {"AF_INET", "AF_INET6", "AF_UNIX"}
+    assert not {("Service", "PrivateNetwork"), ("Service", "IPAddressDeny")} & unit.keys()
+
+
+@pytest.mark.parametrize("name", ["MemoryDenyWriteExecute", "ProcSubset", "NoExecPaths"])
+def test_a_sink_may_run_any_program(unit, name):
+    assert ("Service", name) not in unit
+
+
+@pytest.mark.parametrize("name", ["MemoryMax", "TasksMax", "LimitNOFILE", "OOMPolicy"])
+def test_it_has_a_limit(unit, name):
+    assert len(unit["Service", name]) == 1
+
+
+# --- systemd's own judgement ------------------------------------------------------------------------------------------
+
+
+def test_the_check_notices_a_unit_that_is_wrong(tmp_path):
+    """Verifying means something: a misspelt setting does not pass."""
+    copy = tmp_path / UNIT.name
+    copy.write_text(with_stub(UNIT.read_text()).replace("WatchdogSec=", "WatchdogSecs="))
+    checked = systemd_analyze("verify", "--recursive-errors=yes", str(copy))
+    assert "WatchdogSecs" in checked.stderr
+
+
+def test_systemd_finds_nothing_wrong_with_it(tmp_path):
+    copy = tmp_path / UNIT.name
+    copy.write_text(with_stub(UNIT.read_text()))
+    checked = systemd_analyze("verify", "--recursive-errors=yes", str(copy))
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_its_exposure_is_at_most_one_and_a_half():
+    checked = systemd_analyze("security", "--offline=true", "--threshold=15", str(UNIT))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert float(re.search(r"Overall exposure level for \S+: ([\d.]+)", checked.stdout)[1]) <= 1.5
+
+
+# --- what the unit counts on ------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_that_the_services_user_may_not_read_is_one_to_mend_not_to_retry(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    path.write_text("")
+    monkeypatch.setattr(os, "access", lambda *_words, **_named: False)
+    monkeypatch.setattr(Path, "read_text", denied)
+    ended = CliRunner().invoke(cli.main, ["run", "-c", str(path)])
+    assert ended.exit_code == cli.EXIT_CONFIG
+    assert f"{path}: cannot be read: Permission denied" in ended.output
+
+
+def denied(path, *_words, **_named):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("in_journal", [True, False])
+def test_what_stops_a_start_is_an_error_in_the_journal(tmp_path, in_journal):
+    reader, writer = os.pipe()
+    with open(reader, encoding="utf-8") as stderr, open(writer, "wb") as sent:
+        status = os.fstat(sent.fileno())
+        env = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not in_journal)}"}
+        command = [sys.executable, "-m", "vodpoller", "run", "-c", str(tmp_path / "none.toml")]
+        assert subprocess.run(command, stderr=sent, env=env, check=False, timeout=60).returncode == cli.EXIT_CONFIG
+        sent.close()
+        assert stderr.read().startswith("<3>vodpoller: " if in_journal else "vodpoller: ")
