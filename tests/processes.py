@@ -81,8 +81,9 @@ class SimulatorProcess:
     def stats(self):
         return self._session.get(f"{self.url}/_stats", timeout=10).json()
 
-    def ledger(self, *, bodies=False):
-        return self._session.get(f"{self.url}/_ledger?bodies={int(bodies)}", timeout=30).json()
+    def ledger(self, *, bodies=False, first=0, count=None):
+        part = f"&from={first}" + ("" if count is None else f"&n={count}")
+        return self._session.get(f"{self.url}/_ledger?bodies={int(bodies)}{part}", timeout=30).json()
 
     def feed(self, *bodies):
         lines = b"\n".join(body.encode() if isinstance(body, str) else body for body in bodies)
@@ -185,7 +186,7 @@ class System:
             process.stop() if isinstance(process, SimulatorProcess) else process.kill()
 
     def simulator(self, **options):
-        defaults = {"poll_secs": 0.5, "visibility_secs": 3, "requests_per_sec": 0}
+        defaults = {"poll_secs": 0.5, "visibility_secs": 3, "requests_per_sec": 0, "keep_bodies": True}
         simulator = SimulatorProcess(self.folder / "simulator.err", **(defaults | options))
         self._running.append(simulator)
         return simulator

@@ -85,7 +85,9 @@ def snapshot_that_failed_in_part(number):
 
 def each_type_without_siblings(number):
     event_type, member = KINDS[number // len(SHAPES) % len(KINDS)]
-    return _dumped({"EventType": event_type, member: {"TaskId": _task(number), "FileId": _file(number), "Status": "OK"}})
+    return _dumped(
+        {"EventType": event_type, member: {"TaskId": _task(number), "FileId": _file(number), "Status": "OK"}}
+    )
 
 
 def each_type_with_null_siblings(number):
@@ -111,12 +113,13 @@ def with_a_strange_type(number):
 
 
 def with_ids_as_numbers(number):
-    ids = f'"FileId":{2**53 + 1 + number},"TaskId":{2**63 + number},"Other":{2**64 + 1 + number},"Far":-{10**30 + number}'
-    return '{"EventType":"NewFileUpload","FileUploadEvent":{%s}}' % ids
+    beyond_doubles = f'"FileId":{2**53 + 1 + number},"TaskId":{2**63 + number}'
+    beyond_64_bits = f'"Other":{2**64 + 1 + number},"Far":-{10**30 + number}'
+    return f'{{"EventType":"NewFileUpload","FileUploadEvent":{{{beyond_doubles},{beyond_64_bits}}}}}'
 
 
 def with_an_id_of_thousands_of_digits(number):
-    return '{"EventType":"NewFileUpload","FileUploadEvent":{"FileId":%d}}' % (10**4200 + number)
+    return f'{{"EventType":"NewFileUpload","FileUploadEvent":{{"FileId":{10**4200 + number}}}}}'
 
 
 def with_status_as_a_number(number):
@@ -147,7 +150,8 @@ def with_a_payload_that_is_no_object(number):
 
 def with_the_same_key_twice(number):
     payload = f'"TaskId":"first","TaskId":"{_task(number)}","ErrCode":1,"ErrCode":0'
-    return '{"EventType":"Old","EventType":"ClipComplete","ClipCompleteEvent":null,"ClipCompleteEvent":{%s}}' % payload
+    twice = f'"ClipCompleteEvent":null,"ClipCompleteEvent":{{{payload}}}'
+    return f'{{"EventType":"Old","EventType":"ClipComplete",{twice}}}'
 
 
 def with_dates_of_zero(number):
@@ -156,39 +160,43 @@ def with_dates_of_zero(number):
 
 
 def with_unescaped_unicode(number):
-    name = "截图 – 🎬 é \u2028\u2029 \u0085\ufeff\ufffe\x7f"
+    name = "截图 🎬 é \u2013 \u2028\u2029 \u0085\ufeff\ufffe\x7f"
     return json.dumps({"EventType": "NewFileUpload", "N": number, name: name}, ensure_ascii=False)
 
 
 def with_every_escape(number):
     text = r"http:\/\/v.example\/\u0031.png \b\f\n\r\t\"\\ \u0000 \u001f \u00e9 \ud83c\udfac \u2028"
-    return '{"EventType":"PullComplete","PullCompleteEvent":{"N":%d,"Url":"%s"}}' % (number, text)
+    return f'{{"EventType":"PullComplete","PullCompleteEvent":{{"N":{number},"Url":"{text}"}}}}'
 
 
 def with_raw_control_characters(number):
-    return '{"EventType":"PullComplete","PullCompleteEvent":{"N":%d,"Name":"a\tb\rc\x01\x1f\x00"}}' % number
+    return f'{{"EventType":"PullComplete","PullCompleteEvent":{{"N":{number},"Name":"a\tb\rc\x01\x1f\x00"}}}}'
 
 
 def with_lone_surrogates(number):
-    return r'{"EventType":"ConcatComplete","\udfff":{"N":%d,"Name":"\ud83c alone, \udfac too, \ud83c\ud83c"}}' % number
+    text = r"\ud83c alone, \udfac too, \ud83c\ud83c"
+    return rf'{{"EventType":"ConcatComplete","\udfff":{{"N":{number},"Name":"{text}"}}}}'
 
 
 def with_lone_surrogates_and_large_numbers(number):
-    return r'{"EventType":"\ud800","N":%d,"FileId":%d}' % (number, 2**70 + number)
+    return rf'{{"EventType":"\ud800","N":{number},"FileId":{2**70 + number}}}'
 
 
 def nested_deeply(number):
-    depth = (10, 100, 250, 260, 400)[number % 5]
-    return '{"EventType":"FileDeleted","N":%d,"FileDeleteEvent":%s}' % (number, '{"a":[' * (depth // 2) + "]}" * (depth // 2))
+    pairs = (5, 50, 125, 130, 200)[number % 5]
+    nested = '{"a":[' * pairs + "]}" * pairs
+    return f'{{"EventType":"FileDeleted","N":{number},"FileDeleteEvent":{nested}}}'
 
 
 def with_floats(number):
     floats = f"[60.1,-0.0,0.1e-7,1E5,1e308,5e-324,0.30000000000000004,{number}.0,{number}.25,123456789012345678901.5]"
-    return '{"EventType":"TranscodeComplete","TranscodeCompleteEvent":{"Durations":%s}}' % floats
+    return f'{{"EventType":"TranscodeComplete","TranscodeCompleteEvent":{{"Durations":{floats}}}}}'
 
 
 def with_blanks_everywhere(number):
-    return '{ \t"EventType" :\r "SplitMediaComplete" , "SplitMediaCompleteEvent" : { "N" : %d , "Set" : [ ] } } ' % number
+    return (
+        f'{{ \t"EventType" :\r "SplitMediaComplete" , "SplitMediaCompleteEvent" : {{ "N" : {number} , "A" : [ ] }} }} '
+    )
 
 
 def with_the_type_last(number):
@@ -206,9 +214,10 @@ def that_looks_like_an_answer(number):
 
 
 def large(number):
-    size = 300_000 if number % 160 == 0 else 20_000
-    filling = [{"Url": "http://v.example/" + "x" * 180, "TimeOffset": at} for at in range(size // 200)]
-    return _dumped({"EventType": KINDS[0][0], "SnapshotByTimeOffsetCompleteEvent": {"N": number, "SnapshotInfoSet": filling}})
+    size = 300_000 if number % 10 == 0 else 20_000
+    images = [{"Url": "http://v.example/" + "x" * 180, "TimeOffset": at} for at in range(size // 200)]
+    payload = {"TaskId": _task(number), "SnapshotInfoSet": images}
+    return _dumped({"EventType": KINDS[0][0], "SnapshotByTimeOffsetCompleteEvent": payload})
 
 
 SHAPES = (

@@ -45,9 +45,7 @@ def confirming(clock, log):
 
     def confirm(handles=HANDLES, *, vod=None, lease_left_secs=25.0, source="main", **more):
         vod = vod or FakeVod(clock, **more)
-        confirmer = confirmers.setdefault(
-            id(vod), Confirmer(vod=vod, log=log, monotonic=clock, sleep=lambda secs: clock.advance(secs))
-        )
+        confirmer = confirmers.setdefault(id(vod), Confirmer(vod=vod, log=log, monotonic=clock, sleep=clock.advance))
         lease = Lease(starts_at=clock() - 30.0 + lease_left_secs, secs=30.0)
         return vod, confirmer.confirm(source, 1500000001, handles, lease)
 

@@ -153,7 +153,8 @@ def test_a_pair_that_is_on_its_way_is_joined():
     standing, fresh = in_flight.claim([second], other)
     assert (standing, fresh) == ([first], [])
     in_flight.settle(first, Outcome.DELIVERED)
-    assert latch.wait(0) and other.wait(0)
+    assert latch.wait(0)
+    assert other.wait(0)
     assert len(in_flight) == 0
 
 
@@ -263,7 +264,7 @@ def opened(breaker):
 
 
 def test_one_event_that_fails_again_and_again_opens_nothing(breaker):
-    assert not any([breaker.failed(b"poison") for _ in range(20)])
+    assert {breaker.failed(b"poison") for _ in range(20)} == {False}
     assert not breaker.open
 
 
@@ -639,7 +640,7 @@ def test_half_of_the_queue_is_kept_for_fresh_events(bench, queue_max_events, roo
     assert worker.room() == room
 
 
-# --- the worker's breaker -----------------------------------------------------------------------------------------------
+# --- the worker's breaker ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -155,7 +155,50 @@ class WebhookHarness:
         self.running.__exit__(None, None, None)
 
 
-HARNESSES = {"file": FileHarness, "stdout": StdoutHarness, "webhook": WebhookHarness}
+class ExecHarness:
+    cannot = MappingProxyType({})
+    script = """
+        case $(cat "$1/mode") in
+            fail) exit 75 ;;
+            reject) exit 1 ;;
+            hang) exec sleep 60 ;;
+        esac
+        until mkdir "$1/busy" 2>/dev/null; do sleep 0.01; done
+        cat >>"$1/delivered" && echo >>"$1/delivered"
+        rmdir "$1/busy"
+    """
+
+    def __init__(self, tmp_path):
+        self.folder = tmp_path
+        self.accept()
+
+    def build(self, load):
+        command = ["sh", "-c", self.script, "sh", str(self.folder)]
+        return load("exec")("it", load("exec").Config(type="exec", command=command))
+
+    def accept(self):
+        self._mode("accept")
+
+    def fail(self):
+        self._mode("fail")
+
+    def reject(self):
+        self._mode("reject")
+
+    def hang(self):
+        self._mode("hang")
+
+    def _mode(self, mode):
+        (self.folder / "mode").write_text(mode)
+
+    def delivered(self, count):
+        return (self.folder / "delivered").read_bytes().splitlines()
+
+    def close(self):
+        pass
+
+
+HARNESSES = {"exec": ExecHarness, "file": FileHarness, "stdout": StdoutHarness, "webhook": WebhookHarness}
 
 
 def load(sink_type):
@@ -202,8 +245,8 @@ def deliver(sink, events, timeout_secs=10.0):
         sink.deliver(events[start : start + sink.batch_events], timeout_secs)
 
 
-def test_the_entry_points_name_the_three_sinks_that_come_with_the_package():
-    assert {"file", "stdout", "webhook"} <= set(available_sinks())
+def test_the_entry_points_name_the_sinks_that_come_with_the_package():
+    assert {"exec", "file", "stdout", "webhook"} <= set(available_sinks())
 
 
 def test_the_class_and_its_config_keep_to_the_contract(sink_type):

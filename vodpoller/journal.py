@@ -28,6 +28,7 @@ ROW_OVERHEAD_BYTES: Final = 512
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 PRUNE_ROWS: Final = 10_000
 _KEYS_A_QUERY: Final = 500
+_INODES: Final = 2**64
 
 _SCHEMA: Final = f"""
 CREATE TABLE ledger (
@@ -133,7 +134,8 @@ class Journal:
         self._log = log
         self._repeats = Repeats(log)
         self._wall = wall
-        self._run = f"{os.getpid()}-{wall():.6f}"
+        self._started_at = wall()
+        self._run = f"{os.getpid()}-{self._started_at:.6f}"
         self._queue: list[_Write] = []
         self._queue_lock = threading.Lock()
         self._write_lock = threading.Lock()
@@ -221,19 +223,22 @@ class Journal:
                 self._commit([write])
 
     def _commit(self, batch: Sequence[_Write]) -> bool:
+        """False where one of several may be at fault; a file that is locked by others fails all, once."""
+        has_begun = False
         try:
             durable = any(write.durable for write in batch)
             self._writer.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
             self._writer.execute("BEGIN IMMEDIATE")
+            has_begun = True
             for write in batch:
                 write.work(self._writer)
             self._writer.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - what is recovered is read from a sink's file meanwhile
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may believe that his row was written
             with suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
             for write in batch:
                 write.error, write.done = error, True
-            return False
+            return not has_begun
         for write in batch:
             write.error, write.done = None, True
         return True
@@ -249,15 +254,15 @@ class Journal:
         wanted = set(pairs)
         keys = list({key for key, _ in wanted})
         found: dict[tuple[bytes, str], Known] = {}
+        # Memory before the file: a pair that leaves memory in between is in the file by then.
+        unwritten = [pair for pair in wanted if pair in self._unwritten] if self._unwritten else []
         try:
             for first in range(0, len(keys), _KEYS_A_QUERY):
                 found |= self._known(keys[first : first + _KEYS_A_QUERY])
         except sqlite3.Error as error:
             self._failed(error)
             raise StorageError(f"the journal cannot be read: {error}") from error
-        if self._unwritten:
-            found |= {pair: Known.ACCEPTED for pair in wanted if pair in self._unwritten}
-        return found
+        return found | dict.fromkeys(unwritten, Known.ACCEPTED)
 
     def _known(self, keys: Sequence[bytes]) -> dict[tuple[bytes, str], Known]:
         marks = ",".join("?" * len(keys))
@@ -284,22 +289,27 @@ class Journal:
         now = self._wall()
         keys = [delivery.event.key for delivery in accepted]
         stored = [delivery.event.key for delivery in accepted if delivery.stored]
-        if self._unwritten and position is not None:
-            # The mark must stay below what is in memory only: it moves when that is written.
-            with self._queue_lock:
-                self._unwritten_positions[sink] = position
-            position = None
+        # The mark must stay below what is in memory only: it moves when that is written.
+        waits = bool(self._unwritten)
+        mark = None if waits else position
         try:
             self._write(
-                lambda db: _insert_accepted(db, sink, [(key, sink, now) for key in keys], stored, position),
+                lambda db: _insert_accepted(db, sink, [(key, sink, now) for key in keys], stored, mark),
                 durable=False,
             )
-        except sqlite3.Error as error:
+        except Exception as error:  # noqa: BLE001 - the sink has the events, whatever became of the rows
             with self._queue_lock:
                 self._unwritten |= dict.fromkeys([(key, sink) for key in keys], now)
                 if position is not None:
                     self._unwritten_positions[sink] = position
             self._failed(error)
+            return
+        if position is not None and (waits or self._unwritten_positions):
+            with self._queue_lock:
+                if waits:
+                    self._unwritten_positions[sink] = position
+                else:
+                    self._unwritten_positions.pop(sink, None)  # overtaken
 
     def recover(self, sink: str, keys: Iterable[bytes], position: Callable[[], Position | None]) -> int:
         """Enter what a sink's file holds beyond its mark, at start.
@@ -336,7 +346,7 @@ class Journal:
         """The mark of a sink's file: all below it is in the ledger."""
         with self._read_lock:
             row = self._reader.execute("SELECT inode, offset_bytes FROM positions WHERE sink = ?", (sink,)).fetchone()
-        return Position(inode=row[0], offset_bytes=row[1]) if row else None
+        return Position(inode=row[0] % _INODES, offset_bytes=row[1]) if row else None
 
     def confirmed(self, keys: Sequence[bytes]) -> None:
         """VOD answered OK to the confirm of these events: their rows are no longer needed for long."""
@@ -379,7 +389,7 @@ class Journal:
                 _text(letter.error),
                 letter.attempts,
                 now,
-                now + letter.due_in_secs,
+                now + min(letter.due_in_secs, DUE_HORIZON_SECS),
                 self._run,
                 letter.event.source,
                 letter.event.sub_app_id,
@@ -397,7 +407,7 @@ class Journal:
                 ),
                 durable=True,
             )
-        except sqlite3.Error as error:
+        except Exception as error:
             self._failed(error)
             raise StorageError(f"the journal cannot be written: {error}") from error
         self._letters_bytes += size
@@ -504,7 +514,7 @@ class Journal:
         """Write what waits in memory. Called every second; a failure is said once and tried again."""
         with suppress(StorageError):
             self._check_in_place()
-        if not (self._unwritten or self._queue or self._failing):
+        if not (self._unwritten or self._unwritten_positions or self._queue or self._failing):
             return
         with self._queue_lock:
             rows = [(key, sink, at) for (key, sink), at in self._unwritten.items()]
@@ -564,15 +574,22 @@ class Journal:
             )
 
     def shift(self, secs: float) -> None:
-        """The wall clock was set: move what this process stamped along, so that nothing ages or waits by the jump."""
-        with suppress(sqlite3.Error):
-            self._write(
-                lambda db: db.execute(
-                    "UPDATE letters SET stored_at = stored_at + ?1, due_at = due_at + ?1 WHERE run = ?2",
-                    (secs, self._run),
-                ),
-                durable=False,
+        """The clock was set: move what this process stamped along, so that nothing ages or waits by the jump."""
+        recent = self._wall() - secs - CONFIRMED_KEPT_SECS
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE letters SET stored_at = stored_at + ?1, due_at = due_at + ?1 WHERE run = ?2", (secs, self._run)
             )
+            db.execute(
+                "UPDATE ledger SET accepted_at = accepted_at + ?1, confirmed_at = confirmed_at + ?1"
+                " WHERE accepted_at >= ?2 AND (confirmed_at IS NULL OR confirmed_at >= ?3)",
+                (secs, self._started_at, recent),
+            )
+
+        with suppress(sqlite3.Error):
+            self._write(work, durable=False)
+            self._started_at += secs
 
     def _count_letters_bytes(self) -> int:
         with self._read_lock, suppress(sqlite3.Error):
@@ -582,7 +599,7 @@ class Journal:
             return int(size)
         return self._letters_bytes
 
-    def _failed(self, error: sqlite3.Error) -> None:
+    def _failed(self, error: Exception) -> None:
         self._failing = True
         message = str(error)
         self._repeats.say("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
@@ -615,7 +632,9 @@ def _insert_accepted(
 
 def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) -> None:
     if position is not None:
-        db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, position.inode, position.offset_bytes))
+        # SQLite's integers are signed; inodes of some file systems use all 64 bits.
+        inode = position.inode if position.inode < _INODES // 2 else position.inode - _INODES
+        db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
 
 
 def _text(text: str) -> str:

@@ -39,7 +39,6 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "event.malformed": "what VOD sent cannot be read: a dead letter where it has a handle, else only this line",
     "event.settled": "the fate of one pulled event",
     "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
-    "file.reopened": "a sink's file was opened again",
     "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
@@ -84,7 +83,7 @@ class LineLogger:
         with self._lock:
             try:
                 if self._fd is None:
-                    self._stream.write(line.decode())
+                    self._stream.write(line.decode(errors="replace"))
                     return
                 while line:
                     line = line[os.write(self._fd, line) :]
@@ -103,10 +102,10 @@ class _Json:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
         # What every line has comes first, for the eyes of whoever tails them.
         event_dict = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")} | dict(event_dict)
-        line = _encode(event_dict)
+        line = _redacted(_encode(event_dict), self._secrets())  # before a cut, which may leave half of a secret
         if len(line) > LINE_MAX_BYTES - 8:
-            line = _shortened(event_dict)
-        return prefix + _redacted(line, self._secrets()) + b"\n"
+            line = _shortened(line)
+        return prefix + line + b"\n"
 
 
 class _Console:
@@ -118,7 +117,7 @@ class _Console:
     def __call__(self, logger: WrappedLogger, name: str, event_dict: EventDict) -> bytes:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
         line = self._render(logger, name, event_dict).encode(errors="backslashreplace")
-        return prefix + _redacted(line[: LINE_MAX_BYTES - 8], self._secrets()) + b"\n"
+        return prefix + _redacted(line, self._secrets())[: LINE_MAX_BYTES - 8] + b"\n"
 
 
 def _encode(event_dict: EventDict) -> bytes:
@@ -153,12 +152,17 @@ def _safe(value: object) -> object:
             return _safe(_jsonable(value))
 
 
-def _shortened(event_dict: EventDict) -> bytes:
+def _shortened(line: bytes) -> bytes:
     """The line with its long fields cut so that it fits: what journald or a log shipper would cut anywhere else."""
-    room = LINE_MAX_BYTES // (2 * max(len(event_dict), 8))
-    short = {name: _cut(value, room) for name, value in event_dict.items()}
-    short["truncated"] = True
-    return _encode(short)[: LINE_MAX_BYTES - 8]
+    try:
+        fields = orjson.loads(line)
+    except ValueError:  # a secret that is part of JSON's own syntax was replaced
+        fields = {"event": line.decode(errors="replace")}
+    room = max(LINE_MAX_BYTES // (2 * max(len(fields), 8)), 400)
+    short = {name: _cut(value, room) for name, value in fields.items()} | {"truncated": True}
+    while len(shortened := _encode(short)) > LINE_MAX_BYTES - 8:
+        short = dict(list(short.items())[: len(short) // 2]) | {"truncated": True}
+    return shortened
 
 
 def _cut(value: object, room: int) -> object:
@@ -171,7 +175,9 @@ def _cut(value: object, room: int) -> object:
 
 def _redacted(line: bytes, secrets: Iterable[str]) -> bytes:
     for secret in secrets:
-        line = line.replace(secret.encode(), b"[secret]")
+        if secret:
+            plain = secret.encode(errors="backslashreplace")
+            line = line.replace(plain, b"[secret]").replace(_encode({"": secret})[5:-2], b"[secret]")
     return line
 
 
@@ -186,9 +192,16 @@ class _FromLibraries(logging.Handler):
         try:
             name = "error" if record.levelno >= logging.ERROR else record.levelname.lower()
             write = getattr(self._log, name, self._log.info)
-            write("library.logged", logger=record.name, message=record.getMessage(), exc_info=record.exc_info or None)
+            write("library.logged", logger=record.name, message=_message_of(record), exc_info=record.exc_info or None)
         except Exception:  # noqa: BLE001 - logging must never raise into the library that logs
             self.handleError(record)
+
+
+def _message_of(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except (TypeError, ValueError, KeyError):  # its arguments do not fit its format
+        return f"{record.msg} {record.args!r}"
 
 
 def make_logger(

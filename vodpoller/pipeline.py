@@ -1,5 +1,6 @@
 """The straight line of one batch: pull, parse, route, deliver, settle, confirm."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Pipeline:
         self._repeats = Repeats(log, monotonic=monotonic)
         self._monotonic = monotonic
         self._wall = wall
+        self._counting = threading.Lock()
         self.settled_events = 0
         self.unsettled_events = 0
         self.last_pull_at = 0.0
@@ -157,11 +159,15 @@ class Pipeline:
         )
 
     def _condemn(self, source: Source, broken: Malformed, request_id: str) -> _Item | None:
-        self._log.error(
+        key = broken.event.key.hex()
+        self._repeats.say(
+            # What has no handle stays with VOD: it was cut off on its way, or nobody can do anything about it.
+            "warning" if broken.handle is None else "error",
             "event.malformed",
+            cause=f"malformed {key}",
             source=source.name,
             event_type=broken.event.type,
-            key=broken.event.key.hex(),
+            key=key,
             error_message=broken.why,
             request_id=request_id,
             has_handle=broken.handle is not None,
@@ -192,9 +198,13 @@ class Pipeline:
             item.deliveries = {
                 sink: next(remaining) for sink, outcome in item.outcomes.items() if outcome is Outcome.UNSETTLED
             }
-        known = self._submit_unknown(fresh)
-        if not latch.wait(deadline - self._monotonic()):
-            self._in_flight.abandon(standing, latch)
+        is_over = False
+        try:
+            known = self._submit_unknown(fresh)
+            is_over = latch.wait(deadline - self._monotonic())
+        finally:
+            if not is_over:  # an error nobody foresaw as well must not leave pairs on their way for ever
+                self._in_flight.abandon(standing, latch)
         joined = set(map(id, standing)) - set(map(id, fresh))
         for item in items:
             for sink, delivery in item.deliveries.items():
@@ -254,6 +264,8 @@ class Pipeline:
             if outcome is Outcome.DELIVERED or delivery.held:
                 continue
             delivery.stored = True  # before the row is written: a late success deletes it
+            if delivery.outcome is Outcome.DELIVERED:  # so late that it did not know of the row
+                continue
             dead = outcome is Outcome.REJECTED
             asked_secs = delivery.error.retry_after_secs if isinstance(delivery.error, TransientError) else None
             item.letters.append(
@@ -298,8 +310,10 @@ class Pipeline:
         now = self._monotonic()
         duration_secs = round(now - answered_at, 4)
         lease_left_secs = round(lease.ends_at - now, 3)
-        self.settled_events += len(items)
-        self.unsettled_events += sum(not item.confirmed for item in items)
+        settled, unsettled = len(items), sum(not item.confirmed for item in items)
+        with self._counting:
+            self.settled_events += settled
+            self.unsettled_events += unsettled
         for item in items:
             fields: dict[str, object] = {}
             taken = snapshots_of(item.event)

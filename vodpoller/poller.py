@@ -192,7 +192,7 @@ class Poller:
                 self._latches.pop(latch, None)
 
     def _lane_is_missing(self) -> bool:
-        return self._turns > self._parked
+        return self._turns > self._parked and not self._stopping  # while stopping, nobody is needed to pull
 
     # --- turns; all of this holds the lock ----------------------------------------------------------------------------
 
@@ -200,9 +200,12 @@ class Poller:
         self._turns = min(self._turns + turns, self._source.max_lanes - self._pulling)
         while self._parked < self._turns and len(self._lanes) < self._source.max_lanes and not self._stopping:
             lane = threading.Thread(target=self._run, name=f"lane-{self.name}-{len(self._lanes)}", daemon=True)
+            try:
+                lane.start()
+            except RuntimeError:  # the system has no more threads: a lane that comes free takes the turn
+                break
             self._lanes.append(lane)
             self._parked += 1
-            lane.start()
         self._turn_granted.notify(turns)
         if self._lane_is_missing():
             # Every lane waits for a sink: the one that waits longest stores what its sinks have not taken.

@@ -15,7 +15,6 @@ from typing import Any, Final
 import orjson
 import requests
 from requests import PreparedRequest
-from requests.adapters import HTTPAdapter
 from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, RequestException, Timeout
 from requests.structures import CaseInsensitiveDict
 from urllib3.exceptions import HTTPError
@@ -36,9 +35,11 @@ from vodpoller.events import (
     UnreadableError,
     decode_json,
     encode_json,
+    is_whole,
     read_event,
     salvage_events,
 )
+from vodpoller.http import DeadlineAdapter, causes, environment_of
 from vodpoller.logs import Logger
 from vodpoller.tc3 import Credentials, Tc3Auth
 
@@ -47,6 +48,7 @@ _PULL: Final = "PullEvents"
 _CONFIRM: Final = "ConfirmEvents"
 _CHUNK_BYTES: Final = 64 * 1024
 _CONNECT_SECS: Final = 5.0
+_CONNECTIONS: Final = 64
 _CLOCK_OFF_SECS: Final = 60.0
 _EXCERPT_CHARS: Final = 100
 _MESSAGE_CHARS: Final = 300
@@ -201,12 +203,12 @@ class VodClient:
         region: `X-TC-Region`; empty leaves it out.
         credentials: Asked at each request.
         requests_per_sec: The account's quota for each API action.
-        timeout_secs: For a pull, from the connection to the answer's last byte. VOD lets an empty pull hang for 5 s and
-            recommends 10. Name resolution is not bounded by it, nor is a server that dribbles its headers.
+        timeout_secs: For a pull, from the name lookup to the answer's last byte. VOD lets an empty pull hang for 5 s
+            and recommends 10.
         confirm_timeout_secs: The same for a confirm.
         lease_secs: How long a pull's handles can be confirmed.
         log: Where to.
-        session: Gives the transport and the environment's proxies; closed with the client. None makes one.
+        resolve: In place of `socket.getaddrinfo`.
         monotonic: The clock of leases and timeouts, in seconds.
         wall: Unix time, in seconds.
         sleep: Waits that many seconds.
@@ -224,7 +226,7 @@ class VodClient:
         confirm_timeout_secs: float = 2.0,
         lease_secs: float = 30.0,
         log: Logger,
-        session: requests.Session | None = None,
+        resolve: Callable[..., list[Any]] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -239,14 +241,9 @@ class VodClient:
         self._answer_max_bytes = answer_max_bytes
 
         self._url = requests.Request("POST", endpoint).prepare().url or endpoint
-        self._session = _make_session() if session is None else session
         # Asking the environment at each request would cost as much again as the request.
-        environment = self._session.merge_environment_settings(self._url, {}, None, None, None)
-        self._session.trust_env = False
-        self._proxies: dict[str, str] = dict(environment["proxies"])
-        self._verify: bool | str = environment["verify"] or True
-        # The adapter alone, not Session.send: that keeps cookies, and reads a redirect's body and target.
-        self._adapter = self._session.get_adapter(self._url)
+        self._environment = environment_of(self._url)
+        self._adapter = DeadlineAdapter(connections=_CONNECTIONS, resolve=resolve, monotonic=monotonic)
 
         self._pulls_stopped = False
         self._clock_lock = threading.Lock()
@@ -337,7 +334,7 @@ class VodClient:
 
     def close(self) -> None:
         """Close the connections. A call that is under way may fail."""
-        self._session.close()
+        self._adapter.close()
 
     # --- one exchange -------------------------------------------------------------------------------------------------
 
@@ -413,21 +410,15 @@ class VodClient:
 
     def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> _Answer:
         try:
-            response = self._adapter.send(
-                prepared,
-                stream=True,
-                timeout=(min(timeout_secs, _CONNECT_SECS), timeout_secs),
-                verify=self._verify,
-                proxies=self._proxies,
-            )
+            response = self._adapter.send_within(prepared, self._environment, timeout_secs, connect_secs=_CONNECT_SECS)
         except (InvalidURL, InvalidSchema, MissingSchema) as error:
             raise OperatorError(f"api.endpoint or the environment's proxy cannot be used: {_reason(error)}") from error
         except Timeout as error:
             raise TransientError(f"no answer within {timeout_secs:.1f} s: {_reason(error)}") from error
         except (RequestException, HTTPError) as error:
             raise TransientError(
-                f"VOD cannot be reached: {_reason(error)} (if this lasts: is api.endpoint right, and does it get through"
-                " DNS, firewall and proxy?)"
+                f"VOD cannot be reached: {_reason(error)} (if this lasts: is api.endpoint right, and does it get"
+                " through DNS, firewall and proxy?)"
             ) from error
         except OSError as error:  # requests says so where the CA bundle is missing
             raise OperatorError(f"the request cannot be sent: {error}") from error
@@ -437,34 +428,26 @@ class VodClient:
                 "the request cannot be sent: secret_id, token or region hold characters that no HTTP header may hold"
             ) from None
         try:
-            body, cut = self._read_body(response, sent_at + timeout_secs)
+            body, cut = self._read_body(response)
         finally:
             response.close()  # a connection whose answer was read to its end is in the pool by now and stays open
         return _take_apart(response, body, cut, sent_at=sent_at, took_secs=self._monotonic() - sent_at)
 
-    def _read_body(self, response: requests.Response, give_up_at: float) -> tuple[bytes, str]:
-        """All of the body that can be had until then, and why it is not all; empty where it is."""
-        raw = response.raw
+    def _read_body(self, response: requests.Response) -> tuple[bytes, str]:
+        """All of the body that can be had in time, and why it is not all; empty where it is."""
         chunks: list[bytes] = []
         left = self._answer_max_bytes
         try:
-            while True:
-                left_secs = give_up_at - self._monotonic()
-                if left_secs <= 0:
-                    return b"".join(chunks), "it did not end in time"
-                connection = raw.connection
-                if connection is not None and connection.sock is not None:
-                    connection.sock.settimeout(left_secs)
-                # read1 hands out what has come: read would keep it back, and lose it when the connection breaks.
-                chunk = raw.read1(_CHUNK_BYTES, decode_content=True)
-                if not chunk:
-                    return b"".join(chunks), ""
+            # read1 hands out what has come: read would keep it back, and lose it when the connection breaks.
+            while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
                 chunks.append(chunk)
                 left -= len(chunk)
                 if left < 0:
                     return b"".join(chunks), f"it is longer than {self._answer_max_bytes} bytes"
         except (HTTPError, OSError) as error:
-            return b"".join(chunks), str(error)
+            in_time = not any(isinstance(cause, TimeoutError) for cause in causes(error))
+            return b"".join(chunks), str(error) if in_time else "it did not end in time"
+        return b"".join(chunks), ""
 
     # --- what an answer means -----------------------------------------------------------------------------------------
 
@@ -473,7 +456,7 @@ class VodClient:
     ) -> list[PulledEvent | Malformed]:
         """Event by event, what can be read of an answer that cannot be as a whole."""
         text = answer.body.decode(errors="surrogateescape")
-        truncated = bool(answer.cut) or not text.rstrip().endswith("}")
+        truncated = bool(answer.cut) or not is_whole(text)
         items = list(salvage_events(text, truncated=truncated, source=source, sub_app_id=sub_app_id))
         usable = sum(1 for item in items if item.handle is not None)
         if not usable:
@@ -488,13 +471,6 @@ class VodClient:
             error_message=why,
         )
         return items
-
-
-def _make_session() -> requests.Session:
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(pool_maxsize=64, max_retries=0))
-    return session
 
 
 def _headers(action: str, region: str) -> dict[str, str]:

@@ -9,18 +9,18 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, field_validator
 
 from vodpoller.delivery import Position, Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, decode_json, event_key
-from vodpoller.sinks import SinkConfig, encode
+from vodpoller.sinks import SinkConfig, cloudevent_key, encode
 
 _BATCH_EVENTS = 1024
 _BLOCK_BYTES = 1 << 16
@@ -171,17 +171,17 @@ class _OpenFile:
             self._files.ftruncate(self._fd, min(self.end_bytes, os.fstat(self._fd).st_size))
             self._dirty = False
 
-    def cut_torn_tail(self, floor_bytes: int) -> None:
+    def cut_torn_tail(self, floor_bytes: int | None) -> None:
         """Cut off what a crash left behind: bytes after the last newline, zeros, a last line that holds zeros.
 
         Args:
-            floor_bytes: What lies before is known to be whole.
+            floor_bytes: What lies before is known to be whole; None where nothing is known of the file.
 
         Raises:
             OSError: It cannot be cut off, or nothing in the file can be from here.
         """
         size = os.fstat(self._fd).st_size
-        end = _end_of_whole_lines(self._fd, size, min(floor_bytes, size))
+        end = _end_of_sound_lines(self._fd, size, floor_bytes)
         if size and not end and os.pread(self._fd, 1, 0) not in (b"{", b"\0"):
             raise OSError(
                 errno.EINVAL, "it holds something else than JSON lines, and is left as it is", str(self._path)
@@ -257,6 +257,16 @@ class FileSink(Sink):
             raise self._config_error(f"{_place(error, self._path)} cannot be opened: {_why(error)}") from error
         self._position = self._end()
 
+    @classmethod
+    def probe(cls, name: str, config: Any) -> str:
+        """Whether the file can be written, or made, and whether another process has it."""
+        path = Path(os.path.realpath(config.path))
+        try:
+            return _look_at(path, Path(f"{path}.lock"))
+        except OSError as error:
+            problem = f"{_place(error, path)} cannot be written: {_why(error)}"
+            raise ConfigError([f"sinks.{name}.path: {problem}"]) from error
+
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:  # noqa: ARG002 - see below
         """Append the events: one write, one sync.
 
@@ -308,12 +318,12 @@ class FileSink(Sink):
         try:
             with self._lock:
                 stretches = self._beyond(mark)
-                known_bytes = next((found.start_bytes for found in stretches if found.inode == self._file.inode), 0)
-                self._file.cut_torn_tail(known_bytes)
+                starts = {found.inode: found.start_bytes for found in stretches}
+                self._file.cut_torn_tail(_floor(mark, self._file.inode, starts))
                 self._tail_checked = True
                 self._file.sync()
                 self._position = self._end()
-                self._sync_rotated(stretches)
+                self._repair_rotated(mark, starts)
         except OSError as error:
             raise self._unreadable(error) from error
         return self._keys(stretches, tuple(sub_app_ids))
@@ -364,7 +374,7 @@ class FileSink(Sink):
                 fresh.close()
                 return
             try:
-                fresh.cut_torn_tail(0)
+                fresh.cut_torn_tail(None)
             except BaseException:
                 fresh.close()
                 raise
@@ -378,7 +388,7 @@ class FileSink(Sink):
         if self._closed:
             raise TransientError(f"{self._path}: the sink is closed")
         if not self._tail_checked:
-            self._file.cut_torn_tail(0)
+            self._file.cut_torn_tail(None)
             self._tail_checked = True
         if self._reopen_wanted or self._file.unlinked:
             self._reopen_now()
@@ -441,25 +451,42 @@ class FileSink(Sink):
                             found[status.st_ino] = _Relative(entry.path, status.st_mtime_ns)
         return found
 
-    def _open_inode(self, inode: int) -> int | None:
-        """A descriptor to read a file by, whatever it is called by now; None where it is gone."""
+    def _open_inode(self, inode: int, flags: int = os.O_RDONLY) -> int | None:
+        """A descriptor for a file, whatever it is called by now; None where it is gone."""
         for _ in range(_RENAMES_MAX):
             relative = self._relatives().get(inode)
             if relative is None:
                 return None
             with suppress(FileNotFoundError):
-                fd = os.open(relative.path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(relative.path, flags | os.O_CLOEXEC)
                 if os.fstat(fd).st_ino == inode:
                     return fd
                 os.close(fd)
         return None
 
-    def _sync_rotated(self, stretches: Iterable[_Stretch]) -> None:
-        for stretch in stretches:
-            fd = None if stretch.inode == self._file.inode else self._open_inode(stretch.inode)
+    def _repair_rotated(self, mark: Position | None, starts: Mapping[int, int]) -> None:
+        """Sync the files that were rotated away, and cut the one that was marked: it may have been renamed torn."""
+        for inode in starts:
+            fd = None if inode == self._file.inode else self._open_inode(inode)
             if fd is not None:
                 try:
+                    if mark is not None and inode == mark.inode:
+                        self._cut_rotated(fd, _floor(mark, inode, starts))
                     self._files.fdatasync(fd)
+                finally:
+                    os.close(fd)
+
+    def _cut_rotated(self, readable_fd: int, floor_bytes: int | None) -> None:
+        status = os.fstat(readable_fd)
+        end = _end_of_sound_lines(readable_fd, status.st_size, floor_bytes)
+        if end == status.st_size:
+            return
+        # Whoever rotated it may have taken the right to write away: a torn line in it is no reason not to start.
+        with suppress(PermissionError):
+            fd = self._open_inode(status.st_ino, os.O_RDWR)
+            if fd is not None:
+                try:
+                    self._files.ftruncate(fd, end)
                 finally:
                     os.close(fd)
 
@@ -486,6 +513,9 @@ class FileSink(Sink):
             case "callback":
                 for sub_app_id in sub_app_ids:
                     yield event_key(content, sub_app_id)
+            case "cloudevents":
+                if (key := cloudevent_key(content)) is not None:
+                    yield key
             case _:
                 assert_never(self._format)
 
@@ -503,6 +533,52 @@ def _regular(fd: int, path: Path) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.ENXIO, "it is not a regular file", str(path))
     return status
+
+
+def _look_at(path: Path, lock_path: Path) -> str:
+    """What would come of opening the file, without doing it."""
+    folder = _existing_folder(path)
+    exists, lock_exists = path.exists(), lock_path.exists()
+    # It must be readable, too: opening it is how it is synced.
+    _allow(folder, os.R_OK | os.X_OK | (0 if exists and lock_exists else os.W_OK))
+    if exists:
+        if not path.is_file():
+            raise OSError(errno.ENXIO, "it is not a regular file", str(path))
+        _allow(path, os.R_OK | os.W_OK)
+    if lock_exists and _is_locked(lock_path):
+        return f"{path} is in use by another process (the running daemon?)"
+    return f"{path} can be {'written' if exists else 'made'}"
+
+
+def _existing_folder(path: Path) -> Path:
+    """The nearest one above the path."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return folder
+
+
+def _allow(path: Path, mode: int) -> None:
+    """Raise the OSError that this user would get."""
+    if not os.access(path, mode):
+        read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def _is_locked(lock_path: Path) -> bool:
+    """Whether another process has the lock. It is taken for a moment to find out, shared with others who look."""
+    _allow(lock_path, os.R_OK | os.W_OK)
+    fd = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _place(error: OSError, path: Path) -> str:
@@ -525,6 +601,35 @@ def _lines_from(fd: int, start_bytes: int) -> Iterator[bytes]:
             if ends and not skipping:
                 yield line
             skipping = not ends
+
+
+def _floor(mark: Position | None, inode: int, starts: Mapping[int, int]) -> int | None:
+    """Up to where a file is known to be whole; None where nothing is known of it."""
+    is_marked = mark is not None and mark.inode == inode and mark.offset_bytes == starts.get(inode)
+    return starts[inode] if is_marked else None
+
+
+def _end_of_sound_lines(fd: int, size: int, floor: int | None) -> int:
+    """Where the lines end that a crash left whole.
+
+    Blocks that were not synced reach the disk in any order, so zeros may lie before whole lines. Those were not synced
+    either, hence nobody took them for accepted, and they are cut off as well: their events come again. Where nothing is
+    known of the file, older lines may stand there, and only its end is looked at.
+    """
+    known = min(floor or 0, size)
+    end = _end_of_whole_lines(fd, size, known)
+    return end if floor is None else _end_before_zeros(fd, known, end)
+
+
+def _end_before_zeros(fd: int, start: int, end: int) -> int:
+    """Where the first line begins that holds zeros; `end` where none does."""
+    at = start
+    while at < end and (block := os.pread(fd, min(_BLOCK_BYTES, end - at), at)):
+        found = block.find(b"\0")
+        if found >= 0:
+            return _after_last_newline(fd, at + found, start)
+        at += len(block)
+    return end
 
 
 def _end_of_whole_lines(fd: int, end: int, floor: int) -> int:

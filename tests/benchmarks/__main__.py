@@ -1,0 +1,57 @@
+"""The command; see the package's docstring."""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import benchmarks
+from tests.benchmarks.report import machine
+from tests.benchmarks.rows import ROWS, Effort
+
+
+def rows_of(text):
+    names = list(ROWS) if text == "all" else text.split(",")
+    if unknown := [name for name in names if name not in ROWS]:
+        raise argparse.ArgumentTypeError(f"there is no row {unknown[0]!r}; there are all, {', '.join(ROWS)}")
+    return names
+
+
+def effort_of(options, folder):
+    effort = Effort(folder=folder)
+    if options.full:
+        effort = dataclasses.replace(effort, backlogs=(*effort.backlogs, 1_000_000))
+    if options.quick:
+        effort = Effort(folder=folder, secs=1, warm_secs=0.5, idle_secs=3, lanes=(1, 16), backlogs=(1000,), starts=1)
+    if options.secs is not None:
+        effort = dataclasses.replace(effort, secs=options.secs)
+    return dataclasses.replace(effort, repeats=options.repeats)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=benchmarks.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=rows_of, default="all", help=f"all, or some of {', '.join(ROWS)}")
+    parser.add_argument("--secs", type=float, help="how long each steady state is watched (10)")
+    parser.add_argument("--repeats", type=int, default=1, help="make each comparison so often, take the medians (1)")
+    parser.add_argument("--quick", action="store_true", help="short windows and few values")
+    parser.add_argument("--full", action="store_true", help="also a backlog of 1,000,000 events")
+    parser.add_argument("--folder", type=Path, help="where the files are (the system's folder for temporary ones)")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vodpoller-benchmarks-", dir=options.folder) as folder:
+        effort = effort_of(options, Path(folder))
+        print(machine(effort.folder), flush=True)  # noqa: T201 - stdout is what this is for
+        for name in options.rows:
+            sys.stderr.write(f"{name} ({time.monotonic() - began:.0f} s so far)\n")
+            for table in ROWS[name](effort):
+                print(table.markdown(), flush=True)  # noqa: T201 - as above
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The processes that are measured: each is started on a simulator's URL and is gone when the context ends."""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from tests.processes import environment
+
+
+@contextmanager
+def program(name, *args, errors_path):
+    """One of the programs beside this module, with its stderr in a file."""
+    with errors_path.open("ab") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"tests.benchmarks.{name}", *map(str, args)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment(),
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@contextmanager
+def webhook_receiver(folder, *, answer_secs):
+    """A receiver in its own process; yields its URL."""
+    with program("receiver", "--answer-secs", answer_secs, errors_path=folder / "receiver.err") as process:
+        yield process.stdout.readline().strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vodpoller:
+    """`vodpoller run`.
+
+    Args:
+        requests_per_sec: Its `api.requests_per_sec`.
+        max_lanes: Of its one source.
+        sinks: The tables of its sinks; `{archive}` stands for that of the file.
+        label: What the report calls it.
+    """
+
+    requests_per_sec: float = 100.0
+    max_lanes: int = 16
+    sinks: str = "{archive}"
+    label: str = "vodpoller"
+
+    @contextmanager
+    def running(self, system, url):
+        system.configure(
+            url,
+            lease_secs=30.0,
+            api=f"requests_per_sec = {self.requests_per_sec}",
+            source=f'unrouted = "dead_letter"\nmax_lanes = {self.max_lanes}',
+            sinks=self.sinks.replace("{archive}", system.archive_sink),
+        )
+        yield system.daemon().process
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdkLoop:
+    """The loop around the official SDK."""
+
+    threads: int
+
+    @property
+    def label(self):
+        return "SDK loop" if self.threads == 1 else f"SDK loop, {self.threads} threads"
+
+    @contextmanager
+    def running(self, system, url):
+        where = ("--endpoint", urlsplit(url).netloc, "--path", system.archive, "--threads", self.threads)
+        with program("sdk_loop", *where, errors_path=system.folder / "loop.err") as process:
+            yield process
+
+
+class RawClient:
+    """Sockets and nothing else: shows what the simulator can do."""
+
+    label: ClassVar = "raw sockets"
+
+    @contextmanager
+    def running(self, system, url):
+        endpoint = urlsplit(url).netloc
+        with program("raw_client", "--endpoint", endpoint, errors_path=system.folder / "raw.err") as process:
+            yield process

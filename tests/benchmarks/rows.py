@@ -1,0 +1,412 @@
+"""What is measured: a function a row, all in `ROWS` by the names that the command takes. Each returns tables."""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.benchmarks.consumers import RawClient, SdkLoop, Vodpoller, webhook_receiver
+from tests.benchmarks.measuring import (
+    Latency,
+    Tail,
+    Window,
+    births_to_confirm,
+    cpu_secs,
+    ledger_part,
+    memory_bytes,
+    watch,
+)
+from tests.benchmarks.report import Table, megabytes, milliseconds, number, percent
+from tests.processes import run_command, running_system, until
+
+QUOTA_REQUESTS_PER_SEC = 100
+QUOTA_EVENTS_PER_SEC = 16 * QUOTA_REQUESTS_PER_SEC
+UNLIMITED = 10_000.0
+LOOPS = (SdkLoop(threads=1), SdkLoop(threads=16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        folder: Where the files of all consumers are: its disk is part of what is measured.
+        secs: How long each window of the steady state is.
+        warm_secs: How long after the first confirm it begins.
+        idle_secs: The same for the row of that name.
+        lanes: The values of `max_lanes` to try.
+        backlogs: The backlogs to drain.
+        starts: How often `run` is started.
+        repeats: How often each comparison is made, in turns; the one of the median CPU time per event counts.
+    """
+
+    folder: Path
+    secs: float = 10.0
+    warm_secs: float = 2.0
+    idle_secs: float = 30.0
+    lanes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    backlogs: tuple[int, ...] = (1000, 10_000, 100_000, 200_000)
+    starts: int = 3
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the simulator does.
+
+    Args:
+        options: Of the simulator.
+        backlog_per_sec: Where its queue is never to be empty: more than any consumer takes; 0 for no backlog.
+    """
+
+    options: Mapping[str, object] = field(default_factory=dict)
+    backlog_per_sec: int = 0
+
+    def simulator_options(self, effort):
+        # The lease and the long poll are VOD's, and so is the quota where nothing else is said.
+        defaults = {"poll_secs": 5, "visibility_secs": 30, "requests_per_sec": QUOTA_REQUESTS_PER_SEC}
+        backlog = int(self.backlog_per_sec * (effort.secs + effort.warm_secs + 2))
+        return {**defaults, "events": backlog, **self.options}
+
+    @property
+    def quota(self):
+        """Events per second that the quota lets through; None where there is none."""
+        return QUOTA_EVENTS_PER_SEC if "requests_per_sec" not in self.options else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One line of the main table."""
+
+    label: str
+    window: Window
+    peak_bytes: int
+    to_sink: Latency | None
+    to_confirm: Latency | None
+
+
+HEADS = (
+    "consumer",
+    "events/s",
+    "of the quota",
+    "refused",
+    "CPU µs/event",
+    "peak memory",
+    "birth to sink p50/p99 ms",
+    "birth to confirm p50/p99 ms",
+    "events/s to the loop's",
+    "CPU/event to the loop's",
+    "simulator's CPU",
+    "others' CPU",
+)
+
+
+def table_of(title, load, measurements):
+    loop = next((one for one in measurements if one.label == LOOPS[0].label), None)
+    return Table(title, HEADS, [_line(one, load, loop) for one in measurements])
+
+
+def _line(one, load, loop):
+    window = one.window
+    return [
+        one.label,
+        number(window.events_per_sec),
+        percent(window.events_per_sec / load.quota if load.quota else None),
+        percent(window.refused_share, 2),
+        number(window.cpu_us_per_event),
+        megabytes(one.peak_bytes),
+        milliseconds(one.to_sink),
+        milliseconds(one.to_confirm),
+        number(window.events_per_sec / loop.window.events_per_sec if loop else None, 2),
+        number(window.cpu_us_per_event / loop.window.cpu_us_per_event if loop else None, 2),
+        percent(window.simulator_cpu_share, 0),
+        percent(window.other_cpu_share, 0),
+    ]
+
+
+# --- measuring one consumer -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fresh_system(effort):
+    with tempfile.TemporaryDirectory(dir=effort.folder) as folder, running_system(Path(folder)) as system:
+        yield system
+
+
+def say(text):
+    sys.stderr.write(text + "\n")
+
+
+def measure(effort, load, consumer):
+    """A fresh simulator, the consumer on it, and a window of its steady state."""
+    say(f"  {consumer.label} ...")
+    with fresh_system(effort) as system:
+        simulator = system.simulator(**load.simulator_options(effort))
+        paced = not load.backlog_per_sec
+        with (
+            Tail(system.archive) if paced else nullcontext() as tail,
+            consumer.running(system, simulator.url) as process,
+        ):
+            until(lambda: simulator.stats()["confirmed"], secs=30, what="nothing was confirmed within 30 s")
+            time.sleep(effort.warm_secs)
+            window = watch(process, simulator, secs=effort.secs)
+            if window.ran_dry and not paced:
+                say("  !! the backlog was used up before the end: the line says too little")
+            to_confirm = Latency.of(births_to_confirm(simulator, window)) if paced else None
+            return Measured(
+                label=consumer.label,
+                window=window,
+                peak_bytes=memory_bytes(process.pid, "VmHWM"),
+                to_sink=Latency.of(tail.births_to_line(window)) if paced else None,
+                to_confirm=to_confirm,
+            )
+
+
+def compare(effort, title, load, consumers):
+    # In turns: what else the machine does changes with the minute, and must hit all of them alike.
+    rounds = [[measure(effort, load, consumer) for consumer in consumers] for _ in range(effort.repeats)]
+    return [table_of(title, load, [_median(of_one) for of_one in zip(*rounds, strict=True)])]
+
+
+def _median(measurements):
+    return sorted(measurements, key=lambda one: one.window.cpu_us_per_event)[len(measurements) // 2]
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def quota(effort):
+    load = Load(options={"rtt_secs": 0.05}, backlog_per_sec=1700)
+    return compare(effort, "50 ms round trip, 100 requests/s", load, [Vodpoller(), *LOOPS])
+
+
+def round_trip(effort):
+    load = Load(options={"rtt_secs": 0.05, "requests_per_sec": 0}, backlog_per_sec=8000)
+    consumers = [Vodpoller(requests_per_sec=UNLIMITED), *LOOPS]
+    return compare(effort, "50 ms round trip, no limit", load, consumers)
+
+
+ZERO = Load(options={"requests_per_sec": 0}, backlog_per_sec=14_000)
+
+
+def zero(effort):
+    consumers = [Vodpoller(requests_per_sec=UNLIMITED), *LOOPS]
+    return compare(effort, "No round trip, no limit", ZERO, consumers)
+
+
+def ceiling(effort):
+    load = Load(options=ZERO.options, backlog_per_sec=60_000)
+    window = measure(effort, load, RawClient()).window
+    cells = [
+        "8 connections, nothing parsed",
+        number(window.events_per_sec),
+        number(window.simulator_cpu_us_per_event, 1),
+        number(1e6 / window.simulator_cpu_us_per_event),
+        percent(window.simulator_cpu_share, 0),
+        percent(window.other_cpu_share, 0),
+    ]
+    heads = (
+        "client",
+        "events/s",
+        "simulator's CPU µs/event",
+        "events/s of a whole core",
+        "simulator's CPU",
+        "others' CPU",
+    )
+    return [Table("The simulator's own ceiling, no round trip, no limit", heads, [cells])]
+
+
+PACED = Load(options={"rate": 500})
+
+
+def paced(effort):
+    return compare(effort, "500 events/s, no round trip, 100 requests/s", PACED, [Vodpoller(), *LOOPS])
+
+
+def paced_unlimited(effort):
+    load = Load(options={"rate": 500, "requests_per_sec": 0})
+    consumers = [Vodpoller(requests_per_sec=UNLIMITED), *LOOPS]
+    return compare(effort, "500 events/s, no round trip, no limit", load, consumers)
+
+
+def webhook(effort):
+    load = Load(options={"rtt_secs": 0.05}, backlog_per_sec=1700)
+    with webhook_receiver(effort.folder, answer_secs=0.05) as url:
+        consumer = Vodpoller(sinks=f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\nconcurrency = 96\n')
+        return compare(
+            effort,
+            "Webhook that answers after 50 ms, concurrency 96; 50 ms round trip, 100 requests/s",
+            load,
+            [consumer],
+        )
+
+
+def slow_sink(effort):
+    with webhook_receiver(effort.folder, answer_secs=3600) as url:
+        hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\n'
+        consumers = [
+            Vodpoller(label="file alone"),
+            Vodpoller(sinks="{archive}" + hook, label="file beside a webhook that hangs"),
+        ]
+        return compare(effort, "A slow sink beside a fast one, 500 events/s, no round trip", PACED, consumers)
+
+
+def idle(effort):
+    say("  vodpoller ...")
+    with fresh_system(effort) as system:
+        simulator = system.simulator(**Load().simulator_options(effort))
+        with Vodpoller().running(system, simulator.url) as process:
+            until(lambda: simulator.stats()["pulls_hanging_now"], what="no pull is outstanding")
+            time.sleep(effort.warm_secs)
+            window = watch(process, simulator, secs=effort.idle_secs)
+            outstanding = window.ended.stats["pulls_hanging_now"]
+            peak_bytes = memory_bytes(process.pid, "VmHWM")
+    cells = [
+        f"{window.secs:.0f} s",
+        number(window.requests),
+        number(60 * window.requests / window.secs, 1),
+        number(outstanding),
+        percent(window.cpu_secs / window.secs, 2),
+        megabytes(peak_bytes),
+    ]
+    heads = ("for", "requests", "a minute", "outstanding", "CPU of a core", "peak memory")
+    return [Table("Idle", heads, [cells])]
+
+
+def start(effort):
+    say("  vodpoller ...")
+    versions = [_version_secs() for _ in range(5)]
+    runs = [_first_pull_secs(effort) for _ in range(effort.starts)]
+    lines = [
+        ["`vodpoller --version`", number(min(versions), 3), number(statistics.median(versions), 3)],
+        [
+            "`vodpoller run` until its first pull is at the simulator",
+            number(min(runs), 3),
+            number(statistics.median(runs), 3),
+        ],
+    ]
+    return [Table("Start", ("", "best, s", "median, s"), lines)]
+
+
+def _version_secs():
+    began = time.monotonic()
+    assert run_command("--version").returncode == 0
+    return time.monotonic() - began
+
+
+def _first_pull_secs(effort):
+    with fresh_system(effort) as system:
+        simulator = system.simulator(**Load().simulator_options(effort))
+        system.configure(simulator.url, lease_secs=30.0)
+        began = time.monotonic()
+        system.daemon(started=False)
+        until(lambda: simulator.stats()["requests"].get("PullEvents"), every_secs=0.005, what="no pull came")
+        return time.monotonic() - began
+
+
+def lanes(effort):
+    limited = Load(options={"rtt_secs": 0.05}, backlog_per_sec=1700)
+    unlimited = Load(options={"rtt_secs": 0.05, "requests_per_sec": 0}, backlog_per_sec=8000)
+    lines = []
+    for number_of_lanes in effort.lanes:
+        say(f"  max_lanes = {number_of_lanes}")
+        within = measure(effort, limited, Vodpoller(max_lanes=number_of_lanes))
+        free = measure(effort, unlimited, Vodpoller(max_lanes=number_of_lanes, requests_per_sec=UNLIMITED))
+        lines.append(
+            [
+                str(number_of_lanes),
+                number(within.window.events_per_sec),
+                percent(within.window.events_per_sec / QUOTA_EVENTS_PER_SEC),
+                percent(within.window.refused_share, 2),
+                number(free.window.events_per_sec),
+                number(free.window.cpu_us_per_event),
+                megabytes(free.peak_bytes),
+            ]
+        )
+    heads = (
+        "`max_lanes`",
+        "events/s at 100 requests/s",
+        "of the quota",
+        "refused",
+        "events/s without limit",
+        "CPU µs/event",
+        "peak memory",
+    )
+    return [Table("Throughput against `max_lanes`, 50 ms round trip", heads, lines)]
+
+
+def backlog(effort):
+    heads = (
+        "events at the start",
+        "events/s until all are confirmed",
+        "CPU µs/event",
+        "memory at half",
+        "at the end",
+        "peak",
+        "journal",
+        "its WAL",
+        "sink's file",
+        "log",
+    )
+    lines = [_drained(effort, number_of_events) for number_of_events in effort.backlogs]
+    return [Table("Throughput, memory and journal against backlog, no round trip, no limit", heads, lines)]
+
+
+def _drained(effort, events):
+    say(f"  backlog of {events}")
+    with fresh_system(effort) as system:
+        simulator = system.simulator(
+            **Load(options={"requests_per_sec": 0, "events": events}).simulator_options(effort)
+        )
+        with Vodpoller(requests_per_sec=UNLIMITED).running(system, simulator.url) as process:
+            resident = {}
+
+            def is_drained():
+                confirmed = simulator.stats()["confirmed"]
+                resident[confirmed] = memory_bytes(process.pid, "VmRSS")
+                return confirmed == events
+
+            until(is_drained, secs=60 + events / 500, every_secs=0.25, what="the backlog was not drained")
+            used_secs = cpu_secs(process.pid)
+            at_half = resident[min(resident, key=lambda confirmed: abs(confirmed - events / 2))]
+            return [
+                number(events),
+                number(events / _draining_secs(simulator, events)),
+                number(used_secs / events * 1e6),
+                megabytes(at_half),
+                megabytes(resident[events]),
+                megabytes(memory_bytes(process.pid, "VmHWM")),
+                *(megabytes(path.stat().st_size) for path in _files(system)),
+            ]
+
+
+def _files(system):
+    return system.journal, Path(f"{system.journal}-wal"), system.archive, system.folder / "daemon1.log"
+
+
+def _draining_secs(simulator, events):
+    """From the moment that the first batch was confirmed until the last was."""
+    part = min(events, 1000)
+    first = min(row["confirmed_at"] for row in ledger_part(simulator, 0, part))
+    last = max(row["confirmed_at"] for row in ledger_part(simulator, events - part, part))
+    return last - first
+
+
+ROWS = {
+    "quota": quota,
+    "round-trip": round_trip,
+    "zero": zero,
+    "ceiling": ceiling,
+    "paced": paced,
+    "paced-unlimited": paced_unlimited,
+    "webhook": webhook,
+    "slow-sink": slow_sink,
+    "idle": idle,
+    "start": start,
+    "lanes": lanes,
+    "backlog": backlog,
+}

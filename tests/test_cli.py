@@ -1,0 +1,265 @@
+"""The command line as a process: what each command says, where it says it, and with which code it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.processes import SECRET_KEY, HeldPort, environment, run_command, running_system, until
+from vodpoller import __version__
+
+EX_CONFIG = 78
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as running:
+        yield running
+
+
+def assert_says_so(done, code, *phrases):
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert SECRET_KEY not in done.stderr
+    for phrase in phrases:
+        assert phrase in done.stderr
+
+
+# --- what is configured wrongly ---------------------------------------------------------------------------------------
+
+SPOILT = {
+    "no TOML": ("[api]", "[api", "line 1"),
+    "unknown key": ("lease_secs", "leese_secs", "api.leese_secs: there is no such key here (did you mean lease_secs?)"),
+    "wrong type": ('name = "main"', "name = 1", "sources[0].name"),
+    "plain http elsewhere": ("127.0.0.1", "vod.example", "api.endpoint"),
+    "a route to no sink": ('sinks = ["archive"]', 'sinks = ["archiv"]', "routes"),
+    "a type of sink that is not there": ('type = "file"', 'type = "fiel"', "sinks.archive.type"),
+    "secret file missing": ('secret_key"', 'secret_kez"', "credentials.secret_key_file"),
+    "variable not set": ("AKIDwholedaemon", "${VODPOLLER_NOT_SET}", "VODPOLLER_NOT_SET"),
+    "what to do with the rest": (
+        'unrouted = "dead_letter"\n[[routes]]',
+        '[[routes]]\nevent_types = ["A"]',
+        "sources.main.unrouted",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("mistake", SPOILT)
+def test_a_wrong_configuration_ends_with_78_and_a_sentence_that_names_the_place(system, command, mistake):
+    right, wrong, phrase = SPOILT[mistake]
+    path = system.configure("http://127.0.0.1:9")
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, wrong))
+
+    assert_says_so(run_command(command, "-c", path), EX_CONFIG, str(path), phrase)
+    assert not system.journal.exists()
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_all_mistakes_are_said_in_one_go(system, command):
+    path = system.configure("http://127.0.0.1:9")
+    path.write_text(path.read_text().replace("lease_secs", "leese_secs").replace('"file"', '"fiel"'))
+
+    assert_says_so(run_command(command, "-c", path), EX_CONFIG, "leese_secs", "sinks.archive.type")
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_missing_configuration_ends_with_78(tmp_path, command):
+    done = run_command(command, "-c", tmp_path / "nowhere.toml")
+
+    assert_says_so(done, EX_CONFIG, f"{tmp_path}/nowhere.toml: there is no such file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_secret_that_may_not_be_read_ends_with_78(system, command):
+    path = system.configure("http://127.0.0.1:9")
+    system.key_path.chmod(0)
+
+    assert_says_so(run_command(command, "-c", path), EX_CONFIG, str(system.key_path), "Permission denied")
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("content", [None, b"\n", b"\xff\xfe\n"], ids=["folder", "empty", "no text"])
+def test_a_secret_file_that_holds_no_secret_ends_with_78(system, command, content):
+    path = system.configure("http://127.0.0.1:9")
+    system.key_path.unlink()
+    if content is None:
+        system.key_path.mkdir()
+    else:
+        system.key_path.write_bytes(content)
+
+    assert_says_so(run_command(command, "-c", path), EX_CONFIG, str(system.key_path))
+
+
+def test_a_sink_that_cannot_be_opened_ends_with_78(system):
+    path = system.configure("http://127.0.0.1:9")
+    system.archive.mkdir()
+
+    assert_says_so(run_command("run", "-c", path), EX_CONFIG, "sinks.archive", str(system.archive))
+
+
+# --- what is in the way -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_daemon_on_the_same_journal_ends_with_1_and_the_way_out(system):
+    simulator = system.simulator()
+    path = system.configure(simulator.url)
+    daemon = system.daemon()
+
+    assert_says_so(run_command("run", "-c", path), 1, str(system.journal), "already running", "another journal.path")
+
+    assert daemon.terminate()[0] == 0
+
+
+def test_a_second_daemon_on_the_same_file_ends_with_78_and_names_it(system):
+    simulator = system.simulator()
+    path = system.configure(simulator.url)
+    system.daemon()
+    path.write_text(path.read_text().replace("journal.db", "other.db"))
+
+    assert_says_so(run_command("run", "-c", path), EX_CONFIG, "another process writes to", str(system.archive))
+
+
+def test_a_journal_that_is_corrupt_ends_with_1_and_the_way_out(system):
+    path = system.configure("http://127.0.0.1:9")
+    system.journal.write_bytes(b"this is no database" * 1000)
+
+    assert_says_so(run_command("run", "-c", path), 1, str(system.journal), "corrupt")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["no-such-command"],
+        ["run", "--no-such-option"],
+        ["run", "-c"],
+        ["simulate", "--port", "many"],
+        ["simulate", "--batch", "17"],
+        ["simulate", "--faults", "meteor=0.1"],
+        ["simulate", "--secret-id", "alone"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_ends_with_2(args):
+    assert_says_so(run_command(*args), 2, "Error: ")
+
+
+# --- what goes well ---------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_the_configuration_does_and_touches_nothing(system):
+    path = system.configure("http://127.0.0.1:9")
+    before = sorted(system.folder.iterdir())
+
+    done = run_command("check", "-c", path)
+
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{path}: good\n")
+    assert "all events -> archive" in done.stdout
+    assert SECRET_KEY not in done.stdout
+    assert sorted(system.folder.iterdir()) == before
+
+
+def test_the_demo_succeeds_in_less_than_30_seconds_and_shows_what_it_promises(tmp_path):
+    began = time.monotonic()
+    done = run_command("demo", "--dir", tmp_path / "demo", timeout_secs=40)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 30
+    for phrase in ("settled", "dead letter", "again", "confirmed"):
+        assert phrase in done.stdout
+    lines = (tmp_path / "demo" / "events.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) > 10
+    assert all(json.loads(line)["EventType"] == "CreateSnapshotByTimeOffsetComplete" for line in lines)
+
+
+def test_the_version_is_said_without_importing_what_commands_need():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vodpoller", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+
+    assert done.stdout == f"vodpoller, version {__version__}\n"
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "click" in imported
+    assert imported.isdisjoint({"requests", "pydantic", "apscheduler", "sqlite3", "structlog", "asyncio", "rich"})
+
+
+def test_help_names_every_command_that_there_is():
+    done = run_command("--help")
+
+    assert done.returncode == 0
+    for command in ("run", "check", "demo", "simulate"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_the_simulator_says_its_address_and_ends_with_0_when_asked(system):
+    simulator = system.simulator()
+    assert simulator.stats()["fed"] == 0
+
+    simulator.process.send_signal(signal.SIGTERM)
+
+    assert simulator.process.wait(5) == 0
+
+
+def test_a_simulator_on_a_port_that_is_taken_ends_with_1(system):
+    simulator = system.simulator()
+    port = simulator.url.rsplit(":", 1)[1]
+
+    assert_says_so(run_command("simulate", "--port", port), 1, "the simulator cannot start")
+
+
+def test_the_key_can_come_from_the_credentials_of_the_service_manager(system):
+    simulator = system.simulator(secret_id="from-systemd", secret_key=SECRET_KEY, events=3)
+    path = system.configure(simulator.url)
+    text = path.read_text()
+    start, end = text.index("[credentials]"), text.index("[[sources]]")
+    path.write_text(text[:start] + text[end:])
+    credentials = system.folder / "credentials"
+    credentials.mkdir()
+    (credentials / "secret_id").write_text("from-systemd\n")
+    (credentials / "secret_key").write_text(SECRET_KEY)
+
+    assert_says_so(run_command("run", "-c", path), EX_CONFIG, "secret_id")
+    system.daemon(CREDENTIALS_DIRECTORY=str(credentials))
+
+    until(simulator.all_confirmed)
+
+
+def test_the_key_can_come_from_the_environment(system):
+    simulator = system.simulator(secret_id="from-env", secret_key=SECRET_KEY, events=3)
+    path = system.configure(simulator.url)
+    text = path.read_text()
+    start, end = text.index("[credentials]"), text.index("[[sources]]")
+    path.write_text(text[:start] + text[end:])
+
+    system.daemon(TENCENTCLOUD_SECRET_ID="from-env", TENCENTCLOUD_SECRET_KEY=SECRET_KEY)
+
+    until(simulator.all_confirmed)
+
+
+def test_lines_carry_their_priority_where_stderr_is_the_journal(system):
+    with HeldPort() as port:
+        system.configure(port.url)
+        log_path = system.folder / "daemon1.log"
+        log_path.touch()
+        status = log_path.stat()
+        daemon = system.daemon(started=False, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}")
+        until(lambda: "pull.failed" in log_path.read_text())
+        daemon.kill()
+
+    text = log_path.read_text()
+    assert re.search(r"^<6>\{.*daemon\.started", text, re.MULTILINE)
+    assert re.search(r"^<4>\{.*pull\.failed", text, re.MULTILINE)

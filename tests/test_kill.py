@@ -1,0 +1,181 @@
+"""SIGKILL at each step of the daemon: into a file each event goes exactly once, whatever comes in between."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import DaemonProcess, bodies_of, differences, environment, running_system, until
+from tests.world import World, folder_in_memory
+
+LEASE_SECS = 1.2
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as system:
+        yield system
+
+
+class DoomedDaemon(DaemonProcess):
+    """The daemon with a failpoint."""
+
+    def __init__(self, config_path, log_path, failpoint):
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.failpoints", "run", "-c", str(config_path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=environment(FAILPOINT=failpoint),
+            )
+
+
+def bodies(count, *, first):
+    return [
+        json.dumps({"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": str(number), "Name": "x" * 40}})
+        for number in range(first, first + count)
+    ]
+
+
+def dies(system, failpoint, *, meanwhile=lambda daemon: None):
+    """Run the daemon until its failpoint has killed it."""
+    daemon = DoomedDaemon(system.config_path, system.folder / f"{failpoint.replace(':', '-')}.log", failpoint)
+    system._running.append(daemon)
+    meanwhile(daemon)
+    assert daemon.process.wait(20) == -signal.SIGKILL, daemon.tail()
+
+
+def assert_all_arrived_once(system, simulator):
+    """A daemon without failpoints brings everything to its end."""
+    daemon = system.daemon()
+    until(simulator.all_confirmed, what=daemon.tail)
+    exit_code, _ = daemon.terminate()
+    assert exit_code == 0
+    assert differences(bodies_of(simulator.ledger(bodies=True)), system.lines_of_all_files()) == ([], [])
+    for path in system.folder.glob("events.jsonl*"):
+        data = path.read_bytes()
+        assert not data or data.endswith(b"\n")
+        assert b"\0" not in data
+    assert not daemon.log("lane.failed")
+
+
+@pytest.mark.parametrize(
+    "failpoints",
+    [
+        ["write:before:2", "write:amid:3", "write:after:2", "write:amid:1"],
+        ["sync:before:3", "sync:after:4", "sync:before:1", "sync:after:1"],
+        ["ledger:before:1", "ledger:after:2"],
+        ["confirm:before:1", "confirm:after:2"],
+        ["write:amid:2", "cut:before:1", "cut:after:1", "recover:before:1", "recover:after:1", "open:after:1"],
+    ],
+    ids=lambda failpoints: "-".join(dict.fromkeys(failpoint.split(":")[0] for failpoint in failpoints)),
+)
+def test_killed_before_amid_and_after_each_step_each_event_is_in_the_file_once_and_confirmed(system, failpoints):
+    # Small batches and several lanes: the worker takes what came of several pulls as one write.
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4, rtt_secs=0.01)
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    for number, failpoint in enumerate(failpoints):
+        simulator.feed(*bodies(60, first=60 * number))
+        dies(system, failpoint)
+    assert_all_arrived_once(system, simulator)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_around_a_reopen_after_a_rename_each_event_is_in_one_of_the_files_once(system, when):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2)
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    simulator.feed(*bodies(30, first=0))
+
+    def rotate(daemon):
+        daemon.await_log("daemon.started")
+        until(lambda: len(system.lines()) == 30)
+        simulator.feed(*bodies(30, first=30))
+        system.archive.rename(f"{system.archive}.1")
+        daemon.signal(signal.SIGHUP)
+
+    dies(system, f"reopen:{when}:1", meanwhile=rotate)
+    assert_all_arrived_once(system, simulator)
+
+
+@pytest.mark.parametrize("failpoint", ["write:amid:2", "sync:before:3", "ledger:before:2"])
+def test_killed_and_renamed_before_the_restart_nothing_is_torn_lost_or_doubled(system, failpoint):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    simulator.feed(*bodies(60, first=0))
+    dies(system, failpoint)
+    system.archive.rename(f"{system.archive}.1")
+    assert_all_arrived_once(system, simulator)
+
+
+def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_is_in_the_file_once(system):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
+    dead = '[sinks.hook]\ntype = "webhook"\nurl = "http://127.0.0.1:9/nobody"\nbreaker_failures = 1\n'
+    system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + dead)
+    for number, failpoint in enumerate(["store:before:1", "store:after:2"]):
+        simulator.feed(*bodies(30, first=30 * number))
+        dies(system, failpoint)
+    assert_all_arrived_once(system, simulator)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_cut_at_every_byte_of_the_last_batch_the_file_ends_with_each_event_once(renamed):
+    with folder_in_memory() as folder:
+        world, whole, mark, journal = two_batches(folder)
+        tails = [whole[:cut] for cut in range(mark, len(whole) + 1)]
+        ends = [mark, whole.index(b"\n", mark) + 1, len(whole) - 1, len(whole)]
+        tails += [whole[:end] + bytes(zeros) for end in ends for zeros in (1, 511, 4096)]
+        tails += [whole[:mark] + bytes(end - mark) + whole[end:] for end in ends]
+        for tail in tails:
+            restarted(world, tail, journal, renamed=renamed)
+
+
+def two_batches(folder):
+    """A world whose second batch is in the file and nowhere else.
+
+    Returns:
+        The world, the file, where its last batch starts, and a copy of the journal from before.
+    """
+    world = World(folder)
+    world.start()
+    world.stage.run()
+    for kind in ("File", "File"):
+        world.queue.feed(kind)
+    world.pull()
+    world.stage.run()
+    mark = world.archive.stat().st_size
+    world.journal.flush()
+    journal = world.folder / "before.db"
+    world.journal._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copy(world.journal_path, journal)
+    for kind in ("File", "File", "File"):
+        world.queue.feed(kind)
+    world.pull()
+    world.stage.run()
+    whole = world.archive.read_bytes()
+    world.end()
+    return world, whole, mark, journal
+
+
+def restarted(world, content, journal, *, renamed):
+    """What comes of the file if the process died when it held this."""
+    rotated = world.folder / "events.jsonl.1"
+    if rotated.exists():
+        rotated.replace(world.archive)
+    world.archive.write_bytes(content)  # in place: it keeps its inode
+    (world.folder / "journal.db-wal").unlink(missing_ok=True)
+    shutil.copy(journal, world.journal_path)
+    if renamed:
+        world.archive.rename(rotated)
+    for event in world.queue.events[2:]:
+        event.confirmed, event.handle = False, None
+    world.start()
+    try:
+        world.settle()
+        world.check_end()
+    finally:
+        world.end()

@@ -1,0 +1,461 @@
+import ast
+import json
+import logging
+import os
+import re
+import threading
+import time
+import warnings
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vodpoller
+from tests.helpers import log_into, named
+from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, Repeats, make_logger
+
+SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
+
+
+@pytest.fixture
+def restored_logging():
+    """What `make_logger` sets for the whole process is undone."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield
+        logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def output(tmp_path, restored_logging):
+    """Makes a logger on a file, and reads what it wrote."""
+    path = tmp_path / "stderr"
+    with path.open("w", encoding="utf-8") as stream:
+
+        class Output:
+            def __init__(self):
+                self.stream = stream
+
+            def logger(self, **more):
+                return make_logger(stream, **{"level": "debug", "log_format": "json", **more})
+
+            @property
+            def bytes(self):
+                return path.read_bytes()
+
+            @property
+            def lines(self):
+                return [json.loads(line) for line in self.bytes.splitlines()]
+
+        yield Output()
+
+
+def journal_stream_of(stream):
+    status = os.fstat(stream.fileno())
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+# --- the form of a line -----------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_one_json_object_that_begins_with_what_every_line_has(output):
+    output.logger().info("event.settled", source="main", sinks={"a": "delivered"}, duration_secs=0.5, confirmed=True)
+    (line,) = output.lines
+    assert list(line)[:3] == ["timestamp", "level", "event"]
+    moment = datetime.fromisoformat(line.pop("timestamp"))
+    assert moment.tzinfo is not None
+    assert abs((datetime.now(UTC) - moment).total_seconds()) < 60
+    assert line == {
+        "level": "info",
+        "event": "event.settled",
+        "source": "main",
+        "sinks": {"a": "delivered"},
+        "duration_secs": 0.5,
+        "confirmed": True,
+    }
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_what_is_below_the_level_is_not_written(output, level):
+    log = output.logger(level=level)
+    every = ["debug", "info", "warning", "error"]
+    for name in every:
+        getattr(log, name)("daemon.started")
+    assert [line["level"] for line in output.lines] == every[every.index(level) :]
+
+
+def test_an_exception_is_a_field_with_its_traceback(output):
+    log = output.logger()
+    try:
+        int("why")
+    except ValueError as error:
+        log.exception("lane.failed")
+        log.warning("lane.failed", exc_info=error)
+    for line in output.lines:
+        assert "Traceback" in line["exception"]
+        assert "ValueError: invalid literal for int() with base 10: 'why'" in line["exception"]
+        assert "exc_info" not in line
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("lone \ud800", "lone \\ud800"),
+        (2**63 - 1, 2**63 - 1),
+        (2**64, str(2**64)),
+        (10**400, str(10**400)),
+        (b"\x00\xff", "00ff"),
+        ({"b", "a"}, ["a", "b"]),
+        (Path("/x"), "/x"),
+        (float("nan"), None),
+        ({1: {"\udfff": 2**70}}, {"1": {"\\udfff": str(2**70)}}),
+        ([None, True, ("x", 2**65)], [None, True, ["x", str(2**65)]]),
+        (ValueError("why"), "why"),
+    ],
+)
+def test_a_value_that_json_readers_do_not_hold_changes_no_other_field(output, value, written):
+    output.logger().info("event.settled", source="main", attempt=1, value=value)
+    (line,) = output.lines
+    assert (line["level"], line["event"], line["source"], line["attempt"]) == ("info", "event.settled", "main", 1)
+    assert line["value"] == written
+
+
+nasty = st.recursive(
+    st.one_of(
+        st.text(st.characters(), max_size=50).map(lambda text: text * 97),
+        st.integers(-(10**300), 10**300),
+        st.floats(),
+        st.none(),
+        st.booleans(),
+        st.binary(max_size=300).map(lambda data: data * 40),
+        st.sampled_from(["\ud800" * 9000, "\x00" * 20_000, '"\\' * 9000, "🎬" * 9000]),
+    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), nasty, max_size=30), st.booleans())
+def test_whatever_is_logged_a_line_is_json_and_no_longer_than_a_line_may_be(fields, has_error):
+    reserved = {"event", "level", "timestamp", "exc_info", "exception", "stack_info"}
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stream = StringIO()
+    try:
+        log = make_logger(stream, log_format="json", secrets=lambda: [SECRET])
+        error = ValueError("x" * 40_000) if has_error else None
+        log.info("event.settled", **{n: v for n, v in fields.items() if n not in reserved}, exc_info=error)
+    finally:
+        logging.captureWarnings(capture=False)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    line = stream.getvalue()
+    assert len(line.encode()) <= LINE_MAX_BYTES
+    assert line.count("\n") == 1
+    read = json.loads(line)
+    assert (read["level"], read["event"]) == ("info", "event.settled")
+
+
+def test_a_line_of_very_many_fields_keeps_what_it_is_about(output):
+    output.logger().info("event.settled", source="main", **{f"field_{number}" * 20: "x" * 500 for number in range(500)})
+    assert len(output.bytes) <= LINE_MAX_BYTES
+    (line,) = output.lines
+    assert (line["event"], line["source"], line["truncated"]) == ("event.settled", "main", True)
+
+
+def test_a_long_field_is_cut_and_the_others_are_whole(output):
+    output.logger().error("lane.failed", sink="archive", number=7, error_message="x" * 100_000, flags=[1, 2])
+    (line,) = output.lines
+    assert line["truncated"] is True
+    assert (line["sink"], line["number"]) == ("archive", 7)
+    assert line["error_message"].startswith("xxx")
+    assert line["error_message"].endswith("…")
+
+
+def test_a_line_that_fits_is_not_cut(output):
+    output.logger().error("lane.failed", error_message="x" * 15_000)
+    (line,) = output.lines
+    assert len(line["error_message"]) == 15_000
+    assert "truncated" not in line
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def secret_everywhere(log, secret):
+    log.info("event.settled", source=secret, nested={"a": [f"x{secret}y"]}, path=Path(secret))
+    log.info("event.settled", error_message="x" * 300 + f"Authorization: {secret}")
+    logging.getLogger("urllib3").error("header %s", secret)
+    warnings.warn(f"about {secret}", UserWarning, stacklevel=1)
+    try:
+        int(secret)
+    except ValueError:
+        log.exception("lane.failed")
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_secret_is_in_no_line_wherever_it_came_from(output, log_format):
+    log = output.logger(log_format=log_format, secrets=lambda: ["", "other", SECRET])
+    secret_everywhere(log, SECRET)
+    assert SECRET.encode() not in output.bytes
+    assert output.bytes.count(b"[secret]") >= 6
+    assert b"event.settled" in output.bytes
+
+
+@pytest.mark.parametrize("secret", ['quo"te and back\\slash', "tab\tand\nline", "slash/and ünïcode ✓", "\x7f\x01"])
+def test_a_secret_that_json_escapes_is_found(output, secret):
+    log = output.logger(secrets=lambda: [secret])
+    log.info("event.settled", error_message=f"it is {secret}!")
+    assert output.lines[0]["error_message"] == "it is [secret]!"
+
+
+def test_no_half_of_a_secret_is_left_where_a_line_is_cut(output):
+    log = output.logger(secrets=lambda: [SECRET])
+    for before in range(0, 200, 3):
+        log.info("event.settled", error_message="y" * before + SECRET * 1000)
+    assert SECRET[:6].encode() not in output.bytes
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_an_empty_secret_hides_nothing(output, log_format):
+    output.logger(log_format=log_format, secrets=lambda: [""]).info("daemon.started")
+    assert b"[secret]" not in output.bytes
+    assert b"daemon.started" in output.bytes
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_short_secrets_make_no_line_longer_than_a_line_may_be(output, log_format):
+    log = output.logger(log_format=log_format, secrets=lambda: ["x"])
+    log.info("event.settled", error_message="x" * 15_000)
+    assert len(output.bytes) <= LINE_MAX_BYTES
+
+
+def test_a_secret_that_changes_is_hidden_from_then_on(output):
+    secrets = ["first-value"]
+    log = output.logger(secrets=lambda: secrets)
+    secrets[:] = ["second-value"]
+    log.info("event.settled", error_message="second-value")
+    assert output.lines[0]["error_message"] == "[secret]"
+
+
+# --- priorities -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_lines_have_their_priority_where_the_stream_is_the_journal(output, log_format):
+    log = output.logger(log_format=log_format, journal_stream=journal_stream_of(output.stream))
+    for level in ("debug", "info", "warning", "error"):
+        getattr(log, level)("daemon.started")
+    assert re.findall(rb"(?m)^<(\d)>", output.bytes) == [b"7", b"6", b"4", b"3"]
+
+
+@pytest.mark.parametrize("journal_stream", ["", "0:0", "nonsense", "8:1"])
+def test_lines_have_no_priority_where_it_is_not(output, journal_stream):
+    output.logger(journal_stream=journal_stream).info("daemon.started")
+    assert output.bytes.startswith(b"{")
+
+
+def test_a_stream_without_a_descriptor_is_no_journal(restored_logging):
+    stream = StringIO()
+    make_logger(stream, log_format="json", journal_stream="8:1").info("daemon.started")
+    assert stream.getvalue().startswith("{")
+
+
+# --- where lines go ---------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_went_away_does_not_stop_anything(restored_logging):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        make_logger(stream, log_format="json").info("daemon.started")
+
+
+def test_lines_of_many_threads_are_whole(output):
+    log = output.logger()
+
+    def write(number):
+        for turn in range(50):
+            log.info("event.settled", thread=number, turn=turn, text="x" * 5000)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert {(line["thread"], line["turn"]) for line in output.lines} == {(n, t) for n in range(4) for t in range(50)}
+
+
+def test_a_pipe_that_takes_a_piece_at_a_time_gets_the_whole_line():
+    reading, writing = os.pipe()
+    received = []
+
+    def read():
+        while data := os.read(reading, 7000):
+            received.append(data)
+            time.sleep(0.001)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(writing, "w") as stream:
+        for _ in range(20):
+            LineLogger(stream).msg(b"x" * 16_000 + b"\n")
+    reader.join(10)
+    os.close(reading)
+    assert b"".join(received) == (b"x" * 16_000 + b"\n") * 20
+
+
+# --- libraries --------------------------------------------------------------------------------------------------------
+
+
+def test_libraries_lines_and_warnings_have_our_form(output):
+    output.logger(level="info")
+    logging.getLogger("urllib3.pool").warning("retrying %s", "soon")
+    logging.getLogger("urllib3.pool").debug("too much")
+    logging.getLogger("some.lib").critical("very bad")
+    warnings.warn("old habits", DeprecationWarning, stacklevel=1)
+    assert [(line["event"], line["level"], line["logger"]) for line in output.lines] == [
+        ("library.logged", "warning", "urllib3.pool"),
+        ("library.logged", "error", "some.lib"),
+        ("library.logged", "warning", "py.warnings"),
+    ]
+    assert output.lines[0]["message"] == "retrying soon"
+    assert "old habits" in output.lines[2]["message"]
+
+
+def test_a_library_s_exception_is_in_its_line(output):
+    output.logger()
+    try:
+        int("why")
+    except ValueError:
+        logging.getLogger("some.lib").exception("failed")
+    assert "ValueError: invalid" in output.lines[0]["exception"]
+
+
+def test_a_library_that_misuses_logging_is_heard_all_the_same(output, capsys):
+    output.logger()
+    record = logging.LogRecord("some.lib", logging.ERROR, "path", 1, "%d and %d", ("one",), None)
+    logging.getLogger().handlers[-1].emit(record)
+    assert "%d and %d" in output.lines[0]["message"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_level_of_a_library_s_own_is_no_problem(output):
+    output.logger()
+    logging.addLevelName(35, "NOTICE")
+    logging.getLogger("some.lib").log(35, "look")
+    assert [(line["level"], line["message"]) for line in output.lines] == [("info", "look")]
+
+
+def test_a_second_logger_takes_the_place_of_the_first_for_libraries(output):
+    output.logger()
+    output.logger()
+    logging.getLogger("some.lib").error("once")
+    assert len(output.lines) == 1
+
+
+# --- repeats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repeats(log, clock):
+    return Repeats(log, window_secs=300.0, monotonic=clock)
+
+
+def test_the_same_cause_is_said_once_then_counted(repeats, lines, clock):
+    said = [repeats.say("warning", "pull.failed", cause="down", attempt=number) for number in range(5)]
+    assert said == [True, False, False, False, False]
+    assert lines == [{"event": "pull.failed", "level": "warning", "attempt": 0}]
+    clock.advance(300)
+    repeats.say("warning", "pull.failed", cause="down", attempt=9)
+    assert lines[1:] == [{"event": "pull.failed", "level": "warning", "attempt": 9, "suppressed_lines": 4}]
+
+
+def test_another_cause_is_said(repeats, lines):
+    repeats.say("warning", "pull.failed", cause="a")
+    repeats.say("error", "pull.failed", cause="b")
+    assert [line["level"] for line in lines] == ["warning", "error"]
+
+
+def test_what_is_over_is_said_anew_and_its_count_is_told(repeats, lines):
+    for cause in ("a 1", "a 1", "a 1", "a 2", "b"):
+        repeats.say("warning", "pull.failed", cause=cause)
+    assert repeats.forget("a") == 2
+    assert repeats.forget("a") is None
+    repeats.say("warning", "pull.failed", cause="a 1")
+    repeats.say("warning", "pull.failed", cause="b")
+    assert len(lines) == 4
+
+
+def test_causes_without_end_do_not_fill_the_memory(repeats):
+    for number in range(5000):
+        repeats.say("warning", "pull.failed", cause=f"request {number}")
+    assert len(repeats._said) <= 1000
+
+
+def test_many_threads_say_it_once(lines, log):
+    repeats = Repeats(log)
+    threads = [
+        threading.Thread(target=repeats.say, args=("warning", "pull.failed"), kwargs={"cause": "x"}) for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(lines) == 1
+    assert repeats.forget("x") == 19
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+METHODS = {"debug", "info", "warning", "error", "critical", "exception"}
+
+
+def logged_names():
+    """Every event that our code logs: (name or None where it is no literal, where)."""
+    root = Path(vodpoller.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+                continue
+            place = f"{path.relative_to(root)}:{call.lineno}"
+            if call.func.attr in METHODS and ast.unparse(call.func.value).lower().endswith("log"):
+                yield _literal(call.args[0]) if call.args else None, place
+            elif call.func.attr == "say":
+                yield _literal(call.args[1]), place
+
+
+def _literal(node):
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+def test_every_event_that_is_logged_is_in_the_catalogue():
+    strangers = [(name, place) for name, place in logged_names() if name not in CATALOGUE]
+    assert strangers == []
+
+
+def test_every_event_of_the_catalogue_is_logged():
+    said_by_libraries = {"library.logged"}
+    assert set(CATALOGUE) - {name for name, _ in logged_names()} - said_by_libraries == set()
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_names_are_a_noun_and_what_became_of_it(name):
+    assert re.fullmatch(r"[a-z]+\.[a-z]+", name)
+    assert CATALOGUE[name]
+
+
+def test_the_doubles_of_these_tests_log_as_the_logger_does():
+    lines = []
+    log_into(lines, level="info").debug("daemon.started")
+    log_into(lines).info("daemon.started", source="main")
+    assert named(lines, "daemon.started") == [{"event": "daemon.started", "level": "info", "source": "main"}]

@@ -1,0 +1,300 @@
+"""The guarantees, checked against a model of VOD's queue: whatever fails, and wherever the process dies."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.world import SINKS_OF, World, folder_in_memory
+
+EXAMPLES = int(os.environ.get("VODPOLLER_MODEL_EXAMPLES", "60"))
+
+
+class Consumer(RuleBasedStateMachine):
+    """Events, faults, time and crashes in any order. `VODPOLLER_MODEL_EXAMPLES` says how many orders are tried."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = folder_in_memory()
+        self.world = None
+
+    @initialize(atomic=st.booleans())
+    def begin(self, atomic):
+        self.world = World(self.folder.name, atomic=atomic)
+        self.world.start()
+        self.world.stage.run()
+
+    def teardown(self):
+        try:
+            if self.world is not None:
+                self.world.settle()
+                self.world.check_end()
+        finally:
+            if self.world is not None:
+                self.world.end()
+            self.folder.cleanup()
+
+    @invariant()
+    def nobody_lost_or_doubled_anything(self):
+        if self.world is not None:
+            self.world.check()
+
+    def is_up(self):
+        return self.world is not None and self.world.is_up
+
+    # --- what happens at VOD ---
+
+    @rule(kinds=st.lists(st.sampled_from(list(SINKS_OF)), min_size=1, max_size=4))
+    def feed(self, kinds):
+        for kind in kinds:
+            self.world.queue.feed(kind)
+
+    @rule(fault=st.sampled_from(["lost_before", "lost_after"]))
+    def next_pull_fails(self, fault):
+        self.world.vod.pull_script.append(fault)
+
+    @rule(faults=st.lists(st.sampled_from(["ok", "lost_before", "lost_after", "throttled"]), min_size=1, max_size=4))
+    def next_confirms(self, faults):
+        self.world.vod.confirm_script.extend(faults)
+
+    # --- what happens at the sinks and on the disk ---
+
+    @rule(
+        faults=st.lists(
+            st.sampled_from(["transient", "rejected", "partial", "answer_lost", "ok"]), min_size=1, max_size=4
+        )
+    )
+    def next_deliveries(self, faults):
+        self.world.plain_script.extend(faults)
+
+    @rule(faults=st.lists(st.sampled_from(["full", "short", "ok"]), min_size=1, max_size=2))
+    def next_writes(self, faults):
+        self.world.files.write_script.extend(faults)
+
+    @rule(faults=st.lists(st.sampled_from(["fails", "ok"]), min_size=1, max_size=2))
+    def next_syncs(self, faults):
+        self.world.files.sync_script.extend(faults)
+
+    @rule(broken=st.booleans())
+    def journal_breaks_or_is_mended(self, broken):
+        self.world.journal_is_broken = broken and self.world.is_up
+
+    @precondition(is_up)
+    @rule(reloads=st.booleans())
+    def rotate(self, reloads):
+        self.world.rotate(reloads=reloads)
+
+    # --- what the daemon does ---
+
+    @precondition(is_up)
+    @rule()
+    def pull(self):
+        if len(self.world.stage.named("lane")) < 3 and self.world.journal.is_writable:
+            self.world.pull()
+
+    @precondition(is_up)
+    @rule()
+    def keep_up(self):
+        if not self.world.stage.named("upkeep"):
+            self.world.keep_up()
+
+    @precondition(is_up)
+    @rule()
+    def prune(self):
+        if not self.world.stage.named("prune"):
+            self.world.prune()
+
+    @rule(choices=st.lists(st.integers(0, 5), min_size=1, max_size=20))
+    def move(self, choices):
+        for choice in choices:
+            ready = self.world.stage.ready()
+            if not ready:
+                return
+            self.world.stage.step(ready[choice % len(ready)])
+
+    @rule()
+    def move_until_all_wait(self):
+        self.world.stage.run()
+
+    @rule(secs=st.sampled_from([0.6, 3.0, 6.0, 26.0, 31.0, 700.0]))
+    def time_passes(self, secs):
+        self.world.advance(secs)
+
+    # --- how it ends ---
+
+    @rule(steps_of_the_next_start=st.integers(0, 20), renamed=st.booleans())
+    def crash_and_restart(self, steps_of_the_next_start, renamed):
+        self.world.crash()
+        if renamed:
+            self.world.rename()
+        self.world.journal_is_broken = False
+        self.world.start()
+        self.world.stage.run(most=steps_of_the_next_start)
+
+    @precondition(is_up)
+    @rule()
+    def stop_and_start(self):
+        world = self.world
+        world.stage.run()
+        if not world.stage.named("lane") and not world.journal_is_broken:
+            world.journal.flush()
+            world.crash()
+            world.start()
+
+
+Consumer.TestCase.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize="VODPOLLER_MODEL_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+TestAnyOrderOfFaults = Consumer.TestCase
+
+
+# --- a crash at each step of what is known to be delicate -------------------------------------------------------------
+
+
+def deliver(world):
+    world.pull()
+    world.stage.run()
+
+
+def all_is_well(world):
+    deliver(world)
+
+
+def the_plain_sink_fails_and_recovers(world):
+    world.plain_script.extend(["transient"] * 6)
+    deliver(world)
+    world.advance(26)
+    world.stage.run()
+    world.advance(11)
+    world.keep_up()
+    world.stage.run()
+
+
+def the_answer_to_the_confirm_is_lost(world):
+    world.vod.confirm_script.extend(["lost_after", "lost_before"])
+    deliver(world)
+    world.advance(31)
+    deliver(world)
+
+
+def the_disk_is_full_for_a_moment(world):
+    world.files.write_script.extend(["full"])
+    world.files.sync_script.extend(["fails"])
+    deliver(world)
+    world.advance(5)
+    world.stage.run()
+
+
+def the_journal_is_full_for_a_moment(world):
+    world.journal_is_broken = True
+    deliver(world)
+    world.advance(26)
+    world.stage.run()
+    world.journal_is_broken = False
+    world.keep_up()
+    world.stage.run()
+
+
+def a_sink_is_slower_than_the_lease(world):
+    world.pull()
+    while not any(world._running.values()):
+        world.stage.step(world.stage.ready()[0])
+    slow = [actor for actor in world.stage.actors if actor.name.startswith("sink")]
+    for _ in range(2):
+        world.advance(31)
+        for _ in range(60):
+            others = [actor for actor in world.stage.ready() if actor not in slow]
+            if others:
+                world.stage.step(others[0])
+        world.pull()
+    world.stage.run()
+
+
+def the_file_is_rotated_between_two_batches(world):
+    deliver(world)
+    world.rotate()
+    world.queue.feed("File")
+    deliver(world)
+
+
+def the_file_is_renamed_and_written_to_before_the_reload(world):
+    deliver(world)
+    world.rotate(reloads=False)
+    world.queue.feed("File")
+    deliver(world)
+    world.sink.reopen()
+    world.queue.feed("File")
+    deliver(world)
+
+
+@pytest.mark.parametrize(("atomic", "renamed"), [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    "story",
+    [
+        all_is_well,
+        the_plain_sink_fails_and_recovers,
+        the_answer_to_the_confirm_is_lost,
+        the_disk_is_full_for_a_moment,
+        the_journal_is_full_for_a_moment,
+        a_sink_is_slower_than_the_lease,
+        the_file_is_rotated_between_two_batches,
+        the_file_is_renamed_and_written_to_before_the_reload,
+    ],
+)
+def test_a_crash_at_any_step_loses_nothing_and_doubles_nothing(story, atomic, renamed):
+    steps, crashed = 0, True
+    while crashed:
+        steps += 1
+        crashed = tell(story, atomic=atomic, renamed=renamed, dies_after=steps)
+    assert steps > 10
+
+
+class DiesError(Exception):
+    pass
+
+
+def tell(story, *, atomic, renamed, dies_after):
+    """Let the story happen up to a step, then a crash, then the rest of life.
+
+    Returns:
+        Whether it came to that step.
+    """
+    with folder_in_memory() as folder:
+        world = World(folder, atomic=atomic)
+        step = world.stage.step
+
+        def counted_step(actor):
+            if world.stage.steps == dies_after:
+                raise DiesError
+            step(actor)
+
+        try:
+            for kind in ("Both", "Both", "File", "Plain", "Nobody"):
+                world.queue.feed(kind)
+            world.stage.step = counted_step
+            crashed = False
+            try:
+                world.start()
+                world.stage.run()
+                story(world)
+            except DiesError:
+                crashed = True
+            world.stage.step = step
+            world.check()
+            world.crash()
+            if renamed:
+                world.rename()
+            world.journal_is_broken = False
+            world.start()
+            world.settle()
+            world.check_end()
+            return crashed
+        finally:
+            world.end()

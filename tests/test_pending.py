@@ -1,0 +1,255 @@
+from itertools import pairwise
+
+import pytest
+
+from tests.helpers import FakeClock, MemorySink, event, named, until
+from vodpoller.delivery import Delivery, InFlight, Latch, Outcome, Worker
+from vodpoller.errors import RejectedError, StorageError, TransientError
+from vodpoller.journal import Journal, Known, Letter
+from vodpoller.pending import Retrier
+from vodpoller.systemd import Liveness
+
+GIVE_UP_SECS = 7 * 86_400.0
+
+
+class Bench:
+    def __init__(self, tmp_path, log):
+        self.wall = FakeClock(1_800_000_000.0)
+        self.monotonic = FakeClock()
+        self.journal = Journal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log, wall=self.wall)
+        self.in_flight = InFlight()
+        self.sink = MemorySink()
+        self.worker = Worker(
+            name="it",
+            sink=self.sink,
+            ledger=self.journal,
+            in_flight=self.in_flight,
+            queue_max_events=20,
+            breaker_failures=3,
+            log=log,
+            liveness=Liveness(),
+            monotonic=self.monotonic,
+        )
+        self.worker.start()
+        self.retrier = Retrier(
+            journal=self.journal,
+            workers={"it": self.worker},
+            in_flight=self.in_flight,
+            give_up_after_secs={"it": GIVE_UP_SECS},
+            log=log,
+            wall=self.wall,
+        )
+
+    def store(self, *numbers, sink="it"):
+        self.journal.store([Letter(event=event(n), sink=sink, dead=False, reason="errored") for n in numbers])
+
+    def go(self):
+        """What happens every second, and what comes of it."""
+        self.journal.flush()
+        submitted = self.retrier.submit_due()
+        until(lambda: len(self.in_flight) == 0)
+        # The outcome is written down after the pair has left the table.
+        until(lambda: self.worker._idle == len(self.worker._threads))
+        self.journal.flush()
+        return submitted
+
+    def known(self, number):
+        return self.journal.known([(event(number).key, "it")]).get((event(number).key, "it"))
+
+    def rows(self, columns):
+        return self.journal._reader.execute(f"SELECT {columns} FROM letters ORDER BY id").fetchall()
+
+    def close(self):
+        self.sink.gate.set()
+        self.worker.stop()
+        assert self.worker.join(10)
+        self.journal.close()
+
+
+@pytest.fixture
+def bench(tmp_path, log):
+    bench = Bench(tmp_path, log)
+    yield bench
+    bench.close()
+
+
+def test_nothing_is_submitted_where_nothing_is_stored(bench):
+    assert bench.go() == 0
+
+
+def test_due_rows_are_delivered_once_and_gone(bench, lines):
+    bench.store(1, 2)
+    bench.wall.advance(60)
+    assert bench.go() == 2
+    assert bench.go() == 0
+    assert sorted(bench.sink.accepted) == sorted([event(1).key, event(2).key])
+    assert bench.known(1) is Known.ACCEPTED
+    assert bench.journal.counts() == {}
+    said = named(lines, "pending.delivered")
+    assert [(line["sink"], line["attempts"], line["age_secs"]) for line in said] == [("it", 1, 60.0)] * 2
+    assert bench.retrier.delivered == 2
+
+
+def test_rows_of_other_sinks_and_dead_rows_are_left_alone(bench):
+    bench.store(1, sink="gone")
+    bench.journal.store([Letter(event=event(2), sink="it", dead=True, reason="rejected")])
+    assert bench.go() == 0
+    assert len(bench.journal.counts()) == 2
+
+
+def test_a_row_that_fails_backs_off_and_is_finally_given_up(bench, lines):
+    bench.store(1)
+    bench.sink.fail_always(TransientError("still down"))
+    stored_at, waits, age = bench.wall(), [], 0.0
+    while age < GIVE_UP_SECS:
+        bench.wall.now = stored_at + age
+        assert bench.go() == 1
+        assert bench.go() == 0
+        ((state, due_at),) = bench.rows("state, due_at")
+        assert state == "pending"
+        waits.append(due_at - bench.wall())
+        age = max(due_at - stored_at, GIVE_UP_SECS if len(waits) == 12 else 0)
+    assert 5 <= waits[0] <= 10
+    assert 450 <= waits[-1] <= 900
+    assert all(wait <= 900 for wait in waits)
+    assert bench.rows("attempts, error") == [(12, "still down")]
+    bench.wall.now = stored_at + GIVE_UP_SECS
+    assert bench.go() == 1
+    assert bench.rows("state, reason, attempts, error") == [("dead", "gave_up", 13, "still down")]
+    assert named(lines, "event.dead")[0]["reason"] == "gave_up"
+    assert bench.go() == 0
+    assert bench.retrier.failed == 13
+
+
+def test_a_row_that_is_rejected_is_buried(bench, lines):
+    bench.store(1)
+    bench.sink.fail_always(RejectedError("no such tenant"))
+    bench.go()
+    assert bench.rows("state, reason, error") == [("dead", "rejected", "no such tenant")]
+    (line,) = named(lines, "event.dead")
+    assert (line["level"], line["sink"], line["error_message"]) == ("error", "it", "no such tenant")
+    assert bench.known(1) is Known.DEAD
+
+
+def test_a_rejection_that_finds_the_breaker_open_buries_nothing(bench):
+    bench.store(*range(6))
+    bench.sink.fail_always(RejectedError("404 to everything"))
+    bench.go()
+    bench.monotonic.advance(1.0)
+    bench.wall.advance(5)
+    bench.go()
+    assert bench.journal.counts() == {("it", "dead"): 3, ("it", "pending"): 3}
+
+
+def test_retry_after_is_honoured(bench):
+    bench.store(1)
+    bench.sink.fail_always(TransientError("busy", retry_after_secs=700.0))
+    bench.go()
+    assert bench.rows("due_at") == [(bench.wall() + 700.0,)]
+
+
+def test_an_open_breaker_is_not_hammered(bench):
+    bench.store(*range(10))
+    bench.sink.fail_always(TransientError("down"))
+    bench.go()
+    assert bench.worker.is_open
+    before = len(bench.sink.calls)
+    bench.wall.advance(1000)
+    for _ in range(20):
+        assert bench.go() == 0
+    assert len(bench.sink.calls) == before
+    bench.monotonic.advance(1.0)
+    bench.go()
+    bench.go()
+    assert len(bench.sink.calls) == before + 1
+
+
+def test_probes_take_turns_among_the_stored_events(bench):
+    bench.store(*range(6))
+    bench.sink.fail_always(TransientError("down"))
+    bench.go()
+    probed = len(bench.sink.calls)
+    for _ in range(4):
+        bench.monotonic.advance(40.0)
+        bench.wall.advance(2000.0)
+        bench.go()
+    tried = [call[0] for call in bench.sink.calls[probed:]]
+    assert len(tried) == 4
+    assert all(first != second for first, second in pairwise(tried))
+
+
+def test_everything_goes_out_once_the_sink_is_back(bench):
+    bench.store(*range(30))
+    bench.sink.fail_always(TransientError("down"))
+    bench.go()
+    bench.sink.behaviour = lambda events: None
+    for _ in range(12):
+        bench.monotonic.advance(40.0)
+        bench.wall.advance(1000.0)
+        bench.go()
+    assert bench.journal.counts() == {}
+    assert sorted(bench.sink.accepted) == sorted(event(number).key for number in range(30))
+
+
+def test_rows_whose_delivery_still_runs_are_not_submitted_twice(bench):
+    bench.store(1)
+    bench.sink.gate.clear()
+    assert bench.retrier.submit_due() == 1
+    until(lambda: bench.sink.running)
+    bench.wall.advance(1000)
+    assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
+    bench.sink.gate.set()
+    until(lambda: len(bench.in_flight) == 0)
+    assert len(bench.sink.calls) == 1
+
+
+def test_a_row_whose_event_a_lane_is_delivering_is_not_submitted(bench):
+    bench.store(1)
+    latch = Latch()
+    bench.in_flight.claim([Delivery(event(1), "it", deadline=None)], latch)
+    assert bench.retrier.submit_due() == 0
+    assert bench.sink.calls == []
+    for delivery in list(bench.in_flight._deliveries.values()):
+        bench.in_flight.settle(delivery, Outcome.UNSETTLED)
+
+
+def test_a_row_whose_event_was_accepted_meanwhile_is_dropped_without_a_delivery(bench):
+    bench.store(1)
+    delivery = Delivery(event(1), "it", deadline=None)  # it knew nothing of the row
+    bench.journal.accept("it", [delivery], None)
+    assert bench.journal.counts() == {("it", "pending"): 1}
+    assert bench.go() == 0
+    assert bench.journal.counts() == {}
+    assert bench.sink.calls == []
+
+
+def test_nothing_is_submitted_while_the_journal_cannot_be_read(bench, monkeypatch):
+    def unreadable(pairs):
+        raise StorageError("cannot be read")
+
+    bench.store(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.journal, "known", unreadable)
+        assert bench.go() == 0
+    assert bench.sink.calls == []
+    bench.wall.advance(2)
+    assert bench.go() == 1
+    assert bench.journal.counts() == {}
+
+
+def test_half_of_the_queue_is_left_for_fresh_events(bench):
+    bench.sink.gate.clear()
+    bench.store(*range(50))
+    assert bench.retrier.submit_due() == 10
+    bench.sink.gate.set()
+    until(lambda: len(bench.in_flight) == 0)
+
+
+def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch):
+    bench.store(1)
+    bench.sink.fail_with(TransientError("down"))
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.journal, "reschedule", lambda row, **more: None)
+        bench.go()
+    assert bench.go() == 1
+    assert bench.journal.counts() == {}

@@ -1,0 +1,449 @@
+import threading
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from queue import Queue
+
+import pytest
+
+from tests.helpers import FakeClock, named, until
+from vodpoller.errors import OperatorError, StoppingError, TransientError
+from vodpoller.events import Lease
+from vodpoller.poller import Poller
+from vodpoller.systemd import Liveness
+from vodpoller.vod import Pull
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str = "main"
+    sub_app_id: int | None = None
+    on_failure: str = "store"
+    unrouted: str | None = "dead_letter"
+    long_poll: bool = True
+    max_lanes: int = 3
+
+
+class FakePipeline:
+    """Each cycle hangs in its pull until a test answers; one with events then delivers until it is released."""
+
+    def __init__(self, clock=time.monotonic):
+        self.clock = clock
+        self.answers = Queue()
+        self.lock = threading.Lock()
+        self.pulls_at = []
+        self.pulling = 0
+        self.delivering = []
+        self.hurried = []
+        self.most_pulling = 0
+        self.automatic = None
+        self.patience_secs = 0.02
+
+    def cycle(self, source, *, on_answer, latch):
+        asked_at = self.clock()
+        with self.lock:
+            self.pulls_at.append(asked_at)
+            self.pulling += 1
+            self.most_pulling = max(self.most_pulling, self.pulling)
+        answer = self.automatic() if self.automatic else self.answers.get(timeout=30)
+        with self.lock:
+            self.pulling -= 1
+        if isinstance(answer, BaseException):
+            raise answer
+        events, hung_secs, after = answer
+        lease = Lease(starts_at=asked_at, secs=30.0)
+        on_answer(Pull(events=("event",) * events, malformed=(), lease=lease, hung_secs=hung_secs, request_id=""))
+        if isinstance(after, Exception):
+            raise after
+        if events and after:
+            latch._patience_secs = self.patience_secs
+            latch.add(1)
+            with self.lock:
+                self.delivering.append(latch)
+            finished = latch.wait(30)
+            with self.lock:
+                self.delivering.remove(latch)
+                if not finished:
+                    self.hurried.append(latch)
+
+    def answer(self, events=0, *, hung_secs=5.0, after="wait"):
+        self.answers.put((events, hung_secs, after))
+
+    def fail(self, error):
+        self.answers.put(error)
+
+    def finish(self, index=0):
+        self.delivering[index].settled()
+
+
+class Bench:
+    def __init__(self, log):
+        self.log = log
+        self.liveness = Liveness()
+        self.may_pull = True
+        self.operator_errors = 0
+        self.pollers = []
+
+    def poller(self, pipeline=None, *, clock=time.monotonic, start=True, **settings):
+        pipeline = pipeline or FakePipeline(clock)
+
+        def on_operator_error():
+            self.operator_errors += 1
+
+        poller = Poller(
+            Source(**settings),
+            pipeline,
+            may_pull=lambda: self.may_pull,
+            on_operator_error=on_operator_error,
+            cycle_secs=50.0,
+            log=self.log,
+            liveness=self.liveness,
+            monotonic=clock,
+        )
+        self.pollers.append((poller, pipeline))
+        if start:
+            poller.tick()
+        return poller, pipeline
+
+    def close(self):
+        for poller, pipeline in self.pollers:
+            poller.stop()
+            pipeline.automatic = lambda: StoppingError("stopping")
+            for _ in range(10):
+                pipeline.fail(StoppingError("stopping"))
+            poller.hurry()
+            assert poller.join(10)
+
+
+@pytest.fixture
+def bench(log):
+    bench = Bench(log)
+    yield bench
+    bench.close()
+
+
+def settles(condition, value, *, secs=0.05):
+    """It becomes the value and stays so for a moment."""
+    until(lambda: condition() == value, what=f"it is {condition()}, not {value}")
+    ends_at = time.monotonic() + secs
+    while time.monotonic() < ends_at:
+        assert condition() == value
+        time.sleep(0.005)
+    return True
+
+
+# --- idle -------------------------------------------------------------------------------------------------------------
+
+
+def test_idle_is_one_outstanding_pull(bench):
+    poller, pipeline = bench.poller()
+    for number in range(1, 6):
+        until(lambda number=number: len(pipeline.pulls_at) == number)
+        poller.tick()
+        pipeline.answer()
+    assert settles(lambda: pipeline.pulling, 1)
+    assert pipeline.most_pulling == 1
+    assert len(poller._lanes) <= 2
+
+
+def test_without_long_poll_each_tick_is_one_pull(bench):
+    poller, pipeline = bench.poller(long_poll=False)
+    pipeline.answer()
+    assert settles(lambda: (len(pipeline.pulls_at), pipeline.pulling), (1, 0))
+    poller.tick()
+    poller.tick()
+    assert settles(lambda: (len(pipeline.pulls_at), pipeline.pulling), (2, 1))
+
+
+def test_without_long_poll_a_backlog_is_drained_all_the_same(bench):
+    _, pipeline = bench.poller(long_poll=False)
+    for _ in range(3):
+        pipeline.answer(16, hung_secs=0.0, after=None)
+    until(lambda: len(pipeline.pulls_at) >= 4)
+
+
+def test_empty_answers_that_did_not_hang_start_a_second_apart(bench):
+    clock = FakeClock()
+    pipeline = FakePipeline(clock)
+    pipeline.automatic = lambda: (0, 0.01, None)
+    poller, _ = bench.poller(pipeline, clock=clock, start=False)
+    pass_time_in_pauses(poller, clock)
+    poller.tick()
+    until(lambda: len(pipeline.pulls_at) >= 10)
+    assert all(later - earlier >= 1.0 for earlier, later in pairwise(pipeline.pulls_at))
+
+
+def pass_time_in_pauses(poller, clock):
+    """A pause takes its time on the fake clock and none on the wall."""
+
+    def wait(secs):
+        clock.advance(secs)
+        # Lets go of the lock for a moment, as waiting does.
+        poller._lock.release()
+        time.sleep(0.0005)
+        poller._lock.acquire()
+
+    poller._pause_over.wait = wait
+
+
+# --- backlog ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lane_hands_the_pulling_over_before_it_delivers(bench):
+    _, pipeline = bench.poller()
+    pipeline.answer(16, hung_secs=3.0)
+    assert settles(lambda: (len(pipeline.delivering), pipeline.pulling), (1, 1))
+
+
+def test_pulls_grow_with_the_backlog_to_the_lanes_there_are_and_no_further(bench):
+    poller, pipeline = bench.poller(max_lanes=4)
+    for _ in range(40):
+        pipeline.answer(16, hung_secs=0.0, after=None)
+    assert settles(lambda: (len(pipeline.pulls_at) > 40, pipeline.pulling), (True, 4))
+    assert pipeline.most_pulling == 4
+    assert len(poller._lanes) == 4
+
+
+def test_pulls_shrink_to_one_when_the_backlog_is_gone(bench):
+    _, pipeline = bench.poller(max_lanes=4)
+    for _ in range(40):
+        pipeline.answer(16, hung_secs=0.0, after=None)
+    until(lambda: pipeline.pulling == 4)
+    for _ in range(3):
+        pipeline.answer()
+    assert settles(lambda: pipeline.pulling, 1)
+    pipeline.answer()
+    assert settles(lambda: pipeline.pulling, 1)
+
+
+def test_an_answer_that_hung_adds_no_pull(bench):
+    _, pipeline = bench.poller(max_lanes=4)
+    for number in range(5):
+        pipeline.answer(1, hung_secs=2.0, after=None)
+        until(lambda number=number: len(pipeline.pulls_at) == number + 2)
+    assert settles(lambda: pipeline.pulling, 1)
+    assert pipeline.most_pulling == 1
+
+
+def test_a_source_with_one_lane_pulls_one_at_a_time(bench):
+    _, pipeline = bench.poller(max_lanes=1)
+    for _ in range(20):
+        pipeline.answer(16, hung_secs=0.0, after=None)
+    until(lambda: len(pipeline.pulls_at) == 21)
+    assert pipeline.most_pulling == 1
+
+
+def test_where_every_lane_waits_for_a_sink_the_longest_waiting_goes_on(bench):
+    _, pipeline = bench.poller(max_lanes=2)
+    pipeline.answer(16, hung_secs=3.0)
+    until(lambda: pipeline.delivering)
+    first = pipeline.delivering[0]
+    until(lambda: 0 < first._patient_until < time.monotonic())
+    pipeline.patience_secs = 20
+    pipeline.answer(16, hung_secs=3.0)
+    until(lambda: pipeline.hurried)
+    assert pipeline.hurried == [first]
+    assert settles(lambda: (pipeline.pulling, len(pipeline.delivering)), (1, 1))
+
+
+def test_no_lane_is_hurried_while_another_is_free(bench):
+    _, pipeline = bench.poller(max_lanes=3)
+    pipeline.answer(16, hung_secs=3.0)
+    until(lambda: pipeline.delivering)
+    assert settles(lambda: (len(pipeline.delivering), pipeline.hurried), (1, []), secs=0.1)
+
+
+def test_where_no_more_threads_are_to_be_had_the_lanes_there_are_go_on(bench, monkeypatch):
+    poller, pipeline = bench.poller(max_lanes=4)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    until(lambda: pipeline.pulling == 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        pipeline.answer(16, hung_secs=0.0, after=None)
+        until(lambda: len(pipeline.pulls_at) == 2)
+    assert poller.join(0) is False
+    assert pipeline.pulling == 1
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def failing(bench, error, *, number=12, max_lanes=3):
+    """How long after the first the pulls of a source start that fails all the time."""
+    clock = FakeClock()
+    pipeline = FakePipeline(clock)
+    pipeline.automatic = lambda: error
+    poller, _ = bench.poller(pipeline, clock=clock, start=False, max_lanes=max_lanes)
+    pass_time_in_pauses(poller, clock)
+    poller.tick()
+    until(lambda: len(pipeline.pulls_at) >= number)
+    return poller, [at - pipeline.pulls_at[0] for at in pipeline.pulls_at[:number]]
+
+
+@pytest.mark.parametrize("attempt", range(5))  # waits are random: look often
+def test_pulls_that_fail_steadily_back_off_to_a_minute(bench, attempt):
+    _, after = failing(bench, TransientError("down"))
+    assert sum(at < 8.0 for at in after) <= 5
+    assert after[1] <= 0.2
+    gaps = [later - earlier for earlier, later in pairwise(after)]
+    assert max(gaps) <= 60.001
+    assert min(gaps[7:]) >= 30
+
+
+def test_an_operator_error_backs_off_longer_and_has_the_credentials_read_again(bench, lines):
+    poller, after = failing(bench, OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound"), number=6)
+    assert sum(at < 8.0 for at in after) <= 4
+    assert bench.operator_errors >= 5
+    assert isinstance(poller.problem, OperatorError)
+    line = named(lines, "pull.failed")[0]
+    assert (line["level"], line["error_code"]) == ("error", "AuthFailure.SecretIdNotFound")
+
+
+def test_retry_after_is_honoured(bench):
+    _, after = failing(bench, TransientError("busy", retry_after_secs=50.0), number=4)
+    assert all(later - earlier >= 50.0 for earlier, later in pairwise(after))
+
+
+def test_an_error_that_nobody_foresaw_in_a_pull_is_backed_off_from_and_logged_with_its_cause(bench, lines):
+    error = ValueError("a bug")
+    poller, after = failing(bench, error, number=5)
+    assert sum(at < 8.0 for at in after) <= 5
+    assert "a bug" in str(poller.problem)
+    line = named(lines, "pull.failed")[0]
+    assert (line["level"], line["exc_info"]) == ("error", error)
+
+
+def test_a_failure_that_repeats_is_few_lines(bench, lines):
+    failing(bench, TransientError("down"), number=7)
+    assert len(named(lines, "pull.failed")) <= 2
+
+
+def test_lanes_that_fail_together_have_failed_once(bench):
+    poller, pipeline = bench.poller(max_lanes=4)
+    for _ in range(10):
+        pipeline.answer(16, hung_secs=0.0, after=None)
+    until(lambda: pipeline.pulling == 4)
+    until(pipeline.answers.empty)
+    for _ in range(4):
+        pipeline.fail(TransientError("down"))
+    assert settles(lambda: pipeline.pulling, 1)
+    assert poller._failures == 1
+
+
+def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
+    poller, pipeline = bench.poller()
+    pipeline.fail(TransientError("down"))
+    until(lambda: len(pipeline.pulls_at) == 2)
+    assert isinstance(poller.problem, TransientError)
+    pipeline.fail(TransientError("down"))
+    until(lambda: poller._failures == 2)
+    poller.wake()
+    until(lambda: len(pipeline.pulls_at) == 3)
+    pipeline.answer(1, hung_secs=2.0, after=None)
+    until(lambda: poller.problem is None)
+    until(lambda: named(lines, "pull.recovered"))
+    assert settles(lambda: pipeline.pulling, 1)
+
+
+def test_a_wake_ends_the_back_off(bench):
+    poller, pipeline = bench.poller()
+    pipeline.fail(TransientError("down", retry_after_secs=1000.0))
+    until(lambda: poller.problem)
+    assert settles(lambda: len(pipeline.pulls_at), 1)
+    poller.tick()
+    assert settles(lambda: len(pipeline.pulls_at), 1)
+    poller.wake()
+    until(lambda: len(pipeline.pulls_at) == 2)
+
+
+def test_a_cycle_that_fails_after_its_answer_costs_no_lane(bench, lines):
+    poller, pipeline = bench.poller(max_lanes=2)
+    for number in range(5):
+        pipeline.answer(16, hung_secs=2.0, after=RuntimeError("a bug"))
+        until(lambda number=number: len(pipeline.pulls_at) == number + 2)
+    until(lambda: len(named(lines, "lane.failed")) == 5)
+    assert settles(lambda: pipeline.pulling, 1)
+    assert poller.problem is None
+
+
+# --- when events cannot be taken care of ------------------------------------------------------------------------------
+
+
+def test_no_pull_starts_while_events_cannot_be_taken_care_of(bench):
+    bench.may_pull = False
+    poller, pipeline = bench.poller()
+    poller.tick()
+    assert settles(lambda: pipeline.pulls_at, [])
+    bench.may_pull = True
+    poller.wake()
+    until(lambda: pipeline.pulling == 1)
+
+
+def test_pulling_goes_on_by_itself_when_events_can_be_taken_care_of_again(bench):
+    bench.may_pull = False
+    _, pipeline = bench.poller()
+    bench.may_pull = True
+    until(lambda: pipeline.pulling == 1, secs=3)
+
+
+def test_a_lane_in_its_back_off_is_not_overdue(bench):
+    poller, pipeline = bench.poller()
+    until(lambda: bench.liveness.overdue(-100))
+    pipeline.fail(TransientError("down", retry_after_secs=1000.0))
+    until(lambda: poller.problem)
+    until(lambda: not bench.liveness.overdue(-100))
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_awaits_the_outstanding_pull_and_what_it_brings_and_starts_none(bench):
+    poller, pipeline = bench.poller()
+    until(lambda: pipeline.pulling == 1)
+    poller.stop()
+    assert poller.join(0.02) is False
+    pipeline.answer(16, hung_secs=0.0)
+    until(lambda: pipeline.delivering)
+    assert poller.join(0.02) is False
+    pipeline.finish()
+    assert poller.join(10) is True
+    poller.tick()
+    assert settles(lambda: (len(pipeline.pulls_at), pipeline.pulling), (1, 0))
+
+
+def test_a_stop_ends_lanes_that_wait(bench):
+    poller, pipeline = bench.poller()
+    pipeline.fail(TransientError("down", retry_after_secs=1000.0))
+    until(lambda: poller.problem)
+    poller.stop()
+    assert poller.join(10) is True
+    assert len(pipeline.pulls_at) == 1
+
+
+def test_a_pull_that_was_not_sent_because_of_the_stop_is_no_failure(bench, lines):
+    poller, pipeline = bench.poller()
+    until(lambda: pipeline.pulling == 1)
+    poller.stop()
+    pipeline.fail(StoppingError("stopping"))
+    assert poller.join(10) is True
+    assert poller.problem is None
+    assert lines == []
+
+
+def test_a_hurry_ends_every_wait_for_sinks(bench):
+    poller, pipeline = bench.poller()
+    pipeline.answer(16, hung_secs=2.0)
+    pipeline.answer(16, hung_secs=2.0)
+    until(lambda: len(pipeline.delivering) == 2)
+    poller.hurry()
+    until(lambda: len(pipeline.hurried) == 2)
+
+
+def test_a_poller_that_never_ran_stops_at_once(bench):
+    poller, _ = bench.poller(start=False)
+    poller.stop()
+    assert poller.join(0) is True
+    assert poller.name == "main"

@@ -1,0 +1,224 @@
+"""What was confirmed is on disk: whatever a loss of power leaves of what was never synced."""
+
+import pytest
+
+from tests.world import World, folder_in_memory
+
+FULL = 2
+
+
+class Disk:
+    """What a loss of power can leave of the sink's file and of the journal's two files, at each moment of a story.
+
+    Bytes of the sink's file are sure once they are synced. Those of the journal's log are sure up to the last commit
+    that synced it, which is asked of SQLite itself; its database changes at checkpoints only, which sync both files.
+
+    Args:
+        world: Already open.
+    """
+
+    def __init__(self, world):
+        self.images = {}
+        self._world = world
+        self._archive_sure = b""
+        self._archive_since = [b""]
+        self._journal_sure = self._journal()
+        files, journal, check_confirm = world.files, world.journal, world.check_confirm
+        write, sync, truncate, commit = files.write, files.fdatasync, files.ftruncate, journal._commit
+
+        def recorded_write(fd, data):
+            try:
+                return write(fd, data)
+            finally:
+                self._archive_changed()
+
+        def recorded_truncate(fd, length_bytes):
+            truncate(fd, length_bytes)
+            self._archive_changed()
+
+        def recorded_sync(fd):
+            sync(fd)
+            self._archive_sure = world.archive.read_bytes()
+            self._archive_since = [self._archive_sure]
+            self._take_images()
+
+        def recorded_commit(batch):
+            done = commit(batch)
+            (level,) = journal._writer.execute("PRAGMA synchronous").fetchone()
+            if level >= FULL:
+                self._journal_sure = self._journal()
+            self._take_images()
+            return done
+
+        def recorded_confirm(event):
+            check_confirm(event)
+            event.confirmed = True
+            self._take_images()
+
+        files.write, files.fdatasync, files.ftruncate = recorded_write, recorded_sync, recorded_truncate
+        journal._commit, world.check_confirm = recorded_commit, recorded_confirm
+
+    def _journal(self):
+        wal = self._world.folder / "journal.db-wal"
+        return self._world.journal_path.read_bytes(), wal.read_bytes() if wal.exists() else b""
+
+    def _archive_changed(self):
+        self._archive_since.append(self._world.archive.read_bytes())
+        self._take_images()
+
+    def _take_images(self):
+        """Each file in each state it may be in, while the other has nothing or all of what is not synced."""
+        forgotten = frozenset(event.number for event in self._world.queue.events if event.confirmed)
+        archives, journals = self._archives(), self._journals()
+        pairs = [(archive, journal) for archive in archives for journal in (journals[0], journals[-1])]
+        pairs += [(archive, journal) for archive in (archives[0], archives[-1]) for journal in journals]
+        for archive, journal in pairs:
+            self.images[archive, journal, forgotten] = tuple(self._world.plain_accepted)
+
+    def _archives(self):
+        images = {self._archive_sure: None}
+        for now in self._archive_since:
+            sure = len(self._archive_sure)
+            assert now.startswith(self._archive_sure)
+            ends = [at + 1 for at in range(sure, len(now)) if now[at : at + 1] == b"\n"]
+            cuts = {sure, *ends, *(end - 1 for end in ends), *(end - 40 for end in ends), len(now)}
+            for cut in sorted(cut for cut in cuts if cut >= sure):
+                images[now[:cut]] = None
+                images[now[:cut] + bytes(len(now) - cut)] = None  # the length reached the disk, the blocks did not
+                images[now[:sure] + bytes(cut - sure) + now[cut:]] = None  # a later block did, an earlier did not
+        images.pop(self._archive_since[-1], None)
+        images[self._archive_since[-1]] = None
+        return list(images)
+
+    def _journals(self):
+        database, sure = self._journal_sure
+        now_database, now = self._journal()
+        if now_database != database or not now.startswith(sure):
+            return [(now_database, now)]  # a checkpoint has synced both
+        middle = (len(sure) + len(now)) // 2
+        logs = [sure, now[:middle], now[:middle] + bytes(len(now) - middle), sure + bytes(len(now) - len(sure)), now]
+        return [(database, log) for log in dict.fromkeys(logs)]
+
+
+def booted_from(image, plain_accepted, dead_world, *, renamed):
+    """Another boot, with what the disk held; VOD's queue is where it was, and other machines are as well."""
+    archive, (database, log), forgotten = image
+    world = World(dead_world.folder)
+    rotated = world.folder / "events.jsonl.1"
+    if rotated.exists():
+        rotated.replace(world.archive)
+    world.archive.write_bytes(archive)  # in place: it keeps its inode
+    for name, content in (("journal.db", database), ("journal.db-wal", log), ("journal.db-shm", b"")):
+        path = world.folder / name
+        path.write_bytes(content) if content else path.unlink(missing_ok=True)
+    if renamed:
+        world.archive.rename(rotated)
+    for event in dead_world.queue.events:
+        world.queue.feed(event.content["EventType"])
+        world.queue.events[-1].confirmed = event.number in forgotten
+    world.plain_accepted += plain_accepted
+    world.excused |= set(plain_accepted)  # a ledger row that the disk lost costs a duplicate there, and nowhere else
+    world.clock.now, world.wall.now = dead_world.clock.now, dead_world.wall.now
+    world.start()
+    world.stage.run()
+    return world
+
+
+def not_held(world):
+    """The events that VOD forgot, each with a sink that neither has it nor will get it from the journal."""
+    archived, letters = world.archived(), set(world._rows("letters"))
+    has = {"file": archived, "plain": world.plain_accepted, "": []}
+    return [
+        (event.number, sink)
+        for event in world.queue.events
+        if event.confirmed
+        for sink in event.sinks
+        if event.key not in has[sink] and (event.key, sink) not in letters
+    ]
+
+
+# --- stories ----------------------------------------------------------------------------------------------------------
+
+
+def all_is_well(world):
+    for _ in range(3):
+        world.pull()
+        world.stage.run()
+        world.queue.feed("File")
+        world.queue.feed("Both")
+    world.pull()
+    world.stage.run()
+
+
+def the_plain_sink_is_down_and_comes_back(world):
+    world.plain_script.extend(["transient"] * 20)
+    world.pull()
+    world.stage.run()
+    world.advance(26)
+    world.stage.run()
+    world.plain_script.clear()
+    for _ in range(6):
+        world.advance(31)
+        world.keep_up()
+        world.stage.run()
+
+
+def the_file_fails_and_recovers(world):
+    world.files.write_script.append("full")
+    world.files.sync_script.append("fails")
+    world.pull()
+    world.stage.run()
+    for secs in (3, 6, 26):
+        world.advance(secs)
+        world.stage.run()
+    world.keep_up()
+    world.stage.run()
+
+
+def the_file_fails_until_the_lease_ends(world):
+    world.files.write_script.extend(["full"] * 40)
+    world.pull()
+    world.stage.run()
+    world.advance(26)
+    world.stage.run()
+    world.files.write_script.clear()
+    for _ in range(6):
+        world.advance(31)
+        world.keep_up()
+        world.stage.run()
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize(
+    "story",
+    [
+        all_is_well,
+        the_plain_sink_is_down_and_comes_back,
+        the_file_fails_and_recovers,
+        the_file_fails_until_the_lease_ends,
+    ],
+)
+def test_after_a_loss_of_power_what_was_confirmed_is_held_and_no_line_is_torn_or_doubled(story, renamed):
+    with folder_in_memory() as folder:
+        dead_world = World(folder)
+        try:
+            for kind in ("Both", "File", "Plain", "Nobody", "Both"):
+                dead_world.queue.feed(kind)
+            dead_world.start()
+            dead_world.stage.run()
+            disk = Disk(dead_world)
+            story(dead_world)
+            assert not dead_world.violations
+            assert all(event.confirmed for event in dead_world.queue.events)
+        finally:
+            dead_world.end()
+        assert len(disk.images) > 30
+        for image, plain_accepted in disk.images.items():
+            world = booted_from(image, plain_accepted, dead_world, renamed=renamed)
+            try:
+                assert world.is_up, f"it does not start again with the file {image[0]!r}"
+                assert not_held(world) == [], f"the file was {image[0]!r}"
+                world.settle()
+                world.check_end()
+            finally:
+                world.end()

@@ -1,0 +1,291 @@
+"""What `probe` of each sink that comes with the package says, and that it changes nothing."""
+
+import errno
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager
+
+import pytest
+
+from tests.receiver import running_receiver, until
+from vodpoller.delivery import Sink
+from vodpoller.errors import ConfigError
+from vodpoller.sinks.file import FileConfig, FileSink
+from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
+from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
+
+SLACK_SECS = 1.5
+
+
+def problem_of(sink_class, config):
+    with pytest.raises(ConfigError) as excinfo:
+        sink_class.probe("it", config)
+    (problem,) = excinfo.value.problems
+    assert "\n" not in problem
+    return problem
+
+
+def tree(folder):
+    return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*"))
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_sink_that_says_nothing_of_it_has_nothing_to_reach():
+    assert "probe" not in vars(StdoutSink)
+    assert StdoutSink.probe("it", StdoutConfig(type="stdout")) == Sink.probe("it", None) == "nothing to reach"
+
+
+# --- file ---
+
+
+def file_config(path):
+    return FileConfig(type="file", path=str(path))
+
+
+@pytest.fixture
+def used(tmp_path):
+    """A file, and its lock, as a sink leaves them."""
+    path = tmp_path / "events.jsonl"
+    FileSink("it", file_config(path)).close()
+    return path
+
+
+@contextmanager
+def another_process(path):
+    code = (
+        "import sys\n"
+        "from vodpoller.sinks.file import FileConfig, FileSink\n"
+        "sink = FileSink('it', FileConfig(type='file', path=sys.argv[1]))\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"open\n"
+        yield
+
+
+def test_a_file_that_is_there_can_be_written_and_still_be_opened(used, tmp_path):
+    before = tree(tmp_path)
+    assert FileSink.probe("it", file_config(used)) == f"{used} can be written"
+    assert tree(tmp_path) == before
+    FileSink("it", file_config(used)).close()
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path):
+    for path in (tmp_path / "events.jsonl", tmp_path / "one" / "two" / "events.jsonl"):
+        assert FileSink.probe("it", file_config(path)) == f"{path} can be made"
+    assert tree(tmp_path) == []
+
+
+def test_a_file_that_another_process_has_is_no_problem(used):
+    with another_process(used):
+        text = FileSink.probe("it", file_config(used))
+    assert text == f"{used} is in use by another process (the running daemon?)"
+    assert FileSink.probe("it", file_config(used)) == f"{used} can be written"
+
+
+def test_a_link_is_followed(used, tmp_path):
+    (tmp_path / "link").symlink_to(used)
+    assert FileSink.probe("it", file_config(tmp_path / "link")) == f"{used} can be written"
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_problem(used):
+    problem = problem_of(FileSink, file_config(used / "sub" / "events.jsonl"))
+    assert problem == (
+        f"sinks.it.path: {used} cannot be written: Not a directory (a part of the path is a file, not a folder)"
+    )
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_regular_file_is_a_problem(tmp_path, make):
+    make(tmp_path / "events.jsonl")
+    assert "it is not a regular file (give the path" in problem_of(FileSink, file_config(tmp_path / "events.jsonl"))
+
+
+def forbid(monkeypatch, path, mode):
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda at, wanted: not (str(at) == str(path) and wanted & mode) and allowed(at, wanted)
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [
+        ("events.jsonl", os.W_OK),
+        ("events.jsonl", os.R_OK),
+        ("events.jsonl.lock", os.W_OK),
+        (".", os.R_OK),
+        (".", os.X_OK),
+    ],
+)
+def test_a_missing_right_is_a_problem_that_says_who_needs_it(used, tmp_path, monkeypatch, place, mode):
+    forbidden = tmp_path / place
+    forbid(monkeypatch, forbidden, mode)
+    assert problem_of(FileSink, file_config(used)) == (
+        f"sinks.it.path: {forbidden} cannot be written: {os.strerror(errno.EACCES)}"
+        " (the user that runs vodpoller needs the right to write there)"
+    )
+
+
+@pytest.mark.parametrize("missing", ["events.jsonl", "events.jsonl.lock"])
+def test_the_folder_must_be_writable_only_for_what_is_still_to_be_made(used, tmp_path, monkeypatch, missing):
+    forbid(monkeypatch, tmp_path, os.W_OK)
+    assert FileSink.probe("it", file_config(used)) == f"{used} can be written"
+    (tmp_path / missing).unlink()
+    assert f"{tmp_path} cannot be written" in problem_of(FileSink, file_config(used))
+
+
+def test_the_nearest_folder_that_exists_must_be_writable(tmp_path, monkeypatch):
+    forbid(monkeypatch, tmp_path, os.W_OK)
+    path = tmp_path / "one" / "two" / "events.jsonl"
+    assert f"{tmp_path} cannot be written" in problem_of(FileSink, file_config(path))
+
+
+def test_a_disk_that_is_mounted_read_only_is_named_as_such(used, tmp_path, monkeypatch):
+    class ReadOnly:
+        f_flag = os.ST_RDONLY
+
+    forbid(monkeypatch, used, os.W_OK)
+    monkeypatch.setattr(os, "statvfs", lambda path: ReadOnly)
+    assert "that disk is mounted read-only" in problem_of(FileSink, file_config(used))
+
+
+# --- webhook ---
+
+
+def hook(url, **more):
+    return WebhookConfig(type="webhook", url=url, **more)
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver() as running:
+        yield running
+
+
+@contextmanager
+def listening():
+    """A server that keeps what comes in on each connection, until it is hung up."""
+    heard = []
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                heard.append(b"")
+                while data := connection.recv(4096):
+                    heard.append(data)
+            heard.append(None)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server.getsockname()[1], heard
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_a_receiver_that_listens_gets_a_connection_and_no_byte():
+    with listening() as (port, heard):
+        assert WebhookSink.probe("it", hook(f"http://127.0.0.1:{port}/?token=hunter2")) == (
+            f"127.0.0.1:{port} accepts connections"
+        )
+        until(lambda: None in heard)
+    assert heard == [b"", None]
+
+
+def test_nobody_who_listens_is_a_problem():
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    assert problem_of(WebhookSink, hook(f"http://127.0.0.1:{port}/?token=hunter2")) == (
+        f"sinks.it.url: 127.0.0.1:{port} refused the connection (is the receiver running?)"
+    )
+
+
+def test_a_name_that_does_not_exist_is_a_problem(monkeypatch):
+    def look_up(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert "nobody.example:443 cannot be found" in problem_of(WebhookSink, hook("https://nobody.example/"))
+
+
+def test_a_receiver_that_does_not_shake_hands_costs_no_more_than_the_time_limit():
+    with listening() as (port, _):
+        began = time.monotonic()
+        problem = problem_of(WebhookSink, hook(f"https://127.0.0.1:{port}/", timeout_secs=0.3))
+        assert 0.2 < time.monotonic() - began < 0.3 + SLACK_SECS
+    assert problem.startswith(f"sinks.it.url: 127.0.0.1:{port} ")
+    assert "within 0.3 s" in problem
+
+
+def test_plain_http_where_tls_is_expected_is_a_problem(receiver):
+    assert "failed at TLS" in problem_of(WebhookSink, hook(receiver.url.replace("http:", "https:")))
+
+
+@pytest.fixture
+def tls_receiver(receiver, tmp_path):
+    if shutil.which("openssl") is None and "CI" not in os.environ:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=receiver"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
+    return receiver
+
+
+def test_a_certificate_that_nobody_vouches_for_is_a_problem(tls_receiver):
+    problem = problem_of(WebhookSink, hook(tls_receiver.url.replace("http:", "https:")))
+    assert "cannot be trusted: self" in problem
+
+
+def test_a_certificate_of_the_environments_ca_bundle_is_trusted(tls_receiver, tmp_path, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")))
+    assert text == f"127.0.0.1:{tls_receiver.server_port} accepts connections, its certificate is trusted"
+    assert tls_receiver.received == []
+
+
+def test_a_ca_bundle_that_does_not_exist_is_a_problem(tmp_path, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    assert "which does not exist" in problem_of(WebhookSink, hook("https://127.0.0.1/"))
+
+
+@pytest.mark.parametrize("url", ["http://app.invalid/", "https://app.invalid/"])
+@pytest.mark.parametrize("spelled", ["http://user:hunter2@127.0.0.1:{}", "127.0.0.1:{}"])
+def test_behind_a_proxy_only_the_proxy_is_reached(monkeypatch, url, spelled):
+    with listening() as (port, heard):
+        monkeypatch.setenv("all_proxy", spelled.format(port))
+        text = WebhookSink.probe("it", hook(url))
+        until(lambda: None in heard)
+    assert text == f"the proxy 127.0.0.1:{port} accepts connections (what is behind it was not tried)"
+    assert heard == [b"", None]
+
+
+def test_a_proxy_that_nobody_runs_is_a_problem(monkeypatch):
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("https_proxy", f"http://user:hunter2@127.0.0.1:{port}")
+    problem = problem_of(WebhookSink, hook("https://app.invalid/"))
+    assert problem.startswith(f"sinks.it.url: the proxy 127.0.0.1:{port} refused the connection")
+    assert "hunter2" not in problem
