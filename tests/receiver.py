@@ -1,9 +1,9 @@
-"""A webhook's receiver on loopback, that answers as a test tells it to."""
+"""Servers on loopback: a webhook's receiver that answers as a test tells it to, and some that no client wants."""
 
 import socket
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         received = Received(self.command, self.path, dict(self.headers), body, self.client_address)
         with self.server.lock:
             answer = self.server.answer_to(received)
@@ -82,6 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         self.wfile.write(answer.body)
+
+    def do_GET(self):
+        self.do_POST()
 
     def log_message(self, *args):
         pass
@@ -108,3 +111,71 @@ def until(condition, *, secs=10.0):
     while not condition():
         assert time.monotonic() < ends_at, "it did not come true in time"
         time.sleep(0.005)
+
+
+# --- servers that are none ---
+
+
+@contextmanager
+def raw_server(serve):
+    """A server that does with each connection what no HTTP server would."""
+    stopping = threading.Event()
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        listening.settimeout(0.05)
+
+        def accept():
+            while not stopping.is_set():
+                try:
+                    connection, _ = listening.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.settimeout(5)
+                    with suppress(OSError):
+                        serve(connection, stopping)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        finally:
+            stopping.set()
+            thread.join()
+
+
+@contextmanager
+def black_hole():
+    """An address on which a connection is never made: its backlog is full."""
+    with closing(socket.socket()) as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        fillers = []
+        try:
+            for _ in range(4):
+                filler = socket.socket()
+                fillers.append(filler)
+                filler.settimeout(0)
+                filler.connect_ex(listening.getsockname())
+            yield listening.getsockname()[1]
+        finally:
+            for filler in fillers:
+                filler.close()
+
+
+def drip(start, piece):
+    def serve(connection, stopping):
+        connection.recv(65_536)
+        connection.sendall(start)
+        while not stopping.wait(0.03):
+            connection.sendall(piece)
+
+    return serve
+
+
+def never_reads(connection, stopping):
+    stopping.wait(20)
+
+
+def reads_slowly(connection, stopping):
+    while not stopping.wait(0.03):
+        connection.recv(65_536)

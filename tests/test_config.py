@@ -94,7 +94,7 @@ def replaced(old: str, new: str) -> str:
         (VALID.replace(SOURCE, '[sources]\nname = "main"\n'), "sources", ["must be a list of tables", "[[sources]]"]),
         ("sources = [1]" + VALID.replace(SOURCE, ""), "sources[0]", ["must be a table", "[[sources]]"]),
         ("sinks = 1" + ROUTE + SOURCE, "sinks", ["must hold tables"]),
-        (replaced('type = "file"', "type = 1"), "sinks.archive.type", ["must be text", 'one of "exec"']),
+        (replaced('type = "file"', "type = 1"), "sinks.archive.type", ["must be text", 'one of "download"']),
         # numbers
         (replaced('name = "main"', 'name = "main"\nmax_lanes = -1'), "sources.main.max_lanes", ["at least 1", "128"]),
         (replaced('name = "main"', 'name = "main"\nmax_lanes = 129'), "sources.main.max_lanes", ["at most 128"]),
@@ -682,7 +682,7 @@ def test_reading_does_not_import_what_only_some_sinks_need():
 
 # --- the example and the schema
 
-BUILT_IN = ("exec", "file", "stdout", "webhook")
+BUILT_IN = ("download", "exec", "file", "stdout", "webhook")
 _OPTIONAL = re.compile(r"# (?=[a-z_]+ = |\[)")
 
 
@@ -716,7 +716,7 @@ def test_the_example_is_valid_with_every_optional_line(tmp_path, files):
     env = dict.fromkeys(names, WEBHOOK_SECRET)
     loaded = config.from_dict(data, where="example", base=tmp_path, env=env)
     assert {sink.type for sink in loaded.sinks.values()} == set(BUILT_IN)
-    assert len(loaded.routes) == 2
+    assert len(loaded.routes) == 3
 
 
 @pytest.mark.parametrize("name", [*(name for name in config.TABLES if name != "sinks"), *BUILT_IN])
@@ -729,7 +729,7 @@ def test_the_example_has_every_key_with_its_default(tmp_path, name):
         tables += found if isinstance(found, list) else [found]
     shown = {key: value for table in tables for key, value in table.items()}
     # What all sinks have in common is shown at the first one.
-    common = set(SinkConfig.model_fields) if name in ("exec", "stdout", "webhook") else set()
+    common = set(SinkConfig.model_fields) if name in BUILT_IN and name != "file" else set()
     model = models()[name]
     assert set(shown) - common == set(model.model_fields) - common
     for key, field in model.model_fields.items():

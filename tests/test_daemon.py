@@ -65,7 +65,7 @@ def await_end(system, simulator, *, secs=30):
     """All is confirmed, and the file has all: on a machine that is busy, some may take the way through the journal."""
     until(simulator.all_confirmed, secs=secs, what=lambda: str(simulator.stats()))
     fed = simulator.stats()["fed"]
-    until(lambda: len(system.lines_of_all_files()) >= fed, secs=secs)
+    until(lambda: len(system.lines_of_all_files()) >= fed, secs=secs, what=lambda: str(stored(system)))
 
 
 def assert_all_arrived_once(system, simulator):
@@ -121,7 +121,7 @@ def test_with_faults_of_all_kinds_all_events_arrive_once_and_are_confirmed(syste
     await_end(system, simulator, secs=60)
     assert daemon.terminate()[0] == 0
 
-    assert sum(simulator.stats()["faults"].values()) > 10
+    assert sum(simulator.stats()["faults"].values()) >= 5
     assert_all_arrived_once(system, simulator)
     assert stored(system) == {}
 
@@ -470,18 +470,22 @@ def test_an_event_that_comes_again_is_confirmed_without_a_second_delivery(system
 
 
 def test_sighup_after_a_rename_splits_the_file_and_loses_or_doubles_no_line(system):
-    simulator = system.simulator(rate=200, feed=800)
+    simulator = system.simulator(rate=200, feed=600)
     system.configure(simulator.url)
     daemon = system.daemon()
     rotated = []
 
     for number in range(3):
-        until(lambda least=100 * (number + 1): len(system.lines_of_all_files()) >= least, every_secs=0.01)
+        simulator.feed(numbered(number))
+        until(
+            lambda: len(system.lines()) >= 50 or (not simulator.stats()["feeding"] and system.lines()), every_secs=0.01
+        )
         rotated.append(system.archive.rename(system.folder / f"events.jsonl.{number + 1}"))
         daemon.signal(signal.SIGHUP)
         daemon.await_log("daemon.reloaded", number=number + 1)
         until(system.archive.exists)
         before = [path.stat().st_size for path in rotated]
+    simulator.feed(numbered("last"))
     await_end(system, simulator)
 
     assert [path.stat().st_size for path in rotated] == before

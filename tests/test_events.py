@@ -19,6 +19,7 @@ from vodpoller.events import (
     encode_json,
     event_key,
     file_id_of,
+    is_whole,
     make_event,
     payload_of,
     read_event,
@@ -346,6 +347,18 @@ def test_a_cut_at_any_byte_loses_no_event_that_is_whole_and_invents_none():
             read_whole(json.loads(one)).event.body for one, end in zip(elements, ends, strict=True) if end <= cut
         ]
         assert all(item.handle is None for item in items if isinstance(item, Malformed)), cut
+
+
+def test_an_answer_that_ends_behind_any_of_its_inner_brackets_is_not_whole():
+    whole = answer_of(*(element(number, E={"A": [{"B": {}}, "}}"]}) for number in range(3)))
+
+    assert is_whole(whole)
+    assert not any(is_whole(whole[:cut]) for cut in range(len(whole)))
+
+
+@pytest.mark.parametrize("broken", ['"N":oops', '"N":"unclosed', '"N":{', '"N":]', '"N":"\\x"', '"N":NaN'])
+def test_an_answer_with_a_broken_element_is_whole_if_its_end_has_come(broken):
+    assert is_whole(answer_of(element(0), f'{{"EventHandle":"h",{broken}}}'))
 
 
 @given(st.lists(contents, max_size=4), st.data())

@@ -99,6 +99,7 @@ class Line:
             journal=self.journal,
             confirmer=Confirmer(vod=self.vod, log=self.log),
             confirm_reserve_secs=5.0,
+            requests_per_sec=100.0,
             log=self.log,
         )
 

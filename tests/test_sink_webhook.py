@@ -6,7 +6,7 @@ import ssl
 import subprocess
 import threading
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -14,7 +14,17 @@ import pytest
 from pydantic import ValidationError
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
-from tests.receiver import Answer, Receiver, running_receiver, until
+from tests.receiver import (
+    Answer,
+    Receiver,
+    black_hole,
+    drip,
+    never_reads,
+    raw_server,
+    reads_slowly,
+    running_receiver,
+    until,
+)
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import make_event
@@ -57,52 +67,6 @@ def opened():
     yield open_it
     for sink in sinks:
         sink.close()
-
-
-@contextmanager
-def raw_server(serve):
-    """A server that does with each connection what no HTTP server would."""
-    stopping = threading.Event()
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        listening.settimeout(0.05)
-
-        def accept():
-            while not stopping.is_set():
-                try:
-                    connection, _ = listening.accept()
-                except TimeoutError:
-                    continue
-                with connection:
-                    connection.settimeout(5)
-                    with suppress(OSError):
-                        serve(connection, stopping)
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        finally:
-            stopping.set()
-            thread.join()
-
-
-@contextmanager
-def black_hole():
-    """An address on which a connection is never made: its backlog is full."""
-    with closing(socket.socket()) as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(0)
-        fillers = []
-        try:
-            for _ in range(4):
-                filler = socket.socket()
-                fillers.append(filler)
-                filler.settimeout(0)
-                filler.connect_ex(listening.getsockname())
-            yield listening.getsockname()[1]
-        finally:
-            for filler in fillers:
-                filler.close()
 
 
 def failure_of(sink, kind=TransientError, timeout_secs=5.0):
@@ -399,25 +363,6 @@ def test_what_is_no_answer_is_a_transient_error(opened, answer):
 
 
 # --- the time limit ---
-
-
-def drip(start, piece):
-    def serve(connection, stopping):
-        connection.recv(65_536)
-        connection.sendall(start)
-        while not stopping.wait(0.03):
-            connection.sendall(piece)
-
-    return serve
-
-
-def never_reads(connection, stopping):
-    stopping.wait(20)
-
-
-def reads_slowly(connection, stopping):
-    while not stopping.wait(0.03):
-        connection.recv(65_536)
 
 
 @pytest.mark.parametrize("serve", [drip(b"HTTP/1.1 200 OK\r\nX: ", b"x"), drip(b"", b"H"), never_reads, reads_slowly])

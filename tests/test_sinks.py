@@ -1,6 +1,7 @@
 """What every sink promises, for each sink type that is installed."""
 
 import errno
+import hashlib
 import json
 import os
 import threading
@@ -11,10 +12,10 @@ from typing import get_args
 
 import pytest
 
-from tests.receiver import Answer, running_receiver, until
+from tests.receiver import Answer, Receiver, running_receiver, until
 from vodpoller.delivery import Sink
 from vodpoller.errors import RejectedError, TransientError
-from vodpoller.events import decode_json, make_event
+from vodpoller.events import SNAPSHOT_EVENT_TYPE, decode_json, make_event
 from vodpoller.sinks import SinkConfig, available_sinks
 from vodpoller.sinks.file import Files
 
@@ -198,7 +199,74 @@ class ExecHarness:
         pass
 
 
-HARNESSES = {"exec": ExecHarness, "file": FileHarness, "stdout": StdoutHarness, "webhook": WebhookHarness}
+class Images(Receiver):
+    """Serves the body of each event as its image."""
+
+    def __init__(self):
+        super().__init__()
+        self.bodies = {}
+        self.paths = []
+
+    def answer_to(self, received):
+        if self.answer.status != 200 or self.answer.hangs:
+            return self.answer
+        self.paths.append(received.path)
+        return Answer(200, {"Content-Type": "image/png"}, self.bodies[received.path])
+
+
+class DownloadHarness:
+    cannot = MappingProxyType({})
+
+    def __init__(self, tmp_path):
+        self.root = tmp_path / "images"
+        self.running = running_receiver(Images())
+        self.images = self.running.__enter__()
+        self.accept()
+
+    def build(self, load):
+        config = load("download").Config(
+            type="download", path=f"{self.root}/{{task_id}}/{{index}}.{{ext}}", hosts=["127.0.0.1"], allow_private=True
+        )
+        images = self.images
+
+        class OfAnyEvent(load("download")):
+            def deliver(self, events, timeout_secs):
+                (body,) = (event.body for event in events)
+                path = f"/{hashlib.sha256(body).hexdigest()}/0.png"
+                images.bodies[path] = body
+                url = f"http://127.0.0.1:{images.server_port}{path}"
+                payload = {"TaskId": path.split("/")[1], "SnapshotInfoSet": [{"ErrCode": 0, "Url": url}]}
+                content = {"EventType": SNAPSHOT_EVENT_TYPE, "SnapshotByTimeOffsetCompleteEvent": payload}
+                super().deliver([make_event(content, source="main", sub_app_id=None)], timeout_secs)
+
+        return OfAnyEvent("it", config)
+
+    def accept(self):
+        self.images.answer = Answer(200)
+
+    def fail(self):
+        self.images.answer = Answer(503)
+
+    def reject(self):
+        self.images.answer = Answer(404)
+
+    def hang(self):
+        self.images.answer = Answer(hangs=True)
+
+    def delivered(self, count):
+        return [(self.root / path.lstrip("/")).read_bytes() for path in self.images.paths]
+
+    def close(self):
+        self.running.__exit__(None, None, None)
+
+
+HARNESSES = {
+    "download": DownloadHarness,
+    "exec": ExecHarness,
+    "file": FileHarness,
+    "stdout": StdoutHarness,
+    "webhook": WebhookHarness,
+}
 
 
 def load(sink_type):
@@ -246,7 +314,7 @@ def deliver(sink, events, timeout_secs=10.0):
 
 
 def test_the_entry_points_name_the_sinks_that_come_with_the_package():
-    assert {"exec", "file", "stdout", "webhook"} <= set(available_sinks())
+    assert {"download", "exec", "file", "stdout", "webhook"} <= set(available_sinks())
 
 
 def test_the_class_and_its_config_keep_to_the_contract(sink_type):

@@ -845,6 +845,34 @@ def test_silence_is_transient_within_the_timeout(client_of, sent):
         done.set()
 
 
+def dribbles_its_head(connection):
+    for piece in [b"HTTP/1.1 200 OK\r\nX: "] + [b"x"] * 500:
+        time.sleep(0.02)
+        connection.sendall(piece)
+    return False
+
+
+def test_a_head_that_is_dribbled_is_transient_within_the_timeout(client_of):
+    with serving(dribbles_its_head) as server:
+        client = client_of(server.url, timeout_secs=0.2, confirm_timeout_secs=0.2)
+        for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
+            began = time.monotonic()
+            with pytest.raises(TransientError, match="no answer within"):
+                call()
+            assert 0.15 < time.monotonic() - began < 3
+        client.close()
+
+
+def test_a_lookup_that_hangs_is_transient_within_the_timeout(client_of):
+    released = threading.Event()
+    client = client_of("http://vod.example", timeout_secs=0.2, resolve=lambda *args, **kwargs: released.wait(20) and [])
+    began = time.monotonic()
+    with pytest.raises(TransientError, match="no answer within"):
+        client.pull("main", None)
+    assert 0.15 < time.monotonic() - began < 3
+    released.set()
+
+
 @pytest.mark.parametrize(
     ("confirm_timeout_secs", "timeout_secs", "expected"), [(2.0, None, 2.0), (2.0, 9.0, 2.0), (2.0, 0.5, 0.5)]
 )
@@ -1133,13 +1161,13 @@ def test_no_second_holds_more_requests_than_the_quota(quota, gaps):
 def test_a_crowd_gets_98_percent_of_the_quota(quota):
     arrivals = Arrivals(quota)
     last = [arrivals.send_at(0.0) for _ in range(20 * quota)][-1]
-    assert 20 * quota / last == pytest.approx(0.98 * quota, rel=0.06)
+    assert 20 * quota / last == pytest.approx(0.97 * quota, rel=0.06)
 
 
 def test_slots_are_evenly_spaced():
     arrivals = Arrivals(100)
     sent = [arrivals.send_at(0.0) for _ in range(100)][3:]
-    assert [later - first for first, later in pairwise(sent)] == pytest.approx([1 / 98] * 96)
+    assert [later - first for first, later in pairwise(sent)] == pytest.approx([1 / 97] * 96)
 
 
 def test_late_wake_ups_lose_no_capacity():
@@ -1151,7 +1179,7 @@ def test_late_wake_ups_lose_no_capacity():
 
     limiter = RateLimiter(100, monotonic=clock.monotonic, sleep=sleep)
     began = clock.now
-    for _ in range(980):
+    for _ in range(970):
         limiter.acquire()
     assert clock.now - began < 10.05
 
@@ -1170,7 +1198,7 @@ def test_a_slot_that_comes_too_late_is_not_used_up():
 def pace_of(arrivals, now):
     """The rate that the limiter works with, from two slots in the future."""
     *_, first, later = [arrivals.send_at(now) for _ in range(5)]
-    return 1 / (0.98 * (later - first))
+    return 1 / (0.97 * (later - first))
 
 
 def test_a_refusal_halves_the_rate_once_a_second_and_it_comes_back_slowly():
@@ -1212,4 +1240,4 @@ def test_threads_never_share_a_slot():
         thread.join()
     waits.sort()
     assert len(waits) >= 397
-    assert min(later - first for first, later in pairwise(waits)) == pytest.approx(1 / 98)
+    assert min(later - first for first, later in pairwise(waits)) == pytest.approx(1 / 97)

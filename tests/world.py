@@ -265,8 +265,12 @@ class StagedFiles(Files):
             super().write(fd, data[: len(data) // 2])
             self._stage.pause()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = super().write(fd, data[: max(len(data) // 2, 1)] if fault == "short" else data)
+        half = max(len(data) // 2, 1)
+        written = super().write(fd, data[:half])
         self._stage.pause()
+        if fault != "short":
+            written += super().write(fd, data[half:])
+            self._stage.pause()
         return written
 
     def fdatasync(self, fd):
@@ -446,6 +450,7 @@ class World:
             journal=self.journal,
             confirmer=Confirmer(vod=self.vod, log=log, monotonic=self.clock, sleep=self._sleep),
             confirm_reserve_secs=5.0,
+            requests_per_sec=100.0,
             log=log,
             monotonic=self.clock,
             wall=self.wall,

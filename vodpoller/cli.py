@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,14 +97,14 @@ def _check_connections(config: "Config") -> bool:
 
 @main.command()
 @_config_option
-def once(config_path: Path) -> None:
+@click.option("--max-secs", type=click.FloatRange(1), default=600.0, show_default=True, help="End the pulling by then.")
+def once(config_path: Path, max_secs: float) -> None:
     """Pull until the first empty answer, deliver what is due, and end: for cron.
 
-    Exit code 0: nothing was left. 1: something is pending, or comes again, or VOD could not be reached.
+    Exit code 0: nothing was left. 1: something is pending, or comes again, or VOD could not be reached or emptied.
     """
-    config = _load(config_path)
-    daemon = _open_daemon(config)
-    _end(0 if daemon.run_once() else EXIT_FAILURE)
+    daemon = _open_daemon(_load(config_path))
+    _end(0 if daemon.run_once(max_secs=max_secs) else EXIT_FAILURE)
 
 
 @main.command()
@@ -112,8 +112,7 @@ def once(config_path: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(config_path: Path, *, as_json: bool) -> None:
     """Say what the journal knows: what is stored by sink and age, when VOD last answered."""
-    config = _load(config_path)
-    with _letters(config) as letters:
+    with _letters(_load(config_path, needs_key=False)) as letters:
         report = {
             "running": letters.is_in_use(),
             **{f"last_{name}_at": _iso(at) for name, at in sorted(letters.marks().items())},
@@ -176,7 +175,7 @@ def _filter_options(command: "Callable[..., Any]") -> "Callable[..., Any]":
 def list_letters(config_path: Path, *, pending: bool, limit: int, as_json: bool, **options: Any) -> None:
     """List dead letters, the oldest first."""
     wanted = _filter(options, state="pending" if pending else "dead")
-    with _letters(_load(config_path)) as letters:
+    with _letters(_load(config_path, needs_key=False)) as letters:
         if as_json:
             for row in letters.stored(wanted):
                 click.echo(json.dumps(_as_dict(row)))
@@ -206,7 +205,7 @@ def show(letter_id: int, config_path: Path, *, as_json: bool) -> None:
     """Show one stored event whole, with its body."""
     from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
 
-    with _letters(_load(config_path)) as letters:
+    with _letters(_load(config_path, needs_key=False)) as letters:
         wanted = [Filter(ids=[letter_id], state=state) for state in ("dead", "pending")]
         row = next((row for which in wanted for row in letters.stored(which)), None)
         body = letters.body(letter_id)
@@ -233,7 +232,7 @@ def replay(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> No
     """
     from vodpoller.router import Router  # noqa: PLC0415 - see the module's docstring
 
-    config = _load(config_path)
+    config = _load(config_path, needs_key=False)
     wanted = _filter(options, ids=letter_ids)
     marked = impossible = 0
     with _letters(config, writable=True) as letters:
@@ -255,7 +254,7 @@ def _deliver_here(config: "Config", number: int) -> None:
     daemon = _open_daemon(config)
     with Progress(console=_console(stderr=True)) as progress:
         task = progress.add_task("delivering", total=number)
-        all_done = daemon.run_once(pull=False, progress=lambda delivered: progress.update(task, completed=delivered))
+        all_done = daemon.run_once(progress=lambda delivered: progress.update(task, completed=delivered))
     click.echo(f"{daemon.redelivered_events:,} delivered")
     if not all_done:
         click.echo("Some are still pending: see `vodpoller deadletters list --pending`.", err=True)
@@ -269,7 +268,7 @@ def _deliver_here(config: "Config", number: int) -> None:
 def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **options: Any) -> None:
     """Delete dead letters for good: those named, those that the options mean, or all."""
     wanted = _filter(options, ids=letter_ids)
-    with _letters(_load(config_path), writable=True) as letters:
+    with _letters(_load(config_path, needs_key=False), writable=True) as letters:
         number = letters.count(wanted)
         if number and not yes:
             click.confirm(f"Delete {number:,} dead letters for good?", abort=True)
@@ -342,13 +341,13 @@ def simulate(**options: Any) -> None:
         _fail([f"the simulator cannot start: {error}"], EXIT_FAILURE)
 
 
-def _load(path: Path) -> "Config":
+def _load(path: Path, *, needs_key: bool = True) -> "Config":
     """The configuration, or the end of the process with everything that is wrong with it."""
     from vodpoller.config import load  # noqa: PLC0415 - see the module's docstring
     from vodpoller.errors import ConfigError  # noqa: PLC0415 - see the module's docstring
 
     try:
-        return load(path, env=os.environ)
+        return load(path, env=os.environ, needs_key=needs_key)
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
 
@@ -364,6 +363,21 @@ def _open_daemon(config: "Config") -> "Daemon":
         _fail(error.problems, EXIT_CONFIG)
     except JournalError as error:
         _fail([str(error)], EXIT_FAILURE)
+    finally:
+        _give_to_owner(config)
+
+
+def _give_to_owner(config: "Config") -> None:
+    """Give what root's commands create to the owner of the folder it is in: the daemon runs as another user."""
+    if os.geteuid() != 0:
+        return
+    claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}
+    for name in [str(config.journal.path), *claimed]:
+        for path in (Path(name), Path(f"{name}.lock")):
+            with suppress(OSError):
+                folder, file = path.parent.stat(), path.lstat()
+                if file.st_uid == 0 and folder.st_uid != 0:
+                    os.chown(path, folder.st_uid, folder.st_gid, follow_symlinks=False)
 
 
 def _end(code: int) -> NoReturn:

@@ -353,12 +353,13 @@ class Config:
         return (*(secret for secret in own if secret is not None), *of_sinks)
 
 
-def load(path: Path, *, env: Mapping[str, str]) -> Config:
+def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True) -> Config:
     """Read the file.
 
     Args:
         path: The TOML file.
         env: The environment: `${VAR}` in texts, the API key where the file does not give it, `$CREDENTIALS_DIRECTORY`.
+        needs_key: False for those who will not call VOD: a key that is nowhere to be found is empty then.
 
     Raises:
         ConfigError: It cannot be used. All problems are in it, but a text that is no TOML has one: the first.
@@ -380,10 +381,12 @@ def load(path: Path, *, env: Mapping[str, str]) -> Config:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{path}: {_toml_problem(error, text)}"]) from None
-    return from_dict(data, where=str(path), base=path.parent, env=env)
+    return from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key)
 
 
-def from_dict(data: Mapping[str, Any], *, where: str, base: Path, env: Mapping[str, str]) -> Config:
+def from_dict(
+    data: Mapping[str, Any], *, where: str, base: Path, env: Mapping[str, str], needs_key: bool = True
+) -> Config:
     """Validate what a TOML file would hold.
 
     Args:
@@ -391,11 +394,12 @@ def from_dict(data: Mapping[str, Any], *, where: str, base: Path, env: Mapping[s
         where: What problems start with: the file.
         base: The folder that secret files of relative name lie in, unless `$CREDENTIALS_DIRECTORY` is set.
         env: As for `load`.
+        needs_key: As for `load`.
 
     Raises:
         ConfigError: It cannot be used. All problems are in it.
     """
-    reading = _Reading(data, base=base, env=env)
+    reading = _Reading(data, base=base, env=env, needs_key=needs_key)
     config = reading.read()
     if config is None:
         raise ConfigError([f"{where}: {problem}" for problem in reading.problems()])
@@ -473,8 +477,9 @@ class _Reading:
     in one table hides none in another and makes none up.
     """
 
-    def __init__(self, data: Mapping[str, Any], *, base: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, data: Mapping[str, Any], *, base: Path, env: Mapping[str, str], needs_key: bool) -> None:
         self._env = env
+        self._needs_key = needs_key
         directory = env.get("CREDENTIALS_DIRECTORY")
         self._surroundings = Surroundings(base=base, credentials_directory=Path(directory) if directory else None)
         self._problems = _Problems()
@@ -602,6 +607,8 @@ class _Reading:
         places = {key: self._find_credential(key, found) for key in ("secret_id", "secret_key")}
         # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
         self._find_credential("token", found, only=places["secret_key"])
+        if not self._needs_key and None in places.values():
+            return Credentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
         for key, place in places.items():
             if place is None:
                 self._problems.add(

@@ -117,6 +117,7 @@ class Daemon:
             journal=self._journal,
             confirmer=Confirmer(vod=self._vod, log=log),
             confirm_reserve_secs=config.api.confirm_reserve_secs,
+            requests_per_sec=config.api.requests_per_sec,
             log=log,
             wall=self._clock,
         )
@@ -228,11 +229,12 @@ class Daemon:
             self._reload()
         return self._stop()
 
-    def run_once(self, *, pull: bool = True, progress: Callable[[int], None] | None = None) -> bool:
+    def run_once(self, *, max_secs: float = 0.0, progress: Callable[[int], None] | None = None) -> bool:
         """Take what is there and end: pull until the first empty answer, deliver what is due.
 
         Args:
-            pull: False leaves VOD alone: only what is stored and due is delivered.
+            max_secs: How long to pull from each source at most, since where events keep coming no answer is empty. 0
+                leaves VOD alone: only what is stored and due is delivered.
             progress: Told, again and again, how many stored events were delivered so far.
 
         Returns:
@@ -241,18 +243,19 @@ class Daemon:
         self._handle_signals()
         for worker in self._workers.values():
             worker.start()
-        drained = [self._pull_until_empty(source) for source in self._config.sources] if pull else []
+        drained = [self._pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
         self._deliver_due(progress)
         self._mark()
         pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
         self._stop()
         return all(drained) and not self._pipeline.unsettled_events and not pending
 
-    def _pull_until_empty(self, source: Source) -> bool:
+    def _pull_until_empty(self, source: Source, max_secs: float) -> bool:
         """Run cycles of one source; whether they came to the first empty answer."""
+        ends_at = time.monotonic() + max_secs
         answers: list[Pull] = []
         failures = 0
-        while self._signals.empty():
+        while self._signals.empty() and self._journal.is_writable and time.monotonic() < ends_at:
             try:
                 self._pipeline.cycle(source, on_answer=answers.append, latch=Latch())
             except (TransientError, OperatorError) as error:

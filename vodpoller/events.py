@@ -220,8 +220,15 @@ def restore_event(*, body: bytes, key: bytes, event_type: str, source: str, sub_
     try:
         content = decode_json(body.decode())
     except ValueError:
-        content = {}
-    return Event(source=source, sub_app_id=sub_app_id, type=event_type, key=key, body=body, content=content)
+        content = None
+    return Event(
+        source=source,
+        sub_app_id=sub_app_id,
+        type=event_type,
+        key=key,
+        body=body,
+        content=content if isinstance(content, dict) else {},
+    )
 
 
 def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent | Malformed:

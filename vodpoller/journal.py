@@ -27,6 +27,7 @@ DUE_HORIZON_SECS: Final = 900.0
 ROW_OVERHEAD_BYTES: Final = 512
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 PRUNE_ROWS: Final = 10_000
+DEFERRED_MAX: Final = 1000
 _KEYS_A_QUERY: Final = 500
 _INODES: Final = 2**64
 
@@ -42,10 +43,18 @@ CREATE TABLE letters (
     event_type TEXT NOT NULL, body BLOB NOT NULL, UNIQUE (key, sink)
 );
 CREATE INDEX letters_due ON letters (state, sink, due_at);
+CREATE TABLE totals (letters_bytes INTEGER NOT NULL);
+INSERT INTO totals VALUES (0);
+CREATE TRIGGER letters_in AFTER INSERT ON letters BEGIN
+    UPDATE totals SET letters_bytes = letters_bytes + length(NEW.body) + {ROW_OVERHEAD_BYTES};
+END;
+CREATE TRIGGER letters_out AFTER DELETE ON letters BEGIN
+    UPDATE totals SET letters_bytes = letters_bytes - length(OLD.body) - {ROW_OVERHEAD_BYTES};
+END;
 CREATE TABLE positions (sink TEXT PRIMARY KEY, inode INTEGER NOT NULL, offset_bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE marks (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {SCHEMA_VERSION};
-"""
+"""  # noqa: S608 - the numbers are ours
 
 
 _Work = Callable[[sqlite3.Connection], object]
@@ -96,11 +105,12 @@ class Pending:
 class _Write:
     """Work for the next transaction."""
 
-    __slots__ = ("done", "durable", "error", "work")
+    __slots__ = ("deferred", "done", "durable", "error", "work")
 
-    def __init__(self, work: _Work, *, durable: bool) -> None:
+    def __init__(self, work: _Work, *, durable: bool, deferred: bool = False) -> None:
         self.work = work
         self.durable = durable
+        self.deferred = deferred
         self.done = False
         self.error: Exception | None = None
 
@@ -140,7 +150,7 @@ class Journal:
         self._queue_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
-        self._unwritten: dict[tuple[bytes, str], float] = {}
+        self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
         self._unwritten_positions: dict[str, Position] = {}
         self._failing = False
         self._next_full_prune = 0.0
@@ -163,8 +173,6 @@ class Journal:
             raise
         self._identity = _identity_of(path)
         self._replaced = False
-        self._letters_bytes = 0
-        self._letters_bytes = self._count_letters_bytes()
 
     def _prepare(self) -> None:
         self._writer.execute("PRAGMA journal_mode = WAL")
@@ -180,7 +188,7 @@ class Journal:
             ((verdict,), *_) = self._writer.execute("PRAGMA quick_check(1)").fetchall()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-        for table in ("ledger", "letters", "positions", "marks"):
+        for table in ("ledger", "letters", "totals", "positions", "marks"):
             self._writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
         # A write shows now, not at the first event, that the file is read-only or the disk is full.
         self._writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (self._wall(),))
@@ -211,9 +219,9 @@ class Journal:
             raise mine.error
 
     def _defer(self, work: _Work) -> None:
-        """Have the work done with the next transaction, or never: for what only saves work later."""
+        """Have the work done with the next transaction that succeeds: for what only saves work later."""
         with self._queue_lock:
-            self._queue.append(_Write(work, durable=False))
+            self._queue.append(_Write(work, durable=False, deferred=True))
 
     def _commit_queue(self) -> None:
         with self._queue_lock:
@@ -221,6 +229,10 @@ class Journal:
         if not self._commit(batch) and len(batch) > 1:
             for write in batch:  # one that cannot be written must not take the others with it
                 self._commit([write])
+        again = [write for write in batch if write.deferred and isinstance(write.error, sqlite3.OperationalError)]
+        if again:
+            with self._queue_lock:
+                self._queue = [*again[:DEFERRED_MAX], *self._queue]
 
     def _commit(self, batch: Sequence[_Write]) -> bool:
         """False where one of several may be at fault; a file that is locked by others fails all, once."""
@@ -268,7 +280,7 @@ class Journal:
         marks = ",".join("?" * len(keys))
         found = {}
         with self._read_lock:
-            if self._letters_bytes:
+            if _letters_bytes(self._reader):
                 letters = self._reader.execute(
                     f"SELECT key, sink, state FROM letters WHERE key IN ({marks})",  # noqa: S608 - question marks
                     keys,
@@ -299,7 +311,7 @@ class Journal:
             )
         except Exception as error:  # noqa: BLE001 - the sink has the events, whatever became of the rows
             with self._queue_lock:
-                self._unwritten |= dict.fromkeys([(key, sink) for key in keys], now)
+                self._unwritten |= dict.fromkeys([(key, sink) for key in keys], (now, None))
                 if position is not None:
                     self._unwritten_positions[sink] = position
             self._failed(error)
@@ -332,8 +344,8 @@ class Journal:
             nonlocal number
             for key in keys:
                 db.execute("INSERT OR IGNORE INTO ledger VALUES (?, ?, ?, NULL)", (key, sink, now))
+                db.execute("DELETE FROM letters WHERE key = ? AND sink = ?", (key, sink))
                 number += 1
-            db.execute("DELETE FROM letters WHERE sink = ?1 AND (key, sink) IN (SELECT key, sink FROM ledger)", (sink,))
             _set_position(db, sink, position())
 
         try:
@@ -353,9 +365,14 @@ class Journal:
         now = self._wall()
         rows = [(now, key) for key in keys]
 
+        if self._unwritten:
+            with self._queue_lock:
+                done = set(keys)
+                self._unwritten |= {pair: (at, now) for pair, (at, _) in self._unwritten.items() if pair[0] in done}
+
         def work(db: sqlite3.Connection) -> None:
             db.executemany("UPDATE ledger SET confirmed_at = ? WHERE key = ?", rows)
-            if self._letters_bytes:
+            if _letters_bytes(db):
                 db.executemany("UPDATE letters SET confirmed = 1 WHERE key = ?", [(key,) for key in keys])
 
         self._defer(work)
@@ -371,14 +388,7 @@ class Journal:
         if not letters:
             return
         self._check_in_place()
-        size = sum(len(letter.event.body) + ROW_OVERHEAD_BYTES for letter in letters)
-        if self._letters_bytes + size > self._max_bytes:
-            error = StorageError(
-                f"the journal is full: stored events take {self._letters_bytes} bytes of journal.max_bytes = "
-                f"{self._max_bytes}. Bring the sinks back, purge dead letters, or raise journal.max_bytes"
-            )
-            self._repeats.say("error", "journal.failed", cause="full", **error.fields())
-            raise error
+        self._check_room(sum(len(letter.event.body) + ROW_OVERHEAD_BYTES for letter in letters))
         now = self._wall()
         rows = [
             (
@@ -410,7 +420,24 @@ class Journal:
         except Exception as error:
             self._failed(error)
             raise StorageError(f"the journal cannot be written: {error}") from error
-        self._letters_bytes += size
+
+    def _check_room(self, size_bytes: int) -> None:
+        taken_bytes = self._taken_bytes()
+        if taken_bytes + size_bytes > self._max_bytes:
+            error = StorageError(
+                f"the journal is full: stored events take {taken_bytes} bytes of journal.max_bytes = "
+                f"{self._max_bytes}. Bring the sinks back, purge dead letters, or raise journal.max_bytes"
+            )
+            self._repeats.say("error", "journal.failed", cause="full", **error.fields())
+            raise error
+
+    def _taken_bytes(self) -> int:
+        try:
+            with self._read_lock:
+                return _letters_bytes(self._reader)
+        except sqlite3.Error as error:
+            self._failed(error)
+            raise StorageError(f"the journal cannot be read: {error}") from error
 
     def due(self, sink: str, limit: int) -> list[Pending]:
         """Stored events whose time has come, the oldest due time first.
@@ -498,8 +525,12 @@ class Journal:
 
     @property
     def has_letters(self) -> bool:
-        """Whether anything is stored, pending or dead; may lag behind a command by seconds."""
-        return self._letters_bytes > 0
+        """Whether anything is stored, pending or dead.
+
+        Raises:
+            StorageError: The journal cannot be read.
+        """
+        return self._taken_bytes() > 0
 
     @property
     def unwritten(self) -> int:
@@ -517,11 +548,11 @@ class Journal:
         if not (self._unwritten or self._unwritten_positions or self._queue or self._failing):
             return
         with self._queue_lock:
-            rows = [(key, sink, at) for (key, sink), at in self._unwritten.items()]
+            rows = [(key, sink, *times) for (key, sink), times in self._unwritten.items()]
             positions = dict(self._unwritten_positions)
 
         def work(db: sqlite3.Connection) -> None:
-            db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, NULL)", rows)
+            db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?)", rows)
             db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [row[:2] for row in rows])
             for sink, position in positions.items():
                 _set_position(db, sink, position)
@@ -532,7 +563,7 @@ class Journal:
             self._failed(error)
             return
         with self._queue_lock:
-            for key, sink, _ in rows:
+            for key, sink, *_ in rows:
                 self._unwritten.pop((key, sink), None)
             for sink, position in positions.items():
                 if self._unwritten_positions.get(sink) is position:
@@ -559,7 +590,6 @@ class Journal:
             if now >= self._next_full_prune:
                 self._next_full_prune = now + 3600
                 self._prune_unconfirmed(now - self._ledger_secs)
-        self._letters_bytes = self._count_letters_bytes()
 
     def _prune_unconfirmed(self, before: float) -> None:
         with self._read_lock:
@@ -591,14 +621,6 @@ class Journal:
             self._write(work, durable=False)
             self._started_at += secs
 
-    def _count_letters_bytes(self) -> int:
-        with self._read_lock, suppress(sqlite3.Error):
-            (size,) = self._reader.execute(
-                "SELECT coalesce(sum(length(body) + ?), 0) FROM letters", (ROW_OVERHEAD_BYTES,)
-            ).fetchone()
-            return int(size)
-        return self._letters_bytes
-
     def _failed(self, error: Exception) -> None:
         self._failing = True
         message = str(error)
@@ -628,6 +650,12 @@ def _insert_accepted(
         )
         db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
     _set_position(db, sink, position)
+
+
+def _letters_bytes(db: sqlite3.Connection) -> int:
+    """What all stored events take; kept by triggers, so that it holds whoever writes."""
+    (size,) = db.execute("SELECT letters_bytes FROM totals").fetchone()
+    return int(size)
 
 
 def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) -> None:

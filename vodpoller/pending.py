@@ -55,11 +55,15 @@ class Retrier:
         Returns:
             How many were submitted.
         """
-        return sum(self._submit_due(worker) for worker in self._workers.values())
+        try:
+            has_letters = self._journal.has_letters
+        except StorageError:
+            return 0
+        return sum(self._submit_due(worker) for worker in self._workers.values()) if has_letters else 0
 
     def _submit_due(self, worker: Worker) -> int:
         room = min(worker.room(), BATCH_ROWS)
-        rows = self._journal.due(worker.name, room) if room and self._journal.has_letters else []
+        rows = self._journal.due(worker.name, room) if room else []
         if not rows:
             return 0
         _, fresh = self._in_flight.claim([self._delivery(row) for row in rows], None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vodpoller.confirmer import Confirmer
+from vodpoller.confirmer import HANDLES_A_CALL, Confirmer
 from vodpoller.delivery import Delivery, InFlight, Latch, OnFailure, Outcome, Settlement, Worker, settle
 from vodpoller.errors import StorageError, TransientError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, snapshots_of
@@ -16,6 +16,7 @@ from vodpoller.router import Routed, Router
 from vodpoller.vod import Pull, VodClient
 
 STORED_RETRY_SECS = 5.0
+LEFT_SHARE = 0.1
 
 
 class Source(Protocol):
@@ -45,6 +46,33 @@ class _Item:
     confirmed: bool = False
 
 
+class _LeftEvents:
+    """How much of the quota goes to events that are left and come again each lease.
+
+    Args:
+        requests_per_sec: The quota of pulls.
+        monotonic: The clock, in seconds.
+    """
+
+    _WINDOW_SECS = 60.0
+
+    def __init__(self, requests_per_sec: float, monotonic: Callable[[], float]) -> None:
+        self._quota_events = requests_per_sec * HANDLES_A_CALL * self._WINDOW_SECS
+        self._monotonic = monotonic
+        self._since = monotonic()
+        self._number = 0
+        self._share = 0.0
+
+    def share_of_quota(self) -> float:
+        """Count one event; returns the share, 0 to 1, in the last whole minute."""
+        now = self._monotonic()
+        if now - self._since >= self._WINDOW_SECS:
+            self._share = self._number / self._quota_events * self._WINDOW_SECS / (now - self._since)
+            self._since, self._number = now, 0
+        self._number += 1
+        return self._share
+
+
 class Pipeline:
     """Runs cycles, from any number of lanes.
 
@@ -56,6 +84,7 @@ class Pipeline:
         journal: Holds the ledger, pending and dead.
         confirmer: Confirms handles.
         confirm_reserve_secs: The end of a lease that is kept for confirming.
+        requests_per_sec: The quota of pulls, of which events that are left again and again take their part.
         log: Where to.
         monotonic: The clock, in seconds.
         wall: The clock of `last_pull_at` and `last_confirm_at`, in seconds since 1970.
@@ -77,6 +106,7 @@ class Pipeline:
         journal: Journal,
         confirmer: Confirmer,
         confirm_reserve_secs: float,
+        requests_per_sec: float,
         log: Logger,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -92,6 +122,7 @@ class Pipeline:
         self._repeats = Repeats(log, monotonic=monotonic)
         self._monotonic = monotonic
         self._wall = wall
+        self._left = _LeftEvents(requests_per_sec, monotonic)
         self._counting = threading.Lock()
         self.settled_events = 0
         self.unsettled_events = 0
@@ -154,9 +185,12 @@ class Pipeline:
                 item.letters.append(Letter(event=item.event, sink="", dead=True, reason="unrouted", error=error))
 
     def _say_left(self, source: Source, event_type: str) -> None:
-        self._repeats.say(
-            "warning", "event.left", cause=f"{source.name} {event_type}", source=source.name, event_type=event_type
-        )
+        fields = {"source": source.name, "event_type": event_type}
+        self._repeats.say("warning", "event.left", cause=f"{source.name} {event_type}", **fields)
+        share = self._left.share_of_quota()
+        if share >= LEFT_SHARE:
+            hint = "events that are left take this share of all pulls: route them, or set unrouted to another value"
+            self._repeats.say("error", "event.left", cause="quota", quota_share=round(share, 2), hint=hint, **fields)
 
     def _condemn(self, source: Source, broken: Malformed, request_id: str) -> _Item | None:
         key = broken.event.key.hex()

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Final, Protocol
 
 from vodpoller.delivery import Backoff, Latch
@@ -14,6 +15,7 @@ from vodpoller.systemd import Liveness
 from vodpoller.vod import Pull
 
 HUNG_SECS: Final = 1.0
+FULL_EVENTS: Final = 16
 EMPTY_PACE_SECS: Final = 1.0
 FIRST_RETRY_SECS: Final = 0.1
 PAUSE_CHECK_SECS: Final = 0.5
@@ -30,12 +32,38 @@ class Source(PulledSource, Protocol):
     def max_lanes(self) -> int: ...  # noqa: D102 - as in the configuration
 
 
+class _Quickest:
+    """Tells answers that came at once from those that waited for an event to be born.
+
+    VOD says neither how many events are left nor how long it held a request. What the quickest answers of the last
+    minutes took is the way there and back.
+
+    Args:
+        monotonic: The clock, in seconds.
+    """
+
+    _WINDOW_SECS = 300.0
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._since = monotonic()
+        self._before = self._now = inf
+
+    def is_slow(self, took_secs: float) -> bool:
+        """Whether an answer that held events took clearly longer than the quickest."""
+        if self._monotonic() - self._since >= self._WINDOW_SECS:
+            self._since, self._before, self._now = self._monotonic(), self._now, inf
+        self._now = min(self._now, took_secs)
+        return took_secs > 1.5 * min(self._now, self._before) + 0.02
+
+
 class Poller:
     """Keeps a pull outstanding at one source, and more of them while there is a backlog.
 
     A lane is a thread that runs cycles. It needs a turn to pull, and there are as many turns as pulls are wanted: idle,
-    one. A lane whose answer holds events passes its turn on before it delivers, and adds one where the answer came at
-    once, since then there is probably more; a lane whose answer is empty keeps its turn only if it is the last.
+    one. A lane whose answer holds events passes its turn on before it delivers, and adds one where the answer was full
+    or came at once, since then there is probably more. A turn ends with an answer that is empty or had to be waited
+    for, unless it is the last.
 
     Args:
         source: The source.
@@ -80,6 +108,7 @@ class Poller:
         self._parked = 0
         self._turns = 0
         self._pulling = 0
+        self._quickest = _Quickest(monotonic)
         self._not_before = 0.0
         self._failures = 0
         self._failed_pulls = 0
@@ -212,20 +241,27 @@ class Poller:
             next((latch for latch in self._latches if latch.hurry()), None)
 
     def _answered(self, pull: Pull, latch: Latch) -> None:
-        hung = pull.hung_secs >= HUNG_SECS
         with self._lock:
             self._pulling -= 1
             failed_pulls, self._failed_pulls, self._failures, self._problem = self._failed_pulls, 0, 0, None
             self._said = False
             if pull.events or pull.malformed:
                 self._latches[latch] = None
-                has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_lanes
-                self._grant(2 if has_free_lane and not hung else 1)
+                self._hand_over(pull)
             else:
-                self._answered_empty(hung=hung, asked_at=pull.lease.starts_at)
+                self._answered_empty(hung=pull.hung_secs >= HUNG_SECS, asked_at=pull.lease.starts_at)
         if failed_pulls > 1:
             suppressed = self._repeats.forget("")
             self._log.info("pull.recovered", source=self.name, failures=failed_pulls, suppressed_lines=suppressed or 0)
+
+    def _hand_over(self, pull: Pull) -> None:
+        """Let others pull while this lane delivers: one more than before where there is a backlog, else one less."""
+        is_full = len(pull.events) >= FULL_EVENTS
+        if pull.hung_secs < HUNG_SECS and (is_full or not self._quickest.is_slow(pull.hung_secs)):
+            has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_lanes
+            self._grant(2 if has_free_lane else 1)
+        elif is_full or self._pulling + self._turns == 0:
+            self._grant(1)
 
     def _answered_empty(self, *, hung: bool, asked_at: float) -> None:
         if self._source.long_poll and self._pulling + self._turns == 0:

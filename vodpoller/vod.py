@@ -59,9 +59,9 @@ _HTTP_TOO_MANY: Final = 429
 class RateLimiter:
     """Evenly spaced slots for one API action, for all threads of the process.
 
-    The slots lie 2% further apart than the quota asks for, and a thread that comes late may use a slot of the recent
-    past: at most two, and no more than those 2% leave room for. So no capacity is lost to late wake-ups, and no second,
-    wherever it begins, holds more slots than the quota.
+    The slots lie 3% further apart than the quota asks for, and a thread that comes late may use slots of the recent
+    past: at most two. So no capacity is lost to late wake-ups, and no second, wherever it begins, holds more slots than
+    the quota, with room for requests that come closer together at the server than they were sent.
 
     Args:
         requests_per_sec: The quota.
@@ -69,8 +69,8 @@ class RateLimiter:
         sleep: Waits that many seconds.
     """
 
-    _AIM = 0.98
-    _LATE_SLOTS = 1.9  # a little less than two, since requests reach the server with some jitter
+    _AIM = 0.97
+    _LATE_SLOTS = 1.9
     _RECOVERY_PER_SEC = 0.05
     _FLOOR_PER_SEC = 1.0
 
@@ -82,7 +82,7 @@ class RateLimiter:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._quota = requests_per_sec
-        self._late_slots = min(self._LATE_SLOTS, self._LATE_SLOTS / 2 * (1 - self._AIM) * requests_per_sec)
+        self._late_slots = min(self._LATE_SLOTS, (1 - self._AIM) * 2 / 3 * requests_per_sec)
         self._monotonic = monotonic
         self._sleep = sleep
         self._lock = threading.Lock()

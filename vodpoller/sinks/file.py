@@ -7,6 +7,7 @@ whole lines only, each of them once.
 import errno
 import fcntl
 import os
+import re
 import stat
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ _LINE_MAX_BYTES = 1 << 26
 _CLOSE_WAIT_SECS = 1.0
 # A file that is renamed this often while it is looked for is not logrotate's.
 _RENAMES_MAX = 3
+# What logrotate puts behind a name, with and without dateext.
+_ROTATED = re.compile(r"[.-]\d+")
 # A rotated file that was compressed has a new inode: it can neither be recognised nor read.
 _NEVER_RELATIVES = (".lock", ".gz", ".bz2", ".xz", ".zst")
 
@@ -182,7 +185,7 @@ class _OpenFile:
         """
         size = os.fstat(self._fd).st_size
         end = _end_of_sound_lines(self._fd, size, floor_bytes)
-        if size and not end and os.pread(self._fd, 1, 0) not in (b"{", b"\0"):
+        if not end and not _may_be_ours(self._fd):
             raise OSError(
                 errno.EINVAL, "it holds something else than JSON lines, and is left as it is", str(self._path)
             )
@@ -465,12 +468,14 @@ class FileSink(Sink):
         return None
 
     def _repair_rotated(self, mark: Position | None, starts: Mapping[int, int]) -> None:
-        """Sync the files that were rotated away, and cut the one that was marked: it may have been renamed torn."""
+        """Sync the files that were rotated away, and cut off what is torn: it may have been renamed after the crash."""
+        relatives = self._relatives()
         for inode in starts:
             fd = None if inode == self._file.inode else self._open_inode(inode)
             if fd is not None:
                 try:
-                    if mark is not None and inode == mark.inode:
+                    is_marked = mark is not None and inode == mark.inode
+                    if is_marked or (inode in relatives and _is_rotated(self._path, relatives[inode].path)):
                         self._cut_rotated(fd, _floor(mark, inode, starts))
                     self._files.fdatasync(fd)
                 finally:
@@ -479,7 +484,7 @@ class FileSink(Sink):
     def _cut_rotated(self, readable_fd: int, floor_bytes: int | None) -> None:
         status = os.fstat(readable_fd)
         end = _end_of_sound_lines(readable_fd, status.st_size, floor_bytes)
-        if end == status.st_size:
+        if end == status.st_size or not _may_be_ours(readable_fd):
             return
         # Whoever rotated it may have taken the right to write away: a torn line in it is no reason not to start.
         with suppress(PermissionError):
@@ -601,6 +606,16 @@ def _lines_from(fd: int, start_bytes: int) -> Iterator[bytes]:
             if ends and not skipping:
                 yield line
             skipping = not ends
+
+
+def _may_be_ours(fd: int) -> bool:
+    """Whether a file starts as ours do, or as one that a crash has left."""
+    return os.pread(fd, 1, 0) in (b"{", b"\0", b"")
+
+
+def _is_rotated(path: Path, relative: str) -> bool:
+    """Whether a name is one that logrotate gives, and not that of a copy somebody made."""
+    return _ROTATED.fullmatch(Path(relative).name.removeprefix(path.name)) is not None
 
 
 def _floor(mark: Position | None, inode: int, starts: Mapping[int, int]) -> int | None:
