@@ -239,7 +239,7 @@ def test_no_connection_is_made_to_an_address_that_is_not_permitted(adapter_of):
         assert receiver.connections == []
     assert asked == ["127.0.0.1"]
     assert any(isinstance(cause, ForbiddenAddressError) for cause in causes(excinfo.value))
-    assert failure_text(excinfo.value, 5.0) == "is at 127.0.0.1, where no connection may be made to"
+    assert failure_text(excinfo.value, 5.0) == "is at 127.0.0.1, to which no connection may be made"
 
 
 def test_of_several_addresses_the_permitted_ones_are_used(adapter_of):

@@ -298,3 +298,62 @@ def tell(story, *, atomic, renamed, dies_after):
             return crashed
         finally:
             world.end()
+
+
+# --- orders of two threads that are delicate --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world():
+    with folder_in_memory() as folder:
+        world = World(folder)
+        world.start()
+        world.stage.run()
+        try:
+            yield world
+        finally:
+            world.end()
+
+
+@pytest.mark.parametrize("first", ["lane", "sink-plain"])
+@pytest.mark.parametrize("steps", range(12))
+def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_comes_first(world, first, steps):
+    world.queue.feed("Plain")
+    world.pull()
+    while not world._running.total():
+        world.stage.step(world.stage.ready()[0])
+    world.advance(26)
+    for _ in range(steps):
+        for actor in world.stage.ready()[:]:
+            if actor.name == first and not actor.done:
+                world.stage.step(actor)
+    for name in ("sink-plain", "lane") if first == "lane" else ("lane", "sink-plain"):
+        while moving := [actor for actor in world.stage.ready() if actor.name == name]:
+            world.stage.step(moving[0])
+    world.stage.run()
+    assert len(world.plain_accepted) == 1
+    world.journal.flush()
+    assert world._rows("letters") == [], "it would be delivered again when the ledger has forgotten it"
+    world.advance(700)
+    world.settle()
+    world.check_end()
+
+
+def test_content_that_repeats_after_ten_minutes_is_a_new_event_and_a_crash_does_not_double_it(world):
+    world.queue.feed("File")
+    world.settle()
+    (event,) = world.queue.events
+    world.advance(700)
+    event.confirmed, event.handle = False, None
+    world.pull()
+    while len(world.archived()) < 2:
+        world.stage.step(world.stage.ready()[0])
+    assert world._rows("ledger", "confirmed_at") != [(None,)], "it should die before the ledger has its row"
+    world.crash()
+    world.start()
+    world.stage.run()
+    world.advance(31)
+    world.pull()
+    world.stage.run()
+    assert event.confirmed
+    assert world.archived() == [event.key] * 2

@@ -564,7 +564,7 @@ def test_no_connection_is_made_to_an_address_that_is_not_public(opened, host, fi
         start = url
         decreed.clear()
     said = failure_of(opened(hosts=["*"], allow_private=False), event(image(start)), RejectedError)
-    assert "no connection may be made to" in said
+    assert "no connection may be made" in said
     assert "sinks.images.allow_private" in said
     assert len(connected) == (1 if how == "redirect" else 0)
     assert files() == {}

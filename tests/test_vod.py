@@ -751,6 +751,7 @@ def test_broken_http_is_transient(client_of, data):
         for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
             with pytest.raises(TransientError):
                 call()
+            assert server.broken_off.wait(10)  # else the next call might be sent over a connection that is just closing
         client.close()
         assert len(server.requests) == 2
 

@@ -39,6 +39,7 @@ ONCE_TRIES: Final = 3
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
+PRUNE_SLICES: Final = 8  # of 256: all of the ledger is looked at every 160 s
 COUNT_SECS: Final = 30.0
 
 
@@ -323,7 +324,7 @@ class Daemon:
             self._periodically(f"tick {poller.name}", poller.tick, self._interval_secs(poller.name))
             poller.tick()
         self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
-        self._periodically("prune", self._journal.prune, PRUNE_SECS)
+        self._periodically("prune", partial(self._journal.prune, PRUNE_SLICES), PRUNE_SECS)
         self._periodically("count", self._count, COUNT_SECS)
         self._scheduler.start()
         self._log.info(

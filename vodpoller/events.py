@@ -16,6 +16,8 @@ import orjson
 
 SNAPSHOT_EVENT_TYPE = "CreateSnapshotByTimeOffsetComplete"
 
+_SUCCESS = (0, "0")
+
 _T = TypeVar("_T")
 
 
@@ -116,7 +118,7 @@ class SnapshotsTaken:
     @property
     def failed(self) -> tuple[Snapshot, ...]:
         """The images that could not be taken."""
-        return tuple(snapshot for snapshot in self.snapshots if snapshot.err_code not in (0, "0"))
+        return tuple(snapshot for snapshot in self.snapshots if snapshot.err_code not in _SUCCESS)
 
 
 class UnreadableError(ValueError):
@@ -437,6 +439,15 @@ def event_fields(event: Event) -> dict[str, str]:
         "task_id": _id_in(payload, event.content, "TaskId"),
         "file_id": _id_in(payload, event.content, "FileId"),
     }
+
+
+def has_failed_snapshots(event: Event) -> bool:
+    """Whether the event is of snapshots some of which could not be taken."""
+    payload = event.content.get("SnapshotByTimeOffsetCompleteEvent")
+    images = payload.get("SnapshotInfoSet") if isinstance(payload, dict) else None
+    return isinstance(images, list) and any(
+        isinstance(image, dict) and image.get("ErrCode", 0) not in _SUCCESS for image in images
+    )
 
 
 def snapshots_of(event: Event) -> SnapshotsTaken | None:

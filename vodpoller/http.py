@@ -32,6 +32,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.exceptions import TimeoutError as Urllib3TimeoutError
 from urllib3.poolmanager import ProxyManager
+from urllib3.response import HTTPResponse
 
 _T = TypeVar("_T")
 
@@ -224,6 +225,7 @@ class _Connection(HTTPConnection):
     def __init__(self, reach: _Reach, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reach = reach
+        self._answer: _Answer | None = None
 
     def left_secs(self) -> float:
         return cast("_Deadline", self.timeout).left_secs()
@@ -284,8 +286,16 @@ class _Connection(HTTPConnection):
     def response_class(  # type: ignore[override] # http.client only calls it
         self, sock: socket.socket, *args: Any, **kwargs: Any
     ) -> http.client.HTTPResponse:
-        answer = cast("socket.socket", _Answer(sock, cast("_Deadline", self.timeout)))
-        return http.client.HTTPResponse(answer, *args, **kwargs)
+        self._answer = _Answer(sock, cast("_Deadline", self.timeout))
+        return http.client.HTTPResponse(cast("socket.socket", self._answer), *args, **kwargs)
+
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in urllib3
+        try:
+            return super().getresponse()
+        except BaseException:
+            if self._answer is not None:  # urllib3 leaves one open whose Content-Length it does not like
+                self._answer.close()
+            raise
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
@@ -375,7 +385,7 @@ def _said_by(cause: BaseException, timeout_secs: float) -> str:
     said = ""
     match cause:
         case ForbiddenAddressError():
-            said = f"is at {cause}, where no connection may be made to"
+            said = f"is at {cause}, to which no connection may be made"
         case socket.gaierror():
             said = f"cannot be found: {cause.strerror} (is the name right, does DNS work?)"
         case ssl.SSLCertVerificationError():

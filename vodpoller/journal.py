@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -26,16 +28,16 @@ CONFIRMED_KEPT_SECS: Final = 600.0
 DUE_HORIZON_SECS: Final = 900.0
 ROW_OVERHEAD_BYTES: Final = 512
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
-PRUNE_ROWS: Final = 10_000
+SLICES: Final = 256
 DEFERRED_MAX: Final = 1000
 _KEYS_A_QUERY: Final = 500
+_ROWS_A_STATEMENT: Final = 16
 _INODES: Final = 2**64
 
 _SCHEMA: Final = f"""
 CREATE TABLE ledger (
     key BLOB NOT NULL, sink TEXT NOT NULL, accepted_at REAL NOT NULL, confirmed_at REAL, PRIMARY KEY (key, sink)
 ) WITHOUT ROWID;
-CREATE INDEX ledger_confirmed ON ledger (confirmed_at) WHERE confirmed_at IS NOT NULL;
 CREATE TABLE letters (
     id INTEGER PRIMARY KEY, key BLOB NOT NULL, sink TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL,
     error TEXT NOT NULL, attempts INTEGER NOT NULL, stored_at REAL NOT NULL, due_at REAL NOT NULL,
@@ -153,7 +155,7 @@ class Journal:
         self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
         self._unwritten_positions: dict[str, Position] = {}
         self._failing = False
-        self._next_full_prune = 0.0
+        self._next_slice = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -363,7 +365,7 @@ class Journal:
     def confirmed(self, keys: Sequence[bytes]) -> None:
         """VOD answered OK to the confirm of these events: their rows are no longer needed for long."""
         now = self._wall()
-        rows = [(now, key) for key in keys]
+        marks = ",".join("?" * len(keys))
 
         if self._unwritten:
             with self._queue_lock:
@@ -371,7 +373,7 @@ class Journal:
                 self._unwritten |= {pair: (at, now) for pair, (at, _) in self._unwritten.items() if pair[0] in done}
 
         def work(db: sqlite3.Connection) -> None:
-            db.executemany("UPDATE ledger SET confirmed_at = ? WHERE key = ?", rows)
+            db.execute(f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks})", (now, *keys))  # noqa: S608
             if _letters_bytes(db):
                 db.executemany("UPDATE letters SET confirmed = 1 WHERE key = ?", [(key,) for key in keys])
 
@@ -570,38 +572,31 @@ class Journal:
                     del self._unwritten_positions[sink]
         self._recovered()
 
-    def prune(self) -> None:
-        """Delete ledger rows that have done their duty, a bounded number at a time."""
+    def prune(self, slices: int = SLICES) -> None:
+        """Delete ledger rows that have done their duty, in short transactions.
+
+        An index by age would cost more at each event than all else in the ledger. Keys are hashes, so equal ranges of
+        them hold equally many rows, and each call looks at the next ones.
+
+        Args:
+            slices: How many of the 256 ranges; all of them unless told otherwise.
+        """
         now = self._wall()
-        old = now - CONFIRMED_KEPT_SECS
-
-        def work(db: sqlite3.Connection) -> None:
-            # Rows from the future are of a clock that was set back.
-            deleted = db.execute(
-                "DELETE FROM ledger WHERE (key, sink) IN (SELECT key, sink FROM ledger WHERE confirmed_at IS NOT NULL"
-                " AND (confirmed_at < ? OR confirmed_at > ?) LIMIT ?)",
-                (old, now + 60, PRUNE_ROWS),
-            ).rowcount
-            if deleted:
-                self._log.debug("journal.pruned", rows=deleted)
-
         with suppress(sqlite3.Error):
-            self._write(work, durable=False)
-            if now >= self._next_full_prune:
-                self._next_full_prune = now + 3600
-                self._prune_unconfirmed(now - self._ledger_secs)
+            for _ in range(slices):
+                first, self._next_slice = self._next_slice, (self._next_slice + 1) % SLICES
+                self._write(partial(self._prune_slice, first, now), durable=False)
 
-    def _prune_unconfirmed(self, before: float) -> None:
-        with self._read_lock:
-            rows = self._reader.execute(
-                "SELECT key, sink FROM ledger WHERE confirmed_at IS NULL AND accepted_at < ? LIMIT ?",
-                (before, PRUNE_ROWS),
-            ).fetchall()
-        if rows:
-            self._write(
-                lambda db: db.executemany("DELETE FROM ledger WHERE key = ? AND sink = ?", rows) and None,
-                durable=False,
-            )
+    def _prune_slice(self, first: int, now: float, db: sqlite3.Connection) -> None:
+        last = bytes([first]) + b"\xff" * 32
+        deleted = db.execute(
+            # Rows from the future are of a clock that was set back.
+            "DELETE FROM ledger WHERE key >= ? AND key <= ?"
+            " AND (confirmed_at < ? OR confirmed_at > ? OR (confirmed_at IS NULL AND accepted_at < ?))",
+            (bytes([first]), last, now - CONFIRMED_KEPT_SECS, now + 60, now - self._ledger_secs),
+        ).rowcount
+        if deleted:
+            self._log.debug("journal.pruned", rows=deleted)
 
     def shift(self, secs: float) -> None:
         """The clock was set: move what this process stamped along, so that nothing ages or waits by the jump."""
@@ -640,8 +635,12 @@ def _insert_accepted(
     stored: Sequence[bytes],
     position: Position | None,
 ) -> None:
-    # REPLACE: a row that a confirm of more than ten minutes ago left behind begins anew.
-    db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, NULL)", rows)
+    # REPLACE: a row that a confirm of more than ten minutes ago left behind begins anew. One statement for many rows,
+    # since SQLite's module lets go of the interpreter's lock for each.
+    for first in range(0, len(rows), _ROWS_A_STATEMENT):
+        portion = rows[first : first + _ROWS_A_STATEMENT]
+        values = ",".join(["(?, ?, ?, NULL)"] * len(portion))
+        db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])  # noqa: S608
     if stored:
         db.executemany(
             "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ?1 AND sink = ?2"

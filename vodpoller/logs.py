@@ -96,13 +96,13 @@ class LineLogger:
 class _Json:
     def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]]) -> None:
         self._priorities = priorities
-        self._secrets = secrets
+        self._redact = _Redaction(secrets)
 
     def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> bytes:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
         # What every line has comes first, for the eyes of whoever tails them.
         event_dict = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")} | dict(event_dict)
-        line = _redacted(_encode(event_dict), self._secrets())  # before a cut, which may leave half of a secret
+        line = self._redact(_encode(event_dict))  # before a cut, which may leave half of a secret
         if len(line) > LINE_MAX_BYTES - 8:
             line = _shortened(line)
         return prefix + line + b"\n"
@@ -111,13 +111,13 @@ class _Json:
 class _Console:
     def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]], colors: bool) -> None:
         self._priorities = priorities
-        self._secrets = secrets
+        self._redact = _Redaction(secrets)
         self._render = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
 
     def __call__(self, logger: WrappedLogger, name: str, event_dict: EventDict) -> bytes:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
         line = self._render(logger, name, event_dict).encode(errors="backslashreplace")
-        return prefix + _redacted(line, self._secrets())[: LINE_MAX_BYTES - 8] + b"\n"
+        return prefix + self._redact(line)[: LINE_MAX_BYTES - 8] + b"\n"
 
 
 def _encode(event_dict: EventDict) -> bytes:
@@ -173,12 +173,32 @@ def _cut(value: object, room: int) -> object:
     return text if len(text) * 6 <= room else text[: room // 6] + "…"
 
 
-def _redacted(line: bytes, secrets: Iterable[str]) -> bytes:
-    for secret in secrets:
-        if secret:
-            plain = secret.encode(errors="backslashreplace")
-            line = line.replace(plain, b"[secret]").replace(_encode({"": secret})[5:-2], b"[secret]")
-    return line
+class _Redaction:
+    """Takes secrets out of lines.
+
+    Args:
+        secrets: Asked at each line, since they may be read anew.
+    """
+
+    def __init__(self, secrets: Callable[[], Iterable[str]]) -> None:
+        self._secrets = secrets
+        self._known: list[str] = []
+        self._forms: tuple[bytes, ...] = ()
+
+    def __call__(self, line: bytes) -> bytes:
+        known = list(self._secrets())
+        if known != self._known:
+            self._forms = tuple({form for secret in known if secret for form in _forms_of(secret)})
+            self._known = known
+        for form in self._forms:
+            if form in line:
+                line = line.replace(form, b"[secret]")
+        return line
+
+
+def _forms_of(secret: str) -> tuple[bytes, bytes]:
+    """As it is, and as JSON writes it."""
+    return secret.encode(errors="backslashreplace"), _encode({"": secret})[5:-2]
 
 
 class _FromLibraries(logging.Handler):

@@ -9,7 +9,7 @@ from typing import Protocol
 from vodpoller.confirmer import HANDLES_A_CALL, Confirmer
 from vodpoller.delivery import Delivery, InFlight, Latch, OnFailure, Outcome, Settlement, Worker, settle
 from vodpoller.errors import StorageError, TransientError
-from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, snapshots_of
+from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.journal import Journal, Known, Letter
 from vodpoller.logs import Logger, Repeats
 from vodpoller.router import Routed, Router
@@ -349,13 +349,7 @@ class Pipeline:
             self.settled_events += settled
             self.unsettled_events += unsettled
         for item in items:
-            fields: dict[str, object] = {}
-            taken = snapshots_of(item.event)
-            if taken is not None and taken.failed:
-                fields["failed_snapshots"] = [
-                    {"time_offset_ms": snapshot.time_offset_ms, "err_code": snapshot.err_code}
-                    for snapshot in taken.failed
-                ]
+            fields = {"failed_snapshots": _failed_snapshots(item.event)} if has_failed_snapshots(item.event) else {}
             self._log.info(
                 "event.settled",
                 **event_fields(item.event),
@@ -367,3 +361,11 @@ class Pipeline:
                 redelivered=item.redelivered,
                 **fields,
             )
+
+
+def _failed_snapshots(event: Event) -> list[dict[str, int | str | None]]:
+    taken = snapshots_of(event)
+    return [
+        {"time_offset_ms": snapshot.time_offset_ms, "err_code": snapshot.err_code}
+        for snapshot in (taken.failed if taken else ())
+    ]

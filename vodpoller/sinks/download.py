@@ -369,7 +369,7 @@ class DownloadSink(Sink):
             except (requests.RequestException, HTTPError, OSError, ValueError) as error:
                 said = f"{_shown(where)} {failure_text(error, fetching.timeout_secs)}"
                 if any(isinstance(cause, ForbiddenAddressError) for cause in causes(error)):
-                    hint = f"it is not public; sinks.{self._name}.allow_private = true would let it"
+                    hint = f"not a public address; sinks.{self._name}.allow_private = true would let it"
                     raise RejectedError(f"{said} ({hint})") from None
                 raise TransientError(said) from None
             if not response.is_redirect:
