@@ -93,7 +93,7 @@ def test_the_table_of_keys_is_that_of_the_models() -> None:
 
 def test_every_command_line_option_of_the_readme_exists() -> None:
     text = README.read_text()
-    for command in sorted(set(re.findall(r"\bvodpoller (run|check|demo|simulate)\b", text))):
+    for command in sorted(set(re.findall(r"\bvodpoller (run|once|check|status|schema|demo|simulate)\b", text))):
         options = CliRunner().invoke(main, [command, "--help"]).output
         for line in re.findall(rf"vodpoller {command}( [^\n`]*)", text):
             for option in re.findall(r"(?<= )(--[a-z-]+)", line):

@@ -1209,11 +1209,11 @@ def test_a_refusal_halves_the_rate_once_a_second_and_it_comes_back_slowly():
     assert pace_of(arrivals, 0.0) == pytest.approx(50)
     arrivals.now = 0.9
     arrivals.limiter.throttled()
-    assert pace_of(arrivals, 0.9) == pytest.approx(54.5)
+    assert pace_of(arrivals, 0.9) == pytest.approx(63.5)
     arrivals.now = 2.0
     arrivals.limiter.throttled()
-    assert pace_of(arrivals, 2.0) == pytest.approx(30)
-    assert pace_of(arrivals, 6.0) == pytest.approx(50)
+    assert pace_of(arrivals, 2.0) == pytest.approx(40)
+    assert pace_of(arrivals, 4.0) == pytest.approx(70)
     assert pace_of(arrivals, 100.0) == pytest.approx(100)
 
 

@@ -302,15 +302,17 @@ class Journal:
         """Remember that a sink has events, and how far its file goes. What cannot be written stays in memory."""
         now = self._wall()
         keys = [delivery.event.key for delivery in accepted]
-        stored = [delivery.event.key for delivery in accepted if delivery.stored]
         # The mark must stay below what is in memory only: it moves when that is written.
         waits = bool(self._unwritten)
         mark = None if waits else position
+
+        def work(db: sqlite3.Connection) -> None:
+            # Asked in the transaction: a row that is stored before it is deleted by it, one after it sees the ledger.
+            stored = [delivery.event.key for delivery in accepted if delivery.stored]
+            _insert_accepted(db, sink, [(key, sink, now) for key in keys], stored, mark)
+
         try:
-            self._write(
-                lambda db: _insert_accepted(db, sink, [(key, sink, now) for key in keys], stored, mark),
-                durable=False,
-            )
+            self._write(work, durable=False)
         except Exception as error:  # noqa: BLE001 - the sink has the events, whatever became of the rows
             with self._queue_lock:
                 self._unwritten |= dict.fromkeys([(key, sink) for key in keys], (now, None))
@@ -345,7 +347,12 @@ class Journal:
         def work(db: sqlite3.Connection) -> None:
             nonlocal number
             for key in keys:
-                db.execute("INSERT OR IGNORE INTO ledger VALUES (?, ?, ?, NULL)", (key, sink, now))
+                # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
+                db.execute(
+                    "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
+                    " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
+                    (key, sink, now, now - CONFIRMED_KEPT_SECS),
+                )
                 db.execute("DELETE FROM letters WHERE key = ? AND sink = ?", (key, sink))
                 number += 1
             _set_position(db, sink, position())
@@ -382,7 +389,9 @@ class Journal:
     # --- pending and dead --------------------------------------------------------------------------------------------
 
     def store(self, letters: Sequence[Letter]) -> None:
-        """Take events over from VOD: when this returns, they are on disk. A pair that is stored already stays as it is.
+        """Take events over from VOD: when this returns, they are on disk.
+
+        A pair that is stored already stays as it is; one that the ledger turns out to have by now is left out.
 
         Raises:
             StorageError: They are not; VOD must keep them.
@@ -407,6 +416,7 @@ class Journal:
                 letter.event.sub_app_id,
                 _text(letter.event.type),
                 letter.event.body,
+                now - CONFIRMED_KEPT_SECS,
             )
             for letter in letters
         ]
@@ -414,7 +424,9 @@ class Journal:
             self._write(
                 lambda db: db.executemany(
                     "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at,"
-                    " run, source, sub_app_id, event_type, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    " run, source, sub_app_id, event_type, body)"
+                    " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13 WHERE NOT EXISTS (SELECT 1"
+                    " FROM ledger WHERE key = ?1 AND sink = ?2 AND (confirmed_at IS NULL OR confirmed_at >= ?14))",
                     rows,
                 ),
                 durable=True,

@@ -71,7 +71,7 @@ class RateLimiter:
 
     _AIM = 0.97
     _LATE_SLOTS = 1.9
-    _RECOVERY_PER_SEC = 0.05
+    _RECOVERY_PER_SEC = 0.15
     _FLOOR_PER_SEC = 1.0
 
     def __init__(
@@ -113,7 +113,7 @@ class RateLimiter:
         return True
 
     def throttled(self) -> None:
-        """The server says that it was too much: halve the rate, which then recovers by 5% of the quota a second.
+        """The server says that it was too much: halve the rate, which then recovers by 15% of the quota a second.
 
         The refusals of one second count as one, however many threads report them.
         """

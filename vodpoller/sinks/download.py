@@ -43,7 +43,7 @@ from vodpoller.http import (
 )
 from vodpoller.sinks import SinkConfig
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _REDIRECTS: Final = 3
 _GONE: Final = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
@@ -282,14 +282,14 @@ class DownloadSink(Sink):
         failures: list[RejectedError | TransientError] = []
         for index, snapshot in enumerate(taken.snapshots):
             if snapshot in failed_at_vod:
-                _log.warning("event %s: %s", event.key.hex(), _failed_at_vod(snapshot))
+                _logger.warning("event %s: %s", event.key.hex(), _failed_at_vod(snapshot))
                 continue
             try:
                 self._save(snapshot.url, self._values(event, taken, index, snapshot), fetching)
             except (RejectedError, TransientError) as error:
                 failures.append(error)
         if not taken.snapshots:
-            _log.warning("event %s: it names no image, so there is nothing to download", event.key.hex())
+            _logger.warning("event %s: it names no image, so there is nothing to download", event.key.hex())
         if failures:
             raise _summary(failures, len(taken.snapshots))
 
@@ -301,7 +301,7 @@ class DownloadSink(Sink):
     def _say_unfit(self, event: Event) -> None:
         if event.type not in self._unfit_types and len(self._unfit_types) < _REMEMBERED:
             self._unfit_types.add(event.type)
-            _log.warning(
+            _logger.warning(
                 "sinks.%s: events of type %r hold no snapshots: nothing is done for them (does the route need"
                 " event_types?)",
                 self._name,
