@@ -234,7 +234,7 @@ def the_file_is_renamed_and_written_to_before_the_reload(world):
     deliver(world)
 
 
-@pytest.mark.parametrize(("atomic", "renamed"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("atomic", "renamed", "last_first"), [(True, False, True), (False, True, False)])
 @pytest.mark.parametrize(
     "story",
     [
@@ -248,11 +248,11 @@ def the_file_is_renamed_and_written_to_before_the_reload(world):
         the_file_is_renamed_and_written_to_before_the_reload,
     ],
 )
-def test_a_crash_at_any_step_loses_nothing_and_doubles_nothing(story, atomic, renamed):
+def test_a_crash_at_any_step_loses_nothing_and_doubles_nothing(story, atomic, renamed, last_first):
     steps, crashed = 0, True
     while crashed:
         steps += 1
-        crashed = tell(story, atomic=atomic, renamed=renamed, dies_after=steps)
+        crashed = tell(story, atomic=atomic, renamed=renamed, last_first=last_first, dies_after=steps)
     assert steps > 10
 
 
@@ -260,7 +260,7 @@ class DiesError(Exception):
     pass
 
 
-def tell(story, *, atomic, renamed, dies_after):
+def tell(story, *, atomic, renamed, last_first, dies_after):
     """Let the story happen up to a step, then a crash, then the rest of life.
 
     Returns:
@@ -279,6 +279,7 @@ def tell(story, *, atomic, renamed, dies_after):
             for kind in ("Both", "Both", "File", "Plain", "Nobody"):
                 world.queue.feed(kind)
             world.stage.step = counted_step
+            world.stage.last_first = last_first
             crashed = False
             try:
                 world.start()
@@ -287,6 +288,7 @@ def tell(story, *, atomic, renamed, dies_after):
             except DiesError:
                 crashed = True
             world.stage.step = step
+            world.stage.last_first = False
             world.check()
             world.crash()
             if renamed:

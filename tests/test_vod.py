@@ -1102,7 +1102,7 @@ def test_a_throttled_request_halves_the_pace_of_its_action(vod, client_of, answe
     for _ in range(3):
         with pytest.raises(ThrottledError):
             client.pull("main", None)
-    assert clock.waits[-1] == pytest.approx(2 / 9.8, rel=0.1)
+    assert clock.waits[-1] == pytest.approx(1 / 5.8, rel=0.1)
 
 
 def test_each_call_is_one_debug_line(vod, client_of, lines):

@@ -88,6 +88,7 @@ class Stage:
         self.here = threading.local()
         self.actors = []
         self.steps = 0
+        self.last_first = False
 
     def start(self, name, task):
         actor = Actor(name, task, self)
@@ -112,14 +113,14 @@ class Stage:
                 raise actor.error
 
     def run(self, *, most=100_000):
-        """Let them move until all wait, or so many steps are done; always the first that can.
+        """Let them move until all wait, or so many steps are done; always the first, or always the last, that can.
 
         Returns:
             How many steps there were.
         """
         done = 0
         while done < most and (ready := self.ready()):
-            self.step(ready[0])
+            self.step(ready[-1 if self.last_first else 0])
             done += 1
         return done
 
