@@ -341,6 +341,42 @@ def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_c
     world.check_end()
 
 
+def test_an_event_that_comes_again_while_its_delivery_runs_joins_it(world):
+    world.queue.feed("Plain")
+    world.journal_is_broken = True  # so that it is not stored, which would settle it as well
+    world.pull()
+    while not world._running.total():
+        world.stage.step(world.stage.ready()[0])
+    (slow,) = [actor for actor in world.stage.named("sink-plain") if actor.ready()]
+    world.advance(31)
+    world.pull()
+    while others := [actor for actor in world.stage.ready() if actor is not slow]:
+        world.stage.step(others[0])
+    assert world.queue.events[0].pulls == 2
+    assert world.violations == []
+    world.stage.run()
+    world.journal_is_broken = False
+    world.settle()
+    world.check_end()
+    assert len(world.plain_accepted) == 1
+
+
+def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
+    world.journal_is_broken = True
+    world.vod.confirm_script.extend(["lost_before"] * 100)
+    world.queue.feed("File")
+    world.pull()
+    world.stage.run()
+    assert world.journal.unwritten == 1
+    world.journal_is_broken = False
+    world.queue.feed("File")
+    world.pull()  # that lane had its turn before the trouble was known
+    world.stage.run()
+    world.crash()
+    world.settle()
+    world.check_end()
+
+
 def test_content_that_repeats_after_ten_minutes_is_a_new_event_and_a_crash_does_not_double_it(world):
     world.queue.feed("File")
     world.settle()

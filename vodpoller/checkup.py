@@ -92,11 +92,18 @@ def _check_clock(vod: VodClient) -> Finding:
 
 
 def _check_journal(path: Path) -> Finding:
-    place = path if path.exists() else next(parent for parent in path.parents if parent.exists())
-    if os.access(place, os.W_OK):
-        return Finding(what="journal", good=True, text=f"{place} can be written")
+    # os.path says False where a folder on the way may not be entered, and pathlib raises.
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    is_there = folder == path.parent and os.path.lexists(path)
+    problem = None
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):  # noqa: PTH112 - see above
+        problem = folder  # SQLite keeps files of its own beside the journal, so this matters where it is there, too
+    elif is_there and (os.path.isdir(path) or not os.access(path, os.R_OK | os.W_OK)):  # noqa: PTH112 - see above
+        problem = path
+    if problem is None:
+        return Finding(what="journal", good=True, text=f"{path} can be {'written' if is_there else 'made'}")
     return Finding(
         what="journal",
         good=False,
-        text=f"{place} cannot be written by this user: give it to the user that runs vodpoller, or set journal.path",
+        text=f"{problem} cannot be written by this user: give it to the user that runs vodpoller, or set journal.path",
     )

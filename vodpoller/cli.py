@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -31,6 +31,8 @@ EXIT_CONFIG: Final = 78
 GC_THRESHOLD: Final = 20_000
 SHOWN_CHARS: Final = 80
 PIPED_WIDTH: Final = 200
+LETTER_ID: Final = click.IntRange(1, 2**63 - 1)
+REASONS: Final = ("rejected", "gave_up", "malformed", "unrouted", "errored", "unsettled")
 DEFAULT_CONFIG: Final = Path("/etc/vodpoller/config.toml")
 
 _config_option = click.option(
@@ -164,7 +166,7 @@ def deadletters() -> None:
 def _filter_options(command: "Callable[..., Any]") -> "Callable[..., Any]":
     for option in (
         click.option("--since", help="Stored since: a time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d)."),
-        click.option("--reason", help="rejected, gave_up, malformed or unrouted."),
+        click.option("--reason", type=click.Choice(REASONS), help="Why they are stored; the last two are --pending."),
         click.option("--type", "event_type", help="The event type; * and ? are allowed."),
         click.option("--sink", help="The sink that lacks them."),
     ):
@@ -203,7 +205,7 @@ def _print_letters(rows: "Sequence[StoredEvent]", total: int) -> None:
 
 
 @deadletters.command()
-@click.argument("letter_id", metavar="ID", type=int)
+@click.argument("letter_id", metavar="ID", type=LETTER_ID)
 @_config_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, the body in it as a string.")
 def show(letter_id: int, config_path: Path, *, as_json: bool) -> None:
@@ -227,58 +229,86 @@ def show(letter_id: int, config_path: Path, *, as_json: bool) -> None:
 
 
 @deadletters.command()
-@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=int)
+@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=LETTER_ID)
 @_filter_options
 def replay(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> None:
     """Deliver dead letters after all: those named, those that the options mean, or all.
 
-    A running daemon delivers them within seconds. Without one this command does, and what fails stays pending with its
-    new error. Interrupted, it can be called again.
+    A running daemon delivers them within seconds. Without one this command does, together with all else that is due;
+    what fails stays pending, and what is rejected is a dead letter again, each with its new error. Interrupted, it can
+    be called again. Exit code 1: something could not be delivered.
     """
+    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
     from vodpoller.router import Router  # noqa: PLC0415 - see the module's docstring
 
     config = _load(config_path, needs_key=False)
     wanted = _filter(options, ids=letter_ids)
     marked = impossible = 0
     with _letters(config, writable=True) as letters:
+        missing = _say_missing(letters, letter_ids, states=("dead", "pending"))
         for done, undone in letters.replay(wanted, router=Router(config.routes), sinks=list(config.sinks)):
             marked, impossible = marked + done, impossible + undone
         running = letters.is_in_use()
+        pending, dead = letters.count(Filter(state="pending")), letters.count(Filter())
     click.echo(f"{marked:,} to be delivered again")
     if impossible:
         click.echo(f"{impossible:,} cannot be: unreadable, without a route, or of a sink that is no more", err=True)
+    all_done = not (missing or impossible)
     if running:
         click.echo("The running daemon delivers them; `vodpoller status` tells what is left.")
-    elif marked:
-        _deliver_here(config, marked)
-
-
-def _deliver_here(config: "Config", number: int) -> None:
-    from rich.progress import Progress  # noqa: PLC0415 - see the module's docstring
-
-    daemon = _open_daemon(config)
-    with Progress(console=_console(stderr=True)) as progress:
-        task = progress.add_task("delivering", total=number)
-        all_done = daemon.run_once(progress=lambda delivered: progress.update(task, completed=delivered))
-    click.echo(f"{daemon.redelivered_events:,} delivered")
-    if not all_done:
-        click.echo("Some are still pending: see `vodpoller deadletters list --pending`.", err=True)
+    elif pending:
+        all_done = _deliver_here(config, pending=pending, dead=dead) and all_done
     _end(0 if all_done else EXIT_FAILURE)
 
 
+def _deliver_here(config: "Config", *, pending: int, dead: int) -> bool:
+    """Deliver what is due, without a daemon; whether nothing is left of it."""
+    from rich.progress import Progress  # noqa: PLC0415 - see the module's docstring
+
+    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+
+    daemon = _open_daemon(config, quiet=True)
+    with Progress(console=_console(stderr=True)) as progress:
+        task = progress.add_task("delivering", total=pending)
+        all_done = daemon.run_once(progress=lambda delivered: progress.update(task, completed=delivered))
+    with _letters(config) as letters:
+        rejected = letters.count(Filter()) - dead
+    click.echo(f"{daemon.redelivered_events:,} delivered")
+    if rejected > 0:
+        click.echo(f"{rejected:,} are dead letters again: see `vodpoller deadletters list`.", err=True)
+    if not all_done:
+        click.echo("Some are still pending: see `vodpoller deadletters list --pending`.", err=True)
+    return all_done and rejected <= 0
+
+
+def _say_missing(letters: "Letters", ids: "Sequence[int]", *, states: "Sequence[str]") -> bool:
+    """Say which of the ids that were asked for are none; whether there are such."""
+    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+
+    found = {row.id for state in states for row in letters.stored(Filter(state=state, ids=ids))} if ids else set()
+    missing = [number for number in ids if number not in found]
+    for number in missing:
+        click.echo(f"vodpoller: there is no dead letter {number} (see `vodpoller deadletters list`)", err=True)
+    return bool(missing)
+
+
 @deadletters.command()
-@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=int)
+@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=LETTER_ID)
 @_filter_options
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **options: Any) -> None:
     """Delete dead letters for good: those named, those that the options mean, or all."""
     wanted = _filter(options, ids=letter_ids)
     with _letters(_load(config_path, needs_key=False), writable=True) as letters:
+        missing = _say_missing(letters, letter_ids, states=["dead"])
+        wanted = replace(wanted, last_id=letters.last_id())  # not what comes while the question waits for its answer
         number = letters.count(wanted)
         if number and not yes:
             click.confirm(f"Delete {number:,} dead letters for good?", abort=True)
         deleted = sum(letters.purge(wanted))
     click.echo(f"{deleted:,} deleted")
+    if missing:
+        sys.exit(EXIT_FAILURE)
 
 
 @main.command()
@@ -357,13 +387,14 @@ def _load(path: Path, *, needs_key: bool = True) -> "Config":
         _fail(error.problems, EXIT_CONFIG)
 
 
-def _open_daemon(config: "Config") -> "Daemon":
+def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
     from vodpoller.daemon import Daemon  # noqa: PLC0415 - see the module's docstring
     from vodpoller.errors import ConfigError, JournalError  # noqa: PLC0415 - see the module's docstring
     from vodpoller.systemd import Notifier  # noqa: PLC0415 - see the module's docstring
 
     try:
-        return Daemon(config, log=_make_logger(config), notifier=Notifier(os.environ.get("NOTIFY_SOCKET", "")))
+        log = _make_logger(config, quiet=quiet)
+        return Daemon(config, log=log, notifier=Notifier(os.environ.get("NOTIFY_SOCKET", "")))
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
     except JournalError as error:
@@ -378,7 +409,7 @@ def _give_to_owner(config: "Config") -> None:
         return
     claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}
     for name in [str(config.journal.path), *claimed]:
-        for path in (Path(name), Path(f"{name}.lock")):
+        for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm")):
             with suppress(OSError):
                 folder, file = path.parent.stat(), path.lstat()
                 if file.st_uid == 0 and folder.st_uid != 0:
@@ -415,11 +446,11 @@ def _filter(options: "Mapping[str, Any]", *, state: str = "dead", ids: "Sequence
 def _time(text: str) -> float:
     """A time or an age, in seconds since 1970."""
     units = {"m": 60, "h": 3600, "d": 86_400}
-    if text[:-1].isdigit() and text[-1] in units:
-        return time.time() - int(text[:-1]) * units[text[-1]]
     try:
+        if text[:-1].isdecimal() and text[-1] in units:
+            return time.time() - int(text[:-1]) * units[text[-1]]
         return datetime.fromisoformat(text).timestamp()
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise click.BadParameter(f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)") from error
 
 
@@ -439,12 +470,13 @@ def _console(*, stderr: bool = False) -> "Console":
     return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH, markup=False, highlight=False)
 
 
-def _make_logger(config: "Config") -> "Logger":
+def _make_logger(config: "Config", *, quiet: bool = False) -> "Logger":
+    """The log; a quiet one leaves out the line for each event, where a bar shows the progress."""
     from vodpoller.logs import make_logger  # noqa: PLC0415 - see the module's docstring
 
     return make_logger(
         sys.stderr,
-        level=config.log.level,
+        level="warning" if quiet and config.log.level == "info" else config.log.level,
         log_format=config.log.format,
         secrets=lambda: [secret.get() for secret in config.secrets()],
         journal_stream=os.environ.get("JOURNAL_STREAM", ""),

@@ -246,7 +246,6 @@ class Daemon:
             worker.start()
         drained = [self._pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
         self._deliver_due(progress)
-        self._mark()
         pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
         self._stop()
         return all(drained) and not self._pipeline.unsettled_events and not pending
@@ -449,6 +448,7 @@ class Daemon:
             else:
                 self._log.warning("sink.stuck", sink=name)
         if all(ended):
+            self._mark()
             self._journal.close()
         self._vod.close()
         self._log.info("daemon.stopped", events=self.settled_events)

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -33,6 +33,7 @@ class Filter:
         event_type: A glob.
         reason: Why it is there: "rejected", "gave_up", "malformed", "unrouted" for dead ones.
         since: Stored at or after this time, in seconds since 1970.
+        last_id: Not what came after this row.
     """
 
     state: str = "dead"
@@ -41,6 +42,7 @@ class Filter:
     event_type: str | None = None
     reason: str | None = None
     since: float | None = None
+    last_id: int | None = None
 
     def where(self) -> tuple[str, list[Any]]:
         """The SQL condition and its parameters."""
@@ -52,6 +54,7 @@ class Filter:
             (self.event_type, "event_type GLOB ?"),
             (self.reason, "reason = ?"),
             (self.since, "stored_at >= ?"),
+            (self.last_id, "id <= ?"),
         ):
             if value is not None:
                 conditions.append(condition)
@@ -113,23 +116,31 @@ class Letters:
     def __init__(self, path: Path, *, writable: bool = False, wall: Callable[[], float] = time.time) -> None:
         self._path = path
         self._wall = wall
-        if not path.is_file():
+        rights = "commands need the rights of the user that runs vodpoller, or root's"
+        try:
+            is_there = path.is_file()
+        except OSError as error:
+            raise JournalError(f"{path}: the journal cannot be read: {error.strerror} ({rights})") from error
+        if not is_there:
             raise JournalError(
                 f"{path}: there is no journal yet: vodpoller makes it when it first runs (or journal.path is another)"
             )
         mode = "rw" if writable else "ro"
         try:
             self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECS)
+        except sqlite3.Error as error:
+            raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
+        try:
             self._db.isolation_level = None
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error as error:
-            raise JournalError(
-                f"{path}: the journal cannot be read: {error} (commands need the rights of the user that runs "
-                "vodpoller, or root's)"
-            ) from error
+            self.close()
+            raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
         if version != SCHEMA_VERSION:
             self.close()
-            raise JournalError(f"{path}: this is no journal of this version of vodpoller")
+            raise JournalError(
+                f"{path}: this is no journal of this version of vodpoller ({version}, not {SCHEMA_VERSION})"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -181,6 +192,11 @@ class Letters:
             after = rows[-1][0]
             left = None if left is None else left - len(rows)
 
+    def last_id(self) -> int:
+        """The newest row's number, 0 where there is none."""
+        (number,) = self._read("SELECT coalesce(max(id), 0) FROM letters", [])[0]
+        return int(number)
+
     def body(self, row: int) -> bytes | None:
         """The body of one stored event, None where there is no such row."""
         rows = self._read("SELECT body FROM letters WHERE id = ?", [row])
@@ -214,14 +230,13 @@ class Letters:
             How many of the portion just done were marked, and how many cannot be: malformed ones, those that still no
             route takes, those of sinks that are no more.
         """
-        last = self._read("SELECT coalesce(max(id), 0) FROM letters", [])[0][0]
-        where, values = wanted.where()
+        where, values = replace(wanted, last_id=self.last_id()).where()
         after = 0
         while True:
             rows = self._read(
                 "SELECT id, key, sink, reason, source, sub_app_id, event_type, body FROM letters"  # noqa: S608
-                f" WHERE {where} AND id > ? AND id <= ? ORDER BY id LIMIT ?",
-                [*values, after, last, CHUNK_ROWS],
+                f" WHERE {where} AND id > ? ORDER BY id LIMIT ?",
+                [*values, after, CHUNK_ROWS],
             )
             if not rows:
                 return

@@ -1,9 +1,10 @@
+# ruff: noqa: INP001 - no package: Python finds it by its name
 """A wall clock that tests set: Python imports this before all else where its folder is on PYTHONPATH.
 
 It is off by the seconds that the file `$CLOCK_OFFSET_FILE` holds. Monotonic time goes on as it is.
 """
 
-import datetime
+import datetime as dt
 import os
 import time
 from pathlib import Path
@@ -16,11 +17,11 @@ def _set_wall():
     return _wall() + float(_offset_path.read_text())
 
 
-class _Datetime(datetime.datetime):
+class _Datetime(dt.datetime):
     @classmethod
     def now(cls, tz=None):
         return cls.fromtimestamp(_set_wall(), tz)
 
 
 time.time = _set_wall
-datetime.datetime = _Datetime
+dt.datetime = _Datetime
