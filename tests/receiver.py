@@ -14,6 +14,7 @@ class Answer:
     headers: dict = field(default_factory=dict)
     body: bytes = b""
     hangs: bool = False
+    after_secs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.released.wait(30)
             self.close_connection = True
             return
+        self.server.released.wait(answer.after_secs)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

@@ -377,6 +377,26 @@ def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
     world.check_end()
 
 
+def test_a_late_success_that_cannot_be_written_down_is_known_when_the_stored_event_is_due(world):
+    world.queue.feed("Plain")
+    world.pull()
+    while not world._running.total():
+        world.stage.step(world.stage.ready()[0])
+    world.advance(26)
+    while lanes := [actor for actor in world.stage.ready() if actor.name == "lane"]:
+        world.stage.step(lanes[0])
+    assert len(world._rows("letters")) == 1
+    world.journal_is_broken = True
+    world.stage.run()
+    world.advance(10)
+    world.keep_up()
+    world.stage.run()
+    assert world.journal.unwritten == 1
+    world.settle()
+    world.check_end()
+    assert len(world.plain_accepted) == 1
+
+
 def test_content_that_repeats_after_ten_minutes_is_a_new_event_and_a_crash_does_not_double_it(world):
     world.queue.feed("File")
     world.settle()

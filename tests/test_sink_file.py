@@ -161,7 +161,7 @@ def test_a_missing_right_is_a_config_error_that_says_who_needs_it(opened, files,
 
 def test_a_failed_opening_gives_the_lock_back(opened, files):
     files.failing = {"sync_folder"}
-    with pytest.raises(ConfigError):
+    with pytest.raises(TransientError):
         opened()
     files.failing = set()
     opened()
@@ -480,7 +480,7 @@ def test_what_is_found_is_synced_before_it_is_told(opened, path, files):
     path.write_bytes(line(1))
     sink = opened()
     files.failing = {"fdatasync"}
-    with pytest.raises(ConfigError, match="Input/output error"):
+    with pytest.raises(TransientError, match="Input/output error"):
         sink.recover(None, [None])
 
 

@@ -389,7 +389,7 @@ def _load(path: Path, *, needs_key: bool = True) -> "Config":
 
 def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
     from vodpoller.daemon import Daemon  # noqa: PLC0415 - see the module's docstring
-    from vodpoller.errors import ConfigError, JournalError  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.errors import ConfigError, JournalError, StorageError  # noqa: PLC0415 - see the module's docstring
     from vodpoller.systemd import Notifier  # noqa: PLC0415 - see the module's docstring
 
     try:
@@ -397,7 +397,7 @@ def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
         return Daemon(config, log=log, notifier=Notifier(os.environ.get("NOTIFY_SOCKET", "")))
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
-    except JournalError as error:
+    except (JournalError, StorageError) as error:
         _fail([str(error)], EXIT_FAILURE)
     finally:
         _give_to_owner(config)

@@ -21,7 +21,7 @@ from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import InFlight, Latch, Sink, Worker
-from vodpoller.errors import ConfigError, JournalError, OperatorError, StorageError, TransientError
+from vodpoller.errors import ConfigError, OperatorError, StorageError, TransientError
 from vodpoller.journal import Journal
 from vodpoller.logs import Logger, Repeats
 from vodpoller.pending import Retrier
@@ -75,6 +75,7 @@ class Daemon:
     Raises:
         ConfigError: A sink cannot be opened.
         JournalError: The journal cannot be opened.
+        StorageError: A disk is full or failing, which may pass.
     """
 
     def __init__(self, config: Config, *, log: Logger, notifier: Notifier) -> None:
@@ -95,7 +96,7 @@ class Daemon:
         )
         try:
             self._sinks = self._open_sinks()
-        except (ConfigError, JournalError):
+        except (ConfigError, StorageError):
             self._journal.close()
             raise
         self._in_flight = in_flight = InFlight()
@@ -158,15 +159,18 @@ class Daemon:
                 sinks[name] = sink_class(name, self._config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
             except ConfigError as error:
                 problems += error.problems
+            except TransientError as error:
+                _close_all(sinks)
+                raise StorageError(str(error)) from error
         try:
             if not problems:
                 for name, sink in sinks.items():
                     self._recover(name, sink)
         except ConfigError as error:
             problems += error.problems
-        except StorageError as error:
+        except (StorageError, TransientError) as error:
             _close_all(sinks)
-            raise JournalError(str(error)) from error
+            raise StorageError(str(error)) from error
         if problems:
             _close_all(sinks)
             raise ConfigError(problems)

@@ -54,7 +54,7 @@ class Sink(ABC):
 
     A new sink is one module with a subclass and its `Config`, and one line under the entry points
     "vodpoller.sinks". The class is called with the name of the sink and the validated `Config`; what it needs is
-    opened there, and a `ConfigError` says what cannot be.
+    opened there: a `ConfigError` says what somebody must mend, a `TransientError` what may pass (a full disk).
 
     Attributes:
         concurrency: How many threads call `deliver` at once.

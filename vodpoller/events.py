@@ -17,6 +17,7 @@ import orjson
 SNAPSHOT_EVENT_TYPE = "CreateSnapshotByTimeOffsetComplete"
 
 _SUCCESS = (0, "0")
+_HANDLE_MAX_CHARS = 64 * 1024  # a longer one could not be sent back beside fifteen others
 
 _T = TypeVar("_T")
 
@@ -248,7 +249,7 @@ def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent
     try:
         if handle is None:
             text = encode_json(item).decode()
-            return _malformed(text, None, "it has no EventHandle", source=source, sub_app_id=sub_app_id)
+            return _malformed(text, None, "it has no usable EventHandle", source=source, sub_app_id=sub_app_id)
         content = {name: value for name, value in item.items() if name != "EventHandle"}
         return PulledEvent(handle=handle, event=make_event(content, source=source, sub_app_id=sub_app_id))
     except RecursionError as error:
@@ -257,7 +258,7 @@ def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent
 
 def _handle_of(item: Any) -> str | None:
     handle = item.get("EventHandle") if isinstance(item, dict) else None
-    if isinstance(handle, str) and handle:
+    if isinstance(handle, str) and 0 < len(handle) <= _HANDLE_MAX_CHARS:
         return handle
     if isinstance(handle, int) and not isinstance(handle, bool):  # handles of digits only exist
         return str(handle)

@@ -30,6 +30,7 @@ ROW_OVERHEAD_BYTES: Final = 512
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
 DEFERRED_MAX: Final = 1000
+LOCK_WAIT_SECS: Final = 0.1  # `vodpoller status` asks for the lock, and has it for an instant
 _KEYS_A_QUERY: Final = 500
 _ROWS_A_STATEMENT: Final = 16
 _INODES: Final = 2**64
@@ -157,7 +158,7 @@ class Journal:
         self._failing = False
         self._next_slice = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
         except OSError as error:
             raise JournalError(
                 f"{path.parent}: the journal's folder cannot be made: {error.strerror}. Create it, or set journal.path"
@@ -399,7 +400,8 @@ class Journal:
         if not letters:
             return
         self._check_in_place()
-        self._check_room(sum(len(letter.event.body) + ROW_OVERHEAD_BYTES for letter in letters))
+        size_bytes = sum(len(letter.event.body) + ROW_OVERHEAD_BYTES for letter in letters)
+        self._check_room(self._taken_bytes(), size_bytes)
         now = self._wall()
         rows = [
             (
@@ -420,23 +422,27 @@ class Journal:
             )
             for letter in letters
         ]
-        try:
-            self._write(
-                lambda db: db.executemany(
-                    "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at,"
-                    " run, source, sub_app_id, event_type, body)"
-                    " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13 WHERE NOT EXISTS (SELECT 1"
-                    " FROM ledger WHERE key = ?1 AND sink = ?2 AND (confirmed_at IS NULL OR confirmed_at >= ?14))",
-                    rows,
-                ),
-                durable=True,
+
+        def work(db: sqlite3.Connection) -> None:
+            # Once more where no other lane can come in between, else all of them together take many times the room.
+            self._check_room(_letters_bytes(db), size_bytes)
+            db.executemany(
+                "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at,"
+                " run, source, sub_app_id, event_type, body)"
+                " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13 WHERE NOT EXISTS (SELECT 1"
+                " FROM ledger WHERE key = ?1 AND sink = ?2 AND (confirmed_at IS NULL OR confirmed_at >= ?14))",
+                rows,
             )
+
+        try:
+            self._write(work, durable=True)
+        except StorageError:  # no room: that has been said
+            raise
         except Exception as error:
             self._failed(error)
             raise StorageError(f"the journal cannot be written: {error}") from error
 
-    def _check_room(self, size_bytes: int) -> None:
-        taken_bytes = self._taken_bytes()
+    def _check_room(self, taken_bytes: int, size_bytes: int) -> None:
         if taken_bytes + size_bytes > self._max_bytes:
             error = StorageError(
                 f"the journal is full: stored events take {taken_bytes} bytes of journal.max_bytes = "
@@ -676,6 +682,19 @@ def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) 
         db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
 
 
+def _make_folder(folder: Path) -> None:
+    """Make it with what is missing above it, so that it survives a loss of power."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _text(text: str) -> str:
     """What a TEXT column takes: no lone surrogates, no novels."""
     return text[:2000].encode(errors="replace").decode()
@@ -695,15 +714,20 @@ def _lock(path: Path) -> int:
             f"{lock_path}: cannot be written: {error.strerror}. The journal's folder must belong to the user that runs "
             "vodpoller; set journal.path to such a place"
         ) from error
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock_fd)
-        raise JournalError(
-            f"{path}: another process has this journal open: is vodpoller already running "
-            f"(`systemctl status vodpoller`, `fuser {lock_path}`)? Stop it, or set another journal.path"
-        ) from error
-    return lock_fd
+    ends_at = time.monotonic() + LOCK_WAIT_SECS
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() < ends_at:
+                time.sleep(0.01)
+                continue
+            os.close(lock_fd)
+            raise JournalError(
+                f"{path}: another process has this journal open: is vodpoller already running "
+                f"(`systemctl status vodpoller`, `fuser {lock_path}`)? Stop it, or set another journal.path"
+            ) from error
+        return lock_fd
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from math import inf
 from typing import Any, Final
 
@@ -52,6 +53,7 @@ _CONNECTIONS: Final = 64
 _CLOCK_OFF_SECS: Final = 60.0
 _EXCERPT_CHARS: Final = 100
 _MESSAGE_CHARS: Final = 300
+_EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
 _HTTP_OK: Final = 200
 _HTTP_TOO_MANY: Final = 429
 
@@ -283,6 +285,7 @@ class VodClient:
             items = self._salvaged(answer, answer.cut or answer.unreadable, source, sub_app_id)
         else:
             event_set = _event_set(answer)
+            _check_number(len(event_set), answer)
             try:
                 items = [read_event(item, source=source, sub_app_id=sub_app_id) for item in event_set]
             except UnreadableError as error:
@@ -457,7 +460,9 @@ class VodClient:
         """Event by event, what can be read of an answer that cannot be as a whole."""
         text = answer.body.decode(errors="surrogateescape")
         truncated = bool(answer.cut) or not is_whole(text)
-        items = list(salvage_events(text, truncated=truncated, source=source, sub_app_id=sub_app_id))
+        salvaged = salvage_events(text, truncated=truncated, source=source, sub_app_id=sub_app_id)
+        items = list(islice(salvaged, _EVENTS_MAX + 1))
+        _check_number(len(items), answer)
         usable = sum(1 for item in items if item.handle is not None)
         if not usable:
             raise _unusable(answer)
@@ -573,6 +578,19 @@ def _event_set(answer: _Answer) -> list[Any]:
     if not isinstance(event_set, list):
         raise TransientError(f"EventSet is not a list: {answer.excerpt!r}", request_id=answer.request_id)
     return event_set
+
+
+def _check_number(events: int, answer: _Answer) -> None:
+    """Whoever sends so many events is not VOD; nothing was delivered of what it sent, so nothing is lost.
+
+    Raises:
+        TransientError: There are too many.
+    """
+    if events > _EVENTS_MAX:
+        raise TransientError(
+            f"the answer holds more than {_EVENTS_MAX} events, VOD's have 16 at most: is api.endpoint right?",
+            request_id=answer.request_id,
+        )
 
 
 def _http_failure(answer: _Answer) -> TransientError:

@@ -35,6 +35,7 @@ _ROTATED = re.compile(r"[.-]\d+")
 # A rotated file that was compressed has a new inode: it can neither be recognised nor read.
 _NEVER_RELATIVES = (".lock", ".gz", ".bz2", ".xz", ".zst")
 
+_PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _HINTS = {
     errno.EACCES: "the user that runs vodpoller needs the right to write there",
     errno.EPERM: "the user that runs vodpoller needs the right to write there",
@@ -232,6 +233,7 @@ class FileSink(Sink):
 
     Raises:
         ConfigError: The file cannot be opened, or another process has it.
+        TransientError: The disk is full or failing.
     """
 
     Config = FileConfig
@@ -257,7 +259,7 @@ class FileSink(Sink):
                 os.close(self._lock_fd)
                 raise
         except OSError as error:
-            raise self._config_error(f"{_place(error, self._path)} cannot be opened: {_why(error)}") from error
+            raise self._failure(error, "cannot be opened") from error
         self._position = self._end()
 
     @classmethod
@@ -316,7 +318,8 @@ class FileSink(Sink):
         synced first, since a process that was killed may have left lines that no disk holds yet.
 
         Raises:
-            ConfigError: The files cannot be read, repaired or synced.
+            ConfigError: The files cannot be read or repaired.
+            TransientError: The disk is full or failing.
         """
         try:
             with self._lock:
@@ -328,7 +331,7 @@ class FileSink(Sink):
                 self._position = self._end()
                 self._repair_rotated(mark, starts)
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self._failure(error, "cannot be read and repaired") from error
         return self._keys(stretches, tuple(sub_app_ids))
 
     # --- opening ---
@@ -503,7 +506,7 @@ class FileSink(Sink):
                     for line in _lines_from(fd, stretch.start_bytes):
                         yield from self._keys_of_line(line, sub_app_ids)
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self._failure(error, "cannot be read and repaired") from error
 
     def _keys_of_line(self, line: bytes, sub_app_ids: Iterable[int | None]) -> Iterator[bytes]:
         if b"\0" in line:  # zeros that a crash left; the reader of JSON would let them pass inside a string
@@ -529,8 +532,12 @@ class FileSink(Sink):
     def _config_error(self, problem: str) -> ConfigError:
         return ConfigError([f"sinks.{self._name}.path: {problem}"])
 
-    def _unreadable(self, error: OSError) -> ConfigError:
-        return self._config_error(f"{_place(error, self._path)} cannot be read and repaired: {_why(error)}")
+    def _failure(self, error: OSError, what: str) -> ConfigError | TransientError:
+        """What stopped the start: a mistake that stays until somebody mends it, or a disk's trouble that may pass."""
+        problem = f"{_place(error, self._path)} {what}: {_why(error)}"
+        if error.errno in _PASSING:
+            return TransientError(f"sinks.{self._name}.path: {problem}")
+        return self._config_error(problem)
 
 
 def _regular(fd: int, path: Path) -> os.stat_result:

@@ -1,0 +1,1096 @@
+"""What an operator types: each command as a process, with and without a daemon, and what it says when it cannot."""
+
+import json
+import os
+import re
+import select
+import signal
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import event, log_into
+from tests.processes import (
+    ROOT,
+    SECRET_ID,
+    SECRET_KEY,
+    HeldPort,
+    canonical,
+    environment,
+    run_command,
+    running_system,
+    until,
+)
+from tests.receiver import Answer, Receiver, running_receiver
+from vodpoller.journal import Journal, Letter
+
+EX_CONFIG = 78
+NOBODY = 65534
+MANY = 10_000
+MEMORY_MAX_KB = 100 * 1024
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver() as running:
+        yield running
+
+
+def hook_sink(url):
+    return f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\n'
+
+
+def letter(number, sink="archive", **more):
+    of_event = event(number, event_type=more.pop("event_type", "NewFileUpload"))
+    return Letter(event=of_event, sink=sink, **{"dead": True, "reason": "rejected", "error": "HTTP status 422", **more})
+
+
+def store(system, *letters):
+    """A journal with letters, as a daemon leaves it."""
+    journal = Journal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))
+    journal.store(letters)
+    journal.close()
+    return [stored.event.body for stored in letters]
+
+
+def prepared(system, *letters):
+    """A configuration with a file, of which nothing but the journal exists yet."""
+    system.configure("http://127.0.0.1:9")
+    return store(system, *letters)
+
+
+def letters_command(system, name, *args, **more):
+    return run_command("deadletters", name, *args, "-c", system.config_path, **more)
+
+
+def listed(system, *args):
+    done = letters_command(system, "list", "--json", *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_fails(done, code, *phrases):
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert SECRET_KEY not in done.stdout + done.stderr
+    for phrase in phrases:
+        assert phrase in done.stderr
+
+
+def assert_arrived_once(system, bodies):
+    assert sorted(system.lines()) == sorted(bodies)
+
+
+def tree(folder):
+    return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*"))
+
+
+# --- what a person can get wrong --------------------------------------------------------------------------------------
+
+READERS = [["status"], ["deadletters", "list"], ["deadletters", "show", "1"]]
+WRITERS = [["deadletters", "replay"], ["deadletters", "purge", "--yes"]]
+
+
+@pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
+def test_without_a_journal_they_say_when_there_will_be_one(system, command):
+    path = system.configure("http://127.0.0.1:9")
+
+    assert_fails(run_command(*command, "-c", path), 1, str(system.journal), "makes it when it first runs")
+    assert not system.journal.exists()
+
+
+@pytest.mark.parametrize("command", [*READERS, *WRITERS, ["once"], ["check", "--connect"]], ids=" ".join)
+def test_without_a_configuration_they_end_with_78(tmp_path, command):
+    path = tmp_path / "nowhere.toml"
+
+    assert_fails(run_command(*command, "-c", path), EX_CONFIG, f"{path}: there is no such file")
+
+
+@pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
+def test_a_journal_of_a_later_version_is_left_alone(system, command):
+    prepared(system, letter(1))
+    with closing(sqlite3.connect(system.journal)) as db:
+        db.execute("PRAGMA user_version = 99")
+
+    assert_fails(run_command(*command, "-c", system.config_path), 1, "no journal of this version")
+
+
+@pytest.mark.parametrize(
+    ("args", "phrase"),
+    [
+        (["list", "--since", "yesterday"], "neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)"),
+        (["list", "--since", "²d"], "neither a time"),
+        (["list", "--since", "5"], "neither a time"),
+        (["list", "--reason", "reject"], "rejected"),
+        (["list", "--limit", "0"], "--limit"),
+        (["show"], "Missing argument 'ID'"),
+        (["show", "first"], "'first' is not a valid integer"),
+        (["show", "0"], "ID"),
+        (["purge", "--yes", "9" * 20], "ID"),
+        (["replay", "--state", "dead"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_ends_with_2_and_what_would_be_right(system, args, phrase):
+    prepared(system, letter(1))
+
+    assert_fails(letters_command(system, *args), 2, phrase)
+    assert len(listed(system)) == 1
+
+
+@pytest.mark.parametrize("command", ["show", "replay", "purge"])
+def test_an_id_that_is_none_is_named(system, command):
+    prepared(system, letter(1))
+
+    done = letters_command(system, command, "77", *(["--yes"] if command == "purge" else []))
+
+    assert_fails(done, 1, "77", "vodpoller deadletters list")
+    assert len(listed(system)) == 1
+
+
+@needs_root
+@pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
+@pytest.mark.parametrize("of", ["file", "folder"])
+def test_without_the_right_to_the_journal_they_say_whose_is_needed(outsider, command, of):
+    prepared(outsider, letter(1))
+    private = outsider.folder / "private"
+    private.mkdir(0o700)
+    if of == "folder":
+        outsider.journal.rename(private / "journal.db")
+        outsider.journal.symlink_to(private / "journal.db")  # as DynamicUser= has it
+    else:
+        outsider.journal.chmod(0o600)
+
+    done = as_nobody(outsider, *command)
+
+    assert_fails(done, 1, str(outsider.journal), "rights of the user that runs vodpoller")
+
+
+# --- list and show ----------------------------------------------------------------------------------------------------
+
+
+def test_list_has_a_table_for_people_and_lines_for_programs(system):
+    prepared(
+        system,
+        letter(1),
+        letter(2, "", reason="unrouted", event_type="FileDeleted", error="x" * 300),
+        letter(3, dead=False, reason="errored", error="timed out"),
+    )
+
+    table = letters_command(system, "list")
+    assert (table.returncode, table.stderr) == (0, "")
+    for phrase in ("NewFileUpload", "rejected", "HTTP status 422", "(none)", "FileDeleted", "…", "2 in all\n"):
+        assert phrase in table.stdout
+    assert "timed out" not in table.stdout
+    assert max(map(len, table.stdout.splitlines())) <= 200
+
+    first, second = listed(system)
+    assert (first["id"], first["sink"], first["reason"], first["error"]) == (
+        1,
+        "archive",
+        "rejected",
+        "HTTP status 422",
+    )
+    assert (second["id"], second["sink"], second["error"]) == (2, "", "x" * 300)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["stored_at"])
+    assert [row["error"] for row in listed(system, "--pending")] == ["timed out"]
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (["--sink", "hook"], [2]),
+        (["--type", "*Complete"], [3]),
+        (["--reason", "gave_up"], [2]),
+        (["--since", "1h"], [1, 2, 3]),
+        (["--since", "2001-01-01"], [1, 2, 3]),
+        (["--since", "2999-01-01T00:00Z"], []),
+        (["--sink", "archive", "--type", "NewFileUpload"], [1]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_list_takes_filters(system, args, found):
+    prepared(system, letter(1), letter(2, "hook", reason="gave_up"), letter(3, event_type="TranscodeComplete"))
+
+    assert [row["id"] for row in listed(system, *args)] == found
+
+
+def test_the_table_has_a_limit_and_says_so(system):
+    prepared(system, *(letter(number) for number in range(120)))
+
+    assert "120 in all, 100 shown (--limit)" in letters_command(system, "list").stdout
+    assert "120 in all, 3 shown (--limit)" in letters_command(system, "list", "--limit", "3").stdout
+    assert len(listed(system)) == 120
+
+
+def test_an_empty_journal_has_an_empty_list(system):
+    prepared(system)
+
+    assert letters_command(system, "list").stdout == "0 in all\n"
+    assert listed(system) == []
+
+
+def test_a_reader_that_goes_away_is_no_traceback(system):
+    prepared(system, *(letter(number, error="x" * 500) for number in range(1000)))
+
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            '"$0" -m vodpoller deadletters list --json -c "$1" | head -n 1',
+            sys.executable,
+            system.config_path,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+
+    assert json.loads(done.stdout)["id"] == 1
+    assert done.stderr == ""
+
+
+def test_show_has_the_body_as_it_came(system):
+    (body,) = prepared(system, letter(1))
+
+    for_people = letters_command(system, "show", "1")
+    assert for_people.returncode == 0
+    assert for_people.stdout.endswith(f"\n\n{body.decode()}\n")
+    assert re.search(r"^reason: +rejected$", for_people.stdout, re.MULTILINE)
+
+    shown = json.loads(letters_command(system, "show", "1", "--json").stdout)
+    assert shown == {**listed(system)[0], "body": body.decode()}
+
+
+def test_show_has_pending_ones_too(system):
+    (body,) = prepared(system, letter(1, dead=False, reason="errored"))
+
+    assert json.loads(letters_command(system, "show", "1", "--json").stdout)["body"] == body.decode()
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+def test_replay_without_a_daemon_delivers_with_progress(system):
+    bodies = prepared(system, *(letter(number) for number in range(30)))
+
+    done = letters_command(system, "replay")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "30 to be delivered again\n30 delivered\n"
+    assert "100%" in done.stderr
+    assert "pending.delivered" not in done.stderr
+    assert_arrived_once(system, bodies)
+    assert listed(system) == listed(system, "--pending") == []
+
+    again = letters_command(system, "replay")
+    assert (again.returncode, again.stdout) == (0, "0 to be delivered again\n")
+    assert_arrived_once(system, bodies)
+
+
+def test_replay_takes_ids_and_filters(system):
+    bodies = prepared(system, *(letter(number) for number in range(4)), letter(9, event_type="FileDeleted"))
+
+    assert letters_command(system, "replay", "2", "3").stdout == "2 to be delivered again\n2 delivered\n"
+    assert letters_command(system, "replay", "--type", "File*").stdout == "1 to be delivered again\n1 delivered\n"
+
+    assert_arrived_once(system, [bodies[1], bodies[2], bodies[4]])
+    assert [row["id"] for row in listed(system)] == [1, 4]
+
+
+def test_replay_says_what_it_cannot_deliver_and_delivers_the_rest(system):
+    bodies = prepared(system, letter(1), letter(2, "gone"), letter(3, "", reason="malformed"))
+
+    done = letters_command(system, "replay")
+
+    assert_fails(done, 1, "2 cannot be: unreadable, without a route, or of a sink that is no more")
+    assert done.stdout == "1 to be delivered again\n1 delivered\n"
+    assert_arrived_once(system, bodies[:1])
+    assert [row["id"] for row in listed(system)] == [2, 3]
+
+
+def test_replay_routes_anew_what_no_route_took(system):
+    bodies = prepared(system, letter(1, "", reason="unrouted", error="no route takes it"))
+
+    assert letters_command(system, "replay").returncode == 0
+
+    assert_arrived_once(system, bodies)
+    assert listed(system) == []
+
+
+def test_what_is_rejected_again_is_a_dead_letter_with_its_new_error(system, receiver):
+    receiver.answer = Answer(status=422, body=b"no such customer")
+    system.configure("http://127.0.0.1:9", sinks=hook_sink(receiver.url))
+    store(system, *(letter(number, "hook", error="what it said first") for number in range(3)))
+
+    done = letters_command(system, "replay")
+
+    assert_fails(done, 1, "3 are dead letters again")
+    assert "0 delivered\n" in done.stdout
+    assert [(row["reason"], row["attempts"]) for row in listed(system)] == [("rejected", 1)] * 3
+    assert all("no such customer" in row["error"] for row in listed(system))
+
+
+def test_what_fails_again_stays_pending_with_its_new_error(system):
+    with HeldPort() as port:
+        system.configure("http://127.0.0.1:9", sinks=hook_sink(port.url))
+        store(system, letter(1, "hook", error="what it said first"))
+
+        done = letters_command(system, "replay")
+
+    assert_fails(done, 1, "still pending: see `vodpoller deadletters list --pending`")
+    assert listed(system) == []
+    (row,) = listed(system, "--pending")
+    assert row["attempts"] == 1
+    assert "refused" in row["error"]
+
+
+def test_replay_through_the_running_daemon(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    bodies = store(system, *(letter(number) for number in range(50)))
+    daemon = system.daemon()
+
+    done = letters_command(system, "replay")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("50 to be delivered again\nThe running daemon delivers them")
+    until(lambda: len(system.lines()) == 50)
+    until(lambda: not listed(system, "--pending"))
+    assert daemon.terminate()[0] == 0
+    assert_arrived_once(system, bodies)
+
+
+# --- ten thousand -----------------------------------------------------------------------------------------------------
+
+
+def many(system):
+    """Dead letters of a script that rejects, whose name is a file's afterwards."""
+    return prepared(system, *(letter(number) for number in range(MANY)))
+
+
+def start_replay(system, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "vodpoller", "deadletters", "replay", "-c", str(system.config_path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        **options,
+    )
+
+
+def most_memory_kb(process):
+    """The high-water mark of its memory so far; 0 when it has ended."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def watch(process, *, until_lines, system, secs=60):
+    """Wait for the archive to have so many lines; returns the most memory that was seen."""
+    memory = [0]
+
+    def has_them():
+        memory.append(most_memory_kb(process))
+        return process.poll() is not None or len(system.lines()) >= until_lines
+
+    until(has_them, secs=secs, every_secs=0.01)
+    return max(memory)
+
+
+def test_ten_thousand_dead_letters_survive_kills_in_the_middle_and_arrive_once(system):
+    bodies = many(system)
+
+    for part in (1, 3000, 6000):
+        with start_replay(system) as process:
+            watch(process, until_lines=part, system=system)
+            assert process.poll() is None, "it had ended before it could be killed"
+            process.kill()
+    survived = len(system.lines())
+    assert 6000 <= survived < MANY
+    with start_replay(system) as process:
+        memory_kb = watch(process, until_lines=MANY, system=system)
+        said, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 0, said
+    assert 0 < memory_kb < MEMORY_MAX_KB
+    assert_arrived_once(system, bodies)
+    assert listed(system) == listed(system, "--pending") == []
+
+
+def test_ten_thousand_dead_letters_survive_a_kill_while_they_are_marked(system):
+    bodies = many(system)
+
+    with start_replay(system) as process, closing(sqlite3.connect(system.journal)) as db:
+        until(lambda: db.execute("SELECT count(*) FROM letters WHERE state = 'pending'").fetchone()[0], every_secs=0)
+        process.kill()
+        process.wait()
+        (marked,) = db.execute("SELECT count(*) FROM letters WHERE state = 'pending'").fetchone()
+    assert 0 < marked < MANY
+    assert system.lines() == []
+
+    done = letters_command(system, "replay", timeout_secs=60)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{MANY - marked:,} to be delivered again\n{MANY:,} delivered\n"
+    assert_arrived_once(system, bodies)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_replay_that_is_interrupted_ends_in_order_and_is_taken_up_again(system, number):
+    bodies = many(system)
+
+    with start_replay(system) as process:
+        watch(process, until_lines=500, system=system)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+    left = MANY - len(system.lines())
+
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert "still pending" in said
+    assert 0 < left <= MANY - 500
+    again = letters_command(system, "replay", timeout_secs=60)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"0 to be delivered again\n{left:,} delivered\n"
+    assert_arrived_once(system, bodies)
+
+
+def test_ten_thousand_dead_letters_through_a_daemon_that_is_killed_in_the_middle(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    bodies = store(system, *(letter(number) for number in range(MANY)))
+    daemon = system.daemon()
+
+    done = letters_command(system, "replay", timeout_secs=60)
+    assert done.returncode == 0, done.stderr
+    until(lambda: len(system.lines()) >= 1000)
+    daemon.kill()
+    assert len(system.lines()) < MANY
+    daemon = system.daemon()
+    memory_kb = watch(daemon.process, until_lines=MANY, system=system, secs=90)
+    until(lambda: not listed(system, "--pending"))
+
+    assert 0 < max(memory_kb, most_memory_kb(daemon.process)) < MEMORY_MAX_KB
+    assert daemon.terminate()[0] == 0
+    assert_arrived_once(system, bodies)
+
+
+def test_dead_letters_of_a_script_that_rejects_go_to_the_file_that_takes_its_place(system):
+    """From end to end: pulled, rejected, dead; then the sink of that name is another."""
+    simulator = system.simulator(events=100)
+    script = '[sinks.archive]\ntype = "exec"\ncommand = ["false"]\nconcurrency = 8\n'
+    system.configure(simulator.url, sinks=script)
+    daemon = system.daemon()
+    until(simulator.all_confirmed, secs=30)
+    assert daemon.terminate()[0] == 0
+    assert {(row["sink"], row["reason"]) for row in listed(system)} == {("archive", "rejected")}
+
+    system.configure(simulator.url)
+    done = letters_command(system, "replay")
+
+    assert done.returncode == 0, done.stderr
+    fed = [row["body"] for row in simulator.ledger(bodies=True)]
+    assert sorted(map(canonical, system.lines())) == sorted(map(canonical, fed))
+
+
+# --- purge ------------------------------------------------------------------------------------------------------------
+
+
+def purge(system, *args, answer=""):
+    return subprocess.run(
+        [sys.executable, "-m", "vodpoller", "deadletters", "purge", "-c", str(system.config_path), *args],
+        input=answer,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env=environment(),
+    )
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n", ""])
+def test_purge_asks_and_takes_no_for_an_answer(system, answer):
+    prepared(system, letter(1), letter(2))
+
+    done = purge(system, answer=answer)
+
+    assert_fails(done, 1, "Aborted!")
+    assert "Delete 2 dead letters for good?" in done.stdout
+    assert len(listed(system)) == 2
+
+
+@pytest.mark.parametrize(("args", "answer"), [([], "y\n"), (["--yes"], "")])
+def test_purge_deletes_what_it_was_told_to(system, args, answer):
+    prepared(system, letter(1), letter(2, "hook"), letter(3, dead=False, reason="errored"))
+
+    done = purge(system, "--sink", "archive", *args, answer=answer)
+
+    assert done.returncode == 0
+    assert done.stdout.endswith("1 deleted\n")
+    assert [row["id"] for row in listed(system)] == [2]
+    assert [row["id"] for row in listed(system, "--pending")] == [3]
+
+
+def test_purge_does_not_ask_about_nothing(system):
+    prepared(system)
+
+    done = purge(system)
+
+    assert (done.returncode, done.stdout) == (0, "0 deleted\n")
+
+
+def test_what_becomes_a_dead_letter_while_purge_waits_for_its_answer_stays(system):
+    prepared(system, letter(1))
+
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "vodpoller", "deadletters", "purge", "-c", str(system.config_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        assert select.select([process.stdout], [], [], 15)[0]
+        store(system, letter(2))
+        said, _ = process.communicate(b"y\n", timeout=15)
+
+    assert said.endswith(b"1 deleted\n")
+    assert [row["id"] for row in listed(system)] == [2]
+
+
+def test_purge_beside_a_running_daemon(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    store(system, *(letter(number) for number in range(500)))
+    daemon = system.daemon()
+
+    assert purge(system, "--yes").stdout == "500 deleted\n"
+
+    simulator.feed('{"EventType": "FileDeleted"}')
+    until(simulator.all_confirmed)
+    assert daemon.problems() == []
+    assert daemon.terminate()[0] == 0
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def status_of(system):
+    done = run_command("status", "--json", "-c", system.config_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_status_of_a_journal_with_nothing_in_it(system):
+    prepared(system)
+
+    done = run_command("status", "-c", system.config_path)
+
+    assert done.returncode == 0
+    assert "No daemon runs with this journal.\n" in done.stdout
+    assert "Last pull: never\n" in done.stdout
+    assert "Nothing is stored" in done.stdout
+    assert status_of(system)["stored"] == []
+
+
+def test_status_says_how_much_waits_for_which_sink(system):
+    prepared(system, letter(1), letter(2, "", reason="unrouted"), letter(3, dead=False, reason="errored"))
+
+    said = status_of(system)
+    assert [(row["sink"], row["state"], row["events"]) for row in said["stored"]] == [
+        ("archive", "pending", 1),
+        ("", "dead", 1),
+        ("archive", "dead", 1),
+    ]
+    table = run_command("status", "-c", system.config_path).stdout
+    assert re.search(r"archive +│ pending +│ 1 +│ \d{4}-", table)
+    assert re.search(r"\(none\) +│ dead +│ 1 ", table)
+
+
+def test_status_knows_whether_a_daemon_runs_and_when_vod_last_answered(system):
+    simulator = system.simulator(events=3)
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    until(simulator.all_confirmed)
+
+    assert status_of(system)["running"] is True
+    assert "The daemon runs.\n" in run_command("status", "-c", system.config_path).stdout
+
+    assert daemon.terminate()[0] == 0
+    said = status_of(system)
+    assert said["running"] is False
+    assert said["last_started_at"] <= said["last_pull_at"]
+    assert said["last_started_at"] <= said["last_confirm_at"]
+
+
+# --- once -------------------------------------------------------------------------------------------------------------
+
+
+def test_once_takes_what_is_there_and_ends_with_0(system):
+    simulator = system.simulator(events=50)
+    path = system.configure(simulator.url)
+
+    done = run_command("once", "-c", path)
+
+    assert done.returncode == 0, done.stderr
+    assert simulator.all_confirmed()
+    assert len(system.lines()) == 50
+    assert run_command("once", "-c", path).returncode == 0
+
+
+def test_once_ends_with_1_while_a_sink_is_dead_and_with_0_when_it_is_back(system, receiver):
+    receiver.answer = Answer(status=503)
+    simulator = system.simulator(events=20)
+    path = system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
+
+    assert run_command("once", "-c", path).returncode == 1
+    assert simulator.all_confirmed()  # someone has them: the journal
+    assert len(system.lines()) == 20
+    assert len(listed(system, "--pending")) == 20
+
+    receiver.answer = Answer()
+    with closing(sqlite3.connect(system.journal)) as db, db:
+        db.execute("UPDATE letters SET due_at = 0")  # the back-off is over
+    done = run_command("once", "-c", path)
+
+    assert done.returncode == 0, done.stderr
+    assert {request.headers["webhook-id"] for request in receiver.accepted} == {
+        row["webhook-id"] for row in (request.headers for request in receiver.received)
+    }
+    assert len(receiver.accepted) == 20
+    assert len(system.lines()) == 20
+
+
+def test_once_ends_in_time_where_events_never_end(system):
+    simulator = system.simulator(events=100, rate=200)
+    path = system.configure(simulator.url)
+
+    done = run_command("once", "--max-secs", "1", "-c", path)
+
+    assert done.returncode == 1  # the queue was not emptied
+    assert len(system.lines()) > 0
+    stats = simulator.stats()
+    assert len(system.lines()) == stats["confirmed"]
+
+
+def test_once_says_why_vod_cannot_be_reached(system):
+    with HeldPort() as port:
+        path = system.configure(port.url)
+        done = run_command("once", "-c", path)
+
+    assert_fails(done, 1, "pull.failed", "refused")
+
+
+def test_once_with_a_wrong_key_does_not_try_for_long(system):
+    simulator = system.simulator(secret_id=SECRET_ID, secret_key="another", events=1)
+    path = system.configure(simulator.url)
+
+    done = run_command("once", "-c", path)
+
+    assert_fails(done, 1, "AuthFailure.SignatureFailure")
+    assert simulator.requests == 1
+
+
+def test_once_beside_a_running_daemon_says_that_there_is_one(system):
+    simulator = system.simulator()
+    path = system.configure(simulator.url)
+    daemon = system.daemon()
+
+    assert_fails(run_command("once", "-c", path), 1, "already running")
+
+    assert daemon.terminate()[0] == 0
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon"])
+def test_once_wants_a_second_at_least(system, value):
+    path = system.configure("http://127.0.0.1:9")
+
+    assert_fails(run_command("once", "--max-secs", value, "-c", path), 2, "--max-secs")
+
+
+# --- what root leaves behind ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outsider(system):
+    """A folder that another user may enter, and tests with it."""
+    for folder in (system.folder, *system.folder.parents):
+        if folder.stat().st_uid == os.geteuid() and str(folder) != "/" and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    return system
+
+
+def as_nobody(system, *args, **env):
+    system.config_path.chmod(0o644)
+    system.key_path.chmod(0o644)
+    return subprocess.run(
+        [sys.executable, "-m", "vodpoller", *args, "-c", str(system.config_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        env=environment(PYTHONDONTWRITEBYTECODE="1", **env),
+    )
+
+
+def owners(folder):
+    return {path.name: (path.stat().st_uid, path.stat().st_gid) for path in folder.iterdir()}
+
+
+@contextmanager
+def state_folder(system):
+    """A folder as systemd gives it to the service's user; the journal and the archive go there."""
+    folder = system.folder / "state"
+    folder.mkdir(0o755)
+    os.chown(folder, NOBODY, NOBODY)
+    system.journal, system.archive = folder / "journal.db", folder / "events.jsonl"
+    yield folder
+
+
+@needs_root
+@pytest.mark.parametrize("command", ["once", "replay"])
+def test_what_root_makes_belongs_to_the_owner_of_the_folder(outsider, command):
+    simulator = outsider.simulator(events=5)
+    with state_folder(outsider) as folder:
+        outsider.configure(simulator.url)
+        if command == "replay":
+            store(outsider, letter(1))
+            done = letters_command(outsider, "replay")
+        else:
+            done = run_command("once", "-c", outsider.config_path)
+
+        assert done.returncode == 0, done.stderr
+        assert {"journal.db", "journal.db.lock", "events.jsonl", "events.jsonl.lock"} <= set(owners(folder))
+        assert set(owners(folder).values()) == {(NOBODY, NOBODY)}
+        simulator.feed('{"EventType": "FileDeleted"}')
+        assert as_nobody(outsider, "once").returncode == 0
+
+
+@needs_root
+def test_what_root_leaves_when_it_is_killed_belongs_to_the_owner_too(outsider):
+    simulator = outsider.simulator(rate=50)
+    with state_folder(outsider) as folder:
+        path = outsider.configure(simulator.url)
+        with subprocess.Popen(
+            [sys.executable, "-m", "vodpoller", "once", "-c", str(path)], stderr=subprocess.DEVNULL, env=environment()
+        ) as process:
+            until(lambda: len(outsider.lines()) > 5)
+            process.kill()
+
+        assert (folder / "journal.db-wal").exists()
+        assert set(owners(folder).values()) == {(NOBODY, NOBODY)}
+        done = as_nobody(outsider, "once", "--max-secs", "1")
+        assert "journal.failed" not in done.stderr
+        assert "readonly" not in done.stderr
+
+
+@needs_root
+def test_what_root_reads_leaves_nothing_that_the_daemon_cannot_write(outsider):
+    with state_folder(outsider) as folder:
+        outsider.configure("http://127.0.0.1:9")
+        store(outsider, letter(1))
+        for path in folder.iterdir():
+            os.chown(path, NOBODY, NOBODY)
+
+        for command in (*READERS, ["deadletters", "purge", "--yes"]):
+            assert run_command(*command, "-c", outsider.config_path).returncode == 0
+
+        assert set(owners(folder).values()) == {(NOBODY, NOBODY)}
+
+
+# --- check --connect --------------------------------------------------------------------------------------------------
+
+
+def findings(done):
+    """The table's rows: what was looked at, with the verdict and the text."""
+    assert "Traceback" not in done.stderr
+    assert SECRET_KEY not in done.stdout + done.stderr
+    found = {}
+    what = ""
+    for line in done.stdout.splitlines():
+        if line.startswith("│"):
+            cells = [cell.strip() for cell in line.strip("│").split("│")]
+            what = cells[0] or what
+            verdict, text = found.get(what, ("", ""))
+            found[what] = (verdict or cells[1], f"{text} {cells[2]}".strip())
+    return found
+
+
+def connect(system, code, **env):
+    done = run_command("check", "--connect", "-c", system.config_path, **env)
+    assert done.returncode == code, done.stdout + done.stderr
+    found = findings(done)
+    assert [what for what, (verdict, _) in found.items() if verdict == "BAD"] or code == 0
+    return found
+
+
+def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system, receiver):
+    simulator = system.simulator(events=5, secret_id=SECRET_ID, secret_key=SECRET_KEY)
+    script = '[sinks.script]\ntype = "exec"\ncommand = ["true"]\n'
+    system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url) + script)
+    before, folder = simulator.stats(), tree(system.folder)
+
+    found = connect(system, 0)
+
+    assert [*found] == ["source main", "clock", "sink archive", "sink hook", "sink script", "journal"]
+    assert {verdict for verdict, _ in found.values()} == {"good"}
+    assert "RequestId" in found["source main"][1]
+    after = simulator.stats()
+    assert (after["pulls"], after["confirmed"], after["visible"]) == (0, 0, before["visible"])
+    assert set(after["requests"]) == {"ConfirmEvents"}
+    assert tree(system.folder) == folder
+    assert receiver.received == []
+
+
+def test_it_looks_on_while_the_daemon_works_too(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    daemon = system.daemon()
+
+    done = run_command("check", "--connect", "-c", system.config_path)
+    found = findings(done)
+
+    assert found["source main"][0] == found["journal"][0] == "good"
+    assert simulator.feed('{"EventType": "FileDeleted"}') == 1
+    until(simulator.all_confirmed)
+    assert daemon.terminate()[0] == 0
+
+
+def test_a_wrong_key_is_told_from_a_wrong_id(system):
+    simulator = system.simulator(secret_id=SECRET_ID, secret_key="another")
+    system.configure(simulator.url)
+
+    verdict, text = connect(system, 1)["source main"]
+    assert verdict == "BAD"
+    assert "AuthFailure.SignatureFailure" in text
+    assert "RequestId" in text
+
+    simulator.control(secret_id="AKIDanother")
+    assert "AuthFailure.SecretIdNotFound" in connect(system, 1)["source main"][1]
+
+
+def test_a_key_without_the_right_is_told_which_rights_it_needs(system):
+    refusal = {
+        "Error": {"Code": "UnauthorizedOperation", "Message": "you may not (vod:ConfirmEvents)"},
+        "RequestId": "of-the-refusal",
+    }
+    vod = Receiver()
+    vod.answer = Answer(status=200, body=json.dumps({"Response": refusal}).encode())
+    with running_receiver(vod):
+        system.configure(f"http://127.0.0.1:{vod.server_port}")
+        verdict, text = connect(system, 1)["source main"]
+
+    assert verdict == "BAD"
+    for phrase in ("UnauthorizedOperation", "vod:ConfirmEvents", "RequestId of-the-refusal"):
+        assert phrase in text
+
+
+def test_a_sub_app_id_that_is_none_is_named_as_what_is_wrong(system):
+    simulator = system.simulator(sub_app_id=1500000001)
+    system.configure(simulator.url, source='unrouted = "confirm"\nsub_app_id = 42')
+
+    verdict, text = connect(system, 1)["source main"]
+
+    assert verdict == "BAD"
+    assert "sub_app_id" in text
+
+
+@pytest.mark.parametrize(("skew_secs", "side"), [(7200, "behind"), (-7200, "ahead of")])
+def test_a_clock_that_is_off_is_measured_and_does_not_spoil_the_key(system, skew_secs, side):
+    simulator = system.simulator(secret_id=SECRET_ID, secret_key=SECRET_KEY, clock_skew_secs=skew_secs)
+    system.configure(simulator.url)
+
+    found = connect(system, 1)
+
+    assert found["source main"][0] == "good"
+    verdict, text = found["clock"]
+    assert verdict == "BAD"
+    assert abs(int(re.search(rf"is (\d+) s {side} VOD's", text)[1]) - 7200) <= 2
+    assert "NTP" in text
+
+
+def test_an_endpoint_that_is_not_there_is_said_to_be_so(system):
+    with HeldPort() as port:
+        system.configure(port.url)
+        found = connect(system, 1)
+
+    assert found["source main"][0] == found["clock"][0] == "BAD"
+    assert "is api.endpoint right, and this machine online?" in found["source main"][1]
+    assert "VOD did not answer" in found["clock"][1]
+    assert found["sink archive"][0] == found["journal"][0] == "good"
+
+
+def test_sinks_that_cannot_be_reached_are_each_told_apart(system):
+    simulator = system.simulator()
+    system.archive.mkdir()
+    with HeldPort() as port:
+        script = '[sinks.script]\ntype = "exec"\ncommand = ["no-such-program"]\n'
+        system.configure(simulator.url, sinks=system.archive_sink + hook_sink(port.url) + script)
+        found = connect(system, 1)
+
+    assert [found[f"sink {name}"][0] for name in ("archive", "hook", "script")] == ["BAD"] * 3
+    assert "not of a folder" in found["sink archive"][1]
+    assert "refused" in found["sink hook"][1]
+    assert "no-such-program" in found["sink script"][1]
+    assert found["source main"][0] == found["journal"][0] == "good"
+
+
+@needs_root
+def test_places_that_this_user_may_not_write_to_are_named(outsider):
+    simulator = outsider.simulator()
+    outsider.configure(simulator.url)
+    folder = tree(outsider.folder)
+
+    done = as_nobody(outsider, "check", "--connect")
+
+    found = findings(done)
+    assert done.returncode == 1
+    assert found["source main"][0] == "good"
+    assert found["sink archive"][0] == found["journal"][0] == "BAD"
+    assert "the user that runs vodpoller needs the right to write there" in found["sink archive"][1]
+    assert f"{outsider.folder} cannot be written by this user" in found["journal"][1]
+    assert tree(outsider.folder) == folder
+
+
+@needs_root
+@pytest.mark.parametrize("place", ["in a folder that may not be entered", "read-only", "in a folder that is read-only"])
+def test_a_journal_that_this_user_may_not_write_to_is_named(outsider, place):
+    simulator = outsider.simulator()
+    with state_folder(outsider) as folder:
+        outsider.configure(simulator.url)
+        store(outsider, letter(1))
+        os.chown(outsider.journal, *((0, 0) if place == "read-only" else (NOBODY, NOBODY)))
+        if place != "read-only":
+            os.chown(folder, 0, 0)
+        if place == "in a folder that may not be entered":
+            folder.chmod(0o700)
+
+        done = as_nobody(outsider, "check", "--connect")
+
+        assert done.returncode == 1
+        verdict, text = findings(done)["journal"]
+        assert verdict == "BAD"
+        assert str(outsider.journal if place == "read-only" else folder) in text
+
+
+# --- schema and completion --------------------------------------------------------------------------------------------
+
+
+def problems_of(value, schema, whole, place=""):
+    """What of JSON Schema the configuration's has, looked up by hand."""
+    while "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/$defs/")
+        schema = whole["$defs"][name] | {key: rest for key, rest in schema.items() if key != "$ref"}
+    for choices in (schema.get("anyOf"), schema.get("oneOf")):
+        if choices and all(problems_of(value, choice, whole, place) for choice in choices):
+            return [f"{place}: none of the choices"]
+    if "const" in schema and value != schema["const"]:
+        return [f"{place}: not {schema['const']!r}"]
+    if "enum" in schema and value not in schema["enum"]:
+        return [f"{place}: not of {schema['enum']}"]
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
+    kind = schema.get("type")
+    if kind and not isinstance(value, kinds.get(kind, type(None))):
+        return [f"{place}: no {kind}"]
+    found = []
+    if isinstance(value, dict):
+        found += [f"{place}: lacks {name}" for name in schema.get("required", ()) if name not in value]
+        for name, inner in value.items():
+            rest = schema.get("additionalProperties", True)
+            known = schema.get("properties", {}).get(name, rest)
+            if known is False:
+                found.append(f"{place}.{name}: unknown")
+            elif isinstance(known, dict):
+                found += problems_of(inner, known, whole, f"{place}.{name}")
+    if isinstance(value, list):
+        for index, inner in enumerate(value):
+            found += problems_of(inner, schema.get("items", {}), whole, f"{place}[{index}]")
+    return found
+
+
+@pytest.fixture(scope="module")
+def schema():
+    done = run_command("schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def uncommented(text):
+    """The example with every setting that it shows switched on."""
+    return re.sub(r"^# (?=\[|[a-z_]+ = )", "", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("change", [str, uncommented], ids=["as it stands", "with everything switched on"])
+def test_the_example_is_valid_by_the_schema(schema, change):
+    example = tomllib.loads(change((ROOT / "config.example.toml").read_text()))
+
+    assert problems_of(example, schema, schema) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ('name = "main"', 'nam = "main"'),
+        ('name = "main"', "name = 5"),
+        ('unrouted = "dead_letter"', 'unrouted = "drop"'),
+        ('type = "file"', 'type = "fiel"'),
+        ('path = "/var/lib/vodpoller/events.jsonl"', ""),
+        ("[journal]", "[jurnal]"),
+    ],
+)
+def test_what_is_wrong_is_wrong_by_the_schema_too(schema, right, wrong):
+    text = (ROOT / "config.example.toml").read_text()
+    assert right in text
+
+    assert problems_of(tomllib.loads(text.replace(right, wrong, 1)), schema, schema)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_gets_its_completion(shell):
+    done = subprocess.run(
+        [sys.executable, "-c", "from vodpoller.cli import main; main(prog_name='vodpoller')"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(_VODPOLLER_COMPLETE=f"{shell}_source"),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "_vodpoller_completion" in done.stdout
+    assert f"_VODPOLLER_COMPLETE={shell}_complete" in done.stdout
+
+
+def test_completion_knows_commands_and_options():
+    def completed(words):
+        done = subprocess.run(
+            [sys.executable, "-c", "from vodpoller.cli import main; main(prog_name='vodpoller')"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment(
+                _VODPOLLER_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
+            ),
+        )
+        return {line.partition(",")[2] for line in done.stdout.splitlines()}
+
+    assert {"list", "show", "replay", "purge"} == completed("vodpoller deadletters ")
+    assert "deadletters" in completed("vodpoller d")
+    assert {"--since", "--sink"} <= completed("vodpoller deadletters list --s")
+    assert {"rejected", "gave_up"} <= completed("vodpoller deadletters list --reason ")

@@ -1,0 +1,998 @@
+"""The guarantees under fault, each shown from end to end: the daemon and the simulator as processes of their own."""
+
+import gzip
+import http.client
+import json
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.processes import (
+    ROOT,
+    SECRET_ID,
+    DaemonProcess,
+    HeldPort,
+    bodies_of,
+    differences,
+    environment,
+    running_system,
+    until,
+)
+from tests.receiver import Answer, Receiver, running_receiver
+
+LEASE_SECS = 1.5
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver() as running:
+        yield running
+
+
+def hook_sink(url, more="timeout_secs = 1"):
+    return f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\n{more}\n'
+
+
+def numbered(number, **more):
+    return json.dumps(
+        {"EventType": "Numbered", "NumberedEvent": {"TaskId": f"task-{number}-", "Number": number}} | more
+    )
+
+
+def rows_of(system, sql, *parameters):
+    with closing(sqlite3.connect(f"file:{system.journal}?mode=ro", uri=True)) as journal:
+        return journal.execute(sql, parameters).fetchall()
+
+
+def stored(system):
+    """Rows of the journal by (sink, state, reason)."""
+    return Counter(rows_of(system, "SELECT sink, state, reason FROM letters"))
+
+
+def assert_all_arrived_once(system, simulator, archive=None):
+    lines = system.lines() if archive is None else archive.read_bytes().split(b"\n")[:-1]
+    assert differences(bodies_of(simulator.ledger(bodies=True)), lines) == ([], [])
+
+
+def assert_each_asked_once(receiver, count):
+    ids = Counter(received.headers["webhook-id"] for received in receiver.received)
+    assert len(ids) == count
+    assert set(ids.values()) == {1}
+
+
+def assert_each_accepted_once(receiver, count):
+    ids = Counter(received.headers["webhook-id"] for received in receiver.accepted)
+    assert len(ids) == count
+    assert set(ids.values()) == {1}
+
+
+def holds(condition, *, secs, every_secs=0.1):
+    """Something stays true for so long."""
+    ends_at = time.monotonic() + secs
+    while time.monotonic() < ends_at:
+        assert condition()
+        time.sleep(every_secs)
+
+
+# --- between the daemon and the simulator -----------------------------------------------------------------------------
+
+
+class Middleman(ThreadingHTTPServer):
+    """Passes requests on to the simulator, after `meddle`, which may answer them in another way."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, target):
+        super().__init__(("127.0.0.1", 0), _Between)
+        self.target = urlsplit(target).netloc
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.meddle = lambda exchange: exchange.pass_on()
+        self.asked = []
+        self.over = threading.Event()
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.over.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        pass  # a daemon that hangs up is what some tests are about
+
+    def confirms(self):
+        return [body["EventHandles"] for action, body in list(self.asked) if action == "ConfirmEvents"]
+
+    def pulls(self):
+        return sum(action == "PullEvents" for action, _ in list(self.asked))
+
+
+class _Between(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.action = self.headers["X-TC-Action"]
+        self.server.asked.append((self.action, json.loads(self.body)))
+        self.server.meddle(self)
+
+    def ask(self):
+        """What the simulator answers."""
+        with closing(http.client.HTTPConnection(self.server.target, timeout=30)) as connection:
+            connection.request("POST", "/", self.body, dict(self.headers))
+            return connection.getresponse().read()
+
+    def pass_on(self):
+        self.answer(self.ask())
+
+    def answer(self, body, **headers):
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def with_other_handles(answer, change):
+    """A pull's answer whose handles are what `change` makes of their list."""
+    document = json.loads(answer)
+    events = document["Response"].get("EventSet") or []
+    for event, handle in zip(events, change([event["EventHandle"] for event in events]), strict=True):
+        event["EventHandle"] = handle
+    return json.dumps(document).encode()
+
+
+# --- in-flight hand-over, late success --------------------------------------------------------------------------------
+
+
+def test_where_events_are_left_those_that_come_again_join_the_delivery_that_runs(system, receiver):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
+    receiver.answer = Answer(after_secs=2.5)
+    system.configure(
+        simulator.url,
+        lease_secs=LEASE_SECS,
+        source='unrouted = "dead_letter"\non_failure = "leave"',
+        sinks=hook_sink(receiver.url, "timeout_secs = 20\nconcurrency = 4"),
+    )
+    daemon = system.daemon()
+    simulator.feed(*map(numbered, range(8)))
+
+    until(simulator.all_confirmed, secs=20, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+
+    assert_each_asked_once(receiver, 8)
+    stats = simulator.stats()
+    assert stats["redeliveries"] >= 8
+    assert stats["confirms_stale"] == 0  # each by its newest handle
+    assert stored(system) == {}
+    assert daemon.log("event.settled")[-1]["redelivered"]
+
+
+def test_what_a_slow_sink_has_not_taken_is_stored_and_confirmed_and_its_late_success_ends_it(system, receiver):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
+    receiver.answer = Answer(after_secs=7)  # beyond the lease, and beyond the first retry of a stored event
+    system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=hook_sink(receiver.url, "timeout_secs = 20"))
+    daemon = system.daemon()
+    simulator.feed(*map(numbered, range(4)))
+
+    until(simulator.all_confirmed, secs=LEASE_SECS + 1)
+    assert stored(system) == {("hook", "pending", "unsettled"): 4}
+    until(lambda: stored(system) == {}, secs=15, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+
+    assert_each_asked_once(receiver, 4)
+    assert simulator.stats()["redeliveries"] == 0
+
+
+# --- refused confirms -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stale", ["atomic", "per_handle"])
+def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(system, stale):
+    simulator = system.simulator(visibility_secs=2, poll_secs=0.3, stale=stale)
+    simulator.feed(*map(numbered, range(16)))
+    with Middleman(simulator.url) as middleman:
+
+        def spoil_the_first_answer(exchange):
+            answer = exchange.ask()
+            if exchange.action == "PullEvents" and middleman.pulls() == 1:
+                answer = with_other_handles(answer, lambda handles: [*handles[:11], "0" * 32, *handles[12:]])
+            exchange.answer(answer)
+
+        middleman.meddle = spoil_the_first_answer
+        system.configure(middleman.url, lease_secs=2)
+        daemon = system.daemon()
+
+        until(lambda: simulator.stats()["confirmed"] == 15, what=daemon.tail)
+        assert simulator.stats()["redeliveries"] == 0
+        until(simulator.all_confirmed, what=daemon.tail)
+        assert daemon.terminate()[0] == 0
+
+        calls = middleman.confirms()
+        assert sum(len(handles) > 1 for handles in calls) <= 7
+        assert len(calls) <= 9 + 1
+    assert simulator.stats()["redeliveries"] == 1
+    assert [line["unconfirmed"] for line in daemon.log("confirm.failed")] == [1 if stale == "atomic" else 16]
+    assert_all_arrived_once(system, simulator)
+
+
+def test_a_refusal_after_a_lost_answer_costs_one_call(system):
+    simulator = system.simulator(visibility_secs=2, poll_secs=0.3)
+    simulator.feed(*map(numbered, range(16)))
+    with Middleman(simulator.url) as middleman:
+
+        def lose_the_first_confirm(exchange):
+            answer = exchange.ask()
+            if exchange.action == "ConfirmEvents" and len(middleman.confirms()) == 1:
+                exchange.close_connection = True
+                return
+            exchange.answer(answer)
+
+        middleman.meddle = lose_the_first_confirm
+        system.configure(middleman.url, lease_secs=2)
+        daemon = system.daemon()
+
+        until(lambda: daemon.log("event.settled"))
+        holds(lambda: len(middleman.confirms()) == 2, secs=2.5)  # longer than the lease
+        assert daemon.terminate()[0] == 0
+    assert simulator.all_confirmed()
+    assert simulator.stats()["redeliveries"] == 0
+    assert_all_arrived_once(system, simulator)
+
+
+def test_sixteen_stale_handles_again_and_again_do_not_storm_and_the_sub_app_id_is_suspected(system):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.5)
+    simulator.feed(*map(numbered, range(16)))
+    spoiled = threading.Event()
+    with Middleman(simulator.url) as middleman:
+
+        def spoil(exchange):
+            answer = exchange.ask()
+            if exchange.action == "PullEvents" and not spoiled.is_set():
+                answer = with_other_handles(answer, lambda handles: [f"no-{handle}" for handle in handles])
+            exchange.answer(answer)
+
+        middleman.meddle = spoil
+        system.configure(middleman.url, lease_secs=LEASE_SECS)
+        daemon = system.daemon()
+        refused = daemon.await_log("confirm.refused")
+        spoiled.set()
+        leases = simulator.stats()["redeliveries"] // 16 + 1
+        assert len(middleman.confirms()) <= 9 * leases
+        assert middleman.pulls() <= 8 * leases
+
+        until(simulator.all_confirmed, what=daemon.tail)
+        assert daemon.terminate()[0] == 0
+    assert refused[0]["level"] == "error"
+    assert "sub_app_id" in refused[0]["hint"]
+    assert_all_arrived_once(system, simulator)
+
+
+def test_a_wrong_sub_app_id_is_named_and_asked_seldom_until_it_is_right(system):
+    simulator = system.simulator(poll_secs=0.3, sub_app_id=1500000001)
+    simulator.feed(*map(numbered, range(5)))
+    system.configure(simulator.url, source='sub_app_id = 1500000002\nunrouted = "dead_letter"')
+    daemon = system.daemon()
+
+    (failed,) = daemon.await_log("pull.failed")
+    holds(lambda: simulator.requests <= 2, secs=1)
+    simulator.control(sub_app_id=1500000002)
+    daemon.signal(signal.SIGHUP)
+    until(simulator.all_confirmed)
+    assert daemon.terminate()[0] == 0
+
+    assert failed["level"] == "error"
+    assert "sub_app_id" in failed["error_message"]
+    assert_all_arrived_once(system, simulator)
+
+
+# --- a ledger, or a disk, that cannot be written ----------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path):
+    """As a command does that works on the journal for too long."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def test_while_somebody_locks_the_journal_pulling_waits_and_goes_on_by_itself_without_a_doubled_event(system):
+    simulator = system.simulator(rate=100, feed=900, visibility_secs=LEASE_SECS, poll_secs=0.3)
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    daemon = system.daemon()
+    until(lambda: simulator.stats()["confirmed"] >= 100)
+
+    with locked(system.journal):
+        began = time.monotonic()
+        daemon.await_log("journal.failed")
+        until(lambda: not simulator.stats()["outstanding"])
+        pulls = simulator.stats()["pulls"]
+        time.sleep(max(began + 6 - time.monotonic(), 0))
+        assert simulator.stats()["pulls"] <= pulls + 1  # one may have been on its way
+        assert simulator.stats()["visible"] > 100
+
+    daemon.await_log("journal.recovered")
+    until(simulator.all_confirmed, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    assert_all_arrived_once(system, simulator)
+    assert stored(system) == {}
+
+
+def test_killed_while_the_ledger_is_in_memory_only_nothing_is_doubled(system):
+    simulator = system.simulator(rate=100, feed=300, visibility_secs=LEASE_SECS, poll_secs=0.3)
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    daemon = system.daemon()
+    until(lambda: simulator.stats()["confirmed"] >= 50)
+    with locked(system.journal):
+        daemon.await_log("journal.failed")
+        daemon.kill()
+    daemon = system.daemon()
+    until(simulator.all_confirmed, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    assert daemon.log("file.recovered")
+    assert_all_arrived_once(system, simulator)
+
+
+class FullDisk:
+    """A daemon on a disk of its own, which can be filled: a small file system where this user may mount one."""
+
+    def __init__(self, system, folder):
+        self._folder = folder
+        self._maps_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+        self._start = ["unshare", *self._maps_root, "--mount", "--propagation", "private", "sh", "-c"]
+        self._start += ['mount -t tmpfs -o size=3m tmpfs "$0" && exec "$@"', str(folder)]
+        self._fillers = []
+
+    def daemon(self, system):
+        trial = subprocess.run([*self._start, "true"], capture_output=True, text=True, check=False)
+        if trial.returncode:
+            pytest.skip(f"no file system can be mounted here: {trial.stderr.strip()}")
+        self._process = _started(system, self._start)
+        return self._process
+
+    def seen(self, path):
+        """A path as this process can use it."""
+        return type(path)(f"/proc/{self._process.process.pid}/root{path}")
+
+    def fill(self):
+        filler = self.seen(self._folder) / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    def free(self):
+        (self.seen(self._folder) / "filler").unlink()
+
+
+class Limit:
+    """A daemon whose files cannot grow when its disk is "full": needs no rights."""
+
+    def __init__(self, system, folder):
+        pass
+
+    def daemon(self, system):
+        self._process = _started(system, [])
+        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        return self._process
+
+    def seen(self, path):
+        return path
+
+    def fill(self):
+        resource.prlimit(self._process.process.pid, resource.RLIMIT_FSIZE, (1, self._limits[1]))
+
+    def free(self):
+        resource.prlimit(self._process.process.pid, resource.RLIMIT_FSIZE, self._limits)
+
+
+class _PipedDaemon(DaemonProcess):
+    """Its log goes through a pipe, which no disk and no limit stops."""
+
+    def __init__(self, command, log_path, **more):
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+        with self._cat.stdin as pipe:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=pipe, env=environment(), **more
+            )
+
+    def terminate(self, **more):
+        ended = super().terminate(**more)
+        self._cat.wait()
+        return ended
+
+    def kill(self):
+        super().kill()
+        self._cat.wait()
+
+
+def _started(system, before):
+    command = [*before, sys.executable, "-m", "vodpoller", "run", "-c", str(system.config_path)]
+    daemon = _PipedDaemon(command, system.folder / "daemon.log")
+    system._running.append(daemon)
+    daemon.await_log("daemon.started")
+    return daemon
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_it"), [(FullDisk, "journal"), (FullDisk, "both"), (Limit, "both")], ids=["journal", "both", "limit"]
+)
+def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(system, kind, on_it):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
+    folder = system.folder / "disk"
+    folder.mkdir()
+    system.journal = folder / "journal.db"
+    if on_it == "both":
+        system.archive = folder / "events.jsonl"
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    disk = kind(system, folder)
+    daemon = disk.daemon(system)
+    archive = disk.seen(system.archive) if on_it == "both" else system.archive
+    simulator.feed(*map(numbered, range(20)))
+    until(simulator.all_confirmed)
+
+    disk.fill()
+    for first in range(20, 320, 50):
+        simulator.feed(*map(numbered, range(first, first + 50)))
+        time.sleep(0.1)
+    daemon.await_log("journal.failed")
+    time.sleep(LEASE_SECS)
+    assert simulator.stats()["confirmed"] < 320
+    assert daemon.process.poll() is None
+
+    disk.free()
+    until(simulator.all_confirmed, secs=25, what=daemon.tail)
+    daemon.await_log("journal.recovered")
+    until(lambda: archive.read_bytes().count(b"\n") == 320)
+    assert_all_arrived_once(system, simulator, archive)
+    assert not daemon.log("lane.failed")
+    assert not daemon.log("task.failed")
+    assert daemon.terminate()[0] == 0
+
+
+# --- a dead sink ------------------------------------------------------------------------------------------------------
+
+
+class Tail:
+    """Follows the archive: how long after its birth each snapshot event came to be in it."""
+
+    def __init__(self, path):
+        self._path = path
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+        self.seen = []
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception):
+        self._over.set()
+        self._thread.join()
+
+    def _follow(self):
+        until(self._path.exists)
+        rest = b""
+        with self._path.open("rb") as file:
+            while not self._over.wait(0.005):
+                *lines, rest = (rest + file.read()).split(b"\n")
+                now = time.time()
+                for line in lines:
+                    _, found, after = line.partition(b"?born=")
+                    if found:
+                        born = float(after[: after.index(b'"')])
+                        self.seen.append((born, now - born))
+
+    def p99_secs(self, since, to):
+        """Of the events that were born between two moments."""
+        delays = sorted(delay for born, delay in self.seen if since <= born < to)
+        assert len(delays) > 300
+        return delays[int(len(delays) * 0.99)]
+
+
+def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
+    simulator = system.simulator(rate=500, feed=5000, visibility_secs=3, poll_secs=0.5)
+    system.configure(simulator.url)
+    with Tail(system.archive) as tail, HeldPort() as port:
+        daemon = system.daemon()
+        without = (time.time() + 0.5, time.time() + 2.0)
+        until(lambda: time.time() > without[1])
+        assert daemon.terminate()[0] == 0
+        hooked = simulator.stats()["confirmed"]
+
+        system.configure(simulator.url, sinks=system.archive_sink + hook_sink(port.url))
+        daemon = system.daemon()
+        refusing = (time.time() + 0.7, time.time() + 3.0)
+        until(lambda: time.time() > refusing[1])
+        receiver = Receiver(("127.0.0.1", port.number))
+        receiver.answer = Answer(hangs=True)
+        with running_receiver(receiver):
+            hanging = (time.time(), time.time() + 2.5)
+            until(lambda: time.time() > hanging[1])
+            until(simulator.all_confirmed, what=lambda: str(simulator.stats()))
+            attempts = len(receiver.received)
+            held = sum(stored(system).values())
+            receiver.answer = Answer()
+            until(lambda: not stored(system), secs=60, every_secs=0.2, what=daemon.tail)
+            assert daemon.terminate()[0] == 0
+            ids = Counter(received.headers["webhook-id"] for received in receiver.accepted)
+            order = [received.body for received in receiver.accepted]
+
+    assert_all_arrived_once(system, simulator)
+    alone, *beside_a_dead_sink = [tail.p99_secs(*span) for span in (without, refusing, hanging)]
+    assert max(beside_a_dead_sink) < 2 * alone + 0.15
+    assert held == simulator.stats()["fed"] - hooked
+    assert attempts <= 6
+    assert set(ids.values()) == {1}
+    assert len(ids) == held
+    assert_oldest_first(simulator, order)
+
+
+def assert_oldest_first(simulator, order):
+    """Roughly: due times have no more to do with birth than a second, and several requests run at once."""
+    number_of = {row["body"].encode(): row["number"] for row in simulator.ledger(bodies=True)}
+    numbers = [number_of[body] for body in order]
+    fifth = len(numbers) // 5
+    assert sum(numbers[:fifth]) / fifth < sum(numbers[2 * fifth : 3 * fifth]) / fifth < sum(numbers[-fifth:]) / fifth
+
+
+def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiver):
+    simulator = system.simulator(rate=100, feed=300, poll_secs=0.3)
+    receiver.answer = Answer(status=404)
+    system.configure(simulator.url, sinks=hook_sink(receiver.url))
+    daemon = system.daemon()
+    until(simulator.all_confirmed)
+    attempts = len(receiver.received)
+    receiver.answer = Answer()
+    until(lambda: not stored(system), secs=30, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    assert daemon.log("event.dead") == []
+    assert attempts <= 20
+    assert_each_accepted_once(receiver, 300)
+
+
+# --- poison -----------------------------------------------------------------------------------------------------------
+
+PLUGIN = """
+from typing import Literal
+from vodpoller.delivery import Sink
+from vodpoller.sinks import SinkConfig
+
+
+class PickyConfig(SinkConfig):
+    type: Literal["picky"]
+    path: str
+
+
+class PickySink(Sink):
+    Config = PickyConfig
+    batch_events = 16
+
+    def __init__(self, name, config):
+        self._file = open(config.path, "ab", buffering=0)
+
+    def deliver(self, events, timeout_secs):
+        if any(b"task-7-" in event.body for event in events):
+            None + 1
+        for event in events:
+            self._file.write(event.body + bytes([10]))
+
+    def close(self):
+        self._file.close()
+"""
+
+HANGS = """body=$(cat); case "$body" in *task-11-*) sleep 300 & echo $! > "$0.pid"; sleep 300;; esac
+echo "$body" >> "$0"
+"""
+
+
+def is_alive(pid):
+    """Whether it runs; a zombie that nobody has asked after does not."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+class Picky(Receiver):
+    def answer_to(self, received):
+        if b"task-3-" in received.body:
+            return Answer(status=500)
+        return Answer(status=422 if b"task-5-" in received.body else 204)
+
+
+def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
+    plugin = system.folder / "plugin"
+    info = plugin / "vodpoller_picky-1.0.dist-info"
+    info.mkdir(parents=True)
+    (plugin / "vodpoller_picky.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vodpoller-picky\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vodpoller.sinks]\npicky = vodpoller_picky:PickySink\n")
+    by_exec, by_plugin = system.folder / "by_exec", system.folder / "by_plugin"
+    simulator = system.simulator(visibility_secs=3, poll_secs=0.3)
+    with running_receiver(Picky()) as receiver:
+        sinks = {
+            "archive": system.archive_sink,
+            "hook": hook_sink(receiver.url),
+            "command": '[sinks.command]\ntype = "exec"\ntimeout_secs = 1\n'
+            f"command = {json.dumps(['sh', '-c', HANGS, str(by_exec)])}\n",
+            "plugin": f'[sinks.plugin]\ntype = "picky"\npath = "{by_plugin}"\n',
+            "chosen": f'[sinks.chosen]\ntype = "file"\npath = "{system.folder}/chosen.jsonl"\n',
+        }
+        all_but_chosen = json.dumps([name for name in sinks if name not in ("chosen", "command")])
+        system.configure(
+            simulator.url,
+            sinks="".join(sinks.values()),
+            routes=f'[[routes]]\nname = "all"\nsinks = {all_but_chosen}\n'
+            '[[routes]]\nname = "small"\nevent_types = ["Numbered"]\nsinks = ["command"]\n'
+            '[[routes]]\nname = "some"\nsinks = ["chosen"]\n'
+            'where = "starts_with(NumberedEvent.TaskId, `\\"task\\"`)"\n',
+        )
+        daemon = system.daemon(PYTHONPATH=f"{plugin}:{ROOT}")
+        fed = [numbered(number) for number in range(40)]
+        fed[9] = json.dumps({"EventType": "Numbered", "NumberedEvent": {"TaskId": 9}})
+        fed.append(
+            json.dumps({"EventType": "Large", "NumberedEvent": {"TaskId": "task-large", "Name": "x" * 5_000_000}})
+        )
+        simulator.feed(*fed)
+
+        until(simulator.all_confirmed, what=daemon.tail)
+        until(lambda: len(system.lines()) == 41)
+        until(lambda: len(receiver.accepted) == 39)
+        until(lambda: by_plugin.read_bytes().count(b"\n") == 40)
+        until(lambda: by_exec.read_bytes().count(b"\n") == 39)
+        until(
+            lambda: (
+                stored(system)
+                == {
+                    ("hook", "pending", "errored"): 1,
+                    ("hook", "dead", "rejected"): 1,
+                    ("chosen", "dead", "rejected"): 1,
+                    ("plugin", "pending", "errored"): 1,
+                    ("command", "pending", "errored"): 1,
+                }
+            ),
+            what=lambda: str(stored(system)),
+        )
+        forked = int((system.folder / "by_exec.pid").read_text())
+        until(lambda: not is_alive(forked))
+
+        simulator.feed(numbered(100))  # all workers live
+        until(lambda: len(system.lines()) == 42 and len(receiver.accepted) == 40)
+        until(lambda: b"task-100-" in by_plugin.read_bytes() and b"task-100-" in by_exec.read_bytes())
+        assert daemon.terminate()[0] == 0
+    assert_all_arrived_once(system, simulator)
+    taken = [each for each in [*fed, numbered(100)] if "task-7-" not in each]
+    assert differences(taken, by_plugin.read_text().splitlines()) == ([], [])
+    assert simulator.stats()["redeliveries"] == 0
+    assert daemon.log("breaker.opened") == []
+
+
+# --- giving up --------------------------------------------------------------------------------------------------------
+
+
+def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system, receiver):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
+    simulator.feed(*map(numbered, range(4)))
+    receiver.answer = Answer(status=503)
+    sinks = hook_sink(receiver.url, "timeout_secs = 1\nbreaker_failures = 100\ngive_up_after_secs = 604800")
+    system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=sinks)
+    daemon = system.daemon()
+    until(simulator.all_confirmed, what=daemon.tail)
+    daemon.kill()
+
+    # As if it had been off for days: the first is older than a week, the second nearly, the third's sink is gone.
+    ages_secs = {1: 604_801, 2: 600_000, 3: 5_000_000, 4: 10}
+    with closing(sqlite3.connect(system.journal)) as journal, journal:
+        for row, age_secs in ages_secs.items():
+            journal.execute("UPDATE letters SET stored_at = stored_at - ?, due_at = 0 WHERE id = ?", (age_secs, row))
+        journal.execute("UPDATE letters SET sink = 'gone' WHERE id = 3")
+    daemon = system.daemon()
+    (dead,) = daemon.await_log("event.dead")
+    until(lambda: rows_of(system, "SELECT id FROM letters WHERE sink = 'hook' AND due_at > 0") == [(2,), (4,)])
+    daemon.kill()
+    assert (dead["reason"], dead["sink"]) == ("gave_up", "hook")
+    assert stored(system) == {
+        ("hook", "dead", "gave_up"): 1,
+        ("hook", "pending", "errored"): 2,
+        ("gone", "pending", "errored"): 1,
+    }
+
+    receiver.answer = Answer()
+    with closing(sqlite3.connect(system.journal)) as journal, journal:
+        journal.execute("UPDATE letters SET due_at = 0")
+    daemon = system.daemon()
+    daemon.await_log("pending.delivered", number=2)
+    daemon.await_log("pending.stuck")
+    assert daemon.terminate()[0] == 0
+    assert stored(system) == {("hook", "dead", "gave_up"): 1, ("gone", "pending", "errored"): 1}
+    assert_each_accepted_once(receiver, 2)
+
+
+# --- trouble with the storage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_journal_that_may_not_be_written_is_said_at_the_start(system, what):
+    simulator = system.simulator(poll_secs=0.3)
+    folder = system.folder / "state"
+    folder.mkdir()
+    system.journal = folder / "journal.db"
+    system.configure(simulator.url)
+    if what == "file":
+        daemon = system.daemon()
+        assert daemon.terminate()[0] == 0
+        system.journal.chmod(0o444)
+    else:
+        folder.chmod(0o555)
+    requests = simulator.requests
+    # Root may write whatever it likes, unless it gives up that right.
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    try:
+        done = subprocess.run(
+            [*without, sys.executable, "-m", "vodpoller", "run", "-c", str(system.config_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+            env=environment(),
+        )
+    finally:
+        folder.chmod(0o755)
+    assert done.returncode == 1, done.stderr
+    assert str(system.journal) in done.stderr
+    assert "read-only" in done.stderr or "must belong to the user" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert simulator.requests == requests
+
+
+@pytest.mark.parametrize("damage", ["no database", "a page", "cut"])
+def test_a_corrupt_journal_is_refused_with_the_way_out(system, damage):
+    simulator = system.simulator(events=50, poll_secs=0.3)
+    system.configure(simulator.url, sinks=hook_sink("http://127.0.0.1:9/nobody"))
+    daemon = system.daemon()
+    until(simulator.all_confirmed)
+    assert daemon.terminate()[0] == 0
+    requests = simulator.requests
+    data = system.journal.read_bytes()
+    spoiled = {"no database": b"x" * len(data), "a page": data[:4096] + bytes(4096) + data[8192:], "cut": data[:9000]}
+    system.journal.write_bytes(spoiled[damage])
+
+    daemon = system.daemon(started=False)
+    assert daemon.process.wait(20) == 1
+    assert "corrupt" in daemon.tail()
+    assert ".recover" in daemon.tail()
+    assert "Traceback" not in daemon.tail()
+    assert simulator.requests == requests
+    assert system.journal.read_bytes() == spoiled[damage]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_under_a_journal_that_was_deleted_or_replaced_events_stay_with_vod_until_a_restart(system, replaced):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
+    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    daemon = system.daemon()
+    simulator.feed(*map(numbered, range(20)))
+    until(simulator.all_confirmed)
+
+    for path in system.folder.glob("journal.db*"):
+        if path.suffix != ".lock":
+            path.unlink()
+    if replaced:
+        system.journal.touch()
+    (failed, *_) = daemon.await_log("journal.failed")
+    until(lambda: not simulator.stats()["pulls_hanging_now"])
+    pulls = simulator.stats()["pulls"]
+    simulator.feed(*map(numbered, range(20, 40)))
+    holds(lambda: simulator.stats()["visible"] == 20, secs=1.2)
+    assert simulator.stats()["pulls"] == pulls
+    assert daemon.process.poll() is None
+    assert daemon.terminate()[0] == 0
+
+    daemon = system.daemon()
+    until(simulator.all_confirmed)
+    assert daemon.terminate()[0] == 0
+    assert "restart vodpoller" in failed["error_message"]
+    assert_all_arrived_once(system, simulator)
+
+
+def test_where_the_journal_is_full_events_stay_with_vod_and_all_arrive_once_there_is_room(system):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3, batch=2)
+    with HeldPort() as port:
+        system.configure(
+            simulator.url,
+            lease_secs=LEASE_SECS,
+            sinks=system.archive_sink + hook_sink(port.url),
+            more="max_bytes = 1048576",
+        )
+        daemon = system.daemon()
+        simulator.feed(*(numbered(number, Name="x" * 100_000) for number in range(20)))
+        daemon.await_log("journal.failed", where=lambda line: "max_bytes" in line["error_message"])
+        until(lambda: len(system.lines()) == 20, what=daemon.tail)
+        until(lambda: simulator.stats()["redeliveries"] >= 8)
+        assert 4 <= simulator.stats()["confirmed"] <= 10
+        with running_receiver(Receiver(("127.0.0.1", port.number))) as receiver:
+            until(simulator.all_confirmed, secs=40, what=daemon.tail)
+            until(lambda: len(receiver.accepted) >= 20, secs=20)
+            assert daemon.terminate()[0] == 0
+            assert_each_accepted_once(receiver, 20)
+    assert_all_arrived_once(system, simulator)
+
+
+# --- a hostile endpoint -----------------------------------------------------------------------------------------------
+
+
+def _raw(exchange, *pieces):
+    with suppress(OSError):
+        for piece in pieces:
+            exchange.wfile.write(piece)
+    exchange.close_connection = True
+
+
+def endless_body(exchange):
+    with suppress(OSError):
+        exchange.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not exchange.server.over.is_set():
+            exchange.wfile.write(b" " * 65536)
+    exchange.close_connection = True
+
+
+def endless_head(exchange):
+    _raw(exchange, b"HTTP/1.1 200 OK\r\n", *(b"X-%d: %b\r\n" % (n, b"y" * 1000) for n in range(10_000)), b"\r\n")
+
+
+def one_long_header(exchange):
+    _raw(exchange, b"HTTP/1.1 200 OK\r\nX: ", *[b"y" * 65536] * 160, b"\r\n\r\n")
+
+
+def gzip_bomb(exchange):
+    bomb = gzip.compress(bytes(300_000_000), 1)
+    exchange.answer(bomb, Content_Encoding="gzip")
+
+
+def slow_loris(exchange):
+    with suppress(OSError):
+        for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 100_000:
+            exchange.wfile.write(bytes([byte]))
+            if exchange.server.over.wait(0.05):
+                break
+    exchange.close_connection = True
+
+
+def many_events(exchange):
+    events = (b'{"EventHandle":"%d","EventType":"Other"}' % number for number in range(100_000))
+    exchange.answer(b'{"Response":{"EventSet":[%b],"RequestId":"many"}}' % b",".join(events))
+
+
+def large_handles(exchange):
+    events = (
+        b'{"EventHandle":"%b%d","EventType":"Other","N":%d}' % (b"h" * 1_000_000, number, number)
+        for number in range(16)
+    )
+    exchange.answer(b'{"Response":{"EventSet":[%b],"RequestId":"large"}}' % b",".join(events))
+
+
+MANNERS = {
+    "endless body": (endless_body, "pull.failed", "longer than|did not end in time"),
+    "endless head": (endless_head, "pull.failed", "headers"),
+    "one long header": (one_long_header, "pull.failed", "header"),
+    "gzip bomb": (gzip_bomb, "pull.failed", "longer than"),
+    "slow loris": (slow_loris, "pull.failed", "no answer within|did not end in time"),
+    "many events": (many_events, "pull.failed", "more than 1000 events"),
+    "large handles": (large_handles, "event.malformed", "EventHandle"),
+}
+
+
+def peak_bytes(process):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_a_hostile_endpoint_costs_bounded_memory_and_no_event(system, manner):
+    behave, event, said = MANNERS[manner]
+    simulator = system.simulator(visibility_secs=3, poll_secs=0.3)
+    simulator.feed(*map(numbered, range(40)))
+    with Middleman(simulator.url) as middleman:
+        hostile = threading.Event()
+        hostile.set()
+        middleman.meddle = lambda x: behave(x) if hostile.is_set() and x.action == "PullEvents" else x.pass_on()
+        system.configure(
+            middleman.url,
+            api="timeout_secs = 1.5\nrequests_per_sec = 1000",
+            source='unrouted = "confirm"',
+            routes='[[routes]]\nname = "numbered"\nevent_types = ["Numbered"]\nsinks = ["archive"]\n',
+        )
+        daemon = system.daemon()
+        lines = daemon.await_log(event)
+        holds(lambda: daemon.process.poll() is None, secs=0.7)
+        hostile.clear()
+        daemon.signal(signal.SIGHUP)
+        until(simulator.all_confirmed, secs=20, what=daemon.tail)
+        until(lambda: len(system.lines()) == 40)
+        peak = peak_bytes(daemon.process)
+        assert daemon.terminate()[0] == 0
+    assert peak < 400 * 2**20
+    assert any(part in lines[0]["error_message"] for part in said.split("|")), lines[0]
+    assert not daemon.log("lane.failed")
+    assert_all_arrived_once(system, simulator)
+
+
+def test_an_event_that_comes_twice_in_an_answer_is_delivered_once_and_its_handle_confirmed_once(system):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
+    simulator.feed(*map(numbered, range(8)))
+    with Middleman(simulator.url) as middleman:
+
+        def double(exchange):
+            answer = json.loads(exchange.ask())
+            if exchange.action == "PullEvents":
+                answer["Response"]["EventSet"] = (answer["Response"].get("EventSet") or []) * 2
+            exchange.answer(json.dumps(answer).encode())
+
+        middleman.meddle = double
+        system.configure(middleman.url, lease_secs=LEASE_SECS)
+        daemon = system.daemon()
+        until(simulator.all_confirmed, what=daemon.tail)
+        assert daemon.terminate()[0] == 0
+    assert simulator.stats()["redeliveries"] == 0
+    assert simulator.stats()["confirms_stale"] == 0
+    assert_all_arrived_once(system, simulator)
+
+
+def test_credentials_and_signatures_go_to_no_target_of_a_redirect(system):
+    simulator = system.simulator(poll_secs=0.3)
+    simulator.feed(*map(numbered, range(8)))
+    with running_receiver() as elsewhere, Middleman(simulator.url) as middleman:
+        redirecting = threading.Event()
+        redirecting.set()
+
+        def redirect(exchange):
+            if not redirecting.is_set():
+                exchange.pass_on()
+                return
+            status = 301 + len(middleman.asked) % 2 * 6
+            _raw(exchange, b"HTTP/1.1 %d Elsewhere\r\nLocation: %b\r\n\r\n" % (status, elsewhere.url.encode()))
+
+        middleman.meddle = redirect
+        system.configure(middleman.url)
+        daemon = system.daemon()
+        (failed, *_) = daemon.await_log("pull.failed")
+        until(lambda: middleman.pulls() >= 2)
+        redirecting.clear()
+        daemon.signal(signal.SIGHUP)
+        until(simulator.all_confirmed)
+        assert daemon.terminate()[0] == 0
+        assert elsewhere.connections == []
+    assert "redirects" in failed["error_message"]
+    assert SECRET_ID not in daemon.log_path.read_text()
+    assert_all_arrived_once(system, simulator)
