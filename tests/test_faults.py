@@ -455,7 +455,8 @@ def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(
     system.journal = folder / "journal.db"
     if on_it == "both":
         system.archive = folder / "events.jsonl"
-    system.configure(simulator.url, lease_secs=LEASE_SECS)
+    # No breaker: it would only make the end of this test later.
+    system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + "breaker_failures = 1000\n")
     disk = kind(system, folder)
     daemon = disk.daemon(system)
     archive = disk.seen(system.archive) if on_it == "both" else system.archive
@@ -522,7 +523,7 @@ class Tail:
 
 
 def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
-    simulator = system.simulator(rate=500, feed=5000, visibility_secs=3, poll_secs=0.5)
+    simulator = system.simulator(rate=500, feed=4500, visibility_secs=3, poll_secs=0.5)
     system.configure(simulator.url)
     with Tail(system.archive) as tail, HeldPort() as port:
         daemon = system.daemon()
@@ -538,7 +539,7 @@ def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
         receiver = Receiver(("127.0.0.1", port.number))
         receiver.answer = Answer(hangs=True)
         with running_receiver(receiver):
-            hanging = (time.time(), time.time() + 2.5)
+            hanging = (time.time(), time.time() + 2.0)
             until(lambda: time.time() > hanging[1])
             until(simulator.all_confirmed, what=lambda: str(simulator.stats()))
             attempts = len(receiver.received)
@@ -565,6 +566,19 @@ def assert_oldest_first(simulator, order):
     numbers = [number_of[body] for body in order]
     fifth = len(numbers) // 5
     assert sum(numbers[:fifth]) / fifth < sum(numbers[2 * fifth : 3 * fifth]) / fifth < sum(numbers[-fifth:]) / fifth
+
+
+def test_a_sink_that_is_slower_than_events_come_delays_no_other(system, receiver):
+    simulator = system.simulator(rate=300, feed=1050, poll_secs=0.5)
+    receiver.answer = Answer(after_secs=1)  # eight requests at once, so eight events a second
+    system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url, "timeout_secs = 5"))
+    with Tail(system.archive) as tail:
+        daemon = system.daemon()
+        began = time.time()
+        until(simulator.all_confirmed, what=daemon.tail)
+    assert tail.p99_secs(began + 0.5, began + 60) < 0.6
+    assert_all_arrived_once(system, simulator)
+    assert daemon.log("breaker.opened") == []
 
 
 def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiver):
@@ -929,7 +943,7 @@ def test_a_hostile_endpoint_costs_bounded_memory_and_no_event(system, manner):
         middleman.meddle = lambda x: behave(x) if hostile.is_set() and x.action == "PullEvents" else x.pass_on()
         system.configure(
             middleman.url,
-            api="timeout_secs = 1.5\nrequests_per_sec = 1000",
+            api="timeout_secs = 1\nrequests_per_sec = 1000",
             source='unrouted = "confirm"',
             routes='[[routes]]\nname = "numbered"\nevent_types = ["Numbered"]\nsinks = ["archive"]\n',
         )

@@ -194,7 +194,10 @@ def _print_letters(rows: "Sequence[StoredEvent]", total: int) -> None:
     from rich.table import Table  # noqa: PLC0415 - see the module's docstring
 
     console = _console()
-    table = Table("id", "since", "sink", "event type", "reason", "tries", "error")
+    table = Table()
+    for name in ("id", "since", "sink", "event type", "reason", "tries", "error"):
+        # On a narrow terminal these two get more lines; nothing is cut off.
+        table.add_column(name, no_wrap=name not in ("event type", "error"), overflow="fold")
     for row in rows:
         error = row.error if len(row.error) <= SHOWN_CHARS else row.error[: SHOWN_CHARS - 1] + "…"
         cells = (str(row.id), _iso(row.stored_at), row.sink or "(none)", row.event_type or "(none)", row.reason)

@@ -352,7 +352,10 @@ class Daemon:
 
     def _keep_up(self) -> None:
         self._journal.flush()
-        self._retrier.submit_due()
+        # One portion a second would be little where ten thousand are replayed; a quick sink gets the next one at once.
+        ends_at = time.monotonic() + UPKEEP_SECS / 2
+        while self._retrier.submit_due() and self._scheduler.running and time.monotonic() < ends_at:
+            time.sleep(0.02)
 
     def _count(self) -> None:
         self._counts = self._journal.counts()
