@@ -401,6 +401,17 @@ def test_replay_through_the_running_daemon(system):
     assert_arrived_once(system, bodies)
 
 
+def test_a_replay_of_nothing_says_no_more_than_that(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    daemon = system.daemon()
+
+    done = letters_command(system, "replay")
+
+    assert (done.returncode, done.stdout) == (0, "0 to be delivered again\n")
+    assert daemon.terminate()[0] == 0
+
+
 # --- ten thousand -----------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import FakeClock, event, log_into, named
+from tests.helpers import FakeClock, event, log_into, named, until
 from vodpoller.delivery import Delivery, Position
 from vodpoller.errors import JournalError, StorageError
 from vodpoller.journal import CONFIRMED_KEPT_SECS, Journal, Known, Letter
@@ -231,6 +231,28 @@ def test_room_that_was_made_is_found_again(opened):
     journal.prune()
     assert not journal.has_letters
     journal.store([letter(2)])
+
+
+def test_lanes_that_store_at_once_take_no_more_than_the_room_there_is(opened):
+    journal = opened(max_bytes=2 * 600)
+    refused = []
+
+    def store(number):
+        try:
+            journal.store([letter(number)])
+        except StorageError as error:
+            refused.append(str(error))
+
+    lanes = [threading.Thread(target=store, args=(number,)) for number in range(8)]
+    with journal._write_lock:  # each finds that there is room, and waits for its turn to write
+        for lane in lanes:
+            lane.start()
+        until(lambda: len(journal._queue) == len(lanes))
+    for lane in lanes:
+        lane.join()
+    assert len(journal.due("it", 100)) == 2
+    assert len(refused) == 6
+    assert all("journal.max_bytes = 1200" in error for error in refused)
 
 
 @pytest.mark.parametrize("broken", ["locked", "full", "read-only"])

@@ -257,9 +257,9 @@ def replay(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> No
     if impossible:
         click.echo(f"{impossible:,} cannot be: unreadable, without a route, or of a sink that is no more", err=True)
     all_done = not (missing or impossible)
-    if running:
+    if running and marked:
         click.echo("The running daemon delivers them; `vodpoller status` tells what is left.")
-    elif pending:
+    elif pending and not running:
         all_done = _deliver_here(config, pending=pending, dead=dead) and all_done
     _end(0 if all_done else EXIT_FAILURE)
 
@@ -317,7 +317,7 @@ def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **option
 @main.command()
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where its files go.  [default: a new folder]")
 def demo(folder: Path | None) -> None:
-    """See it work: the whole daemon against the built-in simulator, in 15 seconds, without an account."""
+    """See it work: the whole daemon against the built-in simulator, in 10 seconds, without an account."""
     from vodpoller.demo import run_demo  # noqa: PLC0415 - see the module's docstring
 
     sys.exit(run_demo(folder))
@@ -454,7 +454,8 @@ def _time(text: str) -> float:
             return time.time() - int(text[:-1]) * units[text[-1]]
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError) as error:
-        raise click.BadParameter(f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)") from error
+        problem = f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)"
+        raise click.BadParameter(problem, param_hint="--since") from error
 
 
 def _iso(at: float) -> str:

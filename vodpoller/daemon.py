@@ -278,10 +278,12 @@ class Daemon:
         """Deliver stored events until none is due and none is on its way, or a signal comes."""
         while self._signals.empty():
             self._journal.flush()
+            # Asked first: what is on its way hides what is due behind it, and may have arrived a moment later.
+            was_idle = not len(self._in_flight)
             submitted = self._retrier.submit_due()
             if progress is not None:
                 progress(self._retrier.delivered)
-            if not submitted and not len(self._in_flight):
+            if was_idle and not submitted:
                 return
             time.sleep(0.02)
 
