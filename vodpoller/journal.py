@@ -40,8 +40,8 @@ CREATE TABLE ledger (
     key BLOB NOT NULL, sink TEXT NOT NULL, accepted_at REAL NOT NULL, confirmed_at REAL, PRIMARY KEY (key, sink)
 ) WITHOUT ROWID;
 CREATE TABLE letters (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, sink TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL,
-    error TEXT NOT NULL, attempts INTEGER NOT NULL, stored_at REAL NOT NULL, due_at REAL NOT NULL,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, sink TEXT NOT NULL, state TEXT NOT NULL,
+    reason TEXT NOT NULL, error TEXT NOT NULL, attempts INTEGER NOT NULL, stored_at REAL NOT NULL, due_at REAL NOT NULL,
     confirmed INTEGER NOT NULL DEFAULT 0, run TEXT NOT NULL, source TEXT NOT NULL, sub_app_id INTEGER,
     event_type TEXT NOT NULL, body BLOB NOT NULL, UNIQUE (key, sink)
 );
