@@ -1,32 +1,39 @@
 """The settings: one TOML file, read strictly, with all that is wrong in it said at once and in plain words."""
 
-import difflib
-import json
 import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
-import jmespath
-from jmespath.exceptions import JMESPathError, LexerError, ParseError
-from jmespath.functions import Functions
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError
 from vodpoller.logs import Level
 from vodpoller.secret import HasSecrets, Secret, Surroundings
 from vodpoller.sinks import SinkConfig, available_sinks
+from vodpoller.wording import (
+    LISTS,
+    NAME_PATTERN,
+    NAME_RULE,
+    check_jmespath,
+    in_words,
+    kind_of,
+    quoted,
+    quoted_all,
+    suggestion,
+    toml_problem,
+    unknown_key,
+)
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -35,12 +42,9 @@ _LEASE_SECS: Final = 30.0
 _RESERVE_SECS: Final = 5.0
 _CONFIRM_TIMEOUT_SECS: Final = 2.0
 
-_NAME_PATTERN: Final = r"^[A-Za-z0-9_.-]+$"
 _NAME_LENGTH: Final = 64
-_NAME_RULE: Final = 'letters, digits, ".", "_" and "-", 64 at most'
-Name = Annotated[str, Field(pattern=_NAME_PATTERN, max_length=_NAME_LENGTH)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=_NAME_LENGTH)]
 
-_SHOWN_LENGTH: Final = 120
 _VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)\}?")
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -230,7 +234,7 @@ class Route(BaseModel):
                 raise ValueError('has an empty pattern ("*" takes every type)')
             if _has_open_bracket(glob):
                 raise ValueError(
-                    f'the pattern {_quoted(glob)} has a "[" without its "]" (for example "*Complete" or "[ab]*")'
+                    f'the pattern {quoted(glob)} has a "[" without its "]" (for example "*Complete" or "[ab]*")'
                 )
         return value
 
@@ -238,7 +242,7 @@ class Route(BaseModel):
     @classmethod
     def _is_jmespath(cls, value: str | None) -> str | None:
         if value is not None:
-            _check_jmespath(value)
+            check_jmespath(value)
         return value
 
 
@@ -300,7 +304,6 @@ TABLES: Final[Mapping[str, type[BaseModel]]] = {
     "log": Log,
     "daemon": Daemon,
 }
-_LISTS: Final = ("sources", "routes")
 
 
 # --- what comes of them -----------------------------------------------------------------------------------------------
@@ -380,7 +383,7 @@ def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True) -> Confi
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{path}: {_toml_problem(error, text)}"]) from None
+        raise ConfigError([f"{path}: {toml_problem(error, text)}"]) from None
     return from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key)
 
 
@@ -422,7 +425,7 @@ def json_schema() -> dict[str, Any]:
         return dict(references[model, "validation"])
 
     properties = {
-        name: {"type": "array", "minItems": 1, "items": reference(model)} if name in _LISTS else reference(model)
+        name: {"type": "array", "minItems": 1, "items": reference(model)} if name in LISTS else reference(model)
         for name, model in TABLES.items()
     }
     alternatives = [
@@ -492,7 +495,7 @@ class _Reading:
     def read(self) -> Config | None:
         for key in self._data:
             if key not in TABLES:
-                self._problems.add((key,), _unknown_key(key, TABLES, TABLES))
+                self._problems.add((key,), unknown_key(key, TABLES, TABLES))
         api = self._table("api", Api, self._with_region)
         credentials = self._credentials()
         sources = self._items("sources", Source, '[[sources]] with name = "main"')
@@ -564,7 +567,7 @@ class _Reading:
         table = self._data.get(name, {})
         if isinstance(table, dict):
             return self._validated(model, prepare(table), (name,))
-        self._problems.add((name,), f"must be a table, but is {_kind(table)} (write [{name}] on a line of its own)")
+        self._problems.add((name,), f"must be a table, but is {kind_of(table)} (write [{name}] on a line of its own)")
         return None
 
     def _items(self, name: str, model: type[_Model], example: str) -> list[_Model]:
@@ -572,11 +575,11 @@ class _Reading:
         if not items and isinstance(items, list | None):
             self._problems.add((name,), f"there is none (add at least one: {example})")
         elif not isinstance(items, list):
-            self._problems.add((name,), f"must be a list of tables, but is {_kind(items)} (write [[{name}]])")
+            self._problems.add((name,), f"must be a list of tables, but is {kind_of(items)} (write [[{name}]])")
         valid: list[_Model] = []
         for at, item in enumerate(items if isinstance(items, list) else []):
             if not isinstance(item, dict):
-                self._problems.add((name, at), f"must be a table, but is {_kind(item)} (write [[{name}]])")
+                self._problems.add((name, at), f"must be a table, but is {kind_of(item)} (write [[{name}]])")
             elif (found := self._validated(model, item, (name, at))) is not None:
                 valid.append(found)
         return valid
@@ -596,14 +599,14 @@ class _Reading:
         if context.get("key"):
             place = (*place[:-1], context["key"])
         if detail["type"] != "default_factory_not_called" and not self._problems.concern((*where, *place)):
-            self._problems.add((*where, *place), _in_words(detail, model, in_sink=where[0] == "sinks"))
+            self._problems.add((*where, *place), in_words(detail, model, tables={} if where[0] == "sinks" else TABLES))
 
     def _credentials(self) -> Credentials | None:
         table = self._data.get("credentials", {})
         if not isinstance(table, dict):
             self._table("credentials", CredentialsTable)
             return None
-        found = dict(table)
+        found = {key: value for key, value in table.items() if value is not None}  # a dict of Python's may hold None
         places = {key: self._find_credential(key, found) for key in ("secret_id", "secret_key")}
         # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
         self._find_credential("token", found, only=places["secret_key"])
@@ -641,7 +644,7 @@ class _Reading:
         classes: dict[str, type[Sink]] = {}
         tables = self._data.get("sinks", {})
         if not isinstance(tables, dict):
-            self._problems.add(("sinks",), f"must hold tables, but is {_kind(tables)} (write [sinks.archive])")
+            self._problems.add(("sinks",), f"must hold tables, but is {kind_of(tables)} (write [sinks.archive])")
         elif not tables:
             self._problems.add(("sinks",), 'there is none (add at least one: [sinks.archive] with type = "file")')
         else:
@@ -656,17 +659,19 @@ class _Reading:
     def _sink_class(self, name: str, table: Any, available: Mapping[str, EntryPoint]) -> type[Sink] | None:
         where = ("sinks", name)
         if not isinstance(table, dict):
-            self._problems.add(where, f"must be a table, but is {_kind(table)} (write [sinks.archive], then its keys)")
+            self._problems.add(
+                where, f"must be a table, but is {kind_of(table)} (write [sinks.archive], then its keys)"
+            )
             return None
-        if not re.fullmatch(_NAME_PATTERN, name) or len(name) > _NAME_LENGTH:
-            self._problems.add(where, f"is no name for a sink ({_NAME_RULE})")
+        if not re.fullmatch(NAME_PATTERN, name) or len(name) > _NAME_LENGTH:
+            self._problems.add(where, f"is no name for a sink ({NAME_RULE})")
         type_name = table.get("type")
         place = (*where, "type")
         if "type" not in table:
-            self._problems.add(place, f"is missing (one of {_quoted_all(sorted(available))})")
+            self._problems.add(place, f"is missing (one of {quoted_all(sorted(available))})")
         elif not isinstance(type_name, str):
             self._problems.add(
-                place, f"must be text in quotes, but is {_kind(type_name)} (one of {_quoted_all(sorted(available))})"
+                place, f"must be text in quotes, but is {kind_of(type_name)} (one of {quoted_all(sorted(available))})"
             )
         elif type_name in available:
             try:
@@ -676,8 +681,8 @@ class _Reading:
         elif not self._problems.concern(place):
             self._problems.add(
                 place,
-                f"no sink type {_quoted(type_name)} is installed ({_suggestion(type_name, available)}"
-                f"installed: {_quoted_all(sorted(available))})",
+                f"no sink type {quoted(type_name)} is installed ({suggestion(type_name, available)}"
+                f"installed: {quoted_all(sorted(available))})",
             )
         return None
 
@@ -698,7 +703,7 @@ class _Reading:
         return names
 
     def _check_names(self) -> None:
-        for table in _LISTS:
+        for table in LISTS:
             first = self._names(table)
             for at, item in self._raw(table):
                 if first.get(str(item.get("name")), at) != at:
@@ -735,10 +740,8 @@ class _Reading:
         kind = str(where[-1])
         for at, name in _texts(names).items():
             if name not in known and not self._problems.concern((*where, at)):
-                others = f"there are: {_quoted_all(known)}" if known else f"there are no {kind} at all"
-                self._problems.add(
-                    where, f"there is no {kind[:-1]} {_quoted(name)} ({_suggestion(name, known)}{others})"
-                )
+                others = f"there are: {quoted_all(known)}" if known else f"there are no {kind} at all"
+                self._problems.add(where, f"there is no {kind[:-1]} {quoted(name)} ({suggestion(name, known)}{others})")
 
     def _check_claims(self, sinks: Mapping[str, SinkConfig], journal: Journal | None) -> None:
         holders: dict[str, str] = {}
@@ -776,9 +779,9 @@ class _Reading:
             if isinstance(part, str):
                 key += f".{part}" if key else part
                 continue
-            item = self._data[str(where[0])][part] if depth == 1 and where[0] in _LISTS else None
+            item = self._data[str(where[0])][part] if depth == 1 and where[0] in LISTS else None
             name = item.get("name") if isinstance(item, dict) else None
-            named = isinstance(name, str) and re.fullmatch(_NAME_PATTERN, name)
+            named = isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)
             key += f".{name}" if named else f"[{part}]"
         return key
 
@@ -795,7 +798,7 @@ def _loaded(point: EntryPoint) -> type[Sink]:
         sink_class = point.load()
     except Exception as error:  # an installed package may fail in any way
         raise _UnusableSinkError(
-            f"the sink type {_quoted(point.name)} cannot be loaded: {type(error).__name__}: {error}"
+            f"the sink type {quoted(point.name)} cannot be loaded: {type(error).__name__}: {error}"
             f" (install what {point.value} needs, or remove the sink)"
         ) from error
     config = getattr(sink_class, "Config", None)
@@ -803,7 +806,7 @@ def _loaded(point: EntryPoint) -> type[Sink]:
         isinstance(config, type) and issubclass(config, SinkConfig)
     ):
         raise _UnusableSinkError(
-            f"the sink type {_quoted(point.name)} is no sink: {point.value} must be a vodpoller.delivery.Sink with a"
+            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.delivery.Sink with a"
             " Config (ask those who made the package)"
         )
     return sink_class
@@ -829,168 +832,6 @@ def _takes_everything(route: Mapping[str, Any], source: str) -> bool:
     )
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-_WANTED: Final[Mapping[str, str]] = {
-    "bool_type": "true or false",
-    "dict_type": "a table",
-    "float_type": "a number",
-    "int_from_float": "a whole number",
-    "int_type": "a whole number",
-    "list_type": "a list in square brackets",
-    "model_type": "a table",
-    "path_type": "text in quotes",
-    "string_type": "text in quotes",
-    "tuple_type": "a list in square brackets",
-}
-_KINDS: Final[Mapping[type, str]] = {
-    bool: "true or false",  # before int, which it is too
-    int: "a whole number",
-    float: "a number with a fraction",
-    str: "text",
-    list: "a list",
-    tuple: "a list",
-    Mapping: "a table",
-}
-_BOUNDS: Final[Mapping[str, str]] = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-
-
-def _in_words(  # noqa: C901, PLR0911, PLR0912 - flat: one case for each kind of mistake
-    detail: ErrorDetails, model: type[BaseModel], *, in_sink: bool
-) -> str:
-    """What is wrong at one place. Shows values only where they are numbers or should be one of a few words.
-
-    Args:
-        detail: Of pydantic.
-        model: The table's.
-        in_sink: Whether the table is a sink's: its type has keys of its own, other tables say nothing about them.
-    """
-    kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
-    place = detail["loc"]
-    names = [part for part in place if isinstance(part, str)]
-    name = names[-1] if names else ""
-    info = model.model_fields.get(name) if len(names) == 1 else None
-    match kind:
-        case "vodpoller":
-            return str(context["why"])
-        case "value_error" | "assertion_error":
-            return str(context["error"])
-        case "extra_forbidden":
-            known = model.model_fields if len(place) == 1 else {}
-            return _unknown_key(name, known, {} if in_sink else TABLES)
-        case "missing":
-            return _missing(name, info)
-        case "literal_error":
-            allowed = _words_of(info) or str(context.get("expected", ""))
-            if not isinstance(value, str):
-                return f"is {_kind(value)} (one of {allowed})"
-            near = _suggestion(value, re.findall(r'"([^"]*)"', allowed))
-            return f"{_quoted(value)} is not known ({near}one of {allowed})"
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            extent = "small" if kind.startswith("greater") else "large"
-            return f"{value} is too {extent} ({_bounds(info, context)})"
-        case "finite_number":
-            return f"{value} is not a number that can be used{_example(name, info)}"
-        case "string_pattern_mismatch" if context.get("pattern") == _NAME_PATTERN:
-            return f"has characters that names may not have ({_NAME_RULE})"
-        case "string_pattern_mismatch":
-            return f"has characters that do not belong here{_example(name, info)}"
-        case "string_too_short" | "too_short":
-            return f"{'is empty' if context.get('min_length') == 1 else 'is too short'}{_example(name, info)}"
-        case "string_too_long" | "too_long":
-            return f"is too long (at most {context.get('max_length')})"
-        case _ if kind in _WANTED:
-            quotes = " without quotes" if isinstance(value, str) and "list" not in _WANTED[kind] else ""
-            return f"must be {_WANTED[kind]}{quotes}, but is {_kind(value)}{_example(name, info)}"
-        case _:
-            return detail["msg"][:1].lower() + detail["msg"][1:]
-
-
-def _missing(name: str, info: FieldInfo | None) -> str:
-    if info is None:
-        return "is missing"
-    example = _example(name, info) or (f" ({info.description})" if info.description else "")
-    return f"is missing{example}"
-
-
-def _example(name: str, info: FieldInfo | None) -> str:
-    if info is None:
-        return ""
-    value = info.get_default()
-    if value is None or value is PydanticUndefined:
-        value = info.examples[0] if info.examples else None
-    return "" if value is None else f" (for example: {name} = {_toml(value)})"
-
-
-def _toml(value: Any) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case int():
-            return str(value)
-        case float():
-            return f"{value:g}"
-        case list() | tuple():
-            return f"[{', '.join(_toml(item) for item in value)}]"
-        case _:
-            return _quoted(str(value))
-
-
-def _bounds(info: FieldInfo | None, context: Mapping[str, Any]) -> str:
-    limits = {
-        name: getattr(item, name) for item in (info.metadata if info else ()) for name in _BOUNDS if hasattr(item, name)
-    } or {name: context[name] for name in _BOUNDS if name in context}
-    return ", ".join(f"{words} {_toml(limits[name])}" for name, words in _BOUNDS.items() if name in limits)
-
-
-def _words_of(info: FieldInfo | None) -> str:
-    """The values that a field may have, where they are a few words."""
-    found: list[Any] = [info.annotation] if info else []
-    words: list[str] = []
-    while found:
-        part = found.pop(0)
-        if isinstance(part, str):
-            words.append(part)
-        else:
-            found.extend(get_args(part))
-    return _quoted_all(words)
-
-
-def _unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[BaseModel]]) -> str:
-    headers = {"sinks": "[sinks.NAME]"} | {name: f"[[{name}]]" for name in _LISTS}
-    owners = [headers.get(name, f"[{name}]") for name, model in elsewhere.items() if key in model.model_fields]
-    if owners:
-        hint = f"it belongs under {' or '.join(owners)}"
-    elif near := _nearest(key, known):
-        hint = f"did you mean {near}?"
-    else:
-        hint = f"known here: {', '.join(known)}" if known else "delete it"
-    return f"there is no such key here ({hint})"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return near[0] if near else None
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    near = _nearest(word, known)
-    return f"did you mean {_quoted(near)}? " if near else ""
-
-
-def _kind(value: Any) -> str:
-    return next((words for kind, words in _KINDS.items() if isinstance(value, kind)), "a date or time")
-
-
-def _quoted(text: str) -> str:
-    short = text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
-    return json.dumps(short, ensure_ascii=False)
-
-
-def _quoted_all(texts: Iterable[str]) -> str:
-    return ", ".join(_quoted(text) for text in texts)
-
-
 def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
@@ -1009,78 +850,3 @@ def _has_open_bracket(glob: str) -> bool:
             return True
         at = end
     return False
-
-
-# --- texts that are read by others ------------------------------------------------------------------------------------
-
-
-def _check_jmespath(expression: str) -> None:
-    try:
-        parsed = jmespath.compile(expression).parsed
-    except LexerError as error:
-        raise ValueError(_jmespath_problem(expression, error.lex_position, error.message.lower())) from None
-    except ParseError as error:
-        what = (
-            "it ends too early" if error.token_value is None else f"{_quoted(str(error.token_value))} cannot stand here"
-        )
-        raise ValueError(_jmespath_problem(expression, error.lex_position, what)) from None
-    except (JMESPathError, RecursionError):
-        raise ValueError("is empty or nested too deeply (leave the key out to take every event)") from None
-    for name in _functions_in(parsed):
-        if name not in Functions.FUNCTION_TABLE:
-            near = _suggestion(name, Functions.FUNCTION_TABLE)
-            raise ValueError(
-                f"{_quoted(expression)}: JMESPath has no function {name} ({near}its functions: https://jmespath.org)"
-            )
-
-
-def _jmespath_problem(expression: str, position: int, what: str) -> str:
-    return (
-        f"{_quoted(expression)} is no JMESPath expression: column {position + 1}: {what}"
-        " (text stands in 'single quotes', numbers in `backticks`, as in Definition == `10`)"
-    )
-
-
-def _functions_in(node: Mapping[str, Any]) -> Iterator[str]:
-    nodes: list[Any] = [node]
-    while nodes:
-        match nodes.pop():
-            case {"type": "function_expression", "value": name, "children": children}:
-                yield name
-                nodes.extend(children)
-            case {"children": children}:
-                nodes.extend(children)
-
-
-def _toml_problem(error: ValueError | RecursionError, text: str) -> str:
-    """The problem with its line and column, in words for those who write TOML for the first time."""
-    found = _TOML_MESSAGE.fullmatch(str(error))
-    if found is None:
-        return "this is no TOML (a number is too long, or brackets are nested too deeply)"
-    lines = text.split("\n")
-    line, column = (int(found["line"]), int(found["column"])) if found["line"] else (len(lines), len(lines[-1]) + 1)
-    message = found["message"]
-    for start, (what, right) in _TOML_WORDS.items():
-        if message.startswith(start):
-            return f"line {line}, column {column}: {what} ({right})"
-    return f"line {line}, column {column}: {message[:1].lower()}{message[1:]} (see https://toml.io)"
-
-
-_TOML_MESSAGE: Final = re.compile(
-    r"(?P<message>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
-)
-_TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
-    "Invalid value": ("this is no value", 'text stands in quotes; numbers, true and false do not: name = "main"'),
-    "Cannot overwrite": ("a key is given twice", "delete one of the two lines"),
-    "Cannot declare": ("this table begins for the second time", "put its keys together, or write [[…]] for a list"),
-    "Illegal character '\\n'": ("a text is not closed on its line", 'end it with "'),
-    'Expected "\'"': ("a text is not closed", "end it with '"),
-    "Expected '\"'": ("a text is not closed", 'end it with "'),
-    "Unescaped '\\'": ("a backslash in a text", "write \\\\, or 'single quotes' around the text"),
-    "Expected '=' after": ("a key has no =", "key = value"),
-    "Expected newline": ("something stands behind the value", "one key = value on each line; text in quotes"),
-    "Expected ']' at": ("the name of a table is not closed", "[table] or [[list of tables]]"),
-    "Invalid statement": ("this is no key", "key = value, with letters, digits, _ and - in the key"),
-    "Unclosed array": ("a list is not closed", "end it with ]"),
-    "Unclosed inline table": ("a table in { } is not closed on its line", "end it with }"),
-}

@@ -287,10 +287,6 @@ class Daemon:
                 return
             time.sleep(0.02)
 
-    def request_stop(self) -> None:
-        """The same as SIGTERM, from another thread."""
-        self._signals.put(signal.SIGTERM)
-
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Stored rows by (sink, "pending" or "dead")."""
         return self._journal.counts()

@@ -1,0 +1,260 @@
+"""What is wrong with a configuration, in plain words: of pydantic's, TOML's and JMESPath's findings."""
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Final, get_args
+
+import jmespath
+from jmespath.exceptions import JMESPathError, LexerError, ParseError
+from jmespath.functions import Functions
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+NAME_PATTERN: Final = r"^[A-Za-z0-9_.-]+$"
+NAME_RULE: Final = 'letters, digits, ".", "_" and "-", 64 at most'
+LISTS: Final = ("sources", "routes")
+_SHOWN_LENGTH: Final = 120
+
+_WANTED: Final[Mapping[str, str]] = {
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list in square brackets",
+    "model_type": "a table",
+    "path_type": "text in quotes",
+    "string_type": "text in quotes",
+    "tuple_type": "a list in square brackets",
+}
+_KINDS: Final[Mapping[type, str]] = {
+    bool: "true or false",  # before int, which it is too
+    int: "a whole number",
+    float: "a number with a fraction",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    Mapping: "a table",
+}
+_BOUNDS: Final[Mapping[str, str]] = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def in_words(  # noqa: C901, PLR0911, PLR0912 - flat: one case for each kind of mistake
+    detail: ErrorDetails, model: type[BaseModel], *, tables: Mapping[str, type[BaseModel]]
+) -> str:
+    """What is wrong at one place. Shows values only where they are numbers or should be one of a few words.
+
+    Args:
+        detail: Of pydantic.
+        model: The table's.
+        tables: Where else a key that is unknown here may belong. None for a sink's: its type has keys of its own.
+    """
+    kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
+    place = detail["loc"]
+    names = [part for part in place if isinstance(part, str)]
+    name = names[-1] if names else ""
+    info = model.model_fields.get(name) if len(names) == 1 else None
+    match kind:
+        case "vodpoller":
+            return str(context["why"])
+        case "value_error" | "assertion_error":
+            return str(context["error"])
+        case "extra_forbidden":
+            known = model.model_fields if len(place) == 1 else {}
+            return unknown_key(name, known, tables)
+        case "missing":
+            return _missing(name, info)
+        case "literal_error":
+            allowed = _words_of(info) or str(context.get("expected", ""))
+            if not isinstance(value, str):
+                return f"is {kind_of(value)} (one of {allowed})"
+            near = suggestion(value, re.findall(r'"([^"]*)"', allowed))
+            return f"{quoted(value)} is not known ({near}one of {allowed})"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            extent = "small" if kind.startswith("greater") else "large"
+            return f"{value} is too {extent} ({_bounds(info, context)})"
+        case "finite_number":
+            return f"{value} is not a number that can be used{_example(name, info)}"
+        case "string_pattern_mismatch" if context.get("pattern") == NAME_PATTERN:
+            return f"has characters that names may not have ({NAME_RULE})"
+        case "string_pattern_mismatch":
+            return f"has characters that do not belong here{_example(name, info)}"
+        case "string_too_short" | "too_short":
+            return f"{'is empty' if context.get('min_length') == 1 else 'is too short'}{_example(name, info)}"
+        case "string_too_long" | "too_long":
+            return f"is too long (at most {context.get('max_length')})"
+        case _ if kind in _WANTED:
+            quotes = " without quotes" if isinstance(value, str) and "list" not in _WANTED[kind] else ""
+            return f"must be {_WANTED[kind]}{quotes}, but is {kind_of(value)}{_example(name, info)}"
+        case _:
+            return detail["msg"][:1].lower() + detail["msg"][1:]
+
+
+def _missing(name: str, info: FieldInfo | None) -> str:
+    if info is None:
+        return "is missing"
+    example = _example(name, info) or (f" ({info.description})" if info.description else "")
+    return f"is missing{example}"
+
+
+def _example(name: str, info: FieldInfo | None) -> str:
+    if info is None:
+        return ""
+    value = info.get_default()
+    if value is None or value is PydanticUndefined:
+        value = info.examples[0] if info.examples else None
+    return "" if value is None else f" (for example: {name} = {_toml(value)})"
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int():
+            return str(value)
+        case float():
+            return f"{value:g}"
+        case list() | tuple():
+            return f"[{', '.join(_toml(item) for item in value)}]"
+        case _:
+            return quoted(str(value))
+
+
+def _bounds(info: FieldInfo | None, context: Mapping[str, Any]) -> str:
+    limits = {
+        name: getattr(item, name) for item in (info.metadata if info else ()) for name in _BOUNDS if hasattr(item, name)
+    } or {name: context[name] for name in _BOUNDS if name in context}
+    return ", ".join(f"{words} {_toml(limits[name])}" for name, words in _BOUNDS.items() if name in limits)
+
+
+def _words_of(info: FieldInfo | None) -> str:
+    """The values that a field may have, where they are a few words."""
+    found: list[Any] = [info.annotation] if info else []
+    words: list[str] = []
+    while found:
+        part = found.pop(0)
+        if isinstance(part, str):
+            words.append(part)
+        else:
+            found.extend(get_args(part))
+    return quoted_all(words)
+
+
+def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[BaseModel]]) -> str:
+    """A key that a table does not have, and which one may be meant."""
+    headers = {"sinks": "[sinks.NAME]"} | {name: f"[[{name}]]" for name in LISTS}
+    owners = [headers.get(name, f"[{name}]") for name, model in elsewhere.items() if key in model.model_fields]
+    if owners:
+        hint = f"it belongs under {' or '.join(owners)}"
+    elif near := _nearest(key, known):
+        hint = f"did you mean {near}?"
+    else:
+        hint = f"known here: {', '.join(known)}" if known else "delete it"
+    return f"there is no such key here ({hint})"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return near[0] if near else None
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The known word that is nearest, as the beginning of a hint; empty where none is near."""
+    near = _nearest(word, known)
+    return f"did you mean {quoted(near)}? " if near else ""
+
+
+def kind_of(value: Any) -> str:
+    """What TOML calls a value of this kind."""
+    return next((words for kind, words in _KINDS.items() if isinstance(value, kind)), "a date or time")
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, cut where it is long."""
+    short = text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
+    return json.dumps(short, ensure_ascii=False)
+
+
+def quoted_all(texts: Iterable[str]) -> str:
+    """Several of them, with commas."""
+    return ", ".join(quoted(text) for text in texts)
+
+
+def check_jmespath(expression: str) -> None:
+    """Compile an expression, functions included.
+
+    Raises:
+        ValueError: It cannot be used; says where and why.
+    """
+    try:
+        parsed = jmespath.compile(expression).parsed
+    except LexerError as error:
+        raise ValueError(_jmespath_problem(expression, error.lex_position, error.message.lower())) from None
+    except ParseError as error:
+        what = (
+            "it ends too early" if error.token_value is None else f"{quoted(str(error.token_value))} cannot stand here"
+        )
+        raise ValueError(_jmespath_problem(expression, error.lex_position, what)) from None
+    except (JMESPathError, RecursionError):
+        raise ValueError("is empty or nested too deeply (leave the key out to take every event)") from None
+    for name in _functions_in(parsed):
+        if name not in Functions.FUNCTION_TABLE:
+            near = suggestion(name, Functions.FUNCTION_TABLE)
+            raise ValueError(
+                f"{quoted(expression)}: JMESPath has no function {name} ({near}its functions: https://jmespath.org)"
+            )
+
+
+def _jmespath_problem(expression: str, position: int, what: str) -> str:
+    return (
+        f"{quoted(expression)} is no JMESPath expression: column {position + 1}: {what}"
+        " (text stands in 'single quotes', numbers in `backticks`, as in Definition == `10`)"
+    )
+
+
+def _functions_in(node: Mapping[str, Any]) -> Iterator[str]:
+    nodes: list[Any] = [node]
+    while nodes:
+        match nodes.pop():
+            case {"type": "function_expression", "value": name, "children": children}:
+                yield name
+                nodes.extend(children)
+            case {"children": children}:
+                nodes.extend(children)
+
+
+def toml_problem(error: ValueError | RecursionError, text: str) -> str:
+    """The problem with its line and column, in words for those who write TOML for the first time."""
+    found = _TOML_MESSAGE.fullmatch(str(error))
+    if found is None:
+        return "this is no TOML (a number is too long, or brackets are nested too deeply)"
+    lines = text.split("\n")
+    line, column = (int(found["line"]), int(found["column"])) if found["line"] else (len(lines), len(lines[-1]) + 1)
+    message = found["message"]
+    for start, (what, right) in _TOML_WORDS.items():
+        if message.startswith(start):
+            return f"line {line}, column {column}: {what} ({right})"
+    return f"line {line}, column {column}: {message[:1].lower()}{message[1:]} (see https://toml.io)"
+
+
+_TOML_MESSAGE: Final = re.compile(
+    r"(?P<message>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
+)
+_TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
+    "Invalid value": ("this is no value", 'text stands in quotes; numbers, true and false do not: name = "main"'),
+    "Cannot overwrite": ("a key is given twice", "delete one of the two lines"),
+    "Cannot declare": ("this table begins for the second time", "put its keys together, or write [[…]] for a list"),
+    "Illegal character '\\n'": ("a text is not closed on its line", 'end it with "'),
+    'Expected "\'"': ("a text is not closed", "end it with '"),
+    "Expected '\"'": ("a text is not closed", 'end it with "'),
+    "Unescaped '\\'": ("a backslash in a text", "write \\\\, or 'single quotes' around the text"),
+    "Expected '=' after": ("a key has no =", "key = value"),
+    "Expected newline": ("something stands behind the value", "one key = value on each line; text in quotes"),
+    "Expected ']' at": ("the name of a table is not closed", "[table] or [[list of tables]]"),
+    "Invalid statement": ("this is no key", "key = value, with letters, digits, _ and - in the key"),
+    "Unclosed array": ("a list is not closed", "end it with ]"),
+    "Unclosed inline table": ("a table in { } is not closed on its line", "end it with }"),
+}
