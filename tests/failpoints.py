@@ -47,7 +47,8 @@ def install(failpoint):
             die()
         if is_now and when == "amid":
             fd, data = args
-            original(self, fd, data[: len(data) // 2])
+            half = bytes(data[: len(data) // 2]).rstrip(b"\n")  # torn within a line
+            original(self, fd, memoryview(half))
             die()
         answer = original(self, *args, **kwargs)
         if is_now and when == "after":

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import count
 
 import pytest
 
@@ -42,12 +43,18 @@ def bodies(count, *, first):
     ]
 
 
-def dies(system, failpoint, *, meanwhile=lambda daemon: None):
-    """Run the daemon until its failpoint has killed it."""
+def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None):
+    """Run the daemon until its failpoint has killed it; feeding brings one more write, sync, confirm."""
     daemon = DoomedDaemon(system.config_path, system.folder / f"{failpoint.replace(':', '-')}.log", failpoint)
     system._running.append(daemon)
     meanwhile(daemon)
-    assert daemon.process.wait(20) == -signal.SIGKILL, daemon.tail()
+
+    def has_died():
+        feed()
+        return daemon.process.poll() is not None
+
+    until(has_died, secs=30, every_secs=0.3, what=daemon.tail)
+    assert daemon.process.returncode == -signal.SIGKILL, daemon.tail()
 
 
 def assert_all_arrived_once(system, simulator):
@@ -79,9 +86,10 @@ def test_killed_before_amid_and_after_each_step_each_event_is_in_the_file_once_a
     # Small batches and several lanes: the worker takes what came of several pulls as one write.
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4, rtt_secs=0.01)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
+    numbers = count(10_000, 4)
     for number, failpoint in enumerate(failpoints):
         simulator.feed(*bodies(60, first=60 * number))
-        dies(system, failpoint)
+        dies(system, failpoint, feed=lambda: simulator.feed(*bodies(4, first=next(numbers))))
     assert_all_arrived_once(system, simulator)
 
 

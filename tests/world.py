@@ -404,7 +404,7 @@ class World:
         """What the composition root does; an actor, so that the process can die on the way."""
         try:
             self._boot()
-        except (ConfigError, StorageError):  # it exits, and says why
+        except (ConfigError, StorageError, TransientError):  # it exits, and says why
             self._let_go()
 
     def _boot(self):

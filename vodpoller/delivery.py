@@ -331,21 +331,22 @@ class InFlight:
 
     def settle_all(self, deliveries: Sequence[Delivery], outcome: Outcome, error: Exception | None = None) -> None:
         """The same for many that came to the same: whoever waits for several of them is woken once."""
-        settled: list[Delivery] = []
-        waiting: dict[Latch, int] = {}
         with self._lock:
-            for delivery in deliveries:
-                if delivery.outcome is None:
-                    delivery.outcome, delivery.error = outcome, error or delivery.error
-                    del self._deliveries[delivery.event.key, delivery.sink]
-                    settled.append(delivery)
-                    for latch in delivery.latches:
-                        waiting[latch] = waiting.get(latch, 0) + 1
-        for latch, number in waiting.items():
-            latch.settled(number)
+            settled = [delivery for delivery in deliveries if delivery.outcome is None]
+            for delivery in settled:
+                delivery.outcome, delivery.error = outcome, error or delivery.error
+        # Before the pair may be claimed anew: whoever looks then must see what this wrote.
         for delivery in settled:
             if delivery.on_settled is not None:
                 delivery.on_settled(delivery)
+        waiting: dict[Latch, int] = {}
+        with self._lock:
+            for delivery in settled:
+                del self._deliveries[delivery.event.key, delivery.sink]
+                for latch in delivery.latches:
+                    waiting[latch] = waiting.get(latch, 0) + 1
+        for latch, number in waiting.items():
+            latch.settled(number)
 
     def start(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
         """Mark deliveries as running.

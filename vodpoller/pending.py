@@ -55,6 +55,7 @@ class Retrier:
         Returns:
             How many were submitted.
         """
+        self._journal.flush()  # what was written of the rows of the last call, so that they are not due any more
         try:
             has_letters = self._journal.has_letters
         except StorageError:
