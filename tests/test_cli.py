@@ -78,7 +78,9 @@ def test_a_missing_configuration_ends_with_78(tmp_path, command):
     assert_says_so(done, EX_CONFIG, f"{tmp_path}/nowhere.toml: there is no such file")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(
+    os.geteuid() == 0, reason="root may read everything: test_commands.py gives root's rights up for this"
+)
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_secret_that_may_not_be_read_ends_with_78(system, command):
     path = system.configure("http://127.0.0.1:9")

@@ -790,9 +790,9 @@ vodpoller.cli.main()
 """
 
 
-def as_nobody(system, *args, **env):
+def as_nobody(system, *args, key_mode=0o644, **env):
     system.config_path.chmod(0o644)
-    system.key_path.chmod(0o644)
+    system.key_path.chmod(key_mode)
     return subprocess.run(
         [sys.executable, "-c", AS_NOBODY, *args, "-c", str(system.config_path)],
         capture_output=True,
@@ -801,6 +801,15 @@ def as_nobody(system, *args, **env):
         timeout=30,
         env=environment(**env),
     )
+
+
+@needs_root
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_secret_that_the_user_may_not_read_ends_with_78(outsider, command):
+    outsider.configure("http://127.0.0.1:9")
+    done = as_nobody(outsider, command, key_mode=0o600)
+    assert_fails(done, 78, str(outsider.key_path), "Permission denied")
+    assert "Traceback" not in done.stderr
 
 
 def owners(folder):
