@@ -232,7 +232,7 @@ class VodClient:
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
-        answer_max_bytes: int = 64 * 1024 * 1024,
+        answer_max_bytes: int = 32 * 1024 * 1024,
     ) -> None:
         self._timeout_secs = timeout_secs
         self._confirm_timeout_secs = confirm_timeout_secs
