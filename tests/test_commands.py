@@ -1163,3 +1163,38 @@ def test_completion_knows_commands_and_options():
     assert "deadletters" in completed("vodpoller d")
     assert {"--since", "--sink"} <= completed("vodpoller deadletters list --s")
     assert {"rejected", "gave_up"} <= completed("vodpoller deadletters list --reason ")
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event_type", ["CreateSnapshotByTimeOffsetCompleted", "FileUploadEvent"])
+def test_check_warns_of_types_that_do_not_exist_and_is_strict_if_asked(system, event_type):
+    path = system.configure("http://127.0.0.1:9")
+    good = run_command("check", "--strict", "-c", path)
+    assert (good.returncode, good.stderr) == (0, "")
+
+    path.write_text(path.read_text().replace("[[routes]]", f'[[routes]]\nevent_types = ["{event_type}"]'))
+    lenient, strict = run_command("check", "-c", path), run_command("check", "--strict", "-c", path)
+
+    assert (lenient.returncode, strict.returncode) == (0, EX_CONFIG)
+    for done in (lenient, strict):
+        assert f"{path}: good" in done.stdout
+        (line,) = done.stderr.splitlines()
+        assert re.match(rf'{path}: warning: routes\.\w+\.event_types: "{event_type}" matches no event type', line)
+
+
+@pytest.mark.parametrize("command", ["run", "once"])
+def test_warnings_are_logged_at_the_start(system, command):
+    simulator = system.simulator(poll_secs=0.1)
+    path = system.configure(simulator.url)
+    path.write_text(path.read_text().replace("[[routes]]", '[[routes]]\nevent_types = ["FileDelete"]'))
+
+    if command == "once":
+        lines = [json.loads(line) for line in run_command("once", "-c", path).stderr.splitlines()]
+    else:
+        lines = system.daemon().log()
+
+    (warning,) = [line for line in lines if line["event"] == "config.warning"]
+    assert warning["level"] == "warning"
+    assert 'did you mean "FileDeleted"?' in warning["message"]

@@ -62,6 +62,31 @@ def replaced(old: str, new: str) -> str:
     return VALID.replace(old, new)
 
 
+# --- what can be used but is probably not meant
+
+
+@pytest.mark.parametrize(
+    ("types", "words"),
+    [
+        ('["CreateSnapshotByTimeOffsetCompleted"]', ['"CreateSnapshotByTimeOffsetCompleted"', "did you mean"]),
+        ('["NewFileUpload", "snapshotby*"]', ['"snapshotby*"', 'mean "CreateSnapshotByTimeOffsetComplete"?']),
+        ('["HologramRenderComplete"]', ["HologramRenderComplete", "newer than this program"]),
+    ],
+)
+def test_an_event_type_that_is_not_documented_is_a_warning(types, words, tmp_path):
+    found = load(replaced('name = "all"', f'name = "all"\nevent_types = {types}'), tmp_path)
+
+    (warning,) = found.warnings
+    assert warning.startswith("routes.all.event_types: ")
+    for word in words:
+        assert word in warning
+
+
+@pytest.mark.parametrize("types", ['["NewFileUpload", "*Complete"]', '["*"]'])
+def test_what_is_documented_is_no_warning(types, tmp_path):
+    assert load(replaced('name = "all"', f'name = "all"\nevent_types = {types}'), tmp_path).warnings == ()
+
+
 # --- what is wrong, one thing at a time: the text, then what its one problem starts with and what it holds
 
 

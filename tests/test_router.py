@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import dataclass
 
 import pytest
@@ -115,3 +116,29 @@ def test_a_queue_that_is_fed_nonsense_types_does_not_fill_the_memory():
     for number in range(1500):
         assert router.route(event(event_type=f"T{number}")).sinks == ("archive",)
     assert len(router._candidates) <= 1000
+
+
+@pytest.mark.parametrize(
+    ("glob", "event_type"),
+    [("CreateSnapshotByTimeOffsetCompleted", "CreateSnapshotByTimeOffsetComplete"), ("FileUpload*", "NewFileUpload")],
+)
+def test_the_pattern_that_was_meant_for_a_type_is_named_for_its_sources_only(glob, event_type):
+    router = Router([Route(event_types=(glob,), sources=("main",)), Route(event_types=("FileDeleted",))])
+    assert router.similar_routed("main", event_type) == glob
+    assert router.similar_routed("other", event_type) is None
+    assert router.similar_routed("main", "HologramRender") is None
+
+
+def test_types_of_megabytes_are_not_kept():
+    router = Router([Route(event_types=("New*",))])
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            event_type = f"{number}" + "x" * 1_000_000
+            assert router.route(event(event_type=event_type)).is_unrouted
+            assert router.similar_routed("main", event_type) is None
+        del event_type
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 1_000_000

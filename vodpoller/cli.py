@@ -68,10 +68,13 @@ def run(config_path: Path) -> None:
 @main.command()
 @_config_option
 @click.option("--connect", is_flag=True, help="Also try key, clock and rights at VOD, every sink and the journal.")
-def check(config_path: Path, *, connect: bool) -> None:
+@click.option("--strict", is_flag=True, help="Exit code 78 if there is a warning.")
+def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
     config = _load(config_path)
     click.echo(f"{config_path}: good")
+    for warning in config.warnings:
+        click.echo(f"{config_path}: warning: {warning}", err=True)
     for source in config.sources:
         app = f"SubAppId {source.sub_app_id}" if source.sub_app_id else "the account's main application"
         rest = "every event has a route" if config.coverage[source.name] else f"other events: {source.unrouted}"
@@ -82,7 +85,10 @@ def check(config_path: Path, *, connect: bool) -> None:
         click.echo(f"  route {route.name}: {types}{condition} -> {', '.join(route.sinks)}")
     for name, sink in config.sinks.items():
         click.echo(f"  sink {name}: {sink.type}")
-    if connect and not _check_connections(config):
+    works = not connect or _check_connections(config)
+    if strict and config.warnings:
+        sys.exit(EXIT_CONFIG)
+    if not works:
         sys.exit(EXIT_FAILURE)
 
 

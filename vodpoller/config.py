@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError
+from vodpoller.event_types import matches_documented, nearest_documented
 from vodpoller.logs import Level
 from vodpoller.secret import HasSecrets, Secret, Surroundings
 from vodpoller.sinks import SinkConfig, available_sinks
@@ -336,6 +337,7 @@ class Config:
         sinks: The configuration of each sink by its name; each is of its class's own `Config`.
         sink_classes: The class of each sink by its name; called with the name and the configuration it gives the sink.
         coverage: Of each source by its name, whether the routes take every event of it. Where not, it has `unrouted`.
+        warnings: What can be used but is probably not meant, one line each: `key: what is wrong (what would be right)`.
     """
 
     api: Api
@@ -348,6 +350,7 @@ class Config:
     log: Log
     daemon: Daemon
     coverage: Mapping[str, bool]
+    warnings: tuple[str, ...] = ()
 
     def secrets(self) -> tuple[Secret, ...]:
         """Every secret in it: what must not be shown, and what SIGHUP reads again."""
@@ -486,11 +489,15 @@ class _Reading:
         directory = env.get("CREDENTIALS_DIRECTORY")
         self._surroundings = Surroundings(base=base, credentials_directory=Path(directory) if directory else None)
         self._problems = _Problems()
+        self._warnings = _Problems()  # what does not keep the configuration from being used
         self._data = {key: self._interpolated(value, (key,)) for key, value in data.items()}
 
     def problems(self) -> list[str]:
         """Each with the key it is about, and each once."""
-        return list(dict.fromkeys(f"{self._key(where)}: {what}" for where, what in self._problems.found))
+        return self._lines(self._problems)
+
+    def _lines(self, problems: _Problems) -> list[str]:
+        return list(dict.fromkeys(f"{self._key(where)}: {what}" for where, what in problems.found))
 
     def read(self) -> Config | None:
         for key in self._data:
@@ -507,6 +514,7 @@ class _Reading:
         self._check_names()
         self._check_sub_app_ids()
         self._check_references()
+        self._check_event_types()
         self._check_claims(sinks, journal)
         coverage = self._coverage()
         if self._problems.found:
@@ -524,6 +532,7 @@ class _Reading:
             log=log,
             daemon=daemon,
             coverage=coverage,
+            warnings=tuple(self._lines(self._warnings)),
         )
 
     # --- variables
@@ -734,6 +743,19 @@ class _Reading:
             if name not in used:
                 self._problems.add(
                     ("sinks", name), "no route uses this sink (name it in the sinks of a route, or delete it)"
+                )
+
+    def _check_event_types(self) -> None:
+        for at, route in self._raw("routes"):
+            for glob in _texts(route.get("event_types")).values():
+                if matches_documented(glob):
+                    continue
+                near = nearest_documented(glob)
+                hint = f"did you mean {quoted(near)}? " if near else ""
+                self._warnings.add(
+                    ("routes", at, "event_types"),
+                    f"{quoted(glob)} matches no event type that Tencent documents ({hint}case matters; if the type is"
+                    " newer than this program, all is well)",
                 )
 
     def _check_names_exist(self, where: _Location, names: Any, known: Collection[str]) -> None:

@@ -246,6 +246,8 @@ class Daemon:
             Whether nothing was left: no pull failed, VOD has nothing to bring again, nothing is pending.
         """
         self._handle_signals()
+        if max_secs:
+            self._warn()
         for worker in self._workers.values():
             worker.start()
         drained = [self._pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
@@ -317,7 +319,12 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, handle)
 
+    def _warn(self) -> None:
+        for warning in self._config.warnings:
+            self._log.warning("config.warning", message=warning)
+
     def _start(self) -> None:
+        self._warn()
         logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is no news
         for worker in self._workers.values():
             worker.start()

@@ -27,6 +27,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "breaker.opened": "a sink failed on several events in a row; its events wait in the journal until a probe succeeds",
     "clock.corrected": "this machine's clock is off; requests are signed with VOD's time instead",
     "clock.stepped": "the wall clock jumped; schedules and due times were moved along",
+    "config.warning": "the configuration can be used, but something in it is probably not meant",
     "confirm.failed": "some handles could not be confirmed within their lease; VOD brings the events again",
     "confirm.refused": "VOD refuses handles that are well inside their lease: is the SubAppId right?",
     "daemon.reloaded": "SIGHUP: files were reopened, secrets read again, waiting ended",

@@ -2,17 +2,19 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import jmespath
 
 from vodpoller.errors import RejectedError
+from vodpoller.event_types import meant_for
 from vodpoller.events import Event
 
 _FALSE: Final[tuple[Any, ...]] = (None, "", [], {})
 _REMEMBERED_TYPES: Final = 1000
+_REMEMBERED_CHARS: Final = 256  # of a type; VOD's have 44 at most
 
 
 class Route(Protocol):
@@ -53,14 +55,16 @@ class _Compiled:
         self.name = route.name
         self.sinks = tuple(route.sinks)
         self.where: Any = jmespath.compile(route.where) if route.where else None
+        self.globs = tuple(route.event_types or ())
         self._sources = None if route.sources is None else frozenset(route.sources)
         patterns = None if route.event_types is None else [fnmatch.translate(glob) for glob in route.event_types]
         self._types = None if patterns is None else re.compile("|".join(patterns))
 
+    def is_of(self, source: str) -> bool:
+        return self._sources is None or source in self._sources
+
     def covers(self, source: str, event_type: str) -> bool:
-        return (self._sources is None or source in self._sources) and (
-            self._types is None or self._types.match(event_type) is not None
-        )
+        return self.is_of(source) and (self._types is None or self._types.match(event_type) is not None)
 
     def wants(self, event: Event) -> bool:
         """Whether `where` holds. JMESPath takes null, false, "", [] and {} for false, and 0 for true."""
@@ -82,20 +86,41 @@ class Router:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = [_Compiled(route) for route in routes]
-        # Types are an open set, but a small one; the limit is for a queue that is fed nonsense.
+        # Types are an open set, but a small one of short names; the limits are for a queue that is fed nonsense.
         self._candidates: dict[tuple[str, str], tuple[list[_Compiled], Routed | None]] = {}
+        self._similar: dict[tuple[str, str], str | None] = {}
 
     def route(self, event: Event) -> Routed:
         """Where the event goes."""
         candidates, constant = self._candidates.get((event.source, event.type)) or self._find(event.source, event.type)
         return constant if constant is not None else _evaluate(candidates, event)
 
+    def similar_routed(self, source: str, event_type: str) -> str | None:
+        """The pattern that was probably meant to take a type that no route takes: a mistyped or outdated one.
+
+        Args:
+            source: Name of the source that the event came from.
+            event_type: One for which `route` found nothing.
+
+        Returns:
+            None where no pattern is like the type, and after 1,000 types, when it is no longer looked for.
+        """
+        place = (source, event_type)
+        if place not in self._similar and self._may_remember(self._similar, event_type):
+            globs = [glob for route in self._routes if route.is_of(source) for glob in route.globs]
+            self._similar[place] = meant_for(event_type, globs)
+        return self._similar.get(place)
+
+    @staticmethod
+    def _may_remember(table: Sized, event_type: str) -> bool:
+        return len(table) < _REMEMBERED_TYPES and len(event_type) <= _REMEMBERED_CHARS
+
     def _find(self, source: str, event_type: str) -> tuple[list[_Compiled], Routed | None]:
         candidates = [route for route in self._routes if route.covers(source, event_type)]
         constant = None
         if all(route.where is None for route in candidates):
             constant = Routed(sinks=_each_once(route.sinks for route in candidates), failed={})
-        if len(self._candidates) < _REMEMBERED_TYPES:
+        if self._may_remember(self._candidates, event_type):
             self._candidates[source, event_type] = (candidates, constant)
         return candidates, constant
 
