@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from vodpoller.delivery import Delivery, Position
+from vodpoller.durable import Folders
 from vodpoller.errors import JournalError, StorageError
 from vodpoller.events import Event, restore_event
 from vodpoller.logs import Logger, Repeats
@@ -158,7 +159,7 @@ class Journal:
         self._failing = False
         self._next_slice = 0
         try:
-            _make_folder(path.parent)
+            Folders(lambda text: log.warning("config.warning", message=f"journal.path: {text}")).make(path.parent)
         except OSError as error:
             raise JournalError(
                 f"{path.parent}: the journal's folder cannot be made: {error.strerror}. Create it, or set journal.path"
@@ -680,19 +681,6 @@ def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) 
         # SQLite's integers are signed; inodes of some file systems use all 64 bits.
         inode = position.inode if position.inode < _INODES // 2 else position.inode - _INODES
         db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
-
-
-def _make_folder(folder: Path) -> None:
-    """Make it with what is missing above it, so that it survives a loss of power."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _text(text: str) -> str:
