@@ -39,6 +39,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "event.left": "events that no route covers are left with VOD and come again every lease",
     "event.malformed": "what VOD sent cannot be read: a dead letter where it has a handle, else only this line",
     "event.settled": "the fate of one pulled event",
+    "file.changed": "another process wrote to a sink's file, or emptied it; what it wrote is kept",
     "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
     "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
     "journal.recovered": "the journal can be written again",
@@ -49,6 +50,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "pending.stuck": "stored events wait for a sink that is not accepting them",
     "pull.failed": "pulling failed and will be repeated after a back-off",
     "pull.recovered": "pulling works again",
+    "recovery.progress": "a long file is being read, to find what was written and not entered before a crash",
     "secret.unreadable": "a secret's file could not be read again; the last value stays in use",
     "simulator.answered": "the simulator answered a request of its API (debug)",
     "sink.stuck": "a sink has not come back from a call long after its deadline",
@@ -56,6 +58,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "thread.overdue": "a thread is far past its deadline; the watchdog is no longer fed",
 }
 
+_FIELDS: Final = "vodpoller_fields"  # of a record of `logging`: it is an event of the catalogue
 _PRIORITY: Final = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error": b"<3>", "critical": b"<2>"}
 
 
@@ -202,6 +205,25 @@ def _forms_of(secret: str) -> tuple[bytes, bytes]:
     return secret.encode(errors="backslashreplace"), _encode({"": secret})[5:-2]
 
 
+class SinkLog:
+    """The log of what is made without one, as a sink is: events of the catalogue, by way of Python's `logging`.
+
+    Args:
+        name: Of the logger in `logging`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Worth knowing; as a `Logger`'s."""
+        self._logger.warning(event, extra={_FIELDS: fields})
+
+    def error(self, event: str, **fields: Any) -> None:
+        """A person is needed; as a `Logger`'s."""
+        self._logger.error(event, extra={_FIELDS: fields})
+
+
 class _FromLibraries(logging.Handler):
     """Brings the lines of libraries into our form."""
 
@@ -213,6 +235,10 @@ class _FromLibraries(logging.Handler):
         try:
             name = "error" if record.levelno >= logging.ERROR else record.levelname.lower()
             write = getattr(self._log, name, self._log.info)
+            fields = getattr(record, _FIELDS, None)
+            if fields is not None:
+                write(record.getMessage(), **fields)
+                return
             write("library.logged", logger=record.name, message=_message_of(record), exc_info=record.exc_info or None)
         except Exception:  # noqa: BLE001 - logging must never raise into the library that logs
             self.handleError(record)
@@ -291,7 +317,7 @@ class Repeats:
     """
 
     def __init__(
-        self, log: Logger, *, window_secs: float = 300.0, monotonic: Callable[[], float] = time.monotonic
+        self, log: Logger | SinkLog, *, window_secs: float = 300.0, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._log = log
         self._window_secs = window_secs
