@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named, until
-from vodpoller.delivery import Delivery, Position
+from vodpoller.delivery import Delivery, Portion, Position
 from vodpoller.errors import JournalError, StorageError
 from vodpoller.journal import CONFIRMED_KEPT_SECS, Journal, Known, Letter
 
@@ -597,28 +597,33 @@ def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, 
 # --- recovery ---------------------------------------------------------------------------------------------------------
 
 
+def portion(*numbers, to):
+    return Portion(keys=[event(number).key for number in numbers], position=at(to), read=0.5)
+
+
 def test_what_a_file_holds_beyond_its_mark_enters_the_ledger_and_is_no_longer_pending(journal):
     journal.store([letter(1), letter(2), letter(1, "other")])
-    assert journal.recover("it", iter([event(1).key, event(3).key]), lambda: at(300)) == 2
+    journal.recover("it", portion(1, 3, to=300))
     assert journal.position("it") == at(300)
     assert [known(journal, number) for number in (1, 2, 3)] == [Known.ACCEPTED, Known.PENDING, Known.ACCEPTED]
     assert journal.counts() == {("it", "pending"): 1, ("other", "pending"): 1}
 
 
-def test_a_file_that_cannot_be_read_to_its_end_leaves_the_ledger_as_it_was(journal):
-    def torn():
-        yield event(1).key
-        raise OSError("unreadable")
+@pytest.mark.parametrize("numbers", [(1, 2), ()])
+def test_each_portion_of_a_recovery_is_for_good_with_its_position(opened, journal, path, numbers):
+    journal.recover("it", portion(*numbers, to=200))
+    assert rows(path, "SELECT count(*) FROM ledger") == [(len(numbers),)]
+    assert rows(path, "SELECT offset_bytes FROM positions") == [(200,)]
+    journal.recover("it", portion(3, to=300))
+    assert rows(path, "SELECT count(*) FROM ledger") == [(len(numbers) + 1,)]
+    assert journal.position("it") == at(300)
 
-    with pytest.raises(OSError, match="unreadable"):
-        journal.recover("it", torn(), lambda: at(300))
+
+def test_a_portion_that_cannot_be_written_says_so_and_leaves_the_ledger_as_it_was(journal, path):
+    with Locked(path), pytest.raises(StorageError):
+        journal.recover("it", portion(1, to=300))
     assert known(journal, 1) is None
     assert journal.position("it") is None
-
-
-def test_a_recovery_that_cannot_be_written_says_so(journal, path):
-    with Locked(path), pytest.raises(StorageError):
-        journal.recover("it", iter([event(1).key]), lambda: at(300))
 
 
 def test_everything_is_there_after_a_restart(opened, wall):

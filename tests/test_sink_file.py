@@ -1,5 +1,9 @@
 import errno
+import fcntl
+import logging
 import os
+import random
+import socket
 import stat
 import subprocess
 import sys
@@ -12,6 +16,7 @@ from tests.receiver import until
 from vodpoller.delivery import Position
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import event_key, make_event, restore_event
+from vodpoller.sinks import encode
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 
 
@@ -72,6 +77,10 @@ def keys(*numbers):
     return [event(number).key for number in numbers]
 
 
+def recovered_keys(portions):
+    return [key for portion in portions for key in portion.keys]
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "events.jsonl"
@@ -80,6 +89,17 @@ def path(tmp_path):
 @pytest.fixture
 def files():
     return FailPoints()
+
+
+@pytest.fixture
+def changes(caplog):
+    """The fields of the lines that were logged under a name."""
+
+    def found(name="file.changed"):
+        return [record.vodpoller_fields for record in caplog.records if record.getMessage() == name]
+
+    caplog.set_level(logging.WARNING)
+    return found
 
 
 @pytest.fixture
@@ -102,7 +122,7 @@ def restarted(opened):
 
     def restart(mark, sub_app_ids=(None,)):
         sink = opened()
-        return sink, list(sink.recover(mark, sub_app_ids))
+        return sink, recovered_keys(sink.recover(mark, sub_app_ids))
 
     return restart
 
@@ -118,6 +138,23 @@ def problems(excinfo):
 def test_a_path_that_names_no_file_is_refused(bad):
     with pytest.raises(ValidationError):
         FileConfig(type="file", path=bad)
+
+
+@pytest.mark.parametrize("stream", ["/dev/stdout", "/dev/./stderr", "/dev/fd/1", "/proc/self/fd/2", "/proc/1/fd/3"])
+def test_a_stream_is_refused_with_what_to_write_instead(stream):
+    with pytest.raises(ValidationError, match='for standard output write type = "stdout"'):
+        FileConfig(type="file", path=stream)
+
+
+def test_a_link_to_a_stream_is_refused_too(tmp_path):
+    reading, writing = os.pipe()
+    try:
+        (tmp_path / "link").symlink_to(f"/dev/fd/{writing}")
+        with pytest.raises(ValidationError, match="is a stream"):
+            FileConfig(type="file", path=str(tmp_path / "link"))
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_two_spellings_of_one_file_make_the_same_claim(path, tmp_path, monkeypatch):
@@ -138,10 +175,30 @@ def test_a_folder_in_the_files_place_is_a_config_error(opened, path):
     assert problems(excinfo).startswith(f"sinks.archive.path: {path} cannot be opened: Is a directory (")
 
 
-def test_a_named_pipe_in_the_files_place_is_a_config_error_and_does_not_hang(opened, path):
+def a_pipe(path):
     os.mkfifo(path)
-    with pytest.raises(ConfigError, match="not a regular file"):
+
+
+def a_socket(path):
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+def a_device(path):
+    path.symlink_to("/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(a_pipe, 'a named pipe, .*"exec"'), (a_socket, 'a socket, .*"webhook"'), (a_device, "a device, .*path of a file")],
+)
+def test_what_is_no_file_is_refused_with_what_to_use_instead(opened, path, make, says):
+    make(path)
+    with pytest.raises(ConfigError, match=f"it is {says}"):
         opened()
+    with pytest.raises(ConfigError, match=f"it is {says}"):
+        FileSink.probe("archive", FileConfig(type="file", path=str(path)))
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def test_a_folder_that_cannot_be_made_is_a_config_error(opened, tmp_path):
@@ -210,6 +267,54 @@ def test_another_process_is_kept_out_and_told_how_to_find_the_first(opened, path
     assert f"fuser -v {path}.lock" in second.stderr
     sink.close()
     assert subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_synced_is_a_warning_once(opened, path, tmp_path, files, monkeypatch, changes, number):
+    def refuse(_path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "sync_folder", refuse)
+    sink = opened(tmp_path / "new" / "events.jsonl")
+    sink.deliver([event(1)], 5.0)
+    (tmp_path / "new" / "events.jsonl").rename(tmp_path / "new" / "events.jsonl.1")
+    sink.reopen()
+    sink.deliver([event(2)], 5.0)
+    (said,) = changes("config.warning")
+    assert said["message"].startswith(f"sinks.archive.path: {tmp_path} is on a file system that cannot sync folders")
+    assert (tmp_path / "new" / "events.jsonl").read_bytes() == line(2)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_and_is_not_another_process(opened, monkeypatch, number):
+    def refuse(_fd, _kind):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"events\.jsonl\.lock cannot be opened: ") as excinfo:
+        opened()
+    assert "another process" not in problems(excinfo)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE])
+def test_a_disk_s_trouble_at_the_start_may_pass(opened, files, monkeypatch, number):
+    def refuse(_path, _flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "open", refuse)
+    with pytest.raises(TransientError):
+        opened()
+
+
+def test_a_lock_that_is_held_for_an_instant_is_waited_for(opened, path):
+    held = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_SH)  # as `check --connect` does
+    timer = threading.Timer(0.1, os.close, (held,))
+    timer.start()
+    try:
+        opened().deliver([event(1)], 5.0)
+    finally:
+        timer.join()
 
 
 # --- appending ---
@@ -324,6 +429,240 @@ def test_a_torn_tail_is_cut_even_if_nobody_asked_for_recovery(opened, path):
     assert path.read_bytes() == lines(1, 3)
 
 
+# --- other processes write to the file ---
+
+FOREIGN = [
+    b"hello",
+    b"hello\n",
+    b"one\ntwo",
+    b"\n",
+    b'{"note": "not compact',
+    b'{"note":"whole"}',
+    b'{"note":"whole"}\n',
+    b"\0\xff garbage\n",
+    b"ends with zeros\0\0",
+    b"\0\xff",
+    b'{"note\0":\t1}\n',
+    random.Random(1).randbytes(3000),
+]
+
+
+def own_lines(data):
+    """Those of a file's lines that are our events."""
+    known = {line(number).rstrip(b"\n"): number for number in range(100)}
+    return [known[each] for each in data.split(b"\n") if each in known]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_an_event_has_a_line_of_its_own_behind_foreign_bytes_which_are_kept_and_told(opened, path, foreign, changes):
+    sink = opened()
+    sink.recover(None, [None])
+    sink.deliver([event(1)], 5.0)
+    with path.open("ab") as file:
+        file.write(foreign)
+    sink.deliver([event(2)], 5.0)
+    sink.deliver([event(3)], 5.0)
+    end = b"" if foreign.endswith(b"\n") else b"\n"
+    assert path.read_bytes() == line(1) + foreign + end + lines(2, 3)
+    assert sink.position().offset_bytes == path.stat().st_size
+    (said,) = changes()
+    assert f"wrote {len(foreign)} bytes" in said["message"]
+    assert said["path"] == str(path)
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_foreign_bytes_in_the_middle_survive_recovery(opened, restarted, path, foreign):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    mark = sink.position()
+    with path.open("ab") as file:
+        file.write(foreign)
+    sink.deliver([event(2), event(3)], 5.0)
+    sink.close()
+    before = path.read_bytes()
+    sink, found = restarted(mark)
+    assert path.read_bytes() == before
+    assert [key for key in found if key in keys(1, 2, 3)] == keys(2, 3)
+    sink.deliver([event(4)], 5.0)
+    assert path.read_bytes() == before + line(4)
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize("has_mark", [True, False])
+def test_foreign_bytes_at_the_end_survive_recovery(opened, restarted, path, foreign, has_mark):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    mark = sink.position()
+    sink.deliver([event(2)], 5.0)
+    sink.close()
+    with path.open("ab") as file:
+        file.write(foreign)
+    sink, found = restarted(mark if has_mark else None)
+    assert [key for key in found if key in keys(1, 2)] == keys(1, 2)[has_mark:]
+    sink.deliver([event(3)], 5.0)
+    end = b"" if foreign.endswith(b"\n") else b"\n"
+    assert path.read_bytes() == lines(1, 2) + foreign + end + line(3)
+
+
+@pytest.mark.parametrize("torn_bytes", [1, 2, 17, len(line(3)) - 3])
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_torn_line_of_ours_is_cut_and_the_foreign_bytes_before_it_are_kept(
+    opened, restarted, path, foreign, torn_bytes
+):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    mark = sink.position()
+    with path.open("ab") as file:
+        file.write(foreign)
+    sink.deliver([event(2)], 5.0)
+    sink.close()
+    before = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(line(3)[:torn_bytes])
+    _, found = restarted(mark)
+    assert path.read_bytes() == before
+    assert [key for key in found if key in keys(1, 2, 3)] == keys(2)
+
+
+@pytest.mark.parametrize("body_format", ["callback", "cloudevents"])
+def test_a_line_that_lacks_nothing_but_its_end_is_ours_and_gets_it(path, body_format):
+    config = FileConfig(type="file", path=str(path), format=body_format)
+    text = encode(event(1), body_format)
+    path.write_bytes(text)
+    sink = FileSink("archive", config)
+    try:
+        assert recovered_keys(sink.recover(None, [None])) == keys(1)
+    finally:
+        sink.close()
+    assert path.read_bytes() == text + b"\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"EventType":"x","A":[1,-2.5e-7,true,false,null,{}],"B":{"C":"\\u12',
+        b'{"a":"\xe9\x9b',
+        b'{"a":"x\\',
+        b'{"a":tr',
+        b'{"a":-',
+        b"{",
+        b'{"',
+    ],
+)
+def test_what_can_be_the_beginning_of_a_line_of_ours_is_cut(restarted, path, text):
+    path.write_bytes(line(1) + text)
+    restarted(None)
+    assert path.read_bytes() == line(1)
+
+
+@pytest.mark.parametrize("tail", [line(3)[:-1], line(3)[:-2], b"hello"])
+@pytest.mark.parametrize("mode", [0o640, 0o440])
+def test_a_rotated_file_is_mended_too(opened, restarted, path, tmp_path, tail, mode):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    mark = sink.position()
+    sink.deliver([event(2)], 5.0)
+    sink.close()
+    rotated = path.rename(tmp_path / "events.jsonl.1")
+    with rotated.open("ab") as file:
+        file.write(tail)
+    rotated.chmod(mode)
+    found = restarted(mark)[1]
+    assert found == (keys(2, 3) if tail == line(3)[:-1] else keys(2))
+    if os.access(rotated, os.W_OK):
+        left = {line(3)[:-1]: line(3), b"hello": b"hello"}.get(tail, b"")
+        assert rotated.read_bytes() == lines(1, 2) + left
+
+
+def test_foreign_bytes_that_recovery_finds_are_told_once(restarted, path, changes):
+    path.write_bytes(line(1) + b"one\n" + line(2) + b"two\n" + b"three")
+    sink, found = restarted(None)
+    sink.deliver([event(3)], 5.0)
+    assert found == keys(1, 2)
+    assert len(changes()) == 1
+
+
+def test_a_file_of_ours_may_hold_nothing_but_foreign_bytes(restarted, path):
+    path.write_bytes(b"hello")
+    sink, _ = restarted(Position(inode=path.stat().st_ino, offset_bytes=len(line(1))))
+    sink.deliver([event(2)], 5.0)
+    assert path.read_bytes() == b"hello\n" + line(2)
+
+
+@pytest.mark.parametrize("rest_bytes", [0, 5, len(line(1))])
+def test_a_file_that_was_cut_is_gone_on_with_and_that_is_told(opened, path, rest_bytes, changes):
+    sink = opened()
+    sink.deliver([event(1), event(2)], 5.0)
+    os.truncate(path, rest_bytes)
+    sink.deliver([event(3)], 5.0)
+    sink.deliver([event(4)], 5.0)
+    rest = lines(1, 2)[:rest_bytes]
+    assert path.read_bytes() == rest + (b"\n" if rest_bytes == 5 else b"") + lines(3, 4)
+    (said,) = changes()
+    assert f"cut {len(lines(1, 2)) - rest_bytes} bytes off" in said["message"]
+
+
+@pytest.mark.parametrize("rest_bytes", [0, len(line(1))])
+@pytest.mark.parametrize("marked", [1, 2])
+def test_after_a_cut_no_line_is_skipped_though_one_ends_where_the_mark_was(opened, restarted, path, rest_bytes, marked):
+    sink = opened()
+    for number in range(1, 1 + marked):
+        sink.deliver([event(number)], 5.0)
+    mark = sink.position()
+    os.truncate(path, min(rest_bytes, mark.offset_bytes))
+    sink.deliver([event(3), event(4), event(5)], 5.0)  # and dies before the mark is moved
+    sink.close()
+    assert path.read_bytes()[mark.offset_bytes - 1 : mark.offset_bytes] == b"\n"
+    sink, found = restarted(mark)
+    assert [key for key in found if key in keys(3, 4, 5)] == keys(3, 4, 5)
+    mark = sink.position()
+    sink.deliver([event(6)], 5.0)
+    sink.close()
+    assert restarted(mark)[1] == keys(6)
+
+
+def test_a_cut_that_is_noted_twice_is_read_from_its_lowest_place(opened, restarted, path):
+    sink = opened()
+    sink.deliver([event(1), event(2), event(3)], 5.0)
+    mark = sink.position()
+    os.truncate(path, 0)
+    sink.deliver([event(4), event(5)], 5.0)
+    os.truncate(path, len(line(4)))
+    sink.deliver([event(6), event(7)], 5.0)
+    sink.close()
+    assert restarted(mark)[1] == keys(4, 6, 7)
+
+
+def test_a_piece_of_a_line_written_in_between_does_not_come_onto_ours(opened, files, path, monkeypatch):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    write, done = files.write, []
+
+    def write_behind_another(fd, data):
+        if not done:
+            done.append(os.write(fd, b"hello"))
+        return write(fd, data)
+
+    monkeypatch.setattr(files, "write", write_behind_another)
+    sink.deliver([event(2), event(3)], 5.0)
+    assert sorted(own_lines(path.read_bytes())) == [1, 2, 3]
+    assert path.read_bytes().startswith(line(1) + b"hello")
+    assert sink.position().offset_bytes == path.stat().st_size
+
+
+def test_what_is_written_behind_a_failed_append_is_not_cut_with_it(opened, files, path):
+    sink = opened()
+    sink.deliver([event(1)], 5.0)
+    files.failing, files.room_bytes = {"ftruncate"}, 5
+    with pytest.raises(TransientError):
+        sink.deliver([event(2)], 5.0)
+    with path.open("ab") as file:
+        file.write(b"hello")
+    files.failing, files.room_bytes = set(), None
+    sink.deliver([event(2)], 5.0)
+    assert path.read_bytes() == line(1) + line(2)[:5] + b"hello\n" + line(2)
+
+
 # --- rotation ---
 
 
@@ -410,7 +749,7 @@ def test_a_crash_at_any_byte_of_the_last_batch_leaves_exactly_its_whole_lines(re
     mark = Position(inode=path.stat().st_ino, offset_bytes=len(known))
     for cut in range(len(batch) + 1):
         path.write_bytes(known + batch[:cut])
-        whole = batch[:cut].count(b"\n")
+        whole = (batch[:cut] + b"\n").count(b"}}\n")  # one that lacks nothing but its end gets it
         sink, found = restarted(mark)
         assert found == keys(3, 4, 5)[:whole]
         assert path.read_bytes() == known + b"".join(batch.splitlines(keepends=True)[:whole])
@@ -550,13 +889,56 @@ def test_a_rename_between_the_repair_and_the_reading_is_followed(opened, path, t
     sink = opened()
     found = sink.recover(None, [None])
     path.rename(tmp_path / "events.jsonl.1")
-    assert list(found) == keys(1, 2)
+    assert recovered_keys(found) == keys(1, 2)
 
 
 def test_a_line_beyond_all_bounds_is_passed_over(restarted, path, monkeypatch):
     monkeypatch.setattr("vodpoller.sinks.file._LINE_MAX_BYTES", 200)
     path.write_bytes(line(1) + event(2, Text="x" * 1000).body + b"\n" + line(3))
     assert restarted(None)[1] == keys(1, 3)
+
+
+# --- recovery in portions ---
+
+
+@pytest.mark.parametrize(("bound", "value"), [("_PORTION_KEYS", 7), ("_PORTION_BYTES", 7 * len(line(1)))])
+def test_a_recovery_goes_on_from_each_of_its_portions(restarted, opened, path, tmp_path, monkeypatch, bound, value):
+    monkeypatch.setattr(f"vodpoller.sinks.file.{bound}", value)
+    path.write_bytes(lines(*range(10, 40)))
+    sink = opened()
+    sink.recover(None, [None])
+    mark = Position(inode=sink.position().inode, offset_bytes=len(lines(10, 11)))
+    path.rename(tmp_path / "events.jsonl.1")
+    sink.reopen()
+    sink.deliver([event(number) for number in range(40, 60)], 5.0)
+    sink.close()
+    sink = opened()
+    portions = list(sink.recover(mark, [None]))
+    sink.close()
+    assert len(portions) > 5
+    assert [len(portion.keys) for portion in portions[:-1]] == [7] * (len(portions) - 1)
+    assert recovered_keys(portions) == keys(*range(12, 60))
+    assert sorted(portion.read for portion in portions) == [portion.read for portion in portions]
+    assert [portion.read < 1 for portion in portions] == [True] * (len(portions) - 1) + [False]
+    assert portions[-1].position == sink.position()
+    done = 0
+    for portion in portions:
+        done += len(portion.keys)
+        again, found = restarted(portion.position)
+        again.close()
+        assert found == keys(*range(12 + done, 60))
+
+
+def test_lines_without_a_key_make_portions_too(opened, path, monkeypatch):
+    monkeypatch.setattr("vodpoller.sinks.file._PORTION_BYTES", 100)
+    path.write_bytes(b"not ours\n" * 1000)
+    assert len(list(opened().recover(None, [None]))) > 50
+
+
+def test_nothing_beyond_the_mark_is_one_portion_at_the_file_s_end(opened, path):
+    sink = opened()
+    (portion,) = sink.recover(None, [None])
+    assert (list(portion.keys), portion.position, portion.read) == ([], sink.position(), 1.0)
 
 
 def test_delivery_goes_on_after_recovery(restarted, path):

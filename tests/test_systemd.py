@@ -47,6 +47,15 @@ def test_each_state_is_one_datagram(manager, method, datagram):
     assert received(listening) == datagram
 
 
+@pytest.mark.parametrize(
+    ("secs", "datagram"), [(120, b"EXTEND_TIMEOUT_USEC=120000000"), (0.5, b"EXTEND_TIMEOUT_USEC=500000")]
+)
+def test_the_start_may_take_longer_if_that_is_said(manager, secs, datagram):
+    address, listening = manager
+    Notifier(address).extend(secs)
+    assert received(listening) == datagram
+
+
 def test_several_assignments_are_lines_of_one_datagram(manager):
     address, listening = manager
     Notifier(address).notify("READY=1", "STATUS=fine")

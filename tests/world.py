@@ -420,8 +420,8 @@ class World:
 
         self.journal._write = staged_write
         self.sink = WatchedFileSink(self, FileConfig(type="file", path=str(self.archive)))
-        keys = self.sink.recover(self.journal.position("file"), {None})
-        self.journal.recover("file", keys, self.sink.position)
+        for portion in self.sink.recover(self.journal.position("file"), {None}):
+            self.journal.recover("file", portion)
         in_flight = InFlight()
         workers = {
             name: StagedWorker(

@@ -36,6 +36,7 @@ HEARTBEAT_SECS: Final = 5.0
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
 ONCE_TRIES: Final = 3
+RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
@@ -179,8 +180,16 @@ class Daemon:
     def _recover(self, name: str, sink: Sink) -> None:
         """Bring the ledger up to what the sink's file really holds: a crash may have come in between."""
         mark = self._journal.position(name)
-        keys = sink.recover(mark, {source.sub_app_id for source in self._config.sources})
-        number = self._journal.recover(name, keys, sink.position)
+        number = 0
+        for portion in sink.recover(mark, {source.sub_app_id for source in self._config.sources}):
+            # Each portion is for good: a process that ends in between, or is ended, goes on from there.
+            self._journal.recover(name, portion)
+            number += len(portion.keys)
+            self._notifier.extend(RECOVERY_SECS)
+            self._notifier.alive()
+            if portion.read < 1:
+                self._log.info("recovery.progress", sink=name, keys=number, percent=round(100 * portion.read, 1))
+                self._notifier.status(f"reading what sink {name} wrote before a crash: {portion.read:.0%}")
         if number:
             self._log.warning("file.recovered", sink=name, keys=number)
 

@@ -49,6 +49,21 @@ class Position:
     offset_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portion:
+    """A part of what a sink's file holds beyond its mark.
+
+    Args:
+        keys: Of the events of its lines, in their order.
+        position: Where it ends: when its keys are in the ledger, all before is.
+        read: How much of all that is to be read has been read then, 0 to 1.
+    """
+
+    keys: Sequence[bytes]
+    position: Position
+    read: float
+
+
 class Sink(ABC):
     """Where events go. A sink knows nothing of leases, handles, retries or the ledger: its worker does.
 
@@ -108,7 +123,7 @@ class Sink(ABC):
         """Where the sink's file ends after the last accepted call; None for a sink that is no file."""
         return None
 
-    def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[bytes]:  # noqa: ARG002
+    def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:  # noqa: ARG002
         """Called once before the first `deliver`: what was accepted beyond the mark and never reached the ledger.
 
         Args:
@@ -116,7 +131,9 @@ class Sink(ABC):
             sub_app_ids: The SubAppIds whose events may be in the file: a key depends on it, a line does not hold it.
 
         Returns:
-            The keys of the whole lines beyond the mark. A torn tail is cut off.
+            What lies beyond the mark, in portions that can each be written down before the next is taken: a process
+            that ends in between goes on from the position of the last one. A torn line is cut off. Nothing for a sink
+            that is no file.
         """
         return ()
 

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from vodpoller.delivery import Delivery, Position
+from vodpoller.delivery import Delivery, Portion, Position
 from vodpoller.durable import Folders
 from vodpoller.errors import JournalError, StorageError
 from vodpoller.events import Event, restore_event
@@ -329,41 +329,33 @@ class Journal:
                 else:
                     self._unwritten_positions.pop(sink, None)  # overtaken
 
-    def recover(self, sink: str, keys: Iterable[bytes], position: Callable[[], Position | None]) -> int:
-        """Enter what a sink's file holds beyond its mark, at start.
+    def recover(self, sink: str, portion: Portion) -> None:
+        """Enter a part of what a sink's file holds beyond its mark, at start. When this returns, it is on disk.
 
         Args:
             sink: The sink's name.
-            keys: Of the lines beyond the mark.
-            position: Asked after the last key: where the file ends.
-
-        Returns:
-            How many keys there were.
+            portion: Its keys and, for the mark, where it ends.
 
         Raises:
             StorageError: The journal cannot be written.
         """
         now = self._wall()
-        number = 0
 
         def work(db: sqlite3.Connection) -> None:
-            nonlocal number
-            for key in keys:
-                # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
-                db.execute(
-                    "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
-                    " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
-                    (key, sink, now, now - CONFIRMED_KEPT_SECS),
-                )
-                db.execute("DELETE FROM letters WHERE key = ? AND sink = ?", (key, sink))
-                number += 1
-            _set_position(db, sink, position())
+            # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
+            db.executemany(
+                "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
+                " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
+                [(key, sink, now, now - CONFIRMED_KEPT_SECS) for key in portion.keys],
+            )
+            if _letters_bytes(db):
+                db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in portion.keys])
+            _set_position(db, sink, portion.position)
 
         try:
             self._write(work, durable=True)
         except sqlite3.Error as error:
             raise StorageError(f"the journal cannot be written: {error}") from error
-        return number
 
     def position(self, sink: str) -> Position | None:
         """The mark of a sink's file: all below it is in the ledger."""

@@ -42,6 +42,10 @@ class Notifier:
             self._last_status = text
             self.notify(f"STATUS={' '.join(text.split())}")  # a second line would be another assignment
 
+    def extend(self, secs: float) -> None:
+        """What is under way, the start or the end, goes on: it may take so long from now, whatever its time limit."""
+        self.notify(f"EXTEND_TIMEOUT_USEC={secs * 1e6:.0f}")
+
     def alive(self) -> None:
         """Feed the watchdog."""
         self.notify("WATCHDOG=1")

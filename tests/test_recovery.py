@@ -1,0 +1,107 @@
+"""A file with much in it that the ledger does not know, and one that other processes write to: the whole daemon."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.processes import ServiceManager, bodies_of, canonical, differences, running_system, until
+from tests.test_kill import DoomedDaemon
+
+PORTION = 10_000
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as running:
+        yield running
+
+
+def body(number):
+    return json.dumps({"EventType": "Numbered", "NumberedEvent": {"TaskId": f"task-{number}"}}, separators=(",", ":"))
+
+
+def fill(path, numbers):
+    path.write_text("".join(body(number) + "\n" for number in numbers))
+
+
+def test_a_long_recovery_says_how_far_it_is_and_asks_for_time(system, tmp_path):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    fill(system.archive, range(3 * PORTION))
+    with ServiceManager(tmp_path / "notify") as manager:
+        daemon = system.daemon(NOTIFY_SOCKET=manager.path)
+        until(lambda: manager.said("READY=1"))
+    lines = daemon.log("recovery.progress")
+    assert [line["keys"] for line in lines] == [PORTION, 2 * PORTION, 3 * PORTION][: len(lines)]
+    assert len(lines) >= 2
+    assert all(0 < line["percent"] <= 100 and line["sink"] == "archive" for line in lines)
+    assert len(manager.said("EXTEND_TIMEOUT_USEC=")) > len(lines)
+    (line,) = daemon.log("file.recovered")
+    assert line["keys"] == 3 * PORTION
+    assert daemon.terminate()[0] == 0
+
+
+@pytest.mark.parametrize(("when", "entered"), [("before:2", PORTION), ("after:2", 2 * PORTION)])
+def test_a_recovery_that_is_killed_goes_on_where_it_was_and_doubles_nothing(system, when, entered):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    fill(system.archive, range(3 * PORTION + 5))
+    doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", f"recover:{when}")
+    system._running.append(doomed)
+    until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
+    assert doomed.process.returncode == -signal.SIGKILL
+    simulator.feed(*(body(number) for number in (0, PORTION - 1, PORTION, 2 * PORTION, 3 * PORTION + 4)))
+    daemon = system.daemon()
+    (line,) = daemon.log("file.recovered")
+    assert line["keys"] == 3 * PORTION + 5 - entered
+    until(simulator.all_confirmed, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    assert len(system.lines()) == 3 * PORTION + 5
+
+
+@pytest.mark.parametrize("foreign", [b"hello", b'{"note": 1}\nand a piece', b"\0\xff\n\n"])
+@pytest.mark.parametrize("failpoint", ["ledger:before:2", "write:amid:2"])
+def test_foreign_bytes_and_a_kill_lose_nothing_and_double_nothing(system, foreign, failpoint):
+    simulator = system.simulator(visibility_secs=1.2, poll_secs=0.2)
+    system.configure(simulator.url, lease_secs=1.2)
+    simulator.feed(*map(body, range(10)))
+    doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", failpoint)
+    system._running.append(doomed)
+    until(lambda: len(system.lines()) == 10, secs=30, what=doomed.tail)
+    with system.archive.open("ab") as file:
+        file.write(foreign)
+    simulator.feed(*map(body, range(10, 20)))
+    until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
+    assert doomed.process.returncode == -signal.SIGKILL
+    daemon = system.daemon()
+    until(simulator.all_confirmed, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    data = system.archive.read_bytes()
+    assert foreign in data
+    known = set(map(canonical, map(body, range(20))))
+    lines = [line for line in data.split(b"\n") if line.startswith(b'{"EventType"') and canonical(line) in known]
+    assert differences(bodies_of(simulator.ledger(bodies=True)), lines) == ([], [])
+    assert daemon.log("file.changed") or b"file.changed" in doomed.log_path.read_bytes()
+
+
+@pytest.mark.parametrize("rest_bytes", [0, 30])
+def test_a_file_that_is_emptied_while_it_runs_gets_what_comes_then_once(system, rest_bytes):
+    simulator = system.simulator(visibility_secs=1.2, poll_secs=0.2)
+    system.configure(simulator.url, lease_secs=1.2)
+    simulator.feed(*map(body, range(5)))
+    # Killed between the lines after the cut and their ledger rows: at the old mark there is the end of a line again.
+    doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", "ledger:before:2")
+    system._running.append(doomed)
+    until(simulator.all_confirmed, secs=30, what=doomed.tail)
+    os.truncate(system.archive, rest_bytes)
+    simulator.feed(*map(body, range(5, 9)), *map(body, range(1, 9)))
+    until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
+    daemon = system.daemon()
+    until(simulator.all_confirmed, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    lines = [canonical(line) for line in system.lines() if line.endswith(b"}}")]
+    assert sorted(lines) == sorted(set(lines))
+    assert {canonical(body(number)) for number in range(5, 9)} <= set(lines)
+    assert b"file.changed" in doomed.log_path.read_bytes()
