@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -360,6 +361,150 @@ def test_an_image_that_is_named_twice_is_fetched_once(opened, host):
     url = host.serves("/1.png")
     opened().deliver([event(image(url), image(url))], 10.0)
     assert len(host.asked) == 1
+
+
+# --- files of other events ---
+
+
+@pytest.fixture
+def skipped(caplog):
+    def found():
+        return [record.vodpoller_fields for record in caplog.records if record.getMessage() == "image.skipped"]
+
+    return found
+
+
+def without_attributes(*_args, **_more):
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+
+@pytest.fixture(params=["with attributes", "without attributes"])
+def attributes(request, monkeypatch, root):
+    """Both kinds of file systems."""
+    if request.param == "without attributes":
+        monkeypatch.setattr(os, "setxattr", without_attributes)
+        monkeypatch.setattr(os, "getxattr", without_attributes)
+        return False
+    root.mkdir(parents=True)
+    try:
+        os.setxattr(root, "user.vodpoller.key", b"x")
+    except OSError:
+        pytest.skip("this file system has none")
+    return True
+
+
+@pytest.mark.parametrize(
+    "other", [{"definition": 20}, {"task_id": "task-2"}, {"definition": 20, "task_id": "task-2", "Extra": 1}]
+)
+def test_an_image_that_another_event_s_file_stands_in_the_way_of_is_said(
+    opened, host, files, skipped, attributes, root, other
+):
+    sink = opened()
+    first, second = event(image(host.serves("/1.png"))), event(image(host.serves("/2.png", b"two")), **other)
+    sink.deliver([first], 10.0)
+    assert skipped() == []
+    for _ in range(3):
+        sink.deliver([second], 10.0)
+    assert files() == {"387702/1000.png": PNG}
+    (said,) = skipped()
+    assert said["key"] == second.key.hex()
+    assert said["held_by"] == first.key.hex()
+    assert said["path"] == str(root / "387702" / "1000.png")
+    assert "{definition} and {task_id}" in said["hint"]
+
+
+@pytest.mark.parametrize("path", ["/1.png", "/1"])
+def test_an_event_s_own_files_are_not_said(opened, host, skipped, attributes, path):
+    host.serves(path, status(200, PNG, Content_Type="image/png"))
+    sent = event(image(host.url(path)), image(host.url("/2.png"), 2000))
+    sink = opened()
+    for _ in range(3):
+        with pytest.raises(RejectedError):
+            sink.deliver([sent], 10.0)
+    assert skipped() == []
+
+
+def test_an_event_s_own_files_are_known_after_a_restart(opened, host, skipped, attributes):
+    sent = event(image(host.serves("/1.png")))
+    opened().deliver([sent], 10.0)
+    opened().deliver([sent], 10.0)
+    assert [said["held_by"] for said in skipped()] == ([] if attributes else ["unknown"])
+
+
+def test_a_path_with_the_key_has_no_files_of_others(opened, host, skipped, monkeypatch):
+    monkeypatch.setattr(os, "getxattr", without_attributes)
+    sent = event(image(host.serves("/1.png")))
+    opened("{key}/{index}.{ext}").deliver([sent], 10.0)
+    opened("{key}/{index}.{ext}").deliver([sent], 10.0)
+    assert skipped() == []
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_of_events_at_once_with_one_name_the_first_has_it_and_the_others_are_said(opened, host, files, skipped, number):
+    together = threading.Barrier(number)
+
+    def served(body):
+        def answer(handler):
+            together.wait(20)
+            handler.answer(200, body)
+
+        return answer
+
+    sent = [event(image(host.serves(f"/{n}.png", served(b"image %d" % n))), task_id=f"task-{n}") for n in range(number)]
+    sink = opened()
+    threads = [threading.Thread(target=sink.deliver, args=([each], 30.0)) for each in sent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ((place, content),) = files().items()
+    assert place == "387702/1000.png"
+    winner = sent[int(content.split()[1])].key.hex()
+    assert {said["held_by"] for said in skipped()} == {winner}
+    assert {said["key"] for said in skipped()} == {each.key.hex() for each in sent} - {winner}
+
+
+# --- file systems that can do less ---
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_folders_that_cannot_be_synced_are_a_warning_once(opened, host, files, caplog, monkeypatch, number):
+    sync = os.fsync
+
+    def refuse_folders(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    opened().deliver([event(image(host.serves("/1.png")))], 10.0)
+    assert files() == {"387702/1000.png": PNG}
+    (said,) = [record.vodpoller_fields for record in caplog.records if record.getMessage() == "config.warning"]
+    assert said["message"].startswith("sinks.images.path: ")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF])
+def test_without_locks_images_are_saved_and_what_others_may_be_writing_is_left(opened, host, root, monkeypatch, number):
+    def refuse(_fd, _kind):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (root / "387702").mkdir(parents=True)
+    left = root / "387702" / f".vodpoller-{'0' * 16}.part"
+    left.write_bytes(b"half")
+    opened().deliver([event(image(host.serves("/1.png")))], 10.0)
+    assert (root / "387702" / "1000.png").read_bytes() == PNG
+    assert left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE])
+def test_a_disk_s_trouble_at_the_start_may_pass(opened, monkeypatch, number):
+    def refuse(*_args, **_more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(TransientError, match=r"sinks\.images\.path: "):
+        opened()
 
 
 # --- what is not ---

@@ -525,22 +525,28 @@ def test_a_torn_line_of_ours_is_cut_and_the_foreign_bytes_before_it_are_kept(
 
 
 @pytest.mark.parametrize("body_format", ["callback", "cloudevents"])
-def test_a_line_that_lacks_nothing_but_its_end_is_ours_and_gets_it(path, body_format):
-    config = FileConfig(type="file", path=str(path), format=body_format)
-    text = encode(event(1), body_format)
-    path.write_bytes(text)
-    sink = FileSink("archive", config)
+def test_a_line_of_ours_that_lacks_its_end_is_torn(path, body_format):
+    path.write_bytes(encode(event(1), body_format))
+    sink = FileSink("archive", FileConfig(type="file", path=str(path), format=body_format))
     try:
-        assert recovered_keys(sink.recover(None, [None])) == keys(1)
+        assert recovered_keys(sink.recover(None, [None])) == []
     finally:
         sink.close()
-    assert path.read_bytes() == text + b"\n"
+    assert path.read_bytes() == b""
+
+
+def test_a_line_without_its_end_that_may_be_ours_stays_and_is_told_as_written(restarted, path):
+    without_type = make_event({"ComposeMediaCompleteEvent": {"TaskId": "1"}}, source="main", sub_app_id=None)
+    path.write_bytes(without_type.body)
+    assert restarted(None)[1] == [without_type.key]
+    assert path.read_bytes() == without_type.body + b"\n"
 
 
 @pytest.mark.parametrize(
     "text",
     [
         b'{"EventType":"x","A":[1,-2.5e-7,true,false,null,{}],"B":{"C":"\\u12',
+        line(3)[:-1],
         b'{"a":"\xe9\x9b',
         b'{"a":"x\\',
         b'{"a":tr',
@@ -555,7 +561,7 @@ def test_what_can_be_the_beginning_of_a_line_of_ours_is_cut(restarted, path, tex
     assert path.read_bytes() == line(1)
 
 
-@pytest.mark.parametrize("tail", [line(3)[:-1], line(3)[:-2], b"hello"])
+@pytest.mark.parametrize("tail", [line(3)[:-1], line(3)[:-2], b"hello", b'{"a":1}'])
 @pytest.mark.parametrize("mode", [0o640, 0o440])
 def test_a_rotated_file_is_mended_too(opened, restarted, path, tmp_path, tail, mode):
     sink = opened()
@@ -568,9 +574,10 @@ def test_a_rotated_file_is_mended_too(opened, restarted, path, tmp_path, tail, m
         file.write(tail)
     rotated.chmod(mode)
     found = restarted(mark)[1]
-    assert found == (keys(2, 3) if tail == line(3)[:-1] else keys(2))
+    assert found[:1] == keys(2)
+    assert len(found) == (2 if tail == b'{"a":1}' else 1)
     if os.access(rotated, os.W_OK):
-        left = {line(3)[:-1]: line(3), b"hello": b"hello"}.get(tail, b"")
+        left = {b'{"a":1}': b'{"a":1}\n', b"hello": b"hello"}.get(tail, b"")
         assert rotated.read_bytes() == lines(1, 2) + left
 
 
@@ -749,7 +756,7 @@ def test_a_crash_at_any_byte_of_the_last_batch_leaves_exactly_its_whole_lines(re
     mark = Position(inode=path.stat().st_ino, offset_bytes=len(known))
     for cut in range(len(batch) + 1):
         path.write_bytes(known + batch[:cut])
-        whole = (batch[:cut] + b"\n").count(b"}}\n")  # one that lacks nothing but its end gets it
+        whole = batch[:cut].count(b"\n")
         sink, found = restarted(mark)
         assert found == keys(3, 4, 5)[:whole]
         assert path.read_bytes() == known + b"".join(batch.splitlines(keepends=True)[:whole])
@@ -935,9 +942,18 @@ def test_lines_without_a_key_make_portions_too(opened, path, monkeypatch):
     assert len(list(opened().recover(None, [None]))) > 50
 
 
-def test_nothing_beyond_the_mark_is_one_portion_at_the_file_s_end(opened, path):
+@pytest.mark.parametrize("content", [b"", lines(1, 2)])
+def test_without_anything_beyond_the_mark_there_is_no_portion(opened, path, content):
+    path.write_bytes(content)
     sink = opened()
-    (portion,) = sink.recover(None, [None])
+    assert list(sink.recover(sink.position() if content else None, [None])) == []
+
+
+@pytest.mark.parametrize("offset_bytes", [0, 17, 5000])
+def test_a_mark_of_what_is_no_more_is_replaced_though_there_is_nothing_to_read(opened, path, offset_bytes):
+    sink = opened()
+    mark = Position(inode=path.stat().st_ino + (not offset_bytes), offset_bytes=offset_bytes)
+    (portion,) = sink.recover(mark, [None])
     assert (list(portion.keys), portion.position, portion.read) == ([], sink.position(), 1.0)
 
 

@@ -41,6 +41,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "event.settled": "the fate of one pulled event",
     "file.changed": "another process wrote to a sink's file, or emptied it; what it wrote is kept",
     "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
+    "image.skipped": "an image was not saved: a file that may be another event's has its name",
     "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",

@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 import string
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -30,6 +31,7 @@ from urllib3.exceptions import HTTPError
 
 from vodpoller import __version__
 from vodpoller.delivery import Sink
+from vodpoller.durable import Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of
 from vodpoller.http import (
@@ -41,6 +43,7 @@ from vodpoller.http import (
     retry_after_secs,
     shown_url,
 )
+from vodpoller.logs import Repeats, SinkLog
 from vodpoller.sinks import SinkConfig
 
 _logger = logging.getLogger(__name__)
@@ -85,17 +88,8 @@ _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 
 _TEMPORARY: Final = re.compile(r"\.vodpoller-[0-9a-f]{16}\.part")
 
-_HINTS: Final = {
-    errno.EACCES: "the user that runs vodpoller needs the right to write there",
-    errno.EPERM: "the user that runs vodpoller needs the right to write there",
-    errno.ENOENT: "was it removed or unmounted?",
-    errno.ENOTDIR: "a part of the path is a file or a symbolic link, which is not followed",
-    errno.ELOOP: "a part of the path is a symbolic link, which is not followed",
-    errno.ENOSPC: "free space on that disk",
-    errno.EDQUOT: "free space, or raise the quota",
-    errno.EROFS: "that disk is mounted read-only; under systemd see ReadWritePaths= and StateDirectory=",
-    errno.EIO: "the disk fails: see dmesg",
-}
+# An image's file says of which event it is, if its file system can hold that (xattr(7)).
+_OWNER: Final = "user.vodpoller.key"
 
 
 class DownloadConfig(SinkConfig):
@@ -104,9 +98,10 @@ class DownloadConfig(SinkConfig):
     type: Literal["download"] = Field(description="The images of a snapshot event are fetched and saved as files.")
     path: Annotated[str, Field(min_length=1, max_length=2048)] = Field(
         description="Where an image goes. Fields: {file_id}, {task_id}, {key} (at least one of them), {time_offset_ms},"
-        " {index} (at least one), {definition}, {ext}. An image whose file exists is not fetched again. Nothing is"
-        " written outside the folder before the first field.",
-        examples=["/srv/snapshots/{file_id}/{time_offset_ms}.{ext}"],
+        " {index} (at least one), {definition}, {ext}. An image whose file exists is not fetched, even if the file is"
+        " another event's: with {definition} and {task_id}, each has a file of its own. Nothing is written outside the"
+        " folder before the first field.",
+        examples=["/srv/snapshots/{file_id}/{definition}-{time_offset_ms}-{task_id}.{ext}"],
     )
     hosts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         description="The hosts that images are fetched from, redirects included, as globs.",
@@ -198,8 +193,9 @@ class DownloadSink(Sink):
     """Saves the images of snapshot events.
 
     An event is accepted when each image that VOD could take is a file, synced. A file appears under its name only when
-    it is whole, so one that exists is not fetched again. One image that fails does not keep the others from being
-    saved. Images that VOD could not take, and events without images, are logged and accepted.
+    it is whole, so one that exists is not fetched again; if it is another event's, that is logged. One image that fails
+    does not keep the others from being saved. Images that VOD could not take, and events without images, are logged and
+    accepted.
 
     Neither cookies nor credentials are sent. A name is looked up once for each connection, and it is the address that
     is connected to which must be public.
@@ -214,6 +210,7 @@ class DownloadSink(Sink):
 
     Raises:
         ConfigError: The folder cannot be made or written, or the environment's CA bundle does not exist.
+        TransientError: The disk is full or failing.
     """
 
     Config = DownloadConfig
@@ -239,16 +236,23 @@ class DownloadSink(Sink):
         self._places = _Places(config.path)
         self._root = self._places.root
         self._closed = False
+        self._log = SinkLog(__name__)
+        self._repeats = Repeats(self._log)
+        self._folders = Folders(lambda text: self._log.warning("config.warning", message=f"sinks.{name}.path: {text}"))
+        # Held while a file gets its name: of two events with the same name for their images, one is the first.
+        self._naming = threading.Lock()
+        self._owners: dict[tuple[str, ...], str] = {}
         self._tidied: set[tuple[str, ...]] = set()
         self._unfit_types: set[str] = set()
         problem = environment_of("https://localhost/").problem
         if problem:
             raise ConfigError([f"sinks.{name}.hosts: {problem}"])
         try:
-            _make_folders(self._root)
+            self._folders.make(self._root)
             _allow_writing(self._root)
         except OSError as error:
-            raise ConfigError([f"sinks.{name}.path: {error.filename or self._root}: {_why(error)}"]) from error
+            problem = f"sinks.{name}.path: {error.filename or self._root}: {why(error)}"
+            raise (TransientError(problem) if may_pass(error) else ConfigError([problem])) from error
         self._adapter = DeadlineAdapter(
             connections=config.concurrency,
             resolve=resolve,
@@ -265,7 +269,7 @@ class DownloadSink(Sink):
                 place = place.parent
             _allow_writing(place)
         except OSError as error:
-            raise ConfigError([f"sinks.{name}.path: {place}: {_why(error)}"]) from error
+            raise ConfigError([f"sinks.{name}.path: {place}: {why(error)}"]) from error
         return f"{root} can be {'written' if place == root else 'made'}"
 
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
@@ -327,20 +331,20 @@ class DownloadSink(Sink):
         extension = _extension_in(url)
         if extension or "ext" not in self._places.fields:
             parts = self._parts(values, extension, url, fetching)
-            if self._exists(parts):
+            if self._is_there(parts, values["key"]):
                 return
         with closing(self._fetch(url, fetching)) as response:
             self._check(response)
             if not extension:
                 extension = _EXTENSIONS.get(_content_type(response), _OTHER_EXTENSION)
                 parts = self._parts(values, extension, url, fetching)
-                if self._exists(parts):
+                if self._is_there(parts, values["key"]):
                     return
             try:
-                self._store(parts, self._body(response, fetching))
+                self._store(parts, self._body(response, fetching), values["key"])
             except OSError as error:
                 place = self._root.joinpath(*parts)
-                raise TransientError(f"{place} was not saved: {_why(error)}") from error
+                raise TransientError(f"{place} was not saved: {why(error)}") from error
 
     def _parts(self, values: dict[str, str], extension: str, url: str, fetching: "_Fetching") -> tuple[str, ...]:
         """The path below the root.
@@ -449,14 +453,49 @@ class DownloadSink(Sink):
 
     # --- saving ---
 
-    def _exists(self, parts: tuple[str, ...]) -> bool:
+    def _is_there(self, parts: tuple[str, ...], key: str) -> bool:
+        """Whether a file has an image's name; says so if it is not known to be of the same event."""
         try:
             with self._folder(parts[:-1], make=False) as folder:
-                return stat.S_ISREG(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode)
+                owner = self._owner(folder, parts)
         except OSError:  # it will be said by the step that writes
             return False
+        if owner is not None:
+            self._say_skipped(parts, key, owner)
+        return owner is not None
 
-    def _store(self, parts: tuple[str, ...], body: Iterator[bytes]) -> None:
+    def _owner(self, folder: int, parts: tuple[str, ...]) -> str | None:
+        """The key of the event whose image a file is; empty if that is not known, None if there is no file."""
+        try:
+            status = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        with suppress(OSError):  # it has no such attribute, or its file system has none, or it may not be read
+            fd = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                return os.getxattr(fd, _OWNER).decode("ascii", "replace")
+            finally:
+                os.close(fd)
+        return self._owners.get(parts, "")
+
+    def _say_skipped(self, parts: tuple[str, ...], key: str, owner: str) -> None:
+        if owner == key or "key" in self._places.fields:
+            return
+        place = str(self._root.joinpath(*parts))
+        self._repeats.say(
+            "warning",
+            "image.skipped",
+            cause=f"{key} {place}",
+            sink=self._name,
+            key=key,
+            path=place,
+            held_by=owner or "unknown",
+            hint=f"the file is kept; {{definition}} and {{task_id}} in sinks.{self._name}.path give each event its own",
+        )
+
+    def _store(self, parts: tuple[str, ...], body: Iterator[bytes], key: str) -> None:
         """Write to a temporary file, sync it, give it its name, sync the name."""
         with self._folder(parts[:-1], make=True) as folder:
             self._tidy(folder, parts[:-1])
@@ -464,14 +503,24 @@ class DownloadSink(Sink):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(temporary, flags, 0o640, dir_fd=folder)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells those who tidy up that it is in use
+                with suppress(OSError):  # a file system without locks: what is left behind stays
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells those who tidy up that it is in use
                 for chunk in body:
                     rest = memoryview(chunk)
                     while rest:
                         rest = rest[self._write(fd, rest) :]
+                with suppress(OSError):  # a file system without attributes: see _owners
+                    os.setxattr(fd, _OWNER, key.encode())
                 os.fsync(fd)
-                os.rename(temporary, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
-                os.fsync(folder)
+                with self._naming:
+                    owner = self._owner(folder, parts)
+                    if owner is None:
+                        os.rename(temporary, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
+                        self._remember(parts, key)
+                if owner is not None:
+                    os.unlink(temporary, dir_fd=folder)
+                    self._say_skipped(parts, key, owner)
+                self._folders.sync(self._root.joinpath(*parts[:-1]), folder)
             except BaseException:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=folder)
@@ -479,17 +528,25 @@ class DownloadSink(Sink):
             finally:
                 os.close(fd)
 
+    def _remember(self, parts: tuple[str, ...], key: str) -> None:
+        """Whose image a file is, for file systems that cannot hold it: its event may come again soon."""
+        if len(self._owners) >= _REMEMBERED:
+            del self._owners[next(iter(self._owners))]
+        self._owners[parts] = key
+
     @contextmanager
     def _folder(self, names: Sequence[str], *, make: bool) -> Iterator[int]:
         """A folder below the root, found name by name without following a symbolic link."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         fd = os.open(self._root, flags)
+        place = self._root
         try:
             for name in names:
                 if make:
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o750, dir_fd=fd)
-                    os.fsync(fd)  # always: whoever made it may not have come to this step
+                    self._folders.sync(place, fd)  # always: whoever made it may not have come to this step
+                place /= name
                 outer, fd = fd, os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
                 os.close(outer)
             yield fd
@@ -504,7 +561,7 @@ class DownloadSink(Sink):
             self._tidied.clear()
         self._tidied.add(names)
         for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
-            with suppress(FileNotFoundError, BlockingIOError):  # removed by another, or in use
+            with suppress(OSError):  # removed by another, or in use, or nobody can tell without locks: it may stay
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -599,18 +656,6 @@ def _summary(failures: Sequence[RejectedError | TransientError], images: int) ->
     )
 
 
-def _make_folders(folder: Path) -> None:
-    """Make a folder and those above it, so that they survive a loss of power."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
-        place.mkdir(0o750, exist_ok=True)
-        fd = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def _allow_writing(folder: Path) -> None:
     """Raise the OSError that this user would get."""
     if not folder.is_dir():
@@ -619,9 +664,3 @@ def _allow_writing(folder: Path) -> None:
         read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
         number = errno.EROFS if read_only else errno.EACCES
         raise OSError(number, os.strerror(number), str(folder))
-
-
-def _why(error: OSError) -> str:
-    why = error.strerror or str(error)
-    hint = _HINTS.get(error.errno or 0)
-    return f"{why} ({hint})" if hint else why

@@ -425,8 +425,8 @@ class FileSink(Sink):
         The repair is done by the call, the reading while the portions are taken. All that the keys are taken from is
         synced first, since a process that was killed may have left lines that no disk holds yet.
 
-        A last line without its end is cut off if it can only be the beginning of a line of ours. If it is whole but for
-        its end, or cannot be of ours, it gets its end and stays.
+        A last line without its end is cut off if it looks like the beginning of one of ours; its event comes again.
+        Any other gets its end and stays.
 
         Raises:
             ConfigError: The files cannot be read or repaired.
@@ -444,7 +444,8 @@ class FileSink(Sink):
                 self._repair_rotated(mark, starts)
         except OSError as error:
             raise self._failure(error, "cannot be read and repaired") from error
-        return self._portions(stretches, tuple(sub_app_ids), self._position, is_told=self._say_added(unfinished_bytes))
+        is_told = self._say_added(unfinished_bytes)
+        return self._portions(stretches, tuple(sub_app_ids), mark=mark, end=self._position, is_told=is_told)
 
     # --- opening ---
 
@@ -630,13 +631,20 @@ class FileSink(Sink):
                     os.close(fd)
 
     def _portions(
-        self, stretches: Sequence[_Stretch], sub_app_ids: Sequence[int | None], end: Position, *, is_told: bool
+        self,
+        stretches: Sequence[_Stretch],
+        sub_app_ids: Sequence[int | None],
+        *,
+        mark: Position | None,
+        end: Position,
+        is_told: bool,
     ) -> Iterator[Portion]:
         """Read the stretches, a portion at a time.
 
         Args:
             stretches: What to read, oldest first.
             sub_app_ids: As for `recover`.
+            mark: As for `recover`.
             end: Where the last portion ends.
             is_told: It has been said that another process wrote to the file.
         """
@@ -664,7 +672,8 @@ class FileSink(Sink):
             raise self._failure(error, "cannot be read and repaired") from error
         if not is_told:
             self._say_added(foreign_bytes)
-        yield Portion(keys=keys, position=end, read=1.0)
+        if read_bytes or mark not in (None, end):
+            yield Portion(keys=keys, position=end, read=1.0)
 
     def _unread_bytes(self, stretch: _Stretch) -> int:
         fd = self._open_inode(stretch.inode)
@@ -829,13 +838,19 @@ def _before_torn_lines(fd: int, end: int, floor: int) -> int:
 
 
 def _is_torn(fd: int, start: int, end: int) -> bool:
-    """Whether what follows the last whole line can only be the beginning of a line of ours, with or without zeros."""
+    """Whether what follows the last whole line is the beginning of a line of ours, with or without zeros.
+
+    A JSON object that lacks nothing but its line's end is ours if it is an event. If it is not known for one, it stays.
+    """
     if _is_damaged(fd, start, end, is_whole=False):
         return True
     if end - start > _LINE_MAX_BYTES:
         return False
     text = _read(fd, start, end)
-    return _begins_like_ours(text) and _object(text) is None
+    content = _object(text)
+    if content is None:
+        return _begins_like_ours(text)
+    return "EventType" in content or cloudevent_key(content) is not None
 
 
 def _begins_like_ours(text: bytes) -> bool:
