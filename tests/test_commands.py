@@ -1198,3 +1198,54 @@ def test_warnings_are_logged_at_the_start(system, command):
     (warning,) = [line for line in lines if line["event"] == "config.warning"]
     assert warning["level"] == "warning"
     assert 'did you mean "FileDeleted"?' in warning["message"]
+
+
+# --- what check says of places ----------------------------------------------------------------------------------------
+
+
+def test_check_shows_where_events_go_and_where_the_key_is(system, tmp_path):
+    sinks = (
+        '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example:8443/secret-path?token=hunter2"\n'
+        '[sinks.script]\ntype = "exec"\ncommand = ["/bin/true", "--quiet"]\n'
+        f'[sinks.images]\ntype = "download"\nhosts = ["*"]\npath = "{tmp_path}/{{file_id}}/{{index}}"\n'
+    )
+    path = system.configure("http://127.0.0.1:9", sinks=system.archive_sink + sinks)
+    done = run_command("check", "-c", path)
+    assert done.returncode == 0
+    assert f"  sink archive: file, {system.archive}\n" in done.stdout
+    assert "  sink hook: webhook, app.example:8443\n" in done.stdout
+    assert "  sink script: exec, /bin/true\n" in done.stdout
+    assert f"  sink images: download, {tmp_path}/{{file_id}}/{{index}}\n" in done.stdout
+    assert f"  key: secret_id from the configuration, secret_key from {system.key_path}\n" in done.stdout
+    assert "hunter2" not in done.stdout
+
+
+def test_check_warns_of_a_lease_beyond_vod_s(system):
+    path = system.configure("https://vod.tencentcloudapi.com", lease_secs=60)
+    lenient, strict = run_command("check", "-c", path), run_command("check", "--strict", "-c", path)
+    assert (lenient.returncode, strict.returncode) == (0, EX_CONFIG)
+    assert f"{path}: warning: api.lease_secs: 60 is more than the 30 s" in lenient.stderr
+
+
+@pytest.mark.parametrize("command", [["check"], ["run"], ["check", "--connect"]])
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/stderr", "pipe", "folder"])
+def test_what_is_no_file_ends_with_78_and_a_sentence(system, tmp_path, command, place):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    path = system.configure("http://127.0.0.1:9")
+    full = place if place.startswith("/") else str(tmp_path / place)
+    path.write_text(path.read_text().replace(str(system.archive), full))
+    done = run_command(*command, "-c", path)
+    assert "Traceback" not in done.stderr + done.stdout
+    if place.startswith("/"):
+        assert done.returncode == EX_CONFIG
+        assert 'write type = "stdout"' in done.stderr
+    elif command == ["run"]:
+        assert done.returncode == EX_CONFIG
+        assert re.search("named pipe|not of a folder", done.stderr)
+    elif command == ["check"]:
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 1
+        assert re.search("pipe|directory", done.stdout)
+    assert not Path(f"{full}.lock").exists()

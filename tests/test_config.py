@@ -87,6 +87,199 @@ def test_what_is_documented_is_no_warning(types, tmp_path):
     assert load(replaced('name = "all"', f'name = "all"\nevent_types = {types}'), tmp_path).warnings == ()
 
 
+# --- paths
+
+
+PATHS = """
+[sinks.images]
+type = "download"
+path = "{images}/{{file_id}}/{{index}}.{{ext}}"
+hosts = ["*"]
+[sinks.script]
+type = "exec"
+command = ["/bin/true", "$x", "~"]
+cwd = "{cwd}"
+[sinks.hook]
+type = "webhook"
+url = "https://app.example/~me/$1"
+secret_file = "{secret}"
+headers = {{ path = "$not-a-path", some_file = "~" }}
+[journal]
+path = "{journal}"
+[credentials]
+secret_id_file = "{key}"
+secret_key_file = "{key}"
+"""
+ROUTED = replaced('sinks = ["archive"]', 'sinks = ["archive", "images", "script", "hook"]')
+
+
+def with_paths(**paths: str) -> str:
+    defaults = {name: f"/srv/{name}" for name in ("images", "cwd", "secret", "journal", "key")}
+    return ROUTED + PATHS.format(**{**defaults, **paths})
+
+
+@pytest.mark.parametrize("home", ["/home/me", "/home/me/", "/"])
+def test_a_tilde_is_the_home_folder_in_every_path(home, tmp_path):
+    env = {**ENV, "HOME": str(tmp_path / home.strip("/")) + home[-1:]}
+    folder = Path(env["HOME"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "key").write_text("k" * 8)
+    (folder / "secret").write_text(WEBHOOK_SECRET)
+    text = with_paths(images="~/images", cwd="~", secret="~/secret", journal="~/${NAME}.db", key="~/key")
+    found = load(
+        text.replace('path = "/var/lib/vodpoller/events.jsonl"', "path = '~/events.jsonl'"),
+        tmp_path,
+        {**env, "NAME": "j~"},
+    )
+    sinks: Any = found.sinks
+    assert sinks["archive"].path == str(folder / "events.jsonl")
+    assert sinks["images"].path == str(folder) + "/images/{file_id}/{index}.{ext}"
+    assert Path(sinks["script"].cwd) == folder
+    assert sinks["script"].command == ("/bin/true", "$x", "~")
+    assert sinks["hook"].headers == {"path": "$not-a-path", "some_file": "~"}
+    assert sinks["hook"].secret.get() == WEBHOOK_SECRET
+    assert found.journal.path == folder / "j~.db"
+    assert found.credentials.secret_key.get() == "k" * 8
+
+
+def test_a_named_user_s_tilde_is_that_user_s_home_folder(tmp_path):
+    text = replaced("/var/lib/vodpoller/events.jsonl", "~root/events.jsonl")
+    found: Any = load(text, tmp_path).sinks["archive"]
+    assert found.path == str(Path("~root/events.jsonl").expanduser())
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("images", "sinks.images.path"),
+        ("cwd", "sinks.script.cwd"),
+        ("secret", "sinks.hook.secret_file"),
+        ("journal", "journal.path"),
+        ("key", "credentials.secret_id_file"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("$HOME/x", 'has a "$" that no variable follows (write ${HOME};'),
+        ("/srv/$${x/$1", 'has a "$" that no variable follows (write ${NAME};'),
+        ("/srv/x$", 'has a "$" that no variable follows (write ${NAME};'),
+        ("~nobody-of-this-name/x", 'begins with a ~, but there is no user "nobody-of-this-name" (write'),
+    ],
+)
+def test_a_dollar_or_tilde_that_means_nothing_in_a_path_is_an_error(key, place, path, says, tmp_path):
+    (tmp_path / "there").write_text(WEBHOOK_SECRET)
+    there = {name: str(tmp_path / "there") for name in ("key", "secret")}
+    found = problems_of(with_paths(**{**there, key: path}), tmp_path)
+    wanted = [problem for problem in found if problem.startswith(f"{place}: ")]
+    assert [problem.startswith(f"{place}: {says}") for problem in wanted] == [True]
+    others = [problem for problem in found if problem not in wanted]
+    assert not others or (key == "key" and len(others) == 1)  # which is in two places
+
+
+def test_a_dollar_may_come_out_of_a_variable(tmp_path):
+    text = replaced("/var/lib/vodpoller/events.jsonl", "/srv/${ODD}/$${x}.jsonl")
+    found: Any = load(text, tmp_path, {**ENV, "ODD": "a$b"}).sinks["archive"]
+    assert found.path == "/srv/a$b/${x}.jsonl"
+
+
+# --- the lease
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "secs", "warned"),
+    [
+        ("https://vod.tencentcloudapi.com", 60, True),
+        ("https://vod.intl.tencentcloudapi.com", 30.1, True),
+        ("https://vod.example", 31, True),
+        ("https://vod.example", 30, False),
+        ("https://vod.tencentcloudapi.com", 20, False),
+        ("http://127.0.0.1:9", 60, False),
+    ],
+)
+def test_a_lease_beyond_vod_s_is_a_warning_unless_it_is_a_simulator_s(endpoint, secs, warned, tmp_path):
+    found = load(VALID + f'[api]\nendpoint = "{endpoint}"\nlease_secs = {secs}', tmp_path)
+    assert [warning.startswith("api.lease_secs: ") for warning in found.warnings] == [True] * warned
+
+
+# --- secrets that the service cannot read
+
+
+@pytest.fixture
+def units(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "_UNITS", tmp_path / "units")
+    (tmp_path / "units" / "vodpoller.service.d").mkdir(parents=True)
+    return tmp_path / "units"
+
+
+HOOK = """
+[sinks.hook]
+type = "webhook"
+url = "https://app.example"
+secret_file = "{name}"
+"""
+
+
+def warnings_of_root(name: str, folder: Path, mode: int, monkeypatch, *, uid: int = 0, **env: str) -> tuple[str, ...]:
+    (folder / "hook_secret").write_text(WEBHOOK_SECRET)
+    (folder / "hook_secret").chmod(mode)
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    text = replaced('sinks = ["archive"]', 'sinks = ["archive", "hook"]') + HOOK.format(name=name)
+    (folder / "config.toml").write_text(text)
+    return config.load(folder / "config.toml", env={**ENV, **env}, for_unit=True).warnings
+
+
+needs_root = pytest.mark.skipif("os.getuid() != 0", reason="only root can make files of root's")
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+@pytest.mark.parametrize("kind", ["beside", "absolute", "directory"])
+def test_root_is_warned_of_a_secret_that_only_root_can_read(kind, mode, units, tmp_path, monkeypatch):
+    path = tmp_path / "hook_secret"
+    env = {"CREDENTIALS_DIRECTORY": str(tmp_path)} if kind == "directory" else {}
+    name = str(path) if kind == "absolute" else "hook_secret"
+    (warning,) = warnings_of_root(name, tmp_path, mode, monkeypatch, **env)
+    assert warning.startswith(f"sinks.hook.secret_file: only root can read {path}")
+    assert f"LoadCredential=hook_secret:{path}" in warning
+    assert ('secret_file = "hook_secret" here' in warning) == (kind == "absolute")
+
+
+@needs_root
+@pytest.mark.parametrize(("mode", "uid"), [(0o644, 0), (0o600, 1000)])
+def test_a_secret_that_others_can_read_too_is_no_warning(mode, uid, units, tmp_path, monkeypatch):
+    assert warnings_of_root("hook_secret", tmp_path, mode, monkeypatch, uid=uid) == ()
+
+
+@needs_root
+@pytest.mark.parametrize("unit", ["vodpoller.service", "vodpoller.service.d/override.conf"])
+def test_a_secret_that_the_unit_loads_is_no_warning(unit, units, tmp_path, monkeypatch):
+    (units / unit).write_text("[Service]\nLoadCredential=hook_secret:/etc/vodpoller/hook_secret\n")
+    assert warnings_of_root("hook_secret", tmp_path, 0o600, monkeypatch) == ()
+    assert len(warnings_of_root(str(tmp_path / "hook_secret"), tmp_path, 0o600, monkeypatch)) == 1
+
+
+# --- where the key comes from
+
+
+def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
+    (tmp_path / "secret_id").write_text("id-from-a-file")
+    assert load(VALID, tmp_path).credentials.origins == {
+        "secret_id": "$TENCENTCLOUD_SECRET_ID",
+        "secret_key": "$TENCENTCLOUD_SECRET_KEY",
+    }
+    here = '[credentials]\nsecret_id_file = "secret_id"\nsecret_key = "${TENCENTCLOUD_SECRET_KEY}"'
+    assert load(VALID + here, tmp_path).credentials.origins == {
+        "secret_id": str(tmp_path / "secret_id"),
+        "secret_key": "the configuration",
+    }
+    env = {**ENV, "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert load(VALID, tmp_path, env).credentials.origins == {
+        "secret_id": f"$CREDENTIALS_DIRECTORY/secret_id ({tmp_path / 'secret_id'})",
+        "secret_key": "$TENCENTCLOUD_SECRET_KEY",
+    }
+
+
 # --- what is wrong, one thing at a time: the text, then what its one problem starts with and what it holds
 
 

@@ -71,7 +71,7 @@ def run(config_path: Path) -> None:
 @click.option("--strict", is_flag=True, help="Exit code 78 if there is a warning.")
 def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
-    config = _load(config_path)
+    config = _load(config_path, for_unit=True)
     click.echo(f"{config_path}: good")
     for warning in config.warnings:
         click.echo(f"{config_path}: warning: {warning}", err=True)
@@ -84,7 +84,10 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
         condition = f" where {route.where}" if route.where else ""
         click.echo(f"  route {route.name}: {types}{condition} -> {', '.join(route.sinks)}")
     for name, sink in config.sinks.items():
-        click.echo(f"  sink {name}: {sink.type}")
+        place = sink.place()
+        click.echo(f"  sink {name}: {sink.type}{f', {place}' if place else ''}")
+    origins = config.credentials.origins.items()
+    click.echo(f"  key: {', '.join(f'{name} from {origin}' for name, origin in origins)}")
     works = not connect or _check_connections(config)
     if strict and config.warnings:
         sys.exit(EXIT_CONFIG)
@@ -385,13 +388,13 @@ def simulate(**options: Any) -> None:
         _fail([f"the simulator cannot start: {error}"], EXIT_FAILURE)
 
 
-def _load(path: Path, *, needs_key: bool = True) -> "Config":
+def _load(path: Path, *, needs_key: bool = True, for_unit: bool = False) -> "Config":
     """The configuration, or the end of the process with everything that is wrong with it."""
     from vodpoller.config import load  # noqa: PLC0415 - see the module's docstring
     from vodpoller.errors import ConfigError  # noqa: PLC0415 - see the module's docstring
 
     try:
-        return load(path, env=os.environ, needs_key=needs_key)
+        return load(path, env=os.environ, needs_key=needs_key, for_unit=for_unit)
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
 

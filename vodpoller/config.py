@@ -2,9 +2,12 @@
 
 import math
 import os
+import pwd
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from ipaddress import ip_address
@@ -45,6 +48,11 @@ _CONFIRM_TIMEOUT_SECS: Final = 2.0
 
 _NAME_LENGTH: Final = 64
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=_NAME_LENGTH)]
+
+_DOLLAR: Final = re.compile(r"\$\$\{|\$\{|\$(?P<name>[A-Za-z_][A-Za-z0-9_]*)?")
+_UNITS: Final = Path("/etc/systemd/system")
+_LOAD_CREDENTIAL: Final = re.compile(r"^\s*LoadCredential(?:Encrypted)?\s*=\s*([^:\s]+)", re.MULTILINE)
+_LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the unit that is shipped
 
 _VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)\}?")
 
@@ -318,11 +326,13 @@ class Credentials:
         secret_id: Tencent's SecretId.
         secret_key: Its SecretKey.
         token: Of a temporary key, None for a lasting one.
+        origins: Where each of them was found, for a person, by its name.
     """
 
     secret_id: Secret
     secret_key: Secret
     token: Secret | None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,13 +369,14 @@ class Config:
         return (*(secret for secret in own if secret is not None), *of_sinks)
 
 
-def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True) -> Config:
+def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True, for_unit: bool = False) -> Config:
     """Read the file.
 
     Args:
         path: The TOML file.
         env: The environment: `${VAR}` in texts, the API key where the file does not give it, `$CREDENTIALS_DIRECTORY`.
         needs_key: False for those who will not call VOD: a key that is nowhere to be found is empty then.
+        for_unit: Whether to warn root of secrets that only root can read: the unit runs as another user.
 
     Raises:
         ConfigError: It cannot be used. All problems are in it, but a text that is no TOML has one: the first.
@@ -387,11 +398,17 @@ def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True) -> Confi
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{path}: {toml_problem(error, text)}"]) from None
-    return from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key)
+    return from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key, for_unit=for_unit)
 
 
 def from_dict(
-    data: Mapping[str, Any], *, where: str, base: Path, env: Mapping[str, str], needs_key: bool = True
+    data: Mapping[str, Any],
+    *,
+    where: str,
+    base: Path,
+    env: Mapping[str, str],
+    needs_key: bool = True,
+    for_unit: bool = False,
 ) -> Config:
     """Validate what a TOML file would hold.
 
@@ -401,11 +418,12 @@ def from_dict(
         base: The folder that secret files of relative name lie in, unless `$CREDENTIALS_DIRECTORY` is set.
         env: As for `load`.
         needs_key: As for `load`.
+        for_unit: As for `load`.
 
     Raises:
         ConfigError: It cannot be used. All problems are in it.
     """
-    reading = _Reading(data, base=base, env=env, needs_key=needs_key)
+    reading = _Reading(data, base=base, env=env, needs_key=needs_key, for_unit=for_unit)
     config = reading.read()
     if config is None:
         raise ConfigError([f"{where}: {problem}" for problem in reading.problems()])
@@ -483,9 +501,12 @@ class _Reading:
     in one table hides none in another and makes none up.
     """
 
-    def __init__(self, data: Mapping[str, Any], *, base: Path, env: Mapping[str, str], needs_key: bool) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], *, base: Path, env: Mapping[str, str], needs_key: bool, for_unit: bool
+    ) -> None:
         self._env = env
         self._needs_key = needs_key
+        self._for_unit = for_unit
         directory = env.get("CREDENTIALS_DIRECTORY")
         self._surroundings = Surroundings(base=base, credentials_directory=Path(directory) if directory else None)
         self._problems = _Problems()
@@ -516,6 +537,8 @@ class _Reading:
         self._check_references()
         self._check_event_types()
         self._check_claims(sinks, journal)
+        self._check_lease(api)
+        self._check_readers(sink_classes)
         coverage = self._coverage()
         if self._problems.found:
             return None
@@ -539,6 +562,8 @@ class _Reading:
 
     def _interpolated(self, value: Any, where: _Location) -> Any:
         match value:
+            case str() if _is_path(where):
+                return self._path(value, where)
             case str():
                 return _VARIABLE.sub(lambda found: self._variable(found, where), value)
             case list() | tuple():
@@ -547,6 +572,28 @@ class _Reading:
                 return {key: self._interpolated(item, (*where, key)) for key, item in value.items()}
             case _:
                 return value
+
+    def _path(self, text: str, where: _Location) -> str:
+        """A path with its variables replaced and its `~` expanded; the shell that does so elsewhere is not here."""
+        for found in _DOLLAR.finditer(text):
+            if "{" not in found[0]:
+                self._problems.add(
+                    where,
+                    f'has a "$" that no variable follows (write ${{{found["name"] or "NAME"}}}; a path that holds the'
+                    " character itself can come out of a variable only)",
+                )
+                return text
+        replaced = _VARIABLE.sub(lambda found: self._variable(found, where), text)
+        if not text.startswith("~"):
+            return replaced
+        user, slash, rest = replaced.partition("/")
+        try:
+            home = (user == "~" and self._env.get("HOME")) or _home_of(user[1:])
+        except KeyError:
+            whose = f"there is no user {quoted(user[1:])}" if user != "~" else "this user has no home"
+            self._problems.add(where, f"begins with a ~, but {whose} (write the whole path, or ./~ for a name)")
+            return text
+        return f"{home.rstrip('/')}{slash}{rest}" or "/"
 
     def _variable(self, found: re.Match[str], where: _Location) -> str:
         if found[0] == "$${":
@@ -616,9 +663,10 @@ class _Reading:
             self._table("credentials", CredentialsTable)
             return None
         found = {key: value for key, value in table.items() if value is not None}  # a dict of Python's may hold None
+        given = dict(found)
         places = {key: self._find_credential(key, found) for key in ("secret_id", "secret_key")}
         # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
-        self._find_credential("token", found, only=places["secret_key"])
+        token_place = self._find_credential("token", found, only=places["secret_key"])
         if not self._needs_key and None in places.values():
             return Credentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
         for key, place in places.items():
@@ -631,7 +679,22 @@ class _Reading:
         valid = self._validated(CredentialsTable, found, ("credentials",))
         if valid is None or valid.secret_id is None or valid.secret_key is None:
             return None
-        return Credentials(secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token)
+        origins = {
+            key: self._origin(key, place, given) for key, place in {**places, "token": token_place}.items() if place
+        }
+        return Credentials(secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins)
+
+    def _origin(self, key: str, place: str, given: Mapping[str, Any]) -> str:
+        """Where a secret of the API key is, for a person."""
+        match place:
+            case "directory":
+                return f"$CREDENTIALS_DIRECTORY/{key} ({self._surroundings.locate(key)})"
+            case "env":
+                return f"$TENCENTCLOUD_{key.upper()}"
+            case _ if isinstance(name := given.get(f"{key}_file"), str):
+                return str(self._surroundings.locate(name))
+            case _:
+                return "the configuration"
 
     def _find_credential(self, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:
         """Enter one secret that the table leaves out, and say where it is: "file", "directory", "env", or nowhere."""
@@ -777,6 +840,42 @@ class _Reading:
                         ("sinks", name), f"{holder} writes {claim.removeprefix('file:')} too (give each its own)"
                     )
 
+    def _check_lease(self, api: Api | None) -> None:
+        if api is not None and api.lease_secs > _LEASE_SECS and not _is_loopback(urlsplit(api.endpoint).hostname or ""):
+            self._warnings.add(
+                ("api", "lease_secs"),
+                f"{api.lease_secs:g} is more than the {_LEASE_SECS:g} s after which VOD hands events out again, which"
+                " nothing can extend: a later confirm fails (leave it out; only a simulator has another value)",
+            )
+
+    def _check_readers(self, sink_classes: Mapping[str, type[Sink]]) -> None:
+        """Tell root of secrets that the user of the unit cannot read."""
+        if not self._for_unit or os.geteuid() != 0:
+            return
+        tables: dict[_Location, tuple[Any, type[HasSecrets]]] = {
+            ("credentials",): (self._data.get("credentials", {}), CredentialsTable)
+        }
+        for name, sink_class in sink_classes.items():
+            tables["sinks", name] = (self._data["sinks"][name], _config_of(sink_class))
+        for where, (table, model) in tables.items():
+            for key in model.secret_keys():
+                place = (*where, f"{key}_file")
+                file_name = table.get(place[-1]) if isinstance(table, dict) else None
+                if isinstance(file_name, str) and not self._problems.concern(place):
+                    self._check_reader(place, file_name)
+
+    def _check_reader(self, where: _Location, name: str) -> None:
+        path = self._surroundings.locate(name)
+        is_relative = not Path(name).is_absolute()
+        if not _is_of_root_only(path) or (is_relative and path.name in _LOADED_CREDENTIALS | _loaded_credentials()):
+            return
+        here = "" if is_relative else f', and {where[-1]} = "{path.name}" here'
+        self._warnings.add(
+            where,
+            f"only root can read {path}, and the unit runs as another user: it needs LoadCredential={path.name}:{path}"
+            f"{here} (systemctl edit vodpoller; or let that user read the file)",
+        )
+
     def _coverage(self) -> dict[str, bool]:
         routes = self._raw("routes")
         coverage = {}
@@ -806,6 +905,44 @@ class _Reading:
             named = isinstance(name, str) and re.fullmatch(NAME_PATTERN, name)
             key += f".{name}" if named else f"[{part}]"
         return key
+
+
+def _is_path(where: _Location) -> bool:
+    """Whether the key at a place names a file or a folder: tables call it so, and those of sinks should."""
+    match where:
+        case ("sources" | "routes", _, str(key)):
+            return key.endswith("_file")
+        case ("sinks", _, str(key)) | (_, str(key)):
+            return key in ("path", "cwd") or key.endswith("_file")
+        case _:
+            return False
+
+
+def _home_of(user: str) -> str:
+    """The home folder of a user; of the one that this process runs as if the name is empty.
+
+    Raises:
+        KeyError: There is no such user.
+    """
+    return (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir
+
+
+def _is_of_root_only(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    is_for_group = status.st_mode & stat.S_IRGRP and status.st_gid != 0
+    return status.st_uid == 0 and not (is_for_group or status.st_mode & stat.S_IROTH)
+
+
+def _loaded_credentials() -> set[str]:
+    """What the unit of this machine, with its drop-ins, loads."""
+    loaded: set[str] = set()
+    for path in (_UNITS / "vodpoller.service", *_UNITS.glob("vodpoller.service.d/*.conf")):
+        with suppress(OSError):
+            loaded.update(_LOAD_CREDENTIAL.findall(path.read_text(errors="replace")))
+    return loaded
 
 
 def _seems_to_exist(path: Path) -> bool:

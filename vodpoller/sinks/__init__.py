@@ -7,7 +7,9 @@ import base64
 import re
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Annotated, Any, Literal, assert_never
+from urllib.parse import urlsplit
 
 import orjson
 from pydantic import ConfigDict, Field
@@ -57,6 +59,19 @@ class SinkConfig(HasSecrets):
         A file is "file:" and its real path; the journal claims its own in the same way.
         """
         return frozenset()
+
+    def place(self) -> str:
+        """Where events go, as `check` shows it: a path, a program, or the host of a URL, whose rest may be a secret."""
+        found = {name: getattr(self, name, None) for name in ("path", "url", "command")}
+        match found:
+            case {"path": str(path)}:
+                return str(Path(path).absolute())
+            case {"url": str(url)}:
+                return urlsplit(url).netloc.rpartition("@")[2]
+            case {"command": [str(program), *_]}:
+                return program
+            case _:
+                return ""
 
 
 def available_sinks() -> dict[str, EntryPoint]:
