@@ -949,14 +949,6 @@ def test_without_anything_beyond_the_mark_there_is_no_portion(opened, path, cont
     assert list(sink.recover(sink.position() if content else None, [None])) == []
 
 
-@pytest.mark.parametrize("offset_bytes", [0, 17, 5000])
-def test_a_mark_of_what_is_no_more_is_replaced_though_there_is_nothing_to_read(opened, path, offset_bytes):
-    sink = opened()
-    mark = Position(inode=path.stat().st_ino + (not offset_bytes), offset_bytes=offset_bytes)
-    (portion,) = sink.recover(mark, [None])
-    assert (list(portion.keys), portion.position, portion.read) == ([], sink.position(), 1.0)
-
-
 def test_delivery_goes_on_after_recovery(restarted, path):
     path.write_bytes(lines(1, 2) + b'{"torn')
     sink, _ = restarted(None)

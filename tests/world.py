@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from tests.helpers import FakeClock, log_into
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import InFlight, Latch, Sink, Worker
+from vodpoller.delivery import InFlight, Latch, Portion, Sink, Worker
 from vodpoller.errors import (
     ConfigError,
     PartialFailureError,
@@ -422,6 +422,7 @@ class World:
         self.sink = WatchedFileSink(self, FileConfig(type="file", path=str(self.archive)))
         for portion in self.sink.recover(self.journal.position("file"), {None}):
             self.journal.recover("file", portion)
+        self.journal.recover("file", Portion(keys=(), position=self.sink.position(), read=1.0))
         in_flight = InFlight()
         workers = {
             name: StagedWorker(

@@ -20,7 +20,7 @@ from vodpoller import tc3
 from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import InFlight, Latch, Sink, Worker
+from vodpoller.delivery import InFlight, Latch, Portion, Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StorageError, TransientError
 from vodpoller.journal import Journal
 from vodpoller.logs import Logger, Repeats
@@ -182,14 +182,19 @@ class Daemon:
         mark = self._journal.position(name)
         number = 0
         for portion in sink.recover(mark, {source.sub_app_id for source in self._config.sources}):
-            # Each portion is for good: a process that ends in between, or is ended, goes on from there.
+            # Each portion is for good: a process that is ended in between goes on from there. So this is the place to
+            # look whether it is to stop.
             self._journal.recover(name, portion)
+            mark = portion.position
             number += len(portion.keys)
             self._notifier.extend(RECOVERY_SECS)
             self._notifier.alive()
             if portion.read < 1:
                 self._log.info("recovery.progress", sink=name, keys=number, percent=round(100 * portion.read, 1))
                 self._notifier.status(f"reading what sink {name} wrote before a crash: {portion.read:.0%}")
+        end = sink.position()
+        if end is not None and end != mark:  # from the first line on, a mark must say which file it went to
+            self._journal.recover(name, Portion(keys=(), position=end, read=1.0))
         if number:
             self._log.warning("file.recovered", sink=name, keys=number)
 

@@ -132,8 +132,8 @@ class Sink(ABC):
 
         Returns:
             What lies beyond the mark, in portions that can each be written down before the next is taken: a process
-            that ends in between goes on from the position of the last one. A torn line is cut off. Nothing for a sink
-            that is no file.
+            that ends in between goes on from the position of the last one. After them, `position` says where the file
+            ends. A torn line is cut off. Nothing for a sink that is no file.
         """
         return ()
 

@@ -445,7 +445,7 @@ class FileSink(Sink):
         except OSError as error:
             raise self._failure(error, "cannot be read and repaired") from error
         is_told = self._say_added(unfinished_bytes)
-        return self._portions(stretches, tuple(sub_app_ids), mark=mark, end=self._position, is_told=is_told)
+        return self._portions(stretches, tuple(sub_app_ids), end=self._position, is_told=is_told)
 
     # --- opening ---
 
@@ -635,7 +635,6 @@ class FileSink(Sink):
         stretches: Sequence[_Stretch],
         sub_app_ids: Sequence[int | None],
         *,
-        mark: Position | None,
         end: Position,
         is_told: bool,
     ) -> Iterator[Portion]:
@@ -644,7 +643,6 @@ class FileSink(Sink):
         Args:
             stretches: What to read, oldest first.
             sub_app_ids: As for `recover`.
-            mark: As for `recover`.
             end: Where the last portion ends.
             is_told: It has been said that another process wrote to the file.
         """
@@ -672,7 +670,7 @@ class FileSink(Sink):
             raise self._failure(error, "cannot be read and repaired") from error
         if not is_told:
             self._say_added(foreign_bytes)
-        if read_bytes or mark not in (None, end):
+        if keys:
             yield Portion(keys=keys, position=end, read=1.0)
 
     def _unread_bytes(self, stretch: _Stretch) -> int:
