@@ -131,11 +131,12 @@ def test_a_second_daemon_on_the_same_file_ends_with_78_and_names_it(system):
     assert_says_so(run_command("run", "-c", path), EX_CONFIG, "another process writes to", str(system.archive))
 
 
-def test_a_journal_that_is_corrupt_ends_with_1_and_the_way_out(system):
+def test_a_journal_that_is_corrupt_ends_with_78_and_the_way_out(system):
     path = system.configure("http://127.0.0.1:9")
     system.journal.write_bytes(b"this is no database" * 1000)
 
-    assert_says_so(run_command("run", "-c", path), 1, str(system.journal), "corrupt")
+    said = ["corrupt", "keep a copy", f"sqlite3 {system.journal} .recover", "delivered twice", "A corrupt journal"]
+    assert_says_so(run_command("run", "-c", path), 78, str(system.journal), *said)
 
 
 @pytest.mark.parametrize(

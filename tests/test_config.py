@@ -414,6 +414,10 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         # files
         (VALID + '[journal]\npath = ""', "journal.path", ["names no file"]),
         (VALID + '[journal]\npath = "/a\\u0000b"', "journal.path", ["names no file"]),
+        (VALID + '[journal]\npath = ":memory:"', "journal.path", ["not the path of a file", "journal.db"]),
+        (VALID + '[journal]\npath = "./:memory:"', "journal.path", ["not the path of a file"]),
+        (VALID + '[journal]\npath = "file:x?mode=memory"', "journal.path", ["not the path of a file", "URI"]),
+        (VALID + '[journal]\npath = "FILE:///tmp/x.db"', "journal.path", ["not the path of a file"]),
         (
             VALID + '[journal]\npath = "/var/lib/vodpoller/events.jsonl"',
             "sinks.archive",

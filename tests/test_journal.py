@@ -1,8 +1,12 @@
+import errno
+import fcntl
+import os
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named, until
+from vodpoller import journal as journal_module
 from vodpoller.delivery import Delivery, Portion, Position
-from vodpoller.errors import JournalError, StorageError
+from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import CONFIRMED_KEPT_SECS, Journal, Known, Letter
+from vodpoller.migrations import SCHEMA_VERSION
 
 NOW = 1_800_000_000.0
 
@@ -125,7 +131,7 @@ def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
 )
 def test_a_corrupt_file_is_said_to_be_and_is_not_touched(opened, path, content):
     path.write_bytes(content)
-    with pytest.raises(JournalError, match="the journal is corrupt"):
+    with pytest.raises(UnusableJournalError, match=r"the journal is corrupt.*copy.*\.recover.*delivered twice"):
         opened()
     assert path.read_bytes() == content
 
@@ -137,38 +143,134 @@ def test_a_page_that_was_damaged_is_noticed_at_the_start(opened, path):
     content = bytearray(path.read_bytes())
     content[8 * 4096 : 9 * 4096] = b"\x5a" * 4096
     path.write_bytes(content)
-    with pytest.raises(JournalError, match="corrupt"):
+    with pytest.raises(UnusableJournalError, match="corrupt"):
         opened()
 
 
-def test_a_journal_of_a_later_version_is_not_touched(opened, path):
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 99])
+def test_a_journal_of_a_later_version_is_not_touched(opened, path, version):
     opened().close()
-    change(path, "PRAGMA user_version = 2")
-    with pytest.raises(JournalError, match=r"version 2.*install the vodpoller that wrote it"):
+    change(path, f"PRAGMA user_version = {version}")
+    said = f"version {version}, and this vodpoller knows versions up to {SCHEMA_VERSION}: install the vodpoller that"
+    with pytest.raises(UnusableJournalError, match=said):
         opened()
-    assert rows(path, "PRAGMA user_version") == [(2,)]
+    assert rows(path, "PRAGMA user_version") == [(version,)]
+
+
+@pytest.mark.parametrize("table", ["cookies", "letters"])
+def test_a_database_of_another_program_is_not_touched(opened, path, table):
+    change(path, f"CREATE TABLE {table} (id)")
+    before = path.read_bytes()
+    with pytest.raises(UnusableJournalError, match="another program's database"):
+        opened()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", ["marks", "positions"])
+def test_a_journal_that_lacks_a_table_is_told_as_corrupt(opened, path, missing):
+    opened().close()
+    change(path, f"DROP TABLE {missing}")
+    with pytest.raises(UnusableJournalError, match=f"corrupt .no such table: {missing}"):
+        opened()
 
 
 def test_a_place_that_cannot_hold_a_journal_is_said(tmp_path, log):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(JournalError, match="folder cannot be made"):
+    with pytest.raises(UnusableJournalError, match="folder cannot be made"):
         Journal(tmp_path / "file" / "journal.db", max_bytes=1, ledger_days=1, log=log)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(JournalError, match="cannot be opened"):
-        Journal(tmp_path / "folder", max_bytes=1, ledger_days=1, log=log)
 
 
-def test_a_journal_that_could_not_be_opened_can_be_once_the_cause_is_gone(opened, path):
-    path.write_bytes(b"this is no database at all, it is a text" * 100)
-    with pytest.raises(JournalError):
+@pytest.mark.parametrize("kind", ["folder", "null", "pipe", "link to a folder"])
+def test_what_is_not_a_regular_file_is_refused_and_gets_no_company(tmp_path, log, kind):
+    path = {"null": Path("/dev/null")}.get(kind, tmp_path / "it")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a folder":
+        path.symlink_to(tmp_path)
+    with pytest.raises(UnusableJournalError, match=r"a journal is a regular file: set journal\.path to one"):
+        Journal(path, max_bytes=1, ledger_days=1, log=log)
+    assert not path.with_name(f"{path.name}.lock").exists()
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:x?mode=memory"])
+def test_a_name_that_means_something_else_to_sqlite_is_a_file_all_the_same(tmp_path, log, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with closing(Journal(Path(name), max_bytes=10**6, ledger_days=1, log=log)) as journal:
+        journal.store([letter(1)])
+    assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, JournalError),
+        (errno.EMFILE, JournalError),
+        (errno.EROFS, UnusableJournalError),
+        (errno.EACCES, UnusableJournalError),
+    ],
+)
+@pytest.mark.parametrize("of", ["folder", "lock", "file"])
+def test_only_what_a_person_must_change_stops_the_service(tmp_path, log, monkeypatch, code, kind, of):
+    path = tmp_path / "sub" / "journal.db"
+    refused = {"folder": path.parent, "lock": path.with_name("journal.db.lock"), "file": path}[of]
+    make, open_file = Path.mkdir, os.open
+
+    def fails(name):
+        if Path(name) == refused:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", lambda self, *mode, **more: (fails(self), make(self, *mode, **more)))
+    monkeypatch.setattr(os, "open", lambda name, *more: (fails(name), open_file(name, *more))[1])
+    with pytest.raises(JournalError, match=os.strerror(code)) as raised:
+        Journal(path, max_bytes=1, ledger_days=1, log=log)
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_is_not_told_as_a_second_daemon(opened, monkeypatch, code):
+    def refuse(fd, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UnusableJournalError, match=r"cannot be locked: .*local disk") as raised:
         opened()
-    path.unlink()
-    assert opened().counts() == {}
+    assert "another process" not in str(raised.value)
 
 
-def test_the_folder_is_made(tmp_path, log):
-    with closing(Journal(tmp_path / "a" / "b" / "journal.db", max_bytes=1, ledger_days=1, log=log)) as journal:
-        assert journal.counts() == {}
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_nobody_else_may_read_what_the_journal_makes(path, log, umask):
+    before = os.umask(umask)
+    try:
+        with closing(Journal(path, max_bytes=10**6, ledger_days=1, log=log)) as journal:
+            journal.store([letter(1)])
+            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert set(modes) == {"journal.db", "journal.db-wal", "journal.db-shm", "journal.db.lock"}
+    assert set(modes.values()) == {0o640 & ~umask}
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o644, 0o640), (0o666, 0o660), (0o600, 0o600)])
+def test_what_an_earlier_version_left_open_to_others_is_closed_to_them(opened, path, before, after):
+    opened().close()
+    path.chmod(before)
+    opened()
+    assert stat.S_IMODE(path.stat().st_mode) == after
+    assert stat.S_IMODE(path.with_name("journal.db-wal").stat().st_mode) == after
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "of a later version", "of another program"])
+def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
+    if fault == "corrupt":
+        path.write_bytes(b"this is no database at all, it is a text" * 100)
+    else:
+        change(path, "PRAGMA user_version = 99" if fault == "of a later version" else "CREATE TABLE cookies (id)")
+    with pytest.raises(UnusableJournalError):
+        Journal(path, max_bytes=1, ledger_days=1, log=log)
+    held = [link.resolve().name for link in Path("/proc/self/fd").iterdir()]
+    assert [name for name in held if name.startswith("journal.db")] == []
 
 
 # --- storing ----------------------------------------------------------------------------------------------------------
@@ -213,14 +315,76 @@ def test_storing_a_pair_again_changes_nothing(journal, path):
     ]
 
 
-def test_nothing_of_what_is_too_much_is_stored(opened, lines):
+def test_what_there_is_room_for_is_stored_and_the_rest_is_named(opened, lines):
     journal = opened(max_bytes=2 * 600)
     journal.store([letter(1)])
-    with pytest.raises(StorageError, match=r"journal.max_bytes = 1200"):
+    with pytest.raises(JournalFullError, match=r"journal.max_bytes = 1200") as raised:
         journal.store([letter(2), letter(3)])
-    assert journal.counts() == {("it", "pending"): 1}
+    assert raised.value.refused == {event(3).key}
+    assert journal.counts() == {("it", "pending"): 2}
     assert named(lines, "journal.failed")
     journal.store([])
+
+
+def test_what_is_held_already_is_not_refused_by_a_full_journal(opened):
+    journal = opened(max_bytes=2 * 600)
+    journal.store([letter(1), letter(2)])
+    accept(journal, 3)
+    journal.store([letter(1), letter(2), letter(3)])
+    with pytest.raises(JournalFullError) as raised:
+        journal.store([letter(1), letter(4)])
+    assert raised.value.refused == {event(4).key}
+
+
+ROOM_OF_TEN = 10 * 600
+
+
+def dead(number, sink="it", reason="rejected"):
+    return letter(number, sink, dead=True, reason=reason)
+
+
+@pytest.mark.parametrize("reason", ["rejected", "unrouted", "malformed"])
+def test_dead_letters_take_half_of_the_room_and_hold_up_no_pending_ones(opened, reason, lines):
+    journal = opened(max_bytes=ROOM_OF_TEN)
+    with pytest.raises(JournalFullError, match=r"dead letters may take half of journal\.max_bytes = 6000") as raised:
+        journal.store([dead(number, reason=reason) for number in range(8)])
+    assert raised.value.refused == {event(number).key for number in (5, 6, 7)}
+    assert len(named(lines, "journal.failed")) == 1
+
+    with pytest.raises(JournalFullError) as raised:
+        journal.store([dead(8, reason=reason), *(letter(number) for number in range(20, 25)), dead(9, reason=reason)])
+
+    assert raised.value.refused == {event(8).key, event(9).key}
+    assert journal.counts() == {("it", "dead"): 5, ("it", "pending"): 5}
+    with pytest.raises(JournalFullError, match="the journal is full") as raised:
+        journal.store([letter(30)])
+
+
+def test_a_pending_event_that_gives_up_is_a_dead_letter_beyond_the_half(opened):
+    journal = opened(max_bytes=ROOM_OF_TEN)
+    journal.store([dead(number) for number in range(5)])
+    journal.store([letter(number) for number in range(20, 25)])
+    for row in journal.due("it", 10):
+        journal.bury(row.row, attempts=9, reason="gave_up", error="no")
+    assert journal.counts() == {("it", "dead"): 10}
+    with pytest.raises(JournalFullError):
+        journal.store([dead(50)])
+
+
+@pytest.mark.parametrize("way", ["accepted", "forgotten", "replayed"])
+def test_room_of_dead_letters_that_was_made_is_found_again(opened, path, way):
+    journal = opened(max_bytes=ROOM_OF_TEN)
+    journal.store([dead(number) for number in range(5)])
+    if way == "accepted":
+        accept(journal, 0, stored=True)
+    elif way == "forgotten":
+        journal.forget([1])
+        journal.flush()
+    else:
+        change(path, "UPDATE letters SET state = 'pending' WHERE id = 1")
+    journal.store([dead(10)])
+    with pytest.raises(JournalFullError):
+        journal.store([dead(11)])
 
 
 def test_room_that_was_made_is_found_again(opened):
@@ -797,3 +961,192 @@ def test_a_flush_without_anything_to_write_writes_nothing(journal, monkeypatch):
     journal.flush()
     monkeypatch.setattr(journal, "_write", None)
     journal.flush()
+
+
+# --- journals of earlier versions -------------------------------------------------------------------------------------
+
+OLD = (Path(__file__).parent / "data" / "journal-0.1.sql").read_text()
+
+
+def make_old(path, *, mode=0o644):
+    """A journal of 0.1, as it lies there."""
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(OLD)
+        db.execute("PRAGMA journal_mode = WAL")
+    path.chmod(mode)
+
+
+def everything(path):
+    tables = ("letters", "ledger", "positions")
+    return {table: rows(path, f"SELECT * FROM {table}") for table in tables}
+
+
+def test_a_journal_of_0_1_keeps_all_and_works(opened, path, lines, wall):
+    make_old(path)
+    before = everything(path)
+    journal = opened()
+    assert everything(path) == before
+    assert rows(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
+    assert [known(journal, n, sink) for n, sink in ((1, "hook"), (3, "archive"), (7, "hook"))] == [
+        Known.ACCEPTED,
+        Known.ACCEPTED,
+        Known.DEAD,
+    ]
+    assert journal.position("archive") == at(4711, 2**64 - 7)
+    assert journal.counts() == {("hook", "pending"): 2, ("gone", "pending"): 1, ("hook", "dead"): 2, ("", "dead"): 2}
+    wall.advance(60)
+    assert {row.event.key for row in journal.due("hook", 9)} >= {event(4).key}
+    assert dict(rows(path, "SELECT name, at FROM marks"))["confirm"] == NOW + 7
+
+    journal.store([letter(50), letter(51, dead=True)])
+    assert max(rows(path, "SELECT id FROM letters")) == (9,)
+    accept(journal, 4, sink="hook", stored=True)
+    assert known(journal, 4, "hook") is Known.ACCEPTED
+    journal.close()
+    totals = rows(path, "SELECT letters_bytes, dead_bytes FROM totals")
+    size = "sum(length(body) + 512)"
+    assert totals == rows(path, f"SELECT {size}, (SELECT {size} FROM letters WHERE state = 'dead') FROM letters")
+    assert [line["copy"] for line in named(lines, "journal.migrated")] == [f"{path}.v1"]
+    opened().close()
+    assert len(named(lines, "journal.migrated")) == 1
+
+
+def test_the_copy_of_an_older_journal_is_that_journal(opened, path):
+    make_old(path)
+    change(path, "INSERT INTO marks VALUES ('in the WAL', 1)")
+    before = everything(path)
+    opened()
+    copy = path.with_name("journal.db.v1")
+    assert everything(copy) == before
+    assert rows(copy, "PRAGMA user_version") == [(1,)]
+    assert rows(copy, "SELECT at FROM marks WHERE name = 'in the WAL'") == [(1.0,)]
+    assert rows(copy, "PRAGMA integrity_check") == [("ok",)]
+    assert stat.S_IMODE(copy.stat().st_mode) & 0o007 == 0
+    assert not path.with_name("journal.db.v1.unfinished").exists()
+
+
+@pytest.mark.parametrize("fault", ["no room for the copy", "a later step fails"])
+def test_a_migration_that_fails_leaves_the_journal_as_it_was(opened, path, monkeypatch, fault):
+    make_old(path)
+    before = everything(path)
+    if fault == "no room for the copy":
+        monkeypatch.setattr(Path, "replace", lambda *_: raise_(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    else:
+        change(path, "ALTER TABLE totals ADD COLUMN dead_bytes INTEGER")
+    with monkeypatch.context(), pytest.raises(JournalError):
+        opened()
+    assert everything(path) == before
+    assert rows(path, "PRAGMA user_version") == [(1,)]
+    monkeypatch.undo()
+    if fault == "no room for the copy":
+        assert opened().counts()["hook", "pending"] == 2
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize("version", [1, SCHEMA_VERSION])
+def test_what_sqlite3s_dump_rescues_is_a_journal_again(opened, path, version):
+    """`.dump` leaves the version out, and rows that could not be read are counted in the totals still."""
+    make_old(path)
+    if version != 1:
+        opened().close()
+    with closing(sqlite3.connect(path)) as db:
+        script = [line for line in db.iterdump() if "'gave_up'" not in line]
+    path.unlink()
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("\n".join(script))
+    journal = opened()
+    assert journal.counts()["hook", "dead"] == 1
+    taken, of_dead = rows(path, "SELECT letters_bytes, dead_bytes FROM totals")[0]
+    assert taken == rows(path, "SELECT sum(length(body) + 512) FROM letters")[0][0]
+    assert of_dead == rows(path, "SELECT sum(length(body) + 512) FROM letters WHERE state = 'dead'")[0][0]
+
+
+# --- corruption that is found later -----------------------------------------------------------------------------------
+
+
+def damage(path, *, first=1):
+    """Overwrite all but the first pages, as a dying disk does."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096 * first)
+        file.write(b"\x5a" * (size - 4096 * first))
+
+
+@pytest.mark.parametrize("found_by", ["known", "store", "due", "prune", "counts", "confirmed"])
+def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pulling(
+    opened, path, lines, wall, found_by
+):
+    journal = opened()
+    accept(journal, *range(500))
+    journal.store([letter(number) for number in range(500, 600)])
+    journal.close()
+    journal = opened()
+    change(path, "INSERT INTO marks VALUES ('other', 1)")  # so that nobody goes on with the pages that he has in memory
+    damage(path)
+    use = {
+        "known": lambda: known(journal, 1),
+        "store": lambda: journal.store([letter(1000)]),
+        "due": lambda: journal.due("it", 10),
+        "prune": journal.prune,
+        "counts": journal.counts,
+        "confirmed": lambda: (journal.confirmed([event(1).key]), journal.flush()),
+    }[found_by]
+    for _ in range(3):
+        with suppress(StorageError):
+            use()
+    said = named(lines, "journal.failed")
+    assert len(said) == 1
+    assert said[0]["level"] == "error"
+    for phrase in ("corrupt", ".recover", "delivered twice", "copy"):
+        assert phrase in said[0]["error_message"]
+    assert not journal.is_writable
+    with pytest.raises(StorageError, match="corrupt"):
+        assert journal.has_letters
+    assert named(lines, "journal.recovered") == []
+
+
+# --- the WAL ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_wal(monkeypatch):
+    monkeypatch.setattr(journal_module, "WAL_KEPT_BYTES", 256 * 1024)
+    monkeypatch.setattr(journal_module, "WAL_LARGE_BYTES", 1024 * 1024)
+
+
+@pytest.mark.parametrize("writes", ["stored events", "ledger rows"])
+def test_a_wal_that_grew_while_another_process_read_is_cut_when_it_is_done(opened, path, lines, small_wal, writes):
+    now = FakeClock(0.0)
+    journal = opened(monotonic=now)
+    wal = path.with_name("journal.db-wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM ledger").fetchone()
+        number = 0
+        while wal.stat().st_size < 3 * 1024 * 1024:
+            if writes == "ledger rows":
+                accept(journal, *range(number, number + 200))
+            else:
+                journal.store([letter(n) for n in range(number, number + 200)])
+            number += 200
+        for _ in range(3):
+            now.advance(60)
+            journal.flush()
+        (said,) = named(lines, "journal.wal_large")
+        assert said["level"] == "warning"
+        assert said["size_bytes"] >= 3 * 1024 * 1024
+        assert f"fuser {path}" in said["hint"]
+    now.advance(60)
+    journal.flush()
+    assert wal.stat().st_size == 0
+    journal.store([letter(10**6)])
+
+
+def test_a_wal_of_usual_size_is_left_alone(journal, path):
+    accept(journal, *range(200))
+    size = path.with_name("journal.db-wal").stat().st_size
+    journal.flush()
+    assert path.with_name("journal.db-wal").stat().st_size == size > 0

@@ -401,7 +401,12 @@ def _load(path: Path, *, needs_key: bool = True, for_unit: bool = False) -> "Con
 
 def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
     from vodpoller.daemon import Daemon  # noqa: PLC0415 - see the module's docstring
-    from vodpoller.errors import ConfigError, JournalError, StorageError  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.errors import (  # noqa: PLC0415 - see the module's docstring
+        ConfigError,
+        JournalError,
+        StorageError,
+        UnusableJournalError,
+    )
     from vodpoller.systemd import Notifier  # noqa: PLC0415 - see the module's docstring
 
     try:
@@ -409,6 +414,8 @@ def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
         return Daemon(config, log=log, notifier=Notifier(os.environ.get("NOTIFY_SOCKET", "")))
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
+    except UnusableJournalError as error:
+        _fail([str(error)], EXIT_CONFIG)
     except (JournalError, StorageError) as error:
         _fail([str(error)], EXIT_FAILURE)
     finally:
@@ -421,7 +428,7 @@ def _give_to_owner(config: "Config") -> None:
         return
     claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}
     for name in [str(config.journal.path), *claimed]:
-        for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm")):
+        for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm", ".v1")):
             with suppress(OSError):
                 folder, file = path.parent.stat(), path.lstat()
                 if file.st_uid == 0 and folder.st_uid != 0:
@@ -437,12 +444,14 @@ def _end(code: int) -> NoReturn:
 
 @contextmanager
 def _letters(config: "Config", *, writable: bool = False) -> "Iterator[Letters]":
-    from vodpoller.errors import JournalError  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.errors import JournalError, UnusableJournalError  # noqa: PLC0415 - see the module's docstring
     from vodpoller.letters import Letters  # noqa: PLC0415 - see the module's docstring
 
     try:
         with Letters(config.journal.path, writable=writable) as letters:
             yield letters
+    except UnusableJournalError as error:
+        _fail([str(error)], EXIT_CONFIG)
     except JournalError as error:
         _fail([str(error)], EXIT_FAILURE)
 

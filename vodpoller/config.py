@@ -265,7 +265,8 @@ class Journal(BaseModel):
         description="The journal's file; its folder is made where it is missing.",
     )
     max_bytes: Annotated[int, Field(ge=2**20, le=2**50)] = Field(
-        default=2**30, description="How much the stored events may take. Beyond it, events stay with VOD."
+        default=2**30,
+        description="How much the stored events may take, dead letters half of it. Beyond it, events stay with VOD.",
     )
     ledger_days: Annotated[float, Field(ge=4, le=3650)] = Field(
         default=5.0,
@@ -275,8 +276,13 @@ class Journal(BaseModel):
     @field_validator("path")
     @classmethod
     def _names_a_file(cls, value: Path) -> Path:
+        example = "for example /var/lib/vodpoller/journal.db"
         if not value.name or "\0" in str(value):
-            raise ValueError("names no file (for example /var/lib/vodpoller/journal.db)")
+            raise ValueError(f"names no file ({example})")
+        if str(value) == ":memory:" or str(value).lower().startswith("file:"):
+            raise ValueError(
+                f"is not the path of a file, but what SQLite calls a database in memory or a URI ({example})"
+            )
         return value
 
 

@@ -266,7 +266,10 @@ class Daemon:
             worker.start()
         drained = [self._pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
         self._deliver_due(progress)
-        pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
+        try:
+            pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
+        except StorageError:  # the journal has said so; what it holds cannot be told
+            pending = -1
         self._stop()
         return all(drained) and not self._pipeline.unsettled_events and not pending
 
@@ -304,7 +307,11 @@ class Daemon:
             time.sleep(0.02)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
-        """Stored rows by (sink, "pending" or "dead")."""
+        """Stored rows by (sink, "pending" or "dead").
+
+        Raises:
+            StorageError: The journal cannot be read.
+        """
         return self._journal.counts()
 
     @property
@@ -377,15 +384,20 @@ class Daemon:
             time.sleep(0.02)
 
     def _count(self) -> None:
-        self._counts = self._journal.counts()
+        try:
+            self._counts = self._journal.counts()
+        except StorageError:  # the journal has said so
+            return
         for sink in {sink for sink, state in self._counts if state == "pending"} - set(self._workers):
             self._repeats.say(
-                "warning",
+                "error",
                 "pending.stuck",
                 cause=f"no sink {sink}",
                 sink=sink,
                 pending=self._counts[sink, "pending"],
-                hint="the configuration has no sink of this name any more: bring it back, or purge what waits for it",
+                hint="the configuration has no sink of this name any more. Bring it back; or give what waits to another"
+                f" sink, `vodpoller deadletters replay --pending --sink {sink} --to SINK`; or delete it,"
+                f" `vodpoller deadletters purge --pending --sink {sink}`",
             )
 
     def _beat(self) -> None:

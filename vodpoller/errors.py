@@ -3,7 +3,7 @@
 Every error may carry what Tencent Cloud answered: its `error_code` and the `request_id` that its support asks for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 class VodpollerError(Exception):
@@ -80,8 +80,25 @@ class StorageError(VodpollerError):
     """The journal cannot take a write now (disk full, locked, read-only): leave the events with VOD."""
 
 
+class JournalFullError(StorageError):
+    """The journal has no room for some of the events of one call. All others of that call are stored.
+
+    Args:
+        message: As for every error.
+        refused: The keys of the events of which something was not stored: leave these with VOD.
+    """
+
+    def __init__(self, message: str, *, refused: Collection[bytes]) -> None:
+        super().__init__(message)
+        self.refused = frozenset(refused)
+
+
 class JournalError(VodpollerError):
-    """The journal cannot be opened (another daemon has it, it is corrupt): exit 1 with the way out."""
+    """The journal cannot be opened now (another daemon has it, the disk is full): exit 1, since that may pass."""
+
+
+class UnusableJournalError(JournalError):
+    """The journal cannot be used until a person acts (corrupt, of a later version, in a wrong place): exit 78."""
 
 
 class ConfigError(VodpollerError):

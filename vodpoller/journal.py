@@ -4,62 +4,59 @@ One SQLite file in WAL mode. Rows that stand in for an event at VOD are on disk 
 may lag, since losing one costs a duplicate at most.
 """
 
-import fcntl
+import errno
 import os
 import sqlite3
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from vodpoller.delivery import Delivery, Portion, Position
-from vodpoller.durable import Folders
-from vodpoller.errors import JournalError, StorageError
+from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
+from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.events import Event, restore_event
 from vodpoller.logs import Logger, Repeats
+from vodpoller.migrations import ROW_OVERHEAD_BYTES, count_anew, migrate
 
-SCHEMA_VERSION: Final = 1
 CONFIRMED_KEPT_SECS: Final = 600.0
 DUE_HORIZON_SECS: Final = 900.0
-ROW_OVERHEAD_BYTES: Final = 512
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
 DEFERRED_MAX: Final = 1000
-LOCK_WAIT_SECS: Final = 0.1  # `vodpoller status` asks for the lock, and has it for an instant
+BUSY_SECS: Final = 2.0  # a command may hold the file for a moment
+WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while nobody reads
+WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
+WAL_RETRY_SECS: Final = 5.0
+WAL_WAIT_SECS: Final = 0.1  # all who write wait meanwhile
 _KEYS_A_QUERY: Final = 500
 _ROWS_A_STATEMENT: Final = 16
 _INODES: Final = 2**64
 
-_SCHEMA: Final = f"""
-CREATE TABLE ledger (
-    key BLOB NOT NULL, sink TEXT NOT NULL, accepted_at REAL NOT NULL, confirmed_at REAL, PRIMARY KEY (key, sink)
-) WITHOUT ROWID;
-CREATE TABLE letters (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, sink TEXT NOT NULL, state TEXT NOT NULL,
-    reason TEXT NOT NULL, error TEXT NOT NULL, attempts INTEGER NOT NULL, stored_at REAL NOT NULL, due_at REAL NOT NULL,
-    confirmed INTEGER NOT NULL DEFAULT 0, run TEXT NOT NULL, source TEXT NOT NULL, sub_app_id INTEGER,
-    event_type TEXT NOT NULL, body BLOB NOT NULL, UNIQUE (key, sink)
-);
-CREATE INDEX letters_due ON letters (state, sink, due_at);
-CREATE TABLE totals (letters_bytes INTEGER NOT NULL);
-INSERT INTO totals VALUES (0);
-CREATE TRIGGER letters_in AFTER INSERT ON letters BEGIN
-    UPDATE totals SET letters_bytes = letters_bytes + length(NEW.body) + {ROW_OVERHEAD_BYTES};
-END;
-CREATE TRIGGER letters_out AFTER DELETE ON letters BEGIN
-    UPDATE totals SET letters_bytes = letters_bytes - length(OLD.body) - {ROW_OVERHEAD_BYTES};
-END;
-CREATE TABLE positions (sink TEXT PRIMARY KEY, inode INTEGER NOT NULL, offset_bytes INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE marks (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
-"""  # noqa: S608 - the numbers are ours
+# What flock(2) answers on a file system that has no locks.
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+# SQLITE_ERROR at the start: a table or column is not there.
+_UNUSABLE: Final = _CORRUPT | {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
+_FORBIDDEN: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})
 
+_LETTERS_BYTES: Final = "SELECT letters_bytes FROM totals"
+_ACCEPTED: Final = (
+    "SELECT 1 FROM ledger WHERE key = :key AND sink = :sink AND (confirmed_at IS NULL OR confirmed_at >= :known_since)"
+)
+_INSERT_LETTER: Final = (
+    "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at, run, source,"
+    " sub_app_id, event_type, body) SELECT :key, :sink, :state, :reason, :error, :attempts, :now, :due_at, :run,"
+    f" :source, :sub_app_id, :event_type, :body WHERE NOT EXISTS ({_ACCEPTED})"
+)
+_IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
 
 _Work = Callable[[sqlite3.Connection], object]
 
@@ -128,9 +125,11 @@ class Journal:
         ledger_days: How long rows of events that never were confirmed are kept.
         log: Where to.
         wall: The clock that stamps rows, in seconds since 1970.
+        monotonic: The clock of what is tried again, in seconds.
 
     Raises:
-        JournalError: Another process has it, it is corrupt, it is of a later version, or it cannot be written.
+        UnusableJournalError: It is corrupt, of a later version, or in a place where no journal can be.
+        JournalError: Another process has it, or it cannot be opened or written now.
     """
 
     def __init__(
@@ -141,6 +140,7 @@ class Journal:
         ledger_days: float,
         log: Logger,
         wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._max_bytes = max_bytes
@@ -148,6 +148,8 @@ class Journal:
         self._log = log
         self._repeats = Repeats(log)
         self._wall = wall
+        self._monotonic = monotonic
+        self._next_wal_try = 0.0
         self._started_at = wall()
         self._run = f"{os.getpid()}-{self._started_at:.6f}"
         self._queue: list[_Write] = []
@@ -157,41 +159,39 @@ class Journal:
         self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
         self._unwritten_positions: dict[str, Position] = {}
         self._failing = False
+        self._corrupt: str | None = None  # once found it is so until the next start
         self._next_slice = 0
-        try:
-            Folders(lambda text: log.warning("config.warning", message=f"journal.path: {text}")).make(path.parent)
-        except OSError as error:
-            raise JournalError(
-                f"{path.parent}: the journal's folder cannot be made: {error.strerror}. Create it, or set journal.path"
-            ) from error
-        self._lock_fd = _lock(path)
-        try:
-            self._writer = _connect(path)
-            self._prepare()
-            self._reader = _connect(path)
-        except sqlite3.Error as error:
-            os.close(self._lock_fd)
-            raise JournalError(_cannot_open(path, error)) from error
-        except JournalError:
-            os.close(self._lock_fd)
-            raise
+        with ExitStack() as opening:
+            _check_place(path)
+            _make_folder(path.parent, log)
+            self._lock_fd = _lock(path)
+            opening.callback(os.close, self._lock_fd)
+            _make_private(path)
+            try:
+                self._writer = _connect(path)
+                opening.callback(self._writer.close)
+                copy = migrate(self._writer, path)
+                self._prepare()
+                self._reader = _connect(path)
+                opening.callback(self._reader.close)
+            except sqlite3.Error as error:
+                raise _cannot_open(path, error) from error
+            except OSError as error:
+                raise _cannot_make(path, error, "cannot be copied before it is brought to this version") from error
+            opening.pop_all()
+        if copy is not None:
+            log.info("journal.migrated", path=str(path), copy=str(copy))
         self._identity = _identity_of(path)
         self._replaced = False
 
     def _prepare(self) -> None:
         self._writer.execute("PRAGMA journal_mode = WAL")
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._writer.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise JournalError(
-                f"{self._path}: the journal is of version {version}, this vodpoller writes version {SCHEMA_VERSION}: "
-                "install the vodpoller that wrote it"
-            )
+        self._writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
         if self._path.stat().st_size <= QUICK_CHECK_BYTES:
             ((verdict,), *_) = self._writer.execute("PRAGMA quick_check(1)").fetchall()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
+            count_anew(self._writer)
         for table in ("ledger", "letters", "totals", "positions", "marks"):
             self._writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
         # A write shows now, not at the first event, that the file is read-only or the disk is full.
@@ -252,6 +252,8 @@ class Journal:
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody may believe that his row was written
             with suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
+            if is_corrupt(error):  # said here, since for some writes it does not matter whether they are done
+                self._failed(error)
             for write in batch:
                 write.error, write.done = error, True
             return not has_begun
@@ -358,9 +360,13 @@ class Journal:
             raise StorageError(f"the journal cannot be written: {error}") from error
 
     def position(self, sink: str) -> Position | None:
-        """The mark of a sink's file: all below it is in the ledger."""
-        with self._read_lock:
-            row = self._reader.execute("SELECT inode, offset_bytes FROM positions WHERE sink = ?", (sink,)).fetchone()
+        """The mark of a sink's file: all below it is in the ledger.
+
+        Raises:
+            StorageError: The journal cannot be read.
+        """
+        rows = self._read("SELECT inode, offset_bytes FROM positions WHERE sink = ?", (sink,))
+        row = rows[0] if rows else None
         return Position(inode=row[0] % _INODES, offset_bytes=row[1]) if row else None
 
     def confirmed(self, keys: Sequence[bytes]) -> None:
@@ -385,86 +391,115 @@ class Journal:
     def store(self, letters: Sequence[Letter]) -> None:
         """Take events over from VOD: when this returns, they are on disk.
 
-        A pair that is stored already stays as it is; one that the ledger turns out to have by now is left out.
+        A pair that is stored already stays as it is; one that the ledger turns out to have by now is left out. Dead
+        letters never take the room of pending events: at most half of it is theirs.
 
         Raises:
-            StorageError: They are not; VOD must keep them.
+            JournalFullError: There was no room for some, which VOD must keep: `refused` has their events' keys. All
+                others are on disk.
+            StorageError: None is stored; VOD must keep them all.
         """
         if not letters:
             return
         self._check_in_place()
-        size_bytes = sum(len(letter.event.body) + ROW_OVERHEAD_BYTES for letter in letters)
-        self._check_room(self._taken_bytes(), size_bytes)
         now = self._wall()
-        rows = [
-            (
-                letter.event.key,
-                letter.sink,
-                "dead" if letter.dead else "pending",
-                letter.reason,
-                _text(letter.error),
-                letter.attempts,
-                now,
-                now + min(letter.due_in_secs, DUE_HORIZON_SECS),
-                self._run,
-                letter.event.source,
-                letter.event.sub_app_id,
-                _text(letter.event.type),
-                letter.event.body,
-                now - CONFIRMED_KEPT_SECS,
-            )
-            for letter in letters
-        ]
+        # Pending ones first: they get the room if it is not enough for all.
+        wanted = [(letter, self._row(letter, now)) for letter in sorted(letters, key=lambda letter: letter.dead)]
+        refused: list[Letter] = []
 
         def work(db: sqlite3.Connection) -> None:
-            # Once more where no other lane can come in between, else all of them together take many times the room.
-            self._check_room(_letters_bytes(db), size_bytes)
-            db.executemany(
-                "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at,"
-                " run, source, sub_app_id, event_type, body)"
-                " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13 WHERE NOT EXISTS (SELECT 1"
-                " FROM ledger WHERE key = ?1 AND sink = ?2 AND (confirmed_at IS NULL OR confirmed_at >= ?14))",
-                rows,
-            )
+            refused[:] = self._insert_letters(db, wanted)
 
         try:
             self._write(work, durable=True)
-        except StorageError:  # no room: that has been said
-            raise
         except Exception as error:
             self._failed(error)
             raise StorageError(f"the journal cannot be written: {error}") from error
+        if refused:
+            raise self._full(refused)
 
-    def _check_room(self, taken_bytes: int, size_bytes: int) -> None:
-        if taken_bytes + size_bytes > self._max_bytes:
-            error = StorageError(
-                f"the journal is full: stored events take {taken_bytes} bytes of journal.max_bytes = "
-                f"{self._max_bytes}. Bring the sinks back, purge dead letters, or raise journal.max_bytes"
+    def _row(self, letter: Letter, now: float) -> dict[str, Any]:
+        return {
+            "key": letter.event.key,
+            "sink": letter.sink,
+            "state": "dead" if letter.dead else "pending",
+            "reason": letter.reason,
+            "error": _text(letter.error),
+            "attempts": letter.attempts,
+            "now": now,
+            "due_at": now + min(letter.due_in_secs, DUE_HORIZON_SECS),
+            "run": self._run,
+            "source": letter.event.source,
+            "sub_app_id": letter.event.sub_app_id,
+            "event_type": _text(letter.event.type),
+            "body": letter.event.body,
+            "known_since": now - CONFIRMED_KEPT_SECS,
+        }
+
+    def _insert_letters(
+        self, db: sqlite3.Connection, wanted: Sequence[tuple[Letter, Mapping[str, Any]]]
+    ) -> list[Letter]:
+        """Insert what there is room for, in a transaction, where no other thread can take the same room.
+
+        Returns:
+            What there is no room for, and is not held by the journal already.
+        """
+        sizes = [len(letter.event.body) + ROW_OVERHEAD_BYTES for letter, _ in wanted]
+        room = self._max_bytes - _letters_bytes(db)
+        dead_room = self._max_bytes // 2 - _dead_bytes(db)
+        of_dead = sum(size for size, (letter, _) in zip(sizes, wanted, strict=True) if letter.dead)
+        if sum(sizes) <= room and of_dead <= dead_room:
+            db.executemany(_INSERT_LETTER, [row for _, row in wanted])
+            return []
+        refused = []
+        for size, (letter, row) in zip(sizes, wanted, strict=True):
+            if size > room or (letter.dead and size > dead_room):
+                if not db.execute(_IS_HELD, row).fetchone()[0]:
+                    refused.append(letter)
+            elif db.execute(_INSERT_LETTER, row).rowcount:
+                room -= size
+                dead_room -= size if letter.dead else 0
+        return refused
+
+    def _full(self, refused: Sequence[Letter]) -> JournalFullError:
+        keys = {letter.event.key for letter in refused}
+        if all(letter.dead for letter in refused):
+            message = (
+                f"dead letters may take half of journal.max_bytes = {self._max_bytes}, and that is full: the events"
+                " that would be the next ones stay with VOD, all other events are stored as ever. Look at them"
+                " (`vodpoller deadletters list`), replay or purge them, or raise journal.max_bytes"
             )
-            self._repeats.say("error", "journal.failed", cause="full", **error.fields())
-            raise error
+        else:
+            message = (
+                f"the journal is full: stored events take all of journal.max_bytes = {self._max_bytes}. Bring the sinks"
+                " back, purge dead letters (`vodpoller deadletters purge`), or raise journal.max_bytes"
+            )
+        error = JournalFullError(message, refused=keys)
+        self._repeats.say("error", "journal.failed", cause=message, path=str(self._path), **error.fields())
+        return error
 
     def _taken_bytes(self) -> int:
-        try:
-            with self._read_lock:
-                return _letters_bytes(self._reader)
-        except sqlite3.Error as error:
-            self._failed(error)
-            raise StorageError(f"the journal cannot be read: {error}") from error
+        if self._corrupt is not None:  # what would be delivered now could not be remembered
+            raise StorageError(self._corrupt)
+        return int(self._read(_LETTERS_BYTES)[0][0])
 
     def due(self, sink: str, limit: int) -> list[Pending]:
         """Stored events whose time has come, the oldest due time first.
 
-        A due time beyond any back-off was set by a clock that was wrong: it has come as well.
+        A due time beyond any back-off was set by a clock that was wrong: it has come as well. None is due while the
+        journal cannot be read.
         """
         now = self._wall()
-        with self._read_lock:
-            rows = self._reader.execute(
-                "SELECT id, key, sink, attempts, stored_at, source, sub_app_id, event_type, body FROM letters"
-                " WHERE state = 'pending' AND sink = ?1 AND (due_at <= ?2 OR due_at > ?2 + ?3)"
-                " ORDER BY due_at LIMIT ?4",
-                (sink, now, DUE_HORIZON_SECS + 60, limit),
-            ).fetchall()
+        try:
+            with self._read_lock:
+                rows = self._reader.execute(
+                    "SELECT id, key, sink, attempts, stored_at, source, sub_app_id, event_type, body FROM letters"
+                    " WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?) ORDER BY due_at LIMIT ?",
+                    (sink, now, now + DUE_HORIZON_SECS + 60, limit),
+                ).fetchall()
+        except sqlite3.Error as error:
+            self._failed(error)
+            return []
         return [
             Pending(
                 row=row,
@@ -500,26 +535,39 @@ class Journal:
     def bury(self, row: int, *, attempts: int, reason: str, error: str) -> None:
         """A stored event becomes a dead letter. Where that cannot be written it stays pending."""
         values = (attempts, reason, _text(error), row)
-        with suppress(sqlite3.Error):
+        try:
             self._write(
                 lambda db: db.execute(
                     "UPDATE letters SET state = 'dead', attempts = ?, reason = ?, error = ? WHERE id = ?", values
                 ),
                 durable=True,
             )
+        except sqlite3.Error as failure:
+            self._failed(failure)
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """How many rows there are by (sink, state)."""
-        with self._read_lock:
-            rows = self._reader.execute("SELECT sink, state, count(*) FROM letters GROUP BY sink, state").fetchall()
+        """How many rows there are by (sink, state).
+
+        Raises:
+            StorageError: The journal cannot be read.
+        """
+        rows = self._read("SELECT sink, state, count(*) FROM letters GROUP BY sink, state")
         return {(sink, state): number for sink, state, number in rows}
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            with self._read_lock:
+                return self._reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            self._failed(error)
+            raise StorageError(f"the journal cannot be read: {error}") from error
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     @property
     def is_writable(self) -> bool:
-        """Whether the file is in its place and has every accepted pair: if not, no new pull should start."""
-        return not (self._unwritten or self._replaced)
+        """Whether the file is whole, in its place and has every accepted pair: if not, no new pull should start."""
+        return not (self._unwritten or self._replaced or self._corrupt)
 
     def _check_in_place(self) -> None:
         """What is written to a file that was deleted or replaced is lost at the next start.
@@ -558,6 +606,7 @@ class Journal:
         """Write what waits in memory. Called every second; a failure is said once and tried again."""
         with suppress(StorageError):
             self._check_in_place()
+        self._shrink_wal()
         if not (self._unwritten or self._unwritten_positions or self._queue or self._failing):
             return
         with self._queue_lock:
@@ -583,6 +632,36 @@ class Journal:
                     del self._unwritten_positions[sink]
         self._recovered()
 
+    def _shrink_wal(self) -> None:
+        """Cut the WAL. SQLite goes on at its end, and cuts nothing, as long as somebody reads at every checkpoint."""
+        if self._wal_bytes() > WAL_KEPT_BYTES and self._monotonic() >= self._next_wal_try:
+            self._next_wal_try = self._monotonic() + WAL_RETRY_SECS
+            with self._write_lock, self._read_lock, suppress(sqlite3.Error):
+                try:
+                    self._writer.execute(f"PRAGMA busy_timeout = {WAL_WAIT_SECS * 1000:.0f}")
+                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                finally:
+                    self._writer.execute(f"PRAGMA busy_timeout = {BUSY_SECS * 1000:.0f}")
+            size_bytes = self._wal_bytes()
+            if size_bytes > WAL_LARGE_BYTES:
+                self._repeats.say(
+                    "warning",
+                    "journal.wal_large",
+                    cause="wal",
+                    path=f"{self._path}-wal",
+                    size_bytes=size_bytes,
+                    hint="another process reads the journal without a pause, which keeps it from being cut:"
+                    f" `fuser {self._path}` names it",
+                )
+            else:
+                self._repeats.forget("wal")
+
+    def _wal_bytes(self) -> int:
+        try:
+            return self._path.with_name(f"{self._path.name}-wal").stat().st_size
+        except OSError:
+            return 0
+
     def prune(self, slices: int = SLICES) -> None:
         """Delete ledger rows that have done their duty, in short transactions.
 
@@ -593,7 +672,7 @@ class Journal:
             slices: How many of the 256 ranges; all of them unless told otherwise.
         """
         now = self._wall()
-        with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error):  # it is put off; a file that is corrupt has been said to be by the write
             for _ in range(slices):
                 first, self._next_slice = self._next_slice, (self._next_slice + 1) % SLICES
                 self._write(partial(self._prune_slice, first, now), durable=False)
@@ -615,12 +694,13 @@ class Journal:
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
-                "UPDATE letters SET stored_at = stored_at + ?1, due_at = due_at + ?1 WHERE run = ?2", (secs, self._run)
+                "UPDATE letters SET stored_at = stored_at + ?, due_at = due_at + ? WHERE run = ?",
+                (secs, secs, self._run),
             )
             db.execute(
-                "UPDATE ledger SET accepted_at = accepted_at + ?1, confirmed_at = confirmed_at + ?1"
-                " WHERE accepted_at >= ?2 AND (confirmed_at IS NULL OR confirmed_at >= ?3)",
-                (secs, self._started_at, recent),
+                "UPDATE ledger SET accepted_at = accepted_at + ?, confirmed_at = confirmed_at + ?"
+                " WHERE accepted_at >= ? AND (confirmed_at IS NULL OR confirmed_at >= ?)",
+                (secs, secs, self._started_at, recent),
             )
 
         with suppress(sqlite3.Error):
@@ -630,10 +710,12 @@ class Journal:
     def _failed(self, error: Exception) -> None:
         self._failing = True
         message = str(error)
+        if is_corrupt(error):
+            message = self._corrupt = way_out(self._path, error)
         self._repeats.say("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
 
     def _recovered(self) -> None:
-        if self._failing:
+        if self._failing and self._corrupt is None:
             self._failing = False
             suppressed = self._repeats.forget("")
             self._log.info("journal.recovered", suppressed_lines=suppressed or 0)
@@ -654,8 +736,8 @@ def _insert_accepted(
         db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])  # noqa: S608
     if stored:
         db.executemany(
-            "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ?1 AND sink = ?2"
-            " AND EXISTS (SELECT 1 FROM letters WHERE key = ?1 AND sink = ?2 AND confirmed)",
+            "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ? AND sink = ? AND EXISTS"
+            " (SELECT 1 FROM letters WHERE letters.key = ledger.key AND letters.sink = ledger.sink AND confirmed)",
             [(key, sink) for key in stored],
         )
         db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
@@ -664,7 +746,13 @@ def _insert_accepted(
 
 def _letters_bytes(db: sqlite3.Connection) -> int:
     """What all stored events take; kept by triggers, so that it holds whoever writes."""
-    (size,) = db.execute("SELECT letters_bytes FROM totals").fetchone()
+    (size,) = db.execute(_LETTERS_BYTES).fetchone()
+    return int(size)
+
+
+def _dead_bytes(db: sqlite3.Connection) -> int:
+    """What the dead letters among them take."""
+    (size,) = db.execute("SELECT dead_bytes FROM totals").fetchone()
     return int(size)
 
 
@@ -675,39 +763,77 @@ def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) 
         db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
 
 
+def _check_place(path: Path) -> None:
+    if problem := problem_of_place(path):
+        raise UnusableJournalError(problem)
+
+
+def problem_of_place(path: Path) -> str | None:
+    """Why no journal can be at this path, None if nothing speaks against it: only a regular file keeps what it holds.
+
+    Args:
+        path: Where the journal is, or is to be made.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # it is not there yet; or opening it says what is wrong
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    example = path / "journal.db" if stat.S_ISDIR(mode) else "/var/lib/vodpoller/journal.db"
+    kind = kind_of_file(mode)
+    return f"{path}: this is {kind}, and a journal is a regular file: set journal.path to one (for example {example})"
+
+
+def _make_folder(folder: Path, log: Logger) -> None:
+    try:
+        Folders(lambda text: log.warning("config.warning", message=f"journal.path: {text}")).make(folder)
+    except OSError as error:
+        raise _cannot_make(folder, error, "the journal's folder cannot be made") from error
+
+
+def _make_private(path: Path) -> None:
+    """See to it that others cannot read what events say: SQLite makes files 0644, and its WAL like the file itself."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
+    except OSError as error:
+        raise _cannot_make(path, error, "the journal cannot be opened for writing") from error
+    for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm", ".lock"))):
+        with suppress(OSError):  # it is not there; or another user owns it, or the file system has no rights to take
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if mode & 0o007:
+                file.chmod(mode & ~0o007)
+
+
 def _text(text: str) -> str:
     """What a TEXT column takes: no lone surrogates, no novels."""
     return text[:2000].encode(errors="replace").decode()
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # The daemon's threads share the connection under a lock of ours. A command may hold the file for a moment.
-    return sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False, cached_statements=64)
+    # The daemon's threads share the connection under a lock of ours. Absolute: some relative names, such as ":memory:",
+    # mean something else than a file to SQLite.
+    return sqlite3.connect(
+        path.absolute(), timeout=BUSY_SECS, isolation_level=None, check_same_thread=False, cached_statements=64
+    )
 
 
 def _lock(path: Path) -> int:
     lock_path = path.with_name(path.name + ".lock")
     try:
-        lock_fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    except OSError as error:
+        return take_lock(lock_path)
+    except BlockingIOError as error:
         raise JournalError(
-            f"{lock_path}: cannot be written: {error.strerror}. The journal's folder must belong to the user that runs "
-            "vodpoller; set journal.path to such a place"
+            f"{path}: another process has this journal open: is vodpoller already running "
+            f"(`systemctl status vodpoller`, `fuser {lock_path}`)? Stop it, or set another journal.path"
         ) from error
-    ends_at = time.monotonic() + LOCK_WAIT_SECS
-    while True:
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if time.monotonic() < ends_at:
-                time.sleep(0.01)
-                continue
-            os.close(lock_fd)
-            raise JournalError(
-                f"{path}: another process has this journal open: is vodpoller already running "
-                f"(`systemctl status vodpoller`, `fuser {lock_path}`)? Stop it, or set another journal.path"
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise UnusableJournalError(
+                f"{lock_path}: cannot be locked: {error.strerror}. Without a lock two daemons could write one journal;"
+                " some network file systems have none. Put the journal on a local disk (journal.path)"
             ) from error
-        return lock_fd
+        raise _cannot_make(lock_path, error, "cannot be written") from error
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
@@ -718,12 +844,47 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _cannot_open(path: Path, error: sqlite3.Error) -> str:
-    corrupt = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-    if corrupt:
-        return (
-            f"{path}: the journal is corrupt ({error}). Keep a copy, try `sqlite3 {path} .recover | sqlite3 new`"
-            " and put new in its place; or move it away: then stored events and dead letters are lost to vodpoller, and"
-            " some events may be delivered twice"
+def _cannot_make(path: Path, error: OSError, what: str) -> JournalError:
+    if may_pass(error):
+        return JournalError(f"{path}: {what}: {error.strerror}. If the disk is full, make room")
+    return UnusableJournalError(
+        f"{path}: {what}: {error.strerror}. The journal's folder must belong to the user that runs vodpoller; create"
+        " it so, or set journal.path to such a place"
+    )
+
+
+def is_corrupt(error: Exception) -> bool:
+    """Whether it says that the file is damaged, which waiting does not mend."""
+    return _code_of(error) in _CORRUPT
+
+
+def way_out(path: Path, error: Exception) -> str:
+    """What to do about a journal that is corrupt, as one sentence after the other.
+
+    Args:
+        path: The journal.
+        error: What SQLite said.
+    """
+    return (
+        f"{path}: the journal is corrupt ({error}). Stop vodpoller and keep a copy of {path} and {path}-wal. Then"
+        f" rescue what can be read, `sqlite3 {path} .recover | sqlite3 {path}.new`, and put that in its place without"
+        f" the old {path.name}-wal and -shm; or move the journal away, and a new one is made: what was stored is in the"
+        ' copy only. In both cases some events may be delivered twice. README, "A corrupt journal", has each step'
+    )
+
+
+def _code_of(error: Exception) -> int:
+    """SQLite's primary result code, 0 for an error that is not SQLite's."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _cannot_open(path: Path, error: sqlite3.Error) -> JournalError:
+    code = _code_of(error)
+    if code in _UNUSABLE or not code:  # without a code it is the verdict of quick_check
+        return UnusableJournalError(way_out(path, error))
+    if code in _FORBIDDEN:
+        return UnusableJournalError(
+            f"{path}: the journal cannot be opened: {error}. It and its folder must belong to the user that runs"
+            " vodpoller, and be on a file system that can be written; or set journal.path to such a place"
         )
-    return f"{path}: the journal cannot be opened: {error}. Is the disk full or the folder read-only?"
+    return JournalError(f"{path}: the journal cannot be opened: {error}. Is the disk full or the folder read-only?")

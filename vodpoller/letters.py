@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 from vodpoller.errors import JournalError
 from vodpoller.events import restore_event
-from vodpoller.journal import SCHEMA_VERSION
+from vodpoller.migrations import SCHEMA_VERSION
 from vodpoller.router import Router
 
 CHUNK_ROWS: Final = 200

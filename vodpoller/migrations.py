@@ -1,0 +1,193 @@
+"""The journal's tables, and the numbered steps that bring an older journal to them.
+
+A step is never changed once it was released: journals exist that took it. A new need is a new step at the end.
+"""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Final
+
+from vodpoller.errors import UnusableJournalError
+
+ROW_OVERHEAD_BYTES: Final = 512
+OLDEST_READABLE: Final = 1  # the columns that commands use are in all versions since
+_TABLES: Final = frozenset({"ledger", "letters", "totals", "positions", "marks"})
+
+_STEPS: Final[Sequence[Sequence[str]]] = (
+    # 1: version 0.1. What a stored event takes of journal.max_bytes: its body and ROW_OVERHEAD_BYTES.
+    (
+        """CREATE TABLE ledger (
+            key BLOB NOT NULL, sink TEXT NOT NULL, accepted_at REAL NOT NULL, confirmed_at REAL, PRIMARY KEY (key, sink)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE letters (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, sink TEXT NOT NULL, state TEXT NOT NULL,
+            reason TEXT NOT NULL, error TEXT NOT NULL, attempts INTEGER NOT NULL, stored_at REAL NOT NULL,
+            due_at REAL NOT NULL, confirmed INTEGER NOT NULL DEFAULT 0, run TEXT NOT NULL, source TEXT NOT NULL,
+            sub_app_id INTEGER, event_type TEXT NOT NULL, body BLOB NOT NULL, UNIQUE (key, sink)
+        )""",
+        "CREATE INDEX letters_due ON letters (state, sink, due_at)",
+        "CREATE TABLE totals (letters_bytes INTEGER NOT NULL)",
+        "INSERT INTO totals VALUES (0)",
+        """CREATE TRIGGER letters_in AFTER INSERT ON letters BEGIN
+            UPDATE totals SET letters_bytes = letters_bytes + length(NEW.body) + 512;
+        END""",
+        """CREATE TRIGGER letters_out AFTER DELETE ON letters BEGIN
+            UPDATE totals SET letters_bytes = letters_bytes - length(OLD.body) - 512;
+        END""",
+        """CREATE TABLE positions (
+            sink TEXT PRIMARY KEY, inode INTEGER NOT NULL, offset_bytes INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        "CREATE TABLE marks (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+    ),
+    # 2: what dead letters take is counted by itself, since it has a limit of its own
+    (
+        "ALTER TABLE totals ADD COLUMN dead_bytes INTEGER NOT NULL DEFAULT 0",
+        """UPDATE totals SET dead_bytes = (
+            SELECT coalesce(sum(length(body) + 512), 0) FROM letters WHERE state = 'dead'
+        )""",
+        "DROP TRIGGER letters_in",
+        "DROP TRIGGER letters_out",
+        """CREATE TRIGGER letters_in AFTER INSERT ON letters BEGIN
+            UPDATE totals SET letters_bytes = letters_bytes + length(NEW.body) + 512,
+                dead_bytes = dead_bytes + (NEW.state = 'dead') * (length(NEW.body) + 512);
+        END""",
+        """CREATE TRIGGER letters_out AFTER DELETE ON letters BEGIN
+            UPDATE totals SET letters_bytes = letters_bytes - length(OLD.body) - 512,
+                dead_bytes = dead_bytes - (OLD.state = 'dead') * (length(OLD.body) + 512);
+        END""",
+        """CREATE TRIGGER letters_moved AFTER UPDATE OF state ON letters WHEN OLD.state <> NEW.state BEGIN
+            UPDATE totals SET dead_bytes = dead_bytes + (NEW.state = 'dead') * (length(NEW.body) + 512)
+                - (OLD.state = 'dead') * (length(OLD.body) + 512);
+        END""",
+    ),
+)
+SCHEMA_VERSION: Final = len(_STEPS)
+
+
+def refuse_other(path: Path, version: int) -> None:
+    """Nothing is done to a journal that a later vodpoller wrote.
+
+    Args:
+        path: The journal.
+        version: The one it is of.
+
+    Raises:
+        UnusableJournalError: It is a later one than this program's.
+    """
+    if version > SCHEMA_VERSION:
+        raise UnusableJournalError(
+            f"{path}: the journal is of version {version}, and this vodpoller knows versions up to {SCHEMA_VERSION}:"
+            " install the vodpoller that wrote it, or a later one (or put the copy from before its update,"
+            f" {path.name}.v{SCHEMA_VERSION} if there is one, in its place: what was stored since then is not in it)"
+        )
+
+
+def version_of(db: sqlite3.Connection, path: Path) -> int:
+    """The version of a journal, 0 for a file without tables.
+
+    Args:
+        db: The open file.
+        path: Its name.
+
+    Raises:
+        UnusableJournalError: It is a database of another program.
+        sqlite3.Error: It cannot be read.
+    """
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables >= _TABLES:  # sqlite3's `.dump`, a way out of a corrupt file, leaves the number out
+            columns = {row[1] for row in db.execute("PRAGMA table_info(totals)")}
+            return 2 if "dead_bytes" in columns else 1
+        if tables:
+            raise UnusableJournalError(
+                f"{path}: this is no journal of vodpoller but another program's database: set journal.path to a file"
+                " that does not exist yet (for example /var/lib/vodpoller/journal.db)"
+            )
+    return int(version)
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> Path | None:
+    """Bring a journal to this program's version, all of it in one transaction; an older one is copied first.
+
+    Args:
+        db: The open file. No other daemon may have it.
+        path: Its name; the copy is `PATH.vN`, N being the version it had.
+
+    Returns:
+        The copy, None if none was needed.
+
+    Raises:
+        UnusableJournalError: It is of a later version, or of another program.
+        sqlite3.Error: It cannot be read or written; it is as it was.
+        OSError: The copy cannot be made; it is as it was.
+    """
+    version = version_of(db, path)
+    refuse_other(path, version)
+    if version == SCHEMA_VERSION and db.execute("PRAGMA user_version").fetchone()[0]:
+        return None
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        copy = _copy(path, version) if 0 < version < SCHEMA_VERSION else None
+        for step in _STEPS[version:]:
+            for statement in step:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+    return copy
+
+
+def count_anew(db: sqlite3.Connection) -> None:
+    """Make the totals right in a file out of which rows were lost or rescued without its triggers.
+
+    Raises:
+        sqlite3.Error: It cannot be read or written.
+    """
+    (found,) = db.execute(
+        "SELECT coalesce(sum(length(body) + ?), 0), coalesce(sum((state = 'dead') * (length(body) + ?)), 0)"
+        " FROM letters",
+        (ROW_OVERHEAD_BYTES, ROW_OVERHEAD_BYTES),
+    ).fetchall()
+    if db.execute("SELECT letters_bytes, dead_bytes FROM totals").fetchall() != [found]:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("DELETE FROM totals")
+        db.execute("INSERT INTO totals (letters_bytes, dead_bytes) VALUES (?, ?)", found)
+        db.execute("COMMIT")
+
+
+def _copy(path: Path, version: int) -> Path:
+    """A copy of the whole journal beside it, what is in its WAL included."""
+    copy = path.with_name(f"{path.name}.v{version}")
+    unfinished = copy.with_name(f"{copy.name}.unfinished")
+    fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        # Another connection reads it: ours holds the transaction that keeps writers out.
+        with closing(sqlite3.connect(path.absolute())) as source, closing(sqlite3.connect(unfinished)) as target:
+            source.backup(target)
+        os.fsync(fd)
+        unfinished.replace(copy)
+        _sync_folder(copy.parent)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    finally:
+        os.close(fd)
+    return copy
+
+
+def _sync_folder(folder: Path) -> None:
+    """Best effort: some file systems cannot do it, and the copy is for a person, not for a promise."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
