@@ -1,5 +1,6 @@
 """What an operator types: each command as a process, with and without a daemon, and what it says when it cannot."""
 
+import base64
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 import termios
 import tomllib
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +60,10 @@ def hook_sink(url):
 
 
 def letter(number, sink="archive", **more):
-    of_event = event(number, event_type=more.pop("event_type", "NewFileUpload"))
+    task_id = more.pop("task_id", None)
+    of_event = event(
+        number, event_type=more.pop("event_type", "NewFileUpload"), **({"TaskId": task_id} if task_id else {})
+    )
     return Letter(event=of_event, sink=sink, **{"dead": True, "reason": "rejected", "error": "HTTP status 422", **more})
 
 
@@ -104,7 +109,7 @@ def tree(folder):
 
 # --- what a person can get wrong --------------------------------------------------------------------------------------
 
-READERS = [["status"], ["deadletters", "list"], ["deadletters", "show", "1"]]
+READERS = [["status"], ["deadletters", "list"], ["deadletters", "show", "1"], ["deadletters", "export"]]
 WRITERS = [["deadletters", "replay"], ["deadletters", "purge", "--yes"]]
 
 
@@ -129,7 +134,31 @@ def test_a_journal_of_a_later_version_is_left_alone(system, command):
     with closing(sqlite3.connect(system.journal)) as db:
         db.execute("PRAGMA user_version = 99")
 
-    assert_fails(run_command(*command, "-c", system.config_path), 1, "no journal of this version")
+    assert_fails(run_command(*command, "-c", system.config_path), EX_CONFIG, "version 99", "knows versions up to")
+
+
+@pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
+@pytest.mark.parametrize("at", ["file is not a database", "malformed"])
+def test_a_journal_that_is_corrupt_ends_with_78_and_the_way_out(system, command, at):
+    prepared(system, *(letter(number) for number in range(200)))
+    content = bytearray(system.journal.read_bytes())
+    start = 0 if at == "file is not a database" else 4096
+    content[start:] = b"\x5a" * (len(content) - start)
+    system.journal.write_bytes(content)
+
+    assert_fails(
+        run_command(*command, "-c", system.config_path), EX_CONFIG, "corrupt", at, ".recover", "delivered twice"
+    )
+
+
+@pytest.mark.parametrize("place", ["folder", "/dev/null"])
+@pytest.mark.parametrize("command", [*READERS, ["run"], ["once"]], ids=" ".join)
+def test_a_journal_that_is_no_file_ends_with_78(system, command, place):
+    system.journal = system.folder / "folder" if place == "folder" else Path(place)
+    (system.folder / "folder").mkdir()
+    path = system.configure("http://127.0.0.1:9")
+
+    assert_fails(run_command(*command, "-c", path), EX_CONFIG, f"{system.journal}: this is", "set journal.path")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +174,10 @@ def test_a_journal_of_a_later_version_is_left_alone(system, command):
         (["show", "0"], "ID"),
         (["purge", "--yes", "9" * 20], "ID"),
         (["replay", "--state", "dead"], "No such option"),
+        (["replay", "--to", "hok"], "no sink of the configuration is 'hok' (there are: archive)"),
+        (["replay", "--pending", "--to", ""], "there are: archive"),
+        (["list", "--reason", "errored"], "dead letters never have the reason 'errored'"),
+        (["purge", "--yes", "--pending", "--reason", "malformed"], "never have the reason 'malformed'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -155,13 +188,26 @@ def test_bad_usage_ends_with_2_and_what_would_be_right(system, args, phrase):
     assert len(listed(system)) == 1
 
 
-@pytest.mark.parametrize("command", ["show", "replay", "purge"])
-def test_an_id_that_is_none_is_named(system, command):
+@pytest.mark.parametrize("options", [[], ["--pending"]], ids=str)
+@pytest.mark.parametrize("command", ["show", "replay", "purge", "export"])
+def test_an_id_that_is_none_is_named(system, command, options):
     prepared(system, letter(1))
 
-    done = letters_command(system, command, "77", *(["--yes"] if command == "purge" else []))
+    done = letters_command(system, command, "77", *options, *(["--yes"] if command == "purge" else []))
 
     assert_fails(done, 1, "77", "vodpoller deadletters list")
+    assert len(listed(system)) == 1
+
+
+@pytest.mark.parametrize("command", ["replay", "purge", "export"])
+def test_an_id_of_the_other_state_is_said_to_be_so(system, command):
+    prepared(system, letter(1), letter(2, dead=False, reason="errored"))
+    yes = ["--yes"] if command == "purge" else []
+
+    assert_fails(letters_command(system, command, "--pending", "1", *yes), 1, "1 is a dead letter and not pending")
+    if command != "replay":
+        assert_fails(letters_command(system, command, "2", *yes), 1, "2 is pending and no dead letter (add --pending)")
+        assert len(listed(system, "--pending")) == 1
     assert len(listed(system)) == 1
 
 
@@ -211,6 +257,29 @@ def test_list_has_a_table_for_people_and_lines_for_programs(system):
     assert (second["id"], second["sink"], second["error"]) == (2, "", "x" * 300)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first["stored_at"])
     assert [row["error"] for row in listed(system, "--pending")] == ["timed out"]
+    assert (first["state"], first["due_at"]) == ("dead", None)
+    (row,) = listed(system, "--pending")
+    assert (row["state"], row["due_at"]) == ("pending", row["stored_at"])
+
+
+def test_the_list_shows_ids_of_tencent_and_the_next_try(system):
+    prepared(
+        system,
+        letter(1, task_id="125-Snapshot-42e4"),
+        letter(13996416126956185761, dead=False, reason="errored", task_id="125-Snapshot-77", due_in_secs=600),
+    )
+
+    table = letters_command(system, "list").stdout
+    assert "125-Snapshot-42e4" in table
+    assert "next try" not in table
+    table = letters_command(system, "list", "--pending").stdout
+    assert "125-Snapshot-77" in table
+    assert "13996416126956185761" in table
+    (row,) = listed(system, "--pending")
+    assert (row["file_id"], row["task_id"]) == ("13996416126956185761", "125-Snapshot-77")
+    assert row["due_at"] > row["stored_at"]
+    assert "next try" in table
+    assert row["due_at"] in table
 
 
 @pytest.mark.parametrize(
@@ -223,13 +292,24 @@ def test_list_has_a_table_for_people_and_lines_for_programs(system):
         (["--since", "2001-01-01"], [1, 2, 3]),
         (["--since", "2999-01-01T00:00Z"], []),
         (["--sink", "archive", "--type", "NewFileUpload"], [1]),
+        (["--file-id", "3"], [3]),
+        (["--file-id", "2", "--sink", "archive"], []),
+        (["--task-id", "125-t"], [2]),
+        (["--task-id", "125"], []),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
 def test_list_takes_filters(system, args, found):
-    prepared(system, letter(1), letter(2, "hook", reason="gave_up"), letter(3, event_type="TranscodeComplete"))
+    prepared(
+        system,
+        letter(1),
+        letter(2, "hook", reason="gave_up", task_id="125-t"),
+        letter(3, event_type="TranscodeComplete"),
+    )
 
     assert [row["id"] for row in listed(system, *args)] == found
+    exported = letters_command(system, "export", *args).stdout.splitlines()
+    assert [json.loads(line)["id"] for line in exported] == found
 
 
 def test_the_table_has_a_limit_and_says_so(system):
@@ -260,6 +340,26 @@ def test_a_narrow_terminal_cuts_nothing_off(system):
     assert max(map(len, said.splitlines())) <= 80
     parts = [line.split("│")[4].strip() for line in said.splitlines() if line.startswith("│")]
     assert "".join(parts) == "CreateSnapshotByTimeOffsetComplete"
+
+
+HOSTILE = "\x1b]52;c;aGk=\x07 \x9b2J \x1b[31m"
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "1"], ["show", "2"], ["export"]], ids=" ".join)
+def test_a_terminal_gets_no_commands_from_an_event(system, command):
+    broken = replace(event(2), body=b"{" + HOSTILE.encode() + b"\n\x00\x1bc")
+    prepared(
+        system,
+        letter(1, event_type=f"Evil{HOSTILE}", error=HOSTILE),
+        Letter(event=broken, sink="", dead=True, reason="malformed", error=HOSTILE),
+    )
+
+    done = letters_command(system, *command)
+
+    assert done.returncode == 0, done.stderr
+    assert [c for c in done.stdout if not c.isprintable() and c != "\n"] == []
+    if command[0] != "export":
+        assert "\\u001b]52;c;aGk=\\u0007" in done.stdout
 
 
 def test_an_empty_journal_has_an_empty_list(system):
@@ -306,6 +406,44 @@ def test_show_has_pending_ones_too(system):
     (body,) = prepared(system, letter(1, dead=False, reason="errored"))
 
     assert json.loads(letters_command(system, "show", "1", "--json").stdout)["body"] == body.decode()
+
+
+def test_show_takes_pending_only_if_it_is_told_to(system):
+    prepared(system, letter(1), letter(2, dead=False, reason="errored"))
+
+    assert json.loads(letters_command(system, "show", "2", "--pending", "--json").stdout)["state"] == "pending"
+    assert_fails(letters_command(system, "show", "1", "--pending"), 1, "there is no pending event 1")
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk", "ascii"])
+def test_export_has_reason_and_body_in_each_line_under_any_locale(system, encoding):
+    exact = replace(event(1), body=b'{"FileId":52858907843634305432,"Rate":1.10,"Name":"\xf0\x9f\x98\x80"}')
+    broken = replace(event(2), body=b'{"EventType": "\xff')
+    prepared(
+        system,
+        Letter(event=exact, sink="archive", dead=True, reason="rejected", error="no \U0001f600"),
+        Letter(event=broken, sink="", dead=True, reason="malformed", error="it is not JSON"),
+        letter(3, dead=False, reason="errored"),
+    )
+
+    done = letters_command(system, "export", PYTHONIOENCODING=encoding)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert '"body": {"FileId":52858907843634305432,"Rate":1.10,' in first
+    row = json.loads(first)
+    assert (row["reason"], row["error"], row["body"]["Name"]) == ("rejected", "no \U0001f600", "\U0001f600")
+    assert "body_base64" not in row
+    row = json.loads(second)
+    assert (row["reason"], base64.b64decode(row["body_base64"])) == ("malformed", broken.body)
+    assert "body" not in row
+    assert [json.loads(line)["id"] for line in letters_command(system, "export", "--pending").stdout.splitlines()] == [
+        3
+    ]
+    assert [json.loads(line)["id"] for line in letters_command(system, "export", "2").stdout.splitlines()] == [2]
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -409,6 +547,57 @@ def test_a_replay_of_nothing_says_no_more_than_that(system):
     done = letters_command(system, "replay")
 
     assert (done.returncode, done.stdout) == (0, "0 to be delivered again\n")
+    assert daemon.terminate()[0] == 0
+
+
+@pytest.mark.parametrize("state", ["pending", "dead"])
+def test_what_a_removed_sink_left_goes_to_another(system, state):
+    options = ["--pending"] if state == "pending" else []
+    given = [letter(number, "gone", dead=state == "dead") for number in range(3)]
+    bodies = prepared(system, *given, letter(9, "gone", dead=state != "dead"))
+
+    done = letters_command(system, "replay", *options, "--sink", "gone", "--to", "archive")
+
+    assert done.stdout.startswith("3 to be delivered again\n3 delivered\n")
+    assert_arrived_once(system, bodies[:3])
+    assert len(listed(system)) + len(listed(system, "--pending")) == 1
+
+
+def test_what_moves_beside_a_running_daemon_arrives_once(system, receiver):
+    """While it is at the old sink, which holds the requests until all are moved."""
+    simulator = system.simulator()
+    receiver.answer = Answer(status=503)
+    path = system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
+    bodies = store(system, *(letter(number, "hook", dead=False, reason="errored") for number in range(200)))
+    daemon = system.daemon()
+    until(lambda: receiver.received)
+
+    done = run_command("deadletters", "replay", "--pending", "--to", "archive", "-c", path)
+
+    assert done.returncode == 0, done.stderr
+    until(lambda: len(system.lines()) == 200)
+    until(lambda: not listed(system, "--pending"))
+    assert listed(system) == []
+    assert daemon.terminate()[0] == 0
+    assert_arrived_once(system, bodies)
+
+
+def test_purge_of_pending_events_beside_a_running_daemon(system, receiver):
+    simulator = system.simulator()
+    receiver.answer = Answer(status=503)
+    system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
+    store(system, *(letter(number, "hook", dead=False, reason="errored") for number in range(200)))
+    daemon = system.daemon()
+    until(lambda: receiver.received)
+
+    assert purge(system, "--yes", "--pending", "--sink", "hook").stdout == "200 deleted\n"
+
+    receiver.answer = Answer()
+    simulator.feed('{"EventType": "FileDeleted"}')
+    until(simulator.all_confirmed)
+    until(lambda: not listed(system, "--pending"), secs=40)
+    assert listed(system) == []
+    assert daemon.log("task.failed") == daemon.log("worker.failed") == []
     assert daemon.terminate()[0] == 0
 
 
@@ -581,6 +770,19 @@ def test_purge_deletes_what_it_was_told_to(system, args, answer):
     assert done.returncode == 0
     assert done.stdout.endswith("1 deleted\n")
     assert [row["id"] for row in listed(system)] == [2]
+    assert [row["id"] for row in listed(system, "--pending")] == [3]
+
+
+def test_purge_deletes_pending_events_if_it_is_told_to(system):
+    prepared(
+        system, letter(1), letter(2, "gone", dead=False, reason="errored"), letter(3, dead=False, reason="errored")
+    )
+
+    done = purge(system, "--pending", "--sink", "gone", answer="y\n")
+
+    assert "Delete 1 pending events for good?" in done.stdout
+    assert done.stdout.endswith("1 deleted\n")
+    assert [row["id"] for row in listed(system)] == [1]
     assert [row["id"] for row in listed(system, "--pending")] == [3]
 
 
@@ -1015,6 +1217,44 @@ def test_sinks_that_cannot_be_reached_are_each_told_apart(system):
     assert found["source main"][0] == found["journal"][0] == "good"
 
 
+@pytest.mark.parametrize(("state", "option"), [("pending", "--pending "), ("dead", "")])
+def test_what_is_stored_for_a_sink_that_is_gone_is_told_with_the_commands(system, state, option):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    store(
+        system,
+        letter(1, "gone", dead=state == "dead"),
+        letter(2, dead=state == "dead"),
+        letter(3, "", reason="unrouted"),
+    )
+
+    verdict, text = connect(system, 1)["stored events"]
+
+    assert verdict == "BAD"
+    assert text.startswith("1 ")
+    assert f"vodpoller deadletters replay {option}--sink gone --to SINK" in text
+    assert f"vodpoller deadletters purge {option}--sink gone" in text
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "of a later version", "a device"])
+def test_a_journal_that_cannot_be_used_is_told_before_the_daemon_finds_out(system, fault):
+    simulator = system.simulator()
+    if fault == "a device":
+        system.journal = Path("/dev/null")
+    system.configure(simulator.url)
+    if fault == "corrupt":
+        system.journal.write_bytes(b"this is no database" * 1000)
+    elif fault == "of a later version":
+        store(system, letter(1))
+        with closing(sqlite3.connect(system.journal)) as db:
+            db.execute("PRAGMA user_version = 99")
+
+    found = connect(system, 1)
+
+    said = {"corrupt": ".recover", "of a later version": "version 99", "a device": "this is a device"}[fault]
+    assert [verdict for verdict, text in found.values() if said in text] == ["BAD"] * (2 if fault == "a device" else 1)
+
+
 @needs_root
 def test_places_that_this_user_may_not_write_to_are_named(outsider):
     simulator = outsider.simulator()
@@ -1159,7 +1399,7 @@ def test_completion_knows_commands_and_options():
         )
         return {line.partition(",")[2] for line in done.stdout.splitlines()}
 
-    assert {"list", "show", "replay", "purge"} == completed("vodpoller deadletters ")
+    assert {"list", "show", "replay", "purge", "export"} == completed("vodpoller deadletters ")
     assert "deadletters" in completed("vodpoller d")
     assert {"--since", "--sink"} <= completed("vodpoller deadletters list --s")
     assert {"rejected", "gave_up"} <= completed("vodpoller deadletters list --reason ")

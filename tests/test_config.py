@@ -978,3 +978,32 @@ def test_the_schema_describes_all_tables_and_the_keys_of_each_sink():
     assert references
     assert set(references) <= set(schema["$defs"])
     assert schema["$defs"]["Api"]["properties"]["confirm_reserve_secs"]["default"] == 5
+
+
+# --- secrets that others may read -------------------------------------------------------------------------------------
+
+HOOK = SOURCE + ROUTE.replace('"archive"', '"hook"') + '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        (VALID + '[credentials]\nsecret_id = "AKIDme"\nsecret_key = "0123456789"', ["credentials.secret_key"]),
+        (HOOK + f'secret = "{WEBHOOK_SECRET}"', ["sinks.hook.secret"]),
+        (HOOK + 'headers = { Authorization = "Bearer x", "X-Auth-Token" = "y", "X-Env" = "prod" }',
+         ["sinks.hook.headers.Authorization", "sinks.hook.headers.X-Auth-Token"]),
+        (HOOK + 'headers = { Authorization = "Bearer ${TENCENTCLOUD_SECRET_KEY}" }', []),
+        (VALID, []),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("mode", "exposed"), [(0o644, True), (0o604, True), (0o640, False), (0o600, False)])
+def test_a_secret_in_a_file_that_others_may_read_is_warned_of(tmp_path, text, keys, mode, exposed):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    path.chmod(mode)
+
+    warnings = config.load(path, env=ENV).warnings
+
+    assert [warning.split(": ")[0] for warning in warnings] == (keys if exposed else [])
+    assert all("every user of this machine may read" in warning and "chmod o=" in warning for warning in warnings)
+    assert "0123456789" not in "".join(warnings)

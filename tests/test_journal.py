@@ -1135,7 +1135,7 @@ def test_a_wal_that_grew_while_another_process_read_is_cut_when_it_is_done(opene
         for _ in range(3):
             now.advance(60)
             journal.flush()
-        (said,) = named(lines, "journal.wal_large")
+        (said,) = named(lines, "wal.grown")
         assert said["level"] == "warning"
         assert said["size_bytes"] >= 3 * 1024 * 1024
         assert f"fuser {path}" in said["hint"]

@@ -1,10 +1,12 @@
 """What an operator does with the journal, seen from inside one process."""
 
 import fcntl
+import json
 import sqlite3
 import threading
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +14,10 @@ import pytest
 from tests.helpers import FakeClock, event
 from vodpoller import letters as letters_module
 from vodpoller.delivery import Delivery
-from vodpoller.errors import JournalError
-from vodpoller.journal import SCHEMA_VERSION, Journal, Known, Letter
-from vodpoller.letters import CHUNK_ROWS, Backlog, Filter, Letters
+from vodpoller.errors import JournalError, UnusableJournalError
+from vodpoller.journal import Journal, Known, Letter
+from vodpoller.letters import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
+from vodpoller.migrations import SCHEMA_VERSION
 
 NOW = 1_800_000_000.0
 
@@ -43,8 +46,8 @@ def letters(journal, path, wall):
         yield opened
 
 
-def letter(number=0, sink="hook", *, event_type="NewFileUpload", **more):
-    of_event = event(number, event_type=event_type)
+def letter(number=0, sink="hook", *, event_type="NewFileUpload", task_id=None, **more):
+    of_event = event(number, event_type=event_type, **({"TaskId": task_id} if task_id else {}))
     return Letter(event=of_event, sink=sink, **{"dead": True, "reason": "rejected", "error": "no", **more})
 
 
@@ -67,9 +70,9 @@ class Routes:
         return SimpleNamespace(sinks=self._targets.get(event.type, ()))
 
 
-def replay(letters, *sinks, router=None, **wanted):
+def replay(letters, *sinks, router=None, to=None, **wanted):
     """How many were marked, and how many cannot be."""
-    portions = list(letters.replay(Filter(**wanted), router=router or Routes(), sinks=sinks))
+    portions = list(letters.replay(Filter(**wanted), router=router or Routes(), sinks=sinks, to=to))
     return sum(done for done, _ in portions), sum(undone for _, undone in portions)
 
 
@@ -85,24 +88,49 @@ def test_without_a_journal_it_is_said_when_there_will_be_one(path):
 def test_a_folder_is_no_journal(path):
     path.mkdir()
 
-    with pytest.raises(JournalError, match="there is no journal yet"):
+    with pytest.raises(UnusableJournalError, match="this is a folder, and a journal is a regular file"):
         Letters(path)
 
 
-@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
-def test_a_journal_of_another_version_is_not_touched(path, version):
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (0, "another program's database"),
+        (SCHEMA_VERSION + 1, f"version {SCHEMA_VERSION + 1}, and this vodpoller knows versions up to {SCHEMA_VERSION}"),
+        (99, "version 99"),
+    ],
+)
+def test_a_journal_of_another_version_is_not_touched(path, version, said):
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE letters (id)")
         db.execute(f"PRAGMA user_version = {version}")
 
-    with pytest.raises(JournalError, match=f"no journal of this version of vodpoller .{version}, not {SCHEMA_VERSION}"):
+    with pytest.raises(UnusableJournalError, match=said):
         Letters(path, writable=True)
+
+
+def test_a_file_without_tables_is_said_to_be_empty(path):
+    path.touch()
+
+    with pytest.raises(JournalError, match="the journal is empty"):
+        Letters(path)
+
+
+def test_a_journal_of_0_1_can_be_looked_at_and_replayed_before_the_daemon_brings_it_along(path):
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((Path(__file__).parent / "data" / "journal-0.1.sql").read_text())
+
+    with Letters(path, writable=True) as letters:
+        assert ids(letters) == [4, 5, 6, 7]
+        assert replay(letters, "hook", sink="hook") == (2, 0)
+        assert sum(letters.purge(Filter(sink=""))) == 2
+        assert ids(letters, state="pending") == [1, 2, 3, 4, 7]
 
 
 def test_a_file_that_is_no_database_is_not_a_traceback(path):
     path.write_bytes(b"this is no database" * 100)
 
-    with pytest.raises(JournalError, match=r"journal\.db: the journal cannot be read"):
+    with pytest.raises(UnusableJournalError, match=r"journal\.db: the journal is corrupt .*\.recover"):
         Letters(path)
 
 
@@ -183,6 +211,15 @@ def test_a_journal_that_is_locked_for_a_moment_is_waited_for(journal, path):
         ({"event_type": "' OR 1=1 --"}, []),
         ({"reason": "rejected"}, [1, 5]),
         ({"reason": "unrouted"}, [3]),
+        ({"file_id": "5"}, [5]),
+        ({"file_id": "4"}, []),
+        ({"file_id": "4", "state": "pending"}, [4]),
+        ({"file_id": "5", "sink": "script"}, []),
+        ({"file_id": ""}, []),
+        ({"task_id": "t2"}, [2]),
+        ({"task_id": "t"}, []),
+        ({"task_id": "", "sink": "hook"}, [1, 5]),
+        ({"task_id": "t2", "file_id": "1"}, []),
         ({"since": NOW + 0.5}, [5]),
         ({"since": NOW + 1}, [5]),
         ({"since": NOW + 1.5}, []),
@@ -194,7 +231,7 @@ def test_filters_narrow_each_other_down(journal, letters, wall, wanted, found):
     journal.store(
         [
             letter(1),
-            letter(2, "script", event_type="TranscodeComplete", reason="gave_up"),
+            letter(2, "script", event_type="TranscodeComplete", reason="gave_up", task_id="t2"),
             letter(3, "", event_type="FileDeleted", reason="unrouted"),
             letter(4, dead=False, reason="errored"),
         ]
@@ -215,8 +252,40 @@ def test_a_row_tells_all_that_is_known_of_it(journal, letters):
     assert (row.id, row.key, row.sink) == (1, stored.event.key.hex(), "hook")
     assert (row.reason, row.error, row.attempts, row.stored_at) == ("rejected", "HTTP status 422", 3, NOW)
     assert (row.source, row.event_type, row.size_bytes) == ("main", "NewFileUpload", len(stored.event.body))
-    assert letters.body(1) == stored.event.body
-    assert letters.body(2) is None
+    assert (row.state, row.due_at, row.file_id, row.task_id) == ("dead", None, "7", "")
+    assert list(letters.with_bodies(Filter())) == [(row, stored.event.body)]
+
+
+def test_a_pending_row_tells_when_it_is_tried_next(journal, letters):
+    journal.store([letter(7, dead=False, due_in_secs=20, task_id="t7")])
+
+    (row,) = letters.stored(Filter(state="pending"))
+
+    assert (row.state, row.due_at, row.task_id) == ("pending", NOW + 20, "t7")
+
+
+@pytest.mark.parametrize(
+    ("body", "file_id", "task_id"),
+    [
+        (b'{"EventType":"X","XEvent":{"TaskId":"t","FileId":5285890784363430543212}}', "5285890784363430543212", "t"),
+        (b'{"EventType":"X","XEvent":{"Task":{"TaskId":"t"},"FileId":"387702"}}', "387702", "t"),
+        (b'{"EventType":"X","FileId":"387702","XEvent":{"TaskId":null}}', "387702", ""),
+        (b'{"EventType":"X","XEvent":{"FileId":"387702"', "", ""),
+        (b"\xff\x00", "", ""),
+        (b'["387702"]', "", ""),
+        (b"[" * 100_000, "", ""),
+    ],
+)
+def test_ids_are_found_as_the_log_names_them_and_no_body_breaks_the_search(journal, letters, body, file_id, task_id):
+    odd = Letter(event=replace(event(1), body=body), sink="hook", dead=True, reason="rejected")
+    journal.store([odd, letter(2, task_id="t2")])
+
+    first, second = letters.stored(Filter())
+
+    assert (first.file_id, first.task_id) == (file_id, task_id)
+    assert (second.file_id, second.task_id) == ("2", "t2")
+    assert ids(letters, file_id=file_id) == [1]
+    assert ids(letters, file_id="2", task_id="t2") == [2]
 
 
 def test_what_is_stored_is_summed_up_by_sink_and_state(journal, letters, wall):
@@ -247,6 +316,7 @@ class Watched(Letters):
     def _read(self, query, values):
         rows = super()._read(query, values)
         self.most = max(getattr(self, "most", 0), len(rows))
+        self.most_bytes = max(getattr(self, "most_bytes", 0), sum(len(row[-1]) for row in rows if "body" in query))
         return rows
 
 
@@ -266,6 +336,29 @@ def test_a_limit_ends_the_reading(journal, letters, limit):
     found = [row.id for row in letters.stored(Filter(), limit=limit)]
 
     assert found == list(range(1, min(limit, 2 * CHUNK_ROWS + 5) + 1))
+
+
+@pytest.mark.parametrize("size_bytes", [1000, 100_000])
+def test_bodies_that_are_large_are_read_a_few_at_a_time(journal, path, monkeypatch, size_bytes):
+    monkeypatch.setattr(letters_module, "CHUNK_BYTES", 250_000)
+    large = [replace(event(n), body=b'{"a":"%s"}' % (b"x" * size_bytes)) for n in range(20)]
+    journal.store([Letter(event=one, sink="hook", dead=True, reason="rejected") for one in large])
+
+    with Watched(path, writable=True) as letters:
+        assert ids(letters) == list(range(1, 21))
+        assert replay(letters, "hook") == (20, 0)
+        assert letters.most_bytes < 250_000 + size_bytes + 100
+
+
+@pytest.mark.parametrize("of", ["stored", "with_bodies"])
+def test_a_reader_that_pauses_does_not_keep_the_wal_from_being_cut(journal, letters, path, of):
+    journal.store([letter(n) for n in range(2 * CHUNK_ROWS)])
+
+    reading = getattr(letters, of)(Filter())
+    next(reading)
+    with closing(sqlite3.connect(path, timeout=0)) as other:
+        assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+    assert len(list(reading)) == 2 * CHUNK_ROWS - 1
 
 
 def test_a_slow_reader_holds_nobody_up_and_misses_nothing_that_stays(journal, letters):
@@ -391,6 +484,191 @@ def test_a_portion_that_fails_is_not_done_at_all(journal, letters, path):
 
     assert [state for _, state, *_ in states(path)] == ["dead", "dead"]
     journal.store([letter(3)])  # and nothing is locked
+
+
+# --- pending ones, and other sinks -----------------------------------------------------------------------------------
+
+
+def test_pending_events_are_made_due_at_once(journal, letters, path, wall):
+    journal.store([letter(1, dead=False, reason="errored", attempts=9, due_in_secs=900), letter(2)])
+    wall.advance(60)
+
+    assert replay(letters, "hook", state="pending") == (1, 0)
+
+    assert states(path)[0] == ("hook", "pending", "errored", 0, wall())
+    assert ids(letters) == [2]
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_stored_events_move_to_another_sink(journal, letters, path, wall, dead):
+    """Of a sink that is gone as of one that is there."""
+    journal.store(
+        [letter(1, "gone", dead=dead, attempts=3), letter(2, "hook", dead=dead), letter(3, "hook", dead=not dead)]
+    )
+    journal.confirmed([event(1).key])
+    journal.flush()
+    state = "dead" if dead else "pending"
+
+    assert replay(letters, "hook", "archive", to="archive", state=state) == (2, 0)
+
+    assert {row.event.key for row in journal.due("archive", 9)} == {event(1).key, event(2).key}
+    assert [due.attempts for due in journal.due("archive", 9)] == [0, 0]
+    assert sorted((sink, state) for sink, state, *_ in states(path) if sink != "archive") == [
+        ("hook", "pending" if dead else "dead")
+    ]
+    with closing(sqlite3.connect(path)) as db:
+        assert [c for (c,) in db.execute("SELECT confirmed FROM letters WHERE sink = 'archive' ORDER BY key")] in (
+            [0, 1],
+            [1, 0],
+        )
+
+
+def test_what_no_route_took_and_nobody_can_read_moves_as_far_as_it_can(journal, letters):
+    broken = replace(event(9), body=b'{"EventType')
+    journal.store(
+        [
+            letter(1, "", reason="unrouted"),
+            Letter(event=broken, sink="", dead=True, reason="malformed", error="cut"),
+        ]
+    )
+
+    assert replay(letters, "archive", to="archive") == (1, 1)
+
+    assert [row.event.key for row in journal.due("archive", 9)] == [event(1).key]
+    assert ids(letters, reason="malformed") == [2]
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_move_to_its_own_sink_is_a_replay(journal, letters, path, dead):
+    journal.store([letter(1, dead=dead)])
+
+    assert replay(letters, "hook", to="hook", state="dead" if dead else "pending") == (1, 0)
+
+    assert [(sink, state) for sink, state, *_ in states(path)] == [("hook", "pending")]
+
+
+@pytest.mark.parametrize("there", ["pending", "dead", "accepted"])
+def test_a_move_to_a_sink_that_knows_the_event_brings_it_there_once(journal, letters, path, there):
+    journal.store([letter(1, "gone")])
+    if there == "accepted":
+        journal.accept("hook", [Delivery(event(1), "hook", deadline=None)], None)
+    else:
+        journal.store([letter(1, "hook", dead=there == "dead")])
+
+    assert replay(letters, "hook", to="hook", ids=[1]) == (1, 0)
+
+    assert [(sink, state) for sink, state, *_ in states(path)] == [("hook", "pending")]
+    expected = Known.ACCEPTED if there == "accepted" else Known.PENDING
+    assert journal.known([(event(1).key, "hook")]) == {(event(1).key, "hook"): expected}
+
+
+def outcomes_of(journal, row):
+    """All that the daemon may do with a row when a delivery is over."""
+    return {
+        "accepted": lambda: journal.accept(row.sink, [Delivery(row.event, row.sink, deadline=None, held=True)], None),
+        "failed": lambda: journal.reschedule(row.row, attempts=7, due_in_secs=600, error="late"),
+        "given up": lambda: journal.bury(row.row, attempts=7, reason="gave_up", error="late"),
+        "known already": lambda: journal.forget([row.row]),
+    }
+
+
+OUTCOMES = ["accepted", "failed", "given up", "known already"]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_a_row_that_is_purged_while_it_is_delivered_stays_purged(journal, letters, path, outcome):
+    journal.store([letter(1, dead=False), letter(2, dead=False)])
+    row = next(due for due in journal.due("hook", 9) if due.event.key == event(1).key)
+
+    assert sum(letters.purge(Filter(state="pending", ids=[row.row]))) == 1
+    journal.store([letter(3, dead=False)])
+    outcomes_of(journal, row)[outcome]()
+    journal.flush()
+
+    assert {due.event.key for due in journal.due("hook", 9)} == {event(2).key, event(3).key}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_a_row_that_moves_while_it_is_delivered_arrives_at_the_other_sink_once(journal, letters, path, wall, outcome):
+    journal.store([letter(1, dead=False)])
+    (row,) = journal.due("hook", 9)
+
+    assert replay(letters, "hook", "archive", to="archive", state="pending") == (1, 0)
+    outcomes_of(journal, row)[outcome]()
+    journal.flush()
+
+    assert journal.due("hook", 9) == []
+    (moved,) = journal.due("archive", 9)
+    assert (moved.event.key, moved.attempts) == (event(1).key, 0)
+    assert [(sink, state) for sink, state, *_ in states(path)] == [("archive", "pending")]
+
+
+@pytest.mark.parametrize("to", ["archive", None])
+def test_a_delivery_that_ends_before_the_row_is_moved_leaves_nothing_to_move(journal, path, to):
+    journal.store([letter(1, dead=False), letter(2, dead=False)])
+    rows = {due.event.key: due for due in journal.due("hook", 9)}
+
+    class Slow(Letters):
+        def _read(self, query, values):
+            found = super()._read(query, values)
+            if "body" in query and rows:
+                outcomes_of(journal, rows.pop(event(1).key))["accepted"]()
+                rows.clear()
+            return found
+
+    with Slow(path, writable=True) as letters:
+        assert replay(letters, "hook", "archive", to=to, state="pending") == (1, 0)
+
+    assert [(sink, state) for sink, state, *_ in states(path)] == [(to or "hook", "pending")]
+    assert journal.known([(event(1).key, "hook")]) == {(event(1).key, "hook"): Known.ACCEPTED}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [({"file_id": "3"}, [1, 2, 4]), ({"task_id": "t"}, [2, 3]), ({"file_id": "2", "task_id": "t"}, [1, 2, 3, 4])],
+)
+@pytest.mark.parametrize("state", ["dead", "pending"])
+def test_purge_and_replay_find_by_the_ids_of_tencent(journal, letters, wanted, left, state):
+    def store():
+        given = [(1, "t"), (2, "s"), (3, None), (4, "t")]
+        journal.store([letter(n, dead=state == "dead", task_id=task_id) for n, task_id in given])
+
+    store()
+    gone = [number for number in (1, 2, 3, 4) if number not in left]
+    assert replay(letters, "hook", "archive", to="archive", state=state, **wanted) == (len(gone), 0)
+    assert ids(letters, state=state, sink="hook") == left
+
+    sum(letters.purge(Filter(state="pending")))
+    sum(letters.purge(Filter(state="dead")))
+    store()
+    assert sum(letters.purge(Filter(state=state, **wanted))) == len(gone)
+    assert letters.count(Filter(state=state)) == len(left)
+
+
+# --- bodies as lines of JSON ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b'{"a":1.10,"b":52858907843634305432}', '{"a":1.10,"b":52858907843634305432}'),
+        (b'{"a":1,"a":2}', '{"a":1,"a":2}'),
+        (b'{\n "a" : 1,\r\n\t"b" : []}', '{  "a" : 1,  \t"b" : []}'),
+        ('{"a":"é😀\u2028\x9b\x7f"}'.encode(), '{"a":"\\u00e9\\ud83d\\ude00\\u2028\\u009b\\u007f"}'),
+        (b"[]", "[]"),
+        (b'{"a":"tab\there"}', None),
+        (b'{"a":NaN}', None),
+        (b'{"a":1', None),
+        (b'"\xff"', None),
+        (b"", None),
+        (b"[" * 100_000, None),
+        (b"1" * 5000, None),
+    ],
+)
+def test_a_body_is_put_into_a_line_as_it_is_if_every_reader_takes_it(body, value):
+    assert as_json_value(body) == value
+    if value is not None:
+        assert json.loads(value) == json.loads(body)
 
 
 # --- purge ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import vodpoller
 from tests.helpers import log_into, named
-from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, Repeats, make_logger
+from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, Repeats, make_logger, printable
 
 SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
 
@@ -459,3 +459,20 @@ def test_the_doubles_of_these_tests_log_as_the_logger_does():
     log_into(lines, level="info").debug("daemon.started")
     log_into(lines).info("daemon.started", source="main")
     assert named(lines, "daemon.started") == [{"event": "daemon.started", "level": "info", "source": "main"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, é, 图片, 😀", "plain, é, 图片, 😀"),
+        ("\x1b]52;c;aGk=\x07", "\\u001b]52;c;aGk=\\u0007"),
+        ("\x9b31m\x7f", "\\u009b31m\\u007f"),
+        ("a\nb\r\tc", "a\\u000ab\\u000d\\u0009c"),
+        ("user\u202etxt.exe", "user\\u202etxt.exe"),
+        ("\ud800 \U000e0041", "\\ud800 \\udb40\\udc41"),
+    ],
+)
+def test_a_terminal_gets_nothing_that_is_a_command_to_it(text, shown):
+    assert printable(text) == shown
+    assert shown.isprintable()
+    assert json.loads(f'"{shown}"') == text

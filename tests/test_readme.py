@@ -105,3 +105,17 @@ def test_ci_calls_the_readmes_test_command(part: str) -> None:
     (command,) = re.findall(r"^python3 -m venv .*pytest.*$", README.read_text(), re.MULTILINE)
     assert part in command
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_recipe_for_a_video_finds_what_was_delivered_later() -> None:
+    (recipe,) = re.findall(r"^journalctl .*\.file_id == .*$", README.read_text(), re.MULTILINE)
+    assert {"event.settled", "pending.delivered", "event.dead"} == set(re.findall(r'"([a-z]+\.[a-z]+)"', recipe))
+
+
+@pytest.mark.parametrize("command", ["list", "show", "export", "replay", "purge"])
+def test_what_the_readme_says_of_stored_events_is_there(command: str) -> None:
+    options = CliRunner().invoke(main, ["deadletters", command, "--help"]).output
+    assert "--pending" in options
+    for line in re.findall(rf"vodpoller deadletters {command}( [^\n`#]*)", README.read_text()):
+        for option in re.findall(r"(?<= )(--[a-z-]+)", line):
+            assert option in options, f"vodpoller deadletters {command} {option}"

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Final
 
 from vodpoller.config import Config, Source
-from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, VodpollerError
+from vodpoller.errors import (
+    ConfigError,
+    JournalError,
+    OperatorError,
+    RefusedHandlesError,
+    UnusableJournalError,
+    VodpollerError,
+)
+from vodpoller.journal import problem_of_place
+from vodpoller.letters import Letters
 from vodpoller.logs import Logger
 from vodpoller.tc3 import Credentials
 from vodpoller.vod import VodClient
@@ -61,6 +70,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         except ConfigError as error:
             yield Finding(what=f"sink {name}", good=False, text=str(error))
     yield _check_journal(config.journal.path)
+    yield from _check_stored(config)
 
 
 def _check_source(vod: VodClient, source: Source) -> Finding:
@@ -92,6 +102,8 @@ def _check_clock(vod: VodClient) -> Finding:
 
 
 def _check_journal(path: Path) -> Finding:
+    if not_a_file := problem_of_place(path):
+        return Finding(what="journal", good=False, text=not_a_file)
     # os.path says False where a folder on the way may not be entered, and pathlib raises.
     folder = next(parent for parent in path.parents if os.path.lexists(parent))
     is_there = folder == path.parent and os.path.lexists(path)
@@ -107,3 +119,26 @@ def _check_journal(path: Path) -> Finding:
         good=False,
         text=f"{problem} cannot be written by this user: give it to the user that runs vodpoller, or set journal.path",
     )
+
+
+def _check_stored(config: Config) -> Iterator[Finding]:
+    """What is stored for sinks that are gone: nothing but a person brings it on. What cannot be read is skipped."""
+    try:
+        with Letters(config.journal.path) as letters:
+            backlogs = letters.backlogs()
+    except UnusableJournalError as error:
+        yield Finding(what="stored events", good=False, text=str(error))
+        return
+    except JournalError:  # there is none yet, or this user may not read it, which the line before tells
+        return
+    for backlog in backlogs:
+        if backlog.sink and backlog.sink not in config.sinks:
+            option = "--pending " if backlog.state == "pending" else ""
+            what = "pending events" if backlog.state == "pending" else "dead letters"
+            yield Finding(
+                what="stored events",
+                good=False,
+                text=f"{backlog.events:,} {what} are of the sink {backlog.sink}, which the configuration no longer has:"
+                f" bring it back, or `vodpoller deadletters replay {option}--sink {backlog.sink} --to SINK`, or"
+                f" `vodpoller deadletters purge {option}--sink {backlog.sink}`",
+            )

@@ -32,7 +32,7 @@ GC_THRESHOLD: Final = 20_000
 SHOWN_CHARS: Final = 80
 PIPED_WIDTH: Final = 200
 LETTER_ID: Final = click.IntRange(1, 2**63 - 1)
-REASONS: Final = ("rejected", "gave_up", "malformed", "unrouted", "errored", "unsettled")
+REASONS: Final = ("rejected", "gave_up", "malformed", "unrouted", "errored", "unsettled")  # of both states
 DEFAULT_CONFIG: Final = Path("/etc/vodpoller/config.toml")
 
 _config_option = click.option(
@@ -100,12 +100,13 @@ def _check_connections(config: "Config") -> bool:
     from rich.text import Text  # noqa: PLC0415 - see the module's docstring
 
     from vodpoller.checkup import check_connections  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.logs import printable  # noqa: PLC0415 - see the module's docstring
 
     table = Table("what", "", "found")
     good = True
     for finding in check_connections(config, _make_logger(config)):
         verdict = Text("good", style="green") if finding.good else Text("BAD", style="bold red")
-        table.add_row(finding.what, verdict, finding.text)
+        table.add_row(finding.what, verdict, printable(finding.text))
         good = good and finding.good
     _console().print(table)
     return good
@@ -146,6 +147,8 @@ def status(config_path: Path, *, as_json: bool) -> None:
 def _print_status(report: "Mapping[str, Any]") -> None:
     from rich.table import Table  # noqa: PLC0415 - see the module's docstring
 
+    from vodpoller.logs import printable  # noqa: PLC0415 - see the module's docstring
+
     console = _console()
     console.print("The daemon runs." if report["running"] else "No daemon runs with this journal.")
     for name in ("started", "pull", "confirm"):
@@ -155,7 +158,7 @@ def _print_status(report: "Mapping[str, Any]") -> None:
         return
     table = Table("sink", "state", "events", "oldest since")
     for row in report["stored"]:
-        table.add_row(row["sink"] or "(none)", row["state"], f"{row['events']:,}", row["oldest_at"])
+        table.add_row(printable(row["sink"]) or "(none)", row["state"], f"{row['events']:,}", row["oldest_at"])
     console.print(table)
 
 
@@ -169,13 +172,16 @@ def schema() -> None:
 
 @main.group()
 def deadletters() -> None:
-    """Look at dead letters: events that wait for a person. Replay or purge them."""
+    """Look at stored events, replay, move or purge them: dead letters, which wait for a person, or pending ones."""
 
 
 def _filter_options(command: "Callable[..., Any]") -> "Callable[..., Any]":
     for option in (
+        click.option("--pending", is_flag=True, help="Those that will be tried again, instead of dead letters."),
+        click.option("--task-id", help="The id of the task that the event tells of."),
+        click.option("--file-id", help="The id of the video that the event is about."),
         click.option("--since", help="Stored since: a time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d)."),
-        click.option("--reason", type=click.Choice(REASONS), help="Why they are stored; the last two are --pending."),
+        click.option("--reason", type=click.Choice(REASONS), help="Why they are stored; the last two with --pending."),
         click.option("--type", "event_type", help="The event type; * and ? are allowed."),
         click.option("--sink", help="The sink that lacks them."),
     ):
@@ -185,32 +191,44 @@ def _filter_options(command: "Callable[..., Any]") -> "Callable[..., Any]":
 
 @deadletters.command("list")
 @_filter_options
-@click.option("--pending", is_flag=True, help="What will be tried again, instead of dead letters.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Rows of the table.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, without a limit.")
-def list_letters(config_path: Path, *, pending: bool, limit: int, as_json: bool, **options: Any) -> None:
+def list_letters(config_path: Path, *, limit: int, as_json: bool, **options: Any) -> None:
     """List dead letters, the oldest first."""
-    wanted = _filter(options, state="pending" if pending else "dead")
+    wanted = _filter(options)
     with _letters(_load(config_path, needs_key=False)) as letters:
         if as_json:
             for row in letters.stored(wanted):
                 click.echo(json.dumps(_as_dict(row)))
             return
-        _print_letters(list(letters.stored(wanted, limit=limit)), letters.count(wanted))
+        _print_letters(list(letters.stored(wanted, limit=limit)), letters.count(wanted), pending=options["pending"])
 
 
-def _print_letters(rows: "Sequence[StoredEvent]", total: int) -> None:
+def _print_letters(rows: "Sequence[StoredEvent]", total: int, *, pending: bool) -> None:
     from rich.table import Table  # noqa: PLC0415 - see the module's docstring
+
+    from vodpoller.logs import printable  # noqa: PLC0415 - see the module's docstring
 
     console = _console()
     table = Table()
-    for name in ("id", "since", "sink", "event type", "reason", "tries", "error"):
-        # On a narrow terminal these two get more lines; nothing is cut off.
-        table.add_column(name, no_wrap=name not in ("event type", "error"), overflow="fold")
+    folded = ("event type", "file id\ntask id", "error")
+    since = "since\nnext try" if pending else "since"
+    for name in ("id", since, "sink", "event type", "file id\ntask id", "reason", "tries", "error"):
+        # On a narrow terminal these get more lines; nothing is cut off.
+        table.add_column(name, no_wrap=name not in folded, overflow="fold")
     for row in rows:
         error = row.error if len(row.error) <= SHOWN_CHARS else row.error[: SHOWN_CHARS - 1] + "…"
-        cells = (str(row.id), _iso(row.stored_at), row.sink or "(none)", row.event_type or "(none)", row.reason)
-        table.add_row(*cells, str(row.attempts), error)
+        times = [row.stored_at] if row.due_at is None else [row.stored_at, row.due_at]
+        table.add_row(
+            str(row.id),
+            "\n".join(map(_iso, times)),
+            printable(row.sink) or "(none)",
+            printable(row.event_type) or "(none)",
+            "\n".join(printable(number) for number in (row.file_id, row.task_id) if number),
+            printable(row.reason),
+            str(row.attempts),
+            printable(error),
+        )
     if rows:
         console.print(table)
     console.print(f"{total:,} in all" + (f", {len(rows):,} shown (--limit)" if len(rows) < total else ""))
@@ -219,52 +237,90 @@ def _print_letters(rows: "Sequence[StoredEvent]", total: int) -> None:
 @deadletters.command()
 @click.argument("letter_id", metavar="ID", type=LETTER_ID)
 @_config_option
+@click.option("--pending", is_flag=True, help="Only if it is one that will be tried again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, the body in it as a string.")
-def show(letter_id: int, config_path: Path, *, as_json: bool) -> None:
-    """Show one stored event whole, with its body."""
+def show(letter_id: int, config_path: Path, *, pending: bool, as_json: bool) -> None:
+    """Show one stored event whole, with its body. What a terminal would not print is written as JSON escapes."""
     from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.logs import printable  # noqa: PLC0415 - see the module's docstring
 
     with _letters(_load(config_path, needs_key=False)) as letters:
-        wanted = [Filter(ids=[letter_id], state=state) for state in ("dead", "pending")]
-        row = next((row for which in wanted for row in letters.stored(which)), None)
-        body = letters.body(letter_id)
-    if row is None or body is None:
-        _fail([f"there is no stored event {letter_id} (see `vodpoller deadletters list`)"], EXIT_FAILURE)
+        wanted = [Filter(ids=[letter_id], state=state) for state in ("pending", "dead")[: 1 if pending else 2]]
+        found = next((pair for which in wanted for pair in letters.with_bodies(which)), None)
+    if found is None:
+        what = "pending event" if pending else "stored event"
+        _fail([f"there is no {what} {letter_id} (see `vodpoller deadletters list`)"], EXIT_FAILURE)
+    row, body = found
     text = body.decode(errors="replace")
     if as_json:
         click.echo(json.dumps({**_as_dict(row), "body": text}))
         return
     for name, value in _as_dict(row).items():
-        click.echo(f"{name + ':':12} {value}")
+        click.echo(f"{name + ':':12} {'' if value is None else printable(str(value))}")
     click.echo()
-    click.echo(text)
+    for line in text.split("\n"):
+        click.echo(printable(line))
 
 
 @deadletters.command()
 @click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=LETTER_ID)
 @_filter_options
-def replay(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> None:
-    """Deliver dead letters after all: those named, those that the options mean, or all.
+def export(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> None:
+    """Print dead letters with their bodies, one JSON object a line: those named, those that the options mean, or all.
+
+    A body that is JSON is the member `body` as it is, with every digit; one that is not is in base64 as `body_base64`.
+    """
+    from base64 import b64encode  # noqa: PLC0415 - see the module's docstring
+
+    from vodpoller.letters import as_json_value  # noqa: PLC0415 - see the module's docstring
+
+    with _letters(_load(config_path, needs_key=False)) as letters:
+        for row, body in letters.with_bodies(_filter(options, ids=letter_ids)):
+            known = json.dumps(_as_dict(row))[:-1]
+            value = as_json_value(body)
+            member = f'"body_base64": "{b64encode(body).decode()}"' if value is None else f'"body": {value}'
+            click.echo(f"{known}, {member}}}")
+        missing = _say_missing(letters, letter_ids, pending=options["pending"])
+    if missing:
+        sys.exit(EXIT_FAILURE)
+
+
+@deadletters.command()
+@click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=LETTER_ID)
+@_filter_options
+@click.option("--to", "target", metavar="SINK", help="Give them to this sink instead of their own.")
+def replay(letter_ids: tuple[int, ...], config_path: Path, *, target: str | None, **options: Any) -> None:
+    """Deliver dead letters after all: those named, those that the options mean, or all. With --pending: try them now.
 
     A running daemon delivers them within seconds. Without one this command does, together with all else that is due;
     what fails stays pending, and what is rejected is a dead letter again, each with its new error. Interrupted, it can
     be called again. Exit code 1: something could not be delivered.
+
+    With --to, an event that is on its way to its own sink at this moment may reach both.
     """
     from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
     from vodpoller.router import Router  # noqa: PLC0415 - see the module's docstring
 
     config = _load(config_path, needs_key=False)
+    if target is not None and target not in config.sinks:
+        there_are = ", ".join(config.sinks)
+        raise click.BadParameter(
+            f"no sink of the configuration is {target!r} (there are: {there_are})", param_hint="--to"
+        )
     wanted = _filter(options, ids=letter_ids)
     marked = impossible = 0
     with _letters(config, writable=True) as letters:
-        missing = _say_missing(letters, letter_ids, states=("dead", "pending"))
-        for done, undone in letters.replay(wanted, router=Router(config.routes), sinks=list(config.sinks)):
+        # An id that is pending by now was replayed by a call that was interrupted.
+        missing = _say_missing(letters, letter_ids, pending=options["pending"], also_pending=True)
+        portions = letters.replay(wanted, router=Router(config.routes), sinks=list(config.sinks), to=target)
+        for done, undone in portions:
             marked, impossible = marked + done, impossible + undone
         running = letters.is_in_use()
         pending, dead = letters.count(Filter(state="pending")), letters.count(Filter())
     click.echo(f"{marked:,} to be delivered again")
     if impossible:
-        click.echo(f"{impossible:,} cannot be: unreadable, without a route, or of a sink that is no more", err=True)
+        why = "unreadable" if target else "unreadable, without a route, or of a sink that is no more"
+        click.echo(f"{impossible:,} cannot be: {why}" + ("" if target else " (see --to)"), err=True)
     all_done = not (missing or impossible)
     if running and marked:
         click.echo("The running daemon delivers them; `vodpoller status` tells what is left.")
@@ -293,14 +349,24 @@ def _deliver_here(config: "Config", *, pending: int, dead: int) -> bool:
     return all_done and rejected <= 0
 
 
-def _say_missing(letters: "Letters", ids: "Sequence[int]", *, states: "Sequence[str]") -> bool:
-    """Say which of the ids that were asked for are none; whether there are such."""
+def _say_missing(letters: "Letters", ids: "Sequence[int]", *, pending: bool, also_pending: bool = False) -> bool:
+    """Say which of the ids that were asked for are not of the state that was asked for; whether there are such."""
     from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
 
-    found = {row.id for state in states for row in letters.stored(Filter(state=state, ids=ids))} if ids else set()
+    if not ids:
+        return False
+    there = {state: {row.id for row in letters.stored(Filter(state=state, ids=ids))} for state in ("dead", "pending")}
+    found = there["pending"] if pending else there["dead"] | (there["pending"] if also_pending else set())
     missing = [number for number in ids if number not in found]
     for number in missing:
-        click.echo(f"vodpoller: there is no dead letter {number} (see `vodpoller deadletters list`)", err=True)
+        if number in there["dead"]:
+            why = f"{number} is a dead letter and not pending (leave --pending out)"
+        elif number in there["pending"]:
+            why = f"{number} is pending and no dead letter (add --pending)"
+        else:
+            why = f"there is no {'pending event' if pending else 'dead letter'} {number}"
+            why += " (see `vodpoller deadletters list`)"
+        click.echo(f"vodpoller: {why}", err=True)
     return bool(missing)
 
 
@@ -309,14 +375,18 @@ def _say_missing(letters: "Letters", ids: "Sequence[int]", *, states: "Sequence[
 @_filter_options
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **options: Any) -> None:
-    """Delete dead letters for good: those named, those that the options mean, or all."""
+    """Delete dead letters for good: those named, those that the options mean, or all.
+
+    With --pending, an event that is on its way to its sink at this moment may still reach it.
+    """
     wanted = _filter(options, ids=letter_ids)
     with _letters(_load(config_path, needs_key=False), writable=True) as letters:
-        missing = _say_missing(letters, letter_ids, states=["dead"])
+        missing = _say_missing(letters, letter_ids, pending=options["pending"])
         wanted = replace(wanted, last_id=letters.last_id())  # not what comes while the question waits for its answer
         number = letters.count(wanted)
         if number and not yes:
-            click.confirm(f"Delete {number:,} dead letters for good?", abort=True)
+            what = "pending events" if options["pending"] else "dead letters"
+            click.confirm(f"Delete {number:,} {what} for good?", abort=True)
         deleted = sum(letters.purge(wanted))
     click.echo(f"{deleted:,} deleted")
     if missing:
@@ -456,11 +526,19 @@ def _letters(config: "Config", *, writable: bool = False) -> "Iterator[Letters]"
         _fail([str(error)], EXIT_FAILURE)
 
 
-def _filter(options: "Mapping[str, Any]", *, state: str = "dead", ids: "Sequence[int]" = ()) -> "Filter":
-    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+def _filter(options: "Mapping[str, Any]", *, ids: "Sequence[int]" = ()) -> "Filter":
+    from vodpoller.letters import REASONS, Filter  # noqa: PLC0415 - see the module's docstring
 
+    state, reason = "pending" if options["pending"] else "dead", options["reason"]
+    if reason is not None and reason not in REASONS[state]:
+        what, other = (
+            ("pending events", "leave --pending out") if options["pending"] else ("dead letters", "add --pending")
+        )
+        raise click.BadParameter(
+            f"{what} never have the reason {reason!r} but {', '.join(REASONS[state])} ({other})", param_hint="--reason"
+        )
     since = _time(options["since"]) if options["since"] else None
-    named = {name: options[name] for name in ("sink", "event_type", "reason")}
+    named = {name: options[name] for name in ("sink", "event_type", "reason", "file_id", "task_id")}
     return Filter(state=state, ids=ids, since=since, **named)
 
 
@@ -481,7 +559,8 @@ def _iso(at: float) -> str:
 
 
 def _as_dict(row: "StoredEvent") -> dict[str, Any]:
-    return {**asdict(row), "stored_at": _iso(row.stored_at)}
+    due_at = None if row.due_at is None else _iso(row.due_at)
+    return {**asdict(row), "stored_at": _iso(row.stored_at), "due_at": due_at}
 
 
 def _console(*, stderr: bool = False) -> "Console":

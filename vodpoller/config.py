@@ -6,9 +6,9 @@ import pwd
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from ipaddress import ip_address
 from pathlib import Path
@@ -54,6 +54,11 @@ _UNITS: Final = Path("/etc/systemd/system")
 _LOAD_CREDENTIAL: Final = re.compile(r"^\s*LoadCredential(?:Encrypted)?\s*=\s*([^:\s]+)", re.MULTILINE)
 _LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the unit that is shipped
 
+# `secret_key`, `token`, the header Authorization, the variable DB_PASSWORD; not Content-Type or LANG, and not
+# `secret_id`, which requests show to all.
+_SECRET_KEY: Final = re.compile(
+    r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|api[-_]?key|access[-_]?key", re.IGNORECASE
+)
 _VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)\}?")
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -404,7 +409,8 @@ def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True, for_unit
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{path}: {toml_problem(error, text)}"]) from None
-    return from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key, for_unit=for_unit)
+    config = from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key, for_unit=for_unit)
+    return replace(config, warnings=(*config.warnings, *_exposed_secrets(path, data)))
 
 
 def from_dict(
@@ -949,6 +955,31 @@ def _loaded_credentials() -> set[str]:
         with suppress(OSError):
             loaded.update(_LOAD_CREDENTIAL.findall(path.read_text(errors="replace")))
     return loaded
+
+
+def _exposed_secrets(path: Path, data: Mapping[str, Any]) -> list[str]:
+    """A line for each secret that stands in a file which every user of the machine may read."""
+    try:
+        is_exposed = path.stat().st_mode & stat.S_IROTH
+    except OSError:
+        return []
+    found = _secrets_in(data) if is_exposed else ()
+    return [
+        f"{key}: is a secret in a file that every user of this machine may read (put it into a file of its own and name"
+        f" that, as `secret_key_file` does; or take it from the environment, ${{NAME}}; or chmod o= {path})"
+        for key in found
+    ]
+
+
+def _secrets_in(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys whose names say that they are secret, and whose values are neither a file's name nor a variable."""
+    for key, value in tables.items():
+        place = f"{prefix}{key}"
+        match value:
+            case Mapping():
+                yield from _secrets_in(value, f"{place}.")
+            case str() if value and _SECRET_KEY.search(key) and not key.endswith("_file") and "${" not in value:
+                yield place
 
 
 def _seems_to_exist(path: Path) -> bool:

@@ -403,8 +403,7 @@ class Journal:
             return
         self._check_in_place()
         now = self._wall()
-        # Pending ones first: they get the room if it is not enough for all.
-        wanted = [(letter, self._row(letter, now)) for letter in sorted(letters, key=lambda letter: letter.dead)]
+        wanted = [(letter, self._row(letter, now)) for letter in letters]
         refused: list[Letter] = []
 
         def work(db: sqlite3.Connection) -> None:
@@ -444,15 +443,16 @@ class Journal:
         Returns:
             What there is no room for, and is not held by the journal already.
         """
-        sizes = [len(letter.event.body) + ROW_OVERHEAD_BYTES for letter, _ in wanted]
         room = self._max_bytes - _letters_bytes(db)
         dead_room = self._max_bytes // 2 - _dead_bytes(db)
-        of_dead = sum(size for size, (letter, _) in zip(sizes, wanted, strict=True) if letter.dead)
-        if sum(sizes) <= room and of_dead <= dead_room:
+        if sum(_size(letter) for letter, _ in wanted) <= room and (
+            sum(_size(letter) for letter, _ in wanted if letter.dead) <= dead_room
+        ):
             db.executemany(_INSERT_LETTER, [row for _, row in wanted])
             return []
         refused = []
-        for size, (letter, row) in zip(sizes, wanted, strict=True):
+        for letter, row in sorted(wanted, key=lambda pair: pair[0].dead):  # pending ones get the room there is
+            size = _size(letter)
             if size > room or (letter.dead and size > dead_room):
                 if not db.execute(_IS_HELD, row).fetchone()[0]:
                     refused.append(letter)
@@ -646,7 +646,7 @@ class Journal:
             if size_bytes > WAL_LARGE_BYTES:
                 self._repeats.say(
                     "warning",
-                    "journal.wal_large",
+                    "wal.grown",
                     cause="wal",
                     path=f"{self._path}-wal",
                     size_bytes=size_bytes,
@@ -742,6 +742,11 @@ def _insert_accepted(
         )
         db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
     _set_position(db, sink, position)
+
+
+def _size(letter: Letter) -> int:
+    """What it takes of `max_bytes`."""
+    return len(letter.event.body) + ROW_OVERHEAD_BYTES
 
 
 def _letters_bytes(db: sqlite3.Connection) -> int:

@@ -1,25 +1,40 @@
-"""What an operator does with the journal: look at what is stored, replay dead letters, purge them.
+"""What an operator does with the journal: look at what is stored, replay it, move it to another sink, purge it.
 
-All of it works beside a running daemon: reads take no lock, writes are many short transactions.
+All of it works beside a running daemon: reads are portions that hold no lock and no old view of the file in between,
+writes are many short transactions. The daemon knows a row that it is delivering by its number and by (key, sink), and
+numbers are never used twice: so a row that is purged or moved meanwhile is not touched by what comes of that delivery,
+and a row that is only made due again is deleted by its success as ever.
 """
 
 import fcntl
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
-from vodpoller.errors import JournalError
-from vodpoller.events import restore_event
-from vodpoller.migrations import SCHEMA_VERSION
+from vodpoller.errors import JournalError, UnusableJournalError
+from vodpoller.events import Event, event_fields, restore_event
+from vodpoller.journal import WAL_KEPT_BYTES, is_corrupt, problem_of_place, way_out
+from vodpoller.migrations import OLDEST_READABLE, refuse_other, version_of
 from vodpoller.router import Router
 
 CHUNK_ROWS: Final = 200
+CHUNK_BYTES: Final = 8 * 1024 * 1024
 BUSY_SECS: Final = 10.0
+
+REASONS: Final[Mapping[str, Sequence[str]]] = {
+    "dead": ("rejected", "gave_up", "malformed", "unrouted"),
+    "pending": ("errored", "unsettled", "rejected", "gave_up"),  # the last two were dead letters and are replayed
+}
+
+_COLUMNS: Final = (
+    "id, key, sink, state, reason, error, attempts, stored_at, due_at, source, sub_app_id, event_type, confirmed, body"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +46,11 @@ class Filter:
         ids: Row numbers.
         sink: The sink's name; empty for what no sink was named for.
         event_type: A glob.
-        reason: Why it is there: "rejected", "gave_up", "malformed", "unrouted" for dead ones.
+        reason: Why it is there: one of `REASONS`.
         since: Stored at or after this time, in seconds since 1970.
         last_id: Not what came after this row.
+        file_id: Tencent's id of the video, as the log names it for this event; empty for events without.
+        task_id: Tencent's id of the task, the same way.
     """
 
     state: str = "dead"
@@ -43,9 +60,11 @@ class Filter:
     reason: str | None = None
     since: float | None = None
     last_id: int | None = None
+    file_id: str | None = None
+    task_id: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
-        """The SQL condition and its parameters."""
+        """The SQL condition and its parameters: all of the filter but what only a body tells."""
         conditions, values = ["state = ?"], [self.state, *self.ids]
         if self.ids:
             conditions.append(f"id IN ({','.join('?' * len(self.ids))})")
@@ -61,6 +80,15 @@ class Filter:
                 values.append(value)
         return " AND ".join(conditions), values
 
+    @property
+    def reads_bodies(self) -> bool:
+        """Whether rows must be looked into to know which are meant."""
+        return self.file_id is not None or self.task_id is not None
+
+    def takes(self, file_id: str, task_id: str) -> bool:
+        """Whether a row with these ids in its body is meant, as far as they matter."""
+        return self.file_id in (None, file_id) and self.task_id in (None, task_id)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEvent:
@@ -68,27 +96,83 @@ class StoredEvent:
 
     Args:
         id: The row's number, which commands take.
+        state: "dead" or "pending".
         key: The event's key, as in the log.
-        sink: The sink that lacks it; empty where no route named one.
+        sink: The sink that lacks it; empty if no route named one.
         reason: Why it is stored.
         error: What the last attempt said.
         attempts: How many failed.
         stored_at: In seconds since 1970.
+        due_at: When a pending one is tried next, in seconds since 1970; None for a dead letter.
         source: That it was pulled from.
         event_type: Tencent's.
+        file_id: Tencent's id of the video, empty if the event names none.
+        task_id: Tencent's id of the task, empty if the event names none.
         size_bytes: Of its body.
     """
 
     id: int
+    state: str
     key: str
     sink: str
     reason: str
     error: str
     attempts: int
     stored_at: float
+    due_at: float | None
     source: str
     event_type: str
+    file_id: str
+    task_id: str
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of the table."""
+
+    id: int
+    key: bytes
+    sink: str
+    state: str
+    reason: str
+    error: str
+    attempts: int
+    stored_at: float
+    due_at: float
+    source: str
+    sub_app_id: int | None
+    event_type: str
+    confirmed: int
+    body: bytes
+
+    def event(self) -> Event:
+        return restore_event(
+            body=self.body,
+            key=self.key,
+            event_type=self.event_type,
+            source=self.source,
+            sub_app_id=self.sub_app_id,
+        )
+
+    def stored_event(self) -> StoredEvent:
+        fields = event_fields(self.event())
+        return StoredEvent(
+            id=self.id,
+            state=self.state,
+            key=self.key.hex(),
+            sink=self.sink,
+            reason=self.reason,
+            error=self.error,
+            attempts=self.attempts,
+            stored_at=self.stored_at,
+            due_at=self.due_at if self.state == "pending" else None,
+            source=self.source,
+            event_type=self.event_type,
+            file_id=fields["file_id"],
+            task_id=fields["task_id"],
+            size_bytes=len(self.body),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +194,8 @@ class Letters:
         wall: The clock that stamps rows, in seconds since 1970.
 
     Raises:
-        JournalError: There is none, or it cannot be read.
+        UnusableJournalError: It is corrupt, of a later version, or no journal at all.
+        JournalError: There is none, or it cannot be read now.
     """
 
     def __init__(self, path: Path, *, writable: bool = False, wall: Callable[[], float] = time.time) -> None:
@@ -121,6 +206,8 @@ class Letters:
             is_there = path.is_file()
         except OSError as error:
             raise JournalError(f"{path}: the journal cannot be read: {error.strerror} ({rights})") from error
+        if problem := problem_of_place(path):
+            raise UnusableJournalError(problem)
         if not is_there:
             raise JournalError(
                 f"{path}: there is no journal yet: vodpoller makes it when it first runs (or journal.path is another)"
@@ -132,15 +219,20 @@ class Letters:
             raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
         try:
             self._db.isolation_level = None
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            self._db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
+            version = version_of(self._db, path)
+            refuse_other(path, version)
         except sqlite3.Error as error:
             self.close()
+            if is_corrupt(error):
+                raise UnusableJournalError(way_out(path, error)) from error
             raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
-        if version != SCHEMA_VERSION:
+        except JournalError:
             self.close()
-            raise JournalError(
-                f"{path}: this is no journal of this version of vodpoller ({version}, not {SCHEMA_VERSION})"
-            )
+            raise
+        if version < OLDEST_READABLE:
+            self.close()
+            raise JournalError(f"{path}: the journal is empty: vodpoller makes its tables when it first runs")
 
     def __enter__(self) -> Self:
         return self
@@ -165,7 +257,9 @@ class Letters:
         return False
 
     def count(self, wanted: Filter) -> int:
-        """How many there are."""
+        """The number of rows that are meant."""
+        if wanted.reads_bodies:
+            return sum(1 for _ in self.stored(wanted))
         where, values = wanted.where()
         (number,) = self._read(f"SELECT count(*) FROM letters WHERE {where}", values)[0]  # noqa: S608 - our own text
         return int(number)
@@ -175,22 +269,35 @@ class Letters:
 
         Args:
             wanted: Which.
-            limit: At most so many.
+            limit: The maximum.
         """
+        for event, _ in self.with_bodies(wanted, limit=limit):
+            yield event
+
+    def with_bodies(self, wanted: Filter, *, limit: int | None = None) -> Iterator[tuple[StoredEvent, bytes]]:
+        """The rows with their bodies, as `stored` has them."""
+        left = limit
+        for rows in self._portions(wanted, limit):
+            for row in rows:
+                event = row.stored_event()
+                if not wanted.takes(event.file_id, event.task_id):
+                    continue
+                yield event, row.body
+                left = None if left is None else left - 1
+                if left == 0:
+                    return
+
+    def _portions(self, wanted: Filter, limit: int | None = None) -> Iterator[list[_Row]]:
+        """Rows that may be meant, in portions: between two of them nothing is held that the daemon could wait for."""
         where, values = wanted.where()
-        after, left = 0, limit
-        while left is None or left > 0:
-            portion = CHUNK_ROWS if left is None else min(left, CHUNK_ROWS)
-            rows = self._read(
-                "SELECT id, lower(hex(key)), sink, reason, error, attempts, stored_at, source, event_type,"  # noqa: S608
-                f" length(body) FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",
-                [*values, after, portion],
-            )
-            yield from (StoredEvent(**dict(zip(StoredEvent.__slots__, row, strict=True))) for row in rows)
-            if len(rows) < portion:
-                return
+        portion_rows = CHUNK_ROWS if limit is None or wanted.reads_bodies else min(limit, CHUNK_ROWS)
+        after = 0
+        while rows := self._read(
+            f"SELECT {_COLUMNS} FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608 - our own text
+            [*values, after, portion_rows],
+        ):
             after = rows[-1][0]
-            left = None if left is None else left - len(rows)
+            yield [_Row(*row) for row in rows]
 
     def last_id(self) -> int:
         """The newest row's number, 0 where there is none."""
@@ -216,56 +323,79 @@ class Letters:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def replay(self, wanted: Filter, *, router: Router, sinks: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Mark dead letters as pending and due now: the daemon delivers them. Resumable: what is marked is marked.
+    def replay(
+        self, wanted: Filter, *, router: Router, sinks: Sequence[str], to: str | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Make stored events pending and due now: the daemon delivers them. Resumable: what is done is done.
 
         What no route took is routed anew, by today's routes.
 
         Args:
-            wanted: Which; `state` is "dead".
+            wanted: Which.
             router: By today's configuration.
             sinks: That today's configuration has.
+            to: The sink that is to get them instead of their own; one of `sinks`.
 
         Yields:
-            How many of the portion just done were marked, and how many cannot be: malformed ones, those that still no
-            route takes, those of sinks that are no more.
+            How many of the portion just done are due, and how many cannot be: malformed ones, and without `to` those
+            that still no route takes and those of sinks that are no more.
         """
-        where, values = replace(wanted, last_id=self.last_id()).where()
-        after = 0
-        while True:
-            rows = self._read(
-                "SELECT id, key, sink, reason, source, sub_app_id, event_type, body FROM letters"  # noqa: S608
-                f" WHERE {where} AND id > ? ORDER BY id LIMIT ?",
-                [*values, after, CHUNK_ROWS],
-            )
-            if not rows:
-                return
-            after = rows[-1][0]
+        for rows in self._portions(replace(wanted, last_id=self.last_id())):
+            meant = [row for row in rows if not wanted.reads_bodies or _is_meant(row, wanted)]
+            if not meant:
+                continue
             with self._transaction():
-                marked = sum(self._replay_row(row, router, sinks) for row in rows)
-            yield marked, len(rows) - marked
+                done = [self._replay_row(row, self._targets(row, router, sinks, to)) for row in meant]
+            yield done.count(True), done.count(False)
 
-    def _replay_row(self, row: Sequence[Any], router: Router, sinks: Sequence[str]) -> bool:
-        number, key, sink, reason, source, sub_app_id, event_type, body = row
-        now = self._wall()
-        pending = "state = 'pending', attempts = 0, stored_at = ?, due_at = ?, run = ''"
-        if sink in sinks:
-            self._db.execute(f"UPDATE letters SET {pending} WHERE id = ?", (now, now, number))  # noqa: S608
-            return True
-        if reason != "unrouted":
+    def _targets(self, row: _Row, router: Router, sinks: Sequence[str], to: str | None) -> Sequence[str]:
+        if row.reason == "malformed":
+            return ()
+        if to is not None:
+            return (to,)
+        if row.sink in sinks:
+            return (row.sink,)
+        return () if row.sink else router.route(row.event()).sinks
+
+    def _replay_row(self, row: _Row, targets: Sequence[str]) -> bool | None:
+        """Whether it could be done; None if the row is no more what it was when it was read."""
+        if not targets:
             return False
-        event = restore_event(body=body, key=key, event_type=event_type, source=source, sub_app_id=sub_app_id)
-        targets = router.route(event).sinks
-        for target in targets:
-            self._db.execute(
-                "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at,"
-                " confirmed, run, source, sub_app_id, event_type, body)"
-                " VALUES (?, ?, 'pending', 'unsettled', '', 0, ?, ?, 1, '', ?, ?, ?, ?)",
-                (key, target, now, now, source, sub_app_id, event_type, body),
-            )
-        if targets:
-            self._db.execute("DELETE FROM letters WHERE id = ?", (number,))
-        return bool(targets)
+        now = self._wall()
+        if row.sink in targets:
+            changed = self._db.execute(
+                "UPDATE letters SET state = 'pending', attempts = 0, stored_at = ?, due_at = ?, run = ''"
+                " WHERE id = ? AND state = ?",
+                (now, now, row.id, row.state),
+            ).rowcount
+            return True if changed else None
+        # A new row with a new number for each: the daemon may be at the old one, and what it writes by the number or by
+        # (key, sink) when that is over must not meet this one. If it is over by now, nothing is left to move.
+        if not self._db.execute("DELETE FROM letters WHERE id = ? AND state = ?", (row.id, row.state)).rowcount:
+            return None
+        self._db.executemany(
+            "INSERT INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at, confirmed, run, source,"
+            " sub_app_id, event_type, body) VALUES (?, ?, 'pending', ?, ?, 0, ?, ?, ?, '', ?, ?, ?, ?)"
+            " ON CONFLICT (key, sink) DO UPDATE SET state = 'pending', attempts = 0, stored_at = excluded.stored_at,"
+            " due_at = excluded.due_at, run = ''",
+            [
+                (
+                    row.key,
+                    target,
+                    "unsettled" if not row.sink else row.reason,
+                    "" if not row.sink else row.error,
+                    now,
+                    now,
+                    row.confirmed if row.sink else 1,
+                    row.source,
+                    row.sub_app_id,
+                    row.event_type,
+                    row.body,
+                )
+                for target in targets
+            ],
+        )
+        return True
 
     def purge(self, wanted: Filter) -> Iterator[int]:
         """Delete stored events for good.
@@ -273,26 +403,81 @@ class Letters:
         Yields:
             How many of the portion just done were deleted.
         """
-        where, values = wanted.where()
-        while True:
+        bounded = wanted if wanted.last_id is not None else replace(wanted, last_id=self.last_id())
+        for ids in self._ids(bounded):
+            where, values = replace(wanted, ids=ids).where()  # once more: a row may have become another meanwhile
             with self._transaction():
-                deleted = self._db.execute(
-                    f"DELETE FROM letters WHERE id IN (SELECT id FROM letters WHERE {where} LIMIT ?)",  # noqa: S608
-                    [*values, CHUNK_ROWS],
-                ).rowcount
-            if not deleted:
-                return
-            yield deleted
+                deleted = self._db.execute(f"DELETE FROM letters WHERE {where}", values).rowcount  # noqa: S608 - our own text
+            if deleted:
+                yield deleted
+
+    def _ids(self, wanted: Filter) -> Iterator[list[int]]:
+        """The numbers of the rows that are meant, in portions."""
+        if wanted.reads_bodies:
+            for rows in self._portions(wanted):
+                if ids := [row.id for row in rows if _is_meant(row, wanted)]:
+                    yield ids
+            return
+        where, values = wanted.where()
+        after = 0
+        while found := self._read(
+            f"SELECT id FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608 - our own text
+            [*values, after, CHUNK_ROWS],
+        ):
+            after = found[-1][0]
+            yield [number for (number,) in found]
 
     def _transaction(self) -> "_Transaction":
         return _Transaction(self._db, self._path)
 
     def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """All rows, or the first ones up to `CHUNK_BYTES` of bodies: there may be few, and each of megabytes."""
+        rows: list[Any] = []
+        size_bytes = 0
         try:
             with closing(self._db.execute(query, values)) as cursor:
-                return cursor.fetchall()
+                for row in cursor:
+                    rows.append(row)
+                    size_bytes += len(row[-1]) if isinstance(row[-1], bytes) else 0
+                    if size_bytes >= CHUNK_BYTES:
+                        break
         except sqlite3.Error as error:
-            raise JournalError(f"{self._path}: the journal cannot be read: {error}") from error
+            raise _failure(self._path, "read", error) from error
+        return rows
+
+
+def _is_meant(row: _Row, wanted: Filter) -> bool:
+    fields = event_fields(row.event())
+    return wanted.takes(fields["file_id"], fields["task_id"])
+
+
+def as_json_value(body: bytes) -> str | None:
+    """A body as it can stand in a line of JSON: itself, with every digit and in its order.
+
+    Args:
+        body: As it was stored.
+
+    Returns:
+        The text, with line ends between its tokens as blanks, and characters beyond ASCII as JSON's own escapes; None
+        if the body is not JSON that every reader takes.
+    """
+    try:
+        text = body.decode()
+        json.loads(text, parse_constant=_not_json)
+    except (ValueError, RecursionError):  # of deep nesting, and of an integer of thousands of digits, too
+        return None
+    text = text.translate({10: " ", 13: " ", 127: r"\u007f"})
+    return text if text.isascii() else "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
+
+
+def _not_json(literal: str) -> Any:
+    raise ValueError(literal)
+
+
+def _failure(path: Path, what: str, error: sqlite3.Error) -> JournalError:
+    if is_corrupt(error):
+        return UnusableJournalError(way_out(path, error))
+    return JournalError(f"{path}: the journal cannot be {what}: {error}")
 
 
 class _Transaction:
@@ -307,7 +492,7 @@ class _Transaction:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            raise JournalError(f"{self._path}: the journal cannot be written: {error}") from error
+            raise _failure(self._path, "written", error) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         try:
@@ -315,6 +500,6 @@ class _Transaction:
         except sqlite3.Error as failure:
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-            raise JournalError(f"{self._path}: the journal cannot be written: {failure}") from failure
+            raise _failure(self._path, "written", failure) from failure
         if isinstance(error, sqlite3.Error):
-            raise JournalError(f"{self._path}: the journal cannot be written: {error}") from error
+            raise _failure(self._path, "written", error) from error

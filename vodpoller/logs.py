@@ -46,11 +46,10 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
-    "journal.wal_large": "the journal's WAL cannot be cut because another process reads it all the time",
     "lane.failed": "a lane met an error that nobody foresaw; what it held comes again",
     "library.logged": "a library's own log line or warning",
     "pending.delivered": "a stored event was delivered at last",
-    "pending.stuck": "stored events wait for a sink that is not accepting them",
+    "pending.stuck": "stored events wait for a sink that the configuration no longer has: a person must decide",
     "pull.failed": "pulling failed and will be repeated after a back-off",
     "pull.recovered": "pulling works again",
     "recovery.progress": "a long file is being read, to find what was written and not entered before a crash",
@@ -59,6 +58,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "sink.stuck": "a sink has not come back from a call long after its deadline",
     "task.failed": "a periodic task failed; it runs again at its next time",
     "thread.overdue": "a thread is far past its deadline; the watchdog is no longer fed",
+    "wal.grown": "the journal's WAL cannot be cut, because another process reads the journal without a pause",
 }
 
 _FIELDS: Final = "vodpoller_fields"  # of a record of `logging`: it is an event of the catalogue
@@ -308,6 +308,26 @@ def is_journal(stream: _Stream, journal_stream: str) -> bool:
     except (OSError, ValueError):
         return False
     return journal_stream == f"{status.st_dev}:{status.st_ino}"
+
+
+def printable(text: str) -> str:
+    r"""The text as a terminal may have it: one line, in which nothing is a command to the terminal.
+
+    Args:
+        text: Maybe from outside.
+
+    Returns:
+        The same; control codes (C0, C1, DEL), line ends, marks that change the direction of writing and what else does
+        not print are JSON's escapes: `\u001b`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", errors="surrogatepass")
+    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
 
 
 class Repeats:
