@@ -1110,6 +1110,7 @@ def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system
     simulator = system.simulator(events=5, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     script = '[sinks.script]\ntype = "exec"\ncommand = ["true"]\n'
     system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url) + script)
+    store(system, letter(1))
     before, folder = simulator.stats(), tree(system.folder)
 
     found = connect(system, 0)

@@ -192,6 +192,21 @@ def test_a_journal_that_is_locked_for_a_moment_is_waited_for(journal, path):
     other.join()
 
 
+@pytest.mark.parametrize("daemon", ["runs", "has ended"])
+def test_a_look_makes_no_file(path, log, wall, daemon):
+    journal = Journal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    journal.store([letter()])
+    if daemon == "has ended":
+        journal.close()
+    before = {file.name for file in path.parent.iterdir()}
+
+    with Letters(path, makes_files=False) as letters:
+        assert ids(letters) == [1]
+        assert {file.name for file in path.parent.iterdir()} == before
+    if daemon == "runs":
+        journal.close()
+
+
 # --- filters ----------------------------------------------------------------------------------------------------------
 
 

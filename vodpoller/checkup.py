@@ -124,7 +124,7 @@ def _check_journal(path: Path) -> Finding:
 def _check_stored(config: Config) -> Iterator[Finding]:
     """What is stored for sinks that are gone: nothing but a person brings it on. What cannot be read is skipped."""
     try:
-        with Letters(config.journal.path) as letters:
+        with Letters(config.journal.path, makes_files=False) as letters:
             backlogs = letters.backlogs()
     except UnusableJournalError as error:
         yield Finding(what="stored events", good=False, text=str(error))

@@ -191,6 +191,8 @@ class Letters:
     Args:
         path: The journal.
         writable: Replay and purge are wanted.
+        makes_files: Whether SQLite may make its `-wal` and `-shm` beside a journal that nobody has open. Without them a
+            daemon that starts meanwhile spoils the reading: for a short look only.
         wall: The clock that stamps rows, in seconds since 1970.
 
     Raises:
@@ -198,7 +200,14 @@ class Letters:
         JournalError: There is none, or it cannot be read now.
     """
 
-    def __init__(self, path: Path, *, writable: bool = False, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        writable: bool = False,
+        makes_files: bool = True,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._path = path
         self._wall = wall
         rights = "commands need the rights of the user that runs vodpoller, or root's"
@@ -212,9 +221,11 @@ class Letters:
             raise JournalError(
                 f"{path}: there is no journal yet: vodpoller makes it when it first runs (or journal.path is another)"
             )
-        mode = "rw" if writable else "ro"
+        options = "mode=rw" if writable else "mode=ro"
         try:
-            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECS)
+            if not makes_files and not path.with_name(f"{path.name}-wal").exists():
+                options += "&immutable=1"
+            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True, timeout=BUSY_SECS)
         except sqlite3.Error as error:
             raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
         try:
