@@ -1,7 +1,14 @@
 import pytest
 
+from tests.certificates import make_certificate
 from tests.helpers import FakeClock, log_into
 from vodpoller.logs import CATALOGUE
+
+
+@pytest.fixture(autouse=True)
+def no_roots_of_the_machine(monkeypatch):
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -19,3 +26,8 @@ def log(lines):
 @pytest.fixture
 def clock():
     return FakeClock()
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    return make_certificate(tmp_path)

@@ -164,6 +164,22 @@ def black_hole():
                 filler.close()
 
 
+def read_request(connection):
+    """All of the next request, or what came of it: closing with bytes unread would reset the connection."""
+    data = bytearray()
+    wanted = None
+    while wanted is None or len(data) < wanted:
+        more = connection.recv(65_536)
+        if not more:
+            break
+        data += more
+        if wanted is None and (end := data.find(b"\r\n\r\n")) >= 0:
+            lines = bytes(data[:end]).lower().split(b"\r\n")
+            lengths = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
+            wanted = end + 4 + sum(lengths)
+    return bytes(data)
+
+
 def drip(start, piece):
     def serve(connection, stopping):
         connection.recv(65_536)

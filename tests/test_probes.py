@@ -212,7 +212,7 @@ def test_nobody_who_listens_is_a_problem():
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     assert problem_of(WebhookSink, hook(f"http://127.0.0.1:{port}/?token=hunter2")) == (
-        f"sinks.it.url: 127.0.0.1:{port} refused the connection (is the receiver running?)"
+        f"sinks.it.url: 127.0.0.1:{port} refused the connection (is anything running there?)"
     )
 
 

@@ -1,19 +1,17 @@
 import base64
-import os
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
 import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from urllib.parse import urlsplit
 
 import pytest
 from pydantic import ValidationError
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
+from tests.certificates import make_certificate
 from tests.receiver import (
     Answer,
     Receiver,
@@ -21,6 +19,7 @@ from tests.receiver import (
     drip,
     never_reads,
     raw_server,
+    read_request,
     reads_slowly,
     running_receiver,
     until,
@@ -314,6 +313,9 @@ def test_a_redirect_to_a_strange_place_is_no_other_error(opened, receiver, locat
         (format_datetime(datetime.fromtimestamp(1_700_000_000, UTC) - timedelta(days=1), usegmt=True), 0.0),
         ("Tue, 14 Nov 2023 22:14:20 -0000", 60.0),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+        ("Fri, 31 Dec 99999999999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 2023 23:59:99999999999999999999 GMT", None),
+        ("9" * 5000, 86_400.0),
         ("soon", None),
         ("-5", None),
         ("1.5", None),
@@ -336,6 +338,49 @@ def test_an_echo_of_secret_and_headers_is_not_passed_on(opened, receiver):
     assert str(failure_of(sink, RejectedError)).endswith(": *** ***")
 
 
+TOKEN = "ab/cdefgh"
+BASIC = base64.b64encode(b"user:hunter2-hunter2").decode()
+
+
+@pytest.mark.parametrize(
+    ("more", "echo"),
+    [
+        ({"headers": {"Authorization": f"Bearer {TOKEN}"}}, TOKEN),
+        ({"headers": {"Authorization": f"Bearer {TOKEN}"}}, TOKEN.replace("/", "\\/")),
+        ({"headers": {"Authorization": f'Token token="{TOKEN}"'}}, TOKEN),
+        ({"headers": {"Authorization": f"Basic {BASIC}"}}, BASIC),
+        ({"headers": {"Authorization": f"Basic {BASIC}"}}, "hunter2-hunter2"),
+        ({"secret": SECRET}, SECRET.removeprefix("whsec_")),
+        ({"query": "?key=693a91f6-7xxx"}, "693a91f6-7xxx"),
+        ({"query": "?key=a%2Fb%2Fc%2Fd%2Fe"}, "a/b/c/d/e"),
+        ({"query": "/hook/0123456789abcdef01234567"}, "0123456789abcdef01234567"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["body", "status line", "redirect"])
+def test_an_echo_of_a_part_of_a_secret_is_not_passed_on(opened, more, echo, kind):
+    data = {
+        "body": b"HTTP/1.1 400 No\r\n\r\nwhat is %b for?",
+        "status line": b"what is %b for?\r\n",
+        "redirect": b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: /%b\r\n\r\n",
+    }[kind]
+
+    def serve(connection, stopping):
+        read_request(connection)
+        connection.sendall(data % echo.encode())
+
+    with raw_server(serve) as url:
+        sink = opened(url.rstrip("/") + more.get("query", "/"), **{k: v for k, v in more.items() if k != "query"})
+        said = str(failure_of(sink, RejectedError if kind == "body" else TransientError))
+    assert echo not in said
+    assert ("***" in said) == (kind != "status line")
+
+
+def test_a_short_value_is_not_looked_for(opened, receiver):
+    receiver.answer = Answer(400, body=b"no 1 of these 7 fields")
+    sink = opened(receiver.url + "?v=1", headers={"X-Version": "7"})
+    assert str(failure_of(sink, RejectedError)).endswith(": no 1 of these 7 fields")
+
+
 def test_an_answer_without_end_is_read_to_a_bound_only(opened):
     def serve(connection, stopping):
         connection.recv(65_536)
@@ -349,17 +394,33 @@ def test_an_answer_without_end_is_read_to_a_bound_only(opened):
         sink.close()
 
 
+NO_HTTP = "answered with what is not HTTP (is the port right?)"
+NOT_WHOLE = "closed the connection without a whole answer"
+TOO_LONG = "answered with a head that is too long to be read"
+
+
 @pytest.mark.parametrize(
-    "answer",
-    [b"", b"HTTP/1.1", b"HTTP/1.1 abc\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200],
+    ("answer", "says"),
+    [
+        (b"", NOT_WHOLE),
+        (b"HTTP/1.1", NOT_WHOLE),
+        (b"HTTP/1.1 abc\r\n\r\n", NO_HTTP),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", NO_HTTP),
+        (b"220 mail.example ESMTP\r\n", NO_HTTP),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "answered with what is not HTTP (it speaks TLS"),
+        (b"HTTP/2.0 200\r\n\r\n", "answered with another version of HTTP than 1"),
+        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200, TOO_LONG),
+        (b"HTTP/1.1 200 " + b"x" * 70_000, TOO_LONG),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n", "answered with several lengths that contradict"),
+    ],
 )
-def test_what_is_no_answer_is_a_transient_error(opened, answer):
+def test_what_is_no_answer_is_a_transient_error_that_says_what_came(opened, answer, says):
     def serve(connection, stopping):
-        connection.recv(65_536)
+        read_request(connection)
         connection.sendall(answer)
 
     with raw_server(serve) as url:
-        assert "closed the connection without a whole answer" in str(failure_of(opened(url)))
+        assert f":{urlsplit(url).port} {says}" in str(failure_of(opened(url)))
 
 
 # --- the time limit ---
@@ -428,7 +489,7 @@ def test_a_refused_connection_says_who_refused(opened):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         port = listening.getsockname()[1]
     error = failure_of(opened(f"http://127.0.0.1:{port}/hook?token=hunter2"))
-    assert str(error) == f"127.0.0.1:{port} refused the connection (is the receiver running?)"
+    assert str(error) == f"127.0.0.1:{port} refused the connection (is anything running there?)"
 
 
 def test_a_name_that_does_not_exist_says_so(opened, monkeypatch):
@@ -462,43 +523,56 @@ def test_plain_http_where_tls_is_expected_is_a_tls_error(opened, receiver):
     assert "failed at TLS" in str(error)
 
 
-@pytest.fixture
-def certificate(tmp_path):
-    if shutil.which("openssl") is None and "CI" not in os.environ:
-        pytest.skip("openssl is not installed")
-    pem = tmp_path / "receiver.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=receiver"
-    names = "subjectAltName=IP:127.0.0.1"
-    subprocess.run(
-        [*command.split(), "-addext", names, "-keyout", str(pem), "-out", str(tmp_path / "cert.pem")],
-        check=True,
-        capture_output=True,
-    )
-    with pem.open("ab") as file:
-        file.write((tmp_path / "cert.pem").read_bytes())
-    return pem
-
-
-@pytest.fixture
-def tls_receiver(receiver, certificate):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    receiver.socket = context.wrap_socket(receiver.socket, server_side=True)
-    return receiver
-
-
-def test_a_certificate_that_nobody_vouches_for_is_not_accepted(opened, tls_receiver):
-    error = failure_of(opened(tls_receiver.url.replace("http:", "https:")))
+def test_a_certificate_that_nobody_vouches_for_is_not_accepted_and_the_remedy_is_told(opened, receiver, certificate):
+    error = failure_of(opened(certificate.serve(receiver)))
     assert "cannot be trusted: self" in str(error)
-    assert tls_receiver.received == []
+    assert "in ca_file" in str(error)
+    assert receiver.received == []
 
 
-def test_a_certificate_of_the_environments_ca_bundle_is_accepted(opened, tls_receiver, certificate, monkeypatch):
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-    sink = opened(tls_receiver.url.replace("http:", "https:"))
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_certificate_of_the_environments_ca_bundle_is_accepted(opened, receiver, certificate, monkeypatch, variable):
+    monkeypatch.setenv(variable, str(certificate.path))
+    sink = opened(certificate.serve(receiver))
     sink.deliver([event(1)], 5.0)
     sink.deliver([event(2, Text="x" * 1_000_000)], 5.0)
-    assert [received.body for received in tls_receiver.accepted] == [event(1).body, event(2, Text="x" * 1_000_000).body]
+    assert [received.body for received in receiver.accepted] == [event(1).body, event(2, Text="x" * 1_000_000).body]
+
+
+def test_ca_file_is_read_again_at_reopen(opened, receiver, certificate, tmp_path):
+    (tmp_path / "other").mkdir()
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(make_certificate(tmp_path / "other").path.read_bytes())
+    sink = opened(certificate.serve(receiver), ca_file=str(trusted))
+    assert "cannot be trusted" in str(failure_of(sink))
+    trusted.write_bytes(certificate.path.read_bytes())
+    sink.reopen()
+    sink.deliver([event(1)], 5.0)
+    trusted.unlink()
+    with pytest.raises(ConfigError, match=r"sinks\.hook\.ca_file: .*does not exist; what was read before stays in use"):
+        sink.reopen()
+    sink.deliver([event(2)], 5.0)
+    assert len(receiver.accepted) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        (b"", "holds no certificate"),
+        (b"\x30\x82\x01\x0a", "holds no certificate"),
+        (b"-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n", "holds a certificate that cannot be read"),
+    ],
+)
+def test_a_ca_file_that_cannot_be_used_is_refused(tmp_path, content, says):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValidationError) as excinfo:
+        WebhookConfig(type="webhook", url="https://app.example/", ca_file=str(path))
+    (error,) = excinfo.value.errors()
+    assert error["loc"] == ("ca_file",)
+    assert says in error["msg"]
 
 
 # --- closing ---

@@ -23,6 +23,7 @@ from vodpoller.vod import VodClient
 
 CLOCK_TOLERANCE_SECS: Final = 60.0
 IMPOSSIBLE_HANDLE: Final = "vodpoller-check"
+_NO_ANSWER: Final = "VOD did not answer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
             token=config.credentials.token.get() if config.credentials.token else "",
         ),
         confirm_timeout_secs=config.api.timeout_secs,
+        ca_file=config.api.ca_file,
         log=log,
     )
     try:
@@ -79,20 +81,24 @@ def _check_source(vod: VodClient, source: Source) -> Finding:
     try:
         vod.confirm(source.sub_app_id, [IMPOSSIBLE_HANDLE])
     except RefusedHandlesError as error:
-        return Finding(
-            what=what, good=True, text=f"VOD takes the key and lets it confirm (RequestId {error.request_id})"
-        )
+        return Finding(what=what, good=True, text=f"VOD takes the key and lets it confirm{_said_in(error)}")
     except OperatorError as error:
-        return Finding(what=what, good=False, text=f"{error} (RequestId {error.request_id})")
+        return Finding(what=what, good=False, text=f"{error}{_said_in(error)}")
     except VodpollerError as error:
-        return Finding(what=what, good=False, text=f"{error} (is api.endpoint right, and this machine online?)")
+        hint = "" if error.request_id else " (is api.endpoint right, and this machine online?)"
+        return Finding(what=what, good=False, text=f"{error}{_said_in(error)}{hint}")
     return Finding(what=what, good=True, text="VOD takes the key and lets it confirm")
+
+
+def _said_in(error: VodpollerError) -> str:
+    return f" (RequestId {error.request_id})" if error.request_id else ""
 
 
 def _check_clock(vod: VodClient) -> Finding:
     skew_secs = vod.skew_secs
     if skew_secs is None:
-        return Finding(what="clock", good=False, text="not compared: VOD did not answer")
+        why = "the answer has no Date that can be read (does a proxy take it out?)" if vod.has_answered else _NO_ANSWER
+        return Finding(what="clock", good=False, text=f"not compared: {why}")
     text = f"this machine's clock is {abs(skew_secs):.0f} s {'behind' if skew_secs > 0 else 'ahead of'} VOD's"
     if abs(skew_secs) <= CLOCK_TOLERANCE_SECS:
         return Finding(what="clock", good=True, text=text)

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError
 from vodpoller.event_types import matches_documented, nearest_documented
+from vodpoller.httpclient.trust import CaFile
 from vodpoller.logs import Level
 from vodpoller.secret import HasSecrets, Secret, Surroundings
 from vodpoller.sinks import SinkConfig, available_sinks
@@ -90,6 +91,12 @@ class Api(BaseModel):
         default=None,
         description="The region that requests name; VOD needs none. Left out: $TENCENTCLOUD_REGION, if set.",
         examples=["ap-guangzhou"],
+    )
+    ca_file: CaFile | None = Field(
+        default=None,
+        description="PEM with the certificates that vouch for the API's, in place of the public CAs'. Left out:"
+        " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
+        examples=["/etc/vodpoller/ca.pem"],
     )
     timeout_secs: Annotated[float, Field(ge=1, le=300)] = Field(
         default=10.0,

@@ -110,6 +110,7 @@ class Daemon:
             timeout_secs=config.api.timeout_secs,
             confirm_timeout_secs=config.api.confirm_timeout_secs,
             lease_secs=config.api.lease_secs,
+            ca_file=config.api.ca_file,
             log=log,
         )
         self._pipeline = Pipeline(
@@ -442,9 +443,10 @@ class Daemon:
 
     def _reload(self) -> None:
         self._reread(self._config.secrets())
-        for name, sink in self._sinks.items():
+        reopened = [("api", self._vod.reopen), *((name, sink.reopen) for name, sink in self._sinks.items())]
+        for name, reopen in reopened:
             try:
-                sink.reopen()
+                reopen()
             except Exception as error:  # noqa: BLE001 - a sink that cannot reopen fails at its next delivery
                 self._repeats.say("error", "task.failed", cause=f"reopen {name}", task=f"reopen {name}", exc_info=error)
         for poller in self._pollers:

@@ -8,20 +8,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from itertools import islice
 from math import inf
+from pathlib import Path
 from typing import Any, Final
 
 import orjson
 import requests
 from requests import PreparedRequest
-from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, RequestException, Timeout
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from requests.structures import CaseInsensitiveDict
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import DecodeError
 
 from vodpoller import __version__
 from vodpoller.errors import (
+    ConfigError,
     OperatorError,
     RefusedHandlesError,
     StoppingError,
@@ -40,7 +41,10 @@ from vodpoller.events import (
     read_event,
     salvage_events,
 )
-from vodpoller.http import DeadlineAdapter, causes, environment_of
+from vodpoller.httpclient.address import environment_of, host_and_port, shown_url
+from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, was_repeated
+from vodpoller.httpclient.trust import RootsError
+from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date, retry_after_secs
 from vodpoller.logs import Logger
 from vodpoller.tc3 import Credentials, Tc3Auth
 
@@ -175,6 +179,7 @@ class _Answer:
         error_code: Of `Response.Error`, None where the answer has no error.
         error_message: Of `Response.Error`.
         request_id: Empty where there is none.
+        repeated: Whether the request was sent twice, and may have been carried out at the first time.
     """
 
     sent_at: float
@@ -188,6 +193,7 @@ class _Answer:
     error_code: str | None
     error_message: str
     request_id: str
+    repeated: bool
 
     @property
     def excerpt(self) -> str:
@@ -209,6 +215,7 @@ class VodClient:
             and recommends 10.
         confirm_timeout_secs: The same for a confirm.
         lease_secs: How long a pull's handles can be confirmed.
+        ca_file: PEM with what vouches for VOD's certificate; None is what the environment says, or the public CAs.
         log: Where to.
         resolve: In place of `socket.getaddrinfo`.
         monotonic: The clock of leases and timeouts, in seconds.
@@ -227,6 +234,7 @@ class VodClient:
         timeout_secs: float = 10.0,
         confirm_timeout_secs: float = 2.0,
         lease_secs: float = 30.0,
+        ca_file: Path | None = None,
         log: Logger,
         resolve: Callable[..., list[Any]] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -245,12 +253,13 @@ class VodClient:
         self._url = requests.Request("POST", endpoint).prepare().url or endpoint
         # Asking the environment at each request would cost as much again as the request.
         self._environment = environment_of(self._url)
-        self._adapter = DeadlineAdapter(connections=_CONNECTIONS, resolve=resolve, monotonic=monotonic)
+        self._adapter = DeadlineAdapter(connections=_CONNECTIONS, ca_file=ca_file, resolve=resolve, monotonic=monotonic)
+        self._where = host_and_port(self._url)
 
         self._pulls_stopped = False
         self._clock_lock = threading.Lock()
         self._clock_offset_secs = 0.0
-        self._last_date: tuple[str | None, float] = (None, 0.0)
+        self._last_date: tuple[str | None, float] | None = None
         self._sign = Tc3Auth(credentials, wall=lambda: wall() + self._clock_offset_secs)
         self._pull, self._confirm = (
             _Action(
@@ -321,19 +330,42 @@ class VodClient:
             self._confirm, encode_json(content), timeout_secs=self._confirm_timeout_secs, give_up_at=give_up_at
         )
         if answer.error_code is not None:
-            raise _refusal(self._confirm, answer)
+            refusal = _refusal(self._confirm, answer)
+            if answer.repeated and isinstance(refusal, RefusedHandlesError):
+                raise TransientError(
+                    f"{refusal} | it was sent again after the connection broke: the first one may have confirmed them",
+                    error_code=refusal.error_code,
+                    request_id=refusal.request_id,
+                )
+            raise refusal
         _response_of(answer)
 
     @property
     def skew_secs(self) -> float | None:
-        """What must be added to this machine's clock to get VOD's, by its last answer; None before the first."""
-        header, received_at = self._last_date
-        server_time = _http_date(header)
+        """What must be added to this machine's clock to get VOD's, by the date of its last answer; None without."""
+        header, received_at = self._last_date or (None, 0.0)
+        server_time = http_date(header)
         return None if server_time is None else server_time - received_at
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether any answer came, with or without a date."""
+        return self._last_date is not None
 
     def stop_pulling(self) -> None:
         """Send no further pull, also of those that wait for a slot."""
         self._pulls_stopped = True
+
+    def reopen(self) -> None:
+        """Read what vouches for certificates again.
+
+        Raises:
+            ConfigError: It cannot be read; what was read before stays in use.
+        """
+        try:
+            self._adapter.reread_roots()
+        except RootsError as error:
+            raise ConfigError([f"api.ca_file: {error}; what was read before stays in use"]) from None
 
     def close(self) -> None:
         """Close the connections. A call that is under way may fail."""
@@ -350,7 +382,7 @@ class VodClient:
 
     def _clock_was_off(self, answer: _Answer, used_offset_secs: float) -> bool:
         """Whether the server's time is another than the request was signed with; if so it is used from now on."""
-        server_time = _http_date(answer.headers.get("Date"))
+        server_time = http_date(answer.headers.get("Date"))
         if server_time is None:
             return False
         offset_secs = server_time - self._wall()
@@ -414,27 +446,38 @@ class VodClient:
     def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> _Answer:
         try:
             response = self._adapter.send_within(prepared, self._environment, timeout_secs, connect_secs=_CONNECT_SECS)
-        except (InvalidURL, InvalidSchema, MissingSchema) as error:
-            raise OperatorError(f"api.endpoint or the environment's proxy cannot be used: {_reason(error)}") from error
-        except Timeout as error:
-            raise TransientError(f"no answer within {timeout_secs:.1f} s: {_reason(error)}") from error
-        except (RequestException, HTTPError) as error:
-            raise TransientError(
-                f"VOD cannot be reached: {_reason(error)} (if this lasts: is api.endpoint right, and does it get"
-                " through DNS, firewall and proxy?)"
-            ) from error
-        except OSError as error:  # requests says so where the CA bundle is missing
-            raise OperatorError(f"the request cannot be sent: {error}") from error
-        except ValueError:
-            # The cause is left out because it quotes the header, which may be the token.
-            raise OperatorError(
-                "the request cannot be sent: secret_id, token or region hold characters that no HTTP header may hold"
-            ) from None
+        # Not chained: what these exceptions quote may be the token, or a proxy's password.
+        except CALL_ERRORS as error:
+            raise self._unanswered(error, timeout_secs) from None
         try:
             body, cut = self._read_body(response)
         finally:
             response.close()  # a connection whose answer was read to its end is in the pool by now and stays open
         return _take_apart(response, body, cut, sent_at=sent_at, took_secs=self._monotonic() - sent_at)
+
+    def _unanswered(self, error: Exception, timeout_secs: float) -> VodpollerError:
+        """The error for a request without an answer."""
+        match error:
+            case RootsError():
+                return OperatorError(f"no request can be sent to {self._where}: {error} (see api.ca_file)")
+            case UnusableProxyError():
+                return OperatorError(f"no request can be sent to {self._where}: {error}")
+            case requests.ConnectTimeout():
+                timeout_secs = min(timeout_secs, _CONNECT_SECS)
+            case InvalidURL() | InvalidSchema() | MissingSchema():
+                return OperatorError(f"no request can be sent to {self._where}: it is no address (see api.endpoint)")
+            case ValueError() if not isinstance(error, requests.RequestException):
+                return OperatorError(
+                    "the request cannot be sent: secret_id, token or region hold characters that no HTTP header may"
+                    " hold"
+                )
+        said = f"{self._where} {failure_text(error, timeout_secs)}"
+        if isinstance(error, requests.Timeout):
+            return TransientError(f"no answer within {timeout_secs:.1f} s: {said}")
+        return TransientError(
+            f"VOD cannot be asked: {said} (if this lasts: is api.endpoint right, and does it get through DNS, firewall"
+            " and proxy?)"
+        )
 
     def _read_body(self, response: requests.Response) -> tuple[bytes, str]:
         """All of the body that can be had in time, and why it is not all; empty where it is."""
@@ -447,9 +490,9 @@ class VodClient:
                 left -= len(chunk)
                 if left < 0:
                     return b"".join(chunks), f"it is longer than {self._answer_max_bytes} bytes"
-        except (HTTPError, OSError) as error:
+        except CALL_ERRORS as error:
             in_time = not any(isinstance(cause, TimeoutError) for cause in causes(error))
-            return b"".join(chunks), str(error) if in_time else "it did not end in time"
+            return b"".join(chunks), _reason(error) if in_time else "it did not end in time"
         return b"".join(chunks), ""
 
     # --- what an answer means -----------------------------------------------------------------------------------------
@@ -492,9 +535,10 @@ def _headers(action: str, region: str) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """What a library's error says, without the layers that it is wrapped in."""
-    inner = error.args[0] if error.args else error
-    return str(getattr(inner, "reason", None) or inner)[:_MESSAGE_CHARS]
+    """Why a body ends before its end."""
+    if isinstance(error, DecodeError):
+        return str(error.args[0])  # which encoding it is not in
+    return f"VOD {failure_text(error, 0.0)}"
 
 
 def _take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: float, took_secs: float) -> _Answer:
@@ -521,6 +565,7 @@ def _take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: 
         error_code=error_code,
         error_message=error_message,
         request_id=str(request_id) if isinstance(request_id, str | int) else "",
+        repeated=was_repeated(response),
     )
 
 
@@ -605,7 +650,7 @@ def _http_failure(answer: _Answer) -> TransientError:
     elif status == requests.codes.forbidden:
         what = "something between here and VOD, such as a proxy or a firewall, forbids the request"
     elif 300 <= status < 400:  # noqa: PLR2004 - the class of redirects
-        location = f" to {answer.headers.get('Location', '')[:_EXCERPT_CHARS]}"
+        location = f" to {shown_url(answer.headers.get('Location', ''))[:_EXCERPT_CHARS]}"
         what = "the endpoint redirects, which is not followed since credentials must not travel: set api.endpoint right"
     elif status >= requests.codes.server_error:
         what = "VOD, or something before it, has a fault"
@@ -619,19 +664,8 @@ def _http_failure(answer: _Answer) -> TransientError:
 
 
 def _retry_after_secs(answer: _Answer) -> float | None:
-    """`Retry-After` (RFC 9110, section 10.2.3): seconds, or a date, which is compared with the server's own."""
-    value = answer.headers.get("Retry-After", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    then, now = _http_date(value), _http_date(answer.headers.get("Date"))
-    return max(then - now, 0.0) if then is not None and now is not None else None
-
-
-def _http_date(value: str | None) -> float | None:
-    try:
-        return parsedate_to_datetime(value).timestamp() if value else None
-    except (ValueError, OverflowError):
-        return None
+    """How long the answer asks to be left alone; a date is compared with the server's own."""
+    return retry_after_secs(answer.headers, http_date(answer.headers.get("Date")))
 
 
 def _is_empty_queue(answer: _Answer) -> bool:

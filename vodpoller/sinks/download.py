@@ -27,22 +27,16 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import requests
 from pydantic import Field, field_validator
-from urllib3.exceptions import HTTPError
 
 from vodpoller import __version__
 from vodpoller.delivery import Sink
 from vodpoller.durable import Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of
-from vodpoller.http import (
-    DeadlineAdapter,
-    ForbiddenAddressError,
-    causes,
-    environment_of,
-    failure_text,
-    retry_after_secs,
-    shown_url,
-)
+from vodpoller.httpclient.address import environment_of, shown_url
+from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
+from vodpoller.httpclient.trust import CaFile, RootsError
+from vodpoller.httpclient.words import ForbiddenAddressError, causes, failure_text, retry_after_secs, status_text
 from vodpoller.logs import Repeats, SinkLog
 from vodpoller.sinks import SinkConfig
 
@@ -114,6 +108,12 @@ class DownloadConfig(SinkConfig):
     )
     max_bytes: Annotated[int, Field(ge=1, le=1 << 34)] = Field(
         default=20 << 20, description="How long an image may be; an event with a longer one is rejected."
+    )
+    ca_file: CaFile | None = Field(
+        default=None,
+        description="PEM with the certificates that vouch for these hosts', in place of the public CAs'. Left out:"
+        " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
+        examples=["/etc/vodpoller/ca.pem"],
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
         default=60.0, description="How long fetching may take for all images of an event together."
@@ -209,7 +209,8 @@ class DownloadSink(Sink):
         monotonic: The clock of the time limit, in seconds.
 
     Raises:
-        ConfigError: The folder cannot be made or written, or the environment's CA bundle does not exist.
+        ConfigError: The folder cannot be made or written, or what the environment says of proxies or certificates
+            cannot be used.
         TransientError: The disk is full or failing.
     """
 
@@ -247,18 +248,23 @@ class DownloadSink(Sink):
         problem = environment_of("https://localhost/").problem
         if problem:
             raise ConfigError([f"sinks.{name}.hosts: {problem}"])
+        self._adapter = DeadlineAdapter(
+            connections=config.concurrency,
+            ca_file=config.ca_file,
+            resolve=resolve,
+            permits=lambda address: config.allow_private or is_public(address),
+            monotonic=monotonic,
+        )
+        try:
+            self._adapter.check_roots()
+        except RootsError as error:
+            raise ConfigError([f"sinks.{name}.hosts: {error}"]) from None
         try:
             self._folders.make(self._root)
             _allow_writing(self._root)
         except OSError as error:
             problem = f"sinks.{name}.path: {error.filename or self._root}: {why(error)}"
             raise (TransientError(problem) if may_pass(error) else ConfigError([problem])) from error
-        self._adapter = DeadlineAdapter(
-            connections=config.concurrency,
-            resolve=resolve,
-            permits=lambda address: config.allow_private or is_public(address),
-            monotonic=monotonic,
-        )
 
     @classmethod
     def probe(cls, name: str, config: Any) -> str:
@@ -296,6 +302,17 @@ class DownloadSink(Sink):
             _logger.warning("event %s: it names no image, so there is nothing to download", event.key.hex())
         if failures:
             raise _summary(failures, len(taken.snapshots))
+
+    def reopen(self) -> None:
+        """Read what vouches for certificates again.
+
+        Raises:
+            ConfigError: It cannot be read; what was read before stays in use.
+        """
+        try:
+            self._adapter.reread_roots()
+        except RootsError as error:
+            raise ConfigError([f"sinks.{self._name}.ca_file: {error}; what was read before stays in use"]) from None
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when their image is in."""
@@ -370,7 +387,7 @@ class DownloadSink(Sink):
             try:
                 response = self._adapter.send_within(request, environment_of(where), self._left_secs(fetching, where))
             # Not chained: the texts of these exceptions hold the whole URL, whose query may be a signature.
-            except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+            except CALL_ERRORS as error:
                 said = f"{_shown(where)} {failure_text(error, fetching.timeout_secs)}"
                 if any(isinstance(cause, ForbiddenAddressError) for cause in causes(error)):
                     hint = f"not a public address; sinks.{self._name}.allow_private = true would let it"
@@ -421,7 +438,7 @@ class DownloadSink(Sink):
         status = response.status_code
         where = _shown(str(response.url))
         if status != HTTPStatus.OK:
-            said = f"{where} answered {status} {response.reason or ''}"[: 2 * _SHOWN_CHARACTERS].rstrip()
+            said = f"{where} answered {status_text(status)}"
             if status in _GONE:
                 raise RejectedError(f"{said}: the image is not there (any more)")
             raise TransientError(said, retry_after_secs=retry_after_secs(response.headers, self._wall()))
@@ -431,7 +448,8 @@ class DownloadSink(Sink):
         if encoding != "identity":
             raise TransientError(f"{where} came compressed, which nobody asked for")
         announced = response.headers.get("Content-Length", "")
-        if announced.isascii() and announced.isdigit() and int(announced) > self._config.max_bytes:
+        # Through a float: Python makes no integer of more than 4300 digits.
+        if re.fullmatch("[0-9]+", announced) and float(announced) > self._config.max_bytes:
             raise self._too_long(where)
 
     def _too_long(self, where: str) -> RejectedError:
@@ -446,7 +464,7 @@ class DownloadSink(Sink):
                 if taken_bytes > self._config.max_bytes:
                     raise self._too_long(where)
                 yield chunk
-        except (HTTPError, OSError) as error:
+        except CALL_ERRORS as error:
             raise TransientError(f"{where} {failure_text(error, fetching.timeout_secs)}") from None
         if not taken_bytes:
             raise TransientError(f"{where} answered with nothing")

@@ -7,39 +7,35 @@ import base64
 import binascii
 import hashlib
 import hmac
-import http.client
+import html
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
-from urllib.parse import urljoin, urlsplit
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 import requests
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
-from urllib3.exceptions import HTTPError
 
 from vodpoller import __version__
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event
-from vodpoller.http import (
-    DeadlineAdapter,
-    bracketed,
-    environment_of,
-    failure_text,
-    port_of,
-    proxy_parts,
-    retry_after_secs,
-    shown_url,
-)
+from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url
+from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
+from vodpoller.httpclient.trust import CaFile, RootsError
+from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
 from vodpoller.secret import Secret
 from vodpoller.sinks import SinkConfig, content_type, encode
 
 _REJECTING = frozenset({400, 413, 415, 422})
 _ANSWER_MAX_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
+_HIDDEN_FROM_CHARACTERS: Final = 8  # what is shorter would be found in words that are no secret
+_HIDDEN_PATH_FROM_CHARACTERS: Final = 20
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - what every such secret starts with, not a secret
 _SECRET_BYTES = range(24, 65)  # the specification's bounds
@@ -85,6 +81,12 @@ class WebhookConfig(SinkConfig):
         default_factory=dict,
         repr=False,
         description="Sent with every request, such as Authorization. Their values are never shown.",
+    )
+    ca_file: CaFile | None = Field(
+        default=None,
+        description="PEM with the certificates that vouch for the receiver's, in place of the public CAs'. Left out:"
+        " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
+        examples=["/etc/vodpoller/ca.pem"],
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
         default=5.0, description="How long a request may take in all, from the name lookup to the end of the answer."
@@ -148,7 +150,9 @@ class WebhookSink(Sink):
     """Posts each event to a URL.
 
     An answer of 2xx accepts. 400, 413, 415 and 422 say that this event will never be taken; all else may pass.
-    Redirects are not followed, cookies not kept. The proxies and the CA bundle of the environment are looked up once.
+    Redirects are not followed, cookies not kept. The proxies of the environment are looked up once, what vouches for
+    certificates is read again at `reopen`. A request may be sent twice (see `DeadlineAdapter`): its `webhook-id` says
+    that it is the same.
 
     Args:
         name: Of the sink.
@@ -157,7 +161,7 @@ class WebhookSink(Sink):
         monotonic: The clock of the time limit, in seconds.
 
     Raises:
-        ConfigError: The CA bundle that the environment names does not exist.
+        ConfigError: What the environment says of proxies or certificates cannot be used.
     """
 
     Config = WebhookConfig
@@ -187,7 +191,12 @@ class WebhookSink(Sink):
         self._environment = environment_of(config.url)
         if self._environment.problem:
             raise ConfigError([f"sinks.{name}.url: {self._environment.problem}"])
-        self._adapter = DeadlineAdapter(connections=config.concurrency, monotonic=monotonic)
+        self._adapter = DeadlineAdapter(connections=config.concurrency, ca_file=config.ca_file, monotonic=monotonic)
+        if urlsplit(config.url).scheme == "https":
+            try:
+                self._adapter.check_roots()
+            except RootsError as error:
+                raise ConfigError([f"sinks.{name}.url: {error}"]) from None
         self._where = _where(config.url, self._environment.proxy)
 
     @classmethod
@@ -211,11 +220,23 @@ class WebhookSink(Sink):
         try:
             response = self._adapter.send_within(request, self._environment, timeout_secs)
         # Not chained: the texts of these exceptions hold the whole URL, whose query may be a secret.
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            raise TransientError(f"{self._where} {failure_text(error, timeout_secs)}") from None
+        except CALL_ERRORS as error:
+            said = self._without_secrets(failure_text(error, timeout_secs))
+            raise TransientError(f"{self._where} {said}") from None
         answer = _read_bounded(response)
         if not 200 <= response.status_code < 300:  # noqa: PLR2004 - RFC 9110, section 15.3: these are success
             raise self._refusal(response, answer)
+
+    def reopen(self) -> None:
+        """Read what vouches for certificates again.
+
+        Raises:
+            ConfigError: It cannot be read; what was read before stays in use.
+        """
+        try:
+            self._adapter.reread_roots()
+        except RootsError as error:
+            raise ConfigError([f"sinks.{self._name}.ca_file: {error}; what was read before stays in use"]) from None
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when their answer is in."""
@@ -224,12 +245,12 @@ class WebhookSink(Sink):
 
     def _reach(self) -> str:
         url, proxy = self._config.url, self._environment.proxy
-        where = f"the proxy {_host_and_port(proxy)}" if proxy else self._where
+        where = f"the proxy {host_and_port(proxy)}" if proxy else self._where
         try:
             self._adapter.connect_within(url, self._environment, self.timeout_secs)
         # Not chained, as in `deliver`.
-        except (requests.RequestException, HTTPError, OSError, ValueError) as error:
-            said = failure_text(error, self.timeout_secs)
+        except CALL_ERRORS as error:
+            said = self._without_secrets(failure_text(error, self.timeout_secs))
             raise ConfigError([f"sinks.{self._name}.url: {where} {said}"]) from None
         if proxy:
             return f"{where} accepts connections (what is behind it was not tried)"
@@ -271,7 +292,7 @@ class WebhookSink(Sink):
 
     def _refusal(self, response: requests.Response, answer: bytes) -> RejectedError | TransientError:
         status = response.status_code
-        said = f"{self._where} answered {status}{_phrase(status)}"
+        said = f"{self._where} answered {status_text(status)}"
         if status in _REJECTING:
             text = " ".join(self._without_secrets(answer.decode(errors="replace")).split())[:_SHOWN_CHARACTERS]
             return RejectedError(f"{said}: {text}" if text else said)
@@ -299,11 +320,42 @@ class WebhookSink(Sink):
 
     def _without_secrets(self, text: str) -> str:
         """A receiver may echo what it was sent."""
-        secret = self._config.secret
-        hidden = [*self._config.headers.values(), *([secret.get()] if secret else [])]
-        for value in sorted(hidden, key=len, reverse=True):
-            text = text.replace(value, "***")
+        hidden = {form for value in self._secrets() for form in _forms(value) if len(form) >= _HIDDEN_FROM_CHARACTERS}
+        for form in sorted(hidden, key=len, reverse=True):
+            text = text.replace(form, "***")
         return text
+
+    def _secrets(self) -> Iterator[str]:
+        """All that may be one: the values of headers and what is in them, the signing secret, parts of the URL."""
+        for value in self._config.headers.values():
+            yield value
+            yield from _tokens(value)
+        if self._config.secret is not None:
+            yield self._config.secret.get()
+            yield self._config.secret.get().removeprefix(_SECRET_PREFIX)
+        parts = urlsplit(self._config.url)
+        yield parts.query
+        yield from (value for _, value in parse_qsl(parts.query))
+        # Robots of chat programs have their token in the path.
+        yield from (part for part in parts.path.split("/") if len(part) >= _HIDDEN_PATH_FROM_CHARACTERS)
+
+
+def _tokens(value: str) -> Iterator[str]:
+    """The parts of a header's value that may be a secret of their own, such as TOKEN in "Bearer TOKEN"."""
+    yield from re.split(r"[\s,;=\"]+", value)
+    scheme, _, encoded = value.partition(" ")
+    if scheme.lower() == "basic":  # RFC 7617: base64 of user:password
+        try:
+            decoded = base64.b64decode(encoded, validate=True).decode(errors="replace")
+        except (binascii.Error, ValueError):
+            return
+        yield decoded
+        yield decoded.partition(":")[2]
+
+
+def _forms(value: str) -> tuple[str, ...]:
+    """As it is, and as JSON, HTML and URLs may write it."""
+    return value, value.replace("/", "\\/"), html.escape(value), quote(value, safe=""), unquote(value)
 
 
 def _signing_key(secret: str) -> bytes:
@@ -324,13 +376,8 @@ def _signing_key(secret: str) -> bytes:
 
 def _where(url: str, proxy: str) -> str:
     """Host and port, as errors name them."""
-    where = _host_and_port(url)
+    where = host_and_port(url)
     return f"{where} (by the proxy {bracketed(proxy_parts(proxy).hostname)})" if proxy else where
-
-
-def _host_and_port(url: str) -> str:
-    parts = proxy_parts(url)
-    return f"{bracketed(parts.hostname)}:{port_of(parts)}"
 
 
 def _target(url: str, location: str) -> str:
@@ -341,20 +388,11 @@ def _target(url: str, location: str) -> str:
         return "an address that cannot be read"
 
 
-def _phrase(status: int) -> str:
-    try:
-        return f" {HTTPStatus(status).phrase}"
-    except ValueError:
-        return ""
-
-
 def _read_bounded(response: requests.Response) -> bytes:
     """The answer's body, as far as it is wanted. The status is in, so that what fails here changes nothing any more."""
-    try:
-        body: bytes = response.raw.read(_ANSWER_MAX_BYTES + 1, decode_content=False)
-    except (HTTPError, OSError, ValueError, http.client.HTTPException):
-        response.close()
-        return b""
-    if len(body) > _ANSWER_MAX_BYTES:
-        response.close()
-    return body[:_ANSWER_MAX_BYTES]
+    with closing(response):  # a connection whose answer was read to its end is in the pool by then and stays open
+        try:
+            body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=False)
+        except CALL_ERRORS:
+            return b""
+    return body

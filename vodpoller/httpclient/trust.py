@@ -1,0 +1,139 @@
+"""Who vouches for the certificates of servers: a CA file of the configuration, the environment, or the public CAs."""
+
+import os
+import ssl
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, Field
+
+_NO_PEM: Final = "NO_CERTIFICATE_OR_CRL_FOUND"
+_PEM_HELP: Final = (
+    "it must hold certificates in PEM, each between BEGIN CERTIFICATE and END CERTIFICATE;"
+    " `openssl x509 -inform der -in FILE` makes PEM of DER"
+)
+
+
+class RootsError(OSError):
+    """The certificates that vouch for servers cannot be read, so that no https call can be made; says why."""
+
+
+class Roots:
+    """The root certificates of one client, read when they are first needed.
+
+    The order of curl and OpenSSL: what is configured, then `$SSL_CERT_FILE` and `$SSL_CERT_DIR` (both, if both are
+    set), then `$REQUESTS_CA_BUNDLE` or `$CURL_CA_BUNDLE` (a file or a folder), then the public ones of certifi. The
+    first that there is replaces all that follow.
+
+    Args:
+        ca_file: What is configured, None if nothing is.
+        env: The environment; `os.environ` unless told otherwise.
+    """
+
+    def __init__(self, ca_file: Path | None = None, *, env: Mapping[str, str] | None = None) -> None:
+        self._ca_file = ca_file
+        self._env = dict(os.environ if env is None else env)
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """What connections are made with; the same one until `reread`.
+
+        Raises:
+            RootsError: A file cannot be used.
+        """
+        with self._lock:
+            if self._context is None:
+                self._context = self._read()
+            return self._context
+
+    def reread(self) -> None:
+        """Read the files again, if they were read at all. What was read before stays in use if that fails.
+
+        Raises:
+            RootsError: A file cannot be used.
+        """
+        with self._lock:
+            if self._context is not None:
+                self._context = self._read()
+
+    def _read(self) -> ssl.SSLContext:
+        from urllib3.util.ssl_ import create_urllib3_context  # noqa: PLC0415 - `vodpoller check` can do without it
+
+        context: ssl.SSLContext = create_urllib3_context()
+        if self._ca_file is not None:
+            _load_file(context, str(self._ca_file), "")
+            return context
+        file, folder = self._env.get("SSL_CERT_FILE"), self._env.get("SSL_CERT_DIR")
+        if file or folder:
+            if file:
+                _load_file(context, file, "$SSL_CERT_FILE is ")
+            if folder:
+                _load_folders(context, folder, "$SSL_CERT_DIR is ")
+            return context
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            if bundle := self._env.get(name):
+                load = _load_folders if os.path.isdir(bundle) else _load_file  # noqa: PTH112 - it may hold any text
+                load(context, bundle, f"${name} is ")
+                return context
+        from requests.utils import DEFAULT_CA_BUNDLE_PATH  # noqa: PLC0415 - as above
+
+        _load_file(context, DEFAULT_CA_BUNDLE_PATH, "the list of public CAs is ")
+        return context
+
+
+def _load_file(context: ssl.SSLContext, path: str, named: str) -> None:
+    """Add a file's certificates.
+
+    Args:
+        context: What they are added to.
+        path: Of the file.
+        named: What the message about it begins with.
+
+    Raises:
+        RootsError: There are none.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - OpenSSL's own errors do not tell why a file cannot be read
+            file.read(1)
+        context.load_verify_locations(cafile=path)
+    except FileNotFoundError:
+        raise RootsError(f"{named}{path}, which does not exist") from None
+    except ssl.SSLError as error:
+        why = "holds no certificate" if error.reason == _NO_PEM else "holds a certificate that cannot be read"
+        raise RootsError(f"{named}{path}, which {why} ({_PEM_HELP})") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise RootsError(f"{named}{path}, which cannot be read: {why}") from None
+    if not context.cert_store_stats()["x509"]:
+        raise RootsError(f"{named}{path}, which holds no certificate ({_PEM_HELP})")
+
+
+def _load_folders(context: ssl.SSLContext, paths: str, named: str) -> None:
+    """Add folders with one certificate a file, under the names that `openssl rehash` gives them.
+
+    Args:
+        context: What they are added to.
+        paths: Of the folders, with a colon in between.
+        named: What the message about them begins with.
+
+    Raises:
+        RootsError: None of them is a folder.
+    """
+    if not any(os.path.isdir(path) for path in paths.split(os.pathsep)):  # noqa: PTH112 - they may hold any text
+        raise RootsError(f"{named}{paths}, which does not exist or is not a folder")
+    context.load_verify_locations(capath=paths)
+
+
+def _usable(value: Path) -> Path:
+    try:
+        _load_file(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), str(value), "is ")
+    except RootsError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+CaFile = Annotated[Path, Field(strict=False), AfterValidator(_usable)]
+"""The key `ca_file` of a configuration: a file whose certificates are looked at when it is validated."""
