@@ -29,5 +29,5 @@ def clock():
 
 
 @pytest.fixture
-def certificate(tmp_path):
-    return make_certificate(tmp_path)
+def certificate(tmp_path_factory):
+    return make_certificate(tmp_path_factory.mktemp("certificate"))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from vodpoller import config
 from vodpoller.errors import ConfigError
@@ -811,11 +812,28 @@ def test_a_models_own_error_hides_its_input():
 # --- what is right
 
 
+@pytest.mark.parametrize("content", [None, "no PEM", "-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n"])
+@pytest.mark.parametrize("table", ["api", "hook"])
+def test_a_ca_file_that_cannot_be_used_is_named_with_what_it_needs(tmp_path, table, content):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_text(content)
+    hook = '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/"\n'
+    route = '[[routes]]\nname = "hooks"\nsinks = ["hook"]\n'
+    key = f'ca_file = "{path}"\n'
+    text = f"{VALID}{route}{hook}{key}" if table == "hook" else f"[api]\n{key}{VALID}"
+    (problem,) = problems_of(text, tmp_path)
+    says = "which does not exist" if content is None else "certificates in PEM"
+    assert problem.startswith(f"{'sinks.hook' if table == 'hook' else 'api'}.ca_file: is {path}, which ")
+    assert says in problem
+
+
 def test_a_minimal_file_gets_the_documented_defaults(tmp_path):
     loaded = load(VALID, tmp_path)
     assert loaded.api.model_dump() == {
         "endpoint": "https://vod.tencentcloudapi.com",
         "region": None,
+        "ca_file": None,
         "timeout_secs": 10,
         "lease_secs": 30,
         "confirm_reserve_secs": 5,
@@ -918,6 +936,9 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
     """The example with every optional line in, and of each secret either the value or the file."""
     text = "\n".join(_OPTIONAL.sub("", line, count=1) for line in EXAMPLE.read_text(encoding="utf-8").splitlines())
     data = tomllib.loads(text)
+    for table in (data["api"], *data["sinks"].values()):
+        if "ca_file" in table:
+            table["ca_file"] = DEFAULT_CA_BUNDLE_PATH
     for table in (data["credentials"], *data["sinks"].values()):
         for twin in [key for key in table if f"{key}_file" in table]:
             (folder / table[f"{twin}_file"]).write_text(WEBHOOK_SECRET)

@@ -262,6 +262,44 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(opened, root):
         opened()
 
 
+@pytest.mark.parametrize("variable", ["", "SSL_CERT_FILE"])
+def test_an_image_comes_from_a_host_of_a_ca_of_ones_own(opened, host, files, certificate, monkeypatch, variable):
+    host.socket = certificate.context().wrap_socket(host.socket, server_side=True)
+    sent = event(image(host.serves("/1.png").replace("http:", "https:")))
+    assert "cannot be trusted: self-signed" in failure_of(opened(), sent, TransientError, timeout_secs=5.0)
+    if variable:
+        monkeypatch.setenv(variable, str(certificate.path))
+    opened(ca_file=None if variable else str(certificate.path)).deliver([sent], 5.0)
+    assert list(files()) == ["387702/1000.png"]
+
+
+@pytest.mark.parametrize("digits", [20, 5000])
+def test_an_announced_length_of_any_length_is_too_long(opened, host, digits):
+    sent = event(image(host.serves("/1.png", status(200, b"", Content_Length="9" * digits))))
+    assert "max_bytes" in failure_of(opened(), sent, RejectedError, timeout_secs=5.0)
+
+
+def interim(handler):
+    handler.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+    handler.answer(200, PNG)
+
+
+def negative_chunk(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nx")
+    handler.close_connection = True
+
+
+def test_an_interim_answer_is_not_the_image(opened, host, files):
+    opened().deliver([event(image(host.serves("/1.png", interim)), image(host.serves("/2.png"), 2000))], 5.0)
+    assert files() == {"387702/1000.png": PNG, "387702/2000.png": PNG}
+
+
+def test_a_body_of_broken_chunks_is_transient(opened, host, files):
+    sent = event(image(host.serves("/1.png", negative_chunk)))
+    assert "sent a chunk of -5 bytes" in failure_of(opened(), sent, TransientError, timeout_secs=5.0)
+    assert files() == {}
+
+
 def test_a_ca_bundle_that_does_not_exist_is_a_config_error(opened, monkeypatch, tmp_path):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nothing.pem"))
     with pytest.raises(ConfigError, match=r"nothing\.pem, which does not exist"):

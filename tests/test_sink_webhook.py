@@ -423,6 +423,56 @@ def test_what_is_no_answer_is_a_transient_error_that_says_what_came(opened, answ
         assert f":{urlsplit(url).port} {says}" in str(failure_of(opened(url)))
 
 
+@pytest.mark.parametrize(
+    "interim", [b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", b"HTTP/1.1 102 Processing\r\n\r\n" * 3]
+)
+def test_an_event_is_accepted_by_its_own_answer_only(opened, interim):
+    finals = [b"503 No", b"200 Yes"] * 4
+
+    def serve(connection, stopping):
+        while read_request(connection):
+            connection.sendall(interim)
+            stopping.wait(0.02)
+            connection.sendall(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % finals.pop(0))
+
+    with raw_server(serve) as url:
+        sink = opened(url)
+        for number in range(4):
+            with pytest.raises(TransientError, match="answered 503"):
+                sink.deliver([event(number)], 5.0)
+            sink.deliver([event(number)], 5.0)
+        sink.close()
+
+
+def test_a_connection_that_breaks_after_an_idle_time_costs_no_attempt(opened):
+    requests = []
+
+    def serve(connection, stopping):
+        while request := read_request(connection):
+            requests.append(request)
+            if len(requests) == 2:
+                return
+            connection.sendall(b"HTTP/1.1 204 Yes\r\n\r\n")
+
+    with raw_server(serve) as url:
+        sink = opened(url)
+        sink.deliver([event(1)], 5.0)
+        sink.deliver([event(2)], 5.0)
+        sink.close()
+    assert requests[1] == requests[2]
+    assert b"webhook-id: " + event(2).key.hex().encode() in requests[2]
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://user:hunter2#x@proxy.example:3128", "http://user:hunter2@proxy.example:99999"]
+)
+def test_a_proxy_that_cannot_be_used_is_a_config_error_that_does_not_show_it(opened, monkeypatch, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(ConfigError, match=r"sinks\.hook\.url: the proxy that the environment names") as excinfo:
+        opened("https://app.example/")
+    assert "hunter2" not in str(excinfo.value)
+
+
 # --- the time limit ---
 
 

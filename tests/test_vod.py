@@ -18,9 +18,10 @@ import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.certificates import make_certificate
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import __version__
-from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError
+from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, ThrottledError, TransientError
 from vodpoller.logs import CATALOGUE
 from vodpoller.tc3 import Credentials
 from vodpoller.vod import Pull, RateLimiter, VodClient
@@ -391,6 +392,9 @@ def test_another_status_without_an_error_is_transient_and_readable(vod, client_o
         ("soon", None),
         ("-3", None),
         ("1e5", None),
+        ("9" * 400, 86_400.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+        ("Fri, 31 Dec 99999999999 23:59:59 GMT", None),
         ("nan", None),
         ("²", None),
     ],
@@ -620,6 +624,24 @@ def test_tls_is_verified_by_what_is_configured_or_the_environment_says(client_of
         assert handles_of(client.pull("main", None)) == ["h1"]
 
 
+def test_ca_file_is_read_again_at_reopen(client_of, certificate, tmp_path):
+    vod = Receiver()
+    vod.answer = Answer(200, body=answer_of(element(1)))
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(make_certificate(tmp_path).path.read_bytes())
+    with running_receiver(vod):
+        client = client_of(certificate.serve(vod).removesuffix("/callback"), ca_file=trusted)
+        with pytest.raises(TransientError, match="cannot be trusted"):
+            client.pull("main", None)
+        trusted.write_bytes(certificate.path.read_bytes())
+        client.reopen()
+        assert handles_of(client.pull("main", None)) == ["h1"]
+        trusted.write_text("")
+        with pytest.raises(ConfigError, match=r"api\.ca_file: .* holds no certificate .*; what was read before stays"):
+            client.reopen()
+        assert handles_of(client.pull("main", None)) == ["h1"]
+
+
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_a_missing_ca_bundle_is_for_the_operator(client_of, monkeypatch, variable):
     monkeypatch.setenv(variable, "/nowhere/own.pem")
@@ -692,6 +714,50 @@ def test_one_connection_serves_many_calls(client_of):
         client.close()
     assert server.connections == 1
     assert len(server.requests) == 10
+
+
+REFUSED = json.dumps(error_of("InvalidParameterValue", "handle")).encode()
+
+
+def test_a_confirm_on_a_connection_that_broke_is_sent_again(client_of):
+    with serving(sends(answer_of(element(1))), sends_raw(b""), sends(json.dumps(response_of()).encode())) as server:
+        client = client_of(server.url)
+        client.pull("main", None)
+        client.confirm(None, ["h1"])
+        client.close()
+    assert (len(server.requests), server.connections) == (3, 2)
+    assert server.requests[1] == server.requests[2]
+
+
+@pytest.mark.parametrize("sub_app_id", [None, 7])
+def test_a_refusal_of_a_confirm_that_was_sent_again_leaves_open_what_became_of_it(client_of, sub_app_id):
+    with serving(sends(answer_of(element(1))), sends_raw(b""), sends(REFUSED)) as server:
+        client = client_of(server.url)
+        client.pull("main", None)
+        with pytest.raises(TransientError, match="the first one may have confirmed them") as caught:
+            client.confirm(sub_app_id, ["h1"])
+        assert caught.value.error_code == "InvalidParameterValue"
+        with pytest.raises(RefusedHandlesError):
+            client.confirm(sub_app_id, ["h1"])
+        client.close()
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 103 Early Hints\r\n\r\n", b"HTTP/1.1 102 Processing\r\nX: y\r\n\r\n"])
+def test_an_interim_answer_is_not_the_answer(client_of, interim):
+    def replies(body):
+        reply = sends(body)
+
+        def both(connection):
+            connection.sendall(interim)
+            return reply(connection)
+
+        return both
+
+    with serving(replies(answer_of(element(1))), replies(answer_of(element(2)))) as server:
+        client = client_of(server.url)
+        assert [handles_of(client.pull("main", None)) for _ in range(2)] == [["h1"], ["h2"]]
+        client.close()
+    assert server.connections == 1
 
 
 def test_errors_and_other_statuses_keep_the_connection(client_of):

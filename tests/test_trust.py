@@ -1,0 +1,79 @@
+"""Which root certificates count."""
+
+import subprocess
+
+import pytest
+
+from tests.certificates import make_certificate
+from vodpoller.httpclient.trust import Roots, RootsError
+
+
+@pytest.fixture
+def another(tmp_path):
+    folder = tmp_path / "another"
+    folder.mkdir()
+    return make_certificate(folder)
+
+
+def number_in(roots):
+    return roots.context().cert_store_stats()["x509"]
+
+
+def test_without_a_word_the_public_ones_count():
+    assert number_in(Roots(env={})) > 50
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"SSL_CERT_FILE": "/nowhere"},
+        {"SSL_CERT_DIR": "/nowhere", "REQUESTS_CA_BUNDLE": "/nowhere", "CURL_CA_BUNDLE": "/nowhere"},
+    ],
+)
+def test_what_is_configured_replaces_all_else(certificate, env):
+    assert number_in(Roots(certificate.path, env=env)) == 1
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SSL_CERT_FILE": "{}", "REQUESTS_CA_BUNDLE": "/nowhere"},
+        {"SSL_CERT_FILE": "", "REQUESTS_CA_BUNDLE": "{}", "CURL_CA_BUNDLE": "/nowhere"},
+        {"CURL_CA_BUNDLE": "{}"},
+    ],
+)
+def test_of_the_environment_the_first_that_is_set_counts(certificate, env):
+    assert number_in(Roots(env={name: text.format(certificate.path) for name, text in env.items()})) == 1
+
+
+def test_file_and_folder_of_openssl_count_together(certificate, another):
+    folder = another.path.parent
+    name = subprocess.run(
+        ["openssl", "x509", "-noout", "-subject_hash", "-in", str(another.path)], check=True, capture_output=True
+    ).stdout.decode()
+    another.path.rename(folder / f"{name.strip()}.0")
+    roots = Roots(env={"SSL_CERT_FILE": str(certificate.path), "SSL_CERT_DIR": f"/nowhere:{folder}"})
+    assert number_in(roots) == 1  # those of a folder are looked up when they are asked for
+    assert number_in(Roots(env={"SSL_CERT_DIR": str(folder)})) == 0
+    assert number_in(Roots(env={"REQUESTS_CA_BUNDLE": str(folder)})) == 0
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_variable_that_leads_nowhere_is_named(tmp_path, name):
+    with pytest.raises(RootsError, match=rf"\${name} is .*none.*, which does not exist"):
+        Roots(env={name: str(tmp_path / "none")}).context()
+
+
+def test_a_file_is_read_again_when_it_is_asked_for(certificate, another):
+    roots = Roots(certificate.path, env={})
+    roots.reread()  # nothing was read so far
+    first = roots.context()
+    assert roots.context() is first
+    certificate.path.write_bytes(certificate.path.read_bytes() + another.path.read_bytes())
+    roots.reread()
+    assert number_in(roots) == 2
+    certificate.path.write_text("no more")
+    with pytest.raises(RootsError, match="holds no certificate"):
+        roots.reread()
+    assert number_in(roots) == 2
