@@ -465,6 +465,34 @@ def test_a_strange_header_spoils_no_answer(adapter_of, headers):
         assert call(adapter_of(), url) == b"ok"
 
 
+def socks_server(script):
+    """RFC 1928: no login, CONNECT, and the answers of a script behind it."""
+
+    def serve(connection, stopping):
+        version, methods = connection.recv(2)
+        connection.recv(methods)
+        connection.sendall(bytes([version, 0]))
+        connection.recv(65_536)
+        connection.sendall(bytes([version, 0, 0, 1, 0, 0, 0, 0, 0, 0]))
+        script(connection, stopping)
+
+    return serve
+
+
+@pytest.mark.parametrize("unforeseen", [OK + answer(503), b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + OK])
+def test_behind_a_proxy_for_socks_the_same_holds(adapter_of, monkeypatch, unforeseen):
+    script = Script(unforeseen, answer(200, b"right"), None, answer(200, b"again"), drip(b"HTTP/1.1 200", b" "))
+    with raw_server(socks_server(script)) as url:
+        monkeypatch.setenv("http_proxy", url.replace("http:", "socks5h:").rstrip("/"))
+        environment = environment_of("http://app.example/")
+        adapter = adapter_of()
+        found = [call(adapter, "http://app.example/", environment=environment) for _ in range(3)]
+        assert found == [b"ok", b"right", b"again"]
+        assert failure_of(adapter, "http://app.example/", environment=environment) == "did not answer within 0.3 s"
+        adapter.close()
+    assert script.connections == 3
+
+
 # --- connections that were idle ---
 
 
