@@ -1,7 +1,8 @@
 """What VOD says survives reading, whatever its shape, and nothing broken takes anything else with it."""
 
 import json
-from itertools import pairwise
+import time
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vodpoller.events import (
+    DEPTH_MAX,
     Event,
     Lease,
     Malformed,
@@ -19,15 +21,14 @@ from vodpoller.events import (
     encode_json,
     event_key,
     file_id_of,
-    is_whole,
     make_event,
     payload_of,
     read_event,
     restore_event,
-    salvage_events,
     snapshots_of,
     task_id_of,
 )
+from vodpoller.salvage import is_whole, salvage_events
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
@@ -61,8 +62,8 @@ def event_of(content):
     return make_event(content, source="main", sub_app_id=None)
 
 
-def salvage(text, *, truncated=False, sub_app_id=None):
-    return list(salvage_events(text, truncated=truncated, source="main", sub_app_id=sub_app_id))
+def salvage(text, *, cut=False, sub_app_id=None):
+    return list(salvage_events(text, cut=cut, source="main", sub_app_id=sub_app_id))
 
 
 def answer_of(*elements):
@@ -129,15 +130,26 @@ def test_no_json_value_in_an_events_place_breaks_the_reader(item):
     assert isinstance(read(item), PulledEvent | Malformed)
 
 
-@pytest.mark.parametrize("depth", [250, 300, 900, 960, 990])
-def test_deep_nesting_is_an_event_or_malformed_but_never_breaks_the_batch(depth):
-    text = answer_of(element(0), f'{{"EventHandle":"deep","Deep":{nested(depth)}}}', element(2))
+@pytest.mark.parametrize("depth", [DEPTH_MAX - 1, DEPTH_MAX, DEPTH_MAX + 1, 300, 900, 990, 1400, 5000, 50_000])
+@pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
+@pytest.mark.parametrize("leaf", ["1", str(2**70)])
+def test_deep_nesting_is_an_event_or_malformed_by_its_depth_alone(depth, brackets, leaf):
+    opening, closing = brackets[:-1], brackets[-1]
+    deep = opening * (depth - 1) + leaf + closing * (depth - 1)
+    text = answer_of(element(0), f'{{"EventHandle":"deep","Deep":{deep}}}', element(2))
     try:
         read_items = [read(item) for item in decode_json(text)["Response"]["EventSet"]]
     except UnreadableError:
         read_items = salvage(text)
     assert [item.handle for item in read_items] == ["h0", "deep", "h2"]
-    assert nested(depth).encode() in read_items[1].event.body
+    assert deep.encode() in read_items[1].event.body
+    assert isinstance(read_items[1], PulledEvent if depth <= DEPTH_MAX else Malformed)
+
+
+@pytest.mark.parametrize("depth", [300, 3000])
+def test_a_stored_body_that_is_too_deep_has_no_content(depth):
+    body = f'{{"Deep":{nested(depth)}}}'.encode()
+    assert restore_event(body=body, key=b"k", event_type="", source="main", sub_app_id=None).content == {}
 
 
 # --- content and identity ---------------------------------------------------------------------------------------------
@@ -340,7 +352,7 @@ def test_a_cut_at_any_byte_loses_no_event_that_is_whole_and_invents_none():
     data = whole.encode()
     ends = [len(whole[: whole.index(one) + len(one)].encode()) for one in elements]
     for cut in range(len(data)):
-        items = salvage(data[:cut].decode(errors="surrogateescape"), truncated=True)
+        items = salvage(data[:cut].decode(errors="surrogateescape"), cut=True)
         events = [item for item in items if isinstance(item, PulledEvent)]
         assert [item.handle for item in events] == [f"h{n}" for n, end in enumerate(ends) if end <= cut], cut
         assert [item.event.body for item in events] == [
@@ -366,7 +378,7 @@ def test_a_cut_answer_of_any_content_gives_a_beginning_of_its_events(batch, data
     texts_of = [json.dumps({"EventHandle": f"h{n}", **content}) for n, content in enumerate(batch)]
     whole = answer_of(*texts_of)
     cut = data.draw(st.integers(0, len(whole) - 1))
-    items = salvage(whole[:cut], truncated=True)
+    items = salvage(whole[:cut], cut=True)
     events = [item for item in items if isinstance(item, PulledEvent)]
     assert [item.event.content for item in events] == batch[: len(events)]
     assert all(item.handle is None for item in items if isinstance(item, Malformed))
@@ -380,14 +392,47 @@ def test_salvaging_a_whole_answer_gives_what_reading_it_gives(batch):
 
 @given(st.text())
 def test_salvage_takes_any_text(text):
-    assert salvage(text, truncated=True) == [] or "EventSet" in text
+    assert salvage(text, cut=True) == [] or "EventSet" in text
     for item in salvage('{"Response":{"EventSet":[' + text):
         assert isinstance(item, PulledEvent | Malformed)
 
 
 @pytest.mark.parametrize("text", ["", "<html>", '{"Response":{"Error":{"Code":"x', '{"Response":{"EventSet":null'])
 def test_where_there_is_no_event_set_there_is_nothing_to_salvage(text):
-    assert salvage(text, truncated=True) == []
+    assert salvage(text, cut=True) == []
+
+
+# Texts that make a reader slow that looks at them again and again, by their length.
+HOSTILE = {
+    "closing brackets": lambda size: "}" * size,
+    "opening brackets": lambda size: "[" * size,
+    "opening braces": lambda size: '{"EventHandle":"h","a":' * (size // 23),
+    "openings that look like elements": lambda size: '{"EventHandle":"h","a":[{}, ' * (size // 28),
+    "openings with mistakes": lambda size: '{"EventHandle":"h","a":[NaN,{}, ' * (size // 32),
+    "objects in an open list": lambda size: '{"EventHandle":"h","a":[' + '}, {"x"' * (size // 7),
+    "empty strings": lambda size: '{"EventHandle":"h","a":[' + '"",' * (size // 3) + "NaN]}",
+    "lists": lambda size: '{"EventHandle":"h","a":[' + "[[]]," * (size // 5) + "NaN]}",
+    "deep lists": lambda size: '{"EventHandle":"h","a":[' + ("[" * 90 + "]" * 90 + ",") * (size // 181) + "NaN]}",
+    "open strings": lambda size: '{"EventHandle":"h","E":"x,' * (size // 26),
+    "escaped quotes": lambda size: '{"EventHandle":"h","E":"' + '\\"' * (size // 2),
+    "blanks": lambda size: '"EventHandle"' + " " * size,
+    "no brackets": lambda size: "x" * size,
+    "ends of answers": lambda size: '"RequestId": 1}} ' * (size // 17),
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_salvage_takes_time_in_proportion_to_the_text(make):
+    def secs(size):
+        text = '{"Response":{"EventSet":[' + make(size)
+        began = time.thread_time()
+        list(islice(salvage_events(text, cut=False, source="main", sub_app_id=None), 1000))
+        return time.thread_time() - began
+
+    small = min(secs(50_000) for _ in range(3))
+
+    # Twenty times the text; in proportion to its square, it would be 400 times the time.
+    assert secs(1_000_000) < 100 * small + 0.2
 
 
 # --- typed views ------------------------------------------------------------------------------------------------------

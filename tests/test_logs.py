@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+import tracemalloc
 import warnings
 from datetime import UTC, datetime
 from io import StringIO
@@ -400,6 +401,21 @@ def test_causes_without_end_do_not_fill_the_memory(repeats):
     for number in range(5000):
         repeats.say("warning", "pull.failed", cause=f"request {number}")
     assert len(repeats._said) <= 1000
+
+
+def test_causes_of_megabytes_do_not_fill_the_memory(repeats, lines):
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            cause = "sink " + "x" * 1_000_000 + str(number)
+            assert repeats.say("warning", "pull.failed", cause=cause)
+            assert not repeats.say("warning", "pull.failed", cause=cause)
+        del cause
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 1_000_000
+    assert repeats.forget("sink ") == 20
 
 
 def test_many_threads_say_it_once(lines, log):

@@ -995,11 +995,101 @@ def test_a_gzip_bomb_is_not_unpacked_beyond_the_bound(client_of):
 def test_an_answer_beyond_the_bound_is_broken_off(client_of, reply):
     with serving(reply, sends(answer_of())) as server:
         client = client_of(server.url, answer_max_bytes=100_000)
-        with pytest.raises(TransientError, match="longer than 100000 bytes"):
+        with pytest.raises(OperatorError, match=r"longer than 100000 bytes.*api\.endpoint") as caught:
             client.pull("main", None)
+        assert caught.value.error_code == "AnswerTooLarge"
         client.pull("main", None)
         client.close()
     assert server.connections == 2
+
+
+@pytest.mark.parametrize("extra", [element(2)[:-1], " " * 100_000], ids=["an event", "blanks"])
+def test_of_an_answer_beyond_the_bound_the_whole_events_are_pulled_and_an_error_is_logged(client_of, lines, extra):
+    body = answer_of(element(1), extra + "x" * 100_000)
+    with serving(sends(body)) as server:
+        client = client_of(server.url, answer_max_bytes=len(element(1)) + 200)
+        assert handles_of(client.pull("main", None)) == ["h1"]
+        client.close()
+    (line,) = events_named(lines, "answer.salvaged")
+    assert (line["level"], line["error_code"]) == ("error", "AnswerTooLarge")
+
+
+def test_an_answer_of_vod_takes_8_mib_at_most(client_of):
+    with serving(sends(b" " * (8 * 2**20 + 1)), sends(answer_of().ljust(8 * 2**20))) as server:
+        client = client_of(server.url, timeout_secs=60)
+        with pytest.raises(OperatorError):
+            client.pull("main", None)
+        assert client.pull("main", None).events == ()
+        client.close()
+
+
+def test_a_confirms_answer_beyond_the_bound_leaves_open_what_became_of_it(client_of):
+    with serving(sends(b'{"Response":' + b" " * 200_000)) as server:
+        client = client_of(server.url, answer_max_bytes=50)
+        with pytest.raises(TransientError, match="longer than 50 bytes"):
+            client.confirm(None, ["h"])
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        ['{"EventType":"FileDeleted"}'],
+        ["{}", "null", "7"],
+        ['{"EventHandle":""}'] * 16,
+        ['{"EventHandle":NaN}', "{}"],
+        [json.dumps({"EventHandle": "h" * 100_000})],
+        ['{"EventHandle":"' + "h" * 100_000 + '","N":NaN}'],
+    ],
+)
+def test_an_answer_without_one_usable_handle_is_a_failed_pull(vod, client_of, elements):
+    vod.post(URL, body=answer_of(*elements))
+    with pytest.raises(TransientError, match="cannot be used"):
+        client_of().pull("main", None)
+
+
+def test_an_element_without_a_handle_beside_one_with_is_malformed(vod, client_of):
+    vod.post(URL, body=answer_of("{}", element(1)))
+    pull = client_of().pull("main", None)
+    assert handles_of(pull) == ["h1"]
+    assert [item.handle for item in pull.malformed] == [None]
+
+
+@pytest.mark.parametrize("handle", ['"same"', "12345"])
+def test_two_elements_with_one_handle_are_two_events(vod, client_of, handle):
+    elements = [f'{{"EventHandle":{handle},"N":{number}}}' for number in range(2)]
+    vod.post(URL, body=answer_of(*elements))
+    vod.post(URL, body=answer_of(*elements, f'{{"EventHandle":{handle},"N":NaN}}'))
+    client = client_of()
+    whole, broken = client.pull("main", None), client.pull("main", None)
+    assert handles_of(whole) == handles_of(broken) == [handle.strip('"')] * 2
+    assert [event.event.content["N"] for event in whole.events] == [0, 1]
+    assert [item.handle for item in broken.malformed] == [handle.strip('"')]
+
+
+HOSTILE_ANSWERS = {
+    "a code": b'{"Response":{"Error":{"Code":"%b","Message":"m"},"RequestId":"r"}}',
+    "a message": b'{"Response":{"Error":{"Code":"C","Message":"%b"},"RequestId":"r"}}',
+    "no object": b'{"Response":{"Error":"%b"}}',
+    "a RequestId": b'{"Response":{"Error":{"Code":"C","Message":"m"},"RequestId":"%b"}}',
+}
+
+
+@pytest.mark.parametrize("form", HOSTILE_ANSWERS.values(), ids=HOSTILE_ANSWERS)
+def test_what_an_error_quotes_of_an_answer_is_short(vod, client_of, form):
+    vod.post(URL, body=form % (b"x" * 1_000_000))
+    with pytest.raises(TransientError) as caught:
+        client_of().pull("main", None)
+    assert sum(map(len, caught.value.fields().values())) < 1000
+
+
+@pytest.mark.parametrize("unit", ['"",', "[],", '{"a":1},', "1,", "[[[1]]],"])
+def test_an_answer_of_millions_of_values_is_not_turned_into_objects(vod, client_of, unit):
+    inside = (unit * (1_100_000 // sum(map(unit.count, "[{:,"))))[:-1]
+    vod.post(URL, body=answer_of(element(1), f'{{"EventHandle":"h2","E":[{inside}]}}', element(3)))
+    pull = client_of().pull("main", None)
+    assert handles_of(pull) == ["h1", "h3"]
+    assert [(item.handle, item.why) for item in pull.malformed] == [("h2", "it holds more than 1,000,000 values")]
 
 
 def test_an_answer_within_the_bound_is_read(client_of):

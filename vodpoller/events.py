@@ -7,7 +7,7 @@ their samples, which show every irregularity that is handled here.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, TypeVar
@@ -17,7 +17,11 @@ import orjson
 SNAPSHOT_EVENT_TYPE = "CreateSnapshotByTimeOffsetComplete"
 
 _SUCCESS = (0, "0")
+DEPTH_MAX = 254  # levels of an event's objects and lists: what orjson writes
+
 _HANDLE_MAX_CHARS = 64 * 1024  # a longer one could not be sent back beside fifteen others
+_VALUES_MAX = 1_000_000  # each takes some 100 bytes of memory; in 8 MiB of VOD's events there are half of that
+_TOO_DEEP = f"it is nested more than {DEPTH_MAX} levels deep"
 
 _T = TypeVar("_T")
 
@@ -147,26 +151,58 @@ _canonical = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), sort_key
 def decode_json(text: str) -> Any:
     """Read JSON as VOD writes it.
 
+    How deep it may be nested depends on the version of Python (990 levels at least); what is to be the same with all of
+    them asks `check_depth`, as `encode_json` does.
+
     Args:
         text: The whole document.
 
     Raises:
-        UnreadableError: It is not JSON, nested too deeply, or holds a number that no double can hold.
+        UnreadableError: It is not JSON, nested too deeply, holds a number that no double can hold, or so many values
+            that they would fill the memory.
     """
+    if len(text) > _VALUES_MAX and sum(map(text.count, "[{:,")) > _VALUES_MAX:
+        raise UnreadableError(f"it holds more than {_VALUES_MAX:,} values")
     try:
         return _decoder.decode(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UnreadableError(_TOO_DEEP) from None
+    except ValueError as error:
         raise UnreadableError(str(error)) from error
+
+
+def check_depth(value: Any) -> None:
+    """Look at a parsed value.
+
+    Raises:
+        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
+    """
+    level = _containers([value])
+    for _ in range(DEPTH_MAX):
+        if not level:
+            return
+        level = [inner for outer in level for inner in _containers(outer)]
+    if level:
+        raise UnreadableError(_TOO_DEEP)
+
+
+def _containers(value: Any) -> list[Any]:
+    inside = value.values() if isinstance(value, dict) else value
+    return [inner for inner in inside if isinstance(inner, dict | list)]
 
 
 def encode_json(value: Any) -> bytes:
     """Write JSON-equal UTF-8: integers digit for digit, members in their order.
 
     orjson writes the common case; what it refuses (integers beyond 64 bits, lone surrogates) goes the exact way.
+
+    Raises:
+        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
     """
     try:
         return orjson.dumps(value)
     except TypeError:
+        check_depth(value)
         try:
             return _exact.encode(value).encode()
         except UnicodeEncodeError:
@@ -182,11 +218,15 @@ def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
     Args:
         content: The event without its handle.
         sub_app_id: None and 0 are the same: the account's primary application.
+
+    Raises:
+        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
     """
     meaningful = {name: value for name, value in content.items() if value is not None}
     try:
         canonical = orjson.dumps(meaningful, option=orjson.OPT_SORT_KEYS)
     except TypeError:
+        check_depth(meaningful)
         canonical = _canonical.encode(meaningful).encode()
     return hashlib.sha256(b"%d\n%b" % (sub_app_id or 0, canonical)).digest()
 
@@ -198,6 +238,9 @@ def make_event(content: Mapping[str, Any], *, source: str, sub_app_id: int | Non
         content: The parsed body of a normal callback.
         source: Name of the source.
         sub_app_id: Its SubAppId.
+
+    Raises:
+        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
     """
     event_type = content.get("EventType")
     return Event(
@@ -222,6 +265,7 @@ def restore_event(*, body: bytes, key: bytes, event_type: str, source: str, sub_
     """
     try:
         content = decode_json(body.decode())
+        check_depth(content)
     except ValueError:
         content = None
     return Event(
@@ -243,146 +287,48 @@ def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent
         sub_app_id: Its SubAppId.
 
     Raises:
-        UnreadableError: It is nested so deeply that it could just be read, and not be written again.
+        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
     """
     handle = _handle_of(item)
-    try:
-        if handle is None:
-            text = encode_json(item).decode()
-            return _malformed(text, None, "it has no usable EventHandle", source=source, sub_app_id=sub_app_id)
-        content = {name: value for name, value in item.items() if name != "EventHandle"}
-        return PulledEvent(handle=handle, event=make_event(content, source=source, sub_app_id=sub_app_id))
-    except RecursionError as error:
-        raise UnreadableError("it is nested too deeply") from error
+    if handle is None:
+        piece = encode_json(item).decode()
+        why = "it has no usable EventHandle"
+        return make_malformed(piece, why=why, has_handle=False, source=source, sub_app_id=sub_app_id)
+    content = {name: value for name, value in item.items() if name != "EventHandle"}
+    return PulledEvent(handle=handle, event=make_event(content, source=source, sub_app_id=sub_app_id))
 
 
 def _handle_of(item: Any) -> str | None:
     handle = item.get("EventHandle") if isinstance(item, dict) else None
-    if isinstance(handle, str) and 0 < len(handle) <= _HANDLE_MAX_CHARS:
-        return handle
     if isinstance(handle, int) and not isinstance(handle, bool):  # handles of digits only exist
-        return str(handle)
-    return None
+        handle = str(handle)
+    return handle if isinstance(handle, str) and _is_usable(handle) else None
 
 
-# --- what can be cut out of an answer that as a whole cannot be read --------------------------------------------------
-
-_EVENT_SET = re.compile(r'"EventSet"\s*:\s*\[')
-_GAP = re.compile(r"[\s,]*")
-_STRING = r'"(?:[^"\\]|\\.)*+"'
-_HANDLE = re.compile(rf'"EventHandle"\s*:\s*({_STRING}|\d+)')
-_TYPE = re.compile(rf'"EventType"\s*:\s*({_STRING})')
-_NEXT_ITEM = re.compile(r'\}\s*,\s*(?=\{\s*"(?:EventHandle|EventType)")')
-_BARE = re.compile(r"[^\[\]{},]+")
-# What a string that was cut off holds is no bracket either.
-_BRACKET = re.compile(rf'{_STRING}|"(?:[^"\\]|\\.)*+\\?\Z|[\[\]{{}}]')
-
-_END = re.compile(rf'"RequestId"\s*:\s*(?:{_STRING}|\d+|null)\s*\}}\s*\}}\s*\Z')
+def _is_usable(handle: str | None) -> bool:
+    return handle is not None and 0 < len(handle) <= _HANDLE_MAX_CHARS
 
 
-def is_whole(text: str) -> bool:
-    """Whether an answer that is not JSON has come to its end: it closes all that it opens, or ends as VOD's answers do.
+# --- what cannot be read ----------------------------------------------------------------------------------------------
 
-    A last bracket alone says nothing: an answer can be cut off behind any of them.
+_STRING = r'"(?:[^"\\]++|\\.)*+"'
+_HANDLE = re.compile(rf'"EventHandle"\s*+:\s*+({_STRING}|[0-9]++)')
+_TYPE = re.compile(rf'"EventType"\s*+:\s*+({_STRING})')
+
+
+def make_malformed(piece: str, *, why: str, has_handle: bool, source: str, sub_app_id: int | None) -> Malformed:
+    """What becomes of a text that came in an event's place and cannot be read.
 
     Args:
-        text: The answer.
-    """
-    if _END.search(text):
-        return True
-    tokens = [token[0] for token in _BRACKET.finditer(text)]
-    opened, closed = (sum(token in kind for token in tokens) for kind in ("[{", "]}"))
-    return opened == closed and text.rstrip().endswith("}")
-
-
-def salvage_events(
-    text: str, *, truncated: bool, source: str, sub_app_id: int | None
-) -> Iterator[PulledEvent | Malformed]:
-    """Read an answer event by event, so that one that is broken costs no other.
-
-    Args:
-        text: An answer that is truncated, or not JSON in some place. Bytes that are not UTF-8 are surrogate escapes.
-        truncated: The answer's end was lost. An event that was cut off is whole at VOD, so it gets no handle here: it
-            must come again, not become a dead letter.
+        piece: The text. Bytes that are not UTF-8 are surrogate escapes.
+        why: What is wrong, for a person.
+        has_handle: Whether the first handle in the text may confirm it.
         source: Name of the source that pulled it.
         sub_app_id: Its SubAppId.
     """
-    found = _EVENT_SET.search(text)
-    if found is None:
-        return
-    at = found.end()
-    while True:
-        at = _after(_GAP, text, at)
-        if at >= len(text) or text[at] == "]":
-            return
-        item, end, why = _cut_item(text, at)
-        piece = text[at:end]
-        at = end
-        if why is None:
-            try:
-                yield read_event(item, source=source, sub_app_id=sub_app_id)
-                continue
-            except UnreadableError as error:
-                why = str(error)
-        if truncated and end >= len(text):
-            yield _malformed(piece, None, "the answer was cut off inside it", source=source, sub_app_id=sub_app_id)
-        else:
-            yield _malformed(piece, _first_json(_HANDLE, piece), why, source=source, sub_app_id=sub_app_id)
-
-
-def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
-    found = pattern.match(text, at)
-    return found.end() if found else at
-
-
-def _cut_item(text: str, at: int) -> tuple[Any, int, str | None]:
-    """One element from `at` on: its value, where it ends, and why it cannot be used (None where it can)."""
-    why: str | None = None
-    item = None
-    try:
-        item, end = _decoder.raw_decode(text, at)
-        text[at:end].encode()
-    except UnicodeEncodeError:
-        why = "it holds bytes that are not UTF-8"
-    except (ValueError, RecursionError) as error:
-        end = _balanced_end(text, at)
-        why = f"it is not JSON: {error}"
-    return item, end, why
-
-
-def _balanced_end(text: str, at: int) -> int:
-    """Where the element that starts at `at` ends: its last bracket, or before what looks like the next element."""
-    bare = _BARE.match(text, at)
-    if bare is not None:
-        return bare.end()
-    following = _NEXT_ITEM.search(text, at)
-    limit = following.start() + 1 if following else len(text)
-    depth = 0
-    for token in _BRACKET.finditer(text, at, limit):
-        if token[0] in "[{":
-            depth += 1
-        elif token[0] in "]}":
-            depth -= 1
-            if depth <= 0:
-                return max(token.end() if token[0] == "}" else token.start(), at + 1)
-    return limit
-
-
-def _first_json(pattern: re.Pattern[str], text: str) -> str | None:
-    """The string or number that the pattern's group holds, None where the text has none."""
-    found = pattern.search(text)
-    if found is None:
-        return None
-    try:
-        value = _decoder.decode(found[1])
-    except ValueError:
-        return None
-    return str(value) or None
-
-
-def _malformed(piece: str, handle: str | None, why: str, *, source: str, sub_app_id: int | None) -> Malformed:
     # The handle differs at each redelivery: the identity is that of the text without it.
     without_handle = _HANDLE.sub('"EventHandle":""', piece).encode(errors="surrogateescape")
+    handle = _first_json(_HANDLE, piece) if has_handle else None
     event = Event(
         source=source,
         sub_app_id=sub_app_id,
@@ -391,7 +337,18 @@ def _malformed(piece: str, handle: str | None, why: str, *, source: str, sub_app
         body=piece.encode(errors="surrogateescape"),
         content={},
     )
-    return Malformed(handle=handle, event=event, why=why)
+    return Malformed(handle=handle if _is_usable(handle) else None, event=event, why=why)
+
+
+def _first_json(pattern: re.Pattern[str], text: str) -> str | None:
+    """The string or number that the pattern's group holds, None where the text has none."""
+    found = pattern.search(text)
+    if found is None:
+        return None
+    try:
+        return str(_decoder.decode(found[1]))
+    except ValueError:
+        return None
 
 
 # --- what the log, the demo and the sinks want to know of an event ----------------------------------------------------

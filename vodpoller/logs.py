@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
 from typing import Any, Final, Literal, Protocol, TextIO
 
 import orjson
@@ -19,6 +20,7 @@ Logger = FilteringBoundLogger
 
 LINE_MAX_BYTES: Final = 16 * 1024
 REMEMBERED_CAUSES: Final = 1000
+REMEMBERED_CHARS: Final = 500  # of each
 
 CATALOGUE: Final[Mapping[str, str]] = {
     "api.answered": "a call to VOD ended (debug)",
@@ -354,13 +356,15 @@ class Repeats:
         Args:
             level: As a logger's method.
             event: A name of the catalogue.
-            cause: What makes two lines the same; not part of the line.
+            cause: What makes two lines the same; not part of the line. Of a long one, little is remembered.
             fields: The line's fields.
 
         Returns:
             Whether a line was written.
         """
         now = self._monotonic()
+        if len(cause) > REMEMBERED_CHARS:
+            cause = cause[:REMEMBERED_CHARS] + sha256(cause.encode(errors="backslashreplace")).hexdigest()
         with self._lock:
             said_at, suppressed = self._said.get(cause, (None, 0))
             if said_at is not None and now - said_at < self._window_secs:

@@ -37,16 +37,18 @@ from vodpoller.events import (
     UnreadableError,
     decode_json,
     encode_json,
-    is_whole,
     read_event,
-    salvage_events,
 )
 from vodpoller.httpclient.address import environment_of, host_and_port, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, was_repeated
 from vodpoller.httpclient.trust import RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date, retry_after_secs
 from vodpoller.logs import Logger
+from vodpoller.salvage import salvage_events
 from vodpoller.tc3 import Credentials, Tc3Auth
+
+ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD's take some 100 KiB
+ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
 
 _VERSION: Final = "2018-07-17"
 _PULL: Final = "PullEvents"
@@ -57,6 +59,7 @@ _CONNECTIONS: Final = 64
 _CLOCK_OFF_SECS: Final = 60.0
 _EXCERPT_CHARS: Final = 100
 _MESSAGE_CHARS: Final = 300
+_NAME_CHARS: Final = 100  # of an error code or RequestId; VOD's have 60 at most
 _EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
 _HTTP_OK: Final = 200
 _HTTP_TOO_MANY: Final = 429
@@ -240,7 +243,7 @@ class VodClient:
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
-        answer_max_bytes: int = 32 * 1024 * 1024,
+        answer_max_bytes: int = ANSWER_MAX_BYTES,
     ) -> None:
         self._timeout_secs = timeout_secs
         self._confirm_timeout_secs = confirm_timeout_secs
@@ -280,7 +283,8 @@ class VodClient:
         Raises:
             ThrottledError: The quota is used up, or leaves no slot within `timeout_secs`.
             TransientError: Nothing usable came.
-            OperatorError: Credentials, rights or configuration are wrong.
+            OperatorError: Credentials, rights or configuration are wrong, or the answer is larger than VOD's can be
+                and no event in its beginning is whole.
             StoppingError: `stop_pulling` was called before the request was sent.
         """
         body = orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
@@ -299,6 +303,8 @@ class VodClient:
                 items = [read_event(item, source=source, sub_app_id=sub_app_id) for item in event_set]
             except UnreadableError as error:
                 items = self._salvaged(answer, str(error), source, sub_app_id)
+        if items and all(item.handle is None for item in items):
+            raise _unusable(answer, "none of its elements has a usable EventHandle")
         return Pull(
             events=tuple([item for item in items if isinstance(item, PulledEvent)]),
             malformed=tuple([item for item in items if isinstance(item, Malformed)]),
@@ -502,22 +508,24 @@ class VodClient:
     ) -> list[PulledEvent | Malformed]:
         """Event by event, what can be read of an answer that cannot be as a whole."""
         text = answer.body.decode(errors="surrogateescape")
-        truncated = bool(answer.cut) or not is_whole(text)
-        salvaged = salvage_events(text, truncated=truncated, source=source, sub_app_id=sub_app_id)
+        salvaged = salvage_events(text, cut=bool(answer.cut), source=source, sub_app_id=sub_app_id)
         items = list(islice(salvaged, _EVENTS_MAX + 1))
         _check_number(len(items), answer)
-        usable = sum(1 for item in items if item.handle is not None)
-        if not usable:
-            raise _unusable(answer)
+        too_large = len(answer.body) > self._answer_max_bytes
+        if all(item.handle is None for item in items):
+            raise _too_large(answer) if too_large else _unusable(answer)
         events = sum(1 for item in items if isinstance(item, PulledEvent))
-        self._log.warning(
-            "answer.salvaged",
-            source=source,
-            events=events,
-            malformed=len(items) - events,
-            answer_bytes=len(answer.body),
-            error_message=why,
-        )
+        fields = {
+            "source": source,
+            "events": events,
+            "malformed": len(items) - events,
+            "answer_bytes": len(answer.body),
+            "error_message": why,
+        }
+        if too_large:
+            self._log.error("answer.salvaged", error_code=ANSWER_TOO_LARGE, **fields)
+        else:
+            self._log.warning("answer.salvaged", **fields)
         return items
 
 
@@ -564,7 +572,7 @@ def _take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: 
         response=answered,
         error_code=error_code,
         error_message=error_message,
-        request_id=str(request_id) if isinstance(request_id, str | int) else "",
+        request_id=str(request_id)[:_NAME_CHARS] if isinstance(request_id, str | int) else "",
         repeated=was_repeated(response),
     )
 
@@ -574,14 +582,14 @@ def _error_in(response: Mapping[str, Any] | None) -> tuple[str | None, str]:
     if error is None:
         return None, ""
     if not isinstance(error, dict):
-        return "", str(error)
-    return str(error.get("Code") or ""), str(error.get("Message") or "")
+        return "", str(error)[:_MESSAGE_CHARS]
+    return str(error.get("Code") or "")[:_NAME_CHARS], str(error.get("Message") or "")[:_MESSAGE_CHARS]
 
 
 def _refusal(action: _Action, answer: _Answer) -> VodpollerError:
     """The error for an answer with an error code."""
     code = answer.error_code or ""
-    said = answer.error_message[:_MESSAGE_CHARS]
+    said = answer.error_message
     message = f"{action.name} was refused with {code or 'an error without a code'}: {said}"
     request_id = answer.request_id
     if _is_throttling(answer):
@@ -611,9 +619,19 @@ def _response_of(answer: _Answer) -> Mapping[str, Any]:
     return answer.response
 
 
-def _unusable(answer: _Answer) -> TransientError:
-    why = answer.cut or answer.unreadable or "it has no Response"
-    return TransientError(f"the answer cannot be used ({why[:_MESSAGE_CHARS]}): {answer.excerpt!r}")
+def _unusable(answer: _Answer, why: str = "") -> TransientError:
+    why = why or answer.cut or answer.unreadable or "it has no Response"
+    return TransientError(
+        f"the answer cannot be used ({why[:_MESSAGE_CHARS]}): {answer.excerpt!r}", request_id=answer.request_id
+    )
+
+
+def _too_large(answer: _Answer) -> OperatorError:
+    return OperatorError(
+        f"the answer cannot be used ({answer.cut}, and no event in its beginning is whole): VOD's answers are far"
+        f" smaller. Is api.endpoint right, and does no proxy answer in its place? It begins: {answer.excerpt!r}",
+        error_code=ANSWER_TOO_LARGE,
+    )
 
 
 def _event_set(answer: _Answer) -> list[Any]:
