@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -796,6 +797,100 @@ def test_a_secret_keeps_its_last_value_when_its_file_goes_bad(tmp_path):
         secret.reread()
     assert secret.get() == "two"
     assert "two" not in f"{secret} {secret!r}"
+
+
+UNFIT_KEYS = [
+    ("hunter2 ", "a blank at character 8 of 8"),
+    (" hunter2", "a blank at character 1 of 8"),
+    ("hun ter2", "a blank at character 4"),
+    ("hunter2\t", "a tab at character 8"),
+    ('"hunter2"', "a quote at character 1"),
+    ("'hunter2'", "a quote at character 1"),
+    ("\ufeffhunter2", "byte order mark"),
+    ("hunter2\u00a0", "no-break space (U+00A0) at character 8"),
+    ("hun\u200bter2", "zero width space (U+200B) at character 4"),
+    ("hunter\uff12", "fullwidth digit two (U+FF12)"),
+    ("hunter2\x1b[0m", "a control character (U+001B) at character 8"),
+    ("hunter2\nhunter3", "2 lines"),
+    ("hunter2\r\n\r\nhunter3\nhunter4", "3 lines"),
+    ("SecretKey=hunter2", "a name before the key"),
+    ("export TENCENTCLOUD_SECRET_KEY=hunter2", "a name before the key"),
+    ("secret_key: hunter2", "a name before the key"),
+    ('"secretKey": "hunter2",', "a name before the key"),
+]
+
+
+def given(way: str, key: str, value: str, folder: Path) -> tuple[str, dict[str, str], str]:
+    """A configuration with one part of the API key in one of its places, and what a problem with it begins with."""
+    file = folder / f"my_{key}"
+    other = {"secret_id": "secret_key", "secret_key": "secret_id", "token": "secret_id"}[key]
+    rest = f'{VALID}[credentials]\n{other} = "right"\n' + ('secret_key = "right"\n' if key == "token" else "")
+    match way:
+        case "file":
+            file.write_text(value, encoding="utf-8", newline="")
+            return f'{rest}{key}_file = "{file}"', {}, f"credentials.{key}_file: {file} "
+        case "directory":
+            for name, content in {"secret_id": "right", "secret_key": "right", key: value}.items():
+                (folder / name).write_text(content, encoding="utf-8", newline="")
+            return VALID, {"CREDENTIALS_DIRECTORY": str(folder)}, f"credentials.{key}_file: {folder / key} "
+        case "environment":
+            names = {"secret_id": "right", "secret_key": "right", key: value}
+            env = {f"TENCENTCLOUD_{name.upper()}": content for name, content in names.items()}
+            return VALID, env, f"credentials.{key}: $TENCENTCLOUD_{key.upper()} "
+        case _:
+            return f"{rest}{key} = {json.dumps(value)}", {}, f"credentials.{key}: "
+
+
+@pytest.mark.parametrize("way", ["file", "directory", "environment", "inline"])
+@pytest.mark.parametrize("key", ["secret_id", "secret_key", "token"])
+@pytest.mark.parametrize(("value", "words"), UNFIT_KEYS)
+def test_what_cannot_be_part_of_a_key_is_named_with_its_place(tmp_path, way, key, value, words):
+    text, env, place = given(way, key, value, tmp_path)
+    (problem,) = problems_of(text, tmp_path, env)
+    assert problem.startswith(place)
+    assert words in problem
+    assert "hunter" not in problem
+
+
+@pytest.mark.parametrize("way", ["file", "directory", "environment", "inline"])
+@pytest.mark.parametrize("key", ["secret_id", "secret_key", "token"])
+@pytest.mark.parametrize("value", ["hunter2", "hunter2\n", "\r\nhunter2\r\n\r\n", "aZ09+/-_.~*==", "id=="])
+def test_line_ends_around_a_key_are_no_part_of_it(tmp_path, way, key, value):
+    text, env, _ = given(way, key, value, tmp_path)
+    assert getattr(load(text, tmp_path, env).credentials, key).get() == value.strip()
+
+
+@pytest.mark.parametrize(("value", "words"), [UNFIT_KEYS[0], UNFIT_KEYS[-5]])
+def test_a_key_that_is_read_again_is_looked_at_again(tmp_path, value, words):
+    text, env, _ = given("file", "secret_key", "right", tmp_path)
+    secret = load(text, tmp_path, env).credentials.secret_key
+    (tmp_path / "my_secret_key").write_text(value)
+    with pytest.raises(OSError, match=re.escape(words)) as caught:
+        secret.reread()
+    assert "hunter" not in str(caught.value)
+    assert secret.get() == "right"
+
+
+@pytest.mark.parametrize(
+    ("way", "renewal"),
+    [
+        ("file", "restart the daemon"),  # the other half of the key is in the configuration
+        ("directory", "restart the service (systemd copies the files of LoadCredential= only at its start)"),
+        ("environment", "restart the daemon"),
+        ("inline", "restart the daemon"),
+    ],
+)
+def test_what_makes_the_daemon_read_the_key_again_depends_on_where_it_is(tmp_path, way, renewal):
+    text, env, _ = given(way, "secret_key", "right", tmp_path)
+    assert load(text, tmp_path, env).key_renewal == renewal
+
+
+@pytest.mark.parametrize("env", [{}, {"CREDENTIALS_DIRECTORY": "/run/credentials/vodpoller.service"}])
+def test_a_key_in_files_that_may_change_is_read_again_at_sighup(tmp_path, env):
+    for name in ("id", "key"):
+        (tmp_path / name).write_text("right")
+    files = f'secret_id_file = "{tmp_path}/id"\nsecret_key_file = "{tmp_path}/key"'
+    assert load(f"{VALID}[credentials]\n{files}", tmp_path, env).key_renewal == "send SIGHUP"
 
 
 def test_a_models_own_error_hides_its_input():

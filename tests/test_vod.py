@@ -310,6 +310,17 @@ def test_an_error_at_confirm_is_named_by_what_to_do(vod, client_of, code, messag
     assert len(vod.calls) == 1
 
 
+@pytest.mark.parametrize("code", ["SignatureFailure", "SecretIdNotFound", "InvalidSecretId", "TokenFailure", "New"])
+@pytest.mark.parametrize("renewal", ["send SIGHUP", "restart the service"])
+def test_a_wrong_key_comes_with_what_makes_the_daemon_read_it_again(vod, client_of, code, renewal):
+    vod.post(URL, json=error_of(f"AuthFailure.{code}"))
+    client = client_of(key_renewal=renewal)
+    for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
+        with pytest.raises(OperatorError) as caught:
+            call()
+        assert str(caught.value).endswith(f", then {renewal}")
+
+
 @pytest.mark.parametrize(
     ("code", "message", "advice"),
     [

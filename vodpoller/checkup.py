@@ -58,6 +58,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         ),
         confirm_timeout_secs=config.api.timeout_secs,
         ca_file=config.api.ca_file,
+        key_renewal=config.key_renewal,
         log=log,
     )
     try:

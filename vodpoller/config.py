@@ -33,6 +33,7 @@ from vodpoller.wording import (
     check_jmespath,
     in_words,
     kind_of,
+    problem_in_key,
     quoted,
     quoted_all,
     suggestion,
@@ -365,6 +366,8 @@ class Config:
         sinks: The configuration of each sink by its name; each is of its class's own `Config`.
         sink_classes: The class of each sink by its name; called with the name and the configuration it gives the sink.
         coverage: Of each source by its name, whether the routes take every event of it. Where not, it has `unrouted`.
+        key_renewal: What makes the daemon use another API key once that is where the present one was found, for a
+            person: "send SIGHUP".
         warnings: What can be used but is probably not meant, one line each: `key: what is wrong (what would be right)`.
     """
 
@@ -378,6 +381,7 @@ class Config:
     log: Log
     daemon: Daemon
     coverage: Mapping[str, bool]
+    key_renewal: str = "send SIGHUP"
     warnings: tuple[str, ...] = ()
 
     def secrets(self) -> tuple[Secret, ...]:
@@ -574,6 +578,7 @@ class _Reading:
             log=log,
             daemon=daemon,
             coverage=coverage,
+            key_renewal=self._key_renewal(credentials),
             warnings=tuple(self._lines(self._warnings)),
         )
 
@@ -696,6 +701,8 @@ class _Reading:
                     f" as systemd's LoadCredential= does, or set the variable TENCENTCLOUD_{key.upper()})",
                 )
         valid = self._validated(CredentialsTable, found, ("credentials",))
+        for key, secret in valid.named_secrets() if valid else ():
+            self._check_key(key, secret, from_environment=key in found and key not in table)
         if valid is None or valid.secret_id is None or valid.secret_key is None:
             return None
         origins = {
@@ -714,6 +721,27 @@ class _Reading:
                 return str(self._surroundings.locate(name))
             case _:
                 return "the configuration"
+
+    def _check_key(self, key: str, secret: Secret, *, from_environment: bool) -> None:
+        if problem := secret.restrict(problem_in_key):
+            variable = f"$TENCENTCLOUD_{key.upper()} " if from_environment else ""
+            self._problems.add(
+                ("credentials", f"{key}_file" if secret.path else key),
+                f"{f'{secret.path} ' if secret.path else variable}{problem} (write the key alone, nothing around it)",
+            )
+
+    def _key_renewal(self, credentials: Credentials) -> str:
+        """What makes the daemon read the key again: it does so itself only where the key is in a file that can change.
+
+        systemd copies what LoadCredential= names when the service starts, and never again (systemd.exec(5)).
+        """
+        directory = self._surroundings.credentials_directory
+        paths = [credentials.secret_id.path, credentials.secret_key.path]
+        if credentials.token is not None:
+            paths.append(credentials.token.path)
+        if directory is not None and any(path and path.is_relative_to(directory.absolute()) for path in paths):
+            return "restart the service (systemd copies the files of LoadCredential= only at its start)"
+        return "send SIGHUP" if all(paths) else "restart the daemon"
 
     def _find_credential(self, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:
         """Enter one secret that the table leaves out, and say where it is: "file", "directory", "env", or nowhere."""

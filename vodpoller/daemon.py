@@ -111,6 +111,7 @@ class Daemon:
             confirm_timeout_secs=config.api.confirm_timeout_secs,
             lease_secs=config.api.lease_secs,
             ca_file=config.api.ca_file,
+            key_renewal=config.key_renewal,
             log=log,
         )
         self._pipeline = Pipeline(

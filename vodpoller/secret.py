@@ -1,7 +1,7 @@
 """Secrets: read from the configuration or from a file, read again on SIGHUP, never shown."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -45,7 +45,7 @@ class Secret:
 
     Args:
         value: The secret itself; None where it is in a file.
-        path: The file that holds it; trailing newlines do not count.
+        path: The file that holds it. Line ends around it do not count.
 
     Raises:
         OSError: The file cannot be read, or is empty.
@@ -53,9 +53,15 @@ class Secret:
     """
 
     def __init__(self, *, value: str | None = None, path: Path | None = None) -> None:
-        self._value = value or ""
+        self._value = (value or "").strip("\r\n")
         self._path = path
+        self._problem_in: Callable[[str], str] = lambda _value: ""
         self.reread()
+
+    @property
+    def path(self) -> Path | None:
+        """The file that holds it, None where it was given as such."""
+        return self._path
 
     def get(self) -> str:
         """The value as of the last read."""
@@ -65,15 +71,29 @@ class Secret:
         """Read the file again, where there is one. The last value stays where that fails.
 
         Raises:
-            OSError: The file cannot be read, or is empty.
+            OSError: The file cannot be read, is empty, or holds what `restrict` is to refuse.
             UnicodeDecodeError: The file is not UTF-8.
         """
         if self._path is None:
             return
-        value = self._path.read_text(encoding="utf-8").rstrip("\r\n")
+        value = self._path.read_text(encoding="utf-8").strip("\r\n")
         if not value:
             raise OSError(errno.ENODATA, "it is empty", str(self._path))
+        if problem := self._problem_in(value):
+            raise OSError(errno.EINVAL, problem, str(self._path))
         self._value = value
+
+    def restrict(self, problem_in: Callable[[str], str]) -> str:
+        """Have what is read later refused where it cannot be right.
+
+        Args:
+            problem_in: What is wrong with a value, without a part of it; empty where nothing is.
+
+        Returns:
+            What is wrong with the present value.
+        """
+        self._problem_in = problem_in
+        return problem_in(self._value)
 
     def __repr__(self) -> str:
         return "Secret(***)"
@@ -133,10 +153,15 @@ class HasSecrets(BaseModel):
 
     def secrets(self) -> Iterator[Secret]:
         """All secrets that are given."""
+        for _, secret in self.named_secrets():
+            yield secret
+
+    def named_secrets(self) -> Iterator[tuple[str, Secret]]:
+        """The same, each with its key."""
         for key in type(self).model_fields:
             value = getattr(self, key)
             if isinstance(value, Secret):
-                yield value
+                yield key, value
 
 
 def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
@@ -148,7 +173,7 @@ def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
             raise _problem(value.key, f"is given together with {only} (keep one of the two)")
         case _InFile():
             return _secret_from_file(value, info.context if isinstance(info.context, Surroundings) else Surroundings())
-        case str() if value:
+        case str() if value.strip("\r\n"):
             return Secret(value=value)
         case str():
             raise _problem("", "is empty (leave the key out where there is no secret)")

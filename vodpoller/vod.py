@@ -219,6 +219,7 @@ class VodClient:
         confirm_timeout_secs: The same for a confirm.
         lease_secs: How long a pull's handles can be confirmed.
         ca_file: PEM with what vouches for VOD's certificate; None is what the environment says, or the public CAs.
+        key_renewal: What a person must do so that another key is used once it is in place of the present one.
         log: Where to.
         resolve: In place of `socket.getaddrinfo`.
         monotonic: The clock of leases and timeouts, in seconds.
@@ -238,6 +239,7 @@ class VodClient:
         confirm_timeout_secs: float = 2.0,
         lease_secs: float = 30.0,
         ca_file: Path | None = None,
+        key_renewal: str = "send SIGHUP",
         log: Logger,
         resolve: Callable[..., list[Any]] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -248,6 +250,7 @@ class VodClient:
         self._timeout_secs = timeout_secs
         self._confirm_timeout_secs = confirm_timeout_secs
         self._lease_secs = lease_secs
+        self._key_renewal = key_renewal
         self._log = log
         self._monotonic = monotonic
         self._wall = wall
@@ -292,7 +295,7 @@ class VodClient:
         items: Sequence[PulledEvent | Malformed]
         if answer.error_code is not None:
             if not _is_empty_queue(answer):
-                raise _refusal(self._pull, answer)
+                raise _refusal(self._pull, answer, self._key_renewal)
             items = ()
         elif answer.status == _HTTP_OK and answer.unreadable:
             items = self._salvaged(answer, answer.cut or answer.unreadable, source, sub_app_id)
@@ -336,7 +339,7 @@ class VodClient:
             self._confirm, encode_json(content), timeout_secs=self._confirm_timeout_secs, give_up_at=give_up_at
         )
         if answer.error_code is not None:
-            refusal = _refusal(self._confirm, answer)
+            refusal = _refusal(self._confirm, answer, self._key_renewal)
             if answer.repeated and isinstance(refusal, RefusedHandlesError):
                 raise TransientError(
                     f"{refusal} | it was sent again after the connection broke: the first one may have confirmed them",
@@ -586,7 +589,7 @@ def _error_in(response: Mapping[str, Any] | None) -> tuple[str | None, str]:
     return str(error.get("Code") or "")[:_NAME_CHARS], str(error.get("Message") or "")[:_MESSAGE_CHARS]
 
 
-def _refusal(action: _Action, answer: _Answer) -> VodpollerError:
+def _refusal(action: _Action, answer: _Answer, key_renewal: str) -> VodpollerError:
     """The error for an answer with an error code."""
     code = answer.error_code or ""
     said = answer.error_message
@@ -598,7 +601,8 @@ def _refusal(action: _Action, answer: _Answer) -> VodpollerError:
     if action.name == _CONFIRM and _is_about_handles(code, said):
         return RefusedHandlesError(message, error_code=code, request_id=request_id)
     if code.startswith(_FOR_OPERATORS):
-        return OperatorError(f"{message} | {_advice(code, said)}", error_code=code, request_id=request_id)
+        advice = _advice(code, said, key_renewal)
+        return OperatorError(f"{message} | {advice}", error_code=code, request_id=request_id)
     return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
 
 
@@ -732,13 +736,13 @@ _RIGHTS: Final = "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owne
 
 # The first that fits; what comes last fits all.
 _ADVICE: Final = (
-    ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: compare secret_id with the CAM console"),
-    ("AuthFailure.InvalidSecretId", "this is no key of Tencent Cloud's API: compare secret_id with the CAM console"),
-    ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then send SIGHUP"),
+    ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: {compare}, then {renew}"),
+    ("AuthFailure.InvalidSecretId", "this is not a key of Tencent Cloud's API: {compare}, then {renew}"),
+    ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then {renew}"),
     ("AuthFailure.SignatureExpire", "the clock of this machine is off by over 300 s: synchronize it (NTP)"),
-    ("AuthFailure.TokenFailure", "the temporary token is wrong or has ended: renew key and token together"),
+    ("AuthFailure.TokenFailure", "the temporary token is wrong or has ended: renew it with its key, then {renew}"),
     ("AuthFailure.UnauthorizedOperation", _RIGHTS),
-    ("AuthFailure", "check the key in the CAM console, then send SIGHUP"),
+    ("AuthFailure", "check the key in the CAM console, then {renew}"),
     ("Unauthorized", _RIGHTS),
     ("FailedOperation.Invalid", _NO_VOD_USER),
     ("ResourceNotFound.UserNotExist", _NO_VOD_USER),
@@ -752,7 +756,8 @@ _SUB_APP: Final = (
 )
 
 
-def _advice(code: str, message: str) -> str:
+def _advice(code: str, message: str, key_renewal: str) -> str:
     if _names_sub_app(code + message) or code.startswith(("InvalidParameter", "MissingParameter", "4000")):
         return _SUB_APP
-    return next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
+    advice = next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
+    return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal)

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, get_args
 
@@ -165,6 +166,45 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """The known word that is nearest, as the beginning of a hint; empty where none is near."""
     near = _nearest(word, known)
     return f"did you mean {quoted(near)}? " if near else ""
+
+
+def problem_in_key(value: str) -> str:
+    """What cannot be part of an API key of Tencent's, and where: its keys and tokens are letters, digits and marks.
+
+    Args:
+        value: As it was found, without the line ends around it.
+
+    Returns:
+        What is wrong, without any part of the key; empty where nothing is.
+    """
+    if value.startswith("\ufeff"):
+        return "begins with a byte order mark"
+    if _ASSIGNMENT.match(value):
+        return "has a name before the key"
+    lines = re.split(r"[\r\n]+", value)
+    if len(lines) > 1:
+        return f"holds {len(lines)} lines"
+    found = _NOT_OF_A_KEY.search(value)
+    if found is None:
+        return ""
+    return f"has {_character(found[0])} at character {found.start() + 1} of {len(value)}"
+
+
+_ASSIGNMENT: Final = re.compile(
+    r"""\s*["']?(?:export\s+)?\w*(?:secret|key|token|id)\w*["']?\s*[:=]\s*[^\s=]""", re.IGNORECASE | re.ASCII
+)
+_NOT_OF_A_KEY: Final = re.compile(r"""[^!-~]|["'`]""")
+_CHARACTERS: Final[Mapping[str, str]] = {" ": "a blank", "\t": "a tab", '"': "a quote", "'": "a quote", "`": "a quote"}
+
+
+def _character(char: str) -> str:
+    """Its name, for a person who cannot see it."""
+    if char in _CHARACTERS:
+        return _CHARACTERS[char]
+    kind = (
+        "a control character" if unicodedata.category(char) == "Cc" else unicodedata.name(char, "a character").lower()
+    )
+    return f"{kind} (U+{ord(char):04X})"
 
 
 def kind_of(value: Any) -> str:
