@@ -5,8 +5,9 @@ import time
 
 import structlog
 
-from vodpoller.delivery import Delivery, Latch, Sink
+from vodpoller.delivery import Sink
 from vodpoller.events import make_event
+from vodpoller.in_flight import Delivery, DeliveryWait, WaitEnd
 
 
 def until(condition, *, secs=10.0, what="it did not come true in time"):
@@ -107,24 +108,42 @@ class MemorySink(Sink):
 
 
 class MemoryLedger:
-    """Remembers what was accepted, and what was known of it at that moment."""
+    """Remembers what was accepted; calls `at_accept` at that moment."""
 
     def __init__(self):
         self.accepted = []
-        self.outcomes_then = []
-        self.stored_then = []
+        self.at_accept = lambda: None
 
-    def accept(self, sink, accepted, position):
-        self.accepted += [(sink, delivery.event.key) for delivery in accepted]
-        self.outcomes_then += [delivery.outcome for delivery in accepted]
-        self.stored_then += [delivery.stored for delivery in accepted]
+    def accept(self, sink, keys, position):
+        self.at_accept()
+        self.accepted += [(sink, key) for key in keys]
 
 
 def send(worker, in_flight, events, *, deadline_in_secs=None):
-    """Claim and submit fresh deliveries, as a lane does."""
+    """Claim and submit fresh deliveries, as a puller does, which is at its wait then.
+
+    Returns:
+        The deliveries that stand for them, and a `Sent` that waits for them.
+    """
     deadline = None if deadline_in_secs is None else time.monotonic() + deadline_in_secs
-    latch = Latch()
-    deliveries = [Delivery(event, worker.name, deadline=deadline) for event in events]
-    standing, fresh = in_flight.claim(deliveries, latch)
-    worker.submit(fresh)
-    return standing, latch
+    sent = Sent(in_flight, [Delivery(event, worker.name, deadline=deadline) for event in events])
+    worker.submit(sent.fresh)
+    return sent.deliveries, sent
+
+
+class Sent:
+    """A claim that lasts until `leave` is called."""
+
+    def __init__(self, in_flight, wanted):
+        self._wait = DeliveryWait()
+        self._claim = in_flight.claim(wanted, self._wait)
+        claims = self._claim.__enter__()
+        self.deliveries = [claim.delivery for claim in claims]
+        self.fresh = [claim.delivery for claim in claims if not claim.joined]
+
+    def wait(self, timeout_secs):
+        """Whether all of them are done in time."""
+        return self._wait.wait(timeout_secs) is WaitEnd.COMPLETE
+
+    def leave(self):
+        self._claim.__exit__(None, None, None)

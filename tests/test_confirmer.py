@@ -2,7 +2,7 @@ import pytest
 
 from tests.helpers import named
 from vodpoller.confirmer import Confirmer
-from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError
+from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
 from vodpoller.events import Lease
 
 HANDLES = [f"h{number}" for number in range(16)]
@@ -32,6 +32,7 @@ class FakeVod:
             raise error
         if self.stale & set(handles):
             raise refusal()
+        return f"r-{len(self.calls)}"
 
 
 def refusal():
@@ -47,7 +48,10 @@ def confirming(clock, log):
         vod = vod or FakeVod(clock, **more)
         confirmer = confirmers.setdefault(id(vod), Confirmer(vod=vod, log=log, monotonic=clock, sleep=clock.advance))
         lease = Lease(starts_at=clock() - 30.0 + lease_left_secs, secs=30.0)
-        return vod, confirmer.confirm(source, 1500000001, handles, lease)
+        confirmations = confirmer.confirm(source, 1500000001, handles, lease)
+        assert list(confirmations) == list(handles)
+        vod.results = {handle: it.result.value for handle, it in confirmations.items()}
+        return vod, frozenset(it for it, result in vod.results.items() if result == "confirmed")
 
     return confirm
 
@@ -208,3 +212,41 @@ def test_the_same_failure_is_said_once(confirming, clock, lines):
     for _ in range(10):
         confirming(vod=vod)
     assert len(named(lines, "confirm.failed")) == 1
+
+
+# --- what each handle came to -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, {"confirmed"}),
+        ({"stale": ["h3"]}, {"confirmed", "refused"}),
+        ({"stale": HANDLES[::2]}, {"confirmed", "refused"}),
+        ({"script": [TransientError("lost"), refusal()]}, {"refused_after_lost"}),
+        ({"script": [TransientError("lost")] * 1000}, {"no_answer"}),
+        ({"script": [ThrottledError("slower")] * 1000}, {"throttled"}),
+        ({"script": [OperatorError("no right")]}, {"not_allowed"}),
+        ({"script": [StoppingError("stopping")]}, {"stopping"}),
+        ({"script": [ValueError("a bug")]}, {"no_answer"}),
+        ({"lease_left_secs": 0.0}, {"lease_ended"}),
+    ],
+)
+def test_every_handle_ends_with_a_result(confirming, more, expected):
+    vod, _ = confirming(**more)
+    assert set(vod.results) == set(HANDLES)
+    assert set(vod.results.values()) == expected
+
+
+def test_what_nine_calls_leave_undecided_is_refused_like_what_they_found(confirming):
+    vod, confirmed = confirming(stale=HANDLES[::2])
+    undecided = set(HANDLES[1::2]) - confirmed
+    assert {vod.results[handle] for handle in undecided} == {"refused"}
+
+
+def test_an_error_in_the_middle_leaves_no_handle_without_a_result(confirming, lines):
+    vod, confirmed = confirming(stale=["h0"], script=[None, None, ValueError("a bug")])
+    assert set(vod.results) == set(HANDLES)
+    assert confirmed <= frozenset(HANDLES) - {"h0"}
+    (line,) = named(lines, "confirm.failed")
+    assert (line["level"], str(line["exc_info"])) == ("error", "a bug")

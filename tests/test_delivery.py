@@ -6,30 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send, until
-from vodpoller.delivery import Backoff, Breaker, Delivery, InFlight, Latch, Outcome, Settlement, Worker, settle
+from vodpoller.clock import timestamp
+from vodpoller.delivery import Backoff, Breaker, Worker
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError
+from vodpoller.in_flight import InFlight
+from vodpoller.settlement import Reason
 from vodpoller.systemd import Liveness
 
 unhurried = settings(deadline=None)
-
-# --- settle -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("on_failure", ["store", "leave"])
-def test_an_event_without_any_outcome_is_never_settled(on_failure):
-    with pytest.raises(ValueError, match="without any outcome"):
-        settle([], on_failure=on_failure)
-
-
-@unhurried
-@given(st.lists(st.sampled_from(Outcome), min_size=1), st.sampled_from(["store", "leave"]))
-def test_only_what_every_sink_accepted_is_confirmed_without_being_stored(outcomes, on_failure):
-    settled = settle(outcomes, on_failure=on_failure)
-    if set(outcomes) == {Outcome.DELIVERED}:
-        assert settled is Settlement.CONFIRM
-    else:
-        assert settled is {"store": Settlement.STORE, "leave": Settlement.LEAVE}[on_failure]
-
 
 # --- backoff ----------------------------------------------------------------------------------------------------------
 
@@ -44,208 +28,6 @@ def test_a_wait_lies_between_half_of_the_exponential_and_all_of_it(attempt):
 def test_waits_of_many_who_failed_together_differ():
     backoff = Backoff(first_secs=10.0, most_secs=60.0)
     assert len({backoff.secs(1) for _ in range(20)}) > 10
-
-
-# --- latch ------------------------------------------------------------------------------------------------------------
-
-
-def in_thread(task):
-    """Run it in a thread; returns a function that waits for its result."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(task()), daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(10)
-        assert not thread.is_alive()
-        return results[0]
-
-    return result
-
-
-def test_a_latch_whose_time_is_over_says_so():
-    latch = Latch(patience_secs=0.01)
-    latch.add(1)
-    assert latch.wait(0.03) is False
-
-
-@pytest.mark.parametrize("timeout_secs", [0, -5.0])
-def test_a_latch_without_time_left_does_not_wait(timeout_secs):
-    latch = Latch(patience_secs=60)
-    latch.add(1)
-    started = time.monotonic()
-    assert latch.wait(timeout_secs) is False
-    assert time.monotonic() - started < 1
-
-
-def test_a_latch_opens_when_the_last_is_settled_and_not_before():
-    latch = Latch()
-    latch.add(2)
-    result = in_thread(lambda: latch.wait(10))
-    latch.settled()
-    assert latch.wait(0.02) is False
-    latch.settled()
-    assert result() is True
-
-
-def test_a_latch_that_waits_for_nothing_is_open():
-    assert Latch().wait(10) is True
-
-
-def test_settled_before_the_wait_counts():
-    latch = Latch()
-    latch.add(1)
-    latch.settled()
-    assert latch.wait(10) is True
-
-
-def test_a_patient_hurry_does_not_end_a_wait_that_is_young():
-    latch = Latch(patience_secs=60)
-    latch.add(1)
-    result = in_thread(lambda: latch.wait(10))
-    until(lambda: latch._patient_until)
-    assert latch.hurry() is False
-    assert latch.hurry(patiently=False) is True
-    assert result() is False
-
-
-def test_a_patient_hurry_ends_a_wait_that_is_old_once():
-    latch = Latch(patience_secs=0.01)
-    latch.add(1)
-    result = in_thread(lambda: latch.wait(10))
-    until(latch.hurry)
-    assert result() is False
-    assert latch.hurry() is False
-
-
-def test_a_wait_that_has_not_begun_cannot_be_hurried_patiently():
-    latch = Latch(patience_secs=0)
-    latch.add(1)
-    assert latch.hurry() is False
-
-
-def test_nothing_is_hurried_where_everything_is_settled():
-    latch = Latch()
-    latch.add(1)
-    latch.settled()
-    assert latch.hurry(patiently=False) is False
-
-
-def test_a_thread_that_is_needed_elsewhere_waits_for_its_patience_only():
-    latch = Latch(patience_secs=0.02, is_needed=lambda: True)
-    latch.add(1)
-    started = time.monotonic()
-    assert latch.wait(30) is False
-    assert time.monotonic() - started < 5
-
-
-# --- in flight --------------------------------------------------------------------------------------------------------
-
-
-def make(number=0, sink="it", **more):
-    return Delivery(event(number), sink, deadline=None, **more)
-
-
-def test_a_pair_that_is_on_its_way_is_joined():
-    in_flight, latch, other = InFlight(), Latch(), Latch()
-    first, second = make(), make()
-    in_flight.claim([first], latch)
-    standing, fresh = in_flight.claim([second], other)
-    assert (standing, fresh) == ([first], [])
-    in_flight.settle(first, Outcome.DELIVERED)
-    assert latch.wait(0)
-    assert other.wait(0)
-    assert len(in_flight) == 0
-
-
-def test_the_same_event_at_another_sink_is_another_pair():
-    in_flight = InFlight()
-    wanted = [make(0, "a"), make(0, "b")]
-    assert in_flight.claim(wanted, None) == (wanted, wanted)
-
-
-def test_a_pair_twice_in_one_claim_is_one_delivery_that_opens_the_latch():
-    in_flight, latch = InFlight(), Latch()
-    first, second = make(), make()
-    assert in_flight.claim([first, second], latch) == ([first, first], [first])
-    in_flight.settle(first, Outcome.DELIVERED)
-    assert latch.wait(0)
-
-
-def test_the_first_outcome_counts_and_is_told_once():
-    in_flight, told = InFlight(), []
-    delivery = make(on_settled=told.append)
-    in_flight.claim([delivery], None)
-    in_flight.settle(delivery, Outcome.DELIVERED)
-    in_flight.settle(delivery, Outcome.ERRORED, TransientError("late"))
-    assert delivery.outcome is Outcome.DELIVERED
-    assert delivery.error is None
-    assert told == [delivery]
-
-
-def test_what_is_settled_can_be_claimed_anew():
-    in_flight, first, second = InFlight(), make(), make()
-    in_flight.claim([first], None)
-    in_flight.settle(first, Outcome.ERRORED)
-    assert in_flight.claim([second], None) == ([second], [second])
-
-
-@pytest.mark.parametrize(("error", "outcome"), [(None, Outcome.UNSETTLED), (TransientError("x"), Outcome.ERRORED)])
-def test_what_waits_and_is_abandoned_never_starts(error, outcome):
-    in_flight, latch, delivery = InFlight(), Latch(), make()
-    in_flight.claim([delivery], latch)
-    delivery.error = error
-    in_flight.abandon([delivery], latch)
-    assert delivery.outcome is outcome
-    assert in_flight.start([delivery]) == []
-    assert len(in_flight) == 0
-
-
-def test_what_runs_is_never_abandoned_and_its_late_success_is_known():
-    in_flight, latch, delivery = InFlight(), Latch(), make()
-    in_flight.claim([delivery], latch)
-    assert in_flight.start([delivery]) == [delivery]
-    in_flight.abandon([delivery], latch)
-    assert delivery.outcome is None
-    assert in_flight.claim([make()], Latch())[0] == [delivery]
-    in_flight.settle(delivery, Outcome.DELIVERED)
-    assert delivery.outcome is Outcome.DELIVERED
-    assert len(in_flight) == 0
-
-
-def test_what_somebody_else_waits_for_is_not_abandoned():
-    in_flight, latch, other, delivery = InFlight(), Latch(), Latch(), make()
-    in_flight.claim([delivery, make()], latch)
-    in_flight.claim([make()], other)
-    in_flight.abandon([delivery, delivery], latch)
-    assert delivery.outcome is None
-    in_flight.settle(delivery, Outcome.DELIVERED)
-    assert other.wait(0)
-
-
-def test_claims_settlements_and_abandonments_of_many_threads_never_run_a_pair_twice_at_once():
-    in_flight, running, clashes = InFlight(), {}, []
-
-    def lane(seed):
-        for turn in range(150):
-            latch, wanted = Latch(patience_secs=0), [make((seed + turn) % 3), make((seed * turn) % 3)]
-            standing, fresh = in_flight.claim(wanted, latch)
-            for delivery in in_flight.start(fresh) if turn % 4 else []:
-                pair = delivery.event.key
-                if running.get(pair):
-                    clashes.append(pair)
-                running[pair] = True
-                time.sleep(0)
-                running[pair] = False
-                in_flight.settle(delivery, Outcome.DELIVERED)
-            if not latch.wait(0.0005):
-                in_flight.abandon(standing, latch)
-        return True
-
-    results = [in_thread(lambda seed=seed: lane(seed)) for seed in range(4)]
-    assert all(result() for result in results)
-    assert clashes == []
-    assert len(in_flight) == 0
 
 
 # --- breaker ----------------------------------------------------------------------------------------------------------
@@ -373,16 +155,20 @@ class Bench:
         return send(worker, self.in_flight, [event(number) for number in numbers], **more)
 
     def deliver(self, worker, *numbers, **more):
-        """Send, wait, and return the outcomes."""
-        deliveries, latch = self.send(worker, *numbers, **more)
-        assert latch.wait(10)
-        return [delivery.outcome for delivery in deliveries]
+        """Send, wait, and return the reasons of the results."""
+        deliveries, sent = self.send(worker, *numbers, **more)
+        assert sent.wait(10)
+        return reasons(deliveries)
 
     def close(self):
         for worker in self.workers:
             worker.sink.gate.set()
             worker.stop()
             assert worker.join(10)
+
+
+def reasons(deliveries):
+    return [delivery.result and delivery.result.reason for delivery in deliveries]
 
 
 @pytest.fixture
@@ -418,41 +204,41 @@ def test_a_full_queue_leaves_events_unsettled_at_once(bench):
     worker = bench.worker(MemorySink(), queue_max_events=2)
     held, _ = hold_first(bench, worker)
     deliveries, _ = bench.send(worker, 1, 2, 3, 4)
-    assert [delivery.outcome for delivery in deliveries] == [None, None, Outcome.UNSETTLED, Outcome.UNSETTLED]
+    assert reasons(deliveries) == [None, None, Reason.QUEUE_FULL, Reason.QUEUE_FULL]
     worker.sink.gate.set()
-    until(lambda: all(delivery.outcome is Outcome.DELIVERED for delivery in [*held, *deliveries[:2]]))
+    until(lambda: set(reasons([*held, *deliveries[:2]])) == {Reason.DELIVERED})
 
 
 def test_one_poison_event_condemns_none_of_its_batch(bench):
     worker = bench.worker(MemorySink(batch_events=10))
     hold_first(bench, worker)
-    deliveries, latch = bench.send(worker, 1, 2, 3, 4)
+    deliveries, sent = bench.send(worker, 1, 2, 3, 4)
     worker.sink.behaviour = rejecting(2)
     worker.sink.gate.set()
-    assert latch.wait(10)
-    delivered, rejected = Outcome.DELIVERED, Outcome.REJECTED
-    assert [delivery.outcome for delivery in deliveries] == [delivered, rejected, delivered, delivered]
+    assert sent.wait(10)
+    delivered, rejected = Reason.DELIVERED, Reason.REJECTED
+    assert reasons(deliveries) == [delivered, rejected, delivered, delivered]
     assert worker.sink.calls[1:] == [keys(1, 2, 3, 4), keys(1), keys(2), keys(3), keys(4)]
 
 
 def test_a_batch_that_failed_is_one_failure_to_the_breaker(bench):
     worker = bench.worker(MemorySink(batch_events=10), breaker_failures=2)
     hold_first(bench, worker)
-    deliveries, latch = bench.send(worker, 1, 2, 3, 4)
+    deliveries, sent = bench.send(worker, 1, 2, 3, 4)
     worker.sink.fail_with(None, TransientError("the disk is full"))
     worker.sink.gate.set()
-    assert latch.wait(10)
-    assert {delivery.outcome for delivery in deliveries} == {Outcome.ERRORED}
+    assert sent.wait(10)
+    assert set(reasons(deliveries)) == {Reason.SINK_FAILED}
     assert not worker.is_open
 
 
 def test_what_failed_in_a_batch_is_repeated_by_itself(bench):
     worker = bench.worker(MemorySink(batch_events=10))
     hold_first(bench, worker)
-    _, latch = bench.send(worker, 1, 2, deadline_in_secs=10)
+    _, sent = bench.send(worker, 1, 2, deadline_in_secs=10)
     worker.sink.fail_with(None, TransientError("once"))
     worker.sink.gate.set()
-    assert latch.wait(10)
+    assert sent.wait(10)
     assert worker.sink.calls[1] == keys(1, 2)
     assert sorted(worker.sink.calls[2:]) == sorted([keys(1), keys(2)])
 
@@ -460,11 +246,11 @@ def test_what_failed_in_a_batch_is_repeated_by_itself(bench):
 def test_a_partial_failure_is_of_those_it_names(bench):
     worker = bench.worker(MemorySink(batch_events=10))
     hold_first(bench, worker)
-    deliveries, latch = bench.send(worker, 1, 2, 3)
+    deliveries, sent = bench.send(worker, 1, 2, 3)
     worker.sink.fail_with(None, PartialFailureError({0: RejectedError("no"), 2: TransientError("later")}))
     worker.sink.gate.set()
-    assert latch.wait(10)
-    assert [delivery.outcome for delivery in deliveries] == [Outcome.REJECTED, Outcome.DELIVERED, Outcome.ERRORED]
+    assert sent.wait(10)
+    assert reasons(deliveries) == [Reason.REJECTED, Reason.DELIVERED, Reason.SINK_FAILED]
     assert bench.ledger.accepted[1:] == [("it", event(2).key)]
 
 
@@ -472,7 +258,7 @@ def test_a_partial_failure_is_of_those_it_names(bench):
 def test_a_partial_failure_that_names_no_event_of_the_call_accepts_nothing(bench, failures):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(PartialFailureError(failures))
-    assert bench.deliver(worker, 1) == [Outcome.ERRORED]
+    assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
     assert bench.ledger.accepted == []
 
 
@@ -480,16 +266,16 @@ def test_a_partial_failure_that_names_no_event_of_the_call_accepts_nothing(bench
 def test_an_error_that_nobody_foresaw_is_transient_and_the_worker_goes_on(bench, lines, error):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(error)
-    assert bench.deliver(worker, 1) == [Outcome.ERRORED]
-    assert bench.deliver(worker, 1) == [Outcome.DELIVERED]
+    assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
+    assert bench.deliver(worker, 1) == [Reason.DELIVERED]
     assert named(lines, "delivery.failed")[0]["exc_info"] is error
 
 
 def test_a_sink_that_wants_to_end_the_process_fails_one_call(bench, lines):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(SystemExit(3))
-    assert bench.deliver(worker, 1) == [Outcome.ERRORED]
-    assert bench.deliver(worker, 1) == [Outcome.DELIVERED]
+    assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
+    assert bench.deliver(worker, 1) == [Reason.DELIVERED]
     assert "sys.exit(3)" in named(lines, "delivery.failed")[0]["error_message"]
 
 
@@ -500,15 +286,15 @@ def test_an_error_in_the_ledger_does_not_end_the_worker(bench, lines, monkeypatc
     worker = bench.worker(MemorySink())
     with monkeypatch.context() as patched:
         patched.setattr(bench.ledger, "accept", broken)
-        assert bench.deliver(worker, 1) == [Outcome.ERRORED]
-    assert bench.deliver(worker, 2) == [Outcome.DELIVERED]
+        assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
+    assert bench.deliver(worker, 2) == [Reason.DELIVERED]
     assert named(lines, "lane.failed")
 
 
 def test_a_sink_that_hangs_holds_only_its_own_thread(bench):
     slow, fast = bench.worker(MemorySink(), name="slow"), bench.worker(MemorySink(), name="fast")
     hold_first(bench, slow)
-    assert bench.deliver(fast, 1, 2) == [Outcome.DELIVERED] * 2
+    assert bench.deliver(fast, 1, 2) == [Reason.DELIVERED] * 2
     assert slow.sink.accepted == []
     assert "sink slow" in bench.liveness.overdue(-10)
     until(lambda: "sink fast" not in bench.liveness.overdue(-10))
@@ -517,9 +303,9 @@ def test_a_sink_that_hangs_holds_only_its_own_thread(bench):
 def test_an_attempt_is_repeated_within_the_deadline(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(TransientError("once"))
-    deliveries, latch = bench.send(worker, 1, deadline_in_secs=10)
-    assert latch.wait(10)
-    assert deliveries[0].outcome is Outcome.DELIVERED
+    deliveries, sent = bench.send(worker, 1, deadline_in_secs=10)
+    assert sent.wait(10)
+    assert reasons(deliveries)[0] is Reason.DELIVERED
     assert deliveries[0].attempts == 1
     assert worker.sink.calls == [keys(1), keys(1)]
 
@@ -527,7 +313,7 @@ def test_an_attempt_is_repeated_within_the_deadline(bench):
 def test_retry_after_is_honoured(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(TransientError("busy", retry_after_secs=0.9))
-    assert bench.deliver(worker, 1, deadline_in_secs=10) == [Outcome.DELIVERED]
+    assert bench.deliver(worker, 1, deadline_in_secs=10) == [Reason.DELIVERED]
     first, second = worker.sink.called_at
     assert 0.85 <= second - first < 5
 
@@ -537,7 +323,7 @@ def test_no_attempt_is_repeated_beyond_the_deadline(bench, deadline_in_secs):
     worker = bench.worker(MemorySink())
     worker.sink.fail_always(TransientError("busy", retry_after_secs=6.0))
     started = time.monotonic()
-    assert bench.deliver(worker, 1, deadline_in_secs=deadline_in_secs) == [Outcome.ERRORED]
+    assert bench.deliver(worker, 1, deadline_in_secs=deadline_in_secs) == [Reason.SINK_FAILED]
     assert time.monotonic() - started < 3
     assert len(worker.sink.calls) == 1
 
@@ -545,18 +331,18 @@ def test_no_attempt_is_repeated_beyond_the_deadline(bench, deadline_in_secs):
 def test_a_rejection_is_not_repeated(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_always(RejectedError("no"))
-    assert bench.deliver(worker, 1, deadline_in_secs=10) == [Outcome.REJECTED]
+    assert bench.deliver(worker, 1, deadline_in_secs=10) == [Reason.REJECTED]
     assert len(worker.sink.calls) == 1
 
 
 def test_so_many_calls_run_at_once_as_the_sink_says(bench):
     worker = bench.worker(MemorySink(concurrency=3))
     worker.sink.gate.clear()
-    _, latch = bench.send(worker, *range(9))
+    _, sent = bench.send(worker, *range(9))
     until(lambda: worker.sink.running == 3)
-    assert latch.wait(0.05) is False
+    assert sent.wait(0.05) is False
     worker.sink.gate.set()
-    assert latch.wait(10)
+    assert sent.wait(10)
     assert worker.sink.most_running == 3
     assert sorted(worker.sink.accepted) == sorted(keys(*range(9)))
 
@@ -575,36 +361,41 @@ def test_where_no_more_threads_are_to_be_had_those_there_are_do_the_work(bench, 
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        deliveries, latch = bench.send(worker, *range(5))
-    assert latch.wait(10)
-    assert {delivery.outcome for delivery in deliveries} == {Outcome.DELIVERED}
+        deliveries, sent = bench.send(worker, *range(5))
+    assert sent.wait(10)
+    assert set(reasons(deliveries)) == {Reason.DELIVERED}
 
 
 def test_the_ledger_is_written_before_anyone_hears_of_it(bench):
     worker = bench.worker(MemorySink())
-    assert bench.deliver(worker, 1) == [Outcome.DELIVERED]
+    then = []
+    hold_first(bench, worker, first=1)
+    deliveries, sent = bench.send(worker, 1)
+    bench.ledger.at_accept = lambda: then.append(deliveries[0].result)
+    worker.sink.gate.set()
+    assert sent.wait(10)
     assert bench.ledger.accepted == [("it", event(1).key)]
-    assert bench.ledger.outcomes_then == [None]
+    assert then == [None]
 
 
-def test_what_was_abandoned_in_the_queue_never_reaches_the_sink(bench):
+def test_what_was_released_in_the_queue_never_reaches_the_sink(bench):
     worker = bench.worker(MemorySink())
     hold_first(bench, worker)
-    deliveries, latch = bench.send(worker, 1)
-    bench.in_flight.abandon(deliveries, latch)
+    _, sent = bench.send(worker, 1)
+    sent.leave()
     worker.sink.gate.set()
-    assert bench.deliver(worker, 2) == [Outcome.DELIVERED]
+    assert bench.deliver(worker, 2) == [Reason.DELIVERED]
     assert worker.sink.accepted == keys(1000, 2)
 
 
 def test_what_runs_is_joined_and_delivered_once_and_its_late_success_is_in_the_ledger(bench):
     worker = bench.worker(MemorySink())
-    first, latch = hold_first(bench, worker)
-    bench.in_flight.abandon(first, latch)
-    again, second_latch = bench.send(worker, 1000)
+    first, sent = hold_first(bench, worker)
+    sent.leave()
+    again, second = bench.send(worker, 1000)
     assert again == first
     worker.sink.gate.set()
-    assert second_latch.wait(10)
+    assert second.wait(10)
     assert worker.sink.calls == [keys(1000)]
     assert bench.ledger.accepted == [("it", event(1000).key)]
 
@@ -615,21 +406,21 @@ def test_a_worker_that_is_stopped_takes_nothing_more(bench):
     queued, _ = bench.send(worker, 1)
     worker.stop()
     assert worker.join(0.02) is False
-    assert bench.deliver(worker, 2) == [Outcome.UNSETTLED]
+    assert bench.deliver(worker, 2) == [Reason.STOPPING]
     worker.sink.gate.set()
     assert worker.join(10) is True
-    assert queued[0].outcome is None
+    assert queued[0].result is None
     assert worker.sink.accepted == keys(1000)
 
 
 def test_a_worker_that_is_stopped_repeats_nothing(bench):
     worker = bench.worker(MemorySink())
-    deliveries, latch = hold_first(bench, worker, deadline_in_secs=10)
+    deliveries, sent = hold_first(bench, worker, deadline_in_secs=10)
     worker.sink.fail_always(TransientError("x"))
     worker.stop()
     worker.sink.gate.set()
-    assert latch.wait(10)
-    assert deliveries[0].outcome is Outcome.ERRORED
+    assert sent.wait(10)
+    assert reasons(deliveries)[0] is Reason.SINK_FAILED
 
 
 @pytest.mark.parametrize(("queue_max_events", "room"), [(10, 4), (3, 0)])
@@ -651,14 +442,14 @@ def sick(bench):
     worker.clock = clock
     worker.sink.fail_always(TransientError("down"))
     for number in (1, 2, 3):
-        assert bench.deliver(worker, number) == [Outcome.ERRORED]
+        assert bench.deliver(worker, number) == [Reason.SINK_FAILED]
     assert worker.is_open
     worker.sink.calls.clear()
     return worker
 
 
 def test_an_open_breaker_keeps_events_from_the_sink_and_says_so_once(bench, lines, sick):
-    assert bench.deliver(sick, *range(10, 30)) == [Outcome.UNSETTLED] * 20
+    assert bench.deliver(sick, *range(10, 30)) == [Reason.SINK_DOWN] * 20
     assert sick.sink.calls == []
     assert sick.room() == 0
     assert len(named(lines, "breaker.opened")) == 1
@@ -668,13 +459,13 @@ def test_one_event_at_a_time_probes_an_open_breaker(bench, sick):
     sick.clock.advance(1.0)
     assert sick.room() == 1
     sick.sink.gate.clear()
-    probe, latch = bench.send(sick, 4)
+    probe, sent = bench.send(sick, 4)
     until(lambda: sick.sink.running)
-    assert bench.deliver(sick, 5, 6) == [Outcome.UNSETTLED] * 2
+    assert bench.deliver(sick, 5, 6) == [Reason.SINK_DOWN] * 2
     assert sick.room() == 0
     sick.sink.gate.set()
-    assert latch.wait(10)
-    assert probe[0].outcome is Outcome.ERRORED
+    assert sent.wait(10)
+    assert reasons(probe)[0] is Reason.SINK_FAILED
     assert sick.sink.calls == [keys(4)]
 
 
@@ -682,8 +473,8 @@ def test_the_next_probe_is_another_event(bench, sick):
     sick.clock.advance(1.0)
     bench.deliver(sick, 4)
     sick.clock.advance(2.0)
-    assert bench.deliver(sick, 4) == [Outcome.UNSETTLED]
-    assert bench.deliver(sick, 5) == [Outcome.ERRORED]
+    assert bench.deliver(sick, 4) == [Reason.SINK_DOWN]
+    assert bench.deliver(sick, 5) == [Reason.SINK_FAILED]
     assert sick.sink.calls == [keys(4), keys(5)]
 
 
@@ -691,50 +482,50 @@ def test_a_lone_event_is_probed_again_after_a_while(bench, sick):
     sick.clock.advance(1.0)
     bench.deliver(sick, 4)
     sick.clock.advance(30.0)
-    assert bench.deliver(sick, 4) == [Outcome.ERRORED]
+    assert bench.deliver(sick, 4) == [Reason.SINK_FAILED]
 
 
 def test_a_rejection_while_the_breaker_is_open_buries_nothing(bench, sick):
     sick.sink.fail_always(RejectedError("404 to everything"))
     sick.clock.advance(1.0)
-    assert bench.deliver(sick, 4) == [Outcome.ERRORED]
+    assert bench.deliver(sick, 4) == [Reason.SINK_FAILED]
 
 
 def test_a_success_closes_the_breaker(bench, lines, sick):
     sick.sink.behaviour = lambda events: None
     sick.clock.advance(1.0)
-    assert bench.deliver(sick, 4) == [Outcome.DELIVERED]
+    assert bench.deliver(sick, 4) == [Reason.DELIVERED]
     assert not sick.is_open
-    assert bench.deliver(sick, 5, 6) == [Outcome.DELIVERED] * 2
+    assert bench.deliver(sick, 5, 6) == [Reason.DELIVERED] * 2
     assert len(named(lines, "breaker.closed")) == 1
 
 
 def test_rejections_of_distinct_events_open_the_breaker(bench):
     worker = bench.worker(MemorySink(), breaker_failures=3)
     worker.sink.fail_always(RejectedError("404 to everything"))
-    outcomes = [bench.deliver(worker, number)[0] for number in range(6)]
-    assert outcomes == [Outcome.REJECTED] * 3 + [Outcome.UNSETTLED] * 3
+    found = [bench.deliver(worker, number)[0] for number in range(6)]
+    assert found == [Reason.REJECTED] * 3 + [Reason.SINK_DOWN] * 3
 
 
 def test_what_is_queued_when_the_breaker_opens_is_left_unsettled(bench):
     worker = bench.worker(MemorySink(), breaker_failures=1)
     worker.sink.fail_always(TransientError("down"))
     hold_first(bench, worker)
-    _, latch = queued = bench.send(worker, 1, 2, 3)
+    queued, sent = bench.send(worker, 1, 2, 3)
     worker.sink.gate.set()
-    assert latch.wait(10)
-    assert [delivery.outcome for delivery in queued[0]] == [Outcome.UNSETTLED] * 3
+    assert sent.wait(10)
+    assert reasons(queued) == [Reason.SINK_DOWN] * 3
     assert worker.sink.calls == [keys(1000)]
 
 
 def test_what_waits_for_a_repetition_when_the_breaker_opens_is_not_hammered(bench):
     worker = bench.worker(MemorySink(), breaker_failures=2)
     worker.sink.fail_always(TransientError("down"))
-    first, latch = bench.send(worker, 1, deadline_in_secs=10)
+    first, sent = bench.send(worker, 1, deadline_in_secs=10)
     until(lambda: worker._delayed)
-    assert bench.deliver(worker, 2, deadline_in_secs=10) == [Outcome.ERRORED]
-    assert latch.wait(10)
-    assert first[0].outcome in (Outcome.UNSETTLED, Outcome.ERRORED)
+    assert bench.deliver(worker, 2, deadline_in_secs=10) == [Reason.SINK_FAILED]
+    assert sent.wait(10)
+    assert reasons(first)[0] in (Reason.SINK_DOWN, Reason.SINK_FAILED)
     assert len(worker.sink.calls) <= 3
 
 
@@ -744,3 +535,112 @@ def test_a_failure_that_repeats_is_one_line_not_many(bench, lines):
     for number in range(20):
         bench.deliver(worker, number)
     assert len(named(lines, "delivery.failed")) == 1
+
+
+# --- the receiver's pause ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paused(bench):
+    """A worker on a fake clock whose receiver asked to be left alone for ten minutes."""
+    clock = FakeClock()
+    worker = bench.worker(MemorySink(concurrency=2), breaker_failures=2, monotonic=clock, wall=clock)
+    worker.clock = clock
+    worker.sink.fail_always(TransientError("429 Too Many Requests", retry_after_secs=600.0))
+    assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
+    worker.sink.behaviour = lambda events: None
+    worker.sink.calls.clear()
+    return worker
+
+
+def test_a_receiver_that_is_overloaded_gets_nothing_while_it_asked_to_be_left_alone(bench, paused):
+    for number in range(10, 25):
+        assert bench.deliver(paused, number) == [Reason.SINK_PAUSED]
+        paused.clock.advance(30.0)
+    assert paused.sink.calls == []
+    assert paused.room() == 0
+    paused.clock.advance(150.0)
+    assert bench.deliver(paused, 2) == [Reason.DELIVERED]
+
+
+@pytest.mark.parametrize("wait_secs", [600.0, 7.5])
+def test_what_a_pause_keeps_back_says_until_when(bench, wait_secs):
+    clock = FakeClock(1_800_000_000.0)
+    worker = bench.worker(MemorySink(), monotonic=clock, wall=clock)
+    worker.sink.fail_always(TransientError("503 Service Unavailable", retry_after_secs=wait_secs))
+    bench.deliver(worker, 1)
+    (delivery,), sent = bench.send(worker, 2)
+    assert sent.wait(10)
+    assert delivery.result.retry_after_secs == wait_secs
+    assert "503 Service Unavailable" in delivery.result.why
+    assert f"until {timestamp(clock() + wait_secs)}" in delivery.result.why
+    assert worker.status().paused_until == clock() + wait_secs
+
+
+def test_a_probe_waits_for_the_end_of_a_pause_too(bench, paused):
+    paused.sink.fail_always(TransientError("busy", retry_after_secs=100.0))
+    paused.clock.advance(601.0)
+    assert bench.deliver(paused, 2) == [Reason.SINK_FAILED]
+    assert paused.is_open
+    paused.clock.advance(40.0)
+    assert bench.deliver(paused, 3) == [Reason.SINK_PAUSED]
+    paused.clock.advance(61.0)
+    assert bench.deliver(paused, 4) == [Reason.SINK_FAILED]
+    assert len(paused.sink.calls) == 2
+
+
+def test_what_can_wait_for_the_end_of_a_pause_waits_in_the_queue(bench):
+    worker = bench.worker(MemorySink())
+    worker.sink.fail_with(TransientError("busy", retry_after_secs=0.7))
+    _, first = bench.send(worker, 1, deadline_in_secs=60)
+    until(lambda: worker.status().paused_until)
+    _, second = bench.send(worker, 2, deadline_in_secs=60)
+    assert first.wait(10)
+    assert second.wait(10)
+    assert sorted(worker.sink.accepted) == sorted(keys(1, 2))
+    assert worker.sink.called_at[1] - worker.sink.called_at[0] >= 0.69
+
+
+def test_what_is_queued_when_a_pause_begins_and_cannot_wait_is_stored(bench):
+    worker = bench.worker(MemorySink())
+    worker.sink.fail_always(TransientError("busy", retry_after_secs=600.0))
+    hold_first(bench, worker)
+    queued, sent = bench.send(worker, 1, 2, deadline_in_secs=25)
+    worker.sink.gate.set()
+    assert sent.wait(10)
+    assert reasons(queued) == [Reason.SINK_PAUSED] * 2
+    assert len(worker.sink.calls) == 1
+
+
+# --- what a lack of memory, or a bug, must not keep claimed -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+def test_nothing_stays_on_its_way_if_the_ledger_fails(bench, error):
+    def broken():
+        raise error
+
+    worker = bench.worker(MemorySink(batch_events=4), breaker_failures=3)
+    bench.ledger.at_accept = broken
+    hold_first(bench, worker)
+    deliveries, sent = bench.send(worker, 1, 2, 3)
+    worker.sink.gate.set()
+    assert sent.wait(10)
+    assert reasons(deliveries) == [Reason.SINK_FAILED] * 3
+    assert len(bench.in_flight) == 0
+    bench.ledger.at_accept = lambda: None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+def test_nothing_stays_on_its_way_if_taking_it_fails(bench, monkeypatch, error):
+    worker = bench.worker(MemorySink())
+    start, failures = bench.in_flight.start, [error]
+
+    def fail_once(deliveries):
+        if failures:
+            raise failures.pop()
+        return start(deliveries)
+
+    monkeypatch.setattr(bench.in_flight, "start", fail_once)
+    assert bench.deliver(worker, 1) == [Reason.DELIVERED]
+    assert failures == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named, until
 from vodpoller import journal as journal_module
-from vodpoller.delivery import Delivery, Portion, Position
+from vodpoller.delivery import Portion, Position
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import CONFIRMED_KEPT_SECS, Journal, Known, Letter
 from vodpoller.migrations import SCHEMA_VERSION
@@ -64,14 +64,8 @@ def letter(number=0, sink="it", **more):
     return Letter(event=event(number), sink=sink, **{"dead": False, "reason": "errored", **more})
 
 
-def accepted(number=0, sink="it", *, stored=False):
-    delivery = Delivery(event(number), sink, deadline=None)
-    delivery.stored = stored
-    return delivery
-
-
-def accept(journal, *numbers, sink="it", position=None, stored=False):
-    journal.accept(sink, [accepted(number, sink, stored=stored) for number in numbers], position)
+def accept(journal, *numbers, sink="it", position=None):
+    journal.accept(sink, [event(number).key for number in numbers], position)
 
 
 def known(journal, number=0, sink="it"):
@@ -376,7 +370,7 @@ def test_room_of_dead_letters_that_was_made_is_found_again(opened, path, way):
     journal = opened(max_bytes=ROOM_OF_TEN)
     journal.store([dead(number) for number in range(5)])
     if way == "accepted":
-        accept(journal, 0, stored=True)
+        accept(journal, 0)
     elif way == "forgotten":
         journal.forget([1])
         journal.flush()
@@ -563,7 +557,7 @@ def test_a_pair_is_known_through_its_life(journal, wall):
     assert known(journal, sink="other") is None
     journal.bury(journal.due("it", 1)[0].row, attempts=1, reason="rejected", error="no")
     assert known(journal) is Known.DEAD
-    accept(journal, 0, stored=True)
+    accept(journal, 0)
     assert known(journal) is Known.ACCEPTED
     assert journal.counts() == {}
     wall.advance(10 * 86_400)
@@ -597,7 +591,7 @@ def test_a_confirm_of_a_stored_event_lets_its_late_acceptance_age(journal, wall)
     journal.store([letter()])
     journal.confirmed([event().key])
     journal.flush()
-    accept(journal, 0, stored=True)
+    accept(journal, 0)
     assert known(journal) is Known.ACCEPTED
     wall.advance(CONFIRMED_KEPT_SECS + 1)
     assert known(journal) is None
@@ -1000,7 +994,7 @@ def test_a_journal_of_0_1_keeps_all_and_works(opened, path, lines, wall):
 
     journal.store([letter(50), letter(51, dead=True)])
     assert max(rows(path, "SELECT id FROM letters")) == (9,)
-    accept(journal, 4, sink="hook", stored=True)
+    accept(journal, 4, sink="hook")
     assert known(journal, 4, "hook") is Known.ACCEPTED
     journal.close()
     totals = rows(path, "SELECT letters_bytes, dead_bytes FROM totals")

@@ -13,7 +13,6 @@ import pytest
 
 from tests.helpers import FakeClock, event
 from vodpoller import letters as letters_module
-from vodpoller.delivery import Delivery
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.journal import Journal, Known, Letter
 from vodpoller.letters import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
@@ -480,7 +479,7 @@ def test_what_no_route_took_is_routed_by_todays_routes(journal, letters, path):
 def test_what_a_sink_has_already_is_not_brought_to_it_again(journal, letters):
     """No route took the event at first; then VOD brought it again, and one did."""
     journal.store([letter(1, "", reason="unrouted")])
-    journal.accept("hook", [Delivery(event(1), "hook", deadline=None)], None)
+    journal.accept("hook", [event(1).key], None)
 
     replay(letters, "hook", router=Routes(NewFileUpload=("hook",)))
 
@@ -566,7 +565,7 @@ def test_a_move_to_its_own_sink_is_a_replay(journal, letters, path, dead):
 def test_a_move_to_a_sink_that_knows_the_event_brings_it_there_once(journal, letters, path, there):
     journal.store([letter(1, "gone")])
     if there == "accepted":
-        journal.accept("hook", [Delivery(event(1), "hook", deadline=None)], None)
+        journal.accept("hook", [event(1).key], None)
     else:
         journal.store([letter(1, "hook", dead=there == "dead")])
 
@@ -580,7 +579,7 @@ def test_a_move_to_a_sink_that_knows_the_event_brings_it_there_once(journal, let
 def outcomes_of(journal, row):
     """All that the daemon may do with a row when a delivery is over."""
     return {
-        "accepted": lambda: journal.accept(row.sink, [Delivery(row.event, row.sink, deadline=None, held=True)], None),
+        "accepted": lambda: journal.accept(row.sink, [row.event.key], None),
         "failed": lambda: journal.reschedule(row.row, attempts=7, due_in_secs=600, error="late"),
         "given up": lambda: journal.bury(row.row, attempts=7, reason="gave_up", error="late"),
         "known already": lambda: journal.forget([row.row]),

@@ -3,8 +3,9 @@ from itertools import pairwise
 import pytest
 
 from tests.helpers import FakeClock, MemorySink, event, named, until
-from vodpoller.delivery import Delivery, InFlight, Latch, Outcome, Worker
+from vodpoller.delivery import Worker
 from vodpoller.errors import RejectedError, StorageError, TransientError
+from vodpoller.in_flight import Delivery, DeliveryWait, InFlight
 from vodpoller.journal import Journal, Known, Letter
 from vodpoller.pending import Retrier
 from vodpoller.systemd import Liveness
@@ -41,7 +42,7 @@ class Bench:
         )
 
     def store(self, *numbers, sink="it"):
-        self.journal.store([Letter(event=event(n), sink=sink, dead=False, reason="errored") for n in numbers])
+        self.journal.store([Letter(event=event(n), sink=sink, dead=False, reason="sink_failed") for n in numbers])
 
     def go(self):
         """What happens every second, and what comes of it."""
@@ -49,7 +50,7 @@ class Bench:
         submitted = self.retrier.submit_due()
         until(lambda: len(self.in_flight) == 0)
         # The outcome is written down after the pair has left the table.
-        until(lambda: self.worker._idle == len(self.worker._threads))
+        until(lambda: not self.worker._busy)
         self.journal.flush()
         return submitted
 
@@ -205,19 +206,14 @@ def test_rows_whose_delivery_still_runs_are_not_submitted_twice(bench):
 
 def test_a_row_whose_event_a_lane_is_delivering_is_not_submitted(bench):
     bench.store(1)
-    latch = Latch()
-    bench.in_flight.claim([Delivery(event(1), "it", deadline=None)], latch)
-    assert bench.retrier.submit_due() == 0
-    assert bench.sink.calls == []
-    for delivery in list(bench.in_flight._deliveries.values()):
-        bench.in_flight.settle(delivery, Outcome.UNSETTLED)
+    with bench.in_flight.claim([Delivery(event(1), "it", deadline=None)], DeliveryWait()):
+        assert bench.retrier.submit_due() == 0
+        assert bench.sink.calls == []
 
 
 def test_a_row_whose_event_was_accepted_meanwhile_is_dropped_without_a_delivery(bench):
     bench.store(1)
-    delivery = Delivery(event(1), "it", deadline=None)  # it knew nothing of the row
-    bench.journal.accept("it", [delivery], None)
-    assert bench.journal.counts() == {("it", "pending"): 1}
+    bench.journal.accept("it", [event(1).key], None)
     assert bench.go() == 0
     assert bench.journal.counts() == {}
     assert bench.sink.calls == []
@@ -253,3 +249,38 @@ def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch
         bench.go()
     assert bench.go() == 1
     assert bench.journal.counts() == {}
+
+
+# --- claims that must be released -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+@pytest.mark.parametrize("where", ["known", "forget", "submit", "queued"])
+def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench, monkeypatch, where, error):
+    def broken(*args):
+        raise error
+
+    bench.store(*range(5))
+    place = {"known": bench.journal, "forget": bench.journal, "submit": bench.worker, "queued": bench.in_flight}[where]
+    with monkeypatch.context() as patched:
+        patched.setattr(place, where, broken)
+        with pytest.raises(type(error)):
+            bench.retrier.submit_due()
+    until(lambda: len(bench.in_flight) == 0)
+    bench.wall.advance(1000)
+    bench.go()
+    assert bench.journal.counts() == {}
+    assert sorted(bench.sink.accepted) == sorted(event(number).key for number in range(5))
+
+
+def test_a_dead_letter_is_said_only_if_it_is_written(bench, monkeypatch, lines):
+    bench.store(1)
+    bench.sink.fail_always(RejectedError("no such tenant"))
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.journal, "bury", lambda *args, **more: False)
+        bench.go()
+    assert named(lines, "event.dead") == []
+    assert bench.known(1) is Known.PENDING
+    bench.wall.advance(1000)
+    bench.go()
+    assert len(named(lines, "event.dead")) == 1

@@ -1,3 +1,4 @@
+import re
 import threading
 import time
 from contextlib import closing
@@ -8,14 +9,24 @@ import pytest
 
 from tests.helpers import MemorySink, event, named, until
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import InFlight, Latch, Worker
-from vodpoller.errors import RefusedHandlesError, RejectedError, StorageError, TransientError
+from vodpoller.delivery import Worker
+from vodpoller.errors import (
+    JournalFullError,
+    LeaseLostError,
+    OperatorError,
+    RefusedHandlesError,
+    RejectedError,
+    StoppingError,
+    StorageError,
+    ThrottledError,
+    TransientError,
+)
 from vodpoller.events import Lease, Malformed, PulledEvent, make_event
+from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal import Journal, Known
-from vodpoller.pipeline import Pipeline
+from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness
-from vodpoller.vod import Pull
 
 
 @dataclass(frozen=True)
@@ -36,30 +47,19 @@ class Route:
 
 
 class FakeVod:
-    """Hands out what a test queues, and remembers what was confirmed."""
+    """Confirms, and remembers what; or fails as a test says."""
 
     def __init__(self):
         self.confirmed = []
-        self.events = ()
-        self.malformed = ()
-        self.lease_secs = 30.0
-        self.failure = None
         self.refusal = None
         self.at_confirm = lambda: None
-
-    def pull(self, source, sub_app_id):
-        if self.failure is not None:
-            raise self.failure
-        lease = Lease(starts_at=time.monotonic(), secs=self.lease_secs)
-        return Pull(
-            events=tuple(self.events), malformed=tuple(self.malformed), lease=lease, hung_secs=0.0, request_id="r-1"
-        )
 
     def confirm(self, sub_app_id, handles, timeout_secs=None):
         self.at_confirm()
         if self.refusal is not None:
             raise self.refusal
         self.confirmed += handles
+        return "r-confirm"
 
 
 class Line:
@@ -92,7 +92,6 @@ class Line:
     @cached_property
     def pipeline(self):
         return Pipeline(
-            vod=self.vod,
             router=Router(self.routes),
             workers=self.workers,
             in_flight=self.in_flight,
@@ -103,13 +102,18 @@ class Line:
             log=self.log,
         )
 
-    def cycle(self, *events, source=None, latch=None, lease_secs=30.0, malformed=()):
-        self.vod.events = [PulledEvent(handle=handle, event=event) for handle, event in events]
-        self.vod.malformed = malformed
-        self.vod.lease_secs = lease_secs
+    def process(self, *events, source=None, wait=None, lease_secs=30.0, malformed=()):
         self.vod.confirmed.clear()
-        self.answers = []
-        self.pipeline.cycle(source or Source(), on_answer=self.answers.append, latch=latch or Latch())
+        now = time.monotonic()
+        batch = Batch(
+            source=source or Source(),
+            events=[PulledEvent(handle=handle, event=event) for handle, event in events],
+            malformed=malformed,
+            lease=Lease(starts_at=now, secs=lease_secs),
+            received_at=now,
+            request_id="r-pull",
+        )
+        self.pipeline.process(batch, wait or DeliveryWait())
         return self.vod.confirmed
 
     def known(self, number, sink):
@@ -132,45 +136,22 @@ def line(tmp_path, log):
 
 
 def one(line, number=1, **more):
-    return line.cycle((f"h{number}", event(number)), **more)
+    return line.process((f"h{number}", event(number)), **more)
 
 
 def settled(lines):
-    return [(line["settlement"], line["confirmed"], line["sinks"]) for line in named(lines, "event.settled")]
+    return [
+        (
+            line["settlement"],
+            line["reason"],
+            line["confirmed"],
+            {sink: result["reason"] for sink, result in line["sinks"].items()},
+        )
+        for line in named(lines, "event.settled")
+    ]
 
 
 OTHER = make_event({"EventType": "Unheard", "E": {"TaskId": "t-1"}}, source="main", sub_app_id=None)
-
-
-# --- the pull ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_pull_that_fails_is_the_lane_s_to_judge(line):
-    line.vod.failure = TransientError("no answer")
-    with pytest.raises(TransientError):
-        line.cycle()
-    assert line.answers == []
-
-
-def test_an_empty_answer_confirms_and_says_nothing(line, lines):
-    assert line.cycle() == []
-    assert len(line.answers) == 1
-    assert lines == []
-
-
-def test_the_answer_is_told_before_anything_is_delivered(line):
-    line.sinks["a"].gate.clear()
-    told = threading.Event()
-    line.vod.events = [PulledEvent(handle="h1", event=event(1))]
-    cycle = threading.Thread(
-        target=line.pipeline.cycle,
-        args=(Source(),),
-        kwargs={"on_answer": lambda pull: line.sinks["a"].calls or told.set(), "latch": Latch()},
-    )
-    cycle.start()
-    assert told.wait(10)
-    line.sinks["a"].gate.set()
-    cycle.join(10)
 
 
 # --- unrouted, malformed, where ---------------------------------------------------------------------------------------
@@ -187,14 +168,14 @@ def test_the_answer_is_told_before_anything_is_delivered(line):
 )
 def test_an_event_that_no_route_takes_goes_where_its_source_says(line, lines, unrouted, confirmed, counts):
     for _ in range(3):
-        assert line.cycle(("h", OTHER), source=Source(unrouted=unrouted)) == confirmed
+        assert line.process(("h", OTHER), source=Source(unrouted=unrouted)) == confirmed
     assert line.journal.counts() == counts
     assert len(named(lines, "event.left")) == (unrouted == "leave")
     assert bool(named(lines, "event.dead")) == bool(counts)
 
 
 def test_an_unrouted_event_costs_its_batch_mates_nothing(line):
-    assert line.cycle(("h", OTHER), ("h1", event(1)), source=Source(unrouted="leave")) == ["h1"]
+    assert line.process(("h", OTHER), ("h1", event(1)), source=Source(unrouted="leave")) == ["h1"]
     assert line.known(1, "a") is Known.ACCEPTED
 
 
@@ -208,13 +189,13 @@ def malformed(handle="hm"):
 def test_a_malformed_event_is_a_dead_letter_and_costs_its_batch_mates_nothing(
     line, lines, on_failure, confirmed, counts
 ):
-    assert line.cycle(("h1", event(1)), malformed=[malformed()], source=Source(on_failure=on_failure)) == confirmed
+    assert line.process(("h1", event(1)), malformed=[malformed()], source=Source(on_failure=on_failure)) == confirmed
     assert line.journal.counts() == counts
     assert named(lines, "event.malformed")[0]["has_handle"] is True
 
 
 def test_of_a_malformed_event_without_a_handle_there_is_a_line(line, lines):
-    assert line.cycle(("h1", event(1)), malformed=[malformed(None)]) == ["h1"]
+    assert line.process(("h1", event(1)), malformed=[malformed(None)]) == ["h1"]
     assert line.journal.counts() == {}
     assert named(lines, "event.malformed")[0]["has_handle"] is False
 
@@ -224,7 +205,7 @@ def test_a_where_that_fails_rejects_the_event_at_its_sink_and_not_at_the_others(
     assert one(line) == ["h1"]
     assert line.known(1, "a") is Known.DEAD
     assert line.known(1, "b") is Known.ACCEPTED
-    assert settled(lines) == [("store", True, {"a": "rejected", "b": "delivered"})]
+    assert settled(lines) == [("store", "rejected", True, {"a": "rejected", "b": "delivered"})]
     assert "`where` cannot be evaluated" in named(lines, "event.dead")[0]["error_message"]
 
 
@@ -233,16 +214,16 @@ def test_a_where_that_fails_rejects_the_event_at_its_sink_and_not_at_the_others(
 
 def test_one_dead_sink_of_two_keeps_nothing_from_the_other(line, lines):
     line.sinks["a"].fail_always(RejectedError("no"))
-    assert line.cycle(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
+    assert line.process(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
     assert [line.known(number, "a") for number in (1, 2)] == [Known.DEAD] * 2
     assert [line.known(number, "b") for number in (1, 2)] == [Known.ACCEPTED] * 2
-    assert settled(lines) == [("store", True, {"a": "rejected", "b": "delivered"})] * 2
+    assert settled(lines) == [("store", "rejected", True, {"a": "rejected", "b": "delivered"})] * 2
 
 
 def test_what_every_sink_accepted_is_confirmed_and_not_stored(line, lines):
-    assert line.cycle(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
+    assert line.process(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
     assert line.journal.counts() == {}
-    assert settled(lines) == [("confirm", True, {"a": "delivered", "b": "delivered"})] * 2
+    assert settled(lines) == [("confirm", "delivered", True, {"a": "delivered", "b": "delivered"})] * 2
 
 
 def test_nothing_is_confirmed_before_the_ledger_holds_it(line):
@@ -261,7 +242,7 @@ def test_nothing_is_confirmed_before_what_a_sink_lacks_is_stored(line):
 
 
 def test_an_event_twice_in_a_batch_is_delivered_once_and_both_handles_are_confirmed(line):
-    assert line.cycle(("h1", event(1)), ("h2", event(1))) == ["h1", "h2"]
+    assert line.process(("h1", event(1)), ("h2", event(1))) == ["h1", "h2"]
     assert line.sinks["a"].accepted == [event(1).key]
 
 
@@ -282,7 +263,7 @@ def test_a_slow_sink_s_event_is_stored_and_confirmed_in_time_and_its_late_succes
     until(lambda: line.known(1, "a") is Known.ACCEPTED)
     assert line.journal.counts() == {}
     assert line.sinks["a"].accepted == [event(1).key]
-    assert settled(lines) == [("store", True, {"a": "unsettled", "b": "delivered"})]
+    assert settled(lines) == [("store", "out_of_time", True, {"a": "out_of_time", "b": "delivered"})]
 
 
 def test_a_success_that_comes_while_the_event_is_being_stored_leaves_no_row(line, monkeypatch):
@@ -296,21 +277,6 @@ def test_a_success_that_comes_while_the_event_is_being_stored_leaves_no_row(line
 
     monkeypatch.setattr(line.journal, "store", late)
     assert one(line, lease_secs=5.1) == ["h1"]
-    assert line.known(1, "a") is Known.ACCEPTED
-
-
-def test_a_success_that_comes_between_the_decision_and_the_storing_leaves_no_row(line, monkeypatch):
-    decide = line.pipeline._letters
-    line.sinks["a"].gate.clear()
-
-    def late(item):
-        line.sinks["a"].gate.set()
-        until(lambda: len(line.in_flight) == 0)
-        return decide(item)
-
-    monkeypatch.setattr(line.pipeline, "_letters", late)
-    assert one(line, lease_secs=5.1) == ["h1"]
-    assert line.journal.counts() == {}
     assert line.known(1, "a") is Known.ACCEPTED
 
 
@@ -363,9 +329,10 @@ def test_an_event_whose_delivery_still_runs_joins_it(line, lines):
     line.sinks["a"].gate.clear()
     one(line, source=Source(on_failure="leave"), lease_secs=5.1)
     assert line.vod.confirmed == []
-    again = threading.Thread(target=one, args=(line,), kwargs={"source": Source(on_failure="leave")})
+    wait = DeliveryWait()
+    again = threading.Thread(target=one, args=(line,), kwargs={"source": Source(on_failure="leave"), "wait": wait})
     again.start()
-    until(lambda: line.in_flight._deliveries[event(1).key, "a"].latches)
+    until(lambda: wait.is_waiting)
     line.sinks["a"].gate.set()
     again.join(10)
     assert line.vod.confirmed == ["h1"]
@@ -385,20 +352,31 @@ def test_a_confirmed_event_may_come_again_later_as_a_new_one(line, monkeypatch):
 # --- when it cannot be stored -----------------------------------------------------------------------------------------
 
 
-def test_what_the_journal_cannot_take_stays_with_vod_and_its_batch_mates_do_not(line, lines, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StorageError("the disk is full"), "journal_failed"),
+        (JournalFullError("max_bytes", refused=[OTHER.key]), "journal_full"),
+    ],
+)
+def test_what_the_journal_cannot_take_stays_with_vod_and_its_batch_mates_do_not(
+    line, lines, monkeypatch, error, reason
+):
     def broken(letters):
-        raise StorageError("the disk is full")
+        raise error
 
     monkeypatch.setattr(line.journal, "store", broken)
     line.routes = [Route(sinks=("a",), event_types=("NewFileUpload",)), Route(sinks=("b",), event_types=("Unheard",))]
     line.sinks["b"].fail_always(RejectedError("no"))
-    assert line.cycle(("h1", event(1)), ("h", OTHER)) == ["h1"]
-    assert [line["settlement"] for line in named(lines, "event.settled")] == ["confirm", "leave"]
+    assert line.process(("h1", event(1)), ("h", OTHER)) == ["h1"]
+    assert [(line["settlement"], line["reason"]) for line in named(lines, "event.settled")] == [
+        ("confirm", "delivered"),
+        ("leave", reason),
+    ]
     assert named(lines, "event.dead") == []
-    assert named(lines, "journal.failed")
 
 
-def test_a_journal_that_cannot_be_read_delivers_and_confirms_nothing_that_is_not_stored(line, monkeypatch):
+def test_a_journal_that_cannot_be_read_delivers_and_confirms_nothing_that_is_not_stored(line, lines, monkeypatch):
     def unreadable(pairs):
         raise StorageError("cannot be read")
 
@@ -406,19 +384,20 @@ def test_a_journal_that_cannot_be_read_delivers_and_confirms_nothing_that_is_not
     monkeypatch.setattr(line.journal, "store", lambda letters: unreadable(()))
     assert one(line) == []
     assert line.sinks["a"].calls == []
+    assert settled(lines) == [("leave", "journal_failed", False, {"a": "journal_failed", "b": "journal_failed"})]
 
 
 def test_on_failure_leave_stores_nothing(line, lines):
     line.sinks["a"].fail_with(RejectedError("no"))
     assert one(line, source=Source(on_failure="leave")) == []
     assert line.journal.counts() == {}
-    assert settled(lines) == [("leave", False, {"a": "rejected", "b": "delivered"})]
+    assert settled(lines) == [("leave", "left_by_configuration", False, {"a": "rejected", "b": "delivered"})]
 
 
 def test_a_lane_that_is_needed_elsewhere_stores_what_its_sinks_have_not_taken(line):
     line.sinks["a"].gate.clear()
     started = time.monotonic()
-    assert one(line, latch=Latch(patience_secs=0.02, is_needed=lambda: True)) == ["h1"]
+    assert one(line, wait=DeliveryWait(min_wait_secs=0.02, should_yield=lambda: True)) == ["h1"]
     assert time.monotonic() - started < 5
     assert line.known(1, "a") is Known.PENDING
 
@@ -436,10 +415,13 @@ def test_the_fate_of_an_event_is_one_line_with_its_ids(line, lines):
         },
     }
     taken = make_event(content, source="main", sub_app_id=None)
-    line.cycle(("h1", taken))
+    line.process(("h1", taken))
     (said,) = named(lines, "event.settled")
     assert said["level"] == "info"
     assert (said["source"], said["event_type"], said["key"]) == ("main", "NewFileUpload", taken.key.hex())
+    assert said["routes"] == ("r",)
+    assert (said["pull_request_id"], said["confirm_request_id"]) == ("r-pull", "r-confirm")
+    assert said["sinks"]["a"] == {"outcome": "delivered", "reason": "delivered"}
     assert (said["task_id"], said["file_id"]) == ("t-1", "5285890784273533167")
     assert said["failed_snapshots"] == [{"time_offset_ms": 20, "err_code": 70000}]
     assert 0 <= said["duration_secs"] < 20
@@ -447,22 +429,184 @@ def test_the_fate_of_an_event_is_one_line_with_its_ids(line, lines):
 
 
 def test_events_are_counted_by_many_lanes_at_once(line):
-    pipeline = line.pipeline
-    line.vod.events = [PulledEvent(handle=f"h{number}", event=event(number)) for number in range(8)]
     line.vod.refusal = RefusedHandlesError("stale")
+    events = [(f"h{number}", event(number)) for number in range(8)]
 
     def lane():
         for _ in range(5):
-            pipeline.cycle(Source(), on_answer=lambda pull: None, latch=Latch())
+            line.process(*events)
 
     lanes = [threading.Thread(target=lane) for _ in range(4)]
     for thread in lanes:
         thread.start()
     for thread in lanes:
         thread.join(20)
-    assert (pipeline.settled_events, pipeline.unsettled_events) == (160, 160)
-    assert pipeline.last_pull_at > 0
-    assert pipeline.last_confirm_at == 0
+    assert (line.pipeline.settled_events, line.pipeline.unsettled_events) == (160, 160)
+    assert line.pipeline.last_confirm_at == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "result"),
+    [
+        (None, "confirmed"),
+        (RefusedHandlesError("stale", error_code="InvalidParameterValue", request_id="r-9"), "refused"),
+        (OperatorError("no right", error_code="UnauthorizedOperation", request_id="r-9"), "not_allowed"),
+        (LeaseLostError("over"), "lease_ended"),
+        (StoppingError("stopping"), "stopping"),
+        (RuntimeError("a bug"), "no_answer"),
+    ],
+)
+def test_the_line_names_what_came_of_the_confirm_and_of_which_call(line, lines, error, result):
+    line.vod.refusal = error
+    one(line)
+    (said,) = named(lines, "event.settled")
+    assert (said["confirm_result"], said["confirmed"]) == (result, error is None)
+    if getattr(error, "error_code", ""):
+        assert (said["confirm_error_code"], said["confirm_request_id"]) == (error.error_code, "r-9")
+
+
+@pytest.mark.parametrize(
+    ("error", "result"), [(TransientError("lost"), "no_answer"), (ThrottledError("slower"), "throttled")]
+)
+def test_a_confirm_that_fails_until_the_lease_ends_says_how(line, lines, error, result):
+    line.vod.refusal = error
+    one(line, lease_secs=0.3)
+    assert named(lines, "event.settled")[0]["confirm_result"] == result
+
+
+def test_a_handle_that_is_refused_after_a_lost_answer_is_said_to_be_so(line, lines):
+    errors = [TransientError("lost"), RefusedHandlesError("stale")]
+
+    def fail():
+        line.vod.refusal = errors.pop(0)
+
+    line.vod.at_confirm = fail
+    one(line)
+    assert named(lines, "event.settled")[0]["confirm_result"] == "refused_after_lost"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+def test_an_error_that_nobody_foresaw_leaves_no_event_without_its_line(line, lines, monkeypatch, error):
+    def broken(letters):
+        raise error
+
+    line.sinks["a"].fail_always(RejectedError("no"))
+    monkeypatch.setattr(line.journal, "store", broken)
+    with pytest.raises(type(error)):
+        line.process(("h1", event(1)), ("h2", event(2)))
+    assert line.vod.confirmed == []
+    assert [line["confirmed"] for line in named(lines, "event.settled")] == [False, False]
+
+
+# --- one handle for several events ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_handle_is_confirmed_only_if_every_event_that_has_it_may_be(line, lines, where):
+    items = [("shared", event(1)), ("shared", event(2)), ("alone", event(3))]
+    items.insert(where, ("shared", OTHER))
+    assert line.process(*items, source=Source(unrouted="leave")) == ["alone"]
+    reasons = [(line["event_type"], line["reason"], line["confirmed"]) for line in named(lines, "event.settled")]
+    assert reasons.count(("NewFileUpload", "shared_handle", False)) == 2
+    assert reasons.count(("NewFileUpload", "delivered", True)) == 1
+    assert reasons.count(("Unheard", "no_route", False)) == 1
+
+
+def test_a_handle_that_a_malformed_event_shares_is_kept_with_it(line, lines):
+    source = Source(on_failure="leave")
+    assert line.process(("hm", event(1)), ("h2", event(2)), malformed=[malformed("hm")], source=source) == ["h2"]
+    assert [line["reason"] for line in named(lines, "event.settled")] == [
+        "shared_handle",
+        "delivered",
+        "left_by_configuration",
+    ]
+
+
+def test_a_handle_whose_events_may_all_be_confirmed_is_confirmed_once(line):
+    assert line.process(("shared", event(1)), ("shared", event(2))) == ["shared"]
+
+
+# --- why it was stored ------------------------------------------------------------------------------------------------
+
+
+def stored(line, columns="reason, error"):
+    return line.journal._reader.execute(f"SELECT {columns} FROM letters ORDER BY id").fetchall()
+
+
+@pytest.fixture
+def sick(line):
+    """A line whose sink `a` has a breaker that one failure opens."""
+    line.workers["a"].stop()
+    line.workers["a"] = Worker(
+        name="a",
+        sink=line.sinks["a"],
+        ledger=line.journal,
+        in_flight=line.in_flight,
+        queue_max_events=1,
+        breaker_failures=1,
+        log=line.log,
+        liveness=Liveness(),
+    )
+    line.workers["a"].start()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "why"),
+    [
+        (TransientError("connection refused"), "sink_down", r"down since 20\d\d-.*Z: connection refused"),
+        (TransientError("429", retry_after_secs=90.0), "sink_paused", r"left alone until 20\d\d-.*Z: 429"),
+    ],
+)
+def test_an_event_that_was_not_attempted_is_stored_with_the_reason(sick, lines, error, reason, why):
+    sick.sinks["a"].fail_always(error)
+    one(sick, 1)
+    one(sick, 2)
+    assert settled(lines)[1] == ("store", reason, True, {"a": reason, "b": "delivered"})
+    (_, (second_reason, second_error)) = stored(sick)
+    assert second_reason == reason
+    assert re.search(why, second_error)
+
+
+def test_an_event_that_finds_the_queue_full_is_stored_with_the_reason(sick, lines):
+    sick.sinks["a"].gate.clear()
+    sick.process(*((f"h{number}", event(number)) for number in range(4)), lease_secs=5.4)
+    reasons = [line["sinks"]["a"]["reason"] for line in named(lines, "event.settled")]
+    assert reasons.count("queue_full") >= 2
+    assert set(reasons) == {"queue_full", "out_of_time"}
+    assert sorted(reason for (reason,) in stored(sick, "reason")) == sorted(reasons)
+    assert all(error for (error,) in stored(sick, "error"))
+
+
+@pytest.mark.parametrize(("at_sink", "place"), [(True, "had not answered"), (False, "waited in the sink's queue")])
+def test_an_event_that_a_stop_interrupts_is_stored_with_the_reason(line, lines, at_sink, place):
+    line.sinks["a"].gate.clear()
+    if not at_sink:
+        line.process(("h0", event(0)), lease_secs=5.1)
+    wait = DeliveryWait()
+    thread = threading.Thread(target=one, args=(line,), kwargs={"wait": wait})
+    thread.start()
+    until(lambda: wait.is_waiting and line.sinks["a"].calls)
+    wait.interrupt(stopping=True)
+    thread.join(10)
+    assert settled(lines)[-1] == ("store", "stopping", True, {"a": "stopping", "b": "delivered"})
+    assert place in stored(line)[-1][1]
+
+
+def test_what_a_stopped_worker_does_not_take_says_so(line, lines):
+    line.workers["a"].stop()
+    one(line)
+    assert stored(line) == [("stopping", "the daemon was stopping")]
+
+
+def test_what_is_known_already_says_so(line, lines):
+    line.sinks["a"].fail_with(TransientError("down", retry_after_secs=60.0))
+    line.vod.refusal = RefusedHandlesError("stale")
+    one(line)
+    line.vod.refusal = None
+    one(line)
+    assert settled(lines)[-1] == ("store", "already_stored", True, {"a": "already_stored", "b": "already_delivered"})
+    assert stored(line, "reason, error, attempts") == [("sink_failed", "down", 1)]
 
 
 def test_a_second_pipeline_on_the_same_journal_after_a_crash_delivers_nothing_twice(tmp_path, log):

@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import FakeClock, named, until
 from vodpoller.errors import OperatorError, StoppingError, TransientError
 from vodpoller.events import Lease
+from vodpoller.in_flight import WaitEnd
 from vodpoller.poller import Poller
 from vodpoller.systemd import Liveness
 from vodpoller.vod import Pull
@@ -25,21 +26,23 @@ class Source:
 
 
 class FakePipeline:
-    """Each cycle hangs in its pull until a test answers; one with events then delivers until it is released."""
+    """Client and pipeline: each pull hangs until a test answers; a batch then delivers until it is released."""
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
         self.answers = Queue()
         self.lock = threading.Lock()
+        self.here = threading.local()
         self.pulls_at = []
         self.pulling = 0
         self.delivering = []
-        self.hurried = []
+        self.interrupted = []
+        self.batches = []
         self.most_pulling = 0
         self.automatic = None
-        self.patience_secs = 0.02
+        self.min_wait_secs = 0.02
 
-    def cycle(self, source, *, on_answer, latch):
+    def pull(self, source, sub_app_id):
         asked_at = self.clock()
         with self.lock:
             self.pulls_at.append(asked_at)
@@ -50,21 +53,25 @@ class FakePipeline:
             self.pulling -= 1
         if isinstance(answer, BaseException):
             raise answer
-        events, hung_secs, after = answer
+        events, hung_secs, self.here.after = answer
         lease = Lease(starts_at=asked_at, secs=30.0)
-        on_answer(Pull(events=("event",) * events, malformed=(), lease=lease, hung_secs=hung_secs, request_id=""))
-        if isinstance(after, Exception):
-            raise after
-        if events and after:
-            latch._patience_secs = self.patience_secs
-            latch.add(1)
+        return Pull(events=("event",) * events, malformed=(), lease=lease, hung_secs=hung_secs, request_id="r")
+
+    def process(self, batch, wait):
+        with self.lock:
+            self.batches.append(batch)
+        if isinstance(self.here.after, Exception):
+            raise self.here.after
+        if self.here.after:
+            wait._min_wait_secs = self.min_wait_secs
+            wait.add(1)
             with self.lock:
-                self.delivering.append(latch)
-            finished = latch.wait(30)
+                self.delivering.append(wait)
+            ended = wait.wait(30)
             with self.lock:
-                self.delivering.remove(latch)
-                if not finished:
-                    self.hurried.append(latch)
+                self.delivering.remove(wait)
+                if ended is not WaitEnd.COMPLETE:
+                    self.interrupted.append(wait)
 
     def answer(self, events=0, *, hung_secs=5.0, after="wait"):
         self.answers.put((events, hung_secs, after))
@@ -73,7 +80,7 @@ class FakePipeline:
         self.answers.put(error)
 
     def finish(self, index=0):
-        self.delivering[index].settled()
+        self.delivering[index].count_down()
 
 
 class Bench:
@@ -92,7 +99,8 @@ class Bench:
 
         poller = Poller(
             Source(**settings),
-            pipeline,
+            vod=pipeline,
+            pipeline=pipeline,
             may_pull=lambda: self.may_pull,
             on_operator_error=on_operator_error,
             cycle_secs=50.0,
@@ -144,6 +152,17 @@ def test_idle_is_one_outstanding_pull(bench):
     assert settles(lambda: pipeline.pulling, 1)
     assert pipeline.most_pulling == 1
     assert len(poller._lanes) <= 2
+
+
+def test_what_a_pull_brought_is_processed_as_one_batch(bench):
+    poller, pipeline = bench.poller()
+    pipeline.answer(3, after=None)
+    pipeline.answer()
+    until(lambda: len(pipeline.pulls_at) == 3)
+    (batch,) = pipeline.batches
+    assert (batch.source.name, len(batch.events), batch.request_id) == ("main", 3, "r")
+    assert batch.lease.starts_at <= batch.received_at
+    assert poller.last_pull_at > 0
 
 
 def test_without_long_poll_each_tick_is_one_pull(bench):
@@ -238,11 +257,11 @@ def test_where_every_lane_waits_for_a_sink_the_longest_waiting_goes_on(bench):
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
     first = pipeline.delivering[0]
-    until(lambda: 0 < first._patient_until < time.monotonic())
-    pipeline.patience_secs = 20
+    until(lambda: 0 < first._min_wait_ends_at < time.monotonic())
+    pipeline.min_wait_secs = 20
     pipeline.answer(16, hung_secs=3.0)
-    until(lambda: pipeline.hurried)
-    assert pipeline.hurried == [first]
+    until(lambda: pipeline.interrupted)
+    assert pipeline.interrupted == [first]
     assert settles(lambda: (pipeline.pulling, len(pipeline.delivering)), (1, 1))
 
 
@@ -250,7 +269,7 @@ def test_no_lane_is_hurried_while_another_is_free(bench):
     _, pipeline = bench.poller(max_lanes=3)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
-    assert settles(lambda: (len(pipeline.delivering), pipeline.hurried), (1, []), secs=0.1)
+    assert settles(lambda: (len(pipeline.delivering), pipeline.interrupted), (1, []), secs=0.1)
 
 
 def test_where_no_more_threads_are_to_be_had_the_lanes_there_are_go_on(bench, monkeypatch):
@@ -359,7 +378,7 @@ def test_a_wake_ends_the_back_off(bench):
     until(lambda: len(pipeline.pulls_at) == 2)
 
 
-def test_a_cycle_that_fails_after_its_answer_costs_no_lane(bench, lines):
+def test_a_batch_whose_processing_fails_costs_no_lane(bench, lines):
     poller, pipeline = bench.poller(max_lanes=2)
     for number in range(5):
         pipeline.answer(16, hung_secs=2.0, after=RuntimeError("a bug"))
@@ -439,7 +458,7 @@ def test_a_hurry_ends_every_wait_for_sinks(bench):
     pipeline.answer(16, hung_secs=2.0)
     until(lambda: len(pipeline.delivering) == 2)
     poller.hurry()
-    until(lambda: len(pipeline.hurried) == 2)
+    until(lambda: len(pipeline.interrupted) == 2)
 
 
 def test_a_poller_that_never_ran_stops_at_once(bench):

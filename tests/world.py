@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from tests.helpers import FakeClock, log_into
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import InFlight, Latch, Portion, Sink, Worker
+from vodpoller.delivery import Portion, Sink, Worker
 from vodpoller.errors import (
     ConfigError,
     PartialFailureError,
@@ -29,9 +29,10 @@ from vodpoller.errors import (
     TransientError,
 )
 from vodpoller.events import Lease, event_key, read_event
+from vodpoller.in_flight import DeliveryWait, InFlight, WaitEnd
 from vodpoller.journal import Journal
 from vodpoller.pending import Retrier
-from vodpoller.pipeline import Pipeline
+from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 from vodpoller.systemd import Liveness
@@ -327,15 +328,17 @@ class WatchedFileSink(FileSink):
             super().deliver(events, timeout_secs)
 
 
-class StagedLatch(Latch):
+class StagedWait(DeliveryWait):
     def __init__(self, world):
         super().__init__()
         self._world = world
 
     def wait(self, timeout_secs):
         ends_at = self._world.clock() + timeout_secs
-        self._world.stage.pause(lambda: self._open <= 0 or self._hurried or self._world.clock() >= ends_at)
-        return self._open <= 0
+        self._world.stage.pause(lambda: self._is_over() or self._world.clock() >= ends_at)
+        if self._missing <= 0:
+            return WaitEnd.COMPLETE
+        return self._interrupted or WaitEnd.OUT_OF_TIME
 
 
 class StagedWorker(Worker):
@@ -346,11 +349,10 @@ class StagedWorker(Worker):
     def _spawn_if_useful(self):
         while len(self._threads) < self.sink.concurrency:
             self._threads.append(self._stage.start(f"sink-{self.name}", self._run).thread)
-            self._idle += 1
 
-    def _take(self):
+    def _step(self, taken):
         self._stage.pause(self._has_work)
-        return super()._take()
+        super()._step(taken)
 
     def _has_work(self):
         is_due = bool(self._delayed) and self._delayed[0][0] <= self._monotonic()
@@ -436,6 +438,7 @@ class World:
                 log=log,
                 liveness=Liveness(monotonic=self.clock),
                 monotonic=self.clock,
+                wall=self.wall,
             )
             for name, sink in (("file", self.sink), ("plain", PlainSink(self)))
         }
@@ -445,7 +448,6 @@ class World:
             if kind != "Nobody"
         ]
         self.pipeline = Pipeline(
-            vod=self.vod,
             router=Router(routes),
             workers=workers,
             in_flight=in_flight,
@@ -473,12 +475,13 @@ class World:
         self.stage.start("boot", self.boot)
 
     def pull(self):
-        """One cycle, as a lane runs it."""
+        """One pull and what comes of it, as a lane does it."""
         source = SimpleNamespace(name="main", sub_app_id=None, on_failure="store", unrouted="dead_letter")
 
         def lane():
             with suppress(TransientError):
-                self.pipeline.cycle(source, on_answer=lambda _pull: None, latch=StagedLatch(self))
+                pull = self.vod.pull(source.name, source.sub_app_id)
+                self.pipeline.process(Batch.of(source, pull, self.clock()), StagedWait(self))
 
         self.stage.start("lane", lane)
 

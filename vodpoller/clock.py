@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Final
 
 STEP_SECS: Final = 2.0
@@ -37,3 +38,8 @@ class SteadyClock:
         offset_secs = self._wall() - self._monotonic()
         step_secs, self._offset_secs = offset_secs - self._offset_secs, offset_secs
         return step_secs if abs(step_secs) >= STEP_SECS else 0.0
+
+
+def timestamp(at: float) -> str:
+    """A time in seconds since 1970 as a person reads it: UTC, to the second."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

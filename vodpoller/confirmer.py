@@ -1,7 +1,8 @@
 """Confirming: the handles of one pull, together, while their lease lasts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import tenacity
@@ -10,12 +11,14 @@ from vodpoller.errors import (
     LeaseLostError,
     OperatorError,
     RefusedHandlesError,
+    StoppingError,
     ThrottledError,
     TransientError,
     VodpollerError,
 )
 from vodpoller.events import Lease
 from vodpoller.logs import Level, Logger, Repeats
+from vodpoller.settlement import ConfirmResult
 
 MAX_CALLS = 9
 HANDLES_A_CALL = 16
@@ -26,8 +29,25 @@ FRESH_SHARE = 0.1
 class ConfirmsEvents(Protocol):
     """The part of the VOD client that confirms."""
 
-    def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> None:
+    def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> str:
         """One signed ConfirmEvents request; see `vod.VodClient.confirm`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmation:
+    """What came of the confirm of one handle.
+
+    Args:
+        result: What came of it.
+        error_code: Tencent's, of the last call that had the handle; empty if it succeeded or had no answer.
+        request_id: Tencent's, of that call; empty if it had no answer.
+        why: What the last error said, empty if there was none.
+    """
+
+    result: ConfirmResult
+    error_code: str = ""
+    request_id: str = ""
+    why: str = ""
 
 
 class _RefusedAfterLostAnswerError(VodpollerError):
@@ -63,7 +83,9 @@ class Confirmer:
         self._sleep = sleep
         self._refused_in_a_row: dict[str, int] = {}
 
-    def confirm(self, source: str, sub_app_id: int | None, handles: Sequence[str], lease: Lease) -> frozenset[str]:
+    def confirm(
+        self, source: str, sub_app_id: int | None, handles: Sequence[str], lease: Lease
+    ) -> dict[str, Confirmation]:
         """Confirm handles of one pull.
 
         Args:
@@ -73,60 +95,78 @@ class Confirmer:
             lease: The lease they are under.
 
         Returns:
-            The handles that VOD confirmed.
+            What came of each handle.
         """
-        confirmed: set[str] = set()
+        confirmations: dict[str, Confirmation] = {}
         for first in range(0, len(handles), HANDLES_A_CALL):
-            confirmed |= self._confirm_batch(source, sub_app_id, handles[first : first + HANDLES_A_CALL], lease)
-        return frozenset(confirmed)
+            confirmations |= self._confirm_batch(source, sub_app_id, handles[first : first + HANDLES_A_CALL], lease)
+        return confirmations
 
-    def _confirm_batch(self, source: str, sub_app_id: int | None, handles: Sequence[str], lease: Lease) -> set[str]:
-        confirmed: set[str] = set()
+    def _confirm_batch(
+        self, source: str, sub_app_id: int | None, handles: Sequence[str], lease: Lease
+    ) -> dict[str, Confirmation]:
+        confirmations: dict[str, Confirmation] = {}
         parts = [handles]
-        problem: VodpollerError | None = None
+        problem: Exception | None = None
         for _ in range(MAX_CALLS):
             if not parts:
                 break
             part = parts.pop(0)
             try:
-                self._confirm_part(sub_app_id, part, lease)
-                confirmed.update(part)
+                request_id = self._confirm_part(sub_app_id, part, lease)
             except RefusedHandlesError as error:
                 problem = error
+                confirmations |= dict.fromkeys(part, _not_confirmed(error))
                 if len(part) > 1:
                     half = len(part) // 2
                     parts = [part[:half], part[half:], *parts]
             except _RefusedAfterLostAnswerError as error:
                 problem = error
-            except (TransientError, OperatorError, LeaseLostError) as error:
+                confirmations |= dict.fromkeys(part, _not_confirmed(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, each handle ends with a result
                 problem = error
+                confirmations |= dict.fromkeys(
+                    [*part, *(handle for rest in parts for handle in rest)], _not_confirmed(error)
+                )
                 break
+            else:
+                confirmations |= dict.fromkeys(
+                    part, Confirmation(result=ConfirmResult.CONFIRMED, request_id=request_id)
+                )
         if problem is None:
             self._refused_in_a_row.pop(source, None)
         else:
-            self._report(source, problem, unconfirmed=len(handles) - len(confirmed), of=len(handles), lease=lease)
-        return confirmed
+            unconfirmed = sum(it.result is not ConfirmResult.CONFIRMED for it in confirmations.values())
+            self._report(source, problem, unconfirmed=unconfirmed, of=len(handles), lease=lease)
+        return confirmations
 
-    def _confirm_part(self, sub_app_id: int | None, handles: Sequence[str], lease: Lease) -> None:
-        """Confirm these together; the same set again after each transient error, while the lease lasts."""
+    def _confirm_part(self, sub_app_id: int | None, handles: Sequence[str], lease: Lease) -> str:
+        """Confirm these together; the same set again after each transient error, while the lease lasts.
+
+        Returns:
+            The RequestId.
+        """
         try:
-            self._attempt(sub_app_id, handles, lease)
+            return self._attempt(sub_app_id, handles, lease)
         except TransientError as error:
-            self._repeat(sub_app_id, handles, lease, error)
+            return self._repeat(sub_app_id, handles, lease, error)
 
-    def _attempt(self, sub_app_id: int | None, handles: Sequence[str], lease: Lease) -> None:
+    def _attempt(self, sub_app_id: int | None, handles: Sequence[str], lease: Lease) -> str:
         left_secs = lease.ends_at - self._monotonic()
         if left_secs <= 0:
             raise LeaseLostError("the lease ended before the events could be confirmed; VOD brings them again")
-        self._vod.confirm(sub_app_id, handles, left_secs)
+        return self._vod.confirm(sub_app_id, handles, left_secs)
 
-    def _repeat(self, sub_app_id: int | None, handles: Sequence[str], lease: Lease, first: TransientError) -> None:
+    def _repeat(self, sub_app_id: int | None, handles: Sequence[str], lease: Lease, first: TransientError) -> str:
         maybe_done = not isinstance(first, ThrottledError)
+        last = first
 
-        def attempt() -> None:
-            nonlocal maybe_done
+        def attempt() -> str:
+            nonlocal maybe_done, last
             try:
-                self._attempt(sub_app_id, handles, lease)
+                return self._attempt(sub_app_id, handles, lease)
+            except LeaseLostError:
+                raise last from None  # what the last call came to says more than that there was no time for another
             except RefusedHandlesError as error:
                 if maybe_done:
                     raise _RefusedAfterLostAnswerError(
@@ -137,24 +177,27 @@ class Confirmer:
                 raise
             except TransientError as error:
                 maybe_done = maybe_done or not isinstance(error, ThrottledError)
+                last = error
                 raise
 
         self._sleep(0.05)
-        tenacity.Retrying(
+        retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TransientError),
             wait=tenacity.wait_exponential(multiplier=0.1, max=1) + tenacity.wait_random_exponential(0.1, max=1),
             stop=lambda state: self._monotonic() + state.upcoming_sleep >= lease.ends_at,
             sleep=self._sleep,
             reraise=True,
-        )(attempt)
+        )
+        return retrying(attempt)
 
-    def _report(self, source: str, error: VodpollerError, *, unconfirmed: int, of: int, lease: Lease) -> None:
+    def _report(self, source: str, error: Exception, *, unconfirmed: int, of: int, lease: Lease) -> None:
+        is_known = isinstance(error, VodpollerError)
         fields = {
             "source": source,
             "handles": of,
             "unconfirmed": unconfirmed,
             "lease_left_secs": round(lease.ends_at - self._monotonic(), 3),
-            **error.fields(),
+            **(error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}),
         }
         # A stale handle is no fault while the lease is nearly over; fresh ones refused again and again are one.
         is_fresh = lease.ends_at - self._monotonic() > lease.secs * FRESH_SHARE
@@ -164,7 +207,22 @@ class Confirmer:
                 hint = "VOD refuses handles that it has just given out: check sub_app_id of this source"
                 self._repeats.say("error", "confirm.refused", cause=f"refused {source}", hint=hint, **fields)
                 return
-        level: Level = "error" if isinstance(error, OperatorError) else "warning"
-        self._repeats.say(
-            level, "confirm.failed", cause=f"{source} {type(error).__name__} {error.error_code}", **fields
-        )
+        level: Level = "error" if isinstance(error, OperatorError) or not is_known else "warning"
+        cause = f"{source} {type(error).__name__} {fields.get('error_code', '')}"
+        self._repeats.say(level, "confirm.failed", cause=cause, exc_info=None if is_known else error, **fields)
+
+
+_RESULTS: Mapping[type[Exception], ConfirmResult] = {  # the first that fits counts
+    RefusedHandlesError: ConfirmResult.REFUSED,
+    _RefusedAfterLostAnswerError: ConfirmResult.REFUSED_AFTER_LOST,
+    ThrottledError: ConfirmResult.THROTTLED,
+    LeaseLostError: ConfirmResult.LEASE_ENDED,
+    OperatorError: ConfirmResult.NOT_ALLOWED,
+    StoppingError: ConfirmResult.STOPPING,
+}
+
+
+def _not_confirmed(error: Exception) -> Confirmation:
+    result = next((it for kind, it in _RESULTS.items() if isinstance(error, kind)), ConfirmResult.NO_ANSWER)
+    known = error if isinstance(error, VodpollerError) else VodpollerError(repr(error))
+    return Confirmation(result=result, error_code=known.error_code, request_id=known.request_id, why=str(known))

@@ -20,17 +20,18 @@ from vodpoller import tc3
 from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import InFlight, Latch, Portion, Sink, Worker
+from vodpoller.delivery import Portion, Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StorageError, TransientError
+from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal import Journal
 from vodpoller.logs import Logger, Repeats
 from vodpoller.pending import Retrier
-from vodpoller.pipeline import Pipeline
+from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.poller import Poller
 from vodpoller.router import Router
 from vodpoller.secret import Secret
 from vodpoller.systemd import Liveness, Notifier
-from vodpoller.vod import Pull, VodClient
+from vodpoller.vod import VodClient
 
 HEARTBEAT_SECS: Final = 5.0
 OVERDUE_SECS: Final = 30.0
@@ -115,7 +116,6 @@ class Daemon:
             log=log,
         )
         self._pipeline = Pipeline(
-            vod=self._vod,
             router=Router(config.routes),
             workers=self._workers,
             in_flight=in_flight,
@@ -129,12 +129,14 @@ class Daemon:
         self._pollers = [
             Poller(
                 source,
-                self._pipeline,
+                vod=self._vod,
+                pipeline=self._pipeline,
                 may_pull=lambda: self._journal.is_writable,
                 on_operator_error=self._reread_credentials,
                 cycle_secs=2 * config.api.timeout_secs + config.api.lease_secs,
                 log=log,
                 liveness=self._liveness,
+                wall=self._clock,
             )
             for source in config.sources
         ]
@@ -211,6 +213,7 @@ class Daemon:
             breaker_failures=settings.breaker_failures,
             log=self._log,
             liveness=self._liveness,
+            wall=self._clock,
         )
 
     def _credentials(self) -> tc3.Credentials:
@@ -276,23 +279,23 @@ class Daemon:
         return all(drained) and not self._pipeline.unsettled_events and not pending
 
     def _pull_until_empty(self, source: Source, max_secs: float) -> bool:
-        """Run cycles of one source; whether they came to the first empty answer."""
+        """Pull and process until the first empty answer; whether it came to that."""
         ends_at = time.monotonic() + max_secs
-        answers: list[Pull] = []
         failures = 0
         while self._signals.empty() and self._journal.is_writable and time.monotonic() < ends_at:
             try:
-                self._pipeline.cycle(source, on_answer=answers.append, latch=Latch())
+                pull = self._vod.pull(source.name, source.sub_app_id)
             except (TransientError, OperatorError) as error:
                 failures += 1
                 self._log.error("pull.failed", source=source.name, **error.fields())
                 if failures == ONCE_TRIES or isinstance(error, OperatorError):
                     return False
                 time.sleep(failures)
-            else:
-                answer = answers.pop()
-                if not (answer.events or answer.malformed):
-                    return True
+                continue
+            self._journal.mark("pull", self._clock())
+            if not (pull.events or pull.malformed):
+                return True
+            self._pipeline.process(Batch.of(source, pull, time.monotonic()), DeliveryWait())
         return False
 
     def _deliver_due(self, progress: Callable[[int], None] | None) -> None:
@@ -414,7 +417,8 @@ class Daemon:
 
     def _mark(self) -> None:
         """Leave word for `vodpoller status`."""
-        for name, at in (("pull", self._pipeline.last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
+        last_pull_at = max(poller.last_pull_at for poller in self._pollers)
+        for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
                 self._journal.mark(name, at)
 

@@ -1,4 +1,4 @@
-"""Getting events to sinks: what a sink promises, what came of an event, and the worker around each sink."""
+"""Getting events to sinks: what a sink promises, and the worker around each sink."""
 
 import heapq
 import threading
@@ -6,34 +6,20 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum, auto
-from itertools import count
-from typing import Any, Literal, Protocol
+from itertools import count, islice
+from typing import Any, Protocol
 
 import tenacity
 
+from vodpoller.clock import timestamp
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
 from vodpoller.events import Event
+from vodpoller.in_flight import Delivery, InFlight, State
 from vodpoller.logs import Logger, Repeats
+from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.systemd import Liveness
-
-
-class Outcome(Enum):
-    """What came of one event at one sink."""
-
-    DELIVERED = auto()
-    REJECTED = auto()
-    ERRORED = auto()
-    UNSETTLED = auto()
-
-
-class Settlement(Enum):
-    """What is done with one event's handle."""
-
-    CONFIRM = auto()
-    STORE = auto()
-    LEAVE = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,26 +124,6 @@ class Sink(ABC):
         return ()
 
 
-OnFailure = Literal["store", "leave"]
-
-
-def settle(outcomes: Collection[Outcome], *, on_failure: OnFailure) -> Settlement:
-    """What to do with an event, given what came of it at each of its sinks.
-
-    Args:
-        outcomes: One for each sink that the event was routed to.
-        on_failure: What the source wants for an event that not every sink accepted.
-
-    Raises:
-        ValueError: There is no outcome: nobody has the event, so nothing may settle it.
-    """
-    if not outcomes:
-        raise ValueError("an event without any outcome cannot be settled")
-    if all(outcome is Outcome.DELIVERED for outcome in outcomes):
-        return Settlement.CONFIRM
-    return Settlement.LEAVE if on_failure == "leave" else Settlement.STORE
-
-
 class Backoff:
     """Exponentially growing waits, half of each drawn at random, so that many who fail together spread out.
 
@@ -182,212 +148,8 @@ class Backoff:
 class Ledger(Protocol):
     """Where the worker writes down what its sink accepted."""
 
-    def accept(self, sink: str, accepted: Sequence["Delivery"], position: Position | None) -> None:
+    def accept(self, sink: str, keys: Sequence[bytes], position: Position | None) -> None:
         """Remember the pairs. Must not raise: what cannot be written now stays in memory and is retried."""
-
-
-class Latch:
-    """Lets one thread wait until a number of deliveries are settled, or until it is needed elsewhere.
-
-    Args:
-        patience_secs: So long it waits whatever else there is to do.
-        is_needed: Asked after that: whether the thread had better do something else.
-    """
-
-    def __init__(self, *, patience_secs: float = 0.25, is_needed: Callable[[], bool] = lambda: False) -> None:
-        self._condition = threading.Condition()
-        self._patience_secs = patience_secs
-        self._is_needed = is_needed
-        self._open = 0
-        self._patient_until = 0.0
-        self._hurried = False
-
-    def add(self, number: int) -> None:
-        """So many more must be settled."""
-        with self._condition:
-            self._open += number
-
-    def settled(self, number: int = 1) -> None:
-        """So many more are."""
-        with self._condition:
-            self._open -= number
-            if self._open <= 0:
-                self._condition.notify_all()
-
-    def hurry(self, *, patiently: bool = True) -> bool:
-        """End the waiting, if there is any.
-
-        Args:
-            patiently: Only where its patience is over.
-
-        Returns:
-            Whether this ended it.
-        """
-        with self._condition:
-            if self._hurried or self._open <= 0:
-                return False
-            if patiently and not 0 < self._patient_until <= time.monotonic():
-                return False
-            self._hurried = True
-            self._condition.notify_all()
-            return True
-
-    def wait(self, timeout_secs: float) -> bool:
-        """Wait.
-
-        Returns:
-            Whether everything is settled; False when the time is over or the thread is needed elsewhere.
-        """
-        with self._condition:
-            patience_secs = max(min(timeout_secs, self._patience_secs), 0)
-            self._patient_until = time.monotonic() + patience_secs
-            if self._condition.wait_for(self._is_over, patience_secs) or self._is_needed():
-                return self._open <= 0
-            self._condition.wait_for(self._is_over, max(timeout_secs - patience_secs, 0))
-            return self._open <= 0
-
-    def _is_over(self) -> bool:
-        return self._open <= 0 or self._hurried
-
-
-class Delivery:
-    """One event on its way to one sink: shared by the worker and by all who wait for it.
-
-    Args:
-        event: The event.
-        sink: The sink's name.
-        deadline: Monotonic time until which a failed attempt is repeated; None for one attempt only.
-        on_settled: Called in the worker's thread when the outcome is known; for deliveries nobody waits for.
-        held: The pair is known to be in the journal, pending or dead.
-
-    Attributes:
-        outcome: None until it is settled.
-        error: Of the last attempt that failed.
-        attempts: How many failed.
-        running: A thread is at it.
-        alone: It goes to the sink in a call of its own.
-        stored: Somebody is about to store the pair, or has: a late success must delete the row.
-    """
-
-    __slots__ = (
-        "alone",
-        "attempts",
-        "deadline",
-        "error",
-        "event",
-        "held",
-        "latches",
-        "on_settled",
-        "outcome",
-        "running",
-        "sink",
-        "stored",
-    )
-
-    def __init__(
-        self,
-        event: Event,
-        sink: str,
-        *,
-        deadline: float | None,
-        on_settled: Callable[["Delivery"], None] | None = None,
-        held: bool = False,
-    ) -> None:
-        self.event = event
-        self.sink = sink
-        self.deadline = deadline
-        self.on_settled = on_settled
-        self.held = held
-        self.stored = held
-        self.outcome: Outcome | None = None
-        self.error: Exception | None = None
-        self.attempts = 0
-        self.running = False
-        self.alone = False
-        self.latches: tuple[Latch, ...] = ()
-
-
-class InFlight:
-    """The deliveries that are not settled: no (key, sink) is ever on its way twice at once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._deliveries: dict[tuple[bytes, str], Delivery] = {}
-
-    def __len__(self) -> int:
-        return len(self._deliveries)
-
-    def claim(self, wanted: Iterable[Delivery], latch: Latch | None) -> tuple[list[Delivery], list[Delivery]]:
-        """Register deliveries, or join those that are already on their way.
-
-        Args:
-            wanted: Deliveries that are not submitted yet.
-            latch: Counts down as each of them is settled; None where nobody waits.
-
-        Returns:
-            The deliveries that now stand for the wanted ones, in their order, and those of them that are new.
-        """
-        standing: list[Delivery] = []
-        fresh: list[Delivery] = []
-        with self._lock:
-            for delivery in wanted:
-                pair = (delivery.event.key, delivery.sink)
-                found = self._deliveries.setdefault(pair, delivery)
-                if found is delivery:
-                    fresh.append(delivery)
-                standing.append(found)
-                if latch is not None:
-                    found.latches += (latch,)
-            if latch is not None:
-                latch.add(len(standing))
-        return standing, fresh
-
-    def settle(self, delivery: Delivery, outcome: Outcome, error: Exception | None = None) -> None:
-        """Make the outcome known to all who wait. The first outcome counts."""
-        self.settle_all((delivery,), outcome, error)
-
-    def settle_all(self, deliveries: Sequence[Delivery], outcome: Outcome, error: Exception | None = None) -> None:
-        """The same for many that came to the same: whoever waits for several of them is woken once."""
-        with self._lock:
-            settled = [delivery for delivery in deliveries if delivery.outcome is None]
-            for delivery in settled:
-                delivery.outcome, delivery.error = outcome, error or delivery.error
-        # Before the pair may be claimed anew: whoever looks then must see what this wrote.
-        for delivery in settled:
-            if delivery.on_settled is not None:
-                delivery.on_settled(delivery)
-        waiting: dict[Latch, int] = {}
-        with self._lock:
-            for delivery in settled:
-                del self._deliveries[delivery.event.key, delivery.sink]
-                for latch in delivery.latches:
-                    waiting[latch] = waiting.get(latch, 0) + 1
-        for latch, number in waiting.items():
-            latch.settled(number)
-
-    def start(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
-        """Mark deliveries as running.
-
-        Returns:
-            Those that are; the others were abandoned while they waited.
-        """
-        with self._lock:
-            started = [delivery for delivery in deliveries if delivery.outcome is None]
-            for delivery in started:
-                delivery.running = True
-        return started
-
-    def abandon(self, deliveries: Iterable[Delivery], latch: Latch) -> None:
-        """Stop waiting. What nobody else waits for and no thread is at gets its outcome: ERRORED or UNSETTLED.
-
-        What is running goes on: whoever asks for the pair again joins it, and its late success is remembered.
-        """
-        with self._lock:
-            for delivery in deliveries:
-                delivery.latches = tuple(other for other in delivery.latches if other is not latch)
-                if not delivery.latches and not delivery.running and delivery.outcome is None:
-                    delivery.outcome = Outcome.ERRORED if delivery.error else Outcome.UNSETTLED
-                    del self._deliveries[delivery.event.key, delivery.sink]
 
 
 class Breaker:
@@ -399,6 +161,10 @@ class Breaker:
     Args:
         failures: So many distinct events open it.
         monotonic: The clock, in seconds.
+
+    Attributes:
+        open: Whether it keeps events from the sink.
+        probe_at: Monotonic time of the next probe, while it is open.
     """
 
     _PROBES = Backoff(first_secs=1.0, most_secs=30.0)
@@ -408,14 +174,14 @@ class Breaker:
         self._monotonic = monotonic
         self._failed: set[bytes] = set()
         self._failed_probes = 0
-        self._probe_at = 0.0
+        self.probe_at = 0.0
         self._probing: bytes | None = None
         self._last_probed: bytes | None = None
         self.open = False
 
     def wants_probe(self) -> bool:
         """Whether it is open and time to try one event."""
-        return self.open and self._probing is None and self._monotonic() >= self._probe_at
+        return self.open and self._probing is None and self._monotonic() >= self.probe_at
 
     def start_probe(self, key: bytes) -> None:
         """This event is tried although the breaker is open."""
@@ -423,7 +189,7 @@ class Breaker:
 
     def was_probed_last(self, key: bytes) -> bool:
         """Whether the last probe was this event: another one says more, unless none comes for a while."""
-        return key == self._last_probed and self._monotonic() < self._probe_at + 5.0
+        return key == self._last_probed and self._monotonic() < self.probe_at + 5.0
 
     def succeeded(self) -> bool:
         """The sink accepted something.
@@ -447,7 +213,7 @@ class Breaker:
             if key == self._probing:
                 self._probing = None
                 self._failed_probes += 1
-                self._probe_at = self._monotonic() + self._PROBES.secs(self._failed_probes)
+                self.probe_at = self._monotonic() + self._PROBES.secs(self._failed_probes)
             return False
         self._failed.add(key)
         if len(self._failed) < self._failures:
@@ -456,23 +222,45 @@ class Breaker:
         self.open = True
         self._failed_probes = 1
         self._probing = None
-        self._probe_at = self._monotonic() + self._PROBES.secs(1)
+        self.probe_at = self._monotonic() + self._PROBES.secs(1)
         return True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkStatus:
+    """How a sink is, for the operator.
+
+    Args:
+        name: The sink's name.
+        down_since: When its breaker opened, in seconds since 1970; None if it is closed.
+        paused_until: Until when the receiver asked to be left alone, in seconds since 1970; None if it did not.
+        next_try_at: When it is tried next, in seconds since 1970; None if nothing keeps events from it.
+        error: What its last failed attempt said, if it is down or paused.
+        queued: Number of deliveries that wait in its queue.
+    """
+
+    name: str
+    down_since: float | None
+    paused_until: float | None
+    next_try_at: float | None
+    error: str
+    queued: int
+
+
 class Worker:
-    """Stands between lanes and one sink: its queue, its threads, its breaker. A slow sink fills only its own queue.
+    """Stands between pullers and one sink: its queue, its threads, its breaker. A slow sink fills only its own queue.
 
     Args:
         name: The sink's name.
         sink: The sink.
         ledger: Where accepted events are written down, before anyone hears of it.
         in_flight: The table that all workers share.
-        queue_max_events: How many deliveries may wait; the next ones are UNSETTLED at once.
+        queue_max_events: Number of deliveries that may wait; the next ones are not attempted, with `queue_full`.
         breaker_failures: See Breaker.
-        log: Where to.
+        log: Destination of log lines.
         liveness: Told what each thread is at and until when.
-        monotonic: The clock, in seconds.
+        monotonic: The clock of waits and deadlines, in seconds.
+        wall: The clock of what a person reads, in seconds since 1970.
     """
 
     _RETRIES = Backoff(first_secs=0.5, most_secs=8.0)
@@ -489,6 +277,7 @@ class Worker:
         log: Logger,
         liveness: Liveness,
         monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
         self.sink = sink
@@ -499,13 +288,17 @@ class Worker:
         self._repeats = Repeats(log, monotonic=monotonic)
         self._liveness = liveness
         self._monotonic = monotonic
+        self._wall = wall
         self._condition = threading.Condition()
         self._queue: deque[Delivery] = deque()
         self._delayed: list[tuple[float, int, Delivery]] = []
         self._sequence = count()
         self._breaker = Breaker(failures=breaker_failures, monotonic=monotonic)
+        self._down_since = 0.0
+        self._paused_until = 0.0
+        self._last_error = ""
         self._stopping = False
-        self._idle = 0
+        self._busy: set[int] = set()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -535,34 +328,94 @@ class Worker:
         """Whether the breaker keeps events from the sink."""
         return self._breaker.open
 
-    def room(self) -> int:
-        """How many stored deliveries may be submitted now: half of the queue is for fresh ones, and a probe is one."""
+    def status(self) -> SinkStatus:
+        """How the sink is at this moment."""
         with self._condition:
+            now, wall = self._monotonic(), self._wall()
+            paused_secs = self._paused_until - now
+            waits_secs = max(paused_secs, self._breaker.probe_at - now if self._breaker.open else 0.0, 0.0)
+            is_held = self._breaker.open or paused_secs > 0
+            return SinkStatus(
+                name=self.name,
+                down_since=self._down_since if self._breaker.open else None,
+                paused_until=wall + paused_secs if paused_secs > 0 else None,
+                next_try_at=wall + waits_secs if is_held else None,
+                error=self._last_error if is_held else "",
+                queued=len(self._queue) + len(self._delayed),
+            )
+
+    def room(self) -> int:
+        """Number of stored deliveries that may be submitted now: half of the queue is kept for fresh ones.
+
+        While the breaker is open it is one, if it is time for a probe; while the sink is paused it is none.
+        """
+        with self._condition:
+            if self._paused_until > self._monotonic():
+                return 0
             if self._breaker.open:
                 return 1 if self._breaker.wants_probe() else 0
             return max(self._queue_max_events // 2 - len(self._queue) - len(self._delayed), 0)
 
     def submit(self, deliveries: Sequence[Delivery]) -> None:
-        """Take deliveries that this caller has claimed. Each is settled sooner or later, maybe before this returns."""
-        refused: list[Delivery] = []
+        """Take deliveries that this caller has claimed. Each comes to a result, maybe before this returns."""
+        refused: dict[Reason, list[Delivery]] = {}
+        taken: list[Delivery] = []
         with self._condition:
             for delivery in deliveries:
-                full = len(self._queue) + len(self._delayed) >= self._queue_max_events
-                if self._stopping or full or (self._breaker.open and not self._may_probe(delivery)):
-                    refused.append(delivery)
-                else:
+                reason = self._why_refused(delivery)
+                if reason is None:
                     self._queue.append(delivery)
-            if len(refused) < len(deliveries):
+                    taken.append(delivery)
+                else:
+                    refused.setdefault(reason, []).append(delivery)
+            if taken:
+                self._in_flight.queued(taken)
                 self._spawn_if_useful()
                 self._condition.notify(-(-len(self._queue) // self.sink.batch_events))
-        self._in_flight.settle_all(refused, Outcome.UNSETTLED)
+        self._refuse(refused)
+
+    def _why_refused(self, delivery: Delivery) -> Reason | None:
+        if self._stopping:
+            return Reason.STOPPING
+        if self._is_paused_for(delivery):
+            return Reason.SINK_PAUSED
+        if self._breaker.open and not self._may_probe(delivery):
+            return Reason.SINK_DOWN
+        if len(self._queue) + len(self._delayed) >= self._queue_max_events:
+            return Reason.QUEUE_FULL
+        return None
+
+    def _is_paused_for(self, delivery: Delivery) -> bool:
+        """Whether the receiver's pause lasts longer than this delivery can wait."""
+        now = self._monotonic()
+        return self._paused_until > now and (delivery.deadline is None or self._paused_until >= delivery.deadline)
 
     def _may_probe(self, delivery: Delivery) -> bool:
         # While the breaker is open at most one delivery waits in the queue: the next probe.
         return not self._queue and self._breaker.wants_probe() and not self._breaker.was_probed_last(delivery.event.key)
 
+    def _refuse(self, refused: Mapping[Reason, Sequence[Delivery]]) -> None:
+        for reason, deliveries in refused.items():
+            self._in_flight.complete(deliveries, self._not_attempted(reason))
+
+    def _not_attempted(self, reason: Reason) -> SinkResult:
+        retry_after_secs = None
+        match reason:
+            case Reason.SINK_DOWN:
+                why = f"the sink is down since {timestamp(self._down_since)}: {self._last_error}"
+            case Reason.SINK_PAUSED:
+                retry_after_secs = max(self._paused_until - self._monotonic(), 0.0)
+                until = timestamp(self._wall() + retry_after_secs)
+                why = f"the receiver asked to be left alone until {until}: {self._last_error}"
+            case Reason.QUEUE_FULL:
+                why = f"the sink is slower than events come: {self._queue_max_events} wait already (queue_max_events)"
+            case _:
+                why = "the daemon was stopping"
+        return SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=reason, why=why, retry_after_secs=retry_after_secs)
+
     def _spawn_if_useful(self) -> None:
-        missing = min(max(len(self._queue), 1) - self._idle, self.sink.concurrency - len(self._threads))
+        idle = len(self._threads) - len(self._busy)
+        missing = min(max(len(self._queue), 1) - idle, self.sink.concurrency - len(self._threads))
         for _ in range(missing):
             number = len(self._threads)
             thread = threading.Thread(target=self._run, name=f"sink-{self.name}-{number}", daemon=True)
@@ -571,58 +424,106 @@ class Worker:
             except RuntimeError:  # the system has no more threads: those there are go on, the next event tries again
                 return
             self._threads.append(thread)
-            self._idle += 1
+
+    # --- a thread of the sink ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (batch := self._take()) is not None:
+        taken: list[Delivery] = []
+        while not self._stopping:
             try:
-                if batch:
-                    self._attempt(batch)
-            except Exception as error:  # noqa: BLE001 - the worker must outlive whatever a bug brings
-                self._log.error("lane.failed", sink=self.name, exc_info=True)
-                for delivery in batch:
-                    with self._condition:
-                        self._breaker.failed(delivery.event.key)
-                    self._in_flight.settle(delivery, Outcome.ERRORED, error)
-            with self._condition:
-                self._idle += 1
+                self._step(taken)
+            except Exception:  # noqa: BLE001 - the worker must outlive whatever a bug, or a lack of memory, brings
+                with suppress(Exception):
+                    self._log.error("lane.failed", sink=self.name, exc_info=True)
+            finally:
+                self._give_back(taken)
 
-    def _take(self) -> list[Delivery] | None:
-        """What one call gets; blocks until there is something. None when it is time to end."""
-        refused: list[Delivery] = []
+    def _step(self, taken: list[Delivery]) -> None:
+        """Wait for something to do, and do it.
+
+        Args:
+            taken: Gets all that leaves the queue, before it leaves it: the caller gives it back.
+        """
         with self._condition:
-            while not self._stopping:
-                self._requeue_due()
-                if self._queue:
-                    self._idle -= 1
-                    batch = self._next_probe(refused) if self._breaker.open else self._next_batch()
-                    break
-                self._condition.wait(self._delayed[0][0] - self._monotonic() if self._delayed else None)
-            else:
-                return None
-        self._in_flight.settle_all(refused, Outcome.UNSETTLED)
-        return batch
+            while (turn := self._take(taken)) is None:
+                if self._stopping:
+                    return
+                self._condition.wait(self._wait_secs())
+        batch, refused = turn
+        self._refuse(refused)
+        if batch:
+            self._attempt(batch)
+
+    def _give_back(self, taken: list[Delivery]) -> None:
+        """The end of one step, whatever ended it: nothing that it took is left running."""
+        left = [delivery for delivery in taken if delivery.state is State.RUNNING]
+        taken.clear()
+        with self._condition:
+            self._busy.discard(threading.get_ident())
+            for delivery in left:
+                self._breaker.failed(delivery.event.key)
+        if left:
+            self._in_flight.complete(left, _failed("an unforeseen error; the log has it", attempts=1))
+
+    def _take(self, taken: list[Delivery]) -> tuple[list[Delivery], dict[Reason, list[Delivery]]] | None:
+        """What one call gets, and what is not attempted now and why; None if there is nothing to do, or no more."""
+        if self._stopping:
+            return None
+        self._requeue_due()
+        batch: list[Delivery] = []
+        refused: dict[Reason, list[Delivery]] = {}
+        is_paused = self._paused_until > self._monotonic()
+        is_probe = self._breaker.open and not is_paused
+        if is_paused or is_probe:  # what was released while it waited would keep the next probe out
+            self._queue = deque(delivery for delivery in self._queue if delivery.state is not State.DONE)
+        if is_paused:
+            refused[Reason.SINK_PAUSED] = [delivery for delivery in self._queue if self._is_paused_for(delivery)]
+        elif is_probe:
+            first_refused = 1 if self._breaker.wants_probe() else 0
+            batch, refused[Reason.SINK_DOWN] = (
+                list(islice(self._queue, first_refused)),
+                list(islice(self._queue, first_refused, None)),
+            )
+        else:
+            batch = self._next_batch()
+        taken += batch
+        for deliveries in refused.values():
+            taken += deliveries
+        if not taken:
+            return None
+        self._busy.add(threading.get_ident())
+        self._in_flight.start(taken)
+        if is_paused:
+            self._queue = deque(delivery for delivery in self._queue if delivery.state is State.QUEUED)
+        else:
+            for _ in taken:
+                self._queue.popleft()
+        started = [delivery for delivery in batch if delivery.state is State.RUNNING]
+        if is_probe and started:
+            self._breaker.start_probe(started[0].event.key)
+        return started, refused
+
+    def _wait_secs(self) -> float | None:
+        """How long there is nothing to do unless something is submitted; None for ever."""
+        now = self._monotonic()
+        waits = [self._delayed[0][0] - now] if self._delayed else []
+        if self._queue:  # it waits for the end of a pause
+            waits.append(self._paused_until - now)
+        return max(min(waits), 0.001) if waits else None
 
     def _requeue_due(self) -> None:
         now = self._monotonic()
         while self._delayed and self._delayed[0][0] <= now:
-            self._queue.append(heapq.heappop(self._delayed)[2])
+            self._queue.append(self._delayed[0][2])
+            heapq.heappop(self._delayed)
 
     def _next_batch(self) -> list[Delivery]:
-        batch = [self._queue.popleft()]
-        while self._queue and len(batch) < self.sink.batch_events and not (batch[0].alone or self._queue[0].alone):
-            batch.append(self._queue.popleft())
-        return self._in_flight.start(batch)
-
-    def _next_probe(self, refused: list[Delivery]) -> list[Delivery]:
-        probe: list[Delivery] = []
-        while self._queue:
-            delivery = self._queue.popleft()
-            if not probe and self._breaker.wants_probe() and (probe := self._in_flight.start([delivery])):
-                self._breaker.start_probe(delivery.event.key)
-            elif delivery.outcome is None:
-                refused.append(delivery)
-        return probe
+        batch: list[Delivery] = []
+        for delivery in islice(self._queue, self.sink.batch_events):
+            if batch and (batch[0].alone or delivery.alone):
+                break
+            batch.append(delivery)
+        return batch
 
     def _attempt(self, batch: list[Delivery]) -> None:
         failures = self._call(batch)
@@ -632,9 +533,8 @@ class Worker:
             if not all(isinstance(error, TransientError) for error in failures.values()):
                 # One poison event condemns no other: each is tried by itself, as far as the breaker lets it.
                 with self._condition:
-                    for delivery in reversed(batch):
-                        delivery.running = False
-                        self._queue.appendleft(delivery)
+                    self._queue.extendleft(reversed(batch))
+                    self._in_flight.queued(batch)
                 return
         for index, error in failures.items():
             # One failed call is one failure: what counts as distinct events is counted when each was tried by itself.
@@ -658,28 +558,38 @@ class Worker:
             self._liveness.end()
         accepted = [delivery for index, delivery in enumerate(batch) if index not in failures]
         if accepted:
-            self._ledger.accept(self.name, accepted, self.sink.position())
+            self._ledger.accept(self.name, [delivery.event.key for delivery in accepted], self.sink.position())
             with self._condition:
                 closed = self._breaker.succeeded()
             if closed:
                 self._repeats.forget("")
                 self._log.info("breaker.closed", sink=self.name)
-            self._in_flight.settle_all(accepted, Outcome.DELIVERED)
+            self._in_flight.complete(accepted, DELIVERED)
         return failures
 
     def _not_accepted(self, delivery: Delivery, error: Exception, *, counts: bool) -> None:
         delivery.attempts += 1
         delivery.error = error
+        why = str(error) or repr(error)
+        retry_after_secs = error.retry_after_secs if isinstance(error, TransientError) else None
         with self._condition:
+            self._last_error = why
             was_open = self._breaker.open
             opened = counts and self._breaker.failed(delivery.event.key)
+            if opened:
+                self._down_since = self._wall()
+            if retry_after_secs is not None:  # it is the receiver that is overloaded, not this event
+                self._paused_until = max(self._paused_until, self._monotonic() + retry_after_secs)
         self._say_failed(delivery, error)
         if opened:
-            self._log.error("breaker.opened", sink=self.name, error_message=str(error))
+            self._log.error("breaker.opened", sink=self.name, error_message=why)
         if isinstance(error, RejectedError) and not was_open:
-            self._in_flight.settle(delivery, Outcome.REJECTED, error)
-        elif not self._repeat_later(delivery, error):
-            self._in_flight.settle(delivery, Outcome.ERRORED, error)
+            result = SinkResult(outcome=Outcome.REJECTED, reason=Reason.REJECTED, why=why, attempts=delivery.attempts)
+            self._in_flight.complete((delivery,), result)
+        elif not self._repeat_later(delivery):
+            self._in_flight.complete(
+                (delivery,), _failed(why, attempts=delivery.attempts, retry_after_secs=retry_after_secs)
+            )
 
     def _say_failed(self, delivery: Delivery, error: Exception) -> None:
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
@@ -695,18 +605,25 @@ class Worker:
             exc_info=None if isinstance(error, VodpollerError) else error,
         )
 
-    def _repeat_later(self, delivery: Delivery, error: Exception) -> bool:
+    def _repeat_later(self, delivery: Delivery) -> bool:
         """Queue another attempt, if one may succeed before the lease nears its end."""
         if delivery.deadline is None:
             return False
-        wait_secs = self._RETRIES.secs(delivery.attempts)
-        if isinstance(error, TransientError) and error.retry_after_secs is not None:
-            wait_secs = max(wait_secs, error.retry_after_secs)
-        due = self._monotonic() + wait_secs
         with self._condition:
+            due = max(self._monotonic() + self._RETRIES.secs(delivery.attempts), self._paused_until)
             if self._breaker.open or self._stopping or due >= delivery.deadline:
                 return False
-            delivery.running = False
             heapq.heappush(self._delayed, (due, next(self._sequence), delivery))
+            self._in_flight.queued((delivery,))
             self._condition.notify()
         return True
+
+
+def _failed(why: str, *, attempts: int, retry_after_secs: float | None = None) -> SinkResult:
+    return SinkResult(
+        outcome=Outcome.FAILED,
+        reason=Reason.SINK_FAILED,
+        why=why,
+        attempts=attempts,
+        retry_after_secs=retry_after_secs,
+    )

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from vodpoller.delivery import Delivery, Portion, Position
+from vodpoller.delivery import Portion, Position
 from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.events import Event, restore_event
@@ -302,18 +302,19 @@ class Journal:
                 found[key, sink] = Known.ACCEPTED
         return found
 
-    def accept(self, sink: str, accepted: Sequence[Delivery], position: Position | None) -> None:
-        """Remember that a sink has events, and how far its file goes. What cannot be written stays in memory."""
+    def accept(self, sink: str, keys: Sequence[bytes], position: Position | None) -> None:
+        """Remember that a sink has events, and how far its file goes. What cannot be written stays in memory.
+
+        A stored row of a pair is deleted: one that is stored before this transaction is found here, and one that would
+        be stored after it finds the ledger's.
+        """
         now = self._wall()
-        keys = [delivery.event.key for delivery in accepted]
         # The mark must stay below what is in memory only: it moves when that is written.
         waits = bool(self._unwritten)
         mark = None if waits else position
 
         def work(db: sqlite3.Connection) -> None:
-            # Asked in the transaction: a row that is stored before it is deleted by it, one after it sees the ledger.
-            stored = [delivery.event.key for delivery in accepted if delivery.stored]
-            _insert_accepted(db, sink, [(key, sink, now) for key in keys], stored, mark)
+            _insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if _letters_bytes(db) else (), mark)
 
         try:
             self._write(work, durable=False)
@@ -532,8 +533,12 @@ class Journal:
             )
         )
 
-    def bury(self, row: int, *, attempts: int, reason: str, error: str) -> None:
-        """A stored event becomes a dead letter. Where that cannot be written it stays pending."""
+    def bury(self, row: int, *, attempts: int, reason: str, error: str) -> bool:
+        """A stored event becomes a dead letter.
+
+        Returns:
+            Whether it did. If that cannot be written it stays pending.
+        """
         values = (attempts, reason, _text(error), row)
         try:
             self._write(
@@ -544,6 +549,8 @@ class Journal:
             )
         except sqlite3.Error as failure:
             self._failed(failure)
+            return False
+        return True
 
     def counts(self) -> dict[tuple[str, str], int]:
         """How many rows there are by (sink, state).

@@ -1,13 +1,16 @@
 """Stored events on their way to sinks that could not take them: retried until accepted, rejected or given up."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
 
-from vodpoller.delivery import Backoff, Delivery, InFlight, Outcome, Worker
-from vodpoller.errors import StorageError, TransientError
+from vodpoller.delivery import Backoff, Worker
+from vodpoller.errors import StorageError
 from vodpoller.events import event_fields
+from vodpoller.in_flight import Delivery, InFlight
 from vodpoller.journal import Journal, Known, Pending
 from vodpoller.logs import Logger, Repeats
+from vodpoller.settlement import Outcome, Reason, SinkResult
 
 RETRY_BACKOFF = Backoff(first_secs=10.0, most_secs=900.0)
 BATCH_ROWS = 256
@@ -67,30 +70,31 @@ class Retrier:
         rows = self._journal.due(worker.name, room) if room else []
         if not rows:
             return 0
-        _, fresh = self._in_flight.claim([self._delivery(row) for row in rows], None)
+        with self._in_flight.claim([self._delivery(row) for row in rows], None) as claims:
+            # What was accepted meanwhile, or deleted by a command, is not submitted, and so released at the end.
+            fresh = [claim.delivery for claim in claims if not claim.joined]
+            known = self._known(fresh)
+            to_submit = [it for it in fresh if known.get((it.event.key, it.sink)) is Known.PENDING]
+            self._journal.forget([row.row for row in rows if known.get((row.event.key, row.sink)) is Known.ACCEPTED])
+            worker.submit(to_submit)
+        return len(to_submit)
+
+    def _known(self, deliveries: Sequence[Delivery]) -> Mapping[tuple[bytes, str], Known]:
         try:
-            known = self._journal.known((delivery.event.key, delivery.sink) for delivery in fresh)
-        except StorageError:
-            known = {}
-        submitted = []
-        for delivery in fresh:
-            if known.get((delivery.event.key, delivery.sink)) is Known.PENDING:
-                submitted.append(delivery)
-            else:  # accepted meanwhile, deleted by a command, or unknown because the journal cannot be read
-                self._in_flight.settle(delivery, Outcome.UNSETTLED)
-        self._journal.forget(
-            [row.row for row in rows if known.get((row.event.key, row.sink)) is Known.ACCEPTED],
-        )
-        worker.submit(submitted)
-        return len(submitted)
+            return self._journal.known((delivery.event.key, delivery.sink) for delivery in deliveries)
+        except StorageError:  # then it cannot be told what is still to be delivered
+            return {}
 
     def _delivery(self, row: Pending) -> Delivery:
         return Delivery(
-            row.event, row.sink, deadline=None, held=True, on_settled=lambda delivery: self._settled(row, delivery)
+            row.event,
+            row.sink,
+            deadline=None,
+            on_complete=lambda delivery, result: self._completed(row, delivery, result),
         )
 
-    def _settled(self, row: Pending, delivery: Delivery) -> None:
-        match delivery.outcome:
+    def _completed(self, row: Pending, delivery: Delivery, result: SinkResult) -> None:
+        match result.outcome:
             case Outcome.DELIVERED:
                 self.delivered += 1
                 self._log.info(
@@ -102,27 +106,28 @@ class Retrier:
                 )
             case Outcome.REJECTED:
                 self.failed += 1
-                self._bury(row, delivery, "rejected")
-            case Outcome.ERRORED:
+                self._bury(row, delivery, Reason.REJECTED, result.why)
+            case Outcome.FAILED:
                 self.failed += 1
-                self._errored(row, delivery)
+                self._failed(row, delivery, result)
+            case Outcome.NOT_ATTEMPTED:
+                # The breaker is open, the queue full or the sink paused. Another row gets the next turn.
+                wait_secs = max(1.0, result.retry_after_secs or 0.0)
+                self._journal.reschedule(row.row, attempts=row.attempts, due_in_secs=wait_secs, error=None)
             case _:
-                # Not tried: the breaker is open or the queue full. Another row gets the next turn.
-                self._journal.reschedule(row.row, attempts=row.attempts, due_in_secs=1.0, error=None)
+                assert_never(result.outcome)
 
-    def _errored(self, row: Pending, delivery: Delivery) -> None:
+    def _failed(self, row: Pending, delivery: Delivery, result: SinkResult) -> None:
         if self._wall() - row.stored_at >= self._give_up_after_secs[row.sink]:
-            self._bury(row, delivery, "gave_up")
+            self._bury(row, delivery, Reason.GAVE_UP, result.why)
             return
         attempts = row.attempts + delivery.attempts
-        wait_secs = RETRY_BACKOFF.secs(attempts)
-        if isinstance(delivery.error, TransientError) and delivery.error.retry_after_secs is not None:
-            wait_secs = max(wait_secs, delivery.error.retry_after_secs)
-        self._journal.reschedule(row.row, attempts=attempts, due_in_secs=wait_secs, error=str(delivery.error))
+        wait_secs = max(RETRY_BACKOFF.secs(attempts), result.retry_after_secs or 0.0)
+        self._journal.reschedule(row.row, attempts=attempts, due_in_secs=wait_secs, error=result.why)
 
-    def _bury(self, row: Pending, delivery: Delivery, reason: str) -> None:
-        error = str(delivery.error)
-        self._journal.bury(row.row, attempts=row.attempts + delivery.attempts, reason=reason, error=error)
+    def _bury(self, row: Pending, delivery: Delivery, reason: Reason, error: str) -> None:
+        if not self._journal.bury(row.row, attempts=row.attempts + delivery.attempts, reason=reason, error=error):
+            return  # it stays pending, and comes to this again
         self._repeats.say(
             "error",
             "event.dead",

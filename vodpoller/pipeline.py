@@ -1,26 +1,44 @@
-"""The straight line of one batch: pull, parse, route, deliver, settle, confirm."""
+"""The straight line of one batch: route, deliver, settle, store, confirm, finish. The place to start reading."""
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol, Self
 
-from vodpoller.confirmer import HANDLES_A_CALL, Confirmer
-from vodpoller.delivery import Delivery, InFlight, Latch, OnFailure, Outcome, Settlement, Worker, settle
-from vodpoller.errors import StorageError, TransientError
+from vodpoller.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
+from vodpoller.delivery import Worker
+from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
+from vodpoller.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.journal import Journal, Known, Letter
 from vodpoller.logs import Logger, Repeats
-from vodpoller.router import Routed, Router
-from vodpoller.vod import Pull, VodClient
+from vodpoller.router import Router
+from vodpoller.settlement import (
+    ALREADY_DELIVERED,
+    ALREADY_STORED,
+    ConfirmResult,
+    OnFailure,
+    Outcome,
+    Reason,
+    Settlement,
+    SinkResult,
+    Unrouted,
+    Verdict,
+    settle,
+    settle_malformed,
+    settle_unrouted,
+)
+from vodpoller.vod import Pull
 
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1
+_UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
+_UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
 
 
 class Source(Protocol):
-    """What a cycle reads of a configured source; see the table of keys."""
+    """What the pipeline reads of a configured source; see the table of keys."""
 
     @property
     def name(self) -> str: ...  # noqa: D102 - as in the configuration
@@ -29,21 +47,65 @@ class Source(Protocol):
     @property
     def on_failure(self) -> OnFailure: ...  # noqa: D102 - as in the configuration
     @property
-    def unrouted(self) -> str | None: ...  # noqa: D102 - as in the configuration
+    def unrouted(self) -> Unrouted | None: ...  # noqa: D102 - as in the configuration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one pull brought, on its way to being confirmed.
+
+    Args:
+        source: Where it is from.
+        events: 0 to 16 events.
+        malformed: What stood in an event's place and cannot be read.
+        lease: The time in which the handles can be confirmed.
+        received_at: Monotonic time at which the answer was there, in seconds.
+        request_id: Tencent's RequestId of the pull, empty if the answer has none.
+    """
+
+    source: Source
+    events: Sequence[PulledEvent]
+    malformed: Sequence[Malformed]
+    lease: Lease
+    received_at: float
+    request_id: str
+
+    @classmethod
+    def of(cls, source: Source, pull: Pull, received_at: float) -> Self:
+        """The batch of a pull's answer."""
+        return cls(
+            source=source,
+            events=pull.events,
+            malformed=pull.malformed,
+            lease=pull.lease,
+            received_at=received_at,
+            request_id=pull.request_id,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
 class _Item:
-    """One pulled event on its way through the cycle."""
+    """One event of a batch on its way through the pipeline."""
 
     handle: str
     event: Event
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    deliveries: dict[str, Delivery] = field(default_factory=dict)
+    verdict: Verdict = _UNDECIDED
+    routes: Sequence[str] = ()
+    wanted: Sequence[str] = ()
+    results: dict[str, SinkResult] = field(default_factory=dict)
     letters: list[Letter] = field(default_factory=list)
-    settlement: Settlement | None = None
     redelivered: bool = False
-    confirmed: bool = False
+    confirmation: Confirmation | None = None
+
+    @property
+    def dead_letters(self) -> list[Letter]:
+        """The dead letters that were stored for it."""
+        is_stored = self.verdict.settlement is Settlement.STORE
+        return [letter for letter in self.letters if letter.dead] if is_stored else []
+
+    @property
+    def is_confirmed(self) -> bool:
+        return self.confirmation is not None and self.confirmation.result is ConfirmResult.CONFIRMED
 
 
 class _LeftEvents:
@@ -74,32 +136,29 @@ class _LeftEvents:
 
 
 class Pipeline:
-    """Runs cycles, from any number of lanes.
+    """Sees batches through, from any number of threads.
 
     Args:
-        vod: The client.
         router: Says which sinks get an event.
         workers: By the sink's name.
         in_flight: The table that all workers share.
-        journal: Holds the ledger, pending and dead.
+        journal: Holds the ledger and the stored events.
         confirmer: Confirms handles.
         confirm_reserve_secs: The end of a lease that is kept for confirming.
         requests_per_sec: The quota of pulls, of which events that are left again and again take their part.
-        log: Where to.
-        monotonic: The clock, in seconds.
-        wall: The clock of `last_pull_at` and `last_confirm_at`, in seconds since 1970.
+        log: Destination of log lines.
+        monotonic: The clock of leases, in seconds.
+        wall: The clock of `last_confirm_at`, in seconds since 1970.
 
     Attributes:
-        settled_events: How many pulled events were settled so far.
-        unsettled_events: How many of them VOD brings again: left, or not confirmed.
-        last_pull_at: When VOD last answered a pull; 0 for never.
+        settled_events: Number of events that were settled so far.
+        unsettled_events: Number of those that VOD delivers again: left, or not confirmed.
         last_confirm_at: When VOD last confirmed something; 0 for never.
     """
 
     def __init__(
         self,
         *,
-        vod: VodClient,
         router: Router,
         workers: Mapping[str, Worker],
         in_flight: InFlight,
@@ -111,7 +170,6 @@ class Pipeline:
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._vod = vod
         self._router = router
         self._workers = workers
         self._in_flight = in_flight
@@ -126,63 +184,52 @@ class Pipeline:
         self._counting = threading.Lock()
         self.settled_events = 0
         self.unsettled_events = 0
-        self.last_pull_at = 0.0
         self.last_confirm_at = 0.0
 
-    def cycle(self, source: Source, *, on_answer: Callable[[Pull], None], latch: Latch) -> None:
-        """Take one batch from VOD and see it through.
+    def process(self, batch: Batch, wait: DeliveryWait) -> None:
+        """See a batch through. Whatever happens on the way, each of its events ends with its line.
 
         Args:
-            source: Where to pull.
-            on_answer: Told of the answer before its events are delivered: the moment to let another lane pull.
-            latch: What this cycle waits on while sinks are at work, so that others can hurry it.
-
-        Raises:
-            TransientError: The pull failed; there is no batch.
-            OperatorError: The pull failed until a person acts; there is no batch.
+            batch: What was pulled.
+            wait: What this thread waits on while sinks are at work, so that others can interrupt it.
         """
-        pull = self._vod.pull(source.name, source.sub_app_id)
-        answered_at = self._monotonic()
-        self.last_pull_at = self._wall()
-        on_answer(pull)
-        if not (pull.events or pull.malformed):
-            return
-        items = [self._route(source, pulled) for pulled in pull.events]
-        items += [item for broken in pull.malformed if (item := self._condemn(source, broken, pull.request_id))]
-        self._deliver(items, pull.lease, latch)
-        self._settle(source, items)
-        self._confirm(source, items, pull.lease)
-        self._report(items, pull.lease, answered_at)
+        items: list[_Item] = []
+        try:
+            items += self._route(batch)
+            self._deliver(items, batch, wait)
+            self._settle(items, batch.source)
+            self._store(items)
+            self._keep_shared_handles(items)
+            self._confirm(items, batch)
+        finally:
+            self._finish(items, batch)
 
     # --- route ------------------------------------------------------------------------------------------------------
 
-    def _route(self, source: Source, pulled: PulledEvent) -> _Item:
+    def _route(self, batch: Batch) -> Iterator[_Item]:
+        for pulled in batch.events:
+            yield self._routed(batch.source, pulled)
+        for broken in batch.malformed:
+            self._say_malformed(batch, broken)
+            if broken.handle is not None:
+                letter = Letter(event=broken.event, sink="", dead=True, reason=Reason.MALFORMED, error=broken.why)
+                verdict = settle_malformed(on_failure=batch.source.on_failure)
+                yield _Item(handle=broken.handle, event=broken.event, letters=[letter], verdict=verdict)
+
+    def _routed(self, source: Source, pulled: PulledEvent) -> _Item:
         item = _Item(handle=pulled.handle, event=pulled.event)
         routed = self._router.route(pulled.event)
-        if routed.is_unrouted:
-            self._dispose_unrouted(source, item)
-        else:
-            self._plan(item, routed)
-        return item
-
-    def _plan(self, item: _Item, routed: Routed) -> None:
-        for sink in routed.sinks:
-            item.outcomes[sink] = Outcome.UNSETTLED
+        item.routes, item.wanted = routed.routes, routed.sinks
         for sink, error in routed.failed.items():
-            item.outcomes[sink] = Outcome.REJECTED
-            item.letters.append(Letter(event=item.event, sink=sink, dead=True, reason="rejected", error=str(error)))
-
-    def _dispose_unrouted(self, source: Source, item: _Item) -> None:
-        match source.unrouted:
-            case "confirm":
-                item.settlement = Settlement.CONFIRM
-            case "leave":
-                item.settlement = Settlement.LEAVE
+            item.results[sink] = SinkResult(outcome=Outcome.REJECTED, reason=Reason.REJECTED, why=str(error))
+        if routed.is_unrouted:
+            item.verdict = settle_unrouted(source.unrouted)
+            if item.verdict.settlement is Settlement.STORE:
+                why = f"no route takes event type {item.event.type or '(none)'} of source {source.name}"
+                item.letters.append(Letter(event=item.event, sink="", dead=True, reason=Reason.NO_ROUTE, error=why))
+            elif item.verdict.settlement is Settlement.LEAVE:
                 self._say_left(source, item.event.type)
-            case _:
-                item.settlement = Settlement.STORE
-                error = f"no route takes event type {item.event.type or '(none)'} of source {source.name}"
-                item.letters.append(Letter(event=item.event, sink="", dead=True, reason="unrouted", error=error))
+        return item
 
     def _say_left(self, source: Source, event_type: str) -> None:
         fields = {"source": source.name, "event_type": event_type}
@@ -192,128 +239,89 @@ class Pipeline:
             hint = "events that are left take this share of all pulls: route them, or set unrouted to another value"
             self._repeats.say("error", "event.left", cause="quota", quota_share=round(share, 2), hint=hint, **fields)
 
-    def _condemn(self, source: Source, broken: Malformed, request_id: str) -> _Item | None:
+    def _say_malformed(self, batch: Batch, broken: Malformed) -> None:
         key = broken.event.key.hex()
         self._repeats.say(
-            # What has no handle stays with VOD: it was cut off on its way, or nobody can do anything about it.
+            # What has no handle stays with VOD: it was cut off on its way, or there is nothing that could be done.
             "warning" if broken.handle is None else "error",
             "event.malformed",
             cause=f"malformed {key}",
-            source=source.name,
+            source=batch.source.name,
             event_type=broken.event.type,
             key=key,
             error_message=broken.why,
-            request_id=request_id,
+            request_id=batch.request_id,
             has_handle=broken.handle is not None,
             excerpt=broken.event.body[:200].decode(errors="replace"),
         )
-        if broken.handle is None:
-            return None
-        letter = Letter(event=broken.event, sink="", dead=True, reason="malformed", error=broken.why)
-        settlement = Settlement.LEAVE if source.on_failure == "leave" else Settlement.STORE
-        return _Item(handle=broken.handle, event=broken.event, letters=[letter], settlement=settlement)
 
     # --- deliver ----------------------------------------------------------------------------------------------------
 
-    def _deliver(self, items: Sequence[_Item], lease: Lease, latch: Latch) -> None:
+    def _deliver(self, items: Sequence[_Item], batch: Batch, wait: DeliveryWait) -> None:
         """Get each event to each of its sinks, as far as they take it before the reserve of the lease begins."""
-        deadline = lease.ends_at - self._reserve_secs
-        wanted = [
-            Delivery(item.event, sink, deadline=deadline)
-            for item in items
-            for sink, outcome in item.outcomes.items()
-            if outcome is Outcome.UNSETTLED
-        ]
+        deadline = batch.lease.ends_at - self._reserve_secs
+        wanted = [(item, sink) for item in items for sink in item.wanted]
         if not wanted:
             return
-        standing, fresh = self._in_flight.claim(wanted, latch)
-        remaining = iter(standing)
-        for item in items:
-            item.deliveries = {
-                sink: next(remaining) for sink, outcome in item.outcomes.items() if outcome is Outcome.UNSETTLED
-            }
-        is_over = False
-        try:
-            known = self._submit_unknown(fresh)
-            is_over = latch.wait(deadline - self._monotonic())
-        finally:
-            if not is_over:  # an error nobody foresaw as well must not leave pairs on their way for ever
-                self._in_flight.abandon(standing, latch)
-        joined = set(map(id, standing)) - set(map(id, fresh))
-        for item in items:
-            for sink, delivery in item.deliveries.items():
-                item.outcomes[sink] = delivery.outcome or Outcome.UNSETTLED
-                item.redelivered |= (item.event.key, sink) in known or id(delivery) in joined
+        deliveries = [Delivery(item.event, sink, deadline=deadline) for item, sink in wanted]
+        with self._in_flight.claim(deliveries, wait) as claims:
+            known = self._submit_unknown([claim.delivery for claim in claims if not claim.joined])
+            ended = wait.wait(deadline - self._monotonic())
+        for (item, sink), claim in zip(wanted, claims, strict=True):
+            item.results[sink] = _result_of(claim, ended)
+            item.redelivered |= (item.event.key, sink) in known or (claim.joined and claim.delivery not in deliveries)
 
-    def _submit_unknown(self, fresh: Sequence[Delivery]) -> Mapping[tuple[bytes, str], Known]:
-        """Hand over what no sink has and the journal does not hold; the rest is settled by what the journal knows."""
+    def _submit_unknown(self, fresh: Sequence[Delivery]) -> Collection[tuple[bytes, str]]:
+        """Hand over what no sink has and the journal does not hold; the rest is complete by what the journal knows.
+
+        Returns:
+            The pairs that the journal knows.
+        """
         try:
             known = self._journal.known((delivery.event.key, delivery.sink) for delivery in fresh)
         except StorageError as error:
-            for delivery in fresh:  # nobody can tell what was delivered already: the events stay with VOD
-                self._in_flight.settle(delivery, Outcome.UNSETTLED, error)
-            return {}
+            # What was delivered already cannot be told: the events stay with VOD, unless they can be stored.
+            unknown = SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=Reason.JOURNAL_FAILED, why=str(error))
+            self._in_flight.complete(fresh, unknown)
+            return ()
         by_sink: dict[str, list[Delivery]] = {}
         for delivery in fresh:
             match known.get((delivery.event.key, delivery.sink)):
                 case None:
                     by_sink.setdefault(delivery.sink, []).append(delivery)
                 case Known.ACCEPTED:
-                    self._in_flight.settle(delivery, Outcome.DELIVERED)
-                case Known.PENDING:
-                    delivery.held = True
-                    self._in_flight.settle(delivery, Outcome.UNSETTLED)
-                case Known.DEAD:
-                    delivery.held = True
-                    self._in_flight.settle(delivery, Outcome.REJECTED)
+                    self._in_flight.complete((delivery,), ALREADY_DELIVERED)
+                case Known.PENDING | Known.DEAD:
+                    self._in_flight.complete((delivery,), ALREADY_STORED)
         for sink, deliveries in by_sink.items():
             self._workers[sink].submit(deliveries)
-        return known
+        return known.keys()
 
-    # --- settle -----------------------------------------------------------------------------------------------------
+    # --- settle, store ----------------------------------------------------------------------------------------------
 
-    def _settle(self, source: Source, items: Sequence[_Item]) -> None:
-        """Decide, and write down what VOD is to forget although not every sink has it."""
+    def _settle(self, items: Iterable[_Item], source: Source) -> None:
         for item in items:
-            if item.settlement is None:
-                item.settlement = settle(item.outcomes.values(), on_failure=source.on_failure)
-        to_store = [item for item in items if item.settlement is Settlement.STORE]
-        if not to_store:
+            if item.results:
+                item.verdict = settle(item.results.values(), on_failure=source.on_failure)
+                item.letters = [_letter(item.event, sink, it) for sink, it in item.results.items() if it.needs_storing]
+
+    def _store(self, items: Sequence[_Item]) -> None:
+        """Write down what VOD is to forget although not every sink has it."""
+        to_store = [item for item in items if item.verdict.settlement is Settlement.STORE]
+        if not any(item.letters for item in to_store):
             return
         try:
-            self._journal.store([letter for item in to_store for letter in self._letters(item)])
-        except StorageError as error:
+            self._journal.store([letter for item in to_store for letter in item.letters])
+        except JournalFullError as error:  # the journal has said so, and has stored the others
             for item in to_store:
-                item.settlement = Settlement.LEAVE
-            self._repeats.say("error", "journal.failed", cause=str(error), **error.fields())
-        else:
+                if item.event.key in error.refused:
+                    item.verdict = Verdict.leave(Reason.JOURNAL_FULL)
+        except StorageError:  # the journal has said so
             for item in to_store:
-                for letter in item.letters:
-                    if letter.dead:
-                        self._say_dead(letter)
-
-    def _letters(self, item: _Item) -> Iterable[Letter]:
-        for sink, delivery in item.deliveries.items():
-            outcome = item.outcomes[sink]
-            if outcome is Outcome.DELIVERED or delivery.held:
-                continue
-            delivery.stored = True  # before the row is written: a late success deletes it
-            if delivery.outcome is Outcome.DELIVERED:  # so late that it did not know of the row
-                continue
-            dead = outcome is Outcome.REJECTED
-            asked_secs = delivery.error.retry_after_secs if isinstance(delivery.error, TransientError) else None
-            item.letters.append(
-                Letter(
-                    event=item.event,
-                    sink=sink,
-                    dead=dead,
-                    reason=outcome.name.lower(),
-                    error=str(delivery.error or ""),
-                    attempts=delivery.attempts,
-                    due_in_secs=max(STORED_RETRY_SECS, asked_secs or 0.0),
-                )
-            )
-        return item.letters
+                item.verdict = Verdict.leave(Reason.JOURNAL_FAILED)
+        for item in to_store:
+            for letter in item.dead_letters:
+                self._say_dead(letter)
 
     def _say_dead(self, letter: Letter) -> None:
         self._repeats.say(
@@ -326,46 +334,108 @@ class Pipeline:
             **event_fields(letter.event),
         )
 
-    # --- confirm ----------------------------------------------------------------------------------------------------
+    # --- confirm, finish ----------------------------------------------------------------------------------------------
 
-    def _confirm(self, source: Source, items: Sequence[_Item], lease: Lease) -> None:
-        safe = [item for item in items if item.settlement is not Settlement.LEAVE]
+    def _keep_shared_handles(self, items: Sequence[_Item]) -> None:
+        """A handle is confirmed only if every event that has it may be: the confirm forgets all of them."""
+        kept = {item.handle for item in items if not item.verdict.may_confirm}
+        for item in items:
+            if item.handle in kept and item.verdict.may_confirm:
+                item.verdict = Verdict.leave(Reason.SHARED_HANDLE)
+
+    def _confirm(self, items: Iterable[_Item], batch: Batch) -> None:
+        safe = [item for item in items if item.verdict.may_confirm]
         if not safe:
             return
         handles = list(dict.fromkeys(item.handle for item in safe))
-        confirmed = self._confirmer.confirm(source.name, source.sub_app_id, handles, lease)
+        source = batch.source
+        confirmations = self._confirmer.confirm(source.name, source.sub_app_id, handles, batch.lease)
         for item in safe:
-            item.confirmed = item.handle in confirmed
+            item.confirmation = confirmations.get(item.handle, _UNKNOWN)
+        confirmed = [item.event.key for item in safe if item.is_confirmed]
         if confirmed:
             self.last_confirm_at = self._wall()
-            self._journal.confirmed([item.event.key for item in safe if item.confirmed])
+            self._journal.confirmed(confirmed)
 
-    def _report(self, items: Sequence[_Item], lease: Lease, answered_at: float) -> None:
+    def _finish(self, items: Sequence[_Item], batch: Batch) -> None:
+        """The one place where events get their lines and are counted."""
         now = self._monotonic()
-        duration_secs = round(now - answered_at, 4)
-        lease_left_secs = round(lease.ends_at - now, 3)
-        settled, unsettled = len(items), sum(not item.confirmed for item in items)
+        duration_secs = round(now - batch.received_at, 4)
+        lease_left_secs = round(batch.lease.ends_at - now, 3)
         with self._counting:
-            self.settled_events += settled
-            self.unsettled_events += unsettled
+            self.settled_events += len(items)
+            self.unsettled_events += sum(not item.is_confirmed for item in items)
         for item in items:
-            fields = {"failed_snapshots": _failed_snapshots(item.event)} if has_failed_snapshots(item.event) else {}
             self._log.info(
                 "event.settled",
                 **event_fields(item.event),
-                sinks={sink: outcome.name.lower() for sink, outcome in item.outcomes.items()},
-                settlement=item.settlement.name.lower() if item.settlement else None,
-                confirmed=item.confirmed,
+                routes=item.routes,
+                sinks={
+                    sink: {"outcome": it.outcome.value, "reason": it.reason.value} for sink, it in item.results.items()
+                },
+                settlement=item.verdict.settlement.value,
+                reason=item.verdict.reason.value,
+                confirmed=item.is_confirmed,
+                **_confirm_fields(item),
+                pull_request_id=batch.request_id,
                 duration_secs=duration_secs,
                 lease_left_secs=lease_left_secs,
                 redelivered=item.redelivered,
-                **fields,
+                **_failed_snapshots(item.event),
             )
 
 
-def _failed_snapshots(event: Event) -> list[dict[str, int | str | None]]:
-    taken = snapshots_of(event)
-    return [
-        {"time_offset_ms": snapshot.time_offset_ms, "err_code": snapshot.err_code}
-        for snapshot in (taken.failed if taken else ())
-    ]
+def _result_of(claim: Claim, ended: WaitEnd) -> SinkResult:
+    """What came of a delivery, given why the wait for it ended if it is not done."""
+    delivery = claim.delivery
+    if delivery.result is not None:
+        return delivery.result
+    if delivery.error is not None:
+        why = str(delivery.error) or repr(delivery.error)
+        return SinkResult(outcome=Outcome.FAILED, reason=Reason.SINK_FAILED, why=why, attempts=delivery.attempts)
+    is_running = delivery.state is State.RUNNING
+    place = "the sink had not answered" if is_running else "it waited in the sink's queue"
+    match ended:
+        case WaitEnd.NEEDED:
+            why = f"{place} when this puller was needed for the next pull"
+        case WaitEnd.STOPPING:
+            why = f"{place} when the daemon's time to stop was over"
+        case _:
+            why = f"{place} when its lease neared its end"
+    return SinkResult(
+        outcome=Outcome.FAILED if is_running else Outcome.NOT_ATTEMPTED,
+        reason=Reason.STOPPING if ended is WaitEnd.STOPPING else Reason.OUT_OF_TIME,
+        why=why,
+    )
+
+
+def _letter(event: Event, sink: str, result: SinkResult) -> Letter:
+    return Letter(
+        event=event,
+        sink=sink,
+        dead=result.outcome is Outcome.REJECTED,
+        reason=result.reason,
+        error=result.why,
+        attempts=result.attempts,
+        due_in_secs=max(STORED_RETRY_SECS, result.retry_after_secs or 0.0),
+    )
+
+
+def _confirm_fields(item: _Item) -> dict[str, str]:
+    confirmation = item.confirmation or (_UNKNOWN if item.verdict.may_confirm else None)
+    if confirmation is None:
+        return {}
+    fields = {
+        "confirm_result": str(confirmation.result),
+        "confirm_error_code": confirmation.error_code,
+        "confirm_request_id": confirmation.request_id,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _failed_snapshots(event: Event) -> dict[str, list[dict[str, int | str | None]]]:
+    taken = snapshots_of(event) if has_failed_snapshots(event) else None
+    if taken is None:
+        return {}
+    failed = [{"time_offset_ms": snapshot.time_offset_ms, "err_code": snapshot.err_code} for snapshot in taken.failed]
+    return {"failed_snapshots": failed}

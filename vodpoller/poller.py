@@ -6,10 +6,11 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, Protocol
 
-from vodpoller.delivery import Backoff, Latch
+from vodpoller.delivery import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
+from vodpoller.in_flight import DeliveryWait
 from vodpoller.logs import Logger, Repeats
-from vodpoller.pipeline import Pipeline
+from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.pipeline import Source as PulledSource
 from vodpoller.systemd import Liveness
 from vodpoller.vod import Pull
@@ -30,6 +31,13 @@ class Source(PulledSource, Protocol):
     def long_poll(self) -> bool: ...  # noqa: D102 - as in the configuration
     @property
     def max_lanes(self) -> int: ...  # noqa: D102 - as in the configuration
+
+
+class PullsEvents(Protocol):
+    """The part of the VOD client that pulls."""
+
+    def pull(self, source: str, sub_app_id: int | None) -> Pull:
+        """One signed PullEvents request; see `vod.VodClient.pull`."""
 
 
 class _Quickest:
@@ -60,20 +68,25 @@ class _Quickest:
 class Poller:
     """Keeps a pull outstanding at one source, and more of them while there is a backlog.
 
-    A lane is a thread that runs cycles. It needs a turn to pull, and there are as many turns as pulls are wanted: idle,
-    one. A lane whose answer holds events passes its turn on before it delivers, and adds one where the answer was full
-    or came at once, since then there is probably more. A turn ends with an answer that is empty or had to be waited
-    for, unless it is the last.
+    A lane is a thread that pulls and processes batches. It needs a turn to pull, and there are as many turns as pulls
+    are wanted: idle, one. A lane whose answer holds events passes its turn on before it delivers, and adds one where
+    the answer was full or came at once, since then there is probably more. A turn ends with an answer that is empty or
+    had to be waited for, unless it is the last.
 
     Args:
         source: The source.
-        pipeline: Runs the cycles.
+        vod: The client.
+        pipeline: Processes what was pulled.
         may_pull: Whether events can be taken care of at the moment.
         on_operator_error: Called when a pull failed in a way that only a person can mend: read the credentials again.
         cycle_secs: How long a cycle may take before its lane counts as hung.
         log: Where to.
         liveness: Told what each lane is at.
         monotonic: The clock, in seconds.
+        wall: The clock of `last_pull_at`, in seconds since 1970.
+
+    Attributes:
+        last_pull_at: When VOD last answered a pull; 0 for never.
     """
 
     _TRANSIENT = Backoff(first_secs=2.0, most_secs=60.0)
@@ -82,16 +95,19 @@ class Poller:
     def __init__(
         self,
         source: Source,
-        pipeline: Pipeline,
         *,
+        vod: PullsEvents,
+        pipeline: Pipeline,
         may_pull: Callable[[], bool],
         on_operator_error: Callable[[], None],
         cycle_secs: float,
         log: Logger,
         liveness: Liveness,
         monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._source = source
+        self._vod = vod
         self._pipeline = pipeline
         self._may_pull = may_pull
         self._on_operator_error = on_operator_error
@@ -100,11 +116,12 @@ class Poller:
         self._repeats = Repeats(log, monotonic=monotonic)
         self._liveness = liveness
         self._monotonic = monotonic
+        self._wall = wall
         self._lock = threading.Lock()
         self._turn_granted = threading.Condition(self._lock)
         self._pause_over = threading.Condition(self._lock)
         self._lanes: list[threading.Thread] = []
-        self._latches: dict[Latch, None] = {}
+        self._waits: dict[DeliveryWait, None] = {}
         self._parked = 0
         self._turns = 0
         self._pulling = 0
@@ -114,6 +131,7 @@ class Poller:
         self._failed_pulls = 0
         self._said = False
         self._problem: VodpollerError | None = None
+        self.last_pull_at = 0.0
         self._stopping = False
 
     @property
@@ -150,8 +168,8 @@ class Poller:
     def hurry(self) -> None:
         """Let no lane wait for a sink any longer: what was not accepted is stored."""
         with self._lock:
-            for latch in self._latches:
-                latch.hurry(patiently=False)
+            for wait in self._waits:
+                wait.interrupt(stopping=True)
 
     def join(self, timeout_secs: float) -> bool:
         """Wait until the lanes have seen through what they pulled.
@@ -169,7 +187,7 @@ class Poller:
     def _run(self) -> None:
         while self._take_turn():
             try:
-                self._cycle()
+                self._pull_and_process()
             except Exception:  # noqa: BLE001 - a lane must outlive whatever a bug brings
                 self._log.error("lane.failed", source=self.name, exc_info=True)
             with self._lock:
@@ -196,29 +214,40 @@ class Poller:
         self._pulling -= 1
         return False
 
-    def _cycle(self) -> None:
-        latch = Latch(is_needed=self._lane_is_missing)
-        answered = False
-
-        def on_answer(pull: Pull) -> None:
-            nonlocal answered
-            answered = True
-            self._answered(pull, latch)
-
+    def _pull_and_process(self) -> None:
+        wait = DeliveryWait(should_yield=self._lane_is_missing)
         self._liveness.begin(f"lane {self.name}", self._cycle_secs)
         try:
-            self._pipeline.cycle(self._source, on_answer=on_answer, latch=latch)
-        except StoppingError:
-            with self._lock:
-                self._pulling -= 1
-        except Exception as error:
-            if answered:
-                raise
-            self._failed(error)
+            batch = self._pull(wait)
+            if batch is not None:
+                self._pipeline.process(batch, wait)
         finally:
             self._liveness.end()
             with self._lock:
-                self._latches.pop(latch, None)
+                self._waits.pop(wait, None)
+
+    def _pull(self, wait: DeliveryWait) -> Batch | None:
+        """One pull, and what follows from it for the next ones.
+
+        Args:
+            wait: What this lane will wait on while the batch is delivered.
+
+        Returns:
+            What it brought; None if that is nothing.
+        """
+        try:
+            pull = self._vod.pull(self.name, self._source.sub_app_id)
+        except StoppingError:
+            with self._lock:
+                self._pulling -= 1
+            return None
+        except Exception as error:  # noqa: BLE001 - whatever it is, the pull failed
+            self._failed(error)
+            return None
+        received_at = self._monotonic()
+        self.last_pull_at = self._wall()
+        self._answered(pull, wait)
+        return Batch.of(self._source, pull, received_at) if pull.events or pull.malformed else None
 
     def _lane_is_missing(self) -> bool:
         return self._turns > self._parked and not self._stopping  # while stopping, nobody is needed to pull
@@ -238,15 +267,15 @@ class Poller:
         self._turn_granted.notify(turns)
         if self._lane_is_missing():
             # Every lane waits for a sink: the one that waits longest stores what its sinks have not taken.
-            next((latch for latch in self._latches if latch.hurry()), None)
+            next((wait for wait in self._waits if wait.interrupt()), None)
 
-    def _answered(self, pull: Pull, latch: Latch) -> None:
+    def _answered(self, pull: Pull, wait: DeliveryWait) -> None:
         with self._lock:
             self._pulling -= 1
             failed_pulls, self._failed_pulls, self._failures, self._problem = self._failed_pulls, 0, 0, None
             self._said = False
             if pull.events or pull.malformed:
-                self._latches[latch] = None
+                self._waits[wait] = None
                 self._hand_over(pull)
             else:
                 self._answered_empty(hung=pull.hung_secs >= HUNG_SECS, asked_at=pull.lease.starts_at)

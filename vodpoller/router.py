@@ -37,10 +37,12 @@ class Routed:
     """Where an event goes.
 
     Args:
+        routes: The names of the routes that take it.
         sinks: The sinks that get it, each once.
         failed: The sinks that would get it if a route's `where` could be evaluated on it, with what is wrong.
     """
 
+    routes: tuple[str, ...]
     sinks: tuple[str, ...]
     failed: dict[str, RejectedError]
 
@@ -119,24 +121,28 @@ class Router:
         candidates = [route for route in self._routes if route.covers(source, event_type)]
         constant = None
         if all(route.where is None for route in candidates):
-            constant = Routed(sinks=_each_once(route.sinks for route in candidates), failed={})
+            constant = _routed(candidates, failed={})
         if self._may_remember(self._candidates, event_type):
             self._candidates[source, event_type] = (candidates, constant)
         return candidates, constant
 
 
 def _evaluate(candidates: Sequence[_Compiled], event: Event) -> Routed:
-    chosen: list[tuple[str, ...]] = []
+    chosen: list[_Compiled] = []
     failed: dict[str, RejectedError] = {}
     for route in candidates:
         try:
             if route.wants(event):
-                chosen.append(route.sinks)
+                chosen.append(route)
         except RejectedError as error:
             failed |= dict.fromkeys(route.sinks, error)
-    sinks = _each_once(chosen)
-    return Routed(sinks=sinks, failed={sink: error for sink, error in failed.items() if sink not in sinks})
+    return _routed(chosen, failed)
 
 
-def _each_once(groups: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(sink for group in groups for sink in group))
+def _routed(chosen: Sequence[_Compiled], failed: dict[str, RejectedError]) -> Routed:
+    sinks = tuple(dict.fromkeys(sink for route in chosen for sink in route.sinks))
+    return Routed(
+        routes=tuple(route.name for route in chosen),
+        sinks=sinks,
+        failed={sink: error for sink, error in failed.items() if sink not in sinks},
+    )

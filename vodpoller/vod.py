@@ -316,7 +316,7 @@ class VodClient:
             request_id=answer.request_id,
         )
 
-    def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> None:
+    def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> str:
         """Let VOD forget events.
 
         Args:
@@ -324,6 +324,9 @@ class VodClient:
             handles: 1 to 16, of one pull.
             timeout_secs: What is left of the lease, the wait for a request slot included. The request itself takes
                 `confirm_timeout_secs` at most.
+
+        Returns:
+            Tencent's RequestId, empty if the answer has none.
 
         Raises:
             RefusedHandlesError: Some handle is stale, or of another SubAppId. None may have been confirmed.
@@ -348,6 +351,7 @@ class VodClient:
                 )
             raise refusal
         _response_of(answer)
+        return answer.request_id
 
     @property
     def skew_secs(self) -> float | None:

@@ -1,0 +1,275 @@
+import threading
+import time
+
+import pytest
+
+from tests.helpers import event, until
+from vodpoller.in_flight import Delivery, DeliveryWait, InFlight, State, WaitEnd
+from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
+
+FAILED = SinkResult(outcome=Outcome.FAILED, reason=Reason.SINK_FAILED, why="late")
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def in_thread(task):
+    """Run it in a thread; returns a function that waits for its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(task()), daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(10)
+        assert not thread.is_alive()
+        return results[0]
+
+    return result
+
+
+def test_a_wait_whose_time_is_over_says_so():
+    wait = DeliveryWait(min_wait_secs=0.01)
+    wait.add(1)
+    assert wait.wait(0.03) is WaitEnd.OUT_OF_TIME
+
+
+@pytest.mark.parametrize("timeout_secs", [0, -5.0])
+def test_a_wait_without_time_left_does_not_wait(timeout_secs):
+    wait = DeliveryWait(min_wait_secs=60)
+    wait.add(1)
+    started = time.monotonic()
+    assert wait.wait(timeout_secs) is WaitEnd.OUT_OF_TIME
+    assert time.monotonic() - started < 1
+
+
+def test_a_wait_opens_when_the_last_is_settled_and_not_before():
+    wait = DeliveryWait()
+    wait.add(2)
+    result = in_thread(lambda: wait.wait(10))
+    wait.count_down()
+    assert wait.wait(0.02) is WaitEnd.OUT_OF_TIME
+    wait.count_down()
+    assert result() is WaitEnd.COMPLETE
+
+
+def test_a_wait_that_waits_for_nothing_is_open():
+    assert DeliveryWait().wait(10) is WaitEnd.COMPLETE
+
+
+def test_settled_before_the_wait_counts():
+    wait = DeliveryWait()
+    wait.add(1)
+    wait.count_down()
+    assert wait.wait(10) is WaitEnd.COMPLETE
+
+
+def test_an_interruption_does_not_end_a_wait_that_is_young():
+    wait = DeliveryWait(min_wait_secs=60)
+    wait.add(1)
+    result = in_thread(lambda: wait.wait(10))
+    until(lambda: wait.is_waiting)
+    assert wait.interrupt() is False
+    assert wait.interrupt(stopping=True) is True
+    assert result() is WaitEnd.STOPPING
+
+
+def test_an_interruption_ends_a_wait_that_is_old_once():
+    wait = DeliveryWait(min_wait_secs=0.01)
+    wait.add(1)
+    result = in_thread(lambda: wait.wait(10))
+    until(wait.interrupt)
+    assert result() is WaitEnd.NEEDED
+    assert wait.interrupt() is False
+
+
+def test_a_wait_that_has_not_begun_is_interrupted_by_a_stop_only():
+    wait = DeliveryWait(min_wait_secs=0)
+    wait.add(1)
+    assert wait.interrupt() is False
+
+
+def test_nothing_is_interrupted_where_everything_is_done():
+    wait = DeliveryWait()
+    wait.add(1)
+    wait.count_down()
+    assert wait.interrupt(stopping=True) is False
+
+
+def test_a_thread_that_is_needed_elsewhere_waits_the_minimum_only():
+    wait = DeliveryWait(min_wait_secs=0.02, should_yield=lambda: True)
+    wait.add(1)
+    started = time.monotonic()
+    assert wait.wait(30) is WaitEnd.NEEDED
+    assert time.monotonic() - started < 5
+
+
+# --- in flight --------------------------------------------------------------------------------------------------------
+
+
+def make(number=0, sink="it", **more):
+    return Delivery(event(number), sink, deadline=None, **more)
+
+
+def deliveries(claims):
+    return [claim.delivery for claim in claims]
+
+
+def is_complete(wait):
+    return wait.wait(0) is WaitEnd.COMPLETE
+
+
+def test_a_pair_that_is_on_its_way_is_joined():
+    in_flight, wait, other = InFlight(), DeliveryWait(), DeliveryWait()
+    first = make()
+    with in_flight.claim([first], wait), in_flight.claim([make()], other) as claims:
+        assert [(claim.delivery, claim.joined) for claim in claims] == [(first, True)]
+        in_flight.complete([first], DELIVERED)
+        assert is_complete(wait)
+        assert is_complete(other)
+        assert len(in_flight) == 0
+
+
+def test_the_same_event_at_another_sink_is_another_pair():
+    in_flight = InFlight()
+    wanted = [make(0, "a"), make(0, "b")]
+    with in_flight.claim(wanted, None) as claims:
+        assert [(claim.delivery, claim.joined) for claim in claims] == [(wanted[0], False), (wanted[1], False)]
+
+
+def test_a_pair_twice_in_one_claim_is_one_delivery_that_ends_the_wait():
+    in_flight, wait = InFlight(), DeliveryWait()
+    first, second = make(), make()
+    with in_flight.claim([first, second], wait) as claims:
+        assert deliveries(claims) == [first, first]
+        assert not is_complete(wait)
+        in_flight.complete([first], DELIVERED)
+        assert is_complete(wait)
+
+
+def test_the_first_result_counts_and_is_told_once():
+    in_flight, told = InFlight(), []
+    delivery = make(on_complete=lambda _delivery, result: told.append(result))
+    with in_flight.claim([delivery], None):
+        in_flight.complete([delivery], DELIVERED)
+        in_flight.complete([delivery], FAILED)
+    assert delivery.result is DELIVERED
+    assert told == [DELIVERED]
+
+
+def test_what_is_complete_can_be_claimed_anew():
+    in_flight, first, second = InFlight(), make(), make()
+    with in_flight.claim([first], None):
+        in_flight.complete([first], FAILED)
+        with in_flight.claim([second], None) as claims:
+            assert [(claim.delivery, claim.joined) for claim in claims] == [(second, False)]
+
+
+def test_what_waits_when_its_claim_ends_never_starts():
+    in_flight, delivery = InFlight(), make()
+    with in_flight.claim([delivery], DeliveryWait()):
+        in_flight.queued([delivery])
+    assert in_flight.start([delivery]) == []
+    assert delivery.result is None
+    assert len(in_flight) == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("wait", [None, DeliveryWait()])
+def test_whatever_ends_a_claim_releases_what_was_not_submitted(wait, error):
+    in_flight = InFlight()
+    with pytest.raises(type(error)), in_flight.claim([make(1), make(2)], wait):
+        raise error
+    assert len(in_flight) == 0
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_error_in_the_middle_of_claiming_leaves_nothing_claimed(at):
+    def wanted():
+        for number in range(3):
+            if number == at:
+                raise MemoryError
+            yield make(number)
+
+    in_flight = InFlight()
+    with pytest.raises(MemoryError), in_flight.claim(wanted(), DeliveryWait()):
+        pass
+    assert len(in_flight) == 0
+
+
+def test_what_nothing_waits_for_is_the_workers_once_it_is_submitted():
+    in_flight, told = InFlight(), []
+    submitted, not_submitted = (make(number, on_complete=lambda it, _: told.append(it)) for number in (1, 2))
+    with in_flight.claim([submitted, not_submitted], None):
+        in_flight.queued([submitted])
+    with in_flight.claim([make(1)], DeliveryWait()):  # one that joins it, and gives up
+        pass
+    assert in_flight.start([submitted, not_submitted]) == [submitted]
+    in_flight.complete([submitted], DELIVERED)
+    assert told == [submitted]
+    assert len(in_flight) == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError()])
+def test_a_callback_that_fails_keeps_no_other_from_being_told_and_nothing_on_its_way(error):
+    def broken(_delivery, _result):
+        raise error
+
+    in_flight, told, wait = InFlight(), [], DeliveryWait()
+    wanted = [make(1, on_complete=broken), make(2, on_complete=lambda *_: told.append(2))]
+    with in_flight.claim(wanted, wait):
+        with pytest.raises(type(error)):
+            in_flight.complete(wanted, DELIVERED)
+        assert told == [2]
+        assert is_complete(wait)
+        assert len(in_flight) == 0
+
+
+def test_what_runs_outlives_its_claim_and_its_late_success_is_known():
+    in_flight, delivery = InFlight(), make()
+    with in_flight.claim([delivery], DeliveryWait()):
+        assert in_flight.start([delivery]) == [delivery]
+    assert delivery.state is State.RUNNING
+    with in_flight.claim([make()], DeliveryWait()) as claims:
+        assert deliveries(claims) == [delivery]
+    in_flight.complete([delivery], DELIVERED)
+    assert delivery.result is DELIVERED
+    assert len(in_flight) == 0
+
+
+def test_what_another_caller_waits_for_is_not_released():
+    in_flight, other, delivery = InFlight(), DeliveryWait(), make()
+    with in_flight.claim([delivery, make()], DeliveryWait()) as first, in_flight.claim([make()], other):
+        in_flight.queued(deliveries(first))
+    assert len(in_flight) == 0
+    delivery, other = make(), DeliveryWait()
+    outer = in_flight.claim([delivery], DeliveryWait())
+    outer.__enter__()
+    with in_flight.claim([make()], other):
+        outer.__exit__(None, None, None)
+        assert delivery.state is State.CLAIMED
+        in_flight.complete([delivery], DELIVERED)
+        assert is_complete(other)
+
+
+def test_claims_of_many_threads_never_run_a_pair_twice_at_once():
+    in_flight, running, clashes = InFlight(), {}, []
+
+    def puller(seed):
+        for turn in range(150):
+            wait, wanted = DeliveryWait(min_wait_secs=0), [make((seed + turn) % 3), make((seed * turn) % 3)]
+            with in_flight.claim(wanted, wait) as claims:
+                fresh = [claim.delivery for claim in claims if not claim.joined]
+                for delivery in in_flight.start(fresh) if turn % 4 else []:
+                    pair = delivery.event.key
+                    if running.get(pair):
+                        clashes.append(pair)
+                    running[pair] = True
+                    time.sleep(0)
+                    running[pair] = False
+                    in_flight.complete([delivery], DELIVERED)
+                wait.wait(0.0005)
+        return True
+
+    results = [in_thread(lambda seed=seed: puller(seed)) for seed in range(4)]
+    assert all(result() for result in results)
+    assert clashes == []
+    assert len(in_flight) == 0

@@ -1,0 +1,288 @@
+"""Deliveries under way: no (key, sink) is ever on its way twice at once.
+
+How an event changes threads:
+
+    a puller (pipeline)               the table (InFlight)             a thread of the sink (worker)
+    -------------------               --------------------             -----------------------------
+    with claim(wanted, wait): ----->  CLAIMED
+      worker.submit(claimed) ------>  QUEUED  ---------------------->  takes a batch: start()
+                                      RUNNING                          sink.deliver(events)
+      wait.wait(deadline)                                              ledger.accept(keys)
+      (woken)  <--------------------  DONE, with its result  <-------  complete()
+    reads the results
+    leaves the `with` ------------->  what does not run and has no other waiter is released: DONE, without a result
+
+A second puller that wants a pair which is not DONE joins the delivery that is there, and waits for it with its own
+deadline. The retrier claims without waiting: its deliveries are the worker's from `submit` on, and `on_complete`,
+called in the sink's thread, tells it the result.
+
+Every field of a `Delivery` that changes has one writer: `state`, `result` and `waits` are written here, under the
+table's lock; `attempts`, `error` and `alone` by the thread of the sink that has taken the delivery.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from vodpoller.events import Event
+from vodpoller.settlement import SinkResult
+
+
+class State(Enum):
+    """How far a delivery is."""
+
+    CLAIMED = auto()
+    QUEUED = auto()
+    RUNNING = auto()
+    DONE = auto()
+
+
+class WaitEnd(Enum):
+    """Why a wait for deliveries ended."""
+
+    COMPLETE = auto()
+    OUT_OF_TIME = auto()
+    NEEDED = auto()
+    STOPPING = auto()
+
+
+class DeliveryWait:
+    """Lets one thread wait until a number of deliveries are done, or until it is needed elsewhere.
+
+    Args:
+        min_wait_secs: So long it waits whatever else there is to do.
+        should_yield: Called once `min_wait_secs` have passed. True ends the wait so that this thread can pull again.
+    """
+
+    def __init__(self, *, min_wait_secs: float = 0.25, should_yield: Callable[[], bool] = lambda: False) -> None:
+        self._condition = threading.Condition()
+        self._min_wait_secs = min_wait_secs
+        self._should_yield = should_yield
+        self._missing = 0
+        self._min_wait_ends_at = 0.0
+        self._interrupted: WaitEnd | None = None
+
+    def add(self, number: int) -> None:
+        """That many more deliveries must be done."""
+        with self._condition:
+            self._missing += number
+
+    def count_down(self, number: int = 1) -> None:
+        """That many are done."""
+        with self._condition:
+            self._missing -= number
+            if self._missing <= 0:
+                self._condition.notify_all()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a thread has begun to wait, and not everything is done."""
+        return self._min_wait_ends_at > 0 and self._missing > 0
+
+    def interrupt(self, *, stopping: bool = False) -> bool:
+        """End the wait early.
+
+        Args:
+            stopping: The daemon stops: end it also if the minimum wait is not over, or the wait has not begun.
+
+        Returns:
+            Whether this ended it. False if nothing is missing, or the minimum wait is not over.
+        """
+        with self._condition:
+            if self._interrupted or self._missing <= 0:
+                return False
+            if not stopping and not 0 < self._min_wait_ends_at <= time.monotonic():
+                return False
+            self._interrupted = WaitEnd.STOPPING if stopping else WaitEnd.NEEDED
+            self._condition.notify_all()
+            return True
+
+    def wait(self, timeout_secs: float) -> WaitEnd:
+        """Wait, at most so many seconds.
+
+        Returns:
+            Why the wait ended.
+        """
+        with self._condition:
+            min_wait_secs = max(min(timeout_secs, self._min_wait_secs), 0)
+            self._min_wait_ends_at = time.monotonic() + min_wait_secs
+            if not self._condition.wait_for(self._is_over, min_wait_secs):
+                if self._should_yield():
+                    return WaitEnd.NEEDED
+                self._condition.wait_for(self._is_over, max(timeout_secs - min_wait_secs, 0))
+            if self._missing <= 0:
+                return WaitEnd.COMPLETE
+            return self._interrupted or WaitEnd.OUT_OF_TIME
+
+    def _is_over(self) -> bool:
+        return self._missing <= 0 or self._interrupted is not None
+
+
+class Delivery:
+    """One event on its way to one sink: shared by the worker and by all who wait for it.
+
+    Args:
+        event: The event.
+        sink: The sink's name.
+        deadline: Monotonic time until which a failed attempt is repeated; None for one attempt only.
+        on_complete: Called in the worker's thread with the result, before the pair can be claimed anew. With it the
+            delivery is the worker's once it is submitted, also if nothing waits for it.
+
+    Attributes:
+        state: How far it is.
+        result: None until it is known; stays None if the delivery was released before that.
+        waits: What is counted down when it is done.
+        attempts: Number of attempts that failed.
+        error: Of the last attempt that failed.
+        alone: It goes to the sink in a call of its own.
+    """
+
+    __slots__ = ("alone", "attempts", "deadline", "error", "event", "on_complete", "result", "sink", "state", "waits")
+
+    def __init__(
+        self,
+        event: Event,
+        sink: str,
+        *,
+        deadline: float | None,
+        on_complete: Callable[["Delivery", SinkResult], None] | None = None,
+    ) -> None:
+        self.event = event
+        self.sink = sink
+        self.deadline = deadline
+        self.on_complete = on_complete
+        self.state = State.CLAIMED
+        self.result: SinkResult | None = None
+        self.waits: tuple[DeliveryWait, ...] = ()
+        self.attempts = 0
+        self.error: Exception | None = None
+        self.alone = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What stands for one wanted delivery.
+
+    Args:
+        delivery: The delivery that is on its way.
+        joined: It was on its way already.
+    """
+
+    delivery: Delivery
+    joined: bool
+
+
+class InFlight:
+    """The deliveries that are not done, by (key, sink)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._deliveries: dict[tuple[bytes, str], Delivery] = {}
+
+    def __len__(self) -> int:
+        return len(self._deliveries)
+
+    @contextmanager
+    def claim(self, wanted: Iterable[Delivery], wait: DeliveryWait | None) -> Iterator[list[Claim]]:
+        """Register deliveries, or join those that are already on their way, for as long as the `with` lasts.
+
+        At its end, whatever ended it, what this caller claimed is released: with a `wait`, each delivery that does not
+        run and that no other caller waits for; without one, each that was not submitted.
+
+        Args:
+            wanted: Deliveries that are not submitted yet.
+            wait: Is counted down as each of them is done; None if nothing waits for them.
+
+        Yields:
+            The claims on the wanted deliveries, in their order.
+        """
+        claims: list[Claim] = []
+        try:
+            with self._lock:
+                for delivery in wanted:
+                    pair = (delivery.event.key, delivery.sink)
+                    found = self._deliveries.get(pair)
+                    claims.append(Claim(delivery if found is None else found, found is not None))
+                    if found is None:
+                        self._deliveries[pair] = delivery
+                if wait is not None:
+                    for claim in claims:
+                        claim.delivery.waits += (wait,)
+                    wait.add(len(claims))
+            yield claims
+        finally:
+            self._release(claims, wait)
+
+    def _release(self, claims: Sequence[Claim], wait: DeliveryWait | None) -> None:
+        with self._lock:
+            for claim in claims:
+                delivery = claim.delivery
+                if delivery.state is State.DONE:
+                    continue
+                if wait is not None:
+                    delivery.waits = tuple(other for other in delivery.waits if other is not wait)
+                is_kept = delivery.on_complete is not None and (claim.joined or delivery.state is State.QUEUED)
+                if not (delivery.waits or is_kept or delivery.state is State.RUNNING):
+                    delivery.state = State.DONE
+                    self._remove(delivery)
+
+    def _remove(self, delivery: Delivery) -> None:
+        pair = (delivery.event.key, delivery.sink)
+        if self._deliveries.get(pair) is delivery:
+            del self._deliveries[pair]
+
+    def queued(self, deliveries: Iterable[Delivery]) -> None:
+        """They wait for a thread of their sink now: freshly submitted, or again after an attempt that failed."""
+        with self._lock:
+            for delivery in deliveries:
+                if delivery.state is not State.DONE:
+                    delivery.state = State.QUEUED
+
+    def start(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
+        """Mark deliveries as running.
+
+        Returns:
+            Those that are; the others were released while they waited.
+        """
+        with self._lock:
+            started = [delivery for delivery in deliveries if delivery.state is not State.DONE]
+            for delivery in started:
+                delivery.state = State.RUNNING
+        return started
+
+    def complete(self, deliveries: Sequence[Delivery], result: SinkResult) -> None:
+        """Make a result known to all who wait, waking each of them once. The first result of a delivery counts.
+
+        Raises:
+            Exception: What an `on_complete` raised; all others were called, and all deliveries are done.
+        """
+        with self._lock:
+            done = [delivery for delivery in deliveries if delivery.state is not State.DONE]
+            for delivery in done:
+                delivery.state, delivery.result = State.DONE, result
+        failure: Exception | None = None
+        try:
+            # Before the pair can be claimed anew: the next claimant must see what these write.
+            for delivery in done:
+                try:
+                    if delivery.on_complete is not None:
+                        delivery.on_complete(delivery, result)
+                except Exception as error:  # noqa: BLE001 - one must not keep the others from being told
+                    failure = error
+        finally:
+            self._forget(done)
+        if failure is not None:
+            raise failure
+
+    def _forget(self, done: Sequence[Delivery]) -> None:
+        waiting: dict[DeliveryWait, int] = {}
+        with self._lock:
+            for delivery in done:
+                self._remove(delivery)
+                for wait in delivery.waits:
+                    waiting[wait] = waiting.get(wait, 0) + 1
+        for wait, number in waiting.items():
+            wait.count_down(number)
