@@ -130,7 +130,9 @@ def test_no_json_value_in_an_events_place_breaks_the_reader(item):
     assert isinstance(read(item), PulledEvent | Malformed)
 
 
-@pytest.mark.parametrize("depth", [DEPTH_MAX - 1, DEPTH_MAX, DEPTH_MAX + 1, 300, 900, 990, 1400, 5000, 50_000])
+@pytest.mark.parametrize(
+    "depth", [253, 254, 255, DEPTH_MAX - 1, DEPTH_MAX, DEPTH_MAX + 1, 900, 990, 1400, 5000, 50_000]
+)
 @pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
 @pytest.mark.parametrize("leaf", ["1", str(2**70)])
 def test_deep_nesting_is_an_event_or_malformed_by_its_depth_alone(depth, brackets, leaf):
@@ -146,7 +148,7 @@ def test_deep_nesting_is_an_event_or_malformed_by_its_depth_alone(depth, bracket
     assert isinstance(read_items[1], PulledEvent if depth <= DEPTH_MAX else Malformed)
 
 
-@pytest.mark.parametrize("depth", [300, 3000])
+@pytest.mark.parametrize("depth", [DEPTH_MAX, 3000])
 def test_a_stored_body_that_is_too_deep_has_no_content(depth):
     body = f'{{"Deep":{nested(depth)}}}'.encode()
     assert restore_event(body=body, key=b"k", event_type="", source="main", sub_app_id=None).content == {}

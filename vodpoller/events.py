@@ -17,7 +17,7 @@ import orjson
 SNAPSHOT_EVENT_TYPE = "CreateSnapshotByTimeOffsetComplete"
 
 _SUCCESS = (0, "0")
-DEPTH_MAX = 254  # levels of an event's objects and lists: what orjson writes
+DEPTH_MAX = 512  # levels of an event's objects and lists: half of what the json module of every Python can do
 
 _HANDLE_MAX_CHARS = 64 * 1024  # a longer one could not be sent back beside fifteen others
 _VALUES_MAX = 1_000_000  # each takes some 100 bytes of memory; in 8 MiB of VOD's events there are half of that
@@ -194,7 +194,8 @@ def _containers(value: Any) -> list[Any]:
 def encode_json(value: Any) -> bytes:
     """Write JSON-equal UTF-8: integers digit for digit, members in their order.
 
-    orjson writes the common case; what it refuses (integers beyond 64 bits, lone surrogates) goes the exact way.
+    orjson writes the common case; what it refuses (integers beyond 64 bits, lone surrogates, more than 254 levels) goes
+    the exact way.
 
     Raises:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
