@@ -31,6 +31,7 @@ from tencentcloud.vod.v20180717.vod_client import VodClient
 import vodpoller
 from vodpoller.logs import CATALOGUE, make_logger
 from vodpoller.simulator import (
+    FAULTS,
     EventGenerator,
     EventQueue,
     Simulator,
@@ -480,7 +481,7 @@ def test_a_right_token_and_a_clock_that_is_nearly_right_are_accepted(run, sdk, o
     assert len(sdk(simulator, token="right").PullEvents(models.PullEventsRequest()).EventSet) == 1
 
 
-def signed(body, *, names="content-type;host", host="h", service="vod", date=None, at=None):
+def signed(body, *, names="content-type;host", host="h", sent_host=None, service="vod", date=None, at=None):
     """Headers of a request that is signed in any way, right or wrong."""
     at = int(time.time()) if at is None else at
     date = date or datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
@@ -495,7 +496,7 @@ def signed(body, *, names="content-type;host", host="h", service="vod", date=Non
     signature = hmac.digest(key, text.encode(), "sha256").hex()
     claim = f"TC3-HMAC-SHA256 Credential={SECRET_ID}/{scope}, SignedHeaders={names}, Signature={signature}"
     return {
-        "Host": host,
+        "Host": sent_host or host,
         "Content-Type": "application/json",
         "X-TC-Action": "PullEvents",
         "X-TC-Version": "2018-07-17",
@@ -509,6 +510,12 @@ def signed(body, *, names="content-type;host", host="h", service="vod", date=Non
     [
         ({}, {}, None),
         ({"names": "content-type;host;x-tc-action"}, {}, None),
+        ({"host": "127.0.0.1:80"}, {}, None),
+        ({"host": "127.0.0.1", "sent_host": "127.0.0.1:80"}, {}, None),  # as the SDK of Node.js does
+        ({"host": "[::1]", "sent_host": "[::1]:18080"}, {}, None),
+        ({"host": "127.0.0.1:80", "sent_host": "127.0.0.1"}, {}, "AuthFailure.SignatureFailure"),
+        ({"host": "127.0.0.1:81", "sent_host": "127.0.0.1:80"}, {}, "AuthFailure.SignatureFailure"),
+        ({"host": "localhost", "sent_host": "127.0.0.1:80"}, {}, "AuthFailure.SignatureFailure"),
         ({"names": "host;content-type"}, {}, "AuthFailure.SignatureFailure"),
         ({"names": "host"}, {}, "AuthFailure.SignatureFailure"),
         ({"names": "content-type;host;x-tc-action"}, {"X-TC-Action": "ConfirmEvents"}, "AuthFailure.SignatureFailure"),
@@ -965,6 +972,52 @@ def test_what_is_no_request_is_answered_400_and_ends_the_connection(run, sent):
                 answer += piece
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert simulator.stats()["bad_requests"] == 1
+
+
+@pytest.mark.parametrize(
+    ("hello", "words"),
+    [
+        (bytes.fromhex("160301020001000100"), "TLS"),
+        (b"\x05\x01\x00", "not HTTP"),  # SOCKS
+        (b"\x00" * 100, "not HTTP"),
+        (b"\xff", "not HTTP"),
+    ],
+)
+def test_a_client_that_does_not_speak_http_is_disconnected_with_a_line(hello, words):
+    warnings = []
+    with Simulator(warn=warnings.append) as simulator:
+        host, port = simulator.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as peer, contextlib.suppress(ConnectionResetError):
+            peer.sendall(hello)
+            assert peer.recv(65536) == b""
+        assert simulator.stats()["bad_requests"] == 1
+    (warning,) = warnings
+    assert words in warning
+
+
+def test_a_client_with_https_ends_at_once_and_the_command_says_why():
+    root = str(Path(vodpoller.__file__).parents[1])
+    command = [sys.executable, "-m", "vodpoller", "simulate"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+    ) as process:
+        try:
+            host, port = process.stdout.readline().strip().removeprefix("http://").split(":")
+            with pytest.raises(OSError, match=r"(?i)eof|reset|ssl"):
+                http.client.HTTPSConnection(host, int(port), timeout=10).request("GET", "/")
+            assert "use its http:// address" in process.stderr.readline()
+        finally:
+            process.kill()
+
+
+def test_the_help_lists_every_fault():
+    root = str(Path(vodpoller.__file__).parents[1])
+    command = [sys.executable, "-m", "vodpoller", "simulate", "--help"]
+    said = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": root}
+    ).stdout
+    for fault in FAULTS:
+        assert re.search(rf"\b{fault}\b", said), fault
 
 
 def test_requests_in_pieces_in_one_piece_and_with_100_continue_are_served(run):

@@ -434,7 +434,12 @@ def demo(folder: Path | None) -> None:
 @click.option("--secret-id", help="Verify signatures: the SecretId.  [default: verify nothing]")
 @click.option("--secret-key", help="The SecretKey that belongs to it.")
 @click.option("--token", help="The temporary token that requests must carry.")
-@click.option("--faults", default="", help="Probabilities, as in reset=0.02,confirm.lost=0.1; see the README.")
+@click.option(
+    "--faults",
+    default="",
+    help="Probabilities, as in reset=0.02,confirm.lost=0.1: reset, http_5xx, internal_error and limit keep a request"
+    " from being carried out; truncated, slow and lost spoil the answer. Also as pull.NAME and confirm.NAME.",
+)
 @click.option("--slow-secs", default=3.0, show_default=True, help="What the fault `slow` adds.")
 @click.option("--forget-confirms", default=0, show_default=True, help="So many confirms succeed without effect.")
 @click.option("--clock-skew-secs", default=0.0, show_default=True, help="How far its clock is ahead.")
@@ -453,7 +458,7 @@ def simulate(**options: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:
-        serve(wanted, None, click.echo)
+        serve(wanted, None, click.echo, lambda message: click.echo(f"vodpoller: {message}", err=True))
     except OSError as error:
         _fail([f"the simulator cannot start: {error}"], EXIT_FAILURE)
 

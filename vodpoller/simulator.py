@@ -722,6 +722,17 @@ _REASONS: Final = {200: b"OK", 400: b"Bad Request", 404: b"Not Found", 500: b"In
 }
 
 
+# What no request begins with: all but printable ASCII and line ends.
+_NO_HTTP: Final = frozenset(range(256)) - frozenset(b"\r\n") - frozenset(range(0x21, 0x7F))
+_TLS_HANDSHAKE: Final = 0x16  # RFC 8446, section 5.1
+
+
+def _what_came(data: bytes) -> str:
+    if data[0] == _TLS_HANDSHAKE:
+        return "a client began with TLS and was disconnected: the simulator speaks plain HTTP, use its http:// address"
+    return f"a client sent what is not HTTP and was disconnected: it began with {data!r}"
+
+
 class _Connection(asyncio.Protocol):
     """One client's connection: HTTP/1.1 with keep-alive, one request after the other."""
 
@@ -755,6 +766,12 @@ class _Connection(asyncio.Protocol):
 
     def _next(self) -> None:
         if self._busy or self.closed:
+            return
+        if self._buffer and self._buffer[0] in _NO_HTTP:
+            # A client that begins so would not understand an answer.
+            self._service.bad_requests += 1
+            self._service.warn(_what_came(bytes(self._buffer[:16])))
+            self.drop()
             return
         try:
             request = self._cut_request()
@@ -872,6 +889,9 @@ _AUTHORIZATION: Final = re.compile(
 )
 
 
+_PORT: Final = re.compile(r":[0-9]+\Z")
+
+
 def _verify(request: _Request, *, secret_id: str, secret_key: str, token: str | None, now: float) -> None:
     """Check a request's TC3-HMAC-SHA256 signature as the documents of signature v3 (product/266/38490) describe it.
 
@@ -894,15 +914,21 @@ def _verify(request: _Request, *, secret_id: str, secret_key: str, token: str | 
     date = datetime.fromtimestamp(int(timestamp), UTC).strftime("%Y-%m-%d")
     if (claim["date"], claim["service"]) != (date, "vod"):
         raise failure
-    signed = "".join(f"{name}:{headers[name].lower()}\n" for name in names)
-    digest = hashlib.sha256(request.body).hexdigest()
-    canonical = "\n".join(("POST", "/", "", signed, claim["headers"], digest))
-    canonical_digest = hashlib.sha256(canonical.encode("latin-1")).hexdigest()
-    text = "\n".join(("TC3-HMAC-SHA256", timestamp, f"{date}/vod/tc3_request", canonical_digest))
     key = b"TC3" + secret_key.encode()
     for part in (date, "vod", "tc3_request"):
         key = hmac.digest(key, part.encode(), "sha256")
-    if not hmac.compare_digest(hmac.digest(key, text.encode(), "sha256").hex(), claim["signature"]):
+    # VOD's host never has a port, so that the document leaves open what is signed of one: Python's SDK signs the whole
+    # header, that of Node.js leaves the port out.
+    for host in {headers["host"], _PORT.sub("", headers["host"])}:
+        values = {**headers, "host": host}
+        signed = "".join(f"{name}:{values[name].lower()}\n" for name in names)
+        digest = hashlib.sha256(request.body).hexdigest()
+        canonical = "\n".join(("POST", "/", "", signed, claim["headers"], digest))
+        canonical_digest = hashlib.sha256(canonical.encode("latin-1")).hexdigest()
+        text = "\n".join(("TC3-HMAC-SHA256", timestamp, f"{date}/vod/tc3_request", canonical_digest))
+        if hmac.compare_digest(hmac.digest(key, text.encode(), "sha256").hex(), claim["signature"]):
+            break
+    else:
         raise failure
     if token is not None and headers.get("x-tc-token") != token:
         raise _ApiError("AuthFailure.TokenFailure", "X-TC-Token is not the token of this SecretId.")
@@ -911,7 +937,8 @@ def _verify(request: _Request, *, secret_id: str, secret_key: str, token: str | 
 class _Service:
     """The API and the control endpoints over one queue; lives in one event loop."""
 
-    def __init__(self, options: SimulatorOptions, log: Logger | None) -> None:
+    def __init__(self, options: SimulatorOptions, log: Logger | None, warn: Callable[[str], None]) -> None:
+        self.warn = warn
         self._options = options
         self._log = log
         seed = secrets.randbits(63) if options.seed is None else options.seed
@@ -1350,10 +1377,16 @@ class Simulator:
     Args:
         options: How it behaves; None for the defaults.
         log: Gets a debug line for each answer.
+        warn: Told what is wrong with a client that does not even speak HTTP.
     """
 
-    def __init__(self, options: SimulatorOptions | None = None, log: Logger | None = None) -> None:
-        self._service = _Service(options or SimulatorOptions(), log)
+    def __init__(
+        self,
+        options: SimulatorOptions | None = None,
+        log: Logger | None = None,
+        warn: Callable[[str], None] = lambda _message: None,
+    ) -> None:
+        self._service = _Service(options or SimulatorOptions(), log, warn)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
@@ -1471,13 +1504,19 @@ class Simulator:
         return answer.result()
 
 
-def serve(options: SimulatorOptions, log: Logger | None, ready: Callable[[str], None]) -> None:
+def serve(
+    options: SimulatorOptions,
+    log: Logger | None,
+    ready: Callable[[str], None],
+    warn: Callable[[str], None] = lambda _message: None,
+) -> None:
     """Serve from the main thread until SIGINT or SIGTERM.
 
     Args:
         options: How it behaves.
         log: Gets a debug line for each answer.
         ready: Called with the base URL once connections are accepted.
+        warn: Told what is wrong with a client that does not even speak HTTP.
 
     Raises:
         OSError: The address cannot be listened on, or the events' file cannot be read.
@@ -1487,6 +1526,6 @@ def serve(options: SimulatorOptions, log: Logger | None, ready: Callable[[str], 
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await _Service(options, log).run(ready, stop)
+        await _Service(options, log, warn).run(ready, stop)
 
     asyncio.run(serve_here())
