@@ -189,6 +189,41 @@ def test_a_line_that_fits_is_not_cut(output):
     assert "truncated" not in line
 
 
+# --- what a terminal gets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", "\\u001b[31mred"),
+        ("\x1b]52;c;cm0gLXJm\x07", "\\u001b]52;c;cm0gLXJm\\u0007"),
+        ("\x9b2Jcleared", "\\u009b2Jcleared"),
+        ("safe\u202etxt.exe", "safe\\u202etxt.exe"),
+        ("\u2066isolated\u2069", "\\u2066isolated\\u2069"),
+        ("overwritten\rby this", "overwritten\\rby this"),
+        ("\x7f\x08", "\\u007f\\b"),
+        ("/srv/\udcff", "/srv/\\udcff"),
+        ("\U000e0041", "\\udb40\\udc41"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_instead(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["", "two\nlines\tand a tab", "视频 ünïcode ✓", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\\u001b"]
+)
+def test_what_can_be_printed_stays(text):
+    assert printable(text) == text
+
+
+@given(st.text())
+def test_a_json_document_means_the_same_when_it_is_made_printable(text):
+    document = json.dumps({text: [text]}, ensure_ascii=False)
+    assert json.loads(printable(document)) == {text: [text]}
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printable(text))
+
+
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,10 @@
 `CATALOGUE` is the whole vocabulary: a line's `event` is one of its names.
 """
 
+import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -64,7 +66,27 @@ CATALOGUE: Final[Mapping[str, str]] = {
 }
 
 _FIELDS: Final = "vodpoller_fields"  # of a record of `logging`: it is an event of the catalogue
+# What moves a terminal's cursor, sets its title or clipboard, turns text around or hides it: C0 but tab and line feed,
+# DEL, C1, bidirectional controls, separators, invisible characters; and lone surrogates, which no encoding holds. The
+# two joiners stay (U+200C, U+200D): scripts and emoji need them.
+_NOT_PRINTABLE: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
 _PRIORITY: Final = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error": b"<3>", "critical": b"<2>"}
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may get it, whoever wrote it: it shows every character and obeys none.
+
+    What is not printable becomes an escape in JSON's form (that of ESC is u001b behind a backslash), so that a JSON
+    document still means the same. Line feeds and tabs stay as they are.
+
+    Args:
+        text: Anything, with lone surrogates, too (a path with bytes that are not UTF-8).
+    """
+    return _NOT_PRINTABLE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 class _Stream(Protocol):
@@ -310,26 +332,6 @@ def is_journal(stream: _Stream, journal_stream: str) -> bool:
     except (OSError, ValueError):
         return False
     return journal_stream == f"{status.st_dev}:{status.st_ino}"
-
-
-def printable(text: str) -> str:
-    r"""The text as a terminal may have it: one line, in which nothing is a command to the terminal.
-
-    Args:
-        text: Maybe from outside.
-
-    Returns:
-        The same; control codes (C0, C1, DEL), line ends, marks that change the direction of writing and what else does
-        not print are JSON's escapes: `\u001b`.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    units = character.encode("utf-16-be", errors="surrogatepass")
-    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
 
 
 class Repeats:
