@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import re
+import socket
 import threading
 import time
 import tracemalloc
@@ -224,6 +225,26 @@ def test_a_json_document_means_the_same_when_it_is_made_printable(text):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printable(text))
 
 
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("character", ["\x1b", "\x9b", "\x7f", "\u202e", "\u2066", "\r", "\n"])
+def test_no_line_of_the_log_tells_a_terminal_what_to_do(output, log_format, character):
+    output.logger(log_format=log_format).info("event.settled", error_message=f"a{character}b", more=[character])
+    assert character not in output.bytes.decode().removesuffix("\n")
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("how", ["exc_info", "exception"])
+def test_a_traceback_shows_no_values_of_variables(output, log_format, how):
+    log = output.logger(log_format=log_format)
+    password = str(271828 * 314159)
+    try:
+        int("why", base=len(password))
+    except ValueError as error:
+        log.warning("lane.failed", exc_info=error) if how == "exc_info" else log.exception("lane.failed")
+    assert b"Traceback" in output.bytes
+    assert password.encode() not in output.bytes
+
+
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +268,7 @@ def test_a_secret_is_in_no_line_wherever_it_came_from(output, log_format):
     assert b"event.settled" in output.bytes
 
 
-@pytest.mark.parametrize("secret", ['quo"te and back\\slash', "tab\tand\nline", "slash/and ünïcode ✓", "\x7f\x01"])
+@pytest.mark.parametrize("secret", ['quo"te and back\\slash', "tab\tand\nline", "slash/and ünïcode ✓", "\x7f\x01" * 4])
 def test_a_secret_that_json_escapes_is_found(output, secret):
     log = output.logger(secrets=lambda: [secret])
     log.info("event.settled", error_message=f"it is {secret}!")
@@ -266,6 +287,33 @@ def test_an_empty_secret_hides_nothing(output, log_format):
     output.logger(log_format=log_format, secrets=lambda: [""]).info("daemon.started")
     assert b"[secret]" not in output.bytes
     assert b"daemon.started" in output.bytes
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("secret", ["y", "x", "1234567"])
+def test_a_secret_of_less_than_8_characters_is_not_looked_for(output, log_format, secret):
+    log = output.logger(log_format=log_format, secrets=lambda: [secret])
+    log.info("event.settled", key="my x and y", number=1234567)
+    assert b"[secret]" not in output.bytes
+    assert b"my x and y" in output.bytes
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("secret", ["duration_secs", "settlement", "event.settled", "timestamp"])
+def test_names_of_fields_and_events_are_left_alone(output, log_format, secret):
+    log = output.logger(log_format=log_format, secrets=lambda: [secret])
+    log.info("event.settled", settlement="confirm", duration_secs=0.5, timestamps=2, error_message=f"it is {secret}!")
+    for name in (b"duration_secs", b"settlement", b"event.settled", b"timestamp"):
+        assert name in output.bytes
+    assert b"it is [secret]!" in output.bytes
+
+
+@pytest.mark.parametrize("value", [12345678, Path("/srv/12345678"), {"inner": ["12345678"]}, ("12345678",)])
+def test_a_secret_in_a_value_of_any_kind_is_hidden(output, value):
+    for log_format in ("json", "console"):
+        output.logger(log_format=log_format, secrets=lambda: ["12345678"]).info("event.settled", value=value)
+    assert b"12345678" not in output.bytes
+    assert output.bytes.count(b"[secret]") == 2
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
@@ -348,6 +396,106 @@ def test_a_pipe_that_takes_a_piece_at_a_time_gets_the_whole_line():
     reader.join(10)
     os.close(reading)
     assert b"".join(received) == (b"x" * 16_000 + b"\n") * 20
+
+
+# --- nobody reads -----------------------------------------------------------------------------------------------------
+
+
+def pipe_pair():
+    return os.pipe()
+
+
+def socket_pair():
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return theirs.detach(), ours.detach()
+
+
+def read_lines(fd, *, until_event):
+    """What is in the pipe and comes into it, up to a line of this event: parsed, so each line is a whole one."""
+    data, found = b"", []
+    while not found or found[-1]["event"] != until_event:
+        data += os.read(fd, 1 << 16)
+        *whole, data = data.split(b"\n")
+        found += map(json.loads, whole)
+    assert data == b""
+    return found
+
+
+@pytest.fixture(params=[pipe_pair, socket_pair])
+def unread(request, restored_logging):
+    """A logger whose reader does not read: (the logger, what is to be read, what is written)."""
+    reading, writing = request.param()
+    with os.fdopen(writing, "w") as stream:
+        yield make_logger(stream, level="debug", log_format="json"), reading, writing
+    os.close(reading)
+
+
+def fill(log, number, size):
+    took = []
+    for turn in range(number):
+        began = time.monotonic()
+        log.info("event.settled", turn=turn, text="x" * size)
+        took.append(time.monotonic() - began)
+    return took
+
+
+@pytest.mark.parametrize("size", [300, 9000])
+def test_where_nobody_reads_a_line_waits_once_then_lines_are_dropped_at_once(unread, size):
+    log, reading, _ = unread
+    took = fill(log, 1500, size)
+    slow = [secs for secs in took if secs > 0.5]
+    assert len(slow) == 1
+    assert slow[0] < 5
+    assert sum(took) < 10
+
+    found = read_lines(reading, until_event="log.dropped")
+    dropped = found[-1]["dropped_lines"]
+    assert found[-1]["level"] == "warning"
+    assert [line["turn"] for line in found[:-1]] == list(range(1500 - dropped))
+    log.info("daemon.stopped")
+    assert read_lines(reading, until_event="daemon.stopped")[-1]["event"] == "daemon.stopped"
+
+
+def test_lines_of_many_threads_stay_whole_although_the_reader_stops_and_goes(unread):
+    log, reading, _ = unread
+    threads = [threading.Thread(target=fill, args=(log, 400, 700)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    log.info("event.settled", turn=-1)
+    settled = read_lines(reading, until_event="log.dropped")
+    assert len(settled) - 1 + settled[-1]["dropped_lines"] == 1201
+
+
+def test_the_descriptor_that_others_share_stays_as_it_was(unread):
+    log, _, writing = unread
+    fill(log, 3, 10)
+    assert os.get_blocking(writing)
+
+
+@pytest.mark.parametrize("trouble", ["reader gone", "no reader yet"])
+def test_what_a_named_pipe_could_not_take_is_told_to_its_next_reader(tmp_path, restored_logging, trouble):
+    os.mkfifo(tmp_path / "fifo")
+    reading = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with (tmp_path / "fifo").open("w") as stream:
+        log = make_logger(stream, log_format="json")
+        if trouble == "reader gone":
+            log.info("daemon.started")
+            assert os.read(reading, 1 << 16)
+        os.close(reading)
+        fill(log, 4, 10)
+        reading = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        log.info("daemon.stopped")
+        found = read_lines(reading, until_event="daemon.stopped")
+        os.close(reading)
+    assert [(line["event"], line.get("turn"), line.get("dropped_lines")) for line in found] == [
+        ("event.settled", 0, None),
+        ("log.dropped", None, 3),
+        ("daemon.stopped", None, None),
+    ]
 
 
 # --- libraries --------------------------------------------------------------------------------------------------------
@@ -495,8 +643,8 @@ def test_every_event_that_is_logged_is_in_the_catalogue():
 
 
 def test_every_event_of_the_catalogue_is_logged():
-    said_by_libraries = {"library.logged"}
-    assert set(CATALOGUE) - {name for name, _ in logged_names()} - said_by_libraries == set()
+    said_otherwise = {"library.logged", "log.dropped"}
+    assert set(CATALOGUE) - {name for name, _ in logged_names()} - said_otherwise == set()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -10,6 +10,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, Final, Literal, Protocol, TextIO
 
@@ -17,12 +19,18 @@ import orjson
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
+from vodpoller.outlet import Outlet
+
 Level = Literal["debug", "info", "warning", "error"]
 Logger = FilteringBoundLogger
 
 LINE_MAX_BYTES: Final = 16 * 1024
+# A shorter secret is a part of ordinary words: hiding it would make lines unreadable, and tell it by the gaps.
+SEARCHED_MIN_CHARACTERS: Final = 8
+PATIENCE_SECS: Final = 1.0
 REMEMBERED_CAUSES: Final = 1000
 REMEMBERED_CHARS: Final = 500  # of each
+_OF_SEVERAL_LINES: Final = frozenset({"exception", "stack"})
 
 CATALOGUE: Final[Mapping[str, str]] = {
     "api.answered": "a call to VOD ended (debug)",
@@ -51,6 +59,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
     "lane.failed": "a lane met an error that nobody foresaw; what it held comes again",
+    "log.dropped": "nobody read the log for a while: so many lines were dropped instead of holding the daemon",
     "library.logged": "a library's own log line or warning",
     "pending.delivered": "a stored event was delivered at last",
     "pending.stuck": "stored events wait for a sink that the configuration no longer has: a person must decide",
@@ -94,68 +103,168 @@ class _Stream(Protocol):
 
 
 class LineLogger:
-    """Writes rendered lines to a file descriptor, whole, from any thread.
+    """Writes rendered lines to a file descriptor, whole, from any thread, and waits for a reader once.
+
+    A line that finds no room waits for it, `PATIENCE_SECS` at most. From then on lines are dropped at once, until a
+    thread of its own has found room for what was begun and for the number of those that were dropped. What fails in
+    another way (the reader is gone, the disk is full) is tried again with the next line.
 
     Args:
-        stream: Where to; its descriptor is written directly.
-        fallback: Used where the stream has no descriptor (a captured stderr).
+        stream: Where to; its descriptor is written directly. One without (a captured stderr) is written itself.
+        told: Renders the line that tells how many were dropped.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, told: Callable[[int], bytes] = lambda _dropped_lines: b"") -> None:
         self._stream = stream
+        self._told = told
         try:
-            self._fd: int | None = stream.fileno()
+            self._outlet: Outlet | None = Outlet(stream.fileno())
         except (OSError, ValueError):
-            self._fd = None
+            self._outlet = None
         self._lock = threading.Lock()
+        self._owed = b""  # the rest of what was begun: nothing else may be written before it
+        self._dropped_lines = 0
+        self._is_stuck = False
 
     def msg(self, line: bytes) -> None:
-        """Write one line. A reader that went away must not stop the daemon."""
+        """Write one line, or drop it. Nothing that happens to the reader stops the daemon."""
         with self._lock:
-            try:
-                if self._fd is None:
+            if self._outlet is None:
+                with suppress(OSError, ValueError):
                     self._stream.write(line.decode(errors="replace"))
-                    return
-                while line:
-                    line = line[os.write(self._fd, line) :]
-            except OSError:
-                pass
+                return
+            if self._is_stuck or not self._settle(self._outlet):
+                self._dropped_lines += 1
+                return
+            self._owed += line
+            if not self._flush(self._outlet, PATIENCE_SECS):
+                self._watch(self._outlet)
 
     debug = info = warning = error = critical = msg
 
+    def _settle(self, outlet: Outlet) -> bool:
+        """Write what an earlier failure left; whether something new may be written now."""
+        if self._owed:
+            self._flush(outlet, 0)
+        if self._owed:
+            return False
+        if self._dropped_lines:
+            self._owed, self._dropped_lines = self._told(self._dropped_lines), 0
+        return True
 
-class _Json:
+    def _flush(self, outlet: Outlet, within_secs: float) -> bool:
+        """Write what is owed. False if there is no room; what fails otherwise stays owed."""
+        ends_at = time.monotonic() + within_secs
+        with suppress(OSError):
+            while self._owed:
+                left_secs = ends_at - time.monotonic()
+                written = outlet.write_some(self._owed, left_secs)
+                self._owed = self._owed[written:]
+                if not written and left_secs <= 0:
+                    return False
+        return True
+
+    def _watch(self, outlet: Outlet) -> None:
+        self._is_stuck = True
+        try:
+            threading.Thread(target=self._await_room, args=(outlet,), name="log-pipe", daemon=True).start()
+        except RuntimeError:  # the system has no more threads: the next line waits, too
+            self._is_stuck = False
+
+    def _await_room(self, outlet: Outlet) -> None:
+        while self._is_stuck:
+            outlet.await_room()
+            with self._lock:
+                if self._flush(outlet, 0) and self._settle(outlet) and self._flush(outlet, 0):
+                    self._is_stuck = False
+
+
+class _Renderer:
+    """Makes a line of an entry, without what must not be in it.
+
+    Args:
+        priorities: Whether lines begin with sd-daemon's `<priority>`.
+        secrets: What is taken out; asked at each line, since they may be read anew.
+    """
+
     def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]]) -> None:
         self._priorities = priorities
-        self._redact = _Redaction(secrets)
+        self._secrets = secrets
+        self._known: list[str] = []
+        self._searched: list[str] = []
+        self._forms: tuple[bytes, ...] = ()
 
     def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> bytes:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
         # What every line has comes first, for the eyes of whoever tails them.
-        event_dict = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")} | dict(event_dict)
-        line = self._redact(_encode(event_dict))  # before a cut, which may leave half of a secret
-        if len(line) > LINE_MAX_BYTES - 8:
-            line = _shortened(line)
-        return prefix + line + b"\n"
+        head = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")}
+        known = list(self._secrets())
+        if known != self._known:
+            searched = {secret for secret in known if len(secret) >= SEARCHED_MIN_CHARACTERS}
+            self._searched = sorted(searched, key=len, reverse=True)  # one may be a part of another
+            self._forms = tuple(form for secret in self._searched for form in _forms_of(secret))
+            self._known = known
+        return prefix + self._line(head, dict(event_dict)) + b"\n"
+
+    def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
+        raise NotImplementedError
+
+    def _without_secrets(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields with secrets taken out of their values. Names are ours, so they hold none."""
+        return {name: self._cleared(value) for name, value in fields.items()}
+
+    def _cleared(self, value: Any) -> Any:
+        match value:
+            case None | bool():
+                return value
+            case str():
+                for secret in self._searched:
+                    value = value.replace(secret, "[secret]")
+                return value
+            case Mapping():
+                return {name: self._cleared(inner) for name, inner in value.items()}
+            case list() | tuple() | set() | frozenset():
+                return [self._cleared(inner) for inner in value]
+            case _:
+                text = str(value)
+                return self._cleared(text) if any(secret in text for secret in self._searched) else value
 
 
-class _Console:
+class _Json(_Renderer):
+    def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
+        line = _encode(head | fields)
+        if any(form in line for form in self._forms):
+            line = _encode(head | self._without_secrets(fields))  # before a cut, which may leave half of a secret
+        return line if len(line) <= LINE_MAX_BYTES - 8 else _shortened(line)
+
+
+class _Console(_Renderer):
     def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]], colors: bool) -> None:
-        self._priorities = priorities
-        self._redact = _Redaction(secrets)
-        self._render = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+        super().__init__(priorities=priorities, secrets=secrets)
+        # The traceback is text by then; those that structlog would make of an exception show the values of variables.
+        self._render = structlog.dev.ConsoleRenderer(
+            colors=colors, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+        )
 
-    def __call__(self, logger: WrappedLogger, name: str, event_dict: EventDict) -> bytes:
-        prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
-        line = self._render(logger, name, event_dict).encode(errors="backslashreplace")
-        return prefix + self._redact(line)[: LINE_MAX_BYTES - 8] + b"\n"
+    def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
+        shown = {name: _shown(name, value) for name, value in self._without_secrets(fields).items()}
+        line: str = self._render(None, head["level"], head | shown)
+        return line.encode(errors="backslashreplace")[: LINE_MAX_BYTES - 8]
+
+
+def _shown(name: str, value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return printable(value) if name in _OF_SEVERAL_LINES else printable(value).replace("\n", "\\n")
 
 
 def _encode(event_dict: EventDict) -> bytes:
     try:
-        return orjson.dumps(event_dict, default=_jsonable)
+        line = orjson.dumps(event_dict, default=_jsonable)
     except TypeError:  # lone surrogates, integers beyond 64 bits
-        return orjson.dumps(_safe(dict(event_dict)))
+        line = orjson.dumps(_safe(dict(event_dict)))
+    # JSON lets DEL, C1 and bidirectional controls stand as they are, and lines are looked at on terminals.
+    return line if line.isascii() and b"\x7f" not in line else printable(line.decode()).encode()
 
 
 def _jsonable(value: object) -> Any:
@@ -185,10 +294,7 @@ def _safe(value: object) -> object:
 
 def _shortened(line: bytes) -> bytes:
     """The line with its long fields cut so that it fits: what journald or a log shipper would cut anywhere else."""
-    try:
-        fields = orjson.loads(line)
-    except ValueError:  # a secret that is part of JSON's own syntax was replaced
-        fields = {"event": line.decode(errors="replace")}
+    fields = orjson.loads(line)
     room = max(LINE_MAX_BYTES // (2 * max(len(fields), 8)), 400)
     short = {name: _cut(value, room) for name, value in fields.items()} | {"truncated": True}
     while len(shortened := _encode(short)) > LINE_MAX_BYTES - 8:
@@ -202,29 +308,6 @@ def _cut(value: object, room: int) -> object:
     text = value if isinstance(value, str) else _encode({"": value}).decode()
     # An escaped character takes up to six bytes in the line.
     return text if len(text) * 6 <= room else text[: room // 6] + "…"
-
-
-class _Redaction:
-    """Takes secrets out of lines.
-
-    Args:
-        secrets: Asked at each line, since they may be read anew.
-    """
-
-    def __init__(self, secrets: Callable[[], Iterable[str]]) -> None:
-        self._secrets = secrets
-        self._known: list[str] = []
-        self._forms: tuple[bytes, ...] = ()
-
-    def __call__(self, line: bytes) -> bytes:
-        known = list(self._secrets())
-        if known != self._known:
-            self._forms = tuple({form for secret in known if secret for form in _forms_of(secret)})
-            self._known = known
-        for form in self._forms:
-            if form in line:
-                line = line.replace(form, b"[secret]")
-        return line
 
 
 def _forms_of(secret: str) -> tuple[bytes, bytes]:
@@ -292,7 +375,8 @@ def make_logger(
         stream: Where lines go: stderr.
         level: The lowest level that is written.
         log_format: None is "console" on a terminal and "json" elsewhere.
-        secrets: What must not be in any line, whatever happens; asked at each line.
+        secrets: What must not be in any value of a line, whatever happens; asked at each line. Those of fewer than
+            `SEARCHED_MIN_CHARACTERS` characters are not looked for: they are parts of ordinary words.
         journal_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
     """
     chosen = log_format or ("console" if stream.isatty() else "json")
@@ -302,15 +386,22 @@ def make_logger(
         if chosen == "json"
         else _Console(priorities=priorities, secrets=secrets, colors=stream.isatty())
     )
-    exceptions: list[Any] = [structlog.processors.format_exc_info] if chosen == "json" else []
+    processors = [
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
+        renderer,
+    ]
+
+    def told(dropped_lines: int) -> bytes:
+        entry: Any = {"event": "log.dropped", "dropped_lines": dropped_lines}
+        for processor in processors:
+            entry = processor(None, "warning", entry)
+        return bytes(entry)
+
     log: Logger = structlog.wrap_logger(
-        LineLogger(stream),
-        processors=[
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.add_log_level,
-            *exceptions,
-            renderer,
-        ],
+        LineLogger(stream, told=told),
+        processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
         cache_logger_on_first_use=True,
