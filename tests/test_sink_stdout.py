@@ -84,6 +84,29 @@ def test_closing_the_sink_leaves_standard_output_open(pipe):
     assert os.read(reading, 100) == b"still open"
 
 
+def test_closing_ends_a_call_that_waits_for_the_reader(pipe):
+    sink = sink_for(pipe[1])
+    with pytest.raises(TransientError, match="does not read"):
+        sink.deliver([event(1, 1 << 20)], 0.1)
+    errors = []
+
+    def deliver():
+        with pytest.raises(TransientError) as excinfo:
+            sink.deliver([event(2)], 60.0)
+        errors.append(str(excinfo.value))
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    sink.close()
+    thread.join(10)
+    assert errors == ["standard output: the sink is closed"]
+
+
+def test_a_descriptor_that_is_open_for_reading_only_is_a_config_error(pipe):
+    with pytest.raises(ConfigError, match=r"sinks\.out: standard output is open for reading only"):
+        sink_for(pipe[0])
+
+
 def test_a_file_gets_a_call_in_one_write(tmp_path, monkeypatch):
     with (tmp_path / "out").open("wb") as file:
         sink = sink_for(file.fileno())

@@ -1,5 +1,15 @@
-"""`python -m vodpoller`: the same as the `vodpoller` command."""
+"""The program: `vodpoller`, and `python -m vodpoller`."""
 
-from vodpoller.cli import main
+from vodpoller.process import prepare
 
-main()
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    prepare()
+    from vodpoller.cli import main as command  # noqa: PLC0415 - signals are held back before the import, not after it
+
+    command(prog_name="vodpoller")
+
+
+if __name__ == "__main__":
+    main()

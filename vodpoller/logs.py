@@ -10,7 +10,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any, Final, Literal, Protocol, TextIO

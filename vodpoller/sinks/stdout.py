@@ -1,8 +1,7 @@
 """Events as JSON lines on standard output."""
 
+import fcntl
 import os
-import select
-import stat
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -12,10 +11,13 @@ from pydantic import Field
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError, PartialFailureError, TransientError
 from vodpoller.events import Event
+from vodpoller.outlet import Outlet
+from vodpoller.process import is_stdout_closed
 from vodpoller.sinks import SinkConfig, encode
 
 _STDOUT_FD = 1
 _BATCH_EVENTS = 1024
+_LONGEST_WAIT_SECS = 0.2  # so soon a call that waits for room notices that the sink is closed
 
 
 class _Stream(Protocol):
@@ -44,7 +46,7 @@ class StdoutSink(Sink):
         monotonic: The clock, in seconds.
 
     Raises:
-        ConfigError: Standard output is closed.
+        ConfigError: Standard output is closed, or open for reading only.
     """
 
     Config = StdoutConfig
@@ -62,17 +64,8 @@ class StdoutSink(Sink):
         self.timeout_secs = 10.0
         self._format = config.format
         self._monotonic = monotonic
-        self._closed = False
         self._torn = b""
-        try:
-            self._fd = _STDOUT_FD if stream is None else stream.fileno()
-            regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                [f"sinks.{name}: standard output is closed (connect it, or use a sink of type file)"]
-            ) from error
-        # A write of more than what a pipe takes at once would wait for a reader that may never read.
-        self._piece_bytes: int | None = None if regular else select.PIPE_BUF
+        self._outlet: Outlet | None = _outlet(name, stream)
 
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Write the events.
@@ -80,8 +73,6 @@ class StdoutSink(Sink):
         A reader that stops in the middle has got some of them: those are accepted. The line that it was in is
         completed before anything else is written, so that each line stays whole; its event comes again.
         """
-        if self._closed:
-            raise TransientError("standard output: the sink is closed")
         lines = [encode(event, self._format) + b"\n" for event in events]
         data = self._torn + b"".join(lines)
         torn_bytes = len(self._torn)
@@ -100,29 +91,44 @@ class StdoutSink(Sink):
         raise PartialFailureError(failed)
 
     def close(self) -> None:
-        """Accept nothing more. Standard output stays open: it is not the sink's."""
-        self._closed = True
+        """Accept nothing more; a call that waits for the reader ends. Standard output stays open: it is not ours."""
+        self._outlet = None
 
     def _write(self, data: bytes, ends_at: float) -> tuple[int, TransientError | None]:
-        """How many bytes got out, and why not all of them did."""
-        poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
+        """The number of bytes that got out, and why not all of them did."""
         rest = memoryview(data)
-        error = None
-        while rest and error is None:
+        while rest:
             left_secs = ends_at - self._monotonic()
+            outlet = self._outlet
+            if outlet is None:
+                return len(data) - len(rest), TransientError("standard output: the sink is closed")
+            if left_secs <= 0:
+                error = TransientError("standard output: its reader does not read (is the program behind it stuck?)")
+                return len(data) - len(rest), error
             try:
-                if left_secs <= 0 or not poller.poll(left_secs * 1000):
-                    error = TransientError(
-                        "standard output: its reader does not read (is the program behind it stuck?)"
-                    )
-                else:
-                    rest = rest[os.write(self._fd, rest[: self._piece_bytes]) :]
-            except BlockingIOError:
-                continue
+                rest = rest[outlet.write_some(rest, min(left_secs, _LONGEST_WAIT_SECS)) :]
             except OSError as failed:
-                error = TransientError(f"standard output: the write failed: {failed.strerror} (has its reader ended?)")
-        return len(data) - len(rest), error
+                why = f"the write failed: {failed.strerror} (has its reader ended?)"
+                return len(data) - len(rest), TransientError(f"standard output: {why}")
+        return len(data), None
+
+
+def _outlet(name: str, stream: _Stream | None) -> Outlet:
+    """What is written to.
+
+    Raises:
+        ConfigError: Nothing can be: at the start, descriptor 1 was closed, or it is not open for writing.
+    """
+    wrong = "is closed"
+    try:
+        if stream is not None or not is_stdout_closed():
+            fd = _STDOUT_FD if stream is None else stream.fileno()
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+                return Outlet(fd)
+            wrong = "is open for reading only"
+    except (OSError, ValueError):
+        pass
+    raise ConfigError([f"sinks.{name}: standard output {wrong} (connect it, or use a sink of type file)"])
 
 
 def _rest_of_line(data: bytes, written_bytes: int, line_ends: Sequence[int]) -> bytes:
