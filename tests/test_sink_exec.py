@@ -538,6 +538,27 @@ def test_closing_ends_what_runs_without_rejecting_its_event(opened, tmp_path, sc
     assert failures == [f"{SH} was stopped because the sink is closed"]
 
 
+def test_nothing_is_started_any_more_once_it_is_closed(opened, tmp_path):
+    sink = opened(script='trap "" TERM; echo $$ > $1/$$; while true; do sleep 1; done', args=[tmp_path], concurrency=16)
+    barrier = threading.Barrier(9)
+
+    def deliver(number):
+        barrier.wait(10)
+        with pytest.raises(TransientError, match="the sink is closed"):
+            sink.deliver([event()], 60.0)
+
+    threads = [threading.Thread(target=deliver, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    barrier.wait(10)
+    sink.close()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert "the sink is closed" in failure_of(sink)
+    assert not [path for path in tmp_path.iterdir() if is_alive(int(path.name))]
+
+
 def test_a_command_that_had_ended_before_closing_keeps_its_success(opened):
     sink = opened(["true"])
     sink.deliver([event()], 10.0)

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, file_id_of, task_id_of
+from vodpoller.logs import SEARCHED_MIN_CHARACTERS
 from vodpoller.sinks import SinkConfig, encode
 
 _INHERITED = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR"})
@@ -29,11 +30,9 @@ _KEPT_BYTES = 4096
 _CHUNK_BYTES = 1 << 16
 # What a pipe holds at most (fcntl's F_SETPIPE_SZ, without privileges) is read by this many chunks.
 _LAST_CHUNKS = 16
-# Hiding shorter values would make the text unreadable: "1" and "true" are no secrets.
-_SECRET_MIN_CHARACTERS = 6
 
 _GRACE_MAX_SECS = 2.0
-_CLOSE_GRACE_SECS = 1.0
+_CLOSE_GRACE_SECS = 0.5
 _DEATH_SECS = 1.0
 _FIRST_PAUSE_SECS = 0.001
 _LONGEST_PAUSE_SECS = 0.05
@@ -146,7 +145,7 @@ class ExecSink(Sink):
         self._environment = {_bytes(name): _bytes(value) for name, value in {**kept, **config.env}.items()}
         self._command = [_bytes(part) for part in config.command]
         self._hidden = sorted(
-            {value for value in config.env.values() if len(value) >= _SECRET_MIN_CHARACTERS}, key=len, reverse=True
+            {value for value in config.env.values() if len(value) >= SEARCHED_MIN_CHARACTERS}, key=len, reverse=True
         )
         self._lock = threading.Lock()
         self._running: set[_Run] = set()
@@ -161,15 +160,14 @@ class ExecSink(Sink):
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Run the command for one event."""
         (event,) = events
-        if self._closed:
-            raise TransientError(f"{self._program}: the sink is closed")
         ends_at = self._monotonic() + timeout_secs
-        run = self._start(event)
+        # Either closing finds it among those that run, or it is not started any more.
         with self._lock:
+            if self._closed:
+                raise TransientError(f"{self._program}: the sink is closed")
+            run = self._start(event)
             self._running.add(run)
         try:
-            if self._closed:
-                run.stop()
             in_time = run.await_exit(ends_at - min(timeout_secs / 10, _GRACE_MAX_SECS))
             if not in_time and run.stop():
                 run.await_exit(ends_at, silent=True)
@@ -181,9 +179,9 @@ class ExecSink(Sink):
         self._judge(run, code, None if in_time else timeout_secs)
 
     def close(self) -> None:
-        """End what runs: SIGTERM to each command and all that it started, SIGKILL a second later."""
-        self._closed = True
+        """End what runs: SIGTERM to each command and all that it started, SIGKILL half a second later."""
         with self._lock:
+            self._closed = True
             running = tuple(self._running)
         for run in running:
             run.stop()
