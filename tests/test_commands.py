@@ -1139,6 +1139,16 @@ def test_it_looks_on_while_the_daemon_works_too(system):
     assert daemon.terminate()[0] == 0
 
 
+@pytest.mark.parametrize(("secret_key", "warns"), [("y", True), ("1234567", True), ("12345678", False)])
+def test_a_secret_too_short_to_be_looked_for_is_a_warning(system, secret_key, warns):
+    path = system.configure("http://127.0.0.1:9", secret_key=secret_key)
+
+    done = run_command("check", "-c", path)
+
+    assert done.returncode == 0
+    assert (f"{path}: warning: credentials.secret_key: it is so short" in done.stderr) is warns
+
+
 def test_a_wrong_key_is_told_from_a_wrong_id(system):
     simulator = system.simulator(secret_id=SECRET_ID, secret_key="another")
     system.configure(simulator.url)

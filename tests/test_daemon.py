@@ -591,6 +591,7 @@ class Manager:
         self.fed = itertools.count()
         self.feedings = 0
         self.statuses = []
+        self.watchdog_secs = None
 
     def ready(self):
         pass

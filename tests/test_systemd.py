@@ -1,3 +1,4 @@
+import os
 import socket
 import threading
 import uuid
@@ -86,6 +87,21 @@ def test_a_status_that_no_encoding_holds_is_sent_as_far_as_it_goes(manager):
 
 def test_a_status_too_long_for_a_datagram_is_no_reason_to_fail(manager):
     Notifier(manager[0]).status("x" * 10_000_000)
+
+
+@pytest.mark.parametrize(
+    ("environ", "secs"),
+    [
+        ({}, None),
+        ({"WATCHDOG_USEC": "60000000"}, 60.0),
+        ({"WATCHDOG_USEC": "1500000", "WATCHDOG_PID": str(os.getpid())}, 1.5),
+        ({"WATCHDOG_USEC": "1500000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+    ],
+)
+def test_the_watchdog_s_period_is_that_of_the_environment_if_this_process_is_meant(environ, secs):
+    assert Notifier.of(environ).watchdog_secs == secs
 
 
 # --- liveness ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The commands and their exit codes. What a command needs is imported when it runs: `--version` stays quick."""
 
+import errno
 import faulthandler
 import gc
 import json
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 from vodpoller import __version__
+from vodpoller.process import Signals, let_signals_act
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,24 @@ PIPED_WIDTH: Final = 200
 LETTER_ID: Final = click.IntRange(1, 2**63 - 1)
 REASONS: Final = ("rejected", "gave_up", "malformed", "unrouted", "errored", "unsettled")  # of both states
 DEFAULT_CONFIG: Final = Path("/etc/vodpoller/config.toml")
+UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
+CATCHING: Final = ("run", "once")  # what a signal means to them is theirs to say, from the first instant
+
+
+class _Program(click.Group):
+    """All commands. Click knows of outputs that nobody reads any more; there are more that cannot be written."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if error.filename is not None or error.errno not in UNWRITABLE:
+                raise
+            with suppress(OSError):
+                click.echo(f"vodpoller: the output cannot be written: {error.strerror}", err=True)
+            os._exit(EXIT_FAILURE)  # the interpreter's own end would try to write it once more
+
 
 _config_option = click.option(
     "-c",
@@ -47,18 +67,23 @@ _config_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="vodpoller")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Deliver the events of Tencent Cloud VOD's reliable callback, each of them, to where you want them."""
+    if context.invoked_subcommand not in CATCHING:
+        let_signals_act()
 
 
 @main.command()
 @_config_option
 def run(config_path: Path) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again."""
+    signals = Signals()
+    signals.catch()
     faulthandler.enable()
-    daemon = _open_daemon(_load(config_path))
+    daemon = _open_daemon(_load(config_path), signals=signals, exit_code_if_stopped=0)
     # What is here by now stays; what an event leaves behind is freed by counting. So there is little to collect.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
@@ -73,7 +98,8 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
     config = _load(config_path, for_unit=True)
     click.echo(f"{config_path}: good")
-    for warning in config.warnings:
+    warnings = config.all_warnings()
+    for warning in warnings:
         click.echo(f"{config_path}: warning: {warning}", err=True)
     for source in config.sources:
         app = f"SubAppId {source.sub_app_id}" if source.sub_app_id else "the account's main application"
@@ -89,7 +115,7 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     origins = config.credentials.origins.items()
     click.echo(f"  key: {', '.join(f'{name} from {origin}' for name, origin in origins)}")
     works = not connect or _check_connections(config)
-    if strict and config.warnings:
+    if strict and warnings:
         sys.exit(EXIT_CONFIG)
     if not works:
         sys.exit(EXIT_FAILURE)
@@ -120,7 +146,9 @@ def once(config_path: Path, max_secs: float) -> None:
 
     Exit code 0: nothing was left. 1: something is pending, or comes again, or VOD could not be reached or emptied.
     """
-    daemon = _open_daemon(_load(config_path))
+    signals = Signals()
+    signals.catch()
+    daemon = _open_daemon(_load(config_path), signals=signals)
     _end(0 if daemon.run_once(max_secs=max_secs) else EXIT_FAILURE)
 
 
@@ -474,11 +502,15 @@ def _load(path: Path, *, needs_key: bool = True, for_unit: bool = False) -> "Con
         _fail(error.problems, EXIT_CONFIG)
 
 
-def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
+def _open_daemon(
+    config: "Config", *, signals: Signals | None = None, exit_code_if_stopped: int = EXIT_FAILURE, quiet: bool = False
+) -> "Daemon":
+    """The daemon, open; or the end of the process: with a sentence, or because a signal asked for it meanwhile."""
     from vodpoller.daemon import Daemon  # noqa: PLC0415 - see the module's docstring
     from vodpoller.errors import (  # noqa: PLC0415 - see the module's docstring
         ConfigError,
         JournalError,
+        StoppingError,
         StorageError,
         UnusableJournalError,
     )
@@ -486,7 +518,9 @@ def _open_daemon(config: "Config", *, quiet: bool = False) -> "Daemon":
 
     try:
         log = _make_logger(config, quiet=quiet)
-        return Daemon(config, log=log, notifier=Notifier(os.environ.get("NOTIFY_SOCKET", "")))
+        return Daemon(config, log=log, notifier=Notifier.of(os.environ), signals=signals)
+    except StoppingError:
+        _end(exit_code_if_stopped)
     except ConfigError as error:
         _fail(error.problems, EXIT_CONFIG)
     except UnusableJournalError as error:
@@ -590,9 +624,9 @@ def _make_logger(config: "Config", *, quiet: bool = False) -> "Logger":
 
 
 def _fail(problems: Any, code: int) -> NoReturn:
-    from vodpoller.logs import is_journal  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.logs import is_journal, printable  # noqa: PLC0415 - see the module's docstring
 
     priority = "<3>" if is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
     for problem in problems:
-        click.echo(f"{priority}vodpoller: {problem}", err=True)
+        click.echo(f"{priority}vodpoller: {printable(problem)}", err=True)
     sys.exit(code)

@@ -23,7 +23,7 @@ from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError
 from vodpoller.event_types import matches_documented, nearest_documented
 from vodpoller.httpclient.trust import CaFile
-from vodpoller.logs import Level
+from vodpoller.logs import SEARCHED_MIN_CHARACTERS, Level
 from vodpoller.secret import HasSecrets, Secret, Surroundings
 from vodpoller.sinks import SinkConfig, available_sinks
 from vodpoller.wording import (
@@ -383,6 +383,17 @@ class Config:
     coverage: Mapping[str, bool]
     key_renewal: str = "send SIGHUP"
     warnings: tuple[str, ...] = ()
+
+    def all_warnings(self) -> list[str]:
+        """`warnings`, and the secrets that are too short to be looked for in log lines."""
+        own = self.credentials
+        of_api = (("secret_id", own.secret_id), ("secret_key", own.secret_key), ("token", own.token))
+        found = [(f"credentials.{key}", secret) for key, secret in of_api if secret is not None]
+        for name, sink in self.sinks.items():
+            found += [(f"sinks.{name}.{key}", secret) for key, secret in sink.named_secrets()]
+        short = [key for key, secret in found if 0 < len(secret.get()) < SEARCHED_MIN_CHARACTERS]
+        why = "it is so short that it is not looked for in log lines (use a secret of 8 characters or more)"
+        return [*self.warnings, *(f"{key}: {why}" for key in short)]
 
     def secrets(self) -> tuple[Secret, ...]:
         """Every secret in it: what must not be shown, and what SIGHUP reads again."""

@@ -1,15 +1,13 @@
 """The composition root: builds everything from the configuration, drives what is periodic, and ends it in order."""
 
 import logging
-import os
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from queue import Empty, SimpleQueue
-from types import FrameType
 from typing import Final
 
 from apscheduler.executors.pool import ThreadPoolExecutor
@@ -21,21 +19,24 @@ from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import Portion, Sink, Worker
-from vodpoller.errors import ConfigError, OperatorError, StorageError, TransientError
+from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
 from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal import Journal
 from vodpoller.logs import Logger, Repeats
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.poller import Poller
+from vodpoller.process import Signals
 from vodpoller.router import Router
 from vodpoller.secret import Secret
 from vodpoller.systemd import Liveness, Notifier
 from vodpoller.vod import VodClient
 
 HEARTBEAT_SECS: Final = 5.0
+BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not one too few
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
+CLOSE_SECS: Final = 1.0
 ONCE_TRIES: Final = 3
 RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
 
@@ -73,20 +74,23 @@ class Daemon:
         config: Valid.
         log: Where to.
         notifier: The service manager, if there is one.
+        signals: What asks the daemon to end or to reload, maybe before it is open; None for its own, caught when it
+            runs.
 
     Raises:
         ConfigError: A sink cannot be opened.
         JournalError: The journal cannot be opened.
         StorageError: A disk is full or failing, which may pass.
+        StoppingError: A signal asked for the end meanwhile. What was opened is closed.
     """
 
-    def __init__(self, config: Config, *, log: Logger, notifier: Notifier) -> None:
+    def __init__(self, config: Config, *, log: Logger, notifier: Notifier, signals: Signals | None = None) -> None:
         self._config = config
         self._log = log
         self._repeats = Repeats(log)
         self._notifier = notifier
         self._liveness = Liveness()
-        self._signals: SimpleQueue[int] = SimpleQueue()
+        self._signals = signals or Signals()
         self._clock = SteadyClock()
         self._counts: dict[tuple[str, str], int] = {}
         self._journal = Journal(
@@ -98,7 +102,8 @@ class Daemon:
         )
         try:
             self._sinks = self._open_sinks()
-        except (ConfigError, StorageError):
+            self._end_if_stopping()
+        except BaseException:
             self._journal.close()
             raise
         self._in_flight = in_flight = InFlight()
@@ -158,37 +163,36 @@ class Daemon:
 
     def _open_sinks(self) -> dict[str, Sink]:
         sinks: dict[str, Sink] = {}
+        try:
+            self._make_sinks(sinks)
+            for name, sink in sinks.items():
+                self._recover(name, sink)
+        except BaseException as error:
+            _close_all(sinks)
+            if isinstance(error, TransientError):
+                raise StorageError(str(error)) from error
+            raise
+        return sinks
+
+    def _make_sinks(self, sinks: dict[str, Sink]) -> None:
         problems: list[str] = []
         for name, sink_class in self._config.sink_classes.items():
+            self._end_if_stopping()
             try:
                 sinks[name] = sink_class(name, self._config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
             except ConfigError as error:
                 problems += error.problems
-            except TransientError as error:
-                _close_all(sinks)
-                raise StorageError(str(error)) from error
-        try:
-            if not problems:
-                for name, sink in sinks.items():
-                    self._recover(name, sink)
-        except ConfigError as error:
-            problems += error.problems
-        except (StorageError, TransientError) as error:
-            _close_all(sinks)
-            raise StorageError(str(error)) from error
         if problems:
-            _close_all(sinks)
             raise ConfigError(problems)
-        return sinks
 
     def _recover(self, name: str, sink: Sink) -> None:
         """Bring the ledger up to what the sink's file really holds: a crash may have come in between."""
         mark = self._journal.position(name)
         number = 0
         for portion in sink.recover(mark, {source.sub_app_id for source in self._config.sources}):
-            # Each portion is for good: a process that is ended in between goes on from there. So this is the place to
-            # look whether it is to stop.
+            # Each portion is for good: a process that is ended in between goes on from there.
             self._journal.recover(name, portion)
+            self._end_if_stopping()
             mark = portion.position
             number += len(portion.keys)
             self._notifier.extend(RECOVERY_SECS)
@@ -201,6 +205,14 @@ class Daemon:
             self._journal.recover(name, Portion(keys=(), position=end, read=1.0))
         if number:
             self._log.warning("file.recovered", sink=name, keys=number)
+
+    def _end_if_stopping(self) -> None:
+        if self._is_stopping():
+            raise StoppingError("a signal asked for the end before the start was done")
+
+    def _is_stopping(self) -> bool:
+        """Whether a signal has asked for the end."""
+        return self._signals.is_stopping
 
     def _worker(self, name: str, sink: Sink, in_flight: InFlight) -> Worker:
         settings = self._config.sinks[name]
@@ -230,27 +242,26 @@ class Daemon:
         """Run until a signal asks for the end.
 
         Args:
-            until: Asked every heartbeat (every tenth of a second where it is given): whether to end without a signal.
+            until: Asked every tenth of a second: whether to end without a signal.
 
         Returns:
             The exit code.
         """
-        self._handle_signals()
+        self._signals.catch()
         self._start()
-        heartbeat_secs = HEARTBEAT_SECS if until is None else 0.1
+        beat_secs = min(HEARTBEAT_SECS, (self._notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
+        longest_secs = beat_secs if until is None else 0.1
         next_beat = 0.0
         while until is None or not until():
             if time.monotonic() >= next_beat:
                 self._beat()
-                next_beat = time.monotonic() + HEARTBEAT_SECS
-            try:
-                received = self._signals.get(timeout=heartbeat_secs)
-            except Empty:
-                continue
-            if received != signal.SIGHUP:
-                self._log.info("daemon.stopping", signal=signal.Signals(received).name)
+                next_beat = time.monotonic() + beat_secs
+            received = self._signals.next(min(max(next_beat - time.monotonic(), 0), longest_secs))
+            if received is signal.SIGHUP:
+                self._reload()
+            elif received is not None:
+                self._log.info("daemon.stopping", signal=received.name)
                 break
-            self._reload()
         return self._stop()
 
     def run_once(self, *, max_secs: float = 0.0, progress: Callable[[int], None] | None = None) -> bool:
@@ -264,7 +275,7 @@ class Daemon:
         Returns:
             Whether nothing was left: no pull failed, VOD has nothing to bring again, nothing is pending.
         """
-        self._handle_signals()
+        self._signals.catch()
         if max_secs:
             self._warn()
         for worker in self._workers.values():
@@ -282,7 +293,7 @@ class Daemon:
         """Pull and process until the first empty answer; whether it came to that."""
         ends_at = time.monotonic() + max_secs
         failures = 0
-        while self._signals.empty() and self._journal.is_writable and time.monotonic() < ends_at:
+        while not self._signals.any_waits() and self._journal.is_writable and time.monotonic() < ends_at:
             try:
                 pull = self._vod.pull(source.name, source.sub_app_id)
             except (TransientError, OperatorError) as error:
@@ -300,7 +311,7 @@ class Daemon:
 
     def _deliver_due(self, progress: Callable[[int], None] | None) -> None:
         """Deliver stored events until none is due and none is on its way, or a signal comes."""
-        while self._signals.empty():
+        while not self._signals.any_waits():
             self._journal.flush()
             # Asked first: what is on its way hides what is due behind it, and may have arrived a moment later.
             was_idle = not len(self._in_flight)
@@ -328,22 +339,6 @@ class Daemon:
     def redelivered_events(self) -> int:
         """How many stored events were delivered so far."""
         return self._retrier.delivered
-
-    def _handle_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        stopping = False
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            nonlocal stopping
-            if number != signal.SIGHUP:
-                if stopping:
-                    os._exit(128 + number)
-                stopping = True
-            self._signals.put(number)
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, handle)
 
     def _warn(self) -> None:
         for warning in self._config.warnings:
@@ -487,17 +482,35 @@ class Daemon:
             ended = [poller.join(ends_at - 1 - time.monotonic()) for poller in self._pollers]
         for worker in self._workers.values():
             worker.stop()
-        for name, worker in self._workers.items():
-            if worker.join(max(ends_at - 1 - time.monotonic(), 0.1)):
-                _close(self._sinks[name])
-            else:
-                self._log.warning("sink.stuck", sink=name)
+        self._close_sinks(ends_at)
         if all(ended):
             self._mark()
             self._journal.close()
         self._vod.close()
         self._log.info("daemon.stopped", events=self.settled_events)
         return 0
+
+    def _close_sinks(self, ends_at: float) -> None:
+        """Close every sink, also one with a thread that hangs: closing it ends what it has started.
+
+        Args:
+            ends_at: Monotonic time, in seconds, until which it may take. What closing has not ended by then, the end
+                of the process does.
+        """
+        closing = []
+        for name, worker in self._workers.items():
+            if not worker.join(max(ends_at - CLOSE_SECS - time.monotonic(), 0.1)):
+                self._log.warning("sink.stuck", sink=name)
+            thread = threading.Thread(target=_close, args=(self._sinks[name],), name=f"close-{name}", daemon=True)
+            try:
+                thread.start()
+                closing.append(thread)
+            except RuntimeError:  # the system has no more threads
+                _close(self._sinks[name])
+        for thread in closing:
+            thread.join(max(ends_at - time.monotonic(), CLOSE_SECS))
+        for worker in self._workers.values():
+            worker.join(max(ends_at - time.monotonic(), 0.1))  # what was accepted at last is entered in the ledger
 
 
 def _close_all(sinks: Mapping[str, Sink]) -> None:

@@ -1,9 +1,10 @@
 """The notify protocol of systemd (sd_notify(3)): datagrams to the socket that `$NOTIFY_SOCKET` names."""
 
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class Notifier:
@@ -11,11 +12,24 @@ class Notifier:
 
     Args:
         address: `$NOTIFY_SOCKET`; a leading @ means the abstract namespace; empty means no service manager.
+        watchdog_secs: How often the manager wants to hear from the daemon at least; None for no watchdog.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, watchdog_secs: float | None = None) -> None:
+        self.watchdog_secs = watchdog_secs
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._last_status = ""
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> "Notifier":
+        """The notifier that the service manager has asked this process for (sd_watchdog_enabled(3)).
+
+        Args:
+            environ: `$WATCHDOG_USEC` is the period; another process is meant if `$WATCHDOG_PID` is not this one.
+        """
+        period, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+        is_meant = period.isdecimal() and int(period) > 0 and pid in ("", str(os.getpid()))
+        return cls(environ.get("NOTIFY_SOCKET", ""), watchdog_secs=int(period) / 1_000_000 if is_meant else None)
 
     def notify(self, *assignments: str) -> None:
         """Send `NAME=value` lines in one datagram. A manager that does not listen is no reason to fail."""
