@@ -107,7 +107,7 @@ def _config(url: str, folder: Path) -> Config:
     return from_dict(
         {
             "api": {"endpoint": url, "lease_secs": LEASE_SECS},
-            "credentials": {"secret_id": "demo", "secret_key": "demo"},
+            "credentials": {"secret_id": "demo-secret-id", "secret_key": "demo-secret-key"},
             "sources": [{"name": "main", "unrouted": "confirm"}],
             "routes": [
                 {"name": "snapshots", "event_types": ["CreateSnapshotByTimeOffsetComplete"], "sinks": ["archive"]}
@@ -128,7 +128,7 @@ def _is_done(simulator: Simulator, narrator: _Narrator) -> bool:
 
 def _close(console: Console, stats: dict[str, Any], folder: Path, *, redelivered: int, dead: int) -> int:
     path = folder / "events.jsonl"
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     twice = len(lines) - len(set(lines))
     table = Table(title="What happened", title_justify="left", show_header=False)
     table.add_row("events that VOD had", str(stats["fed"]))
