@@ -933,8 +933,8 @@ def large_handles(exchange):
 
 MANNERS = {
     "endless body": (endless_body, "pull.failed", "longer than|did not end in time"),
-    "endless head": (endless_head, "pull.failed", "headers"),
-    "one long header": (one_long_header, "pull.failed", "header"),
+    "endless head": (endless_head, "pull.failed", "a head that is too long"),
+    "one long header": (one_long_header, "pull.failed", "a head that is too long"),
     "gzip bomb": (gzip_bomb, "pull.failed", "longer than"),
     "slow loris": (slow_loris, "pull.failed", "no answer within|did not end in time"),
     "many events": (many_events, "pull.failed", "more than 1000 events"),

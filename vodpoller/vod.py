@@ -485,8 +485,10 @@ class VodClient:
                     " hold"
                 )
         said = f"{self._where} {failure_text(error, timeout_secs)}"
-        if isinstance(error, requests.Timeout):
+        if isinstance(error, requests.ConnectTimeout):
             return TransientError(f"no answer within {timeout_secs:.1f} s: {said}")
+        if isinstance(error, requests.Timeout):
+            return TransientError(f"no answer within {timeout_secs:.1f} s from {self._where}")
         return TransientError(
             f"VOD cannot be asked: {said} (if this lasts: is api.endpoint right, and does it get through DNS, firewall"
             " and proxy?)"
