@@ -1,13 +1,11 @@
 """Certificates that no public CA vouches for, and servers that show them."""
 
-import os
-import shutil
 import ssl
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tests.processes import needs
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,7 @@ class Certificate:
 
 def make_certificate(folder, names="IP:127.0.0.1", days=2):
     """A new one that has signed itself."""
-    if shutil.which("openssl") is None and "CI" not in os.environ:
-        pytest.skip("openssl is not installed")
+    needs("openssl")
     made = Certificate(folder / "certificate.pem", folder / "key.pem")
     command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} -subj /CN=receiver"
     files = ["-addext", f"subjectAltName={names}", "-keyout", str(made.key), "-out", str(made.path)]

@@ -1,8 +1,42 @@
+import sys
+
 import pytest
 
 from tests.certificates import make_certificate
 from tests.helpers import FakeClock, log_into
 from vodpoller.logs import CATALOGUE
+
+STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+
+
+class Guard:
+    """Keeps the mark `system` true: what is run without it, on every Python of CI, starts no process."""
+
+    def __init__(self):
+        self.forbids = False
+
+    def __call__(self, action, _arguments):
+        if self.forbids and action in STARTS:
+            raise RuntimeError(f"{action}: a test that starts a process is to be marked with pytest.mark.system")
+
+
+guard = Guard()
+sys.addaudithook(guard)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "certificate" in getattr(item, "fixturenames", ()):  # openssl makes it
+            item.add_marker(pytest.mark.system)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    guard.forbids = item.get_closest_marker("system") is None
+    try:
+        return (yield)
+    finally:
+        guard.forbids = False
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import requests
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,19 @@ def until(condition, *, secs=15.0, every_secs=0.05, what="it did not come true i
         assert time.monotonic() < ends_at, what() if callable(what) else what
         time.sleep(every_secs)
     return value
+
+
+def cannot_run(reason):
+    """Ends a test that this machine cannot run: on a laptop it is skipped, in CI it fails, which must run them all."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must be able to run this: {reason}")
+    pytest.skip(reason)
+
+
+def needs(program):
+    """As `cannot_run` if a program is not installed."""
+    if shutil.which(program) is None:
+        cannot_run(f"{program} is not installed")
 
 
 def environment(**changes):

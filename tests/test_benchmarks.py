@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.processes import ROOT, environment
+
+pytestmark = pytest.mark.system
 
 
 def run_benchmarks(*args):

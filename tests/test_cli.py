@@ -13,6 +13,8 @@ import pytest
 from tests.processes import SECRET_KEY, HeldPort, environment, run_command, running_system, until
 from vodpoller import __version__
 
+pytestmark = pytest.mark.system
+
 EX_CONFIG = 78
 
 

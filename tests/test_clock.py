@@ -5,6 +5,8 @@ import pytest
 from tests.processes import ROOT, SECRET_ID, SECRET_KEY, System, until
 from tests.receiver import Answer, running_receiver
 
+pytestmark = pytest.mark.system
+
 HOUR_SECS = 3600
 
 

@@ -35,6 +35,8 @@ from tests.processes import (
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller.journal import Journal, Letter
 
+pytestmark = pytest.mark.system
+
 EX_CONFIG = 78
 NOBODY = 65534
 MANY = 10_000

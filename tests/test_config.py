@@ -1008,6 +1008,7 @@ def test_a_dictionary_does_as_well_as_a_file(tmp_path):
         config.from_dict({**data, "log": 5}, where="demo", base=tmp_path, env={})
 
 
+@pytest.mark.system
 def test_reading_does_not_import_what_only_some_sinks_need():
     code = (
         "import sys, vodpoller.config; sys.exit('requests' in sys.modules or 'vodpoller.sinks.webhook' in sys.modules)"

@@ -325,6 +325,7 @@ def test_a_large_request_arrives_whole(adapter_of):
         assert receiver.received[0].body == bytes(range(256)) * 20_000
 
 
+@pytest.mark.system
 def test_tls_carries_large_requests_and_answers(adapter_of, certificate):
     with running_receiver() as receiver:
         url = certificate.serve(receiver)

@@ -105,6 +105,7 @@ def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
         opened()
 
 
+@pytest.mark.system
 def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
     code = (
         "import sys; from pathlib import Path; from tests.helpers import log_into; from vodpoller.journal import *\n"
@@ -797,6 +798,7 @@ def test_everything_is_there_after_a_restart(opened, wall):
     assert (pending.event, pending.sink, pending.attempts) == (event(1), "it", 4)
 
 
+@pytest.mark.system
 def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(path):
     code = (
         "import os, sys; from pathlib import Path; from tests.helpers import *; from vodpoller.journal import *\n"

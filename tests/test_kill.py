@@ -12,6 +12,8 @@ import pytest
 from tests.processes import DaemonProcess, bodies_of, differences, environment, running_system, until
 from tests.world import World, folder_in_memory
 
+pytestmark = pytest.mark.system
+
 LEASE_SECS = 1.2
 
 

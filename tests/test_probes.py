@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -13,6 +12,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from tests.processes import needs
 from tests.receiver import running_receiver, until
 from vodpoller.delivery import Sink
 from vodpoller.errors import ConfigError
@@ -91,6 +91,7 @@ def test_a_file_that_is_not_there_is_not_made(tmp_path):
     assert tree(tmp_path) == []
 
 
+@pytest.mark.system
 def test_a_file_that_another_process_has_is_no_problem(used):
     with another_process(used):
         text = FileSink.probe("it", file_config(used))
@@ -239,8 +240,7 @@ def test_plain_http_where_tls_is_expected_is_a_problem(receiver):
 
 @pytest.fixture
 def tls_receiver(receiver, tmp_path):
-    if shutil.which("openssl") is None and "CI" not in os.environ:
-        pytest.skip("openssl is not installed")
+    needs("openssl")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=receiver"
     subprocess.run(
@@ -254,11 +254,13 @@ def tls_receiver(receiver, tmp_path):
     return receiver
 
 
+@pytest.mark.system
 def test_a_certificate_that_nobody_vouches_for_is_a_problem(tls_receiver):
     problem = problem_of(WebhookSink, hook(tls_receiver.url.replace("http:", "https:")))
     assert "cannot be trusted: self" in problem
 
 
+@pytest.mark.system
 def test_a_certificate_of_the_environments_ca_bundle_is_trusted(tls_receiver, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")))

@@ -1074,6 +1074,7 @@ serve(SimulatorOptions(events=20), None, lambda url: print(url, flush=True))
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_a_signal_and_exits_0(number):
     root = str(Path(vodpoller.__file__).parents[1])

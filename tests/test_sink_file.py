@@ -249,6 +249,7 @@ def test_a_relative_path_is_below_the_working_directory(opened, tmp_path, monkey
     assert (tmp_path / "events.jsonl").read_bytes() == line(1)
 
 
+@pytest.mark.system
 def test_another_process_is_kept_out_and_told_how_to_find_the_first(opened, path):
     sink = opened()
     code = (

@@ -273,7 +273,11 @@ def load(sink_type):
     return available_sinks()[sink_type].load()
 
 
-@pytest.fixture(params=sorted(available_sinks()))
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.system if name == "exec" else ()) for name in sorted(available_sinks())
+    ]
+)
 def sink_type(request):
     if request.param not in HARNESSES:
         pytest.fail(f'the sink type "{request.param}" is installed and has no harness here: write one')

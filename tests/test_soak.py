@@ -1,6 +1,10 @@
 """A small soak; `python -m tests.soak` is the large one."""
 
+import pytest
+
 from tests.soak import soak
+
+pytestmark = pytest.mark.system
 
 
 def test_through_faults_and_kills_nothing_is_lost_doubled_torn_or_left(tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.processes import needs
 from vodpoller import cli
 from vodpoller.config import TABLES
 from vodpoller.daemon import HEARTBEAT_SECS
@@ -45,10 +45,7 @@ def secs(unit, name):
 
 
 def systemd_analyze(*words):
-    if shutil.which("systemd-analyze") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("systemd-analyze is not installed: CI must check the unit (apt-get install systemd)")
-        pytest.skip("systemd-analyze is not installed: the unit is checked where it is, and in CI")
+    needs("systemd-analyze")
     return subprocess.run(
         ["systemd-analyze", "--no-pager", *words], capture_output=True, text=True, check=False, timeout=60
     )
@@ -156,6 +153,7 @@ def test_it_has_a_limit(unit, name):
 # --- systemd's own judgement ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system
 def test_the_check_notices_a_unit_that_is_wrong(tmp_path):
     """Verifying means something: a misspelt setting does not pass."""
     copy = tmp_path / UNIT.name
@@ -164,6 +162,7 @@ def test_the_check_notices_a_unit_that_is_wrong(tmp_path):
     assert "WatchdogSecs" in checked.stderr
 
 
+@pytest.mark.system
 def test_systemd_finds_nothing_wrong_with_it(tmp_path):
     copy = tmp_path / UNIT.name
     copy.write_text(with_stub(UNIT.read_text()))
@@ -171,6 +170,7 @@ def test_systemd_finds_nothing_wrong_with_it(tmp_path):
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
+@pytest.mark.system
 def test_its_exposure_is_at_most_one_and_a_half():
     checked = systemd_analyze("security", "--offline=true", "--threshold=15", str(UNIT))
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -194,6 +194,7 @@ def denied(path, *_words, **_named):
     raise PermissionError(13, "Permission denied", str(path))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("in_journal", [True, False])
 def test_what_stops_a_start_is_an_error_in_the_journal(tmp_path, in_journal):
     reader, writer = os.pipe()

@@ -485,10 +485,9 @@ class VodClient:
                     " hold"
                 )
         said = f"{self._where} {failure_text(error, timeout_secs)}"
-        if isinstance(error, requests.ConnectTimeout):
-            return TransientError(f"no answer within {timeout_secs:.1f} s: {said}")
         if isinstance(error, requests.Timeout):
-            return TransientError(f"no answer within {timeout_secs:.1f} s from {self._where}")
+            whence = f": {said}" if isinstance(error, requests.ConnectTimeout) else f" from {self._where}"
+            return TransientError(f"no answer within {timeout_secs:.1f} s{whence}")
         return TransientError(
             f"VOD cannot be asked: {said} (if this lasts: is api.endpoint right, and does it get through DNS, firewall"
             " and proxy?)"

@@ -1,0 +1,43 @@
+"""What conftest.py and processes.py promise about tests: which start processes, and which may be skipped."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.processes import cannot_run, needs
+
+MISSING = "a-program-that-is-not-installed-anywhere"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: subprocess.run(["true"], check=True),
+        lambda: os.posix_spawn("/bin/true", ["true"], {}),
+        lambda: os.system("true"),
+    ],
+    ids=["run", "posix_spawn", "system"],
+)
+def test_a_test_without_the_mark_cannot_start_a_process(start):
+    with pytest.raises(RuntimeError, match=r"pytest\.mark\.system"):
+        start()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("command", [["true"], ["sh", "-c", "exit 0"]], ids=" ".join)
+def test_a_test_with_the_mark_can(command):
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("ci", "ends"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+@pytest.mark.parametrize("call", [lambda: needs(MISSING), lambda: cannot_run(f"no {MISSING}")], ids=["needs", "cannot"])
+def test_what_a_laptop_skips_fails_in_ci(monkeypatch, ci, ends, call):
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(ends, match=MISSING):
+        call()
+
+
+def test_a_program_that_is_there_ends_nothing(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    needs("sh")
