@@ -1,5 +1,6 @@
 """systemd/vodpoller.service: what it promises, and that systemd itself finds nothing wrong with it."""
 
+import ipaddress
 import os
 import re
 import subprocess
@@ -13,9 +14,11 @@ from click.testing import CliRunner
 from tests.processes import needs
 from vodpoller import cli
 from vodpoller.config import TABLES
-from vodpoller.daemon import HEARTBEAT_SECS
 
-UNIT = Path(__file__).parents[1] / "systemd" / "vodpoller.service"
+ROOT = Path(__file__).parents[1]
+UNIT = ROOT / "systemd" / "vodpoller.service"
+JOB = UNIT.with_name("once.conf")
+TIMER = UNIT.with_name("vodpoller.timer")
 SECS = {"": 1, "s": 1, "sec": 1, "min": 60}
 
 
@@ -83,9 +86,26 @@ def test_programs_of_a_sink_may_finish_during_a_stop(unit):
     assert unit["Service", "KillMode"] == ["mixed"]
 
 
-def test_the_watchdog_outlasts_several_heartbeats(unit):
+def test_a_busy_machine_is_not_taken_for_a_hang(unit):
     assert secs(unit, "WatchdogSec") == 60
-    assert secs(unit, "WatchdogSec") > 4 * HEARTBEAT_SECS
+
+
+def test_a_start_may_take_minutes(unit):
+    assert secs(unit, "TimeoutStartSec") == 300
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("RestartSec", "starts it again after {} s"),
+        ("StateDirectory", "can write nothing but `/var/lib/{}`"),
+        ("RestartPreventExitStatus", "exit code {}"),
+        ("RestartPreventExitStatus", "status {}"),
+    ],
+)
+def test_the_readme_says_what_the_unit_says(unit, name, said):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert any(said.format(value) in readme for value in unit["Service", name][-1].split())
 
 
 def test_a_dump_of_memory_cannot_leak_the_key(unit):
@@ -137,7 +157,32 @@ def test_it_starts_at_boot_once_the_network_is_there(unit):
 
 def test_it_may_use_the_network(unit):
     assert set(unit["Service", "RestrictAddressFamilies"][0].split()) == {"AF_INET", "AF_INET6", "AF_UNIX"}
-    assert not {("Service", "PrivateNetwork"), ("Service", "IPAddressDeny")} & unit.keys()
+    assert ("Service", "PrivateNetwork") not in unit
+
+
+def denies(unit, address):
+    networks = map(ipaddress.ip_network, unit["Service", "IPAddressDeny"][-1].split())
+    return any(ipaddress.ip_address(address) in network for network in networks)
+
+
+@pytest.mark.parametrize("address", ["169.254.0.23", "100.100.100.200", "fd00:ec2::254"])
+def test_it_cannot_fetch_the_keys_of_its_machine(unit, address):
+    assert denies(unit, address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        pytest.param("127.0.0.53", id="resolver of this machine"),
+        pytest.param("183.60.83.19", id="name server of Tencent Cloud"),
+        pytest.param("169.254.169.254", id="name server of Google and Oracle"),
+        pytest.param("169.254.20.10", id="name server of a Kubernetes node"),
+        pytest.param("10.0.0.1", id="receiver in a private network"),
+        pytest.param("fe80::1", id="router"),
+    ],
+)
+def test_it_may_connect_to_all_that_it_needs(unit, address):
+    assert not denies(unit, address)
 
 
 @pytest.mark.parametrize("name", ["MemoryDenyWriteExecute", "ProcSubset", "NoExecPaths"])
@@ -150,24 +195,75 @@ def test_it_has_a_limit(unit, name):
     assert len(unit["Service", name]) == 1
 
 
+# --- a job instead of the service -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job():
+    """The settings of the unit with the drop-in that makes it a job."""
+    return parsed(UNIT.read_text() + JOB.read_text())
+
+
+def test_the_job_runs_once_with_the_services_configuration(unit, job):
+    (command,) = unit["Service", "ExecStart"]
+    assert job["Service", "ExecStart"] == [command, "", command.replace(" run ", " once ")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("Type", "exec", id="neither notifies nor has to end within the time of a start"),
+        pytest.param("Restart", "no", id="comes again by the timer only"),
+        pytest.param("WatchdogSec", "0", id="reports nothing in between"),
+    ],
+)
+def test_the_job_does_without_what_only_a_daemon_does(job, name, value):
+    assert job["Service", name][-1] == value
+
+
+def test_all_else_that_the_job_has_is_the_services(unit, job):
+    changed = {name for name in job if job[name] != unit[name]}
+    assert changed == {("Service", name) for name in ("Type", "ExecStart", "Restart", "WatchdogSec")}
+
+
+def test_the_timer_starts_the_unit_of_its_name_every_5_minutes():
+    timer = parsed(TIMER.read_text())
+    assert ("Timer", "Unit") not in timer
+    assert timer["Timer", "OnCalendar"] == ["*:0/5"]
+    assert timer["Install", "WantedBy"] == ["timers.target"]
+
+
+@pytest.mark.parametrize("path", [JOB, TIMER], ids=lambda path: path.name)
+def test_the_readme_installs_what_the_job_needs(path):
+    assert f" systemd/{path.name} /etc/systemd/system/" in (ROOT / "README.md").read_text()
+
+
 # --- systemd's own judgement ------------------------------------------------------------------------------------------
 
 
+def verified(folder, edit=lambda text: text):
+    """What systemd says about the service, about the job in its place and about the timer, edited, in a folder."""
+    (folder / "vodpoller.service.d").mkdir()
+    for path in (UNIT, TIMER):
+        (folder / path.name).write_text(edit(with_stub(path.read_text())))
+    alone = systemd_analyze("verify", "--recursive-errors=yes", str(folder / UNIT.name))
+    (folder / "vodpoller.service.d" / JOB.name).write_text(edit(with_stub(JOB.read_text())))
+    both = systemd_analyze("verify", "--recursive-errors=yes", *(str(folder / path.name) for path in (UNIT, TIMER)))
+    return alone.returncode, both.returncode, alone.stdout + alone.stderr + both.stdout + both.stderr
+
+
 @pytest.mark.system
-def test_the_check_notices_a_unit_that_is_wrong(tmp_path):
+@pytest.mark.parametrize("name", ["TimeoutStopSec", "Type=exec", "OnCalendar"])
+def test_the_check_notices_what_is_wrong_in_each_file(tmp_path, name):
     """Verifying means something: a misspelt setting does not pass."""
-    copy = tmp_path / UNIT.name
-    copy.write_text(with_stub(UNIT.read_text()).replace("WatchdogSec=", "WatchdogSecs="))
-    checked = systemd_analyze("verify", "--recursive-errors=yes", str(copy))
-    assert "WatchdogSecs" in checked.stderr
+    assert (
+        f"Un{name.partition('=')[0]}" in verified(tmp_path, lambda text: text.replace(f"\n{name}", f"\nUn{name}"))[-1]
+    )
 
 
 @pytest.mark.system
-def test_systemd_finds_nothing_wrong_with_it(tmp_path):
-    copy = tmp_path / UNIT.name
-    copy.write_text(with_stub(UNIT.read_text()))
-    checked = systemd_analyze("verify", "--recursive-errors=yes", str(copy))
-    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+def test_systemd_finds_nothing_wrong_with_any(tmp_path):
+    assert verified(tmp_path) == (0, 0, "")
 
 
 @pytest.mark.system
