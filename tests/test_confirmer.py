@@ -1,9 +1,18 @@
-import pytest
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
 
-from tests.helpers import named
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import named, until
 from vodpoller.confirmer import Confirmer
 from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
 from vodpoller.events import Lease
+from vodpoller.systemd import Liveness
+from vodpoller.vod import RateLimiter
 
 HANDLES = [f"h{number}" for number in range(16)]
 
@@ -20,6 +29,9 @@ class FakeVod:
         self.called_at = []
         self.timeouts = []
         self.sub_app_ids = set()
+
+    def await_confirm_slot(self, timeout_secs):
+        return True
 
     def confirm(self, sub_app_id, handles, timeout_secs=None):
         self.calls.append(list(handles))
@@ -39,6 +51,12 @@ def refusal():
     return RefusedHandlesError("some handle is stale", error_code="InvalidParameterValue", request_id="r-9")
 
 
+def make_confirmer(vod, log, clock):
+    return Confirmer(
+        vod=vod, log=log, liveness=Liveness(), reserve_secs=5.0, monotonic=clock, sleep=clock.advance, ask_secs=0.0
+    )
+
+
 @pytest.fixture
 def confirming(clock, log):
     """Makes a client and confirms with it: (the client, what was confirmed)."""
@@ -46,7 +64,7 @@ def confirming(clock, log):
 
     def confirm(handles=HANDLES, *, vod=None, lease_left_secs=25.0, source="main", **more):
         vod = vod or FakeVod(clock, **more)
-        confirmer = confirmers.setdefault(id(vod), Confirmer(vod=vod, log=log, monotonic=clock, sleep=clock.advance))
+        confirmer = confirmers.setdefault(id(vod), make_confirmer(vod, log, clock))
         lease = Lease(starts_at=clock() - 30.0 + lease_left_secs, secs=30.0)
         confirmations = confirmer.confirm(source, 1500000001, handles, lease)
         assert list(confirmations) == list(handles)
@@ -66,10 +84,12 @@ def test_one_stale_handle_of_sixteen_costs_at_most_nine_calls_and_none_of_its_ma
     assert (line["error_code"], line["request_id"]) == ("InvalidParameterValue", "r-9")
 
 
-def test_many_stale_handles_cost_no_more_than_nine_calls(confirming):
-    vod, confirmed = confirming(stale=HANDLES[::2])
-    assert len(vod.calls) == 9
-    assert confirmed <= frozenset(HANDLES[1::2])
+@pytest.mark.parametrize("stale", [["h0", "h7", "h15"], ["h1", "h2", "h3"], HANDLES[::2]])
+def test_every_fresh_handle_is_confirmed_whatever_the_number_of_stale_ones(confirming, stale):
+    vod, confirmed = confirming(stale=stale)
+    assert confirmed == frozenset(HANDLES) - set(stale)
+    # What nine calls left undecided is never mixed again.
+    assert all(set(later) < set(HANDLES) for later in vod.calls[1:])
 
 
 def test_nothing_is_called_where_there_is_nothing_to_confirm(confirming):
@@ -238,15 +258,247 @@ def test_every_handle_ends_with_a_result(confirming, more, expected):
     assert set(vod.results.values()) == expected
 
 
-def test_what_nine_calls_leave_undecided_is_refused_like_what_they_found(confirming):
-    vod, confirmed = confirming(stale=HANDLES[::2])
-    undecided = set(HANDLES[1::2]) - confirmed
-    assert {vod.results[handle] for handle in undecided} == {"refused"}
-
-
 def test_an_error_in_the_middle_leaves_no_handle_without_a_result(confirming, lines):
     vod, confirmed = confirming(stale=["h0"], script=[None, None, ValueError("a bug")])
     assert set(vod.results) == set(HANDLES)
     assert confirmed <= frozenset(HANDLES) - {"h0"}
     (line,) = named(lines, "confirm.failed")
     assert (line["level"], str(line["exc_info"])) == ("error", "a bug")
+
+
+# --- one queue for several pullers ------------------------------------------------------------------------------------
+
+
+class Vod:
+    """VOD's confirms on real time: a quota, stale handles, calls that take their time or hang."""
+
+    def __init__(self, *, slots_per_sec=1000.0, stale=(), call_secs=0.0):
+        self.limiter = RateLimiter(slots_per_sec)
+        self.stale = set(stale)
+        self.call_secs = call_secs
+        self.refusal = None
+        self.hanging = set()
+        self.released = threading.Event()
+        self.lock = threading.Lock()
+        self.calls = []
+        self.called_at = []
+
+    def await_confirm_slot(self, timeout_secs):
+        return self.limiter.acquire(timeout_secs)
+
+    def confirm(self, sub_app_id, handles, timeout_secs=None):
+        with self.lock:
+            self.calls.append(list(handles))
+            self.called_at.append(time.monotonic())
+        if self.hanging & set(handles):
+            self.released.wait(min(timeout_secs, 20))
+            raise TransientError("it hung")
+        time.sleep(self.call_secs)
+        if self.refusal is not None:
+            raise self.refusal
+        if self.stale & set(handles):
+            raise refusal()
+        return "r"
+
+
+class Pullers:
+    """Threads that each confirm a batch."""
+
+    def __init__(self, vod, log, *, reserve_secs=0.0, ask_secs=2.0):
+        self.vod = vod
+        self.confirmer = Confirmer(vod=vod, log=log, liveness=Liveness(), reserve_secs=reserve_secs, ask_secs=ask_secs)
+        self.results = {}
+        self.took_secs = {}
+        self.threads = []
+
+    def confirm(self, *handles, lease_left_secs=20.0, source="main"):
+        lease = Lease(starts_at=time.monotonic() + lease_left_secs - 30.0, secs=30.0)
+
+        def run():
+            started = time.monotonic()
+            confirmations = self.confirmer.confirm(source, None, handles, lease)
+            self.results |= {handle: it.result.value for handle, it in confirmations.items()}
+            self.took_secs |= dict.fromkeys(handles, time.monotonic() - started)
+
+        thread = threading.Thread(target=run, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return thread
+
+    def join(self, secs=20.0):
+        ends_at = time.monotonic() + secs
+        for thread in self.threads:
+            thread.join(max(ends_at - time.monotonic(), 0))
+        assert not any(thread.is_alive() for thread in self.threads), "a puller waits for ever"
+        return self.results
+
+
+@pytest.fixture
+def pullers(log):
+    made = []
+
+    def make(vod, **more):
+        made.append(Pullers(vod, log, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.vod.released.set()
+        one.join()
+
+
+def test_handles_of_several_pulls_share_a_call_while_a_slot_is_awaited(pullers):
+    vod = Vod(slots_per_sec=4)
+    vod.limiter.acquire()
+    group = pullers(vod)
+    for number in range(12):
+        group.confirm(f"h{number}")
+    assert set(group.join().values()) == {"confirmed"}
+    assert len(vod.calls) <= 3
+    assert max(map(len, vod.calls)) >= 8
+
+
+def test_leases_that_are_nearly_over_share_a_call_with_their_own_pull_only(pullers):
+    vod = Vod(slots_per_sec=10)
+    vod.limiter.acquire()
+    group = pullers(vod, reserve_secs=10.0)
+    for number in range(4):
+        group.confirm(f"a{number}", f"b{number}", lease_left_secs=5.0 + number)
+    group.confirm("c", lease_left_secs=20.0)
+    assert set(group.join().values()) == {"confirmed"}
+    assert sorted(map(sorted, vod.calls)) == [["a0", "b0"], ["a1", "b1"], ["a2", "b2"], ["a3", "b3"], ["c"]]
+
+
+@pytest.mark.parametrize("where", [0, 7, 15])
+def test_one_stale_handle_among_fresh_ones_of_other_pulls_costs_them_nothing(pullers, where):
+    vod = Vod(slots_per_sec=50, stale=[f"h{where}"])
+    vod.limiter.acquire()
+    group = pullers(vod)
+    for number in range(16):
+        group.confirm(f"h{number}")
+    results = group.join()
+    assert {handle for handle, result in results.items() if result != "confirmed"} == {f"h{where}"}
+    assert len(vod.calls) <= 9 + 2  # some may have been sent before the others came
+
+
+def test_a_call_that_hangs_costs_its_own_handles_only(pullers):
+    vod = Vod()
+    vod.hanging = {"h0"}
+    group = pullers(vod)
+    hung = group.confirm("h0")
+    until(lambda: vod.calls)
+    others = [group.confirm(f"h{number}") for number in range(1, 9)]
+    for thread in others:
+        thread.join(10)
+    assert {group.results[f"h{number}"] for number in range(1, 9)} == {"confirmed"}
+    assert hung.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("error", "result", "calls_before"),
+    [
+        (OperatorError("no right", error_code="UnauthorizedOperation"), "not_allowed", 1),
+        (RefusedHandlesError("what is that", error_code="InvalidParameterValue"), "refused", 3),
+    ],
+)
+def test_a_source_whose_confirms_are_refused_asks_seldom_and_comes_to_rest(pullers, error, result, calls_before):
+    vod = Vod()
+    vod.refusal = error
+    group = pullers(vod, ask_secs=0.5)
+    for number in range(calls_before):
+        group.confirm(f"first{number}").join(10)
+    before = len(vod.calls)
+    for number in range(6):
+        group.confirm(f"h{number}", f"i{number}", lease_left_secs=2.0)
+    results = group.join()
+    assert set(results.values()) == {result}
+    after = vod.called_at[before:]
+    assert 1 <= len(after) <= 5
+    assert all(later - earlier >= 0.45 for earlier, later in pairwise(after))
+    assert all(len(call) == 1 for call in vod.calls[before:])
+    assert min(group.took_secs[f"h{number}"] for number in range(6)) <= 2.5
+
+
+def test_a_source_that_is_allowed_again_goes_on_at_once(pullers):
+    vod = Vod()
+    vod.refusal = OperatorError("no right")
+    group = pullers(vod, ask_secs=0.2)
+    group.confirm("first").join(10)
+    vod.refusal = None
+    for number in range(20):
+        group.confirm(f"h{number}")
+    results = group.join()
+    assert {results[f"h{number}"] for number in range(20)} == {"confirmed"}
+
+
+def test_a_source_that_is_refused_slows_no_other(pullers):
+    vod = Vod()
+    vod.refusal = OperatorError("no right")
+    group = pullers(vod)
+    group.confirm("first").join(10)
+    group.confirm("h", lease_left_secs=3.0)
+    vod.refusal = None
+    group.confirm("other", source="other").join(2)
+    assert group.results["other"] == "confirmed"
+
+
+def test_a_stop_ends_the_waits(pullers):
+    vod = Vod(slots_per_sec=0.2)
+    vod.limiter.acquire()
+    vod.hanging = {"taken"}
+    group = pullers(vod)
+    for number in range(4):
+        group.confirm(f"h{number}")
+    started = time.monotonic()
+    group.confirmer.stop(time.monotonic() + 1.5)
+    results = group.join()
+    assert set(results.values()) <= {"stopping", "throttled"}
+    assert "stopping" in results.values()
+    assert vod.calls == []
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+def test_an_error_while_a_slot_is_awaited_costs_that_puller_only(pullers, lines, error):
+    vod = Vod(slots_per_sec=10)
+    wait, failures = vod.await_confirm_slot, [error]
+
+    def broken(timeout_secs):
+        if failures:
+            raise failures.pop()
+        return wait(timeout_secs)
+
+    vod.await_confirm_slot = broken
+    group = pullers(vod)
+    for number in range(4):
+        group.confirm(f"h{number}")
+    assert sorted(group.join().values()) == ["confirmed"] * 3 + ["no_answer"]
+    assert [line["exc_info"] for line in named(lines, "confirm.failed")] == [error]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_handle_waits_past_its_lease_and_no_puller_for_ever(log, data):
+    number = data.draw(st.integers(1, 16), label="pullers")
+    vod = Vod(slots_per_sec=data.draw(st.sampled_from([5, 20, 100]), label="slots per second"))
+    batches = data.draw(
+        st.lists(
+            st.tuples(st.integers(1, 20), st.sampled_from([0.6, 1.0, 3.0]), st.booleans()),
+            min_size=number,
+            max_size=number,
+        ),
+        label="handles, lease, has a stale one",
+    )
+    group = Pullers(vod, log, reserve_secs=data.draw(st.sampled_from([0.0, 0.3])))
+    for batch, (size, lease_secs, has_stale) in enumerate(batches):
+        handles = [f"h{batch}-{index}" for index in range(size)]
+        if has_stale:
+            vod.stale.add(handles[0])
+        group.confirm(*handles, lease_left_secs=lease_secs)
+    results = group.join()
+    assert set(results) == {f"h{batch}-{index}" for batch, (size, *_) in enumerate(batches) for index in range(size)}
+    assert not {handle for handle, result in results.items() if result == "confirmed"} & vod.stale
+    confirmed_twice = Counter(handle for call in vod.calls if not set(call) & vod.stale for handle in call)
+    assert all(times == 1 for times in confirmed_twice.values())
+    for batch, (_, lease_secs, _) in enumerate(batches):
+        assert group.took_secs[f"h{batch}-0"] < lease_secs + 3.0

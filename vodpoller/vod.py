@@ -322,8 +322,7 @@ class VodClient:
         Args:
             sub_app_id: As it was at the pull.
             handles: 1 to 16, of one pull.
-            timeout_secs: What is left of the lease, the wait for a request slot included. The request itself takes
-                `confirm_timeout_secs` at most.
+            timeout_secs: What is left of the lease; the request takes `confirm_timeout_secs` at most.
 
         Returns:
             Tencent's RequestId, empty if the answer has none.
