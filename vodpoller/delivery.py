@@ -19,6 +19,7 @@ from vodpoller.events import Event
 from vodpoller.in_flight import Delivery, InFlight, State
 from vodpoller.logs import Logger, Repeats
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
+from vodpoller.status import SinkStatus
 from vodpoller.systemd import Liveness
 
 
@@ -224,27 +225,6 @@ class Breaker:
         self._probing = None
         self.probe_at = self._monotonic() + self._PROBES.secs(1)
         return True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SinkStatus:
-    """How a sink is, for the operator.
-
-    Args:
-        name: The sink's name.
-        down_since: When its breaker opened, in seconds since 1970; None if it is closed.
-        paused_until: Until when the receiver asked to be left alone, in seconds since 1970; None if it did not.
-        next_try_at: When it is tried next, in seconds since 1970; None if nothing keeps events from it.
-        error: What its last failed attempt said, if it is down or paused.
-        queued: Number of deliveries that wait in its queue.
-    """
-
-    name: str
-    down_since: float | None
-    paused_until: float | None
-    next_try_at: float | None
-    error: str
-    queued: int
 
 
 class Worker:

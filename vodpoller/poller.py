@@ -12,6 +12,7 @@ from vodpoller.in_flight import DeliveryWait
 from vodpoller.logs import Logger, Repeats
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.pipeline import Source as PulledSource
+from vodpoller.status import SourceStatus
 from vodpoller.systemd import Liveness
 from vodpoller.vod import Pull
 
@@ -131,6 +132,7 @@ class Poller:
         self._failed_pulls = 0
         self._said = False
         self._problem: VodpollerError | None = None
+        self._failing_since: float | None = None
         self.last_pull_at = 0.0
         self._stopping = False
 
@@ -143,6 +145,22 @@ class Poller:
     def problem(self) -> VodpollerError | None:
         """Why the last pull failed; None while pulling works."""
         return self._problem
+
+    def status(self) -> SourceStatus:
+        """How pulling goes at this moment."""
+        with self._lock:
+            problem = self._problem
+            waits_secs = self._not_before - self._monotonic()
+            return SourceStatus(
+                name=self.name,
+                last_pull_at=self.last_pull_at or None,
+                pulls_in_flight=self._pulling,
+                failing_since=self._failing_since,
+                next_pull_at=self._wall() + waits_secs if problem and waits_secs > 0 else None,
+                error=str(problem) if problem else "",
+                error_code=problem.error_code if problem else "",
+                request_id=problem.request_id if problem else "",
+            )
 
     def tick(self) -> None:
         """Make sure that a lane is pulling; returns at once."""
@@ -273,6 +291,7 @@ class Poller:
         with self._lock:
             self._pulling -= 1
             failed_pulls, self._failed_pulls, self._failures, self._problem = self._failed_pulls, 0, 0, None
+            self._failing_since = None
             self._said = False
             if pull.events or pull.malformed:
                 self._waits[wait] = None
@@ -310,6 +329,7 @@ class Poller:
                 self._grant(1)
             retry_in_secs = round(self._not_before - now, 1)
             self._problem = error if isinstance(error, VodpollerError) else TransientError(repr(error))
+            self._failing_since = self._failing_since or self._wall()
             lasts = self._failed_pulls >= LASTING_FAILURES
         self._say_failed(error, retry_in_secs, lasts=lasts)
         if isinstance(error, OperatorError):

@@ -1,0 +1,114 @@
+import os
+import socket
+import stat
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import named
+from vodpoller.status_socket import StatusSocket, ask, socket_path
+
+
+@pytest.fixture(params=["short", "d" * 100 + "/" + "n" * 60])
+def path(request, tmp_path):
+    found = socket_path(tmp_path / request.param / "journal.db")
+    found.parent.mkdir(parents=True)
+    return found
+
+
+@pytest.fixture
+def listen(path, log):
+    opened = []
+
+    def start(answer=lambda request: {"asked": request}):
+        opened.append(StatusSocket(path, answer, log=log))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def test_a_request_is_answered(listen, path):
+    listen()
+    assert ask(path, {"strict": True}, timeout_secs=5) == {"asked": {"strict": True}}
+    assert ask(path, {"again": 1}, timeout_secs=5) == {"asked": {"again": 1}}
+
+
+def test_only_its_own_user_may_ask(listen, path):
+    listen()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@contextmanager
+def in_folder_of(path):
+    """The folder as working directory: names in it are short enough for any socket call."""
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        yield path.name
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def dead(path):
+    """What a process that was killed leaves there."""
+    with closing(socket.socket(socket.AF_UNIX)) as listening, in_folder_of(path) as name:
+        listening.bind(name)
+
+
+def test_where_nothing_is_no_daemon_answers(path):
+    assert ask(path, {}, timeout_secs=5) is None
+
+
+def test_where_a_daemon_died_no_daemon_answers(path, dead):
+    assert ask(path, {}, timeout_secs=5) is None
+
+
+def test_what_a_dead_process_left_is_replaced(listen, path, dead):
+    listen()
+    assert ask(path, {}, timeout_secs=5) == {"asked": {}}
+
+
+def test_a_closed_socket_leaves_no_name(listen, path):
+    listen().close()
+    assert not path.exists()
+    assert ask(path, {}, timeout_secs=5) is None
+
+
+@pytest.mark.parametrize("sent", [b"", b"\n", b"[1]\n", b"\xff\xff\n", b"x" * 10_000 + b"\n"])
+def test_a_request_that_cannot_be_read_ends_nothing(listen, path, sent):
+    listen()
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        with in_folder_of(path) as name:
+            client.connect(name)
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        client.settimeout(5)
+        try:
+            assert b"not a JSON object" in client.recv(1000)
+        except ConnectionResetError:  # it had enough before all of the request was read
+            assert len(sent) > 4096
+    assert ask(path, {}, timeout_secs=5) == {"asked": {}}
+
+
+def test_a_bug_in_the_answer_is_logged_and_ends_nothing(listen, path, lines):
+    answers = [RuntimeError("a bug")]
+
+    def answer(request):
+        if answers:
+            raise answers.pop()
+        return {}
+
+    listen(answer)
+    with pytest.raises(ConnectionError):
+        ask(path, {}, timeout_secs=5)
+    assert ask(path, {}, timeout_secs=5) == {}
+    assert named(lines, "task.failed")
+
+
+def test_where_it_cannot_be_made_that_is_an_error(tmp_path, log):
+    with pytest.raises(OSError, match=r"No such file|not a directory"):
+        StatusSocket(tmp_path / "missing" / "journal.db.sock", dict, log=log)

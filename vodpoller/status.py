@@ -1,0 +1,252 @@
+"""One frozen snapshot of how the daemon is, from which `STATUS=`, `vodpoller status` and the listener are made.
+
+Making the snapshot asks the parts of the daemon; everything here is values in, values out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from vodpoller.clock import timestamp
+
+FIRST_PULL_SECS: Final = 10.0
+PULL_SECS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceStatus:
+    """How pulling goes at one source. Times are in seconds since 1970.
+
+    Args:
+        name: The source's name.
+        last_pull_at: When VOD last answered a pull; None for never.
+        pulls_in_flight: Number of pulls that are outstanding.
+        failing_since: When the pulls began to fail without a success since; None while pulling works.
+        next_pull_at: When the next pull is sent, if it waits for the end of a back-off.
+        error: What the last pull failed with; empty while pulling works.
+        error_code: Tencent's code of that error, empty if there is none.
+        request_id: Tencent's RequestId of that error, empty if there is none.
+        remedy: What to do about it.
+    """
+
+    name: str
+    last_pull_at: float | None = None
+    pulls_in_flight: int = 0
+    failing_since: float | None = None
+    next_pull_at: float | None = None
+    error: str = ""
+    error_code: str = ""
+    request_id: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkStatus:
+    """How one sink is. Times are in seconds since 1970.
+
+    Args:
+        name: The sink's name.
+        down_since: When its breaker opened; None if it is closed.
+        paused_until: Until when the receiver asked to be left alone; None if it did not.
+        next_try_at: When it is tried next; None if nothing keeps events from it.
+        error: What its last failed attempt said, if it is down or paused.
+        queued: Number of deliveries that wait in its queue.
+    """
+
+    name: str
+    down_since: float | None = None
+    paused_until: float | None = None
+    next_try_at: float | None = None
+    error: str = ""
+    queued: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredStatus:
+    """How much is stored for one sink in one state.
+
+    Args:
+        sink: The sink's name; empty if no route named one.
+        state: "pending" or "dead".
+        events: Number of events.
+        oldest_at: When the oldest was stored, in seconds since 1970.
+    """
+
+    sink: str
+    state: str
+    events: int
+    oldest_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalStatus:
+    """How the journal is.
+
+    Args:
+        path: The file.
+        writable: Whether what is accepted or stored can be written down.
+        error: Why not; empty if it can be written.
+        stored_bytes: What stored events take.
+        limit_bytes: What they may take: `journal.max_bytes`.
+        last_confirm_at: When VOD last confirmed something, in seconds since 1970; None for never.
+    """
+
+    path: str
+    writable: bool
+    error: str = ""
+    stored_bytes: int = 0
+    limit_bytes: int = 0
+    last_confirm_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Something that keeps events from flowing.
+
+    Args:
+        what: What it concerns: "daemon", "journal", "source NAME", "sink NAME".
+        cause: What is wrong.
+        remedy: What to do.
+    """
+
+    what: str
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.cause}. {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How the daemon is at one moment.
+
+    Args:
+        pid: Its process id.
+        version: Of vodpoller.
+        started_at: When it began to pull, in seconds since 1970.
+        at: The moment, in seconds since 1970.
+        settled_events: Number of events that were settled so far.
+        sources: In the configuration's order.
+        sinks: In the configuration's order.
+        stored: What is stored, by sink and state.
+        journal: How the journal is.
+        credentials: Empty until keys can renew themselves.
+        reload: Empty until there is a reload.
+    """
+
+    pid: int
+    version: str
+    started_at: float
+    at: float
+    settled_events: int
+    sources: Sequence[SourceStatus]
+    sinks: Sequence[SinkStatus]
+    stored: Sequence[StoredStatus]
+    journal: JournalStatus
+    credentials: Mapping[str, Any] = field(default_factory=dict)
+    reload: Mapping[str, Any] = field(default_factory=dict)
+
+    def problems(self, *, strict: bool = False) -> list[Problem]:
+        """What keeps events from flowing, the cause of others first.
+
+        Args:
+            strict: Dead letters count too.
+        """
+        found = [*self._journal_problems(), *self._source_problems(), *self._sink_problems()]
+        return [*found, *self._dead_letters()] if strict else found
+
+    def _journal_problems(self) -> Iterator[Problem]:
+        if not self.journal.writable:
+            yield Problem(
+                what="journal",
+                cause=self.journal.error or "it cannot be written",
+                remedy=f"Make room on the disk of {self.journal.path}, or give the file back to the user that runs "
+                "vodpoller; until then events stay with VOD, up to 4 days",
+            )
+
+    def _source_problems(self) -> Iterator[Problem]:
+        for source in self.sources:
+            pulled_at = source.last_pull_at or self.started_at
+            silent_secs = self.at - pulled_at
+            is_silent = silent_secs >= (PULL_SECS if source.last_pull_at else FIRST_PULL_SECS)
+            has_only_failed = source.failing_since is not None and source.last_pull_at is None
+            if not (is_silent or has_only_failed):
+                continue
+            since = timestamp(pulled_at) if source.last_pull_at else f"the start at {timestamp(self.started_at)}"
+            ids = f" (RequestId {source.request_id})" if source.request_id else ""
+            yield Problem(
+                what=f"source {source.name}",
+                cause=f"no pull has succeeded since {since}: {source.error or 'no answer has come yet'}{ids}",
+                remedy=source.remedy
+                or "Is api.endpoint right, and this machine online (proxy, firewall, DNS)? "
+                "`vodpoller check --connect` tries it",
+            )
+
+    def _sink_problems(self) -> Iterator[Problem]:
+        for sink in self.sinks:
+            if sink.down_since is not None:
+                next_try = f"; tried next at {timestamp(sink.next_try_at)}" if sink.next_try_at else ""
+                yield Problem(
+                    what=f"sink {sink.name}",
+                    cause=f"down since {timestamp(sink.down_since)}: {sink.error}{next_try}",
+                    remedy="Bring its receiver back; its events are stored meanwhile and delivered then",
+                )
+        names = {sink.name for sink in self.sinks}
+        for stored in self.stored:
+            if stored.state == "pending" and stored.sink not in names:
+                yield Problem(
+                    what=f"sink {stored.sink}",
+                    cause=f"{stored.events} stored events wait for it, and the configuration has no such sink",
+                    remedy=f"Bring it back, or `vodpoller deadletters replay --pending --sink {stored.sink} --to SINK`,"
+                    f" or `vodpoller deadletters purge --pending --sink {stored.sink}`",
+                )
+
+    def _dead_letters(self) -> Iterator[Problem]:
+        for stored in self.stored:
+            if stored.state == "dead":
+                yield Problem(
+                    what=f"sink {stored.sink}" if stored.sink else "dead letters",
+                    cause=f"{stored.events} dead letters, the oldest since {timestamp(stored.oldest_at)}",
+                    remedy="`vodpoller deadletters list` says why; then replay or purge them",
+                )
+
+    def as_line(self) -> str:
+        """The one line of `systemctl status`."""
+        pulling = [f"{it.name}: {f'cannot pull: {it.error}' if it.error else 'pulling'}" for it in self.sources]
+        down = ", ".join(sink.name for sink in self.sinks if sink.down_since is not None)
+        numbers = {
+            state: sum(stored.events for stored in self.stored if stored.state == state)
+            for state in ("pending", "dead")
+        }
+        said = [
+            *pulling,
+            f"sinks down: {down}" if down else "",
+            "" if self.journal.writable else "the journal cannot be written",
+            *(f"{number} {state}" if number else "" for state, number in numbers.items()),
+            f"{self.settled_events} events settled",
+        ]
+        return "; ".join(filter(None, said))
+
+    def as_json(self, *, strict: bool = False) -> dict[str, Any]:
+        """The object of `vodpoller status --json`. Times are in ISO 8601, UTC."""
+        found = _with_times(asdict(self))
+        problems = [{"what": it.what, "cause": it.cause, "remedy": it.remedy} for it in self.problems(strict=strict)]
+        return {"running": True, **found, "problems": problems}
+
+
+def _with_times(value: Any) -> Any:
+    match value:
+        case dict():
+            return {
+                name: timestamp(inner) if _is_time(name) and inner is not None else _with_times(inner)
+                for name, inner in value.items()
+            }
+        case list() | tuple():
+            return [_with_times(inner) for inner in value]
+        case _:
+            return value
+
+
+def _is_time(name: str) -> bool:
+    return name == "at" or name.endswith(("_at", "_since", "_until"))
