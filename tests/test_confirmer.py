@@ -12,6 +12,7 @@ from vodpoller.confirmer import Confirmer
 from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
 from vodpoller.events import Lease
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Telemetry
 from vodpoller.vod import RateLimiter
 
 HANDLES = [f"h{number}" for number in range(16)]
@@ -53,7 +54,13 @@ def refusal():
 
 def make_confirmer(vod, log, clock):
     return Confirmer(
-        vod=vod, log=log, liveness=Liveness(), reserve_secs=5.0, monotonic=clock, sleep=clock.advance, ask_secs=0.0
+        vod=vod,
+        telemetry=Telemetry(log),
+        liveness=Liveness(),
+        reserve_secs=5.0,
+        monotonic=clock,
+        sleep=clock.advance,
+        ask_secs=0.0,
     )
 
 
@@ -306,7 +313,9 @@ class Pullers:
 
     def __init__(self, vod, log, *, reserve_secs=0.0, ask_secs=2.0):
         self.vod = vod
-        self.confirmer = Confirmer(vod=vod, log=log, liveness=Liveness(), reserve_secs=reserve_secs, ask_secs=ask_secs)
+        self.confirmer = Confirmer(
+            vod=vod, telemetry=Telemetry(log), liveness=Liveness(), reserve_secs=reserve_secs, ask_secs=ask_secs
+        )
         self.results = {}
         self.took_secs = {}
         self.threads = []

@@ -12,6 +12,7 @@ from vodpoller.errors import PartialFailureError, RejectedError, TransientError
 from vodpoller.in_flight import InFlight
 from vodpoller.settlement import Reason
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Telemetry
 
 unhurried = settings(deadline=None)
 
@@ -143,7 +144,7 @@ class Bench:
             in_flight=self.in_flight,
             queue_max_events=queue_max_events,
             breaker_failures=breaker_failures,
-            log=self.log,
+            telemetry=Telemetry(self.log),
             liveness=self.liveness,
             **more,
         )

@@ -27,6 +27,7 @@ from vodpoller.journal import Journal, Known
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Count, Telemetry
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class FakeVod:
         self.refusal = None
         self.at_confirm = lambda: None
 
+    def await_confirm_slot(self, timeout_secs):
+        return True
+
     def confirm(self, sub_app_id, handles, timeout_secs=None):
         self.at_confirm()
         if self.refusal is not None:
@@ -67,6 +71,7 @@ class Line:
 
     def __init__(self, tmp_path, log, sinks=("a", "b")):
         self.log = log
+        self.telemetry = Telemetry(log)
         self.vod = FakeVod()
         self.in_flight = InFlight()
         self.journal = Journal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log)
@@ -80,7 +85,7 @@ class Line:
                 in_flight=self.in_flight,
                 queue_max_events=100,
                 breaker_failures=100,
-                log=log,
+                telemetry=Telemetry(log),
                 liveness=Liveness(),
             )
             for name, sink in self.sinks.items()
@@ -96,10 +101,10 @@ class Line:
             workers=self.workers,
             in_flight=self.in_flight,
             journal=self.journal,
-            confirmer=Confirmer(vod=self.vod, log=self.log),
+            confirmer=Confirmer(vod=self.vod, telemetry=self.telemetry, liveness=Liveness(), reserve_secs=5.0),
             confirm_reserve_secs=5.0,
             requests_per_sec=100.0,
-            log=self.log,
+            telemetry=self.telemetry,
         )
 
     def process(self, *events, source=None, wait=None, lease_secs=30.0, malformed=()):
@@ -429,7 +434,6 @@ def test_the_fate_of_an_event_is_one_line_with_its_ids(line, lines):
 
 
 def test_events_are_counted_by_many_lanes_at_once(line):
-    line.vod.refusal = RefusedHandlesError("stale")
     events = [(f"h{number}", event(number)) for number in range(8)]
 
     def lane():
@@ -441,8 +445,13 @@ def test_events_are_counted_by_many_lanes_at_once(line):
         thread.start()
     for thread in lanes:
         thread.join(20)
-    assert (line.pipeline.settled_events, line.pipeline.unsettled_events) == (160, 160)
-    assert line.pipeline.last_confirm_at == 0
+    assert (line.telemetry.total(Count.EVENTS_SETTLED), line.pipeline.unconfirmed_events) == (160, 0)
+    assert line.telemetry.total(Count.CONFIRMS, result="confirmed", source="main") == 160
+    outcomes = {
+        outcome: line.telemetry.total(Count.SINK_DELIVERIES, outcome=outcome) for outcome in ("delivered", "known")
+    }
+    assert sum(outcomes.values()) == 320
+    assert line.pipeline.last_confirm_at > 0
 
 
 @pytest.mark.parametrize(
@@ -544,7 +553,7 @@ def sick(line):
         in_flight=line.in_flight,
         queue_max_events=1,
         breaker_failures=1,
-        log=line.log,
+        telemetry=Telemetry(line.log),
         liveness=Liveness(),
     )
     line.workers["a"].start()

@@ -12,6 +12,7 @@ from vodpoller.events import Lease
 from vodpoller.in_flight import WaitEnd
 from vodpoller.poller import Poller
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Telemetry
 from vodpoller.vod import Pull
 
 
@@ -104,7 +105,7 @@ class Bench:
             may_pull=lambda: self.may_pull,
             on_operator_error=on_operator_error,
             cycle_secs=50.0,
-            log=self.log,
+            telemetry=Telemetry(self.log),
             liveness=self.liveness,
             monotonic=clock,
         )

@@ -13,6 +13,7 @@ import threading
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,7 @@ from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Telemetry
 from vodpoller.vod import Pull
 
 LEASE_SECS = 30.0
@@ -221,6 +223,10 @@ class FakeVod:
         lease = Lease(starts_at=asked_at, secs=LEASE_SECS)
         return Pull(events=tuple(taken), malformed=(), lease=lease, hung_secs=0.0, request_id="r")
 
+    def await_confirm_slot(self, timeout_secs):
+        self._world.stage.pause()
+        return True
+
     def confirm(self, sub_app_id, handles, timeout_secs=None):
         world = self._world
         world.stage.pause()
@@ -359,6 +365,19 @@ class StagedWorker(Worker):
         return self._stopping or is_due or bool(self._queue)
 
 
+class StagedConfirmer(Confirmer):
+    def __init__(self, *, world, **rest):
+        super().__init__(**rest)
+        self._world = world
+
+    def _wait(self, puller, timeout_secs):
+        world, was_caller = self._world, puller.is_caller
+        ends_at = inf if timeout_secs is None else world.clock() + timeout_secs
+        puller.woken.release()
+        world.stage.pause(lambda: not puller.missing or puller.is_caller != was_caller or world.clock() >= ends_at)
+        puller.woken.acquire()
+
+
 class BreakableWriter:
     """The journal's connection, on a disk that can be full."""
 
@@ -435,7 +454,7 @@ class World:
                 in_flight=in_flight,
                 queue_max_events=16,
                 breaker_failures=3,
-                log=log,
+                telemetry=Telemetry(log),
                 liveness=Liveness(monotonic=self.clock),
                 monotonic=self.clock,
                 wall=self.wall,
@@ -452,10 +471,10 @@ class World:
             workers=workers,
             in_flight=in_flight,
             journal=self.journal,
-            confirmer=Confirmer(vod=self.vod, log=log, monotonic=self.clock, sleep=self._sleep),
+            confirmer=self._confirmer(log),
             confirm_reserve_secs=5.0,
             requests_per_sec=100.0,
-            log=log,
+            telemetry=Telemetry(log),
             monotonic=self.clock,
             wall=self.wall,
         )
@@ -464,12 +483,23 @@ class World:
             workers=workers,
             in_flight=in_flight,
             give_up_after_secs={"file": 604_800.0, "plain": 604_800.0},
-            log=log,
+            telemetry=Telemetry(log),
             wall=self.wall,
         )
         for worker in workers.values():
             worker.start()
         self.is_up = True
+
+    def _confirmer(self, log):
+        return StagedConfirmer(
+            world=self,
+            vod=self.vod,
+            telemetry=Telemetry(log),
+            liveness=Liveness(monotonic=self.clock),
+            reserve_secs=5.0,
+            monotonic=self.clock,
+            sleep=self._sleep,
+        )
 
     def start(self):
         self.stage.start("boot", self.boot)

@@ -14,6 +14,7 @@ the lost one probably did the work. What stays unconfirmed is delivered again, a
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -32,9 +33,10 @@ from vodpoller.errors import (
     VodpollerError,
 )
 from vodpoller.events import Lease
-from vodpoller.logs import Level, Logger, Repeats
+from vodpoller.logs import Level
 from vodpoller.settlement import ConfirmResult
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Count, Telemetry
 
 MAX_CALLS: Final = 9
 HANDLES_A_CALL: Final = 16
@@ -267,7 +269,7 @@ class Confirmer:
 
     Args:
         vod: The client.
-        log: Destination of log lines.
+        telemetry: Destination of log lines and counts.
         liveness: Told of each wait for a slot and each call.
         reserve_secs: Handles of several pulls share a call only while more than this is left of their leases.
         monotonic: The clock, in seconds.
@@ -279,7 +281,7 @@ class Confirmer:
         self,
         *,
         vod: ConfirmsEvents,
-        log: Logger,
+        telemetry: Telemetry,
         liveness: Liveness,
         reserve_secs: float,
         monotonic: Callable[[], float] = time.monotonic,
@@ -287,7 +289,7 @@ class Confirmer:
         ask_secs: float = ASK_SECS,
     ) -> None:
         self._vod = vod
-        self._repeats = Repeats(log, monotonic=monotonic)
+        self._telemetry = telemetry.scope()
         self._liveness = liveness
         self._reserve_secs = reserve_secs
         self._monotonic = monotonic
@@ -330,7 +332,10 @@ class Confirmer:
                 queue.resign(puller)
                 queue.leave(entries, _UNKNOWN)
                 queue.appoint()
-        return {entry.handle: entry.confirmation or _UNKNOWN for entry in entries}
+        confirmations = {entry.handle: entry.confirmation or _UNKNOWN for entry in entries}
+        for result, number in Counter(it.result.value for it in confirmations.values()).items():
+            self._telemetry.count(Count.CONFIRMS, number, source=source, result=result)
+        return confirmations
 
     def stop(self, ends_at: float) -> None:
         """End the waits: what no call has taken is not confirmed, no set is sent again.
@@ -362,9 +367,13 @@ class Confirmer:
             while puller.missing and not puller.is_caller:
                 self._end_waiting(queue)
                 if puller.missing and not puller.is_caller:
-                    puller.woken.wait(queue.wait_secs(entries))
+                    self._wait(puller, queue.wait_secs(entries))
             queue.unpark(puller)
             return puller.is_caller
+
+    def _wait(self, puller: _Puller, timeout_secs: float | None) -> None:
+        """Wait until the puller is woken; its queue's lock is held before and after."""
+        puller.woken.wait(timeout_secs)
 
     def _end_waiting(self, queue: _Queue) -> None:
         """The end of what waits in vain: of all of it at a stop, else of the handles whose lease is over."""
@@ -414,7 +423,7 @@ class Confirmer:
                 if now >= queue.next_ask_at:
                     queue.next_ask_at = now + self._ask_secs
                     return True
-                puller.woken.wait(min(queue.next_ask_at, queue.last_lease_ends_at()) - now + _CLOCK_SECS)
+                self._wait(puller, min(queue.next_ask_at, queue.last_lease_ends_at()) - now + _CLOCK_SECS)
                 self._end_waiting(queue)
         return False
 
@@ -566,12 +575,12 @@ class Confirmer:
         }
         if isinstance(error, RefusedHandlesError) and queue.refused_in_a_row >= SUSPICIOUS_REFUSALS:
             hint = "VOD refuses handles that it has just given out: check sub_app_id of this source"
-            self._repeats.say("error", "confirm.refused", cause=f"refused {queue.source}", hint=hint, **fields)
+            self._telemetry.repeated("error", "confirm.refused", cause=f"refused {queue.source}", hint=hint, **fields)
             return
         is_known = isinstance(error, VodpollerError)
         level: Level = "error" if isinstance(error, OperatorError) or not is_known else "warning"
         cause = f"{queue.source} {type(error).__name__} {fields.get('error_code', '')}"
-        self._repeats.say(level, "confirm.failed", cause=cause, exc_info=None if is_known else error, **fields)
+        self._telemetry.repeated(level, "confirm.failed", cause=cause, exc_info=None if is_known else error, **fields)
 
 
 def _lease_ended() -> LeaseLostError:

@@ -30,6 +30,7 @@ from vodpoller.process import Signals
 from vodpoller.router import Router
 from vodpoller.secret import Secret
 from vodpoller.systemd import Liveness, Notifier
+from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod import VodClient
 
 HEARTBEAT_SECS: Final = 5.0
@@ -88,6 +89,7 @@ class Daemon:
         self._config = config
         self._log = log
         self._repeats = Repeats(log)
+        self._telemetry = telemetry = Telemetry(log)
         self._notifier = notifier
         self._liveness = Liveness()
         self._signals = signals or Signals()
@@ -125,10 +127,15 @@ class Daemon:
             workers=self._workers,
             in_flight=in_flight,
             journal=self._journal,
-            confirmer=Confirmer(vod=self._vod, log=log),
+            confirmer=Confirmer(
+                vod=self._vod,
+                telemetry=telemetry,
+                liveness=self._liveness,
+                reserve_secs=config.api.confirm_reserve_secs,
+            ),
             confirm_reserve_secs=config.api.confirm_reserve_secs,
             requests_per_sec=config.api.requests_per_sec,
-            log=log,
+            telemetry=telemetry,
             wall=self._clock,
         )
         self._pollers = [
@@ -139,7 +146,7 @@ class Daemon:
                 may_pull=lambda: self._journal.is_writable,
                 on_operator_error=self._reread_credentials,
                 cycle_secs=2 * config.api.timeout_secs + config.api.lease_secs,
-                log=log,
+                telemetry=telemetry,
                 liveness=self._liveness,
                 wall=self._clock,
             )
@@ -150,7 +157,7 @@ class Daemon:
             workers=self._workers,
             in_flight=in_flight,
             give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
-            log=log,
+            telemetry=telemetry,
             wall=self._clock,
         )
         self._scheduler = BackgroundScheduler(
@@ -223,7 +230,7 @@ class Daemon:
             in_flight=in_flight,
             queue_max_events=settings.queue_max_events,
             breaker_failures=settings.breaker_failures,
-            log=self._log,
+            telemetry=self._telemetry,
             liveness=self._liveness,
             wall=self._clock,
         )
@@ -287,7 +294,7 @@ class Daemon:
         except StorageError:  # the journal has said so; what it holds cannot be told
             pending = -1
         self._stop()
-        return all(drained) and not self._pipeline.unsettled_events and not pending
+        return all(drained) and not self._pipeline.unconfirmed_events and not pending
 
     def _pull_until_empty(self, source: Source, max_secs: float) -> bool:
         """Pull and process until the first empty answer; whether it came to that."""
@@ -333,7 +340,7 @@ class Daemon:
     @property
     def settled_events(self) -> int:
         """How many pulled events were settled so far."""
-        return self._pipeline.settled_events
+        return self._telemetry.total(Count.EVENTS_SETTLED)
 
     @property
     def redelivered_events(self) -> int:

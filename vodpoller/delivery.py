@@ -17,10 +17,10 @@ from vodpoller.clock import timestamp
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
 from vodpoller.events import Event
 from vodpoller.in_flight import Delivery, InFlight, State
-from vodpoller.logs import Logger, Repeats
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.status import SinkStatus
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Count, Telemetry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +237,7 @@ class Worker:
         in_flight: The table that all workers share.
         queue_max_events: Number of deliveries that may wait; the next ones are not attempted, with `queue_full`.
         breaker_failures: See Breaker.
-        log: Destination of log lines.
+        telemetry: Destination of log lines and counts.
         liveness: Told what each thread is at and until when.
         monotonic: The clock of waits and deadlines, in seconds.
         wall: The clock of what a person reads, in seconds since 1970.
@@ -254,7 +254,7 @@ class Worker:
         in_flight: InFlight,
         queue_max_events: int,
         breaker_failures: int,
-        log: Logger,
+        telemetry: Telemetry,
         liveness: Liveness,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -264,8 +264,7 @@ class Worker:
         self._ledger = ledger
         self._in_flight = in_flight
         self._queue_max_events = queue_max_events
-        self._log = log
-        self._repeats = Repeats(log, monotonic=monotonic)
+        self._telemetry = telemetry.scope()
         self._liveness = liveness
         self._monotonic = monotonic
         self._wall = wall
@@ -412,9 +411,9 @@ class Worker:
         while not self._stopping:
             try:
                 self._step(taken)
-            except Exception:  # noqa: BLE001 - the worker must outlive whatever a bug, or a lack of memory, brings
+            except Exception:
                 with suppress(Exception):
-                    self._log.error("lane.failed", sink=self.name, exc_info=True)
+                    self._telemetry.log.exception("lane.failed", sink=self.name)
             finally:
                 self._give_back(taken)
 
@@ -542,8 +541,9 @@ class Worker:
             with self._condition:
                 closed = self._breaker.succeeded()
             if closed:
-                self._repeats.forget("")
-                self._log.info("breaker.closed", sink=self.name)
+                self._telemetry.reset()
+                self._telemetry.log.info("breaker.closed", sink=self.name)
+            self._telemetry.count(Count.SINK_ATTEMPTS, len(accepted), sink=self.name, result="accepted")
             self._in_flight.complete(accepted, DELIVERED)
         return failures
 
@@ -551,6 +551,8 @@ class Worker:
         delivery.attempts += 1
         delivery.error = error
         why = str(error) or repr(error)
+        result_label = "rejected" if isinstance(error, RejectedError) else "failed"
+        self._telemetry.count(Count.SINK_ATTEMPTS, sink=self.name, result=result_label)
         retry_after_secs = error.retry_after_secs if isinstance(error, TransientError) else None
         with self._condition:
             self._last_error = why
@@ -562,7 +564,7 @@ class Worker:
                 self._paused_until = max(self._paused_until, self._monotonic() + retry_after_secs)
         self._say_failed(delivery, error)
         if opened:
-            self._log.error("breaker.opened", sink=self.name, error_message=why)
+            self._telemetry.log.error("breaker.opened", sink=self.name, error_message=why)
         if isinstance(error, RejectedError) and not was_open:
             result = SinkResult(outcome=Outcome.REJECTED, reason=Reason.REJECTED, why=why, attempts=delivery.attempts)
             self._in_flight.complete((delivery,), result)
@@ -573,7 +575,7 @@ class Worker:
 
     def _say_failed(self, delivery: Delivery, error: Exception) -> None:
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
-        self._repeats.say(
+        self._telemetry.repeated(
             "warning",
             "delivery.failed",
             cause=f"{type(error).__name__} {error}",

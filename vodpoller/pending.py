@@ -9,8 +9,8 @@ from vodpoller.errors import StorageError
 from vodpoller.events import event_fields
 from vodpoller.in_flight import Delivery, InFlight
 from vodpoller.journal import Journal, Known, Pending
-from vodpoller.logs import Logger, Repeats
 from vodpoller.settlement import Outcome, Reason, SinkResult
+from vodpoller.telemetry import Count, Telemetry
 
 RETRY_BACKOFF = Backoff(first_secs=10.0, most_secs=900.0)
 BATCH_ROWS = 256
@@ -24,12 +24,11 @@ class Retrier:
         workers: By the sink's name.
         in_flight: The table that all workers share.
         give_up_after_secs: By the sink's name: the age at which a row becomes a dead letter.
-        log: Where to.
+        telemetry: Destination of log lines and counts.
         wall: The clock that stamped the rows, in seconds since 1970.
 
     Attributes:
         delivered: How many rows sinks accepted so far.
-        failed: How many attempts failed.
     """
 
     def __init__(
@@ -39,18 +38,16 @@ class Retrier:
         workers: Mapping[str, Worker],
         in_flight: InFlight,
         give_up_after_secs: Mapping[str, float],
-        log: Logger,
+        telemetry: Telemetry,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
         self._workers = workers
         self._in_flight = in_flight
         self._give_up_after_secs = give_up_after_secs
-        self._log = log
-        self._repeats = Repeats(log)
+        self._telemetry = telemetry.scope()
         self._wall = wall
         self.delivered = 0
-        self.failed = 0
 
     def submit_due(self) -> int:
         """Submit what is due, as far as the workers have room for it; returns without waiting for them.
@@ -97,7 +94,7 @@ class Retrier:
         match result.outcome:
             case Outcome.DELIVERED:
                 self.delivered += 1
-                self._log.info(
+                self._telemetry.log.info(
                     "pending.delivered",
                     sink=row.sink,
                     attempts=row.attempts + delivery.attempts + 1,
@@ -105,10 +102,8 @@ class Retrier:
                     **event_fields(row.event),
                 )
             case Outcome.REJECTED:
-                self.failed += 1
                 self._bury(row, delivery, Reason.REJECTED, result.why)
             case Outcome.FAILED:
-                self.failed += 1
                 self._failed(row, delivery, result)
             case Outcome.NOT_ATTEMPTED:
                 # The breaker is open, the queue full or the sink paused. Another row gets the next turn.
@@ -128,7 +123,8 @@ class Retrier:
     def _bury(self, row: Pending, delivery: Delivery, reason: Reason, error: str) -> None:
         if not self._journal.bury(row.row, attempts=row.attempts + delivery.attempts, reason=reason, error=error):
             return  # it stays pending, and comes to this again
-        self._repeats.say(
+        self._telemetry.count(Count.DEAD_LETTERS_CREATED, sink=row.sink, reason=reason.value)
+        self._telemetry.repeated(
             "error",
             "event.dead",
             cause=f"{row.sink} {reason} {error}",

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
@@ -12,7 +13,6 @@ from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.journal import Journal, Known, Letter
-from vodpoller.logs import Logger, Repeats
 from vodpoller.router import Router
 from vodpoller.settlement import (
     ALREADY_DELIVERED,
@@ -29,6 +29,7 @@ from vodpoller.settlement import (
     settle_malformed,
     settle_unrouted,
 )
+from vodpoller.telemetry import Count, Labels, Telemetry
 from vodpoller.vod import Pull
 
 STORED_RETRY_SECS = 5.0
@@ -146,13 +147,12 @@ class Pipeline:
         confirmer: Confirms handles.
         confirm_reserve_secs: The end of a lease that is kept for confirming.
         requests_per_sec: The quota of pulls, of which events that are left again and again take their part.
-        log: Destination of log lines.
+        telemetry: Destination of log lines and counts.
         monotonic: The clock of leases, in seconds.
         wall: The clock of `last_confirm_at`, in seconds since 1970.
 
     Attributes:
-        settled_events: Number of events that were settled so far.
-        unsettled_events: Number of those that VOD delivers again: left, or not confirmed.
+        unconfirmed_events: Number of events that VOD delivers again: left, or not confirmed.
         last_confirm_at: When VOD last confirmed something; 0 for never.
     """
 
@@ -166,7 +166,7 @@ class Pipeline:
         confirmer: Confirmer,
         confirm_reserve_secs: float,
         requests_per_sec: float,
-        log: Logger,
+        telemetry: Telemetry,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -176,14 +176,12 @@ class Pipeline:
         self._journal = journal
         self._confirmer = confirmer
         self._reserve_secs = confirm_reserve_secs
-        self._log = log
-        self._repeats = Repeats(log, monotonic=monotonic)
+        self._telemetry = telemetry.scope()
         self._monotonic = monotonic
         self._wall = wall
         self._left = _LeftEvents(requests_per_sec, monotonic)
         self._counting = threading.Lock()
-        self.settled_events = 0
-        self.unsettled_events = 0
+        self.unconfirmed_events = 0
         self.last_confirm_at = 0.0
 
     def process(self, batch: Batch, wait: DeliveryWait) -> None:
@@ -233,15 +231,17 @@ class Pipeline:
 
     def _say_left(self, source: Source, event_type: str) -> None:
         fields = {"source": source.name, "event_type": event_type}
-        self._repeats.say("warning", "event.left", cause=f"{source.name} {event_type}", **fields)
+        self._telemetry.repeated("warning", "event.left", cause=f"{source.name} {event_type}", **fields)
         share = self._left.share_of_quota()
         if share >= LEFT_SHARE:
             hint = "events that are left take this share of all pulls: route them, or set unrouted to another value"
-            self._repeats.say("error", "event.left", cause="quota", quota_share=round(share, 2), hint=hint, **fields)
+            self._telemetry.repeated(
+                "error", "event.left", cause="quota", quota_share=round(share, 2), hint=hint, **fields
+            )
 
     def _say_malformed(self, batch: Batch, broken: Malformed) -> None:
         key = broken.event.key.hex()
-        self._repeats.say(
+        self._telemetry.repeated(
             # What has no handle stays with VOD: it was cut off on its way, or there is nothing that could be done.
             "warning" if broken.handle is None else "error",
             "event.malformed",
@@ -324,7 +324,7 @@ class Pipeline:
                 self._say_dead(letter)
 
     def _say_dead(self, letter: Letter) -> None:
-        self._repeats.say(
+        self._telemetry.repeated(
             "error",
             "event.dead",
             cause=f"{letter.sink} {letter.reason} {letter.event.type} {letter.error}",
@@ -363,10 +363,10 @@ class Pipeline:
         duration_secs = round(now - batch.received_at, 4)
         lease_left_secs = round(batch.lease.ends_at - now, 3)
         with self._counting:
-            self.settled_events += len(items)
-            self.unsettled_events += sum(not item.is_confirmed for item in items)
+            self.unconfirmed_events += sum(not item.is_confirmed for item in items)
+        self._telemetry.add(_numbers(items, batch.source.name))
         for item in items:
-            self._log.info(
+            self._telemetry.log.info(
                 "event.settled",
                 **event_fields(item.event),
                 routes=item.routes,
@@ -383,6 +383,35 @@ class Pipeline:
                 redelivered=item.redelivered,
                 **_failed_snapshots(item.event),
             )
+
+
+def _numbers(items: Iterable[_Item], source: str) -> Counter[tuple[Count, Labels]]:
+    """What a batch adds to what is counted."""
+    of_source = ("source", source)
+    numbers: Counter[tuple[Count, Labels]] = Counter()
+    for item in items:
+        verdict = item.verdict
+        numbers[Count.EVENTS_RECEIVED, (of_source,)] += 1
+        if item.redelivered:
+            numbers[Count.EVENTS_REDELIVERED, (of_source,)] += 1
+        settled = (("reason", verdict.reason.value), ("settlement", verdict.settlement.value), of_source)
+        numbers[Count.EVENTS_SETTLED, settled] += 1
+        for sink, result in item.results.items():
+            numbers[Count.SINK_DELIVERIES, (("outcome", _delivery_outcome(result, verdict)), ("sink", sink))] += 1
+        for letter in item.dead_letters:
+            numbers[Count.DEAD_LETTERS_CREATED, (("reason", letter.reason), ("sink", letter.sink))] += 1
+    return numbers
+
+
+def _delivery_outcome(result: SinkResult, verdict: Verdict) -> str:
+    """The label of a delivery, final for this arrival of the event."""
+    if result.reason in (Reason.ALREADY_DELIVERED, Reason.ALREADY_STORED):
+        return "known"
+    if result.outcome is Outcome.DELIVERED:
+        return "delivered"
+    if verdict.settlement is not Settlement.STORE:
+        return "left"
+    return "rejected" if result.outcome is Outcome.REJECTED else "stored"
 
 
 def _result_of(claim: Claim, ended: WaitEnd) -> SinkResult:

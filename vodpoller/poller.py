@@ -9,11 +9,11 @@ from typing import Final, Protocol
 from vodpoller.delivery import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.in_flight import DeliveryWait
-from vodpoller.logs import Logger, Repeats
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.pipeline import Source as PulledSource
 from vodpoller.status import SourceStatus
 from vodpoller.systemd import Liveness
+from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod import Pull
 
 HUNG_SECS: Final = 1.0
@@ -81,7 +81,7 @@ class Poller:
         may_pull: Whether events can be taken care of at the moment.
         on_operator_error: Called when a pull failed in a way that only a person can mend: read the credentials again.
         cycle_secs: How long a cycle may take before its lane counts as hung.
-        log: Where to.
+        telemetry: Destination of log lines and counts.
         liveness: Told what each lane is at.
         monotonic: The clock, in seconds.
         wall: The clock of `last_pull_at`, in seconds since 1970.
@@ -102,7 +102,7 @@ class Poller:
         may_pull: Callable[[], bool],
         on_operator_error: Callable[[], None],
         cycle_secs: float,
-        log: Logger,
+        telemetry: Telemetry,
         liveness: Liveness,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -113,8 +113,7 @@ class Poller:
         self._may_pull = may_pull
         self._on_operator_error = on_operator_error
         self._cycle_secs = cycle_secs
-        self._log = log
-        self._repeats = Repeats(log, monotonic=monotonic)
+        self._telemetry = telemetry.scope()
         self._liveness = liveness
         self._monotonic = monotonic
         self._wall = wall
@@ -174,7 +173,7 @@ class Poller:
             self._not_before = 0.0
             self._failures = 0
             self._pause_over.notify_all()
-        self._repeats.forget("")  # whoever asked wants to hear whether it helped
+        self._telemetry.reset()  # whoever asked wants to hear whether it helped
 
     def stop(self) -> None:
         """Start no new pull. A pull that is under way is awaited: dropping it would strand what it brings."""
@@ -206,8 +205,8 @@ class Poller:
         while self._take_turn():
             try:
                 self._pull_and_process()
-            except Exception:  # noqa: BLE001 - a lane must outlive whatever a bug brings
-                self._log.error("lane.failed", source=self.name, exc_info=True)
+            except Exception:
+                self._telemetry.log.exception("lane.failed", source=self.name)
             with self._lock:
                 self._parked += 1
 
@@ -263,6 +262,9 @@ class Poller:
             self._failed(error)
             return None
         received_at = self._monotonic()
+        self._telemetry.count(
+            Count.PULLS, source=self.name, result="events" if pull.events or pull.malformed else "empty"
+        )
         self.last_pull_at = self._wall()
         self._answered(pull, wait)
         return Batch.of(self._source, pull, received_at) if pull.events or pull.malformed else None
@@ -299,8 +301,10 @@ class Poller:
             else:
                 self._answered_empty(hung=pull.hung_secs >= HUNG_SECS, asked_at=pull.lease.starts_at)
         if failed_pulls > 1:
-            suppressed = self._repeats.forget("")
-            self._log.info("pull.recovered", source=self.name, failures=failed_pulls, suppressed_lines=suppressed or 0)
+            suppressed = self._telemetry.reset()
+            self._telemetry.log.info(
+                "pull.recovered", source=self.name, failures=failed_pulls, suppressed_lines=suppressed or 0
+            )
 
     def _hand_over(self, pull: Pull) -> None:
         """Let others pull while this lane delivers: one more than before where there is a backlog, else one less."""
@@ -318,6 +322,7 @@ class Poller:
             self._grant(1)
 
     def _failed(self, error: Exception) -> None:
+        self._telemetry.count(Count.PULLS, source=self.name, result="failed")
         now = self._monotonic()
         with self._lock:
             self._pulling -= 1
@@ -345,10 +350,10 @@ class Poller:
     def _say_failed(self, error: Exception, retry_in_secs: float, *, lasts: bool) -> None:
         """Say each cause once. Single failures that were said lately do not keep one that lasts from being said."""
         if lasts and not self._said:
-            self._repeats.forget("")
+            self._telemetry.reset()
         known = isinstance(error, VodpollerError)
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
-        self._said |= self._repeats.say(
+        self._said |= self._telemetry.repeated(
             "error" if isinstance(error, OperatorError) or not known else "warning",
             "pull.failed",
             cause=f"{type(error).__name__} {fields.get('error_code') or fields.get('error_message')}",

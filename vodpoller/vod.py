@@ -291,7 +291,7 @@ class VodClient:
             StoppingError: `stop_pulling` was called before the request was sent.
         """
         body = orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
-        answer = self._ask(self._pull, body, timeout_secs=self._timeout_secs, give_up_at=None)
+        answer = self._ask(self._pull, body, timeout_secs=self._timeout_secs, has_slot=False)
         items: Sequence[PulledEvent | Malformed]
         if answer.error_code is not None:
             if not _is_empty_queue(answer):
@@ -316,8 +316,19 @@ class VodClient:
             request_id=answer.request_id,
         )
 
+    def await_confirm_slot(self, timeout_secs: float) -> bool:
+        """Wait for a slot of the quota of confirms; the caller then sends one.
+
+        Args:
+            timeout_secs: How long to wait at most.
+
+        Returns:
+            False, at once, if none comes within the time.
+        """
+        return self._confirm.limiter.acquire(timeout_secs)
+
     def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> str:
-        """Let VOD forget events.
+        """Let VOD forget events: one request, sent at once. `await_confirm_slot` gives leave to send it.
 
         Args:
             sub_app_id: As it was at the pull.
@@ -329,17 +340,16 @@ class VodClient:
 
         Raises:
             RefusedHandlesError: Some handle is stale, or of another SubAppId. None may have been confirmed.
-            ThrottledError: The quota is used up, or leaves no slot in time: nothing was confirmed.
+            ThrottledError: The quota is used up, or no time is left: nothing was confirmed.
             TransientError: It is not known whether the handles are confirmed.
             OperatorError: Credentials, rights or configuration are wrong.
         """
         content: dict[str, Any] = {"EventHandles": list(handles)}
         if sub_app_id is not None:
             content["SubAppId"] = sub_app_id
-        give_up_at = None if timeout_secs is None else self._monotonic() + timeout_secs
-        answer = self._ask(
-            self._confirm, encode_json(content), timeout_secs=self._confirm_timeout_secs, give_up_at=give_up_at
-        )
+        own_secs = self._confirm_timeout_secs
+        timeout_secs = own_secs if timeout_secs is None else min(timeout_secs, own_secs)
+        answer = self._ask(self._confirm, encode_json(content), timeout_secs=timeout_secs, has_slot=True)
         if answer.error_code is not None:
             refusal = _refusal(self._confirm, answer, self._key_renewal)
             if answer.repeated and isinstance(refusal, RefusedHandlesError):
@@ -385,11 +395,11 @@ class VodClient:
 
     # --- one exchange -------------------------------------------------------------------------------------------------
 
-    def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, give_up_at: float | None) -> _Answer:
+    def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> _Answer:
         offset_secs = self._clock_offset_secs
-        answer = self._exchange(action, body, timeout_secs=timeout_secs, give_up_at=give_up_at)
+        answer = self._exchange(action, body, timeout_secs=timeout_secs, has_slot=has_slot)
         if answer.error_code == "AuthFailure.SignatureExpire" and self._clock_was_off(answer, offset_secs):
-            answer = self._exchange(action, body, timeout_secs=timeout_secs, give_up_at=give_up_at)
+            answer = self._exchange(action, body, timeout_secs=timeout_secs, has_slot=has_slot)
         return answer
 
     def _clock_was_off(self, answer: _Answer, used_offset_secs: float) -> bool:
@@ -408,24 +418,21 @@ class VodClient:
             self._log.warning("clock.corrected", skew_secs=round(offset_secs, 1), request_id=answer.request_id)
         return True
 
-    def _exchange(self, action: _Action, body: bytes, *, timeout_secs: float, give_up_at: float | None) -> _Answer:
+    def _exchange(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> _Answer:
         """Wait for a slot, sign, send, and read the answer.
 
         Args:
             action: Which.
             body: Of the request.
-            timeout_secs: For request and answer.
-            give_up_at: Monotonic time that ends the wait for the slot too; None waits `timeout_secs` of a pull for it.
+            timeout_secs: For request and answer; as long a slot is waited for.
+            has_slot: The caller has waited for one.
         """
-        slot_secs = self._timeout_secs if give_up_at is None else give_up_at - self._monotonic()
-        got_slot = slot_secs > 0 and action.limiter.acquire(slot_secs)
+        got_slot = timeout_secs > 0 and (has_slot or action.limiter.acquire(timeout_secs))
         prepared = self._prepare(action, body) if got_slot else None
         sent_at = self._monotonic()
-        if give_up_at is not None:
-            timeout_secs = min(timeout_secs, give_up_at - sent_at)
         if self._pulls_stopped and action is self._pull:
             raise StoppingError(f"{action.name} was not sent: the daemon is stopping")
-        if prepared is None or timeout_secs <= 0:
+        if prepared is None:
             raise ThrottledError(f"{action.name} was not sent: api.requests_per_sec left no room for it in time")
         try:
             answer = self._sent(prepared, sent_at, timeout_secs)
