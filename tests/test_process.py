@@ -15,6 +15,8 @@ import pytest
 
 from tests.processes import ServiceManager, environment, running_system, until
 
+pytestmark = pytest.mark.system
+
 EX_CONFIG = 78
 CLOSED = ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"]
 LOCALES = {
