@@ -9,6 +9,7 @@ import socket
 import stat
 import threading
 import time
+import tracemalloc
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -565,6 +566,22 @@ def test_an_event_without_an_image_is_accepted_with_a_line(opened, files, caplog
     opened().deliver([sent], 10.0)
     assert files() == {}
     assert len(caplog.messages) == 1
+
+
+def test_types_of_megabytes_are_not_kept(opened, caplog):
+    sink = opened()
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            content = {"EventType": f"{number}" + "x" * 1_000_000}
+            sink.deliver([make_event(content, source="main", sub_app_id=None)], 10.0)
+        del content
+        assert len(caplog.messages) == 20
+        caplog.clear()
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 1_000_000
 
 
 def test_events_of_another_type_are_accepted_and_said_once(opened, files, caplog):

@@ -320,13 +320,14 @@ class DownloadSink(Sink):
         self._adapter.close()
 
     def _say_unfit(self, event: Event) -> None:
-        if event.type not in self._unfit_types and len(self._unfit_types) < _REMEMBERED:
-            self._unfit_types.add(event.type)
+        shown = event.type[:_SHOWN_CHARACTERS]
+        if shown not in self._unfit_types and len(self._unfit_types) < _REMEMBERED:
+            self._unfit_types.add(shown)
             _logger.warning(
                 "sinks.%s: events of type %r hold no snapshots: nothing is done for them (does the route need"
                 " event_types?)",
                 self._name,
-                event.type[:_SHOWN_CHARACTERS],
+                shown,
             )
 
     # --- one image ---
