@@ -392,6 +392,19 @@ def test_salvaging_a_whole_answer_gives_what_reading_it_gives(batch):
     assert salvage(answer_of(*texts_of)) == [read(json.loads(text)) for text in texts_of]
 
 
+@given(contents, st.sampled_from([None, 0, 2]), st.integers(0, 10_000), st.sampled_from('[]{},:"\\ 0e-.t\n'))
+def test_what_is_json_is_salvaged_as_it_would_be_read(content, indent, at, char):
+    text = json.dumps({"EventHandle": "h", **content}, indent=indent)
+    at %= len(text)
+    for edited in (text, text[:at] + char + text[at:], text[:at] + text[at + 1 :]):
+        try:
+            expected = read(decode_json(edited))
+        except UnreadableError:
+            expected = None
+        first = salvage(answer_of(edited))[0] if edited.lstrip(" \t\n,").startswith("{") else expected
+        assert expected is None or first == expected
+
+
 @given(st.text())
 def test_salvage_takes_any_text(text):
     assert salvage(text, cut=True) == [] or "EventSet" in text

@@ -14,7 +14,7 @@ from vodpoller.events import DEPTH_MAX, Malformed, PulledEvent, UnreadableError,
 # Quantifiers are possessive: what was taken is never given back, so that no text is looked at again and again.
 _GAP: Final = r"[ \t\n\r]*+"
 _STRING: Final = r'"(?:[^"\\]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
-_NUMBER: Final = r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?[0-9]++)?+"
+_NUMBER: Final = r"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+"
 _SCALAR: Final = rf"(?:{_STRING}|{_NUMBER}|true|false|null)"
 _KEY: Final = rf"{_STRING}{_GAP}:{_GAP}"
 _FLAT_LIST: Final = rf"\[{_GAP}(?:{_SCALAR}{_GAP}(?:,{_GAP}{_SCALAR}{_GAP})*+)?+\]"
