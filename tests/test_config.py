@@ -1099,17 +1099,17 @@ def test_the_schema_describes_all_tables_and_the_keys_of_each_sink():
 
 # --- secrets that others may read -------------------------------------------------------------------------------------
 
-HOOK = SOURCE + ROUTE.replace('"archive"', '"hook"') + '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/"\n'
+ROUTED_TO_HOOK = SOURCE + ROUTE.replace('"archive"', '"hook"') + '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/"\n'
 
 
 @pytest.mark.parametrize(
     ("text", "keys"),
     [
         (VALID + '[credentials]\nsecret_id = "AKIDme"\nsecret_key = "0123456789"', ["credentials.secret_key"]),
-        (HOOK + f'secret = "{WEBHOOK_SECRET}"', ["sinks.hook.secret"]),
-        (HOOK + 'headers = { Authorization = "Bearer x", "X-Auth-Token" = "y", "X-Env" = "prod" }',
+        (ROUTED_TO_HOOK + f'secret = "{WEBHOOK_SECRET}"', ["sinks.hook.secret"]),
+        (ROUTED_TO_HOOK + 'headers = { Authorization = "Bearer x", "X-Auth-Token" = "y", "X-Env" = "prod" }',
          ["sinks.hook.headers.Authorization", "sinks.hook.headers.X-Auth-Token"]),
-        (HOOK + 'headers = { Authorization = "Bearer ${TENCENTCLOUD_SECRET_KEY}" }', []),
+        (ROUTED_TO_HOOK + 'headers = { Authorization = "Bearer ${TENCENTCLOUD_SECRET_KEY}" }', []),
         (VALID, []),
     ],
 )  # fmt: skip

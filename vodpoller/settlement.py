@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Literal, Self, assert_never
 
 OnFailure = Literal["store", "leave"]
-Unrouted = Literal["confirm", "dead_letter", "leave"]
+Unrouted = Literal["dead_letter", "confirm", "leave"]
 
 
 class Outcome(StrEnum):

@@ -1,0 +1,28 @@
+"""Prints constraints for pip that ask for the lowest version of each dependency that pyproject.toml allows."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+BOUND = re.compile(r"(?P<name>[\w.-]+)\s*(\[[^]]*\])?\s*>=\s*(?P<version>[\w.]+)\s*(,[^>]*)?")
+
+
+def lowest(requirement: str) -> str:
+    """The constraint that stands for a requirement's lower bound.
+
+    Args:
+        requirement: As in `project.dependencies`, such as "requests>=2.32.3,<3".
+
+    Raises:
+        ValueError: It has no lower bound, or one that is not written in first place.
+    """
+    found = BOUND.fullmatch(requirement)
+    if found is None:
+        raise ValueError(f"{requirement!r} in pyproject.toml must begin with its lower bound: NAME>=VERSION")
+    return f"{found['name']}=={found['version']}"
+
+
+if __name__ == "__main__":
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    sys.stdout.writelines(f"{lowest(requirement)}\n" for requirement in project["dependencies"])

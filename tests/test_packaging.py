@@ -1,0 +1,55 @@
+"""pyproject.toml and .ci/: what is declared is what is tested."""
+
+import re
+import runpy
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CI = (ROOT / ".ci" / "run").read_text()
+lowest = runpy.run_path(str(ROOT / ".ci" / "lowest.py"))["lowest"]
+
+
+@pytest.mark.parametrize(
+    ("requirement", "constraint"),
+    [
+        ("structlog>=25.5", "structlog==25.5"),
+        ("requests>=2.32.3,<3", "requests==2.32.3"),
+        ("requests[socks] >= 2.32.3, <3", "requests==2.32.3"),
+        ("zope.interface>=7.0.post1,!=7.1", "zope.interface==7.0.post1"),
+    ],
+)
+def test_the_constraint_is_the_lower_bound(requirement, constraint):
+    assert lowest(requirement) == constraint
+
+
+@pytest.mark.parametrize("requirement", ["structlog", "structlog<26", "structlog==25.5", "structlog<26,>=25.5"])
+def test_a_requirement_without_a_lower_bound_in_front_is_an_error(requirement):
+    with pytest.raises(ValueError, match=re.escape(f"{requirement!r} in pyproject.toml must begin")):
+        lowest(requirement)
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"])
+def test_every_dependency_has_a_lower_bound_to_test_with(requirement):
+    assert lowest(requirement)
+
+
+@pytest.mark.parametrize("name", ["requests", "urllib3"])
+def test_what_has_private_methods_overridden_has_an_upper_bound(name):
+    (requirement,) = [words for words in PROJECT["dependencies"] if words.startswith(name)]
+    assert requirement.endswith(",<3")
+
+
+@pytest.mark.parametrize("name", ["ruff", "mypy", "import-linter", "types-requests", "types-jmespath"])
+def test_what_judges_the_code_is_pinned(name):
+    (requirement,) = [words for words in PROJECT["optional-dependencies"]["dev"] if words.startswith(name)]
+    assert requirement.startswith(f"{name}==")
+
+
+def test_the_classifiers_name_the_pythons_that_ci_tries():
+    named = [words.rpartition(" ")[2] for words in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", words)]
+    (others,) = re.findall(r"^for minor in (.*); do$", CI, re.MULTILINE)
+    assert [PROJECT["requires-python"].removeprefix(">="), *others.split()] == named
