@@ -9,6 +9,16 @@ from vodpoller.logs import CATALOGUE
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 
 
+STARTING = {"certificate", "system"}  # fixtures, wherever they are defined
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is obeyed
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if STARTING.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.system)
+
+
 class Guard:
     """Keeps the mark `system` true: what is run without it, on every Python of CI, starts no process."""
 
@@ -22,12 +32,6 @@ class Guard:
 
 guard = Guard()
 sys.addaudithook(guard)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "certificate" in getattr(item, "fixturenames", ()):  # openssl makes it
-            item.add_marker(pytest.mark.system)
 
 
 @pytest.hookimpl(wrapper=True)

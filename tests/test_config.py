@@ -1099,7 +1099,9 @@ def test_the_schema_describes_all_tables_and_the_keys_of_each_sink():
 
 # --- secrets that others may read -------------------------------------------------------------------------------------
 
-ROUTED_TO_HOOK = SOURCE + ROUTE.replace('"archive"', '"hook"') + '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/"\n'
+ROUTED_TO_HOOK = (
+    SOURCE + ROUTE.replace('"archive"', '"hook"') + '[sinks.hook]\ntype = "webhook"\nurl = "https://app.example/"\n'
+)
 
 
 @pytest.mark.parametrize(

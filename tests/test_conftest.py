@@ -24,6 +24,30 @@ def test_a_test_without_the_mark_cannot_start_a_process(start):
         start()
 
 
+@pytest.fixture
+def certificate():
+    """A name that conftest.py knows."""
+
+
+@pytest.fixture
+def system():
+    """Another one."""
+
+
+@pytest.mark.usefixtures("certificate")
+def test_a_test_has_the_mark_by_a_fixture_that_starts_processes(request):
+    assert request.node.get_closest_marker("system")
+
+
+@pytest.mark.usefixtures("system")
+def test_a_test_has_the_mark_by_another_such_fixture(request):
+    assert request.node.get_closest_marker("system")
+
+
+def test_a_test_has_no_mark_by_itself(request):
+    assert request.node.get_closest_marker("system") is None
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("command", [["true"], ["sh", "-c", "exit 0"]], ids=" ".join)
 def test_a_test_with_the_mark_can(command):

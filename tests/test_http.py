@@ -480,6 +480,7 @@ def socks_server(script):
     return serve
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("unforeseen", [OK + answer(503), b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + OK])
 def test_behind_a_proxy_for_socks_the_same_holds(adapter_of, monkeypatch, unforeseen):
     script = Script(unforeseen, answer(200, b"right"), None, answer(200, b"again"), drip(b"HTTP/1.1 200", b" "))

@@ -104,6 +104,7 @@ def test_a_link_is_followed(used, tmp_path):
     assert FileSink.probe("it", file_config(tmp_path / "link")) == f"{used} can be written"
 
 
+@pytest.mark.system
 def test_a_file_in_the_place_of_a_folder_is_a_problem(used):
     problem = problem_of(FileSink, file_config(used / "sub" / "events.jsonl"))
     assert problem == (
@@ -111,6 +112,7 @@ def test_a_file_in_the_place_of_a_folder_is_a_problem(used):
     )
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_what_is_no_regular_file_is_a_problem(tmp_path, make):
     make(tmp_path / "events.jsonl")
@@ -254,13 +256,11 @@ def tls_receiver(receiver, tmp_path):
     return receiver
 
 
-@pytest.mark.system
 def test_a_certificate_that_nobody_vouches_for_is_a_problem(tls_receiver):
     problem = problem_of(WebhookSink, hook(tls_receiver.url.replace("http:", "https:")))
     assert "cannot be trusted: self" in problem
 
 
-@pytest.mark.system
 def test_a_certificate_of_the_environments_ca_bundle_is_trusted(tls_receiver, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")))

@@ -9,6 +9,8 @@ import pytest
 from tests.processes import ServiceManager, bodies_of, canonical, differences, running_system, until
 from tests.test_kill import DoomedDaemon
 
+pytestmark = pytest.mark.system
+
 PORTION = 10_000
 
 

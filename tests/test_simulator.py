@@ -995,6 +995,7 @@ def test_a_client_that_does_not_speak_http_is_disconnected_with_a_line(hello, wo
     assert words in warning
 
 
+@pytest.mark.system
 def test_a_client_with_https_ends_at_once_and_the_command_says_why():
     root = str(Path(vodpoller.__file__).parents[1])
     command = [sys.executable, "-m", "vodpoller", "simulate"]
@@ -1010,6 +1011,7 @@ def test_a_client_with_https_ends_at_once_and_the_command_says_why():
             process.kill()
 
 
+@pytest.mark.system
 def test_the_help_lists_every_fault():
     root = str(Path(vodpoller.__file__).parents[1])
     command = [sys.executable, "-m", "vodpoller", "simulate", "--help"]

@@ -571,7 +571,7 @@ def test_a_pull_is_one_signed_request(vod, client_of, sub_app_id, body):
 
 def test_a_confirm_is_one_signed_request(vod, client_of):
     vod.post(URL, json=response_of())
-    assert client_of().confirm(15, ("h1", "ü", "\ud800")) is None
+    assert client_of().confirm(15, ("h1", "ü", "\ud800")) == "r-1"
     (call,) = vod.calls
     assert json.loads(call.request.body) == {"EventHandles": ["h1", "ü", "\ud800"], "SubAppId": 15}
     assert call.request.headers["X-TC-Action"] == "ConfirmEvents"
@@ -1252,15 +1252,21 @@ def test_pulls_and_confirms_have_a_quota_each(vod, client_of):
     assert len(clock.waits) == 1
 
 
-def test_a_confirm_without_a_slot_before_the_lease_ends_is_not_sent(vod, client_of):
+def test_a_slot_that_does_not_come_before_the_lease_ends_is_not_waited_for(client_of):
     clock = Clock()
-    vod.post(URL, json=response_of())
     client = client_of(requests_per_sec=0.5, monotonic=clock.monotonic, sleep=clock.sleep)
-    client.confirm(None, ["h"])
-    with pytest.raises(TransientError, match="not sent"):
-        client.confirm(None, ["h"], 1.0)
-    assert len(vod.calls) == 1
+    assert client.await_confirm_slot(1.0) is True
+    assert client.await_confirm_slot(1.0) is False
     assert clock.waits == []
+    assert client.await_confirm_slot(5.0) is True
+    assert len(clock.waits) == 1
+
+
+def test_a_confirm_without_time_left_is_not_sent(vod, client_of):
+    vod.post(URL, json=response_of())
+    with pytest.raises(ThrottledError, match="not sent"):
+        client_of().confirm(None, ["h"], 0.0)
+    assert len(vod.calls) == 0
 
 
 @pytest.mark.parametrize("answer", [{"json": error_of("RequestLimitExceeded")}, {"body": b"", "status": 429}])
