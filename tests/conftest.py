@@ -9,7 +9,7 @@ from vodpoller.logs import CATALOGUE
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 
 
-STARTING = {"certificate", "system"}  # fixtures, wherever they are defined
+STARTING = {"certificate", "system", "tls_receiver"}  # fixtures, wherever they are defined
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is obeyed

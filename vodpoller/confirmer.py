@@ -487,7 +487,8 @@ class Confirmer:
         def live() -> list[_Entry]:
             now = self._monotonic()
             over = [entry for entry in entries if entry.confirmation is None and entry.lease.ends_at <= now]
-            self._complete(queue, over, not_confirmed(last))
+            is_first = isinstance(last, LeaseLostError)  # then what VOD said to others of the source says more
+            self._complete(queue, over, (queue.last_refusal if is_first else None) or not_confirmed(last))
             return [entry for entry in entries if entry.confirmation is None]
 
         def ends_at() -> float:
