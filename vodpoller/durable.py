@@ -5,7 +5,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -36,7 +36,7 @@ _PASSING: Final = frozenset(
     }
 )
 
-_HINTS: Final = {
+HINTS: Final[Mapping[int, str]] = {
     errno.EACCES: "the user that runs vodpoller needs the right to write there",
     errno.EDQUOT: "free space, or raise the quota",
     errno.EIO: "the disk fails: see dmesg",
@@ -46,7 +46,7 @@ _HINTS: Final = {
     errno.ENOENT: "was it removed or unmounted?",
     errno.ENOLCK: "this file system has no locks, as NFS without its lock service: use a local disk",
     errno.ENOSPC: "free space on that disk",
-    errno.ENOTDIR: "a part of the path is a file or a symbolic link, which is not followed",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EPERM: "the user that runs vodpoller needs the right to write there",
     errno.EROFS: "that disk is mounted read-only; under systemd see ReadWritePaths= and StateDirectory=",
 }
@@ -61,10 +61,15 @@ _KINDS: Final = (
 )
 
 
-def why(error: OSError) -> str:
-    """What failed, in the system's words, and what to do about it if that is known."""
+def why(error: OSError, hints: Mapping[int, str] = HINTS) -> str:
+    """What failed, in the system's words, and what to do about it if that is known.
+
+    Args:
+        error: Of the system.
+        hints: What to do, by the number of the error.
+    """
     text = error.strerror or str(error)
-    hint = _HINTS.get(error.errno or 0)
+    hint = hints.get(error.errno or 0)
     return f"{text} ({hint})" if hint else text
 
 

@@ -30,7 +30,7 @@ from pydantic import Field, field_validator
 
 from vodpoller import __version__
 from vodpoller.delivery import Sink
-from vodpoller.durable import Folders, may_pass, why
+from vodpoller.durable import HINTS, Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of
 from vodpoller.httpclient.address import environment_of, shown_url
@@ -81,6 +81,9 @@ _OTHER_EXTENSION: Final = "bin"
 _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 
 _TEMPORARY: Final = re.compile(r"\.vodpoller-[0-9a-f]{16}\.part")
+
+# Below the root, links are not followed.
+_HINTS: Final = {**HINTS, errno.ENOTDIR: "a part of the path is a file or a symbolic link, which is not followed"}
 
 # An image's file says of which event it is, if its file system can hold that (xattr(7)).
 _OWNER: Final = "user.vodpoller.key"
@@ -362,7 +365,7 @@ class DownloadSink(Sink):
                 self._store(parts, self._body(response, fetching), values["key"])
             except OSError as error:
                 place = self._root.joinpath(*parts)
-                raise TransientError(f"{place} was not saved: {why(error)}") from error
+                raise TransientError(f"{place} was not saved: {why(error, _HINTS)}") from error
 
     def _parts(self, values: dict[str, str], extension: str, url: str, fetching: "_Fetching") -> tuple[str, ...]:
         """The path below the root.

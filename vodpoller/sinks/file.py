@@ -58,7 +58,7 @@ _STREAMS = re.compile(r"/dev/(stdin|stdout|stderr|fd/.*)|/proc/(self|thread-self
 _INSTEAD = {
     "a named pipe": 'use a sink of type "exec" with a program that writes to it, or type "stdout"',
     "a socket": 'use a sink of type "webhook" or "exec"',
-    "a device": 'give the path of a file; for standard output there is type "stdout"',
+    "a device": 'for standard output a sink of type "stdout"',
 }
 
 
@@ -355,8 +355,7 @@ class FileSink(Sink):
         self._tail_checked = False
         self._closed = False
         try:
-            with suppress(FileNotFoundError):  # before anything is made beside it
-                _check_kind(self._path.stat().st_mode, self._path)
+            _refuse_what_is_no_file(self._path)
             self._folders.make(self._path.parent)
             self._others = self._keep_others_out()
             try:
@@ -714,12 +713,20 @@ class FileSink(Sink):
 
 def _check_kind(mode: int, path: Path) -> None:
     """Raise an OSError that says what to use instead, if it is no regular file."""
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         kind = kind_of_file(mode)
-        instead = _INSTEAD.get(kind, "give the path of a file")
-        raise OSError(errno.ENXIO, f"it is {kind}, not a regular file ({instead})", str(path))
+        instead = f", or {_INSTEAD[kind]}" if kind in _INSTEAD else ""
+        text = f"it is not a regular file (give the path of a regular file{instead}: this is {kind})"
+        raise OSError(errno.ENXIO, text, str(path))
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Raise the OSError of opening it, before anything is made beside it."""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _check_kind(mode, path)
 
 
 def _look_at(path: Path, lock_path: Path) -> str:
