@@ -178,7 +178,7 @@ def test_a_journal_that_is_no_file_ends_with_78(system, command, place):
         (["replay", "--state", "dead"], "No such option"),
         (["replay", "--to", "hok"], "no sink of the configuration is 'hok' (there are: archive)"),
         (["replay", "--pending", "--to", ""], "there are: archive"),
-        (["list", "--reason", "errored"], "dead letters never have the reason 'errored'"),
+        (["list", "--reason", "sink_failed"], "dead letters never have the reason 'sink_failed'"),
         (["purge", "--yes", "--pending", "--reason", "malformed"], "never have the reason 'malformed'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -203,7 +203,7 @@ def test_an_id_that_is_none_is_named(system, command, options):
 
 @pytest.mark.parametrize("command", ["replay", "purge", "export"])
 def test_an_id_of_the_other_state_is_said_to_be_so(system, command):
-    prepared(system, letter(1), letter(2, dead=False, reason="errored"))
+    prepared(system, letter(1), letter(2, dead=False, reason="sink_failed"))
     yes = ["--yes"] if command == "purge" else []
 
     assert_fails(letters_command(system, command, "--pending", "1", *yes), 1, "1 is a dead letter and not pending")
@@ -238,8 +238,8 @@ def test_list_has_a_table_for_people_and_lines_for_programs(system):
     prepared(
         system,
         letter(1),
-        letter(2, "", reason="unrouted", event_type="FileDeleted", error="x" * 300),
-        letter(3, dead=False, reason="errored", error="timed out"),
+        letter(2, "", reason="no_route", event_type="FileDeleted", error="x" * 300),
+        letter(3, dead=False, reason="sink_failed", error="timed out"),
     )
 
     table = letters_command(system, "list")
@@ -268,7 +268,7 @@ def test_the_list_shows_ids_of_tencent_and_the_next_try(system):
     prepared(
         system,
         letter(1, task_id="125-Snapshot-42e4"),
-        letter(13996416126956185761, dead=False, reason="errored", task_id="125-Snapshot-77", due_in_secs=600),
+        letter(13996416126956185761, dead=False, reason="sink_failed", task_id="125-Snapshot-77", due_in_secs=600),
     )
 
     table = letters_command(system, "list").stdout
@@ -405,13 +405,13 @@ def test_show_has_the_body_as_it_came(system):
 
 
 def test_show_has_pending_ones_too(system):
-    (body,) = prepared(system, letter(1, dead=False, reason="errored"))
+    (body,) = prepared(system, letter(1, dead=False, reason="sink_failed"))
 
     assert json.loads(letters_command(system, "show", "1", "--json").stdout)["body"] == body.decode()
 
 
 def test_show_takes_pending_only_if_it_is_told_to(system):
-    prepared(system, letter(1), letter(2, dead=False, reason="errored"))
+    prepared(system, letter(1), letter(2, dead=False, reason="sink_failed"))
 
     assert json.loads(letters_command(system, "show", "2", "--pending", "--json").stdout)["state"] == "pending"
     assert_fails(letters_command(system, "show", "1", "--pending"), 1, "there is no pending event 1")
@@ -428,7 +428,7 @@ def test_export_has_reason_and_body_in_each_line_under_any_locale(system, encodi
         system,
         Letter(event=exact, sink="archive", dead=True, reason="rejected", error="no \U0001f600"),
         Letter(event=broken, sink="", dead=True, reason="malformed", error="it is not JSON"),
-        letter(3, dead=False, reason="errored"),
+        letter(3, dead=False, reason="sink_failed"),
     )
 
     done = letters_command(system, "export", PYTHONIOENCODING=encoding)
@@ -490,7 +490,7 @@ def test_replay_says_what_it_cannot_deliver_and_delivers_the_rest(system):
 
 
 def test_replay_routes_anew_what_no_route_took(system):
-    bodies = prepared(system, letter(1, "", reason="unrouted", error="no route takes it"))
+    bodies = prepared(system, letter(1, "", reason="no_route", error="no route takes it"))
 
     assert letters_command(system, "replay").returncode == 0
 
@@ -570,7 +570,7 @@ def test_what_moves_beside_a_running_daemon_arrives_once(system, receiver):
     simulator = system.simulator()
     receiver.answer = Answer(status=503)
     path = system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
-    bodies = store(system, *(letter(number, "hook", dead=False, reason="errored") for number in range(200)))
+    bodies = store(system, *(letter(number, "hook", dead=False, reason="sink_failed") for number in range(200)))
     daemon = system.daemon()
     until(lambda: receiver.received)
 
@@ -588,7 +588,7 @@ def test_purge_of_pending_events_beside_a_running_daemon(system, receiver):
     simulator = system.simulator()
     receiver.answer = Answer(status=503)
     system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
-    store(system, *(letter(number, "hook", dead=False, reason="errored") for number in range(200)))
+    store(system, *(letter(number, "hook", dead=False, reason="sink_failed") for number in range(200)))
     daemon = system.daemon()
     until(lambda: receiver.received)
 
@@ -765,7 +765,7 @@ def test_purge_asks_and_takes_no_for_an_answer(system, answer):
 
 @pytest.mark.parametrize(("args", "answer"), [([], "y\n"), (["--yes"], "")])
 def test_purge_deletes_what_it_was_told_to(system, args, answer):
-    prepared(system, letter(1), letter(2, "hook"), letter(3, dead=False, reason="errored"))
+    prepared(system, letter(1), letter(2, "hook"), letter(3, dead=False, reason="sink_failed"))
 
     done = purge(system, "--sink", "archive", *args, answer=answer)
 
@@ -777,7 +777,10 @@ def test_purge_deletes_what_it_was_told_to(system, args, answer):
 
 def test_purge_deletes_pending_events_if_it_is_told_to(system):
     prepared(
-        system, letter(1), letter(2, "gone", dead=False, reason="errored"), letter(3, dead=False, reason="errored")
+        system,
+        letter(1),
+        letter(2, "gone", dead=False, reason="sink_failed"),
+        letter(3, dead=False, reason="sink_failed"),
     )
 
     done = purge(system, "--pending", "--sink", "gone", answer="y\n")
@@ -849,7 +852,7 @@ def test_status_of_a_journal_with_nothing_in_it(system):
 
 
 def test_status_says_how_much_waits_for_which_sink(system):
-    prepared(system, letter(1), letter(2, "", reason="unrouted"), letter(3, dead=False, reason="errored"))
+    prepared(system, letter(1), letter(2, "", reason="no_route"), letter(3, dead=False, reason="sink_failed"))
 
     said = status_of(system)
     assert [(row["sink"], row["state"], row["events"]) for row in said["stored"]] == [
@@ -1238,7 +1241,7 @@ def test_what_is_stored_for_a_sink_that_is_gone_is_told_with_the_commands(system
         system,
         letter(1, "gone", dead=state == "dead"),
         letter(2, dead=state == "dead"),
-        letter(3, "", reason="unrouted"),
+        letter(3, "", reason="no_route"),
     )
 
     verdict, text = connect(system, 1)["stored events"]

@@ -290,7 +290,7 @@ def test_an_event_that_a_webhook_cannot_take_holds_up_no_other(system):
         simulator.feed(*map(numbered, range(5, 100)))
         until(lambda: len(receiver.accepted) == 99)
         until(simulator.all_confirmed)
-        assert stored(system) == {("hook", "pending", "errored"): 1}
+        assert stored(system) == {("hook", "pending", "sink_failed"): 1}
 
         receiver.poison = b"\x00"
         until(lambda: len(receiver.accepted) == 100, secs=60)

@@ -692,11 +692,11 @@ def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
             lambda: (
                 stored(system)
                 == {
-                    ("hook", "pending", "errored"): 1,
+                    ("hook", "pending", "sink_failed"): 1,
                     ("hook", "dead", "rejected"): 1,
                     ("chosen", "dead", "rejected"): 1,
-                    ("plugin", "pending", "errored"): 1,
-                    ("command", "pending", "errored"): 1,
+                    ("plugin", "pending", "sink_failed"): 1,
+                    ("command", "pending", "sink_failed"): 1,
                 }
             ),
             what=lambda: str(stored(system)),
@@ -750,8 +750,8 @@ def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system,
     assert (dead["reason"], dead["sink"]) == ("gave_up", "hook")
     assert errored(system) == {
         ("hook", "dead", "gave_up"): 1,
-        ("hook", "pending", "errored"): 2,
-        ("gone", "pending", "errored"): 1,
+        ("hook", "pending", "sink_failed"): 2,
+        ("gone", "pending", "sink_failed"): 1,
     }
 
     receiver.answer = Answer()
@@ -764,7 +764,7 @@ def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system,
     assert "deadletters replay --pending --sink gone --to SINK" in stuck["hint"]
     assert "deadletters purge --pending --sink gone" in stuck["hint"]
     assert daemon.terminate()[0] == 0
-    assert errored(system) == {("hook", "dead", "gave_up"): 1, ("gone", "pending", "errored"): 1}
+    assert errored(system) == {("hook", "dead", "gave_up"): 1, ("gone", "pending", "sink_failed"): 1}
     assert_each_accepted_once(receiver, 2)
 
 

@@ -61,7 +61,7 @@ def journal(opened):
 
 
 def letter(number=0, sink="it", **more):
-    return Letter(event=event(number), sink=sink, **{"dead": False, "reason": "errored", **more})
+    return Letter(event=event(number), sink=sink, **{"dead": False, "reason": "sink_failed", **more})
 
 
 def accept(journal, *numbers, sink="it", position=None):
@@ -274,7 +274,7 @@ def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
 def test_what_is_stored_is_in_the_file_when_the_call_returns(journal, path):
     journal.store([letter(1), letter(2, dead=True, reason="rejected", error="no")])
     stored = rows(path, "SELECT state, reason, error, confirmed, body FROM letters ORDER BY id")
-    assert stored == [("pending", "errored", "", 0, event(1).body), ("dead", "rejected", "no", 0, event(2).body)]
+    assert stored == [("pending", "sink_failed", "", 0, event(1).body), ("dead", "rejected", "no", 0, event(2).body)]
 
 
 def test_what_stands_in_for_an_event_is_committed_with_a_full_sync(journal):
@@ -803,7 +803,7 @@ def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(p
     code = (
         "import os, sys; from pathlib import Path; from tests.helpers import *; from vodpoller.journal import *\n"
         "journal = Journal(Path(sys.argv[1]), max_bytes=10**9, ledger_days=1, log=log_into([]))\n"
-        "journal.store([Letter(event=event(n), sink='it', dead=False, reason='errored') for n in range(9)])\n"
+        "journal.store([Letter(event=event(n), sink='it', dead=False, reason='sink_failed') for n in range(9)])\n"
         "os._exit(9)"
     )
     root = Path(__file__).parent.parent

@@ -224,7 +224,7 @@ def test_a_look_makes_no_file(path, log, wall, daemon):
         ({"event_type": "*complete"}, []),
         ({"event_type": "' OR 1=1 --"}, []),
         ({"reason": "rejected"}, [1, 5]),
-        ({"reason": "unrouted"}, [3]),
+        ({"reason": "no_route"}, [3]),
         ({"file_id": "5"}, [5]),
         ({"file_id": "4"}, []),
         ({"file_id": "4", "state": "pending"}, [4]),
@@ -246,8 +246,8 @@ def test_filters_narrow_each_other_down(journal, letters, wall, wanted, found):
         [
             letter(1),
             letter(2, "script", event_type="TranscodeComplete", reason="gave_up", task_id="t2"),
-            letter(3, "", event_type="FileDeleted", reason="unrouted"),
-            letter(4, dead=False, reason="errored"),
+            letter(3, "", event_type="FileDeleted", reason="no_route"),
+            letter(4, dead=False, reason="sink_failed"),
         ]
     )
     wall.advance(1)
@@ -463,7 +463,7 @@ def test_what_cannot_be_read_stays(journal, letters, path):
 
 
 def test_what_no_route_took_is_routed_by_todays_routes(journal, letters, path):
-    journal.store([letter(1, "", reason="unrouted"), letter(2, "", reason="unrouted", event_type="FileDeleted")])
+    journal.store([letter(1, "", reason="no_route"), letter(2, "", reason="no_route", event_type="FileDeleted")])
 
     assert replay(letters, "hook", "archive", router=Routes(NewFileUpload=("hook", "archive"))) == (1, 1)
 
@@ -478,7 +478,7 @@ def test_what_no_route_took_is_routed_by_todays_routes(journal, letters, path):
 
 def test_what_a_sink_has_already_is_not_brought_to_it_again(journal, letters):
     """No route took the event at first; then VOD brought it again, and one did."""
-    journal.store([letter(1, "", reason="unrouted")])
+    journal.store([letter(1, "", reason="no_route")])
     journal.accept("hook", [event(1).key], None)
 
     replay(letters, "hook", router=Routes(NewFileUpload=("hook",)))
@@ -487,7 +487,7 @@ def test_what_a_sink_has_already_is_not_brought_to_it_again(journal, letters):
 
 
 def test_a_portion_that_fails_is_not_done_at_all(journal, letters, path):
-    journal.store([letter(1), letter(2, "", reason="unrouted")])
+    journal.store([letter(1), letter(2, "", reason="no_route")])
 
     class Broken:
         def route(self, event):
@@ -504,12 +504,12 @@ def test_a_portion_that_fails_is_not_done_at_all(journal, letters, path):
 
 
 def test_pending_events_are_made_due_at_once(journal, letters, path, wall):
-    journal.store([letter(1, dead=False, reason="errored", attempts=9, due_in_secs=900), letter(2)])
+    journal.store([letter(1, dead=False, reason="sink_failed", attempts=9, due_in_secs=900), letter(2)])
     wall.advance(60)
 
     assert replay(letters, "hook", state="pending") == (1, 0)
 
-    assert states(path)[0] == ("hook", "pending", "errored", 0, wall())
+    assert states(path)[0] == ("hook", "pending", "sink_failed", 0, wall())
     assert ids(letters) == [2]
 
 
@@ -541,7 +541,7 @@ def test_what_no_route_took_and_nobody_can_read_moves_as_far_as_it_can(journal, 
     broken = replace(event(9), body=b'{"EventType')
     journal.store(
         [
-            letter(1, "", reason="unrouted"),
+            letter(1, "", reason="no_route"),
             Letter(event=broken, sink="", dead=True, reason="malformed", error="cut"),
         ]
     )

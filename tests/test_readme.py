@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from vodpoller.cli import main
 from vodpoller.config import TABLES
+from vodpoller.settlement import ConfirmResult, Reason
 from vodpoller.sinks import SinkConfig, available_sinks
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,14 @@ def test_the_table_of_keys_is_that_of_the_models() -> None:
     if os.environ.get("VODPOLLER_WRITE_README"):
         README.write_text(f"{before}{begin}{wanted}\n{end}{after}")
     assert written.strip() == wanted.strip(), "run VODPOLLER_WRITE_README=1 pytest tests/test_readme.py"
+
+
+@pytest.mark.parametrize(("name", "values"), [("reasons", Reason), ("confirm results", ConfirmResult)])
+def test_every_reason_has_its_row_in_its_order(name, values) -> None:
+    text = README.read_text()
+    _, rest = text.split(f"<!-- {name}: begin -->\n")
+    table, _ = rest.split(f"<!-- {name}: end -->")
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[-len(values) :] == [value.value for value in values]
 
 
 def test_every_command_line_option_of_the_readme_exists() -> None:

@@ -34,7 +34,11 @@ GC_THRESHOLD: Final = 20_000
 SHOWN_CHARS: Final = 80
 PIPED_WIDTH: Final = 200
 LETTER_ID: Final = click.IntRange(1, 2**63 - 1)
-REASONS: Final = ("rejected", "gave_up", "malformed", "unrouted", "errored", "unsettled")  # of both states
+REASONS: Final = (  # of both states
+    *("rejected", "gave_up", "malformed", "no_route"),
+    *("sink_failed", "sink_down", "sink_paused", "queue_full", "out_of_time", "stopping", "journal_failed"),
+    "sink_removed",
+)
 DEFAULT_CONFIG: Final = Path("/etc/vodpoller/config.toml")
 UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
 CATCHING: Final = ("run", "once")  # what a signal means to them is theirs to say, from the first instant
@@ -209,7 +213,9 @@ def _filter_options(command: "Callable[..., Any]") -> "Callable[..., Any]":
         click.option("--task-id", help="The id of the task that the event tells of."),
         click.option("--file-id", help="The id of the video that the event is about."),
         click.option("--since", help="Stored since: a time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d)."),
-        click.option("--reason", type=click.Choice(REASONS), help="Why they are stored; the last two with --pending."),
+        click.option(
+            "--reason", type=click.Choice(REASONS), help="Why they are stored; those after no_route with --pending."
+        ),
         click.option("--type", "event_type", help="The event type; * and ? are allowed."),
         click.option("--sink", help="The sink that lacks them."),
     ):

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
@@ -353,6 +354,8 @@ class Daemon:
 
     def _start(self) -> None:
         self._warn()
+        with suppress(StorageError):  # the journal has said so
+            self._journal.mark_removed(self._workers)
         logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is no news
         for worker in self._workers.values():
             worker.start()

@@ -10,7 +10,7 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -25,6 +25,7 @@ from vodpoller.errors import JournalError, JournalFullError, StorageError, Unusa
 from vodpoller.events import Event, restore_event
 from vodpoller.logs import Logger, Repeats
 from vodpoller.migrations import ROW_OVERHEAD_BYTES, count_anew, migrate
+from vodpoller.settlement import Reason
 
 CONFIRMED_KEPT_SECS: Final = 600.0
 DUE_HORIZON_SECS: Final = 900.0
@@ -77,7 +78,7 @@ class Letter:
         event: The event.
         sink: The sink that lacks it; empty where no route names one.
         dead: It waits for a person, not for another attempt.
-        reason: One word for filters: "errored", "unsettled", "rejected", "malformed", "unrouted", "gave_up".
+        reason: Why, a value of `Reason`.
         error: What the last attempt said.
         attempts: How many there were.
         due_in_secs: When a pending one is tried again.
@@ -551,6 +552,37 @@ class Journal:
             self._failed(failure)
             return False
         return True
+
+    def mark_removed(self, sinks: Collection[str]) -> None:
+        """Give pending events of sinks that are no more the reason `sink_removed`; they stay pending.
+
+        An event whose sink is back loses the reason.
+
+        Args:
+            sinks: The names of the sinks that there are.
+
+        Raises:
+            StorageError: The journal cannot be written.
+        """
+        marks = ",".join("?" * len(sinks))
+
+        def work(db: sqlite3.Connection) -> None:
+            if not _letters_bytes(db):
+                return
+            db.execute(
+                f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({marks})",  # noqa: S608 - marks
+                (Reason.SINK_REMOVED.value, *sinks),
+            )
+            db.execute(
+                f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({marks})",  # noqa: S608 - marks
+                (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
+            )
+
+        try:
+            self._write(work, durable=False)
+        except sqlite3.Error as error:
+            self._failed(error)
+            raise StorageError(f"the journal cannot be written: {error}") from error
 
     def counts(self) -> dict[tuple[str, str], int]:
         """How many rows there are by (sink, state).

@@ -22,14 +22,27 @@ from vodpoller.events import Event, event_fields, restore_event
 from vodpoller.journal import WAL_KEPT_BYTES, is_corrupt, problem_of_place, way_out
 from vodpoller.migrations import OLDEST_READABLE, refuse_other, version_of
 from vodpoller.router import Router
+from vodpoller.settlement import Reason
 
 CHUNK_ROWS: Final = 200
 CHUNK_BYTES: Final = 8 * 1024 * 1024
 BUSY_SECS: Final = 10.0
 
+_OF_DEAD: Final = (Reason.REJECTED, Reason.GAVE_UP, Reason.MALFORMED, Reason.NO_ROUTE)
+_OF_PENDING: Final = (
+    Reason.SINK_FAILED,
+    Reason.SINK_DOWN,
+    Reason.SINK_PAUSED,
+    Reason.QUEUE_FULL,
+    Reason.OUT_OF_TIME,
+    Reason.STOPPING,
+    Reason.JOURNAL_FAILED,
+    Reason.SINK_REMOVED,
+    *(Reason.REJECTED, Reason.GAVE_UP, Reason.NO_ROUTE),  # these were dead letters and are replayed
+)
 REASONS: Final[Mapping[str, Sequence[str]]] = {
-    "dead": ("rejected", "gave_up", "malformed", "unrouted"),
-    "pending": ("errored", "unsettled", "rejected", "gave_up"),  # the last two were dead letters and are replayed
+    "dead": tuple(reason.value for reason in _OF_DEAD),
+    "pending": tuple(reason.value for reason in _OF_PENDING),
 }
 
 _COLUMNS: Final = (
@@ -393,8 +406,8 @@ class Letters:
                 (
                     row.key,
                     target,
-                    "unsettled" if not row.sink else row.reason,
-                    "" if not row.sink else row.error,
+                    row.reason,
+                    row.error,
                     now,
                     now,
                     row.confirmed if row.sink else 1,

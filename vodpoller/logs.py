@@ -9,8 +9,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from typing import Any, Final, Literal, Protocol, TextIO
 
@@ -120,6 +120,7 @@ class LineLogger:
             self._outlet: Outlet | None = Outlet(stream.fileno())
         except (OSError, ValueError):
             self._outlet = None
+        self._here = threading.local()
         self._lock = threading.Lock()
         self._owed = b""  # the rest of what was begun: nothing else may be written before it
         self._dropped_lines = 0
@@ -127,15 +128,34 @@ class LineLogger:
 
     def msg(self, line: bytes) -> None:
         """Write one line, or drop it. Nothing that happens to the reader stops the daemon."""
+        kept: list[bytes] | None = getattr(self._here, "kept", None)
+        if kept is None:
+            self._write([line])
+        else:
+            kept.append(line)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread logs until the end of the `with` is written then, in one write."""
+        kept: list[bytes] = []
+        self._here.kept = kept
+        try:
+            yield
+        finally:
+            self._here.kept = None
+            if kept:
+                self._write(kept)
+
+    def _write(self, lines: Sequence[bytes]) -> None:
         with self._lock:
             if self._outlet is None:
                 with suppress(OSError, ValueError):
-                    self._stream.write(line.decode(errors="replace"))
+                    self._stream.write(b"".join(lines).decode(errors="replace"))
                 return
             if self._is_stuck or not self._settle(self._outlet):
-                self._dropped_lines += 1
+                self._dropped_lines += len(lines)
                 return
-            self._owed += line
+            self._owed += b"".join(lines)
             if not self._flush(self._outlet, PATIENCE_SECS):
                 self._watch(self._outlet)
 

@@ -63,6 +63,12 @@ _STEPS: Final[Sequence[Sequence[str]]] = (
                 - (OLD.state = 'dead') * (length(OLD.body) + 512);
         END""",
     ),
+    # 3: reasons have the names that they have in the log, in `status` and in the README
+    (
+        """UPDATE letters SET reason = CASE reason
+            WHEN 'unrouted' THEN 'no_route' WHEN 'errored' THEN 'sink_failed' ELSE 'out_of_time'
+        END WHERE reason IN ('unrouted', 'errored', 'unsettled')""",
+    ),
 )
 SCHEMA_VERSION: Final = len(_STEPS)
 

@@ -227,7 +227,23 @@ class Pipeline:
                 item.letters.append(Letter(event=item.event, sink="", dead=True, reason=Reason.NO_ROUTE, error=why))
             elif item.verdict.settlement is Settlement.LEAVE:
                 self._say_left(source, item.event.type)
+            else:
+                self._say_if_meant_for_a_route(source, item.event.type)
         return item
+
+    def _say_if_meant_for_a_route(self, source: Source, event_type: str) -> None:
+        """A mistyped route lets events be confirmed that its author wanted: say so, once per type."""
+        similar = self._router.similar_routed(source.name, event_type)
+        if similar is not None:
+            self._telemetry.repeated(
+                "warning",
+                "config.warning",
+                cause=f"similar {source.name} {event_type}",
+                message=f"events of type {event_type} are confirmed and dropped, since no route takes them; a route"
+                f" takes {similar!r}: is that a misspelling?",
+                source=source.name,
+                event_type=event_type,
+            )
 
     def _say_left(self, source: Source, event_type: str) -> None:
         fields = {"source": source.name, "event_type": event_type}
@@ -360,29 +376,29 @@ class Pipeline:
     def _finish(self, items: Sequence[_Item], batch: Batch) -> None:
         """The one place where events get their lines and are counted."""
         now = self._monotonic()
-        duration_secs = round(now - batch.received_at, 4)
-        lease_left_secs = round(batch.lease.ends_at - now, 3)
         with self._counting:
             self.unconfirmed_events += sum(not item.is_confirmed for item in items)
         self._telemetry.add(_numbers(items, batch.source.name))
-        for item in items:
-            self._telemetry.log.info(
-                "event.settled",
-                **event_fields(item.event),
-                routes=item.routes,
-                sinks={
-                    sink: {"outcome": it.outcome.value, "reason": it.reason.value} for sink, it in item.results.items()
-                },
-                settlement=item.verdict.settlement.value,
-                reason=item.verdict.reason.value,
-                confirmed=item.is_confirmed,
-                **_confirm_fields(item),
-                pull_request_id=batch.request_id,
-                duration_secs=duration_secs,
-                lease_left_secs=lease_left_secs,
-                redelivered=item.redelivered,
-                **_failed_snapshots(item.event),
-            )
+        with self._telemetry.together():
+            for item in items:
+                self._say_settled(item, batch, now)
+
+    def _say_settled(self, item: _Item, batch: Batch, now: float) -> None:
+        self._telemetry.log.info(
+            "event.settled",
+            **event_fields(item.event),
+            routes=item.routes,
+            sinks={sink: {"outcome": it.outcome.value, "reason": it.reason.value} for sink, it in item.results.items()},
+            settlement=item.verdict.settlement.value,
+            reason=item.verdict.reason.value,
+            confirmed=item.is_confirmed,
+            **_confirm_fields(item),
+            pull_request_id=batch.request_id,
+            duration_secs=round(now - batch.received_at, 4),
+            lease_left_secs=round(batch.lease.ends_at - now, 3),
+            redelivered=item.redelivered,
+            **_failed_snapshots(item.event),
+        )
 
 
 def _numbers(items: Iterable[_Item], source: str) -> Counter[tuple[Count, Labels]]:

@@ -8,10 +8,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Any
 
-from vodpoller.logs import Level, Logger, Repeats
+from vodpoller.logs import Level, LineLogger, Logger, Repeats
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -48,6 +49,12 @@ class Telemetry:
         """The view of one part of the daemon: its causes of repeated lines are its own."""
         return Scope(self, Repeats(self.log, monotonic=self._monotonic))
 
+    def together(self) -> AbstractContextManager[None]:
+        """What this thread logs until the end of the `with` is written then, in one write."""
+        # structlog documents this attribute for code that wraps its loggers ("BoundLoggerBase").
+        logger = getattr(self.log, "_logger", None)
+        return logger.together() if isinstance(logger, LineLogger) else nullcontext()
+
     def add(self, numbers: Mapping[tuple[Count, Labels], int]) -> None:
         """Count several things at once."""
         with self._lock:
@@ -76,6 +83,10 @@ class Scope:
         self._telemetry = telemetry
         self._repeats = repeats
         self.log = telemetry.log
+
+    def together(self) -> AbstractContextManager[None]:
+        """As `Telemetry.together`."""
+        return self._telemetry.together()
 
     def repeated(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
         """Log what may repeat: once per cause, then again with a number after some minutes.
