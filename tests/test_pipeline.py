@@ -595,7 +595,7 @@ def test_an_event_that_a_stop_interrupts_is_stored_with_the_reason(line, lines, 
     wait = DeliveryWait()
     thread = threading.Thread(target=one, args=(line,), kwargs={"wait": wait})
     thread.start()
-    until(lambda: wait.is_waiting and line.sinks["a"].calls)
+    until(lambda: wait.is_waiting and line.sinks["a"].calls and line.known(1, "b") is Known.ACCEPTED)
     wait.interrupt(stopping=True)
     thread.join(10)
     assert settled(lines)[-1] == ("store", "stopping", True, {"a": "stopping", "b": "delivered"})
