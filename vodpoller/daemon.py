@@ -23,7 +23,7 @@ from vodpoller.delivery import Portion, Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
 from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal import Journal
-from vodpoller.logs import Logger, Repeats
+from vodpoller.logs import Logger
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.poller import Poller
@@ -89,8 +89,8 @@ class Daemon:
     def __init__(self, config: Config, *, log: Logger, notifier: Notifier, signals: Signals | None = None) -> None:
         self._config = config
         self._log = log
-        self._repeats = Repeats(log)
         self._telemetry = telemetry = Telemetry(log)
+        self._scope = telemetry.scope()
         self._notifier = notifier
         self._liveness = Liveness()
         self._signals = signals or Signals()
@@ -384,7 +384,7 @@ class Daemon:
         try:
             task()
         except Exception as error:  # noqa: BLE001 - it runs again at its next time
-            self._repeats.say("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
+            self._scope.repeated("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
 
     def _keep_up(self) -> None:
         self._journal.flush()
@@ -399,7 +399,7 @@ class Daemon:
         except StorageError:  # the journal has said so
             return
         for sink in {sink for sink, state in self._counts if state == "pending"} - set(self._workers):
-            self._repeats.say(
+            self._scope.repeated(
                 "error",
                 "pending.stuck",
                 cause=f"no sink {sink}",
@@ -415,7 +415,7 @@ class Daemon:
         self._mark()
         overdue = self._liveness.overdue(OVERDUE_SECS)
         for step, secs in overdue.items():
-            self._repeats.say("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
+            self._scope.repeated("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
         if not overdue:
             self._notifier.alive()
         self._notifier.status(self._status())
@@ -458,7 +458,7 @@ class Daemon:
             try:
                 reopen()
             except Exception as error:  # noqa: BLE001 - a sink that cannot reopen fails at its next delivery
-                self._repeats.say("error", "task.failed", cause=f"reopen {name}", task=f"reopen {name}", exc_info=error)
+                self._scope.repeated("error", "task.failed", cause=f"reopen {name}", task=f"reopen {name}", exc_info=error)
         for poller in self._pollers:
             poller.wake()
         self._log.info("daemon.reloaded")
@@ -472,7 +472,7 @@ class Daemon:
             try:
                 secret.reread()
             except (OSError, UnicodeDecodeError) as error:
-                self._repeats.say("warning", "secret.unreadable", cause=str(error), error_message=str(error))
+                self._scope.repeated("warning", "secret.unreadable", cause=str(error), error_message=str(error))
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
