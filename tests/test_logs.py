@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import vodpoller
 from tests.helpers import log_into, named
 from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, Repeats, make_logger, printable
+from vodpoller.telemetry import Telemetry
 
 SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
 
@@ -658,3 +659,47 @@ def test_the_doubles_of_these_tests_log_as_the_logger_does():
     log_into(lines, level="info").debug("daemon.started")
     log_into(lines).info("daemon.started", source="main")
     assert named(lines, "daemon.started") == [{"event": "daemon.started", "level": "info", "source": "main"}]
+
+
+# --- what belongs together --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe():
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with open(writing, "w", encoding="utf-8") as stream:  # noqa: PTH123 - a descriptor
+        yield stream, lambda: _read_what_is_there(reading)
+    os.close(reading)
+
+
+def _read_what_is_there(fd):
+    try:
+        return os.read(fd, 1 << 20)
+    except BlockingIOError:
+        return b""
+
+
+def test_what_belongs_together_is_written_in_one_write(pipe):
+    stream, read = pipe
+    telemetry = Telemetry(make_logger(stream, log_format="json"))
+    with telemetry.together():
+        for number in range(3):
+            telemetry.log.info("event.settled", number=number)
+        thread = threading.Thread(target=lambda: telemetry.log.info("daemon.started"))
+        thread.start()
+        thread.join()
+        assert [json.loads(line)["event"] for line in read().splitlines()] == ["daemon.started"]
+    assert [json.loads(line)["number"] for line in read().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError()])
+def test_what_was_said_before_an_error_is_written(pipe, error):
+    stream, read = pipe
+    telemetry = Telemetry(make_logger(stream, log_format="json"))
+    with pytest.raises(type(error)), telemetry.together():
+        telemetry.log.info("event.settled")
+        raise error
+    assert json.loads(read())["event"] == "event.settled"
+    telemetry.log.info("daemon.started")
+    assert json.loads(read())["event"] == "daemon.started"

@@ -458,7 +458,8 @@ class Daemon:
             try:
                 reopen()
             except Exception as error:  # noqa: BLE001 - a sink that cannot reopen fails at its next delivery
-                self._scope.repeated("error", "task.failed", cause=f"reopen {name}", task=f"reopen {name}", exc_info=error)
+                task = f"reopen {name}"
+                self._scope.repeated("error", "task.failed", cause=task, task=task, exc_info=error)
         for poller in self._pollers:
             poller.wake()
         self._log.info("daemon.reloaded")
