@@ -697,9 +697,14 @@ def test_what_belongs_together_is_written_in_one_write(pipe):
 def test_what_was_said_before_an_error_is_written(pipe, error):
     stream, read = pipe
     telemetry = Telemetry(make_logger(stream, log_format="json"))
-    with pytest.raises(type(error)), telemetry.together():
-        telemetry.log.info("event.settled")
-        raise error
+
+    def say_and_fail():
+        with telemetry.together():
+            telemetry.log.info("event.settled")
+            raise error
+
+    with pytest.raises(type(error)):
+        say_and_fail()
     assert json.loads(read())["event"] == "event.settled"
     telemetry.log.info("daemon.started")
     assert json.loads(read())["event"] == "daemon.started"
