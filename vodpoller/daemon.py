@@ -38,6 +38,7 @@ HEARTBEAT_SECS: Final = 5.0
 BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not one too few
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
+CONFIRM_SECS: Final = 2.0
 CLOSE_SECS: Final = 1.0
 ONCE_TRIES: Final = 3
 RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
@@ -123,17 +124,18 @@ class Daemon:
             key_renewal=config.key_renewal,
             log=log,
         )
+        self._confirmer = Confirmer(
+            vod=self._vod,
+            telemetry=telemetry,
+            liveness=self._liveness,
+            reserve_secs=config.api.confirm_reserve_secs,
+        )
         self._pipeline = Pipeline(
             router=Router(config.routes),
             workers=self._workers,
             in_flight=in_flight,
             journal=self._journal,
-            confirmer=Confirmer(
-                vod=self._vod,
-                telemetry=telemetry,
-                liveness=self._liveness,
-                reserve_secs=config.api.confirm_reserve_secs,
-            ),
+            confirmer=self._confirmer,
             confirm_reserve_secs=config.api.confirm_reserve_secs,
             requests_per_sec=config.api.requests_per_sec,
             telemetry=telemetry,
@@ -490,6 +492,9 @@ class Daemon:
         if not all(ended):
             for poller in self._pollers:
                 poller.hurry()
+            ended = [poller.join(ends_at - CONFIRM_SECS - time.monotonic()) for poller in self._pollers]
+        if not all(ended):
+            self._confirmer.stop(ends_at)
             ended = [poller.join(ends_at - 1 - time.monotonic()) for poller in self._pollers]
         for worker in self._workers.values():
             worker.stop()
