@@ -215,6 +215,7 @@ def test_the_job_runs_once_with_the_services_configuration(unit, job):
         pytest.param("Type", "exec", id="neither notifies nor has to end within the time of a start"),
         pytest.param("Restart", "no", id="comes again by the timer only"),
         pytest.param("WatchdogSec", "0", id="reports nothing in between"),
+        pytest.param("RuntimeMaxSec", "1h", id="ends, even if it hangs"),
     ],
 )
 def test_the_job_does_without_what_only_a_daemon_does(job, name, value):
@@ -222,8 +223,9 @@ def test_the_job_does_without_what_only_a_daemon_does(job, name, value):
 
 
 def test_all_else_that_the_job_has_is_the_services(unit, job):
-    changed = {name for name in job if job[name] != unit[name]}
-    assert changed == {("Service", name) for name in ("Type", "ExecStart", "Restart", "WatchdogSec")}
+    changed = {name for name in job if job[name] != unit.get(name)}
+    names = ("Type", "ExecStart", "Restart", "WatchdogSec", "RuntimeMaxSec")
+    assert changed == {("Service", name) for name in names}
 
 
 def test_the_timer_starts_the_unit_of_its_name_every_5_minutes():
