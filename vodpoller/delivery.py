@@ -439,10 +439,11 @@ class Worker:
         taken.clear()
         with self._condition:
             self._busy.discard(threading.get_ident())
-            for delivery in left:
-                self._breaker.failed(delivery.event.key)
+        why = "an unforeseen error; the log has it"
+        for delivery in left:
+            self._count_failure(delivery, why)
         if left:
-            self._in_flight.complete(left, _failed("an unforeseen error; the log has it", attempts=1))
+            self._in_flight.complete(left, _failed(why, attempts=1))
 
     def _take(self, taken: list[Delivery]) -> tuple[list[Delivery], dict[Reason, list[Delivery]]] | None:
         """What one call gets, and what is not attempted now and why; None if there is nothing to do, or no more."""
@@ -557,14 +558,11 @@ class Worker:
         with self._condition:
             self._last_error = why
             was_open = self._breaker.open
-            opened = counts and self._breaker.failed(delivery.event.key)
-            if opened:
-                self._down_since = self._wall()
             if retry_after_secs is not None:  # it is the receiver that is overloaded, not this event
                 self._paused_until = max(self._paused_until, self._monotonic() + retry_after_secs)
         self._say_failed(delivery, error)
-        if opened:
-            self._telemetry.log.error("breaker.opened", sink=self.name, error_message=why)
+        if counts:
+            self._count_failure(delivery, why)
         if isinstance(error, RejectedError) and not was_open:
             result = SinkResult(outcome=Outcome.REJECTED, reason=Reason.REJECTED, why=why, attempts=delivery.attempts)
             self._in_flight.complete((delivery,), result)
@@ -572,6 +570,14 @@ class Worker:
             self._in_flight.complete(
                 (delivery,), _failed(why, attempts=delivery.attempts, retry_after_secs=retry_after_secs)
             )
+
+    def _count_failure(self, delivery: Delivery, why: str) -> None:
+        with self._condition:
+            opened = self._breaker.failed(delivery.event.key)
+            if opened:
+                self._down_since, self._last_error = self._wall(), why
+        if opened:
+            self._telemetry.log.error("breaker.opened", sink=self.name, error_message=why)
 
     def _say_failed(self, delivery: Delivery, error: Exception) -> None:
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
