@@ -599,6 +599,14 @@ def test_the_quota_holds_over_a_sliding_second_for_each_action(run, client):
     until(lambda: code_of(api.call("PullEvents")) is None, "the quota comes back")
 
 
+@pytest.mark.parametrize(("confirms", "allowed"), [(2, 2), (0, 6)])
+def test_confirms_can_have_a_quota_of_their_own(run, client, confirms, allowed):
+    api = client(run(requests_per_sec=4, confirms_per_sec=confirms))
+    codes = [code_of(api.confirm(["a"])) for _ in range(6)]
+    assert codes.count("RequestLimitExceeded") == 6 - allowed
+    assert [code_of(api.call("PullEvents")) for _ in range(5)].count(None) == 4
+
+
 def test_an_event_whose_lease_runs_out_goes_to_the_pull_that_hangs(run, client):
     simulator = run(events=1, poll_secs=10.0, visibility_secs=0.2)
     api = client(simulator)

@@ -449,6 +449,7 @@ def demo(folder: Path | None) -> None:
 @click.option("--visibility-secs", default=30.0, show_default=True, help="The lease of a pulled event.")
 @click.option("--batch", default=16, show_default=True, help="Events a pull brings at most.")
 @click.option("--requests-per-sec", default=100.0, show_default=True, help="The quota of each action; 0 for none.")
+@click.option("--confirms-per-sec", type=float, help="The quota of confirms.  [default: as --requests-per-sec]")
 @click.option("--rtt-secs", default=0.0, show_default=True, help="The round trip of each request.")
 @click.option(
     "--empty",

@@ -51,6 +51,7 @@ CONTROLLABLE: Final = frozenset(
     {
         "batch",
         "clock_skew_secs",
+        "confirms_per_sec",
         "empty",
         "faults",
         "poll_secs",
@@ -115,6 +116,7 @@ class SimulatorOptions:
         secret_key: The SecretKey that belongs to it.
         token: The temporary token that signed requests must carry; None for none.
         requests_per_sec: The quota of each action over any second that has just passed; 0 for no limit. 100 at VOD.
+        confirms_per_sec: The quota of ConfirmEvents; None for `requests_per_sec`.
         rtt_secs: The round trip that each API request takes: half of it passes before it is looked at, half after.
         empty: What a pull gets when there is nothing: an `EventSet` that is null, the error `ResourceNotFound`, an
             empty list, no `EventSet` at all, or each of them in turn ("mixed").
@@ -152,6 +154,7 @@ class SimulatorOptions:
     secret_key: str | None = None
     token: str | None = None
     requests_per_sec: float = 100
+    confirms_per_sec: float | None = None
     rtt_secs: float = 0.0
     empty: Empty = "null"
     stale: Stale = "atomic"
@@ -182,6 +185,9 @@ class SimulatorOptions:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             yield value in choices, f"{name}: {value!r} is none of {', '.join(choices)}"
+        confirms = self.confirms_per_sec
+        is_quota = confirms is None or (_is_number(confirms) and confirms >= 0)
+        yield is_quota, f"confirms_per_sec: {confirms!r} is not a number of 0 or more"
         skew, batch, app = self.clock_skew_secs, self.batch, self.sub_app_id
         both_or_none = (self.secret_id is None) == (self.secret_key is None)
         yield _is_number(skew), f"clock_skew_secs: {skew!r} is no number"
@@ -1109,6 +1115,8 @@ class _Service:
 
     def _limit(self, action: str) -> None:
         quota = self._options.requests_per_sec
+        if action == "ConfirmEvents" and self._options.confirms_per_sec is not None:
+            quota = self._options.confirms_per_sec
         if not quota:
             return
         now = time.monotonic()
