@@ -9,7 +9,7 @@ import signal
 import threading
 
 from vodpoller.cli import main
-from vodpoller.journal import Journal
+from vodpoller.journal import SqliteJournal
 from vodpoller.sinks.file import Files, FileSink
 from vodpoller.vod import VodClient
 
@@ -19,9 +19,9 @@ STEPS = {
     "sync": (Files, "fdatasync"),
     "cut": (Files, "ftruncate"),
     "reopen": (FileSink, "_reopen_now"),
-    "ledger": (Journal, "accept"),
-    "store": (Journal, "store"),
-    "recover": (Journal, "recover"),
+    "ledger": (SqliteJournal, "accept"),
+    "store": (SqliteJournal, "store"),
+    "recover": (SqliteJournal, "recover"),
     "confirm": (VodClient, "confirm"),
 }
 

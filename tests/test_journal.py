@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named, until
 from vodpoller import journal as journal_module
-from vodpoller.delivery import Portion, Position
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
-from vodpoller.journal import CONFIRMED_KEPT_SECS, Journal, Known, Letter
+from vodpoller.journal import DEFERRED_MAX, SqliteJournal
+from vodpoller.journal_contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
 from vodpoller.migrations import SCHEMA_VERSION
 
 NOW = 1_800_000_000.0
@@ -40,7 +40,7 @@ def opened(path, log, wall):
 
     def open_one(**more):
         settings = {"max_bytes": 10**9, "ledger_days": 14, "log": log, "wall": wall, **more}
-        journals.append(Journal(path, **settings))
+        journals.append(SqliteJournal(path, **settings))
         # What is locked is known to be: nobody need wait for it.
         for connection in (journals[-1]._writer, journals[-1]._reader):
             connection.execute("PRAGMA busy_timeout = 0")
@@ -109,7 +109,7 @@ def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
 def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
     code = (
         "import sys; from pathlib import Path; from tests.helpers import log_into; from vodpoller.journal import *\n"
-        "try: Journal(Path(sys.argv[1]), max_bytes=1, ledger_days=1, log=log_into([])).close()\n"
+        "try: SqliteJournal(Path(sys.argv[1]), max_bytes=1, ledger_days=1, log=log_into([])).close()\n"
         "except JournalError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(path)]
@@ -172,7 +172,7 @@ def test_a_journal_that_lacks_a_table_is_told_as_corrupt(opened, path, missing):
 def test_a_place_that_cannot_hold_a_journal_is_said(tmp_path, log):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UnusableJournalError, match="folder cannot be made"):
-        Journal(tmp_path / "file" / "journal.db", max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(tmp_path / "file" / "journal.db", max_bytes=1, ledger_days=1, log=log)
 
 
 @pytest.mark.parametrize("kind", ["folder", "null", "pipe", "link to a folder"])
@@ -185,14 +185,14 @@ def test_what_is_not_a_regular_file_is_refused_and_gets_no_company(tmp_path, log
     elif kind == "link to a folder":
         path.symlink_to(tmp_path)
     with pytest.raises(UnusableJournalError, match=r"a journal is a regular file: set journal\.path to one"):
-        Journal(path, max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(path, max_bytes=1, ledger_days=1, log=log)
     assert not path.with_name(f"{path.name}.lock").exists()
 
 
 @pytest.mark.parametrize("name", [":memory:", "file:x?mode=memory"])
 def test_a_name_that_means_something_else_to_sqlite_is_a_file_all_the_same(tmp_path, log, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with closing(Journal(Path(name), max_bytes=10**6, ledger_days=1, log=log)) as journal:
+    with closing(SqliteJournal(Path(name), max_bytes=10**6, ledger_days=1, log=log)) as journal:
         journal.store([letter(1)])
     assert (tmp_path / name).stat().st_size > 0
 
@@ -219,7 +219,7 @@ def test_only_what_a_person_must_change_stops_the_service(tmp_path, log, monkeyp
     monkeypatch.setattr(Path, "mkdir", lambda self, *mode, **more: (fails(self), make(self, *mode, **more)))
     monkeypatch.setattr(os, "open", lambda name, *more: (fails(name), open_file(name, *more))[1])
     with pytest.raises(JournalError, match=os.strerror(code)) as raised:
-        Journal(path, max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(path, max_bytes=1, ledger_days=1, log=log)
     assert type(raised.value) is kind
 
 
@@ -238,7 +238,7 @@ def test_a_file_system_without_locks_is_not_told_as_a_second_daemon(opened, monk
 def test_nobody_else_may_read_what_the_journal_makes(path, log, umask):
     before = os.umask(umask)
     try:
-        with closing(Journal(path, max_bytes=10**6, ledger_days=1, log=log)) as journal:
+        with closing(SqliteJournal(path, max_bytes=10**6, ledger_days=1, log=log)) as journal:
             journal.store([letter(1)])
             modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     finally:
@@ -263,7 +263,7 @@ def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
     else:
         change(path, "PRAGMA user_version = 99" if fault == "of a later version" else "CREATE TABLE cookies (id)")
     with pytest.raises(UnusableJournalError):
-        Journal(path, max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(path, max_bytes=1, ledger_days=1, log=log)
     held = [link.resolve().name for link in Path("/proc/self/fd").iterdir()]
     assert [name for name in held if name.startswith("journal.db")] == []
 
@@ -286,6 +286,8 @@ def test_what_stands_in_for_an_event_is_committed_with_a_full_sync(journal):
 
 @pytest.mark.parametrize("how", ["store", "bury"])
 def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
+    journal.store([letter(1)])
+    (stored,) = journal.claim_due("it", 1)
     durable = []
     write = journal._write
     monkeypatch.setattr(journal, "_write", lambda work, *, durable: seen(work, durable))
@@ -297,38 +299,8 @@ def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     if how == "store":
         journal.store([letter()])
     else:
-        journal.bury(1, attempts=1, reason="rejected", error="no")
+        journal.bury(stored, attempts=1, reason="rejected", error="no")
     assert durable == [True]
-
-
-def test_storing_a_pair_again_changes_nothing(journal, path):
-    journal.store([letter(1, attempts=3, error="first")])
-    journal.store([letter(1, dead=True, error="second"), letter(1, "other")])
-    assert rows(path, "SELECT sink, state, attempts, error FROM letters") == [
-        ("it", "pending", 3, "first"),
-        ("other", "pending", 0, ""),
-    ]
-
-
-def test_what_there_is_room_for_is_stored_and_the_rest_is_named(opened, lines):
-    journal = opened(max_bytes=2 * 600)
-    journal.store([letter(1)])
-    with pytest.raises(JournalFullError, match=r"journal.max_bytes = 1200") as raised:
-        journal.store([letter(2), letter(3)])
-    assert raised.value.refused == {event(3).key}
-    assert journal.counts() == {("it", "pending"): 2}
-    assert named(lines, "journal.failed")
-    journal.store([])
-
-
-def test_what_is_held_already_is_not_refused_by_a_full_journal(opened):
-    journal = opened(max_bytes=2 * 600)
-    journal.store([letter(1), letter(2)])
-    accept(journal, 3)
-    journal.store([letter(1), letter(2), letter(3)])
-    with pytest.raises(JournalFullError) as raised:
-        journal.store([letter(1), letter(4)])
-    assert raised.value.refused == {event(4).key}
 
 
 ROOM_OF_TEN = 10 * 600
@@ -355,41 +327,19 @@ def test_dead_letters_take_half_of_the_room_and_hold_up_no_pending_ones(opened, 
         journal.store([letter(30)])
 
 
-def test_a_pending_event_that_gives_up_is_a_dead_letter_beyond_the_half(opened):
-    journal = opened(max_bytes=ROOM_OF_TEN)
-    journal.store([dead(number) for number in range(5)])
-    journal.store([letter(number) for number in range(20, 25)])
-    for row in journal.due("it", 10):
-        journal.bury(row.row, attempts=9, reason="gave_up", error="no")
-    assert journal.counts() == {("it", "dead"): 10}
-    with pytest.raises(JournalFullError):
-        journal.store([dead(50)])
-
-
-@pytest.mark.parametrize("way", ["accepted", "forgotten", "replayed"])
+@pytest.mark.parametrize("way", ["accepted", "purged", "replayed"])
 def test_room_of_dead_letters_that_was_made_is_found_again(opened, path, way):
     journal = opened(max_bytes=ROOM_OF_TEN)
     journal.store([dead(number) for number in range(5)])
     if way == "accepted":
         accept(journal, 0)
-    elif way == "forgotten":
-        journal.forget([1])
-        journal.flush()
+    elif way == "purged":
+        change(path, "DELETE FROM letters WHERE id = 1")
     else:
         change(path, "UPDATE letters SET state = 'pending' WHERE id = 1")
     journal.store([dead(10)])
     with pytest.raises(JournalFullError):
         journal.store([dead(11)])
-
-
-def test_room_that_was_made_is_found_again(opened):
-    journal = opened(max_bytes=600)
-    journal.store([letter(1)])
-    journal.forget([journal.due("it", 1)[0].row])
-    journal.flush()
-    journal.prune()
-    assert not journal.has_letters
-    journal.store([letter(2)])
 
 
 def test_lanes_that_store_at_once_take_no_more_than_the_room_there_is(opened):
@@ -409,7 +359,7 @@ def test_lanes_that_store_at_once_take_no_more_than_the_room_there_is(opened):
         until(lambda: len(journal._queue) == len(lanes))
     for lane in lanes:
         lane.join()
-    assert len(journal.due("it", 100)) == 2
+    assert len(journal.claim_due("it", 100)) == 2
     assert len(refused) == 6
     assert all("journal.max_bytes = 1200" in error for error in refused)
 
@@ -440,13 +390,6 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
     assert len(named(lines, "journal.recovered")) == 1
     journal.store(many)
     assert journal.counts() == {("it", "pending"): 200}
-
-
-def test_text_that_sqlite_does_not_take_does_not_keep_an_event_from_being_stored(journal):
-    journal.store(
-        [Letter(event=event(1, event_type="\ud800"), sink="it", dead=True, reason="x", error="\udfff" * 9000)]
-    )
-    assert journal.counts() == {("it", "dead"): 1}
 
 
 def test_a_journal_that_was_replaced_takes_nothing(journal, path):
@@ -522,7 +465,7 @@ def test_a_file_that_is_locked_is_waited_for_once_and_not_once_for_each_of_a_gro
     commit = journal._commit
     monkeypatch.setattr(journal, "_commit", lambda batch: (commits.append(len(batch)), commit(batch))[1])
     for number in range(5):
-        journal.mark(f"m{number}", NOW)
+        journal.mark(f"m{number}")
     with Locked(path), pytest.raises(StorageError):
         journal.store([letter()])
     assert commits == [6]
@@ -545,57 +488,6 @@ def test_many_threads_at_once_lose_nothing(journal, path):
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
-
-
-def test_what_nobody_has_seen_is_unknown(journal):
-    assert journal.known([(event().key, "it")]) == {}
-    assert journal.known([]) == {}
-
-
-def test_a_pair_is_known_through_its_life(journal, wall):
-    journal.store([letter()])
-    assert known(journal) is Known.PENDING
-    assert known(journal, sink="other") is None
-    journal.bury(journal.due("it", 1)[0].row, attempts=1, reason="rejected", error="no")
-    assert known(journal) is Known.DEAD
-    accept(journal, 0)
-    assert known(journal) is Known.ACCEPTED
-    assert journal.counts() == {}
-    wall.advance(10 * 86_400)
-    assert known(journal) is Known.ACCEPTED
-    journal.confirmed([event().key])
-    journal.flush()
-    wall.advance(CONFIRMED_KEPT_SECS)
-    assert known(journal) is Known.ACCEPTED
-    wall.advance(1)
-    assert known(journal) is None
-    accept(journal, 0)
-    assert known(journal) is Known.ACCEPTED
-    wall.advance(CONFIRMED_KEPT_SECS + 1)
-    assert known(journal) is Known.ACCEPTED
-
-
-def test_more_pairs_than_a_query_takes_are_known(journal):
-    accept(journal, *range(1200))
-    pairs = [(event(number).key, "it") for number in range(1300)]
-    assert len(journal.known(pairs)) == 1200
-
-
-def test_what_cannot_be_read_is_not_taken_for_unknown(journal):
-    journal._reader.close()
-    with pytest.raises(StorageError, match="cannot be read"):
-        known(journal)
-    journal._reader = sqlite3.connect(":memory:")
-
-
-def test_a_confirm_of_a_stored_event_lets_its_late_acceptance_age(journal, wall):
-    journal.store([letter()])
-    journal.confirmed([event().key])
-    journal.flush()
-    accept(journal, 0)
-    assert known(journal) is Known.ACCEPTED
-    wall.advance(CONFIRMED_KEPT_SECS + 1)
-    assert known(journal) is None
 
 
 def test_an_acceptance_that_cannot_be_written_is_known_all_the_same_and_written_later(journal, path, lines):
@@ -652,20 +544,6 @@ def test_an_acceptance_of_strange_content_does_not_raise(journal, monkeypatch):
 
 def at(offset_bytes, inode=7):
     return Position(inode=inode, offset_bytes=offset_bytes)
-
-
-def test_the_mark_of_a_file_is_written_with_its_rows(journal):
-    assert journal.position("it") is None
-    accept(journal, 1, position=at(100))
-    assert journal.position("it") == at(100)
-    assert journal.position("other") is None
-
-
-@pytest.mark.parametrize("inode", [1, 2**63 - 1, 2**63, 2**64 - 1])
-def test_inodes_use_all_of_their_bits(journal, inode):
-    accept(journal, 1, position=at(100, inode))
-    assert journal.position("it") == at(100, inode)
-    assert journal.is_writable
 
 
 def test_the_mark_stays_below_what_is_in_memory_only(journal, path):
@@ -727,7 +605,7 @@ def test_a_mark_that_waited_never_takes_a_later_one_back(journal, path):
 @given(st.lists(st.sampled_from(["accept", "accept locked", "flush", "flush locked"]), max_size=12))
 def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("marks") / "journal.db"
-    with closing(Journal(path, max_bytes=1, ledger_days=1, log=log_into([]))) as journal:
+    with closing(SqliteJournal(path, max_bytes=1, ledger_days=1, log=log_into([]))) as journal:
         journal._writer.execute("PRAGMA busy_timeout = 0")
         journal._writer.execute("PRAGMA synchronous = OFF")
         number = 0
@@ -753,56 +631,11 @@ def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, 
         assert (journal.position("it") or at(0)).offset_bytes == number
 
 
-# --- recovery ---------------------------------------------------------------------------------------------------------
-
-
-def portion(*numbers, to):
-    return Portion(keys=[event(number).key for number in numbers], position=at(to), read=0.5)
-
-
-def test_what_a_file_holds_beyond_its_mark_enters_the_ledger_and_is_no_longer_pending(journal):
-    journal.store([letter(1), letter(2), letter(1, "other")])
-    journal.recover("it", portion(1, 3, to=300))
-    assert journal.position("it") == at(300)
-    assert [known(journal, number) for number in (1, 2, 3)] == [Known.ACCEPTED, Known.PENDING, Known.ACCEPTED]
-    assert journal.counts() == {("it", "pending"): 1, ("other", "pending"): 1}
-
-
-@pytest.mark.parametrize("numbers", [(1, 2), ()])
-def test_each_portion_of_a_recovery_is_for_good_with_its_position(opened, journal, path, numbers):
-    journal.recover("it", portion(*numbers, to=200))
-    assert rows(path, "SELECT count(*) FROM ledger") == [(len(numbers),)]
-    assert rows(path, "SELECT offset_bytes FROM positions") == [(200,)]
-    journal.recover("it", portion(3, to=300))
-    assert rows(path, "SELECT count(*) FROM ledger") == [(len(numbers) + 1,)]
-    assert journal.position("it") == at(300)
-
-
-def test_a_portion_that_cannot_be_written_says_so_and_leaves_the_ledger_as_it_was(journal, path):
-    with Locked(path), pytest.raises(StorageError):
-        journal.recover("it", portion(1, to=300))
-    assert known(journal, 1) is None
-    assert journal.position("it") is None
-
-
-def test_everything_is_there_after_a_restart(opened, wall):
-    journal = opened()
-    journal.store([letter(1, attempts=4), letter(2, dead=True)])
-    accept(journal, 3, position=at(300))
-    journal.close()
-    journal = opened()
-    assert [known(journal, number) for number in (1, 2, 3)] == [Known.PENDING, Known.DEAD, Known.ACCEPTED]
-    assert journal.has_letters
-    assert journal.position("it") == at(300)
-    (pending,) = journal.due("it", 10)
-    assert (pending.event, pending.sink, pending.attempts) == (event(1), "it", 4)
-
-
 @pytest.mark.system
 def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(path):
     code = (
         "import os, sys; from pathlib import Path; from tests.helpers import *; from vodpoller.journal import *\n"
-        "journal = Journal(Path(sys.argv[1]), max_bytes=10**9, ledger_days=1, log=log_into([]))\n"
+        "journal = SqliteJournal(Path(sys.argv[1]), max_bytes=10**9, ledger_days=1, log=log_into([]))\n"
         "journal.store([Letter(event=event(n), sink='it', dead=False, reason='sink_failed') for n in range(9)])\n"
         "os._exit(9)"
     )
@@ -815,63 +648,66 @@ def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(p
 # --- what is due ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_due_in_the_order_of_their_time(journal, wall):
-    journal.store([letter(1, due_in_secs=20), letter(2, due_in_secs=10), letter(3, dead=True), letter(4, "other")])
-    assert journal.due("it", 10) == []
-    wall.advance(10)
-    assert [row.event for row in journal.due("it", 10)] == [event(2)]
-    wall.advance(10)
-    assert [row.event for row in journal.due("it", 10)] == [event(2), event(1)]
-    assert [row.event for row in journal.due("it", 1)] == [event(2)]
-    assert journal.due("it", 0) == []
-
-
-def test_a_due_time_that_a_wrong_clock_set_has_come(journal, wall):
-    wall.advance(10 * 365 * 86_400)
-    journal.store([letter(1, due_in_secs=10)])
-    wall.now = NOW
-    assert [row.event for row in journal.due("it", 10)] == [event(1)]
-
-
-@pytest.mark.parametrize("how", ["store", "reschedule"])
-def test_a_wait_that_a_sink_asked_for_is_kept_up_to_a_quarter_of_an_hour(journal, wall, how):
-    if how == "store":
-        journal.store([letter(1, due_in_secs=86_400)])
-    else:
-        journal.store([letter(1)])
-        journal.reschedule(journal.due("it", 1)[0].row, attempts=1, due_in_secs=86_400, error=None)
-        journal.flush()
-    assert journal.due("it", 1) == []
-    wall.advance(899)
-    assert journal.due("it", 1) == []
-    wall.advance(1)
-    assert len(journal.due("it", 1)) == 1
-
-
 def test_a_row_that_is_rescheduled_keeps_what_was_said_last(journal, path, wall):
     journal.store([letter(1, error="first")])
-    (row,) = journal.due("it", 1)
-    journal.reschedule(row.row, attempts=2, due_in_secs=5, error=None)
+    (row,) = journal.claim_due("it", 1)
+    journal.reschedule(row, attempts=2, due_in_secs=5, error=None)
     journal.flush()
     assert rows(path, "SELECT attempts, due_at, error FROM letters") == [(2, NOW + 5, "first")]
-    journal.reschedule(row.row, attempts=3, due_in_secs=5, error="second")
+    wall.advance(5)
+    (row,) = journal.claim_due("it", 1)
+    journal.reschedule(row, attempts=3, due_in_secs=5, error="second")
     journal.flush()
     assert rows(path, "SELECT attempts, error FROM letters") == [(3, "second")]
 
 
-def test_what_cannot_be_buried_stays_pending(journal, path):
+def test_what_is_buried_says_why(journal, path):
     journal.store([letter(1)])
-    (row,) = journal.due("it", 1)
-    with Locked(path):
-        journal.bury(row.row, attempts=1, reason="rejected", error="no")
-    assert journal.counts() == {("it", "pending"): 1}
-    journal.bury(row.row, attempts=1, reason="gave_up", error="\ud800")
+    (row,) = journal.claim_due("it", 1)
+    journal.bury(row, attempts=1, reason="gave_up", error="\ud800")
     assert rows(path, "SELECT state, attempts, reason, error FROM letters") == [("dead", 1, "gave_up", "?")]
 
 
-def test_counts_are_by_sink_and_state(journal):
-    journal.store([letter(1), letter(2), letter(3, dead=True), letter(1, "")])
-    assert journal.counts() == {("it", "pending"): 2, ("it", "dead"): 1, ("", "pending"): 1}
+@pytest.mark.parametrize(("number", "kept"), [(DEFERRED_MAX + 5, DEFERRED_MAX), (10, 10)])
+def test_a_reschedule_that_is_dropped_ends_its_claim(journal, path, number, kept):
+    """No more than a thousand wait for a disk that is full."""
+    journal.store([letter(n) for n in range(number)])
+    with Locked(path):
+        for row in journal.claim_due("it", number):
+            journal.reschedule(row, attempts=1, due_in_secs=60, error="no")
+        journal.flush()
+        dropped = journal.claim_due("it", number)
+    assert len(dropped) == number - kept
+    journal.flush()
+    assert rows(path, "SELECT count(*) FROM letters WHERE attempts = 1") == [(kept,)]
+
+
+@pytest.mark.parametrize("error", ["ROLLBACK", "FAIL"])
+def test_a_reschedule_that_can_never_be_written_ends_its_claim(journal, path, error):
+    journal.store([letter(1), letter(2)])
+    change(path, f"CREATE TRIGGER no BEFORE UPDATE ON letters WHEN new.id = 1 BEGIN SELECT RAISE({error}, 'no'); END")
+    for row in journal.claim_due("it", 2):
+        journal.reschedule(row, attempts=1, due_in_secs=60, error="no")
+    assert journal.claim_due("it", 2) == []
+    journal.flush()
+    assert [row.event for row in journal.claim_due("it", 2)] == [event(1)]
+
+
+@pytest.mark.parametrize("confirmed_ago_secs", [None, CONFIRMED_KEPT_SECS - 1, CONFIRMED_KEPT_SECS + 1])
+def test_what_a_command_brought_back_though_its_sink_has_it_is_dropped(journal, path, wall, confirmed_ago_secs):
+    journal.store([letter(1)])
+    accept(journal, 2)
+    if confirmed_ago_secs is not None:
+        journal.confirmed([event(2).key])
+        journal.flush()
+        wall.advance(confirmed_ago_secs)
+    journal.store([letter(3)])
+    key = event(2).key.hex()
+    change(path, f"UPDATE letters SET key = x'{key}', state = 'pending' WHERE id = 1")
+    is_new = confirmed_ago_secs == CONFIRMED_KEPT_SECS + 1  # identical content, so long after, is a new event
+    assert [row.row for row in journal.claim_due("it", 9)] == ([1, 2] if is_new else [2])
+    journal.flush()
+    assert journal.counts() == {("it", "pending"): 2 if is_new else 1}
 
 
 # --- upkeep -----------------------------------------------------------------------------------------------------------
@@ -881,54 +717,12 @@ def ledger_keys(path):
     return {key for (key,) in rows(path, "SELECT key FROM ledger")}
 
 
-def test_rows_of_confirmed_events_go_after_ten_minutes(journal, path, wall):
-    accept(journal, 1, 2)
-    journal.confirmed([event(1).key])
-    journal.flush()
-    wall.advance(CONFIRMED_KEPT_SECS - 1)
-    journal.prune()
-    assert len(ledger_keys(path)) == 2
-    wall.advance(2)
-    journal.prune()
-    assert ledger_keys(path) == {event(2).key}
-
-
-def test_rows_of_unconfirmed_events_go_after_ledger_days(journal, path, wall):
-    accept(journal, 1)
-    wall.advance(14 * 86_400 - 3700)
-    accept(journal, 2)
-    journal.prune()
-    assert len(ledger_keys(path)) == 2
-    wall.advance(3701)
-    journal.prune()
-    assert ledger_keys(path) == {event(2).key}
-
-
 def test_rows_that_a_wrong_clock_confirmed_in_the_future_go(journal, path, wall):
     accept(journal, 1)
     wall.advance(86_400)
     journal.confirmed([event(1).key])
     journal.flush()
     wall.now = NOW
-    journal.prune()
-    assert ledger_keys(path) == set()
-
-
-def test_letters_are_never_pruned(journal, wall):
-    journal.store([letter(1), letter(2, dead=True)])
-    wall.advance(1000 * 86_400)
-    journal.prune()
-    assert journal.counts() == {("it", "pending"): 1, ("it", "dead"): 1}
-
-
-def test_pruning_a_locked_journal_is_put_off(journal, path, wall):
-    accept(journal, 1)
-    journal.confirmed([event(1).key])
-    journal.flush()
-    wall.advance(CONFIRMED_KEPT_SECS + 1)
-    with Locked(path):
-        journal.prune()
-    assert len(ledger_keys(path)) == 1
     journal.prune()
     assert ledger_keys(path) == set()
 
@@ -947,10 +741,10 @@ def test_a_clock_that_was_set_moves_the_rows_of_this_process_along(opened, path,
 
 
 def test_marks_are_what_happened_last(journal, path):
-    journal.mark("seen", 1.0)
-    journal.mark("seen", 2.0)
+    journal.mark("seen")
+    journal.mark("seen", ago_secs=5.0)
     journal.flush()
-    assert rows(path, "SELECT at FROM marks WHERE name = 'seen'") == [(2.0,)]
+    assert rows(path, "SELECT at FROM marks WHERE name = 'seen'") == [(NOW - 5.0,)]
 
 
 def test_a_flush_without_anything_to_write_writes_nothing(journal, monkeypatch):
@@ -999,7 +793,7 @@ def test_a_journal_of_0_1_keeps_all_and_works(opened, path, lines, wall):
     assert journal.position("archive") == at(4711, 2**64 - 7)
     assert journal.counts() == {("hook", "pending"): 2, ("gone", "pending"): 1, ("hook", "dead"): 2, ("", "dead"): 2}
     wall.advance(60)
-    assert {row.event.key for row in journal.due("hook", 9)} >= {event(4).key}
+    assert {row.event.key for row in journal.claim_due("hook", 9)} >= {event(4).key}
     assert dict(rows(path, "SELECT name, at FROM marks"))["confirm"] == NOW + 7
 
     journal.store([letter(50), letter(51, dead=True)])
@@ -1079,7 +873,7 @@ def damage(path, *, first=1):
         file.write(b"\x5a" * (size - 4096 * first))
 
 
-@pytest.mark.parametrize("found_by", ["known", "store", "due", "prune", "counts", "confirmed"])
+@pytest.mark.parametrize("found_by", ["known", "store", "claim_due", "prune", "counts", "confirmed"])
 def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pulling(
     opened, path, lines, wall, found_by
 ):
@@ -1093,7 +887,7 @@ def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pu
     use = {
         "known": lambda: known(journal, 1),
         "store": lambda: journal.store([letter(1000)]),
-        "due": lambda: journal.due("it", 10),
+        "claim_due": lambda: journal.claim_due("it", 10),
         "prune": journal.prune,
         "counts": journal.counts,
         "confirmed": lambda: (journal.confirmed([event(1).key]), journal.flush()),
@@ -1108,7 +902,7 @@ def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pu
         assert phrase in said[0]["error_message"]
     assert not journal.is_writable
     with pytest.raises(StorageError, match="corrupt"):
-        assert journal.has_letters
+        journal.claim_due("it", 1)
     assert named(lines, "journal.recovered") == []
 
 

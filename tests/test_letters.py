@@ -14,7 +14,8 @@ import pytest
 from tests.helpers import FakeClock, event
 from vodpoller import letters as letters_module
 from vodpoller.errors import JournalError, UnusableJournalError
-from vodpoller.journal import Journal, Known, Letter
+from vodpoller.journal import SqliteJournal
+from vodpoller.journal_contract import Known, Letter
 from vodpoller.letters import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
 from vodpoller.migrations import SCHEMA_VERSION
 
@@ -34,7 +35,7 @@ def path(tmp_path):
 @pytest.fixture
 def journal(path, log, wall):
     """The journal as the daemon has it open."""
-    opened = Journal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    opened = SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
     yield opened
     opened.close()
 
@@ -193,7 +194,7 @@ def test_a_journal_that_is_locked_for_a_moment_is_waited_for(journal, path):
 
 @pytest.mark.parametrize("daemon", ["runs", "has ended"])
 def test_a_look_makes_no_file(path, log, wall, daemon):
-    journal = Journal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
     journal.store([letter()])
     if daemon == "has ended":
         journal.close()
@@ -315,7 +316,7 @@ def test_what_is_stored_is_summed_up_by_sink_and_state(journal, letters, wall):
 
 
 def test_marks_are_those_that_the_daemon_left(journal, letters):
-    journal.mark("pull", NOW + 5)
+    journal.mark("pull", ago_secs=-5.0)
     journal.flush()
 
     assert letters.marks() == {"started": NOW, "pull": NOW + 5}
@@ -376,13 +377,12 @@ def test_a_reader_that_pauses_does_not_keep_the_wal_from_being_cut(journal, lett
 
 
 def test_a_slow_reader_holds_nobody_up_and_misses_nothing_that_stays(journal, letters):
-    journal.store([letter(n) for n in range(2 * CHUNK_ROWS)])
+    journal.store([letter(n, dead=n != 2 * CHUNK_ROWS - 1) for n in range(2 * CHUNK_ROWS)])
 
     reading = letters.stored(Filter())
     seen = [next(reading).id]
-    journal.bury(2 * CHUNK_ROWS, attempts=9, reason="gave_up", error="meanwhile")
-    journal.forget([CHUNK_ROWS + 1])
-    journal.flush()
+    journal.bury(journal.claim_due("hook", 1)[0], attempts=9, reason="gave_up", error="meanwhile")
+    journal.accept("hook", [event(CHUNK_ROWS).key], None)
     rest = list(reading)
 
     assert seen + [row.id for row in rest] == [n for n in range(1, 2 * CHUNK_ROWS + 1) if n != CHUNK_ROWS + 1]
@@ -421,8 +421,8 @@ def test_what_a_sink_did_not_take_is_due_at_once_and_young_again(journal, letter
     assert replay(letters, "hook") == (1, 0)
 
     assert states(path) == [("hook", "pending", reason, 0, wall())]
-    (due,) = journal.due("hook", 10)
-    assert (due.event.key, due.attempts, due.stored_at) == (event(1).key, 0, wall())
+    (due,) = journal.claim_due("hook", 10)
+    assert (due.event.key, due.attempts, due.age_secs) == (event(1).key, 0, 0.0)
 
 
 def test_a_replay_is_of_what_was_asked_for_only(journal, letters):
@@ -472,7 +472,7 @@ def test_what_no_route_took_is_routed_by_todays_routes(journal, letters, path):
         ("hook", "pending"),
         ("archive", "pending"),
     ]
-    assert {due.event.body for sink in ("hook", "archive") for due in journal.due(sink, 9)} == {event(1).body}
+    assert {due.event.body for sink in ("hook", "archive") for due in journal.claim_due(sink, 9)} == {event(1).body}
     assert ids(letters) == [2]
 
 
@@ -525,8 +525,8 @@ def test_stored_events_move_to_another_sink(journal, letters, path, wall, dead):
 
     assert replay(letters, "hook", "archive", to="archive", state=state) == (2, 0)
 
-    assert {row.event.key for row in journal.due("archive", 9)} == {event(1).key, event(2).key}
-    assert [due.attempts for due in journal.due("archive", 9)] == [0, 0]
+    due = journal.claim_due("archive", 9)
+    assert {row.event.key: row.attempts for row in due} == {event(1).key: 0, event(2).key: 0}
     assert sorted((sink, state) for sink, state, *_ in states(path) if sink != "archive") == [
         ("hook", "pending" if dead else "dead")
     ]
@@ -548,7 +548,7 @@ def test_what_no_route_took_and_nobody_can_read_moves_as_far_as_it_can(journal, 
 
     assert replay(letters, "archive", to="archive") == (1, 1)
 
-    assert [row.event.key for row in journal.due("archive", 9)] == [event(1).key]
+    assert [row.event.key for row in journal.claim_due("archive", 9)] == [event(1).key]
     assert ids(letters, reason="malformed") == [2]
 
 
@@ -580,39 +580,40 @@ def outcomes_of(journal, row):
     """All that the daemon may do with a row when a delivery is over."""
     return {
         "accepted": lambda: journal.accept(row.sink, [row.event.key], None),
-        "failed": lambda: journal.reschedule(row.row, attempts=7, due_in_secs=600, error="late"),
-        "given up": lambda: journal.bury(row.row, attempts=7, reason="gave_up", error="late"),
-        "known already": lambda: journal.forget([row.row]),
+        "failed": lambda: journal.reschedule(row, attempts=7, due_in_secs=600, error="late"),
+        "given up": lambda: journal.bury(row, attempts=7, reason="gave_up", error="late"),
+        "not attempted": lambda: journal.release([row]),
     }
 
 
-OUTCOMES = ["accepted", "failed", "given up", "known already"]
+OUTCOMES = ["accepted", "failed", "given up", "not attempted"]
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_a_row_that_is_purged_while_it_is_delivered_stays_purged(journal, letters, path, outcome):
     journal.store([letter(1, dead=False), letter(2, dead=False)])
-    row = next(due for due in journal.due("hook", 9) if due.event.key == event(1).key)
+    row, other = sorted(journal.claim_due("hook", 9), key=lambda due: due.row)
+    journal.release([other])
 
     assert sum(letters.purge(Filter(state="pending", ids=[row.row]))) == 1
     journal.store([letter(3, dead=False)])
     outcomes_of(journal, row)[outcome]()
     journal.flush()
 
-    assert {due.event.key for due in journal.due("hook", 9)} == {event(2).key, event(3).key}
+    assert {due.event.key for due in journal.claim_due("hook", 9)} == {event(2).key, event(3).key}
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_a_row_that_moves_while_it_is_delivered_arrives_at_the_other_sink_once(journal, letters, path, wall, outcome):
     journal.store([letter(1, dead=False)])
-    (row,) = journal.due("hook", 9)
+    (row,) = journal.claim_due("hook", 9)
 
     assert replay(letters, "hook", "archive", to="archive", state="pending") == (1, 0)
     outcomes_of(journal, row)[outcome]()
     journal.flush()
 
-    assert journal.due("hook", 9) == []
-    (moved,) = journal.due("archive", 9)
+    assert journal.claim_due("hook", 9) == []
+    (moved,) = journal.claim_due("archive", 9)
     assert (moved.event.key, moved.attempts) == (event(1).key, 0)
     assert [(sink, state) for sink, state, *_ in states(path)] == [("archive", "pending")]
 
@@ -620,7 +621,7 @@ def test_a_row_that_moves_while_it_is_delivered_arrives_at_the_other_sink_once(j
 @pytest.mark.parametrize("to", ["archive", None])
 def test_a_delivery_that_ends_before_the_row_is_moved_leaves_nothing_to_move(journal, path, to):
     journal.store([letter(1, dead=False), letter(2, dead=False)])
-    rows = {due.event.key: due for due in journal.due("hook", 9)}
+    rows = {due.event.key: due for due in journal.claim_due("hook", 9)}
 
     class Slow(Letters):
         def _read(self, query, values):
@@ -708,18 +709,18 @@ def test_purge_deletes_what_was_asked_for_and_no_pending_ones(journal, letters, 
 
 def test_what_was_purged_makes_room(journal, letters):
     journal.store([letter(n) for n in range(300)])
-    assert journal.has_letters
+    assert journal.counts()
 
     assert sum(letters.purge(Filter())) == 300
 
-    assert not journal.has_letters
+    assert not journal.counts()
 
 
 # --- the daemon beside it ---------------------------------------------------------------------------------------------
 
 
 def test_an_open_journal_is_in_use_and_a_closed_one_is_not(path, log, wall):
-    journal = Journal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
     with Letters(path) as letters:
         assert letters.is_in_use()
         journal.close()
@@ -732,6 +733,6 @@ def test_asking_whether_it_is_in_use_does_not_keep_a_daemon_out(path, log, wall)
     with path.with_name("journal.db.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # as the question does, for an instant
         threading.Timer(0.03, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
-        Journal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall).close()
+        SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall).close()
         with Letters(path) as letters:
             assert not letters.is_in_use()

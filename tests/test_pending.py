@@ -1,3 +1,4 @@
+import sqlite3
 from itertools import pairwise
 
 import pytest
@@ -6,7 +7,8 @@ from tests.helpers import FakeClock, MemorySink, event, named, until
 from vodpoller.delivery import Worker
 from vodpoller.errors import RejectedError, StorageError, TransientError
 from vodpoller.in_flight import Delivery, DeliveryWait, InFlight
-from vodpoller.journal import Journal, Known, Letter
+from vodpoller.journal import SqliteJournal
+from vodpoller.journal_contract import Known, Letter
 from vodpoller.pending import Retrier
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
@@ -18,7 +20,7 @@ class Bench:
     def __init__(self, tmp_path, log):
         self.wall = FakeClock(1_800_000_000.0)
         self.monotonic = FakeClock()
-        self.journal = Journal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log, wall=self.wall)
+        self.journal = SqliteJournal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log, wall=self.wall)
         self.in_flight = InFlight()
         self.sink = MemorySink()
         self.worker = Worker(
@@ -39,7 +41,7 @@ class Bench:
             in_flight=self.in_flight,
             give_up_after_secs={"it": GIVE_UP_SECS},
             telemetry=Telemetry(log),
-            wall=self.wall,
+            monotonic=self.monotonic,
         )
 
     def store(self, *numbers, sink="it"):
@@ -242,10 +244,15 @@ def test_half_of_the_queue_is_left_for_fresh_events(bench):
 
 
 def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch):
+    def cannot_be_written(batch):
+        for write in batch:
+            write.done, write.error = True, ValueError("neither now nor later")
+        return True
+
     bench.store(1)
     bench.sink.fail_with(TransientError("down"))
     with monkeypatch.context() as patched:
-        patched.setattr(bench.journal, "reschedule", lambda row, **more: None)
+        patched.setattr(bench.journal, "_commit", cannot_be_written)
         bench.go()
     assert bench.go() == 1
     assert bench.journal.counts() == {}
@@ -255,29 +262,97 @@ def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
-@pytest.mark.parametrize("where", ["known", "forget", "submit", "queued"])
+@pytest.mark.parametrize("where", ["claim", "known", "submit", "queued"])
 def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench, monkeypatch, where, error):
     def broken(*args):
         raise error
 
     bench.store(*range(5))
-    place = {"known": bench.journal, "forget": bench.journal, "submit": bench.worker, "queued": bench.in_flight}[where]
+    places = {"claim": bench.in_flight, "known": bench.journal, "submit": bench.worker, "queued": bench.in_flight}
+    place = places[where]
     with monkeypatch.context() as patched:
         patched.setattr(place, where, broken)
         with pytest.raises(type(error)):
             bench.retrier.submit_due()
     until(lambda: len(bench.in_flight) == 0)
-    bench.wall.advance(1000)
-    bench.go()
+    bench.go()  # they are due still: nothing was written of them
     assert bench.journal.counts() == {}
     assert sorted(bench.sink.accepted) == sorted(event(number).key for number in range(5))
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+@pytest.mark.parametrize(
+    ("failing", "answer"),
+    [("reschedule", TransientError("down")), ("bury", RejectedError("no")), ("age", TransientError("down"))],
+)
+def test_an_error_in_writing_down_what_came_of_a_row_keeps_it_from_no_next_try(
+    bench, monkeypatch, failing, answer, error
+):
+    def broken(*args, **more):
+        raise error
+
+    bench.store(1)
+    bench.sink.fail_with(answer)
+    with monkeypatch.context() as patched:
+        if failing == "age":
+            bench.sink.gate.clear()
+            assert bench.retrier.submit_due() == 1
+            patched.setattr(bench.retrier, "_monotonic", broken)
+            bench.sink.gate.set()
+            until(lambda: len(bench.in_flight) == 0)
+        else:
+            patched.setattr(bench.journal, failing, broken)
+            bench.go()
+    bench.monotonic.advance(60)
+    bench.wall.advance(60)
+    bench.go()
+    assert bench.sink.accepted == [event(1).key]
+
+
+@pytest.mark.parametrize("secs", [30.0, GIVE_UP_SECS])
+def test_a_row_goes_on_ageing_while_it_is_delivered(bench, secs, lines):
+    bench.store(1)
+    bench.sink.fail_with(TransientError("down"))
+    bench.sink.gate.clear()
+    bench.wall.advance(60)
+    assert bench.retrier.submit_due() == 1
+    bench.monotonic.advance(secs)
+    bench.sink.gate.set()
+    until(lambda: len(bench.in_flight) == 0)
+    bench.journal.flush()
+    assert bench.known(1) is (Known.DEAD if secs == GIVE_UP_SECS else Known.PENDING)
+    bench.monotonic.advance(60)
+    bench.wall.advance(1000)
+    if secs < GIVE_UP_SECS:
+        bench.go()
+        assert named(lines, "pending.delivered")[0]["age_secs"] == 1060.0
+
+
+@pytest.mark.parametrize("answer", [TransientError("down"), TransientError("busy", retry_after_secs=700.0)])
+def test_a_row_is_not_tried_again_before_what_came_of_it_is_written(bench, answer):
+    bench.store(1)
+    bench.sink.fail_always(answer)
+    assert bench.retrier.submit_due() == 1
+    until(lambda: len(bench.in_flight) == 0 and not bench.worker._busy)
+    assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
+    bench.journal.flush()
+    assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
+    bench.monotonic.advance(1000)
+    bench.wall.advance(1000)
+    assert bench.go() == 1
+    assert len(bench.sink.calls) == 2
+
+
 def test_a_dead_letter_is_said_only_if_it_is_written(bench, monkeypatch, lines):
+    def full(batch):
+        for write in batch:
+            write.done, write.error = True, sqlite3.OperationalError("database or disk is full")
+        return True
+
     bench.store(1)
     bench.sink.fail_always(RejectedError("no such tenant"))
     with monkeypatch.context() as patched:
-        patched.setattr(bench.journal, "bury", lambda *args, **more: False)
+        patched.setattr(bench.journal, "_commit", full)
         bench.go()
     assert named(lines, "event.dead") == []
     assert bench.known(1) is Known.PENDING

@@ -23,7 +23,8 @@ from vodpoller.errors import (
 )
 from vodpoller.events import Lease, Malformed, PulledEvent, make_event
 from vodpoller.in_flight import DeliveryWait, InFlight
-from vodpoller.journal import Journal, Known
+from vodpoller.journal import SqliteJournal
+from vodpoller.journal_contract import Known
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness
@@ -74,7 +75,7 @@ class Line:
         self.telemetry = Telemetry(log)
         self.vod = FakeVod()
         self.in_flight = InFlight()
-        self.journal = Journal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log)
+        self.journal = SqliteJournal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log)
         self.journal._writer.execute("PRAGMA busy_timeout = 0")
         self.sinks = {name: MemorySink(batch_events=16) for name in sinks}
         self.workers = {

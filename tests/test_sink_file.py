@@ -13,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from tests.receiver import until
-from vodpoller.delivery import Position
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import event_key, make_event, restore_event
+from vodpoller.journal_contract import Position
 from vodpoller.sinks import encode
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 

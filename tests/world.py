@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from tests.helpers import FakeClock, log_into
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import Portion, Sink, Worker
+from vodpoller.delivery import Sink, Worker
 from vodpoller.errors import (
     ConfigError,
     PartialFailureError,
@@ -31,7 +31,8 @@ from vodpoller.errors import (
 )
 from vodpoller.events import Lease, event_key, read_event
 from vodpoller.in_flight import DeliveryWait, InFlight, WaitEnd
-from vodpoller.journal import Journal
+from vodpoller.journal import SqliteJournal
+from vodpoller.journal_contract import Portion
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
@@ -430,7 +431,7 @@ class World:
 
     def _boot(self):
         log = log_into(self.lines, "error")
-        self.journal = Journal(self.journal_path, max_bytes=1 << 30, ledger_days=7, log=log, wall=self.wall)
+        self.journal = SqliteJournal(self.journal_path, max_bytes=1 << 30, ledger_days=7, log=log, wall=self.wall)
         self.journal._writer = BreakableWriter(self.journal._writer, self)
         write = self.journal._write
 
@@ -484,7 +485,7 @@ class World:
             in_flight=in_flight,
             give_up_after_secs={"file": 604_800.0, "plain": 604_800.0},
             telemetry=Telemetry(log),
-            wall=self.wall,
+            monotonic=self.clock,
         )
         for worker in workers.values():
             worker.start()

@@ -19,10 +19,11 @@ from vodpoller import tc3
 from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
-from vodpoller.delivery import Portion, Sink, Worker
+from vodpoller.delivery import Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
 from vodpoller.in_flight import DeliveryWait, InFlight
-from vodpoller.journal import Journal
+from vodpoller.journal import SqliteJournal
+from vodpoller.journal_contract import Journal, Portion
 from vodpoller.logs import Logger
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
@@ -45,7 +46,7 @@ RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a 
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
-PRUNE_SLICES: Final = 8  # of 256: all of the ledger is looked at every 160 s
+PRUNE_SHARE: Final = 1 / 32  # all of the ledger is looked at every 160 s
 COUNT_SECS: Final = 30.0
 
 
@@ -96,8 +97,8 @@ class Daemon:
         self._liveness = Liveness()
         self._signals = signals or Signals()
         self._clock = SteadyClock()
-        self._counts: dict[tuple[str, str], int] = {}
-        self._journal = Journal(
+        self._counts: Mapping[tuple[str, str], int] = {}
+        self._journal: Journal = SqliteJournal(
             config.journal.path,
             max_bytes=config.journal.max_bytes,
             ledger_days=config.journal.ledger_days,
@@ -161,7 +162,6 @@ class Daemon:
             in_flight=in_flight,
             give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
             telemetry=telemetry,
-            wall=self._clock,
         )
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
@@ -313,7 +313,7 @@ class Daemon:
                     return False
                 time.sleep(failures)
                 continue
-            self._journal.mark("pull", self._clock())
+            self._journal.mark("pull")
             if not (pull.events or pull.malformed):
                 return True
             self._pipeline.process(Batch.of(source, pull, time.monotonic()), DeliveryWait())
@@ -365,7 +365,7 @@ class Daemon:
             self._periodically(f"tick {poller.name}", poller.tick, self._interval_secs(poller.name))
             poller.tick()
         self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
-        self._periodically("prune", partial(self._journal.prune, PRUNE_SLICES), PRUNE_SECS)
+        self._periodically("prune", partial(self._journal.prune, PRUNE_SHARE), PRUNE_SECS)
         self._periodically("count", self._count, COUNT_SECS)
         self._scheduler.start()
         self._log.info(
@@ -427,7 +427,7 @@ class Daemon:
         last_pull_at = max(poller.last_pull_at for poller in self._pollers)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
-                self._journal.mark(name, at)
+                self._journal.mark(name, self._clock() - at)
 
     def _notice_clock_step(self) -> None:
         """APScheduler runs on the wall clock: set back an hour, its jobs would not run for that hour."""

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -17,38 +16,11 @@ from vodpoller.clock import timestamp
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
 from vodpoller.events import Event
 from vodpoller.in_flight import Delivery, InFlight, State
+from vodpoller.journal_contract import Portion, Position
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.status import SinkStatus
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
-    """How far a sink's file is known to be in the ledger: all before `offset_bytes` is.
-
-    Args:
-        inode: Of the file; it follows a rename.
-        offset_bytes: End of the last line that was written and synced.
-    """
-
-    inode: int
-    offset_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Portion:
-    """A part of what a sink's file holds beyond its mark.
-
-    Args:
-        keys: Of the events of its lines, in their order.
-        position: Where it ends: when its keys are in the ledger, all before is.
-        read: How much of all that is to be read has been read then, 0 to 1.
-    """
-
-    keys: Sequence[bytes]
-    position: Position
-    read: float
 
 
 class Sink(ABC):

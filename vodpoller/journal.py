@@ -1,6 +1,6 @@
-"""The journal: what sinks accepted (the ledger), what waits for another attempt, what waits for a person.
+"""The journal in SQLite: what `journal_contract` promises, and how it is kept here.
 
-One SQLite file in WAL mode. Rows that stand in for an event at VOD are on disk before the caller goes on; ledger rows
+One file in WAL mode. Rows that stand in for an event at VOD are on disk before the caller goes on; ledger rows
 may lag, since losing one costs a duplicate at most.
 """
 
@@ -10,25 +10,30 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from vodpoller.delivery import Portion, Position
 from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
-from vodpoller.events import Event, restore_event
+from vodpoller.events import restore_event
+from vodpoller.journal_contract import (
+    CONFIRMED_KEPT_SECS,
+    DUE_HORIZON_SECS,
+    Journal,
+    Known,
+    Letter,
+    Portion,
+    Position,
+    StoredEvent,
+)
 from vodpoller.logs import Logger, Repeats
 from vodpoller.migrations import ROW_OVERHEAD_BYTES, count_anew, migrate
 from vodpoller.settlement import Reason
 
-CONFIRMED_KEPT_SECS: Final = 600.0
-DUE_HORIZON_SECS: Final = 900.0
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
 DEFERRED_MAX: Final = 1000
@@ -62,63 +67,33 @@ _IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters
 _Work = Callable[[sqlite3.Connection], object]
 
 
-class Known(Enum):
-    """What the journal knows of an event at a sink."""
-
-    ACCEPTED = auto()
-    PENDING = auto()
-    DEAD = auto()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Letter:
-    """A row to be stored: an event that a sink has not got.
+class _Write:
+    """Work for the next transaction.
 
     Args:
-        event: The event.
-        sink: The sink that lacks it; empty where no route names one.
-        dead: It waits for a person, not for another attempt.
-        reason: Why, a value of `Reason`.
-        error: What the last attempt said.
-        attempts: How many there were.
-        due_in_secs: When a pending one is tried again.
+        work: What is done in it.
+        durable: Its transaction must survive a loss of power.
+        deferred: Nothing waits for it: if it fails for a reason that may pass, it is done with the next one.
+        on_end: Called once it is written, or never will be.
     """
 
-    event: Event
-    sink: str
-    dead: bool
-    reason: str
-    error: str = ""
-    attempts: int = 0
-    due_in_secs: float = 0.0
+    __slots__ = ("deferred", "done", "durable", "error", "on_end", "work")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """A stored event that is due at a sink."""
-
-    row: int
-    event: Event
-    sink: str
-    attempts: int
-    stored_at: float
-
-
-class _Write:
-    """Work for the next transaction."""
-
-    __slots__ = ("deferred", "done", "durable", "error", "work")
-
-    def __init__(self, work: _Work, *, durable: bool, deferred: bool = False) -> None:
+    def __init__(
+        self, work: _Work, *, durable: bool, deferred: bool = False, on_end: Callable[[], None] | None = None
+    ) -> None:
         self.work = work
         self.durable = durable
         self.deferred = deferred
+        self.on_end = on_end
         self.done = False
         self.error: Exception | None = None
 
 
-class Journal:
-    """The open journal. One process at a time: a lock file beside it keeps a second daemon out.
+class SqliteJournal(Journal):
+    """An open journal in a file. One process at a time: a lock file beside it keeps a second daemon out.
+
+    So claims are a matter of this process: they are in memory.
 
     Args:
         path: The file; its folder is made where it is missing.
@@ -157,8 +132,10 @@ class Journal:
         self._queue_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
+        self._claiming = threading.Lock()
         self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
         self._unwritten_positions: dict[str, Position] = {}
+        self._claims: dict[tuple[bytes, str], StoredEvent] = {}
         self._failing = False
         self._corrupt: str | None = None  # once found it is so until the next start
         self._next_slice = 0
@@ -199,7 +176,6 @@ class Journal:
         self._writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (self._wall(),))
 
     def close(self) -> None:
-        """Write what waits, and let the next process have the file."""
         self.flush()
         with self._write_lock, self._read_lock:
             self._writer.close()
@@ -212,7 +188,7 @@ class Journal:
         """Have the work done in a transaction, together with that of other threads.
 
         Raises:
-            sqlite3.Error: It was not, and nothing of it is in the file.
+            StorageError: It was not, and nothing of it is in the file; the log has it.
         """
         mine = _Write(work, durable=durable)
         with self._queue_lock:
@@ -221,23 +197,36 @@ class Journal:
             if not mine.done:
                 self._commit_queue()
         if mine.error is not None:
-            raise mine.error
+            self._failed(mine.error)
+            raise StorageError(f"the journal cannot be written: {mine.error}") from mine.error
 
-    def _defer(self, work: _Work) -> None:
-        """Have the work done with the next transaction that succeeds: for what only saves work later."""
+    def _defer(self, work: _Work, on_end: Callable[[], None] | None = None) -> None:
+        """Have the work done with the next transaction that succeeds: for what only saves work later.
+
+        Args:
+            work: What is done.
+            on_end: Called once it is written, or never will be.
+        """
         with self._queue_lock:
-            self._queue.append(_Write(work, durable=False, deferred=True))
+            self._queue.append(_Write(work, durable=False, deferred=True, on_end=on_end))
 
     def _commit_queue(self) -> None:
         with self._queue_lock:
             batch, self._queue = self._queue, []
-        if not self._commit(batch) and len(batch) > 1:
-            for write in batch:  # one that cannot be written must not take the others with it
-                self._commit([write])
-        again = [write for write in batch if write.deferred and isinstance(write.error, sqlite3.OperationalError)]
-        if again:
-            with self._queue_lock:
-                self._queue = [*again[:DEFERRED_MAX], *self._queue]
+        again: list[_Write] = []
+        try:
+            if not self._commit(batch) and len(batch) > 1:
+                for write in batch:  # one that cannot be written must not take the others with it
+                    self._commit([write])
+            failed = [write for write in batch if isinstance(write.error, sqlite3.OperationalError)]
+            again = [write for write in failed if write.deferred][:DEFERRED_MAX]
+        finally:
+            if again:
+                with self._queue_lock:
+                    self._queue = [*again, *self._queue]
+            for write in set(batch).difference(again):
+                if write.on_end is not None:
+                    write.on_end()
 
     def _commit(self, batch: Sequence[_Write]) -> bool:
         """False where one of several may be at fault; a file that is locked by others fails all, once."""
@@ -265,22 +254,14 @@ class Journal:
     # --- the ledger --------------------------------------------------------------------------------------------------
 
     def known(self, pairs: Iterable[tuple[bytes, str]]) -> dict[tuple[bytes, str], Known]:
-        """What is known of (key, sink) pairs. Identical content after a confirm of ten minutes ago is a new event.
-
-        Raises:
-            StorageError: The journal cannot be read, so nobody can tell.
-        """
         wanted = set(pairs)
         keys = list({key for key, _ in wanted})
         found: dict[tuple[bytes, str], Known] = {}
         # Memory before the file: a pair that leaves memory in between is in the file by then.
         unwritten = [pair for pair in wanted if pair in self._unwritten] if self._unwritten else []
-        try:
+        with self._reading():
             for first in range(0, len(keys), _KEYS_A_QUERY):
                 found |= self._known(keys[first : first + _KEYS_A_QUERY])
-        except sqlite3.Error as error:
-            self._failed(error)
-            raise StorageError(f"the journal cannot be read: {error}") from error
         return found | dict.fromkeys(unwritten, Known.ACCEPTED)
 
     def _known(self, keys: Sequence[bytes]) -> dict[tuple[bytes, str], Known]:
@@ -304,11 +285,7 @@ class Journal:
         return found
 
     def accept(self, sink: str, keys: Sequence[bytes], position: Position | None) -> None:
-        """Remember that a sink has events, and how far its file goes. What cannot be written stays in memory.
-
-        A stored row of a pair is deleted: one that is stored before this transaction is found here, and one that would
-        be stored after it finds the ledger's.
-        """
+        # A row that is stored before this transaction is found by it, and `store` finds what this one wrote.
         now = self._wall()
         # The mark must stay below what is in memory only: it moves when that is written.
         waits = bool(self._unwritten)
@@ -319,13 +296,14 @@ class Journal:
 
         try:
             self._write(work, durable=False)
-        except Exception as error:  # noqa: BLE001 - the sink has the events, whatever became of the rows
+        except Exception:  # noqa: BLE001 - the sink has the events, whatever became of the rows
             with self._queue_lock:
                 self._unwritten |= dict.fromkeys([(key, sink) for key in keys], (now, None))
                 if position is not None:
                     self._unwritten_positions[sink] = position
-            self._failed(error)
+            self._end_claims((key, sink) for key in keys)
             return
+        self._end_claims((key, sink) for key in keys)
         if position is not None and (waits or self._unwritten_positions):
             with self._queue_lock:
                 if waits:
@@ -334,15 +312,6 @@ class Journal:
                     self._unwritten_positions.pop(sink, None)  # overtaken
 
     def recover(self, sink: str, portion: Portion) -> None:
-        """Enter a part of what a sink's file holds beyond its mark, at start. When this returns, it is on disk.
-
-        Args:
-            sink: The sink's name.
-            portion: Its keys and, for the mark, where it ends.
-
-        Raises:
-            StorageError: The journal cannot be written.
-        """
         now = self._wall()
 
         def work(db: sqlite3.Connection) -> None:
@@ -356,23 +325,14 @@ class Journal:
                 db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in portion.keys])
             _set_position(db, sink, portion.position)
 
-        try:
-            self._write(work, durable=True)
-        except sqlite3.Error as error:
-            raise StorageError(f"the journal cannot be written: {error}") from error
+        self._write(work, durable=True)
 
     def position(self, sink: str) -> Position | None:
-        """The mark of a sink's file: all below it is in the ledger.
-
-        Raises:
-            StorageError: The journal cannot be read.
-        """
         rows = self._read("SELECT inode, offset_bytes FROM positions WHERE sink = ?", (sink,))
         row = rows[0] if rows else None
         return Position(inode=row[0] % _INODES, offset_bytes=row[1]) if row else None
 
     def confirmed(self, keys: Sequence[bytes]) -> None:
-        """VOD answered OK to the confirm of these events: their rows are no longer needed for long."""
         now = self._wall()
         marks = ",".join("?" * len(keys))
 
@@ -391,16 +351,6 @@ class Journal:
     # --- pending and dead --------------------------------------------------------------------------------------------
 
     def store(self, letters: Sequence[Letter]) -> None:
-        """Take events over from VOD: when this returns, they are on disk.
-
-        A pair that is stored already stays as it is; one that the ledger turns out to have by now is left out. Dead
-        letters never take the room of pending events: at most half of it is theirs.
-
-        Raises:
-            JournalFullError: There was no room for some, which VOD must keep: `refused` has their events' keys. All
-                others are on disk.
-            StorageError: None is stored; VOD must keep them all.
-        """
         if not letters:
             return
         self._check_in_place()
@@ -411,11 +361,7 @@ class Journal:
         def work(db: sqlite3.Connection) -> None:
             refused[:] = self._insert_letters(db, wanted)
 
-        try:
-            self._write(work, durable=True)
-        except Exception as error:
-            self._failed(error)
-            raise StorageError(f"the journal cannot be written: {error}") from error
+        self._write(work, durable=True)
         if refused:
             raise self._full(refused)
 
@@ -445,6 +391,8 @@ class Journal:
         Returns:
             What there is no room for, and is not held by the journal already.
         """
+        # The statement asks the ledger; what should be in it and could not be written is in memory.
+        wanted = [(letter, row) for letter, row in wanted if (letter.event.key, letter.sink) not in self._unwritten]
         room = self._max_bytes - _letters_bytes(db)
         dead_room = self._max_bytes // 2 - _dead_bytes(db)
         if sum(_size(letter) for letter, _ in wanted) <= room and (
@@ -480,67 +428,82 @@ class Journal:
         self._repeats.say("error", "journal.failed", cause=message, path=str(self._path), **error.fields())
         return error
 
-    def _taken_bytes(self) -> int:
+    def claim_due(self, sink: str, limit: int) -> list[StoredEvent]:
         if self._corrupt is not None:  # what would be delivered now could not be remembered
             raise StorageError(self._corrupt)
-        return int(self._read(_LETTERS_BYTES)[0][0])
-
-    def due(self, sink: str, limit: int) -> list[Pending]:
-        """Stored events whose time has come, the oldest due time first.
-
-        A due time beyond any back-off was set by a clock that was wrong: it has come as well. None is due while the
-        journal cannot be read.
-        """
         now = self._wall()
-        try:
-            with self._read_lock:
-                rows = self._reader.execute(
-                    "SELECT id, key, sink, attempts, stored_at, source, sub_app_id, event_type, body FROM letters"
-                    " WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?) ORDER BY due_at LIMIT ?",
-                    (sink, now, now + DUE_HORIZON_SECS + 60, limit),
-                ).fetchall()
-        except sqlite3.Error as error:
-            self._failed(error)
+        with self._claiming:
+            # Memory before the file: what leaves memory after this was written before, and what is read sees that.
+            with self._queue_lock:
+                held = {*self._claims, *self._unwritten}
+            free = self._due_rows(sink, now, limit, held)
+            found, accepted = self._read_due(sink, now, free)
+            with self._queue_lock:
+                self._claims |= {(stored.event.key, sink): stored for stored in found}
+        if accepted:  # a replay brought them back
+            self._defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
+        return found
+
+    def _due_rows(self, sink: str, now: float, limit: int, held: Collection[tuple[bytes, str]]) -> list[int]:
+        """The numbers of what is due and not held; their bodies are read later, those of what is held never."""
+        if limit <= 0 or not self._read(_LETTERS_BYTES)[0][0]:
             return []
-        return [
-            Pending(
-                row=row,
-                event=restore_event(body=body, key=key, event_type=event_type, source=source, sub_app_id=sub_app_id),
-                sink=to,
-                attempts=attempts,
-                stored_at=stored_at,
+        due = self._read(
+            # A due time beyond any delay was set by a clock that was wrong: it has come as well.
+            "SELECT id, key FROM letters WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?)"
+            " ORDER BY due_at LIMIT ?",
+            (sink, now, now + DUE_HORIZON_SECS + 60, limit + len(held)),
+        )
+        return [row for row, key in due if (key, sink) not in held][:limit]
+
+    def _read_due(self, sink: str, now: float, rows: Sequence[int]) -> tuple[list[StoredEvent], list[tuple[int]]]:
+        """The stored events of these numbers, and the numbers of those that the ledger has."""
+        found: list[StoredEvent] = []
+        accepted: list[tuple[int]] = []
+        for first in range(0, len(rows), _KEYS_A_QUERY):
+            portion = rows[first : first + _KEYS_A_QUERY]
+            marks = ",".join("?" * len(portion))
+            read = self._read(
+                "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("  # noqa: S608
+                " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
+                " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
+                f" FROM letters WHERE id IN ({marks}) AND state = 'pending' AND sink = ? ORDER BY due_at",
+                (now - CONFIRMED_KEPT_SECS, *portion, sink),
             )
-            for row, key, to, attempts, stored_at, source, sub_app_id, event_type, body in rows
-        ]
+            for row, key, attempts, stored_at, source, sub_app_id, event_type, body, is_accepted in read:
+                if is_accepted:
+                    accepted.append((row,))
+                    continue
+                event = restore_event(body=body, key=key, event_type=event_type, source=source, sub_app_id=sub_app_id)
+                age_secs = max(now - stored_at, 0.0)
+                found.append(StoredEvent(row=row, event=event, sink=sink, attempts=attempts, age_secs=age_secs))
+        return found, accepted
 
-    def forget(self, rows: Sequence[int]) -> None:
-        """Delete stored events that their sinks turn out to have."""
-        self._defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", [(row,) for row in rows]))
+    def release(self, claimed: Iterable[StoredEvent]) -> None:
+        with self._queue_lock:
+            for stored in claimed:
+                pair = (stored.event.key, stored.sink)
+                if self._claims.get(pair) is stored:
+                    del self._claims[pair]
 
-    def reschedule(self, row: int, *, attempts: int, due_in_secs: float, error: str | None) -> None:
-        """When a stored event is tried again. Where that cannot be written it is sooner.
+    def _end_claims(self, pairs: Iterable[tuple[bytes, str]]) -> None:
+        if self._claims:
+            with self._queue_lock:
+                for pair in pairs:
+                    self._claims.pop(pair, None)
 
-        Args:
-            row: As `due` gave it.
-            attempts: How many failed so far.
-            due_in_secs: From now, at most a quarter of an hour.
-            error: What the last attempt said; None where there was none.
-        """
+    def reschedule(self, claimed: StoredEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
         due_at = self._wall() + min(due_in_secs, DUE_HORIZON_SECS)
-        values = (attempts, due_at, None if error is None else _text(error), row)
+        values = (attempts, due_at, None if error is None else _text(error), claimed.row)
         self._defer(
             lambda db: db.execute(
                 "UPDATE letters SET attempts = ?, due_at = ?, error = coalesce(?, error) WHERE id = ?", values
-            )
+            ),
+            on_end=lambda: self.release((claimed,)),
         )
 
-    def bury(self, row: int, *, attempts: int, reason: str, error: str) -> bool:
-        """A stored event becomes a dead letter.
-
-        Returns:
-            Whether it did. If that cannot be written it stays pending.
-        """
-        values = (attempts, reason, _text(error), row)
+    def bury(self, claimed: StoredEvent, *, attempts: int, reason: str, error: str) -> None:
+        values = (attempts, reason, _text(error), claimed.row)
         try:
             self._write(
                 lambda db: db.execute(
@@ -548,22 +511,10 @@ class Journal:
                 ),
                 durable=True,
             )
-        except sqlite3.Error as failure:
-            self._failed(failure)
-            return False
-        return True
+        finally:
+            self.release((claimed,))
 
     def mark_removed(self, sinks: Collection[str]) -> None:
-        """Give pending events of sinks that are no more the reason `sink_removed`; they stay pending.
-
-        An event whose sink is back loses the reason.
-
-        Args:
-            sinks: The names of the sinks that there are.
-
-        Raises:
-            StorageError: The journal cannot be written.
-        """
         marks = ",".join("?" * len(sinks))
 
         def work(db: sqlite3.Connection) -> None:
@@ -578,26 +529,21 @@ class Journal:
                 (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
             )
 
-        try:
-            self._write(work, durable=False)
-        except sqlite3.Error as error:
-            self._failed(error)
-            raise StorageError(f"the journal cannot be written: {error}") from error
+        self._write(work, durable=False)
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """How many rows there are by (sink, state).
-
-        Raises:
-            StorageError: The journal cannot be read.
-        """
         rows = self._read("SELECT sink, state, count(*) FROM letters GROUP BY sink, state")
         return {(sink, state): number for sink, state, number in rows}
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._reading(), self._read_lock:
+            return self._reader.execute(query, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
         try:
-            with self._read_lock:
-                return self._reader.execute(query, values).fetchall()
-        except sqlite3.Error as error:
+            yield
+        except Exception as error:
             self._failed(error)
             raise StorageError(f"the journal cannot be read: {error}") from error
 
@@ -605,7 +551,6 @@ class Journal:
 
     @property
     def is_writable(self) -> bool:
-        """Whether the file is whole, in its place and has every accepted pair: if not, no new pull should start."""
         return not (self._unwritten or self._replaced or self._corrupt)
 
     def _check_in_place(self) -> None:
@@ -624,25 +569,15 @@ class Journal:
             raise error
 
     @property
-    def has_letters(self) -> bool:
-        """Whether anything is stored, pending or dead.
-
-        Raises:
-            StorageError: The journal cannot be read.
-        """
-        return self._taken_bytes() > 0
-
-    @property
     def unwritten(self) -> int:
         """How many accepted pairs are in memory only."""
         return len(self._unwritten)
 
-    def mark(self, name: str, at: float) -> None:
-        """Remember when something last happened, for `vodpoller status`."""
+    def mark(self, name: str, ago_secs: float = 0.0) -> None:
+        at = self._wall() - ago_secs
         self._defer(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)))
 
     def flush(self) -> None:
-        """Write what waits in memory. Called every second; a failure is said once and tried again."""
         with suppress(StorageError):
             self._check_in_place()
         self._shrink_wal()
@@ -660,8 +595,7 @@ class Journal:
 
         try:
             self._write(work, durable=False)
-        except sqlite3.Error as error:
-            self._failed(error)
+        except StorageError:
             return
         with self._queue_lock:
             for key, sink, *_ in rows:
@@ -701,18 +635,12 @@ class Journal:
         except OSError:
             return 0
 
-    def prune(self, slices: int = SLICES) -> None:
-        """Delete ledger rows that have done their duty, in short transactions.
-
-        An index by age would cost more at each event than all else in the ledger. Keys are hashes, so equal ranges of
-        them hold equally many rows, and each call looks at the next ones.
-
-        Args:
-            slices: How many of the 256 ranges; all of them unless told otherwise.
-        """
+    def prune(self, share: float = 1.0) -> None:
+        # An index by age would cost more at each event than all else in the ledger. Keys are hashes, so equal ranges of
+        # them hold equal numbers of rows: each call looks at the next ones, in short transactions.
         now = self._wall()
-        with suppress(sqlite3.Error):  # it is put off; a file that is corrupt has been said to be by the write
-            for _ in range(slices):
+        with suppress(StorageError):  # it is put off
+            for _ in range(round(SLICES * share)):
                 first, self._next_slice = self._next_slice, (self._next_slice + 1) % SLICES
                 self._write(partial(self._prune_slice, first, now), durable=False)
 
@@ -728,7 +656,7 @@ class Journal:
             self._log.debug("journal.pruned", rows=deleted)
 
     def shift(self, secs: float) -> None:
-        """The clock was set: move what this process stamped along, so that nothing ages or waits by the jump."""
+        # What this process stamped is moved along, so that nothing ages or waits by the jump.
         recent = self._wall() - secs - CONFIRMED_KEPT_SECS
 
         def work(db: sqlite3.Connection) -> None:
@@ -742,7 +670,7 @@ class Journal:
                 (secs, secs, self._started_at, recent),
             )
 
-        with suppress(sqlite3.Error):
+        with suppress(StorageError):
             self._write(work, durable=False)
             self._started_at += secs
 

@@ -1,14 +1,15 @@
 """Stored events on their way to sinks that could not take them: retried until accepted, rejected or given up."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import assert_never
 
 from vodpoller.delivery import Backoff, Worker
 from vodpoller.errors import StorageError
 from vodpoller.events import event_fields
-from vodpoller.in_flight import Delivery, InFlight
-from vodpoller.journal import Journal, Known, Pending
+from vodpoller.in_flight import Delivery, InFlight, State
+from vodpoller.journal_contract import Journal, Known, StoredEvent
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry
 
@@ -25,7 +26,7 @@ class Retrier:
         in_flight: The table that all workers share.
         give_up_after_secs: By the sink's name: the age at which a row becomes a dead letter.
         telemetry: Destination of log lines and counts.
-        wall: The clock that stamped the rows, in seconds since 1970.
+        monotonic: The clock by which a row ages once it is claimed, in seconds.
 
     Attributes:
         delivered: How many rows sinks accepted so far.
@@ -39,14 +40,14 @@ class Retrier:
         in_flight: InFlight,
         give_up_after_secs: Mapping[str, float],
         telemetry: Telemetry,
-        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
         self._workers = workers
         self._in_flight = in_flight
         self._give_up_after_secs = give_up_after_secs
         self._telemetry = telemetry.scope()
-        self._wall = wall
+        self._monotonic = monotonic
         self.delivered = 0
 
     def submit_due(self) -> int:
@@ -55,26 +56,45 @@ class Retrier:
         Returns:
             How many were submitted.
         """
-        self._journal.flush()  # what was written of the rows of the last call, so that they are not due any more
-        try:
-            has_letters = self._journal.has_letters
-        except StorageError:
-            return 0
-        return sum(self._submit_due(worker) for worker in self._workers.values()) if has_letters else 0
+        return sum(self._submit_due(worker) for worker in self._workers.values())
 
     def _submit_due(self, worker: Worker) -> int:
-        room = min(worker.room(), BATCH_ROWS)
-        rows = self._journal.due(worker.name, room) if room else []
-        if not rows:
-            return 0
-        with self._in_flight.claim([self._delivery(row) for row in rows], None) as claims:
+        with self._claimed(worker) as deliveries:
+            known = self._known(deliveries)
             # What was accepted meanwhile, or deleted by a command, is not submitted, and so released at the end.
-            fresh = [claim.delivery for claim in claims if not claim.joined]
-            known = self._known(fresh)
-            to_submit = [it for it in fresh if known.get((it.event.key, it.sink)) is Known.PENDING]
-            self._journal.forget([row.row for row in rows if known.get((row.event.key, row.sink)) is Known.ACCEPTED])
+            to_submit = [it for it in deliveries if known.get((it.event.key, it.sink)) is Known.PENDING]
             worker.submit(to_submit)
         return len(to_submit)
+
+    @contextmanager
+    def _claimed(self, worker: Worker) -> Iterator[list[Delivery]]:
+        """Claim what is due, in the journal and among the deliveries under way, for as long as the `with` lasts.
+
+        At its end, whatever ended it, what the worker has not taken is released in both. A claim in the journal on
+        what it has taken ends with the delivery.
+
+        Yields:
+            The deliveries that are not under way already.
+        """
+        not_taken = rows = self._due(worker)
+        try:
+            claimed_at = self._monotonic()
+            deliveries = [self._delivery(row, claimed_at) for row in rows]
+            with self._in_flight.claim(deliveries, None) as claims:
+                try:
+                    yield [claim.delivery for claim in claims if not claim.joined]
+                finally:
+                    pairs = zip(rows, deliveries, strict=True)
+                    not_taken = [row for row, delivery in pairs if delivery.state is State.CLAIMED]
+        finally:
+            self._journal.release(not_taken)
+
+    def _due(self, worker: Worker) -> Sequence[StoredEvent]:
+        room = min(worker.room(), BATCH_ROWS)
+        try:
+            return self._journal.claim_due(worker.name, room) if room else ()
+        except StorageError:  # the journal has said so
+            return ()
 
     def _known(self, deliveries: Sequence[Delivery]) -> Mapping[tuple[bytes, str], Known]:
         try:
@@ -82,15 +102,24 @@ class Retrier:
         except StorageError:  # then it cannot be told what is still to be delivered
             return {}
 
-    def _delivery(self, row: Pending) -> Delivery:
+    def _delivery(self, row: StoredEvent, claimed_at: float) -> Delivery:
         return Delivery(
             row.event,
             row.sink,
             deadline=None,
-            on_complete=lambda delivery, result: self._completed(row, delivery, result),
+            on_complete=lambda delivery, result: self._completed(row, claimed_at, delivery, result),
         )
 
-    def _completed(self, row: Pending, delivery: Delivery, result: SinkResult) -> None:
+    def _completed(self, row: StoredEvent, claimed_at: float, delivery: Delivery, result: SinkResult) -> None:
+        try:
+            age_secs = row.age_secs + self._monotonic() - claimed_at
+            self._write_down(row, age_secs, delivery, result)
+        except BaseException:
+            self._journal.release([row])
+            raise
+
+    def _write_down(self, row: StoredEvent, age_secs: float, delivery: Delivery, result: SinkResult) -> None:
+        """What came of a claimed row; each way ends the claim: that of an accepted one has ended when it was."""
         match result.outcome:
             case Outcome.DELIVERED:
                 self.delivered += 1
@@ -98,31 +127,33 @@ class Retrier:
                     "pending.delivered",
                     sink=row.sink,
                     attempts=row.attempts + delivery.attempts + 1,
-                    age_secs=round(self._wall() - row.stored_at, 1),
+                    age_secs=round(age_secs, 1),
                     **event_fields(row.event),
                 )
             case Outcome.REJECTED:
                 self._bury(row, delivery, Reason.REJECTED, result.why)
             case Outcome.FAILED:
-                self._failed(row, delivery, result)
+                self._failed(row, age_secs, delivery, result)
             case Outcome.NOT_ATTEMPTED:
                 # The breaker is open, the queue full or the sink paused. Another row gets the next turn.
                 wait_secs = max(1.0, result.retry_after_secs or 0.0)
-                self._journal.reschedule(row.row, attempts=row.attempts, due_in_secs=wait_secs, error=None)
+                self._journal.reschedule(row, attempts=row.attempts, due_in_secs=wait_secs, error=None)
             case _:
                 assert_never(result.outcome)
 
-    def _failed(self, row: Pending, delivery: Delivery, result: SinkResult) -> None:
-        if self._wall() - row.stored_at >= self._give_up_after_secs[row.sink]:
+    def _failed(self, row: StoredEvent, age_secs: float, delivery: Delivery, result: SinkResult) -> None:
+        if age_secs >= self._give_up_after_secs[row.sink]:
             self._bury(row, delivery, Reason.GAVE_UP, result.why)
             return
         attempts = row.attempts + delivery.attempts
         wait_secs = max(RETRY_BACKOFF.secs(attempts), result.retry_after_secs or 0.0)
-        self._journal.reschedule(row.row, attempts=attempts, due_in_secs=wait_secs, error=result.why)
+        self._journal.reschedule(row, attempts=attempts, due_in_secs=wait_secs, error=result.why)
 
-    def _bury(self, row: Pending, delivery: Delivery, reason: Reason, error: str) -> None:
-        if not self._journal.bury(row.row, attempts=row.attempts + delivery.attempts, reason=reason, error=error):
-            return  # it stays pending, and comes to this again
+    def _bury(self, row: StoredEvent, delivery: Delivery, reason: Reason, error: str) -> None:
+        try:
+            self._journal.bury(row, attempts=row.attempts + delivery.attempts, reason=reason, error=error)
+        except StorageError:  # the journal has said so; it stays pending, and comes to this again
+            return
         self._telemetry.count(Count.DEAD_LETTERS_CREATED, sink=row.sink, reason=reason.value)
         self._telemetry.repeated(
             "error",

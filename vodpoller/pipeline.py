@@ -12,7 +12,7 @@ from vodpoller.delivery import Worker
 from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
-from vodpoller.journal import Journal, Known, Letter
+from vodpoller.journal_contract import Journal, Known, Letter
 from vodpoller.router import Router
 from vodpoller.settlement import (
     ALREADY_DELIVERED,

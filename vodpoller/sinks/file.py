@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, field_validator
 
-from vodpoller.delivery import Portion, Position, Sink
+from vodpoller.delivery import Sink
 from vodpoller.durable import (
     Folders,
     is_locked,
@@ -30,6 +30,7 @@ from vodpoller.durable import (
 )
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, decode_json, event_key
+from vodpoller.journal_contract import Portion, Position
 from vodpoller.logs import Repeats, SinkLog
 from vodpoller.sinks import SinkConfig, cloudevent_key, encode
 
