@@ -180,7 +180,7 @@ def digest(text):
 def stored_rows(system):
     """How many events wait in the journal, or are dead letters."""
     done = run_command("status", "-c", system.config_path, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.stdout, done.stderr  # exit code 1: no daemon runs
     return sum(found["events"] for found in json.loads(done.stdout)["stored"])
 
 

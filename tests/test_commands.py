@@ -834,10 +834,11 @@ def test_purge_beside_a_running_daemon(system):
 # --- status -----------------------------------------------------------------------------------------------------------
 
 
-def status_of(system):
-    done = run_command("status", "--json", "-c", system.config_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    return json.loads(done.stdout)
+def status_of(system, *args):
+    done = run_command("status", "--json", *args, "-c", system.config_path)
+    found = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (1 if found["problems"] else 0, "")
+    return found
 
 
 def test_status_of_a_journal_with_nothing_in_it(system):
@@ -845,9 +846,10 @@ def test_status_of_a_journal_with_nothing_in_it(system):
 
     done = run_command("status", "-c", system.config_path)
 
-    assert done.returncode == 0
-    assert "No daemon runs with this journal.\n" in done.stdout
-    assert "Last pull: never\n" in done.stdout
+    assert done.returncode == 1
+    assert done.stdout.startswith("PROBLEM daemon: no daemon runs with this journal\n")
+    assert "last pull: never\n" in done.stdout
+    assert "last confirm never\n" in done.stdout
     assert "Nothing is stored" in done.stdout
     assert status_of(system)["stored"] == []
 
@@ -872,14 +874,27 @@ def test_status_knows_whether_a_daemon_runs_and_when_vod_last_answered(system):
     daemon = system.daemon()
     until(simulator.all_confirmed)
 
-    assert status_of(system)["running"] is True
-    assert "The daemon runs.\n" in run_command("status", "-c", system.config_path).stdout
+    said = status_of(system)
+    assert (said["running"], said["pid"]) == (True, daemon.process.pid)
+    assert said["sources"][0]["last_pull_at"] <= said["at"]
+    assert f", process {daemon.process.pid}\n" in run_command("status", "-c", system.config_path).stdout
 
     assert daemon.terminate()[0] == 0
     said = status_of(system)
-    assert said["running"] is False
-    assert said["last_started_at"] <= said["last_pull_at"]
-    assert said["last_started_at"] <= said["last_confirm_at"]
+    assert (said["running"], said["pid"]) == (False, None)
+    assert said["started_at"] <= said["last_pull_at"]
+    assert said["started_at"] <= said["journal"]["last_confirm_at"]
+
+
+@needs_root
+@pytest.mark.parametrize("args", [["status"], ["status", "--json"]], ids=" ".join)
+def test_another_user_is_told_who_may_ask_for_the_status(outsider, args):
+    simulator = outsider.simulator()
+    outsider.configure(simulator.url)
+    daemon = outsider.daemon()
+
+    assert_fails(as_nobody(outsider, *args), 1, f"{outsider.journal}.sock: only root and the user that runs vodpoller")
+    assert daemon.terminate()[0] == 0
 
 
 # --- once -------------------------------------------------------------------------------------------------------------

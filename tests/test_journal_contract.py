@@ -681,6 +681,24 @@ def test_a_clock_that_was_set_changes_no_age_and_no_delay(journal, clock, secs):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_stored_is_counted_with_the_age_of_the_oldest(journal, clock):
+    journal.store([letter(1)])
+    clock.advance(60)
+    journal.store([letter(2), letter(3, sink="", dead=True, reason="malformed")])
+    clock.advance(5)
+    found = {(it.sink, it.state): (it.events, it.oldest_secs) for it in journal.stored()}
+    assert found == {("it", "pending"): (2, 65.0), ("", "dead"): (1, 5.0)}
+
+
+@pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
+def test_a_journal_that_is_broken_says_so(place, how):
+    assert place.open().status().writable
+    journal, _ = place.broken(how)
+    status = journal.status()
+    assert not status.writable
+    assert status.error
+
+
 @pytest.mark.parametrize("sinks", [["it"], ["it", "third"]])
 def test_a_pending_event_of_a_sink_that_is_no_more_says_so_until_the_sink_is_back(place, journal, sinks):
     journal.store([letter(1), letter(2, sink="gone"), letter(3, sink="", dead=True, reason="malformed")])
@@ -692,6 +710,7 @@ def test_a_pending_event_of_a_sink_that_is_no_more_says_so_until_the_sink_is_bac
 
 
 RAISING = {
+    "stored": lambda journal, _: journal.stored(),
     "mark_removed": lambda journal, _: journal.mark_removed(["other"]),
     "known": lambda journal, _: known(journal),
     "position": lambda journal, _: journal.position("it"),
@@ -705,6 +724,7 @@ SILENT = {
     "accept": lambda journal, _: accept(journal, 1000, position=at(9)),
     "confirmed": lambda journal, _: journal.confirmed([event(1).key]),
     "release": lambda journal, claimed: journal.release([claimed]),
+    "status": lambda journal, _: journal.status(),
     "reschedule": lambda journal, claimed: journal.reschedule(claimed, attempts=1, due_in_secs=1, error="no"),
     "flush": lambda journal, _: journal.flush(),
     "prune": lambda journal, _: journal.prune(),
@@ -732,4 +752,4 @@ def test_what_never_raises_does_not_on_a_journal_that_is_broken(place, how, meth
 
 def test_each_method_of_the_contract_has_its_place_in_these_tables():
     public = {name for name in vars(journal_module.Journal) if not name.startswith("_")}
-    assert public - {"is_writable", "close"} == {*RAISING, *SILENT}
+    assert public - {"is_writable", "trouble", "close"} == {*RAISING, *SILENT}

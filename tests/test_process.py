@@ -83,7 +83,7 @@ def test_commands_end_as_ever_whatever_is_closed(system, closed):
         (["check", *config], 0),
         (["check", "--connect", *config], 0),
         (["check", "-c", system.folder / "nowhere"], EX_CONFIG),
-        (["status", *config], 0),
+        (["status", *config], 1),
         (["deadletters", "list", *config], 0),
         (["deadletters", "list", "--json", *config], 0),
         (["deadletters", "show", "1", *config], 0),
@@ -349,7 +349,7 @@ def test_no_command_fails_on_a_character(system, locale):
         code, said, _ = ended(process)
         assert code == (1 if args[0] == "replay" else 0)
         assert said
-    assert ended(started(["status", "-c", system.config_path], **LOCALES[locale]))[0] == 0
+    assert ended(started(["status", "-c", system.config_path], **LOCALES[locale]))[0] == 1  # no daemon runs
 
 
 @pytest.mark.parametrize("locale", ["utf-8", "C", "gbk output"])
@@ -369,9 +369,9 @@ def test_paths_of_any_characters_work_in_any_locale(tmp_path, name, locale):
         config = ["-c", folder / "config.toml"]
         env = LOCALES[locale]
 
-        for args in (["check", *config], ["once", *config], ["status", *config]):
-            code, _, errors = ended(started(args, cwd=folder, **env))
-            assert code == 0, errors
+        for args, wanted in (["check"], 0), (["once"], 0), (["status"], 1):  # 1: no daemon runs
+            code, _, errors = ended(started([*args, *config], cwd=folder, **env))
+            assert code == wanted, errors
         assert ended(started(["check", "-c", folder / "nowhere.toml"], **env))[0] == EX_CONFIG
     assert len((folder / "events.jsonl").read_bytes().splitlines()) == 5
     assert (folder / "journal.db").exists()

@@ -2,20 +2,22 @@
 
 import logging
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 
-from vodpoller import tc3
+from vodpoller import __version__, tc3
 from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
 from vodpoller.confirmer import Confirmer
@@ -31,6 +33,8 @@ from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router
 from vodpoller.secret import Secret
+from vodpoller.status import JournalStatus, Status, StoredStatus
+from vodpoller.status_socket import StatusSocket, socket_path
 from vodpoller.systemd import Liveness, Notifier
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod import VodClient
@@ -97,7 +101,9 @@ class Daemon:
         self._liveness = Liveness()
         self._signals = signals or Signals()
         self._clock = SteadyClock()
-        self._counts: Mapping[tuple[str, str], int] = {}
+        self._started_at = self._clock()
+        self._stored: Sequence[StoredStatus] = ()  # as it was counted last
+        self._status_socket: StatusSocket | None = None
         self._journal: Journal = SqliteJournal(
             config.journal.path,
             max_bytes=config.journal.max_bytes,
@@ -258,6 +264,7 @@ class Daemon:
             The exit code.
         """
         self._signals.catch()
+        self._open_status_socket()
         self._start()
         beat_secs = min(HEARTBEAT_SECS, (self._notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
         longest_secs = beat_secs if until is None else 0.1
@@ -361,6 +368,7 @@ class Daemon:
         logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is no news
         for worker in self._workers.values():
             worker.start()
+        self._started_at = self._clock()
         for poller in self._pollers:
             self._periodically(f"tick {poller.name}", poller.tick, self._interval_secs(poller.name))
             poller.tick()
@@ -397,19 +405,21 @@ class Daemon:
 
     def _count(self) -> None:
         try:
-            self._counts = self._journal.counts()
+            self._stored = self._counted()
         except StorageError:  # the journal has said so
             return
-        for sink in {sink for sink, state in self._counts if state == "pending"} - set(self._workers):
+        for found in self._stored:
+            if found.state != "pending" or found.sink in self._workers:
+                continue
             self._scope.repeated(
                 "error",
                 "pending.stuck",
-                cause=f"no sink {sink}",
-                sink=sink,
-                pending=self._counts[sink, "pending"],
+                cause=f"no sink {found.sink}",
+                sink=found.sink,
+                pending=found.events,
                 hint="the configuration has no sink of this name any more. Bring it back; or give what waits to another"
-                f" sink, `vodpoller deadletters replay --pending --sink {sink} --to SINK`; or delete it,"
-                f" `vodpoller deadletters purge --pending --sink {sink}`",
+                f" sink, `vodpoller deadletters replay --pending --sink {found.sink} --to SINK`; or delete it,"
+                f" `vodpoller deadletters purge --pending --sink {found.sink}`",
             )
 
     def _beat(self) -> None:
@@ -420,10 +430,11 @@ class Daemon:
             self._scope.repeated("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
         if not overdue:
             self._notifier.alive()
-        self._notifier.status(self._status())
+        # This must not wait for a disk that hangs, so it says of the journal what is known.
+        self._notifier.status(self._snapshot(self._stored, self._known_of_journal()).as_line())
 
     def _mark(self) -> None:
-        """Leave word for `vodpoller status`."""
+        """Leave word for a `vodpoller status` that finds no daemon."""
         last_pull_at = max(poller.last_pull_at for poller in self._pollers)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
@@ -435,21 +446,58 @@ class Daemon:
         if not step_secs:
             return
         self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
+        self._started_at += step_secs
         self._journal.shift(step_secs)
         for job in self._scheduler.get_jobs():
             job.modify(next_run_time=datetime.now(UTC))
 
-    def _status(self) -> str:
-        said = []
-        for poller in self._pollers:
-            problem = poller.problem
-            said.append(f"{poller.name}: {'pulling' if problem is None else f'cannot pull: {problem}'}")
-        open_sinks = [worker.name for worker in self._workers.values() if worker.is_open]
-        if open_sinks:
-            said.append(f"sinks not accepting: {', '.join(open_sinks)}")
-        stored = {state: sum(n for (_, s), n in self._counts.items() if s == state) for state in ("pending", "dead")}
-        said += [f"{number} {state}" for state, number in stored.items() if number]
-        return "; ".join([*said, f"{self.settled_events} events settled"])
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """How everything is at this moment. Waits for the journal, which is written to, to see whether that works."""
+        journal = self._journal.status()
+        try:
+            stored: Sequence[StoredStatus] = self._counted()
+        except StorageError as error:
+            stored = ()
+            journal = replace(journal, writable=False, error=journal.error or str(error))
+        return self._snapshot(stored, replace(journal, last_confirm_at=self._pipeline.last_confirm_at or None))
+
+    def _counted(self) -> list[StoredStatus]:
+        now = self._clock()
+        return [
+            StoredStatus(sink=it.sink, state=it.state, events=it.events, oldest_at=now - it.oldest_secs)
+            for it in self._journal.stored()
+        ]
+
+    def _snapshot(self, stored: Sequence[StoredStatus], journal: JournalStatus) -> Status:
+        return Status(
+            pid=os.getpid(),
+            version=__version__,
+            started_at=self._started_at,
+            at=self._clock(),
+            settled_events=self.settled_events,
+            sources=[poller.status() for poller in self._pollers],
+            sinks=[worker.status() for worker in self._workers.values()],
+            stored=stored,
+            journal=journal,
+        )
+
+    def _known_of_journal(self) -> JournalStatus:
+        trouble = self._journal.trouble
+        return JournalStatus(path=str(self._config.journal.path), writable=not trouble, error=trouble)
+
+    def _open_status_socket(self) -> None:
+        path = socket_path(self._config.journal.path)
+        try:
+            self._status_socket = StatusSocket(path, self._answer, log=self._log)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the system has no more threads
+            self._log.warning("status.unavailable", path=str(path), error_message=str(error))
+
+    def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        if request.get("command") != "status":
+            return {"error": f"this vodpoller ({__version__}) knows no command {request.get('command')!r}"}
+        return self.status().as_json(strict=bool(request.get("strict")))
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
@@ -499,6 +547,8 @@ class Daemon:
         for worker in self._workers.values():
             worker.stop()
         self._close_sinks(ends_at)
+        if self._status_socket is not None:
+            self._status_socket.close()
         if all(ended):
             self._mark()
             self._journal.close()

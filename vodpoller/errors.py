@@ -45,7 +45,18 @@ class ThrottledError(TransientError):
 
 
 class OperatorError(VodpollerError):
-    """A person must act (credentials, rights, SubAppId): say so loudly, back off for long, never exit over it."""
+    """A person must act (credentials, rights, SubAppId): say so loudly, back off for long, never exit over it.
+
+    Args:
+        message: What happened, maybe with what to do.
+        advice: What to do, if the message leaves that out; it is part of the error's text.
+    """
+
+    def __init__(self, message: str, *, advice: str = "", error_code: str = "", request_id: str = "") -> None:
+        text = f"{message} | {advice}" if advice else message
+        super().__init__(text, error_code=error_code, request_id=request_id)
+        self.message = message
+        self.advice = advice
 
 
 class StoppingError(VodpollerError):

@@ -28,11 +28,13 @@ from vodpoller.journal_contract import (
     Letter,
     Portion,
     Position,
+    StoredCount,
     StoredEvent,
 )
 from vodpoller.logs import Logger, Repeats
 from vodpoller.migrations import ROW_OVERHEAD_BYTES, count_anew, migrate
 from vodpoller.settlement import Reason
+from vodpoller.status import JournalStatus
 
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
@@ -137,6 +139,8 @@ class SqliteJournal(Journal):
         self._unwritten_positions: dict[str, Position] = {}
         self._claims: dict[tuple[bytes, str], StoredEvent] = {}
         self._failing = False
+        self._trouble = ""  # what was said last about why it could not be written
+        self._lacked_bytes = 0  # what the least of those pending events takes that found no room
         self._corrupt: str | None = None  # once found it is so until the next start
         self._next_slice = 0
         with ExitStack() as opening:
@@ -413,6 +417,7 @@ class SqliteJournal(Journal):
 
     def _full(self, refused: Sequence[Letter]) -> JournalFullError:
         keys = {letter.event.key for letter in refused}
+        self._lacked_bytes = min((_size(letter) for letter in refused if not letter.dead), default=self._lacked_bytes)
         if all(letter.dead for letter in refused):
             message = (
                 f"dead letters may take half of journal.max_bytes = {self._max_bytes}, and that is full: the events"
@@ -535,6 +540,15 @@ class SqliteJournal(Journal):
         rows = self._read("SELECT sink, state, count(*) FROM letters GROUP BY sink, state")
         return {(sink, state): number for sink, state, number in rows}
 
+    def stored(self) -> list[StoredCount]:
+        rows = self._read(
+            "SELECT sink, state, count(*), min(stored_at) FROM letters GROUP BY state, sink ORDER BY state DESC, sink"
+        )
+        now = self._wall()
+        return [
+            StoredCount(sink=sink, state=state, events=number, oldest_secs=now - at) for sink, state, number, at in rows
+        ]
+
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._reading(), self._read_lock:
             return self._reader.execute(query, values).fetchall()
@@ -565,6 +579,7 @@ class SqliteJournal(Journal):
                 f"{self._path}: the journal was deleted or replaced while it was open: put it back if you can, and"
                 " restart vodpoller; until then events stay with VOD"
             )
+            self._trouble = str(error)
             self._repeats.say("error", "journal.failed", cause="replaced", **error.fields())
             raise error
 
@@ -577,17 +592,49 @@ class SqliteJournal(Journal):
         at = self._wall() - ago_secs
         self._defer(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)))
 
-    def flush(self) -> None:
+    @property
+    def trouble(self) -> str:
+        return self._trouble if self._failing or not self.is_writable else ""
+
+    def status(self) -> JournalStatus:
+        self.flush(even_if_nothing_waits=True)
+        error, remedy, taken_bytes = self.trouble, "", 0
+        if self._corrupt is not None:
+            remedy = 'Stop vodpoller and keep a copy; README, "A corrupt journal", has each step'
+        elif self._replaced:
+            remedy = "Put the file back if you can, and restart vodpoller"
+        try:
+            ((taken_bytes,),) = self._read(_LETTERS_BYTES)
+        except StorageError as failure:
+            error = error or str(failure)
+        if not error and self._lacked_bytes > self._max_bytes - taken_bytes:
+            error = f"stored events take all of journal.max_bytes = {self._max_bytes}, so that new ones stay with VOD"
+            remedy = (
+                "Bring the sinks back, purge dead letters (`vodpoller deadletters purge`), or raise journal.max_bytes"
+            )
+        return JournalStatus(
+            path=str(self._path),
+            writable=not error,
+            error=error,
+            remedy=remedy,
+            stored_bytes=taken_bytes,
+            limit_bytes=self._max_bytes,
+        )
+
+    def flush(self, *, even_if_nothing_waits: bool = False) -> None:
         with suppress(StorageError):
             self._check_in_place()
         self._shrink_wal()
-        if not (self._unwritten or self._unwritten_positions or self._queue or self._failing):
+        has_work = self._unwritten or self._unwritten_positions or self._queue or self._failing
+        if not (has_work or even_if_nothing_waits):
             return
         with self._queue_lock:
             rows = [(key, sink, *times) for (key, sink), times in self._unwritten.items()]
             positions = dict(self._unwritten_positions)
 
         def work(db: sqlite3.Connection) -> None:
+            # A transaction that changes nothing succeeds on a full disk, too.
+            db.execute("INSERT OR REPLACE INTO marks VALUES ('written', ?)", (self._wall(),))
             db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?)", rows)
             db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [row[:2] for row in rows])
             for sink, position in positions.items():
@@ -679,6 +726,7 @@ class SqliteJournal(Journal):
         message = str(error)
         if is_corrupt(error):
             message = self._corrupt = way_out(self._path, error)
+        self._trouble = message
         self._repeats.say("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
 
     def _recovered(self) -> None:

@@ -15,6 +15,7 @@ from enum import Enum, auto
 from typing import Final, Protocol
 
 from vodpoller.events import Event
+from vodpoller.status import JournalStatus
 
 CONFIRMED_KEPT_SECS: Final = 600.0
 DUE_HORIZON_SECS: Final = 900.0
@@ -96,6 +97,23 @@ class StoredEvent:
     sink: str
     attempts: int
     age_secs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCount:
+    """How much is stored for one sink in one state.
+
+    Args:
+        sink: The sink's name; empty if no route named one.
+        state: "pending" or "dead".
+        events: Number of events.
+        oldest_secs: Age of the oldest of them.
+    """
+
+    sink: str
+    state: str
+    events: int
+    oldest_secs: float
 
 
 class Journal(Protocol):
@@ -217,6 +235,20 @@ class Journal(Protocol):
         Raises:
             StorageError: It cannot be read.
         """
+
+    def stored(self) -> Sequence[StoredCount]:
+        """What is stored, by sink and state, with its age.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be written, as far as that is known without writing; empty if nothing speaks against it."""
+
+    def status(self) -> JournalStatus:
+        """How the journal is. It is written to: a disk that became full is noticed now, not at the next event."""
 
     # --- upkeep -------------------------------------------------------------------------------------------------------
 

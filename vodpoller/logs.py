@@ -68,6 +68,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "secret.unreadable": "a secret's file could not be read again; the last value stays in use",
     "simulator.answered": "the simulator answered a request of its API (debug)",
     "sink.stuck": "a sink has not come back from a call long after its deadline",
+    "status.unavailable": "the socket of `vodpoller status` cannot be made; everything else works",
     "task.failed": "a periodic task failed; it runs again at its next time",
     "thread.overdue": "a thread is far past its deadline; the watchdog is no longer fed",
     "wal.grown": "the journal's WAL cannot be cut, because another process reads the journal without a pause",

@@ -150,15 +150,20 @@ class Poller:
         with self._lock:
             problem = self._problem
             waits_secs = self._not_before - self._monotonic()
+            error, remedy = str(problem) if problem else "", ""
+            if isinstance(problem, OperatorError):
+                error = problem.message
+                remedy = problem.advice or "Mend what it names; `vodpoller check --connect` tries whether that helped"
             return SourceStatus(
                 name=self.name,
                 last_pull_at=self.last_pull_at or None,
                 pulls_in_flight=self._pulling,
                 failing_since=self._failing_since,
                 next_pull_at=self._wall() + waits_secs if problem and waits_secs > 0 else None,
-                error=str(problem) if problem else "",
+                error=error,
                 error_code=problem.error_code if problem else "",
                 request_id=problem.request_id if problem else "",
+                remedy=remedy,
             )
 
     def tick(self) -> None:

@@ -3,7 +3,7 @@
 Making the snapshot asks the parts of the daemon; everything here is values in, values out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -86,14 +86,16 @@ class JournalStatus:
         path: The file.
         writable: Whether what is accepted or stored can be written down.
         error: Why not; empty if it can be written.
+        remedy: What to do about it; empty if that follows from the error.
         stored_bytes: What stored events take.
         limit_bytes: What they may take: `journal.max_bytes`.
-        last_confirm_at: When VOD last confirmed something, in seconds since 1970; None for never.
+        last_confirm_at: When VOD last confirmed something, in seconds since 1970; None if it did not since the start.
     """
 
     path: str
     writable: bool
     error: str = ""
+    remedy: str = ""
     stored_bytes: int = 0
     limit_bytes: int = 0
     last_confirm_at: float | None = None
@@ -154,14 +156,15 @@ class Status:
             strict: Dead letters count too.
         """
         found = [*self._journal_problems(), *self._source_problems(), *self._sink_problems()]
-        return [*found, *self._dead_letters()] if strict else found
+        return [*found, *_dead_letters(self.stored)] if strict else found
 
     def _journal_problems(self) -> Iterator[Problem]:
         if not self.journal.writable:
             yield Problem(
                 what="journal",
                 cause=self.journal.error or "it cannot be written",
-                remedy=f"Make room on the disk of {self.journal.path}, or give the file back to the user that runs "
+                remedy=self.journal.remedy
+                or f"Make room on the disk of {self.journal.path}, or give the file back to the user that runs "
                 "vodpoller; until then events stay with VOD, up to 4 days",
             )
 
@@ -192,28 +195,11 @@ class Status:
                     cause=f"down since {timestamp(sink.down_since)}: {sink.error}{next_try}",
                     remedy="Bring its receiver back; its events are stored meanwhile and delivered then",
                 )
-        names = {sink.name for sink in self.sinks}
-        for stored in self.stored:
-            if stored.state == "pending" and stored.sink not in names:
-                yield Problem(
-                    what=f"sink {stored.sink}",
-                    cause=f"{stored.events} stored events wait for it, and the configuration has no such sink",
-                    remedy=f"Bring it back, or `vodpoller deadletters replay --pending --sink {stored.sink} --to SINK`,"
-                    f" or `vodpoller deadletters purge --pending --sink {stored.sink}`",
-                )
-
-    def _dead_letters(self) -> Iterator[Problem]:
-        for stored in self.stored:
-            if stored.state == "dead":
-                yield Problem(
-                    what=f"sink {stored.sink}" if stored.sink else "dead letters",
-                    cause=f"{stored.events} dead letters, the oldest since {timestamp(stored.oldest_at)}",
-                    remedy="`vodpoller deadletters list` says why; then replay or purge them",
-                )
+        yield from _removed_sinks(self.stored, [sink.name for sink in self.sinks])
 
     def as_line(self) -> str:
         """The one line of `systemctl status`."""
-        pulling = [f"{it.name}: {f'cannot pull: {it.error}' if it.error else 'pulling'}" for it in self.sources]
+        pulling = [f"{it.name}: {_pulling(it)}" for it in self.sources]
         down = ", ".join(sink.name for sink in self.sinks if sink.down_since is not None)
         numbers = {
             state: sum(stored.events for stored in self.stored if stored.state == state)
@@ -231,8 +217,99 @@ class Status:
     def as_json(self, *, strict: bool = False) -> dict[str, Any]:
         """The object of `vodpoller status --json`. Times are in ISO 8601, UTC."""
         found = _with_times(asdict(self))
-        problems = [{"what": it.what, "cause": it.cause, "remedy": it.remedy} for it in self.problems(strict=strict)]
-        return {"running": True, **found, "problems": problems}
+        return {"running": True, **found, "problems": [asdict(it) for it in self.problems(strict=strict)]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentStatus:
+    """What the journal knows if no daemon answers. Times are in seconds since 1970.
+
+    Args:
+        running: Whether a process has the journal open.
+        cause: Why nothing is known of a daemon.
+        remedy: What to do.
+        version: Of the vodpoller that says so.
+        started_at: When a process last opened the journal; None for never.
+        last_pull_at: When VOD last answered a pull; None for never.
+        last_confirm_at: When VOD last confirmed something; None for never.
+        at: The moment.
+        sinks: Names of the configured sinks.
+        stored: What is stored, by sink and state.
+        path: The journal.
+        limit_bytes: What stored events may take.
+    """
+
+    running: bool
+    cause: str
+    remedy: str
+    version: str
+    started_at: float | None
+    last_pull_at: float | None
+    last_confirm_at: float | None
+    at: float
+    sinks: Sequence[str]
+    stored: Sequence[StoredStatus]
+    path: str
+    limit_bytes: int
+
+    def problems(self, *, strict: bool = False) -> list[Problem]:
+        """As of a daemon's status; that it does not answer comes first."""
+        found = [Problem(what="daemon", cause=self.cause, remedy=self.remedy)]
+        found += _removed_sinks(self.stored, self.sinks)
+        return [*found, *_dead_letters(self.stored)] if strict else found
+
+    def as_json(self, *, strict: bool = False) -> dict[str, Any]:
+        """The members of a daemon's status; null if only a daemon could tell."""
+        known = {
+            "pid": None,
+            "version": self.version,
+            "started_at": self.started_at,
+            "at": self.at,
+            "settled_events": None,
+            "last_pull_at": self.last_pull_at,
+            "sources": [],
+            "sinks": [],
+            "stored": [asdict(it) for it in self.stored],
+            "journal": {
+                "path": self.path,
+                "writable": None,
+                "error": "",
+                "remedy": "",
+                "stored_bytes": None,
+                "limit_bytes": self.limit_bytes,
+                "last_confirm_at": self.last_confirm_at,
+            },
+            "credentials": {},
+            "reload": {},
+        }
+        problems = [asdict(it) for it in self.problems(strict=strict)]
+        return {"running": self.running, **_with_times(known), "problems": problems}
+
+
+def _pulling(source: SourceStatus) -> str:
+    return f"cannot pull: {' | '.join(filter(None, (source.error, source.remedy)))}" if source.error else "pulling"
+
+
+def _removed_sinks(stored: Sequence[StoredStatus], sinks: Iterable[str]) -> Iterator[Problem]:
+    names = set(sinks)
+    for found in stored:
+        if found.state == "pending" and found.sink not in names:
+            yield Problem(
+                what=f"sink {found.sink}",
+                cause=f"{found.events} stored events wait for it, and the configuration has no such sink",
+                remedy=f"Bring it back, or `vodpoller deadletters replay --pending --sink {found.sink} --to SINK`,"
+                f" or `vodpoller deadletters purge --pending --sink {found.sink}`",
+            )
+
+
+def _dead_letters(stored: Sequence[StoredStatus]) -> Iterator[Problem]:
+    for found in stored:
+        if found.state == "dead":
+            yield Problem(
+                what=f"sink {found.sink}" if found.sink else "dead letters",
+                cause=f"{found.events} dead letters, the oldest since {timestamp(found.oldest_at)}",
+                remedy="`vodpoller deadletters list` says why; then replay or purge them",
+            )
 
 
 def _with_times(value: Any) -> Any:

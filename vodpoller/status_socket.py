@@ -63,11 +63,13 @@ class StatusSocket:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer nothing more."""
+        """Answer nothing more. An answer that is under way is awaited, but not for long."""
         with suppress(OSError):
             self._path.unlink()
         self._wake.close()
-        self._thread.join()
+        self._thread.join(CLIENT_SECS)
+        if self._thread.is_alive():  # what it still uses the end of the process closes
+            return
         self._selector.close()
         self._listening.close()
         self._woken.close()
@@ -87,13 +89,13 @@ class StatusSocket:
                 self._log.error("task.failed", task="status", exc_info=True)
 
     def _serve_one(self, connection: socket.socket) -> None:
-        connection.settimeout(CLIENT_SECS)
-        request = _line_from(connection, REQUEST_MAX_BYTES)
+        request = _line_from(connection, REQUEST_MAX_BYTES, CLIENT_SECS)
         try:
             wanted = json.loads(request)
         except ValueError:
             wanted = None
         answer = self._answer(wanted) if isinstance(wanted, dict) else {"error": "the request is not a JSON object"}
+        connection.settimeout(CLIENT_SECS)
         connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
@@ -116,18 +118,20 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_secs: float) -> dict[
         try:
             with _address(path) as address:
                 connection.connect(address)
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             return None
         connection.sendall(json.dumps(request).encode() + b"\n")
-        answer = json.loads(_line_from(connection, ANSWER_MAX_BYTES) or b"null")
+        answer = json.loads(_line_from(connection, ANSWER_MAX_BYTES, timeout_secs) or b"null")
     if not isinstance(answer, dict):
         raise ConnectionError("the daemon closed the connection without an answer")
     return answer
 
 
-def _line_from(connection: socket.socket, max_bytes: int) -> bytes:
+def _line_from(connection: socket.socket, max_bytes: int, within_secs: float) -> bytes:
+    ends_at = time.monotonic() + within_secs
     line = bytearray()
     while not line.endswith(b"\n") and len(line) < max_bytes:
+        connection.settimeout(max(ends_at - time.monotonic(), 0.001))
         chunk = connection.recv(64 * 1024)
         if not chunk:
             break

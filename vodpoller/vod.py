@@ -613,7 +613,7 @@ def _refusal(action: _Action, answer: _Answer, key_renewal: str) -> VodpollerErr
         return RefusedHandlesError(message, error_code=code, request_id=request_id)
     if code.startswith(_FOR_OPERATORS):
         advice = _advice(code, said, key_renewal)
-        return OperatorError(f"{message} | {advice}", error_code=code, request_id=request_id)
+        return OperatorError(message, advice=advice, error_code=code, request_id=request_id)
     return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
 
 

@@ -1,0 +1,256 @@
+"""What `vodpoller status` says of a whole daemon, well and in each kind of trouble."""
+
+import json
+import re
+import resource
+import signal
+import sqlite3
+from contextlib import closing
+from datetime import datetime
+
+import pytest
+
+from tests.helpers import event, log_into
+from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, run_command, running_system, until
+from tests.receiver import Answer, running_receiver
+from vodpoller.journal import Journal, Letter
+
+MEMBERS = [
+    "running",
+    "pid",
+    "version",
+    "started_at",
+    "sources",
+    "sinks",
+    "stored",
+    "journal",
+    "credentials",
+    "reload",
+    "problems",
+]
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver() as running:
+        yield running
+
+
+def status_of(system, *args):
+    """The JSON; that the exit code agrees with it holds at any moment."""
+    done = run_command("status", "--json", *args, "-c", system.config_path)
+    assert done.stdout, done.stderr
+    said = json.loads(done.stdout)
+    assert done.returncode == (1 if said["problems"] else 0)
+    assert set(MEMBERS) <= set(said)
+    return said
+
+
+def first_problem(system, *words, what):
+    """The first problem, as soon as there is one; the table for people begins with the same."""
+    first = until(lambda: status_of(system)["problems"])[0]
+    assert first["what"] == what
+    missing = [word for word in words if word not in f"{first['cause']} | {first['remedy']}"]
+    assert not missing, first
+    done = run_command("status", "-c", system.config_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"PROBLEM {what}: ")
+    said = done.stdout.replace("\n  ", " | ")
+    assert not [word for word in words if word not in said], done.stdout
+
+
+def seconds_between(first, second):
+    return (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds()
+
+
+def letter(number, sink, *, dead):
+    return Letter(event=event(number), sink=sink, dead=dead, reason="rejected" if dead else "errored", error="HTTP 500")
+
+
+def store(system, *letters):
+    journal = Journal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))
+    journal.store(letters)
+    journal.close()
+
+
+def test_all_well_is_exit_0_with_a_young_pull(system):
+    simulator = system.simulator(events=3)
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    until(simulator.all_confirmed)
+    until(lambda: status_of(system)["journal"]["last_confirm_at"])
+
+    said = status_of(system)
+    assert said["problems"] == []
+    assert (said["running"], said["pid"], said["settled_events"]) == (True, daemon.process.pid, 3)
+    (source,), (sink,) = said["sources"], said["sinks"]
+    assert seconds_between(source["last_pull_at"], said["at"]) < 10
+    assert (source["error"], sink["down_since"]) == ("", None)
+    assert said["journal"]["writable"] is True
+    assert (said["stored"], said["credentials"], said["reload"]) == ([], {}, {})
+    done = run_command("status", "-c", system.config_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "PROBLEM" not in done.stdout
+    assert re.search(r"main +│ \d{4}-", done.stdout)
+    assert re.search(r"archive +│ accepts", done.stdout)
+
+    assert daemon.terminate()[0] == 0
+    assert not system.journal.with_name("journal.db.sock").exists()
+
+
+def test_an_api_that_cannot_be_reached_is_told_right_after_the_start(system):
+    with HeldPort() as port:
+        system.configure(port.url)
+        system.daemon()
+        first_problem(
+            system, "since the start", str(port.number), "refused the connection", "check --connect", what="source main"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "sub_app_id", "words"),
+    [
+        ({"secret_id": SECRET_ID, "secret_key": "another"}, None, ["AuthFailure.SignatureFailure", "secret_key"]),
+        ({"secret_id": "AKIDanother", "secret_key": SECRET_KEY}, None, ["AuthFailure.SecretIdNotFound", "secret_id"]),
+        ({"sub_app_id": 7}, 8, ["SubAppId", "check the source's sub_app_id"]),
+    ],
+    ids=["key", "id", "application"],
+)
+def test_what_vod_refuses_is_told_with_what_to_do(system, options, sub_app_id, words):
+    simulator = system.simulator(**options)
+    system.configure(simulator.url, source=f"sub_app_id = {sub_app_id}" if sub_app_id else "")
+    system.daemon()
+    first_problem(system, "no pull has succeeded since the start", "RequestId", *words, what="source main")
+
+
+def test_a_full_disk_is_noticed_when_it_is_asked_about_and_when_it_has_room_again(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    assert until(lambda: status_of(system)["sources"][0]["last_pull_at"])
+    limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))  # as if it were full
+    first_problem(system, "disk", "Make room on the disk", str(system.journal), what="journal")
+    assert status_of(system)["journal"]["writable"] is False
+
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, limits)
+    until(lambda: not status_of(system)["problems"])
+
+
+def test_a_journal_that_was_deleted_is_told(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    system.daemon()
+    system.journal.unlink()
+    first_problem(system, "deleted or replaced", "restart vodpoller", what="journal")
+
+
+@pytest.mark.parametrize("kind", ["refusing", "unreachable"])
+def test_a_dead_sink_is_told_with_since_and_why(system, receiver, kind):
+    receiver.answer = Answer(status=503)
+    simulator = system.simulator(events=3)
+    with HeldPort() as port:
+        url = receiver.url if kind == "refusing" else port.url
+        sinks = f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\nbreaker_failures = 1\n'
+        system.configure(simulator.url, sinks=system.archive_sink + sinks)
+        system.daemon().await_log("breaker.opened")
+        words = ["503"] if kind == "refusing" else ["refused the connection"]
+        first_problem(system, "down since 20", *words, "Bring its receiver back", what="sink hook")
+
+
+def test_stored_events_of_a_removed_sink_are_told_at_the_start(system):
+    store(system, *(letter(number, "gone", dead=False) for number in range(3)))
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    first_problem(system, "3 stored events", "no such sink", "replay --pending --sink gone --to SINK", what="sink gone")
+    assert daemon.await_log("pending.stuck")[0]["sink"] == "gone"
+
+
+@pytest.mark.parametrize("end", ["terminate", "kill"])
+def test_a_stopped_daemon_is_told_with_what_the_journal_knows(system, end):
+    simulator = system.simulator(events=3)
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    until(lambda: status_of(system)["journal"]["last_confirm_at"])
+    getattr(daemon, end)()
+
+    first_problem(system, "no daemon runs", "systemctl status vodpoller", "journalctl -u vodpoller -e", what="daemon")
+    said = status_of(system)
+    assert (said["running"], said["pid"]) == (False, None)
+    assert said["started_at"]
+
+
+def test_without_a_daemon_a_removed_sink_is_told_too(system):
+    store(system, letter(1, "gone", dead=False), letter(2, "archive", dead=True))
+    system.configure("http://127.0.0.1:9")
+    assert [found["what"] for found in status_of(system)["problems"]] == ["daemon", "sink gone"]
+    assert [found["what"] for found in status_of(system, "--strict")["problems"]] == [
+        "daemon",
+        "sink gone",
+        "sink archive",
+    ]
+
+
+def test_dead_letters_count_only_if_that_is_wanted(system):
+    store(system, letter(1, "archive", dead=True), letter(2, "", dead=True))
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    system.daemon()
+    until(lambda: status_of(system)["problems"] == [])
+    assert [found["what"] for found in status_of(system, "--strict")["problems"]] == ["dead letters", "sink archive"]
+
+
+def test_a_daemon_that_hangs_is_told(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    until(lambda: not status_of(system)["problems"])
+    daemon.signal(signal.SIGSTOP)
+    try:
+        first_problem(system, "gives no answer", "timed out", "journalctl", what="daemon")
+        assert status_of(system)["running"] is True
+    finally:
+        daemon.signal(signal.SIGCONT)
+
+
+def test_another_process_with_the_journal_is_not_taken_for_no_daemon(system):
+    system.configure("http://127.0.0.1:9")
+    with closing(Journal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))):
+        first_problem(system, "has the journal open", "starting or stopping", what="daemon")
+
+
+def test_a_socket_that_cannot_be_made_is_a_warning_and_nothing_else(system):
+    simulator = system.simulator(events=3)
+    system.configure(simulator.url)
+    (system.folder / "journal.db.sock").mkdir()  # a folder is not replaced
+    daemon = system.daemon()
+    until(simulator.all_confirmed)
+    (line,) = daemon.log("status.unavailable")
+    assert line["path"] == str(system.folder / "journal.db.sock")
+    assert status_of(system)["running"] is True
+    assert daemon.terminate()[0] == 0
+
+
+@pytest.mark.parametrize("command", ["once", "run"])
+def test_what_the_journal_is_asked_for_stays_out_of_the_way(system, command):
+    """A status that is asked all the time loses and doubles nothing."""
+    simulator = system.simulator(events=200)
+    system.configure(simulator.url)
+    if command == "run":
+        system.daemon()
+        while not simulator.all_confirmed():
+            assert status_of(system)["running"]
+    else:
+        assert run_command("once", "-c", system.config_path).returncode == 0
+        assert not (system.folder / "journal.db.sock").exists()
+    with closing(sqlite3.connect(system.journal)) as db:
+        assert db.execute("SELECT count(*) FROM ledger").fetchone() == (200,)
+    assert len(system.lines()) == 200
