@@ -18,7 +18,7 @@ from vodpoller import journal as journal_module
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import DEFERRED_MAX, SqliteJournal
 from vodpoller.journal_contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
-from vodpoller.migrations import SCHEMA_VERSION
+from vodpoller.migrations import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
 
 NOW = 1_800_000_000.0
 
@@ -392,6 +392,73 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
     assert journal.counts() == {("it", "pending"): 200}
 
 
+def deny_writes(journal, denied):
+    """As a full disk: what changes a page fails, what changes none does not."""
+    journal._writer.execute(f"PRAGMA query_only = {'ON' if denied else 'OFF'}")
+
+
+def test_asked_how_it_is_it_tries_to_write(journal, path):
+    found = journal.status()
+    assert (found.writable, found.error, found.path, found.limit_bytes) == (True, "", str(path), 10**9)
+
+    deny_writes(journal, denied=True)
+    found = journal.status()
+    assert found.writable is False
+    assert "readonly" in found.error
+    assert journal.trouble == found.error
+
+    deny_writes(journal, denied=False)
+    assert journal.status().writable is True
+    assert journal.trouble == ""
+
+
+@pytest.mark.parametrize("what", ["store", "accept"])
+def test_it_recovers_only_when_something_is_written(journal, lines, what):
+    deny_writes(journal, denied=True)
+    if what == "accept":
+        accept(journal, 1)
+    else:
+        with pytest.raises(StorageError):
+            journal.store([letter(1)])
+    for _ in range(3):
+        journal.flush()
+    assert not named(lines, "journal.recovered")
+    assert not journal.status().writable
+
+    deny_writes(journal, denied=False)
+    journal.flush()
+    assert len(named(lines, "journal.recovered")) == 1
+
+
+def test_a_journal_that_was_deleted_is_told_with_what_to_do(journal, path):
+    path.unlink()
+    found = journal.status()
+    assert not found.writable
+    assert "deleted or replaced" in found.error
+    assert "Put the file back" in found.remedy
+
+
+def test_a_full_journal_is_not_writable_until_there_is_room(opened, path):
+    journal = opened(max_bytes=3 * ROW_OVERHEAD_BYTES)
+    with pytest.raises(JournalFullError):
+        journal.store([letter(number) for number in range(9)])
+    found = journal.status()
+    assert not found.writable
+    assert f"journal.max_bytes = {3 * ROW_OVERHEAD_BYTES}" in found.error
+    assert "raise journal.max_bytes" in found.remedy
+    assert 0 < found.stored_bytes <= found.limit_bytes
+
+    journal.accept("it", [claimed.event.key for claimed in journal.claim_due("it", 100)], None)
+    assert journal.status().writable
+
+
+def test_text_that_sqlite_does_not_take_does_not_keep_an_event_from_being_stored(journal):
+    journal.store(
+        [Letter(event=event(1, event_type="\ud800"), sink="it", dead=True, reason="x", error="\udfff" * 9000)]
+    )
+    assert journal.counts() == {("it", "dead"): 1}
+
+
 def test_a_journal_that_was_replaced_takes_nothing(journal, path):
     path.rename(path.with_name("moved"))
     with pytest.raises(StorageError, match="deleted or replaced"):
@@ -442,7 +509,7 @@ def test_nobody_believes_that_his_row_was_written_when_another_had_a_bug(journal
         try:
             journal._write(buggy if number == 0 else lambda db: insert(db, number), durable=True)
             outcomes.append((number, True))
-        except OverflowError:
+        except StorageError:
             outcomes.append((number, False))
 
     def insert(db, number):
@@ -903,6 +970,10 @@ def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pu
     assert not journal.is_writable
     with pytest.raises(StorageError, match="corrupt"):
         journal.claim_due("it", 1)
+    status = journal.status()
+    assert not status.writable
+    assert "corrupt" in status.error
+    assert "A corrupt journal" in status.remedy
     assert named(lines, "journal.recovered") == []
 
 

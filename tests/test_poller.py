@@ -322,6 +322,23 @@ def test_an_operator_error_backs_off_longer_and_has_the_credentials_read_again(b
     assert (line["level"], line["error_code"]) == ("error", "AuthFailure.SecretIdNotFound")
 
 
+@pytest.mark.parametrize(
+    ("error", "cause", "remedy"),
+    [
+        (OperatorError("no such key", advice="compare secret_id"), "no such key", "compare secret_id"),
+        (OperatorError("no such | SubAppId", advice="see sub_app_id"), "no such | SubAppId", "see sub_app_id"),
+        (OperatorError("no request can be sent: see api.ca_file"), "no request can be sent: see api.ca_file", "Mend"),
+        (TransientError("no answer within 10 s"), "no answer within 10 s", ""),
+    ],
+)
+def test_its_status_tells_cause_and_remedy_apart(bench, error, cause, remedy):
+    poller, _ = failing(bench, error, number=1)
+    status = poller.status()
+    assert status.error == cause
+    assert status.remedy.startswith(remedy)
+    assert bool(status.remedy) == bool(remedy)
+
+
 def test_retry_after_is_honoured(bench):
     _, after = failing(bench, TransientError("busy", retry_after_secs=50.0), number=4)
     assert all(later - earlier >= 50.0 for earlier, later in pairwise(after))

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from vodpoller.status import JournalStatus, SinkStatus, SourceStatus, Status, StoredStatus
+from vodpoller.status import JournalStatus, SilentStatus, SinkStatus, SourceStatus, Status, StoredStatus
 
 NOW = 1_800_000_000.0
 WELL = Status(
@@ -36,6 +36,11 @@ def test_a_daemon_that_is_well_has_no_problems():
             {"journal": JournalStatus(path="/j.db", writable=False, error="database or disk is full")},
             "journal",
             ["database or disk is full", "room on the disk of /j.db"],
+        ),
+        (
+            {"journal": JournalStatus(path="/j.db", writable=False, error="max_bytes are taken", remedy="Purge some")},
+            "journal",
+            ["max_bytes are taken. Purge some"],
         ),
         (
             {
@@ -135,3 +140,38 @@ def test_the_line_says_what_is_wrong_and_how_much_is_stored():
         "main: cannot pull: connection refused; sinks down: a, b; the journal cannot be written; 3 pending; 4 dead;"
         " 5 events settled"
     )
+
+
+def test_the_line_says_what_to_do_about_a_source():
+    status = replace(WELL, sources=source(error="AuthFailure", remedy="compare the key"))
+    assert status.as_line().startswith("main: cannot pull: AuthFailure | compare the key; ")
+
+
+@pytest.mark.parametrize(
+    ("strict", "problems"), [(False, ["daemon", "sink gone"]), (True, ["daemon", "sink gone", "sink hook"])]
+)
+def test_without_a_daemon_that_comes_first(strict, problems):
+    status = SilentStatus(
+        running=False,
+        cause="no daemon runs",
+        remedy="Start it",
+        version="1",
+        started_at=NOW - 9,
+        last_pull_at=None,
+        last_confirm_at=NOW - 3,
+        at=NOW,
+        sinks=["hook"],
+        stored=[
+            StoredStatus(sink="gone", state="pending", events=9, oldest_at=NOW),
+            StoredStatus(sink="hook", state="dead", events=1, oldest_at=NOW),
+        ],
+        path="/j.db",
+        limit_bytes=100,
+    )
+    found = status.as_json(strict=strict)
+    assert [problem["what"] for problem in found["problems"]] == problems
+    assert found["problems"][0] == {"what": "daemon", "cause": "no daemon runs", "remedy": "Start it"}
+    assert not set(WELL.as_json()) - set(found)
+    assert set(found["journal"]) == set(WELL.as_json()["journal"])
+    assert (found["running"], found["pid"], found["last_pull_at"]) == (False, None, None)
+    assert found["journal"]["last_confirm_at"] == "2027-01-15T07:59:57Z"

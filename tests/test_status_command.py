@@ -11,7 +11,7 @@ from datetime import datetime
 import pytest
 
 from tests.helpers import event, log_into
-from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, run_command, running_system, until
+from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, running_system, until
 from tests.receiver import Answer, running_receiver
 from vodpoller.journal import Journal, Letter
 
@@ -129,6 +129,18 @@ def test_what_vod_refuses_is_told_with_what_to_do(system, options, sub_app_id, w
     first_problem(system, "no pull has succeeded since the start", "RequestId", *words, what="source main")
 
 
+@pytest.mark.parametrize("action", ["PullEvents", "ConfirmEvents"])
+def test_a_missing_right_is_told_by_its_name(system, receiver, action):
+    error = {"Code": "UnauthorizedOperation", "Message": f"you may not (vod:{action})"}
+    refusal = {"Response": {"Error": error, "RequestId": "of-the-refusal"}}
+    receiver.answer = Answer(status=200, body=json.dumps(refusal).encode())
+    system.configure(receiver.url)
+    system.daemon()
+    first_problem(
+        system, f"vod:{action}", "RequestId of-the-refusal", "vod:PullEvents", "vod:ConfirmEvents", what="source main"
+    )
+
+
 def test_a_full_disk_is_noticed_when_it_is_asked_about_and_when_it_has_room_again(system):
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -150,6 +162,19 @@ def test_a_journal_that_was_deleted_is_told(system):
     system.daemon()
     system.journal.unlink()
     first_problem(system, "deleted or replaced", "restart vodpoller", what="journal")
+
+
+def test_what_a_receiver_repeats_of_a_secret_is_not_told(system, receiver):
+    secret = "a-secret-of-the-hook"
+    receiver.answer = Answer(status=503, body=f"you sent {secret}".encode())
+    simulator = system.simulator(events=3)
+    hook = f'type = "webhook"\nurl = "{receiver.url}"\nbreaker_failures = 1\nheaders = {{ X-Key = "{secret}" }}\n'
+    with ServiceManager(system.folder / "notify") as manager:
+        system.configure(simulator.url, sinks=f"[sinks.hook]\n{hook}")
+        system.daemon(NOTIFY_SOCKET=manager.path).await_log("breaker.opened")
+        first_problem(system, "503", "[secret]", what="sink hook")
+        until(lambda: any("sinks down: hook" in said for said in manager.said("STATUS=")))
+    assert secret not in json.dumps(status_of(system))
 
 
 @pytest.mark.parametrize("kind", ["refusing", "unreachable"])

@@ -1,12 +1,14 @@
 import os
 import socket
 import stat
-from contextlib import closing, contextmanager
+import threading
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import named
+from vodpoller import status_socket
 from vodpoller.status_socket import StatusSocket, ask, socket_path
 
 
@@ -92,6 +94,49 @@ def test_a_request_that_cannot_be_read_ends_nothing(listen, path, sent):
         except ConnectionResetError:  # it had enough before all of the request was read
             assert len(sent) > 4096
     assert ask(path, {}, timeout_secs=5) == {"asked": {}}
+
+
+@pytest.mark.parametrize("sent", [b"", b"{"])
+def test_a_client_that_says_nothing_more_holds_others_up_for_a_moment_only(listen, path, sent, monkeypatch):
+    monkeypatch.setattr(status_socket, "CLIENT_SECS", 0.3)
+    listen()
+    over = threading.Event()
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        with in_folder_of(path) as name:
+            client.connect(name)
+
+        def drip():  # each byte comes well within the time for one
+            with suppress(OSError):
+                while sent and not over.wait(0.1):
+                    client.sendall(sent)
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            assert ask(path, {}, timeout_secs=10) == {"asked": {}}
+        finally:
+            over.set()
+            dripping.join()
+
+
+def test_closing_does_not_wait_for_an_answer_that_hangs(listen, path, monkeypatch):
+    monkeypatch.setattr(status_socket, "CLIENT_SECS", 0.2)
+    asked, over = threading.Event(), threading.Event()
+
+    def answer(request):
+        asked.set()
+        over.wait(30)
+        return {}
+
+    listening = listen(answer)
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        with in_folder_of(path) as name:
+            client.connect(name)
+        client.sendall(b"{}\n")
+        assert asked.wait(10)
+        listening.close()
+        assert not over.is_set()
+        over.set()
 
 
 def test_a_bug_in_the_answer_is_logged_and_ends_nothing(listen, path, lines):

@@ -26,7 +26,7 @@ from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageE
 from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal import SqliteJournal
 from vodpoller.journal_contract import Journal, Portion
-from vodpoller.logs import Logger
+from vodpoller.logs import Logger, cleared, searched_for
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.poller import Poller
@@ -431,7 +431,7 @@ class Daemon:
         if not overdue:
             self._notifier.alive()
         # This must not wait for a disk that hangs, so it says of the journal what is known.
-        self._notifier.status(self._snapshot(self._stored, self._known_of_journal()).as_line())
+        self._notifier.status(self._cleared(self._snapshot(self._stored, self._known_of_journal()).as_line()))
 
     def _mark(self) -> None:
         """Leave word for a `vodpoller status` that finds no daemon."""
@@ -497,7 +497,12 @@ class Daemon:
     def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if request.get("command") != "status":
             return {"error": f"this vodpoller ({__version__}) knows no command {request.get('command')!r}"}
-        return self.status().as_json(strict=bool(request.get("strict")))
+        answer: Mapping[str, Any] = self._cleared(self.status().as_json(strict=bool(request.get("strict"))))
+        return answer
+
+    def _cleared(self, value: Any) -> Any:
+        """Without secrets, which what a receiver or VOD said may repeat."""
+        return cleared(value, searched_for(secret.get() for secret in self._config.secrets()))
 
     # --- signals ------------------------------------------------------------------------------------------------------
 

@@ -199,6 +199,34 @@ class LineLogger:
                     self._is_stuck = False
 
 
+def searched_for(secrets: Iterable[str]) -> list[str]:
+    """Those of the secrets that are long enough to be taken out of texts, in the order that `cleared` needs."""
+    return sorted({it for it in secrets if len(it) >= SEARCHED_MIN_CHARACTERS}, key=len, reverse=True)
+
+
+def cleared(value: Any, searched: Sequence[str]) -> Any:
+    """The value without secrets: texts, and all that has them. Names of mappings are ours, so they hold none.
+
+    Args:
+        value: Of what JSON has, or anything that has a text.
+        searched: As `searched_for` says: a longer one comes first, since one may be a part of another.
+    """
+    match value:
+        case None | bool():
+            return value
+        case str():
+            for secret in searched:
+                value = value.replace(secret, "[secret]")
+            return value
+        case Mapping():
+            return {name: cleared(inner, searched) for name, inner in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [cleared(inner, searched) for inner in value]
+        case _:
+            text = str(value)
+            return cleared(text, searched) if any(secret in text for secret in searched) else value
+
+
 class _Renderer:
     """Makes a line of an entry, without what must not be in it.
 
@@ -220,8 +248,7 @@ class _Renderer:
         head = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")}
         known = list(self._secrets())
         if known != self._known:
-            searched = {secret for secret in known if len(secret) >= SEARCHED_MIN_CHARACTERS}
-            self._searched = sorted(searched, key=len, reverse=True)  # one may be a part of another
+            self._searched = searched_for(known)
             self._forms = tuple(form for secret in self._searched for form in _forms_of(secret))
             self._known = known
         return prefix + self._line(head, dict(event_dict)) + b"\n"
@@ -229,32 +256,12 @@ class _Renderer:
     def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
         raise NotImplementedError
 
-    def _without_secrets(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields with secrets taken out of their values. Names are ours, so they hold none."""
-        return {name: self._cleared(value) for name, value in fields.items()}
-
-    def _cleared(self, value: Any) -> Any:
-        match value:
-            case None | bool():
-                return value
-            case str():
-                for secret in self._searched:
-                    value = value.replace(secret, "[secret]")
-                return value
-            case Mapping():
-                return {name: self._cleared(inner) for name, inner in value.items()}
-            case list() | tuple() | set() | frozenset():
-                return [self._cleared(inner) for inner in value]
-            case _:
-                text = str(value)
-                return self._cleared(text) if any(secret in text for secret in self._searched) else value
-
 
 class _Json(_Renderer):
     def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
         line = _encode(head | fields)
         if any(form in line for form in self._forms):
-            line = _encode(head | self._without_secrets(fields))  # before a cut, which may leave half of a secret
+            line = _encode(head | cleared(fields, self._searched))  # before a cut, which may leave half of a secret
         return line if len(line) <= LINE_MAX_BYTES - 8 else _shortened(line)
 
 
@@ -267,7 +274,7 @@ class _Console(_Renderer):
         )
 
     def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
-        shown = {name: _shown(name, value) for name, value in self._without_secrets(fields).items()}
+        shown = {name: _shown(name, value) for name, value in cleared(fields, self._searched).items()}
         line: str = self._render(None, head["level"], head | shown)
         return line.encode(errors="backslashreplace")[: LINE_MAX_BYTES - 8]
 
