@@ -1,12 +1,13 @@
 import errno
 import fcntl
 import os
+import resource
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -392,40 +393,46 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
     assert journal.counts() == {("it", "pending"): 200}
 
 
-def deny_writes(journal, denied):
-    """As a full disk: what changes a page fails, what changes none does not."""
-    journal._writer.execute(f"PRAGMA query_only = {'ON' if denied else 'OFF'}")
+@contextmanager
+def full_disk():
+    """What writes to a file fails, as on a full disk; a transaction that changes nothing succeeds."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_asked_how_it_is_it_tries_to_write(journal, path):
     found = journal.status()
     assert (found.writable, found.error, found.path, found.limit_bytes) == (True, "", str(path), 10**9)
 
-    deny_writes(journal, denied=True)
-    found = journal.status()
-    assert found.writable is False
-    assert "readonly" in found.error
-    assert journal.trouble == found.error
+    with full_disk():
+        found = journal.status()
+        assert found.writable is False
+        assert "disk" in found.error
+        assert journal.trouble == found.error
 
-    deny_writes(journal, denied=False)
     assert journal.status().writable is True
     assert journal.trouble == ""
 
 
-@pytest.mark.parametrize("what", ["store", "accept"])
+@pytest.mark.parametrize("what", ["store", "accept", "confirmed"])
 def test_it_recovers_only_when_something_is_written(journal, lines, what):
-    deny_writes(journal, denied=True)
-    if what == "accept":
-        accept(journal, 1)
-    else:
-        with pytest.raises(StorageError):
-            journal.store([letter(1)])
-    for _ in range(3):
-        journal.flush()
-    assert not named(lines, "journal.recovered")
-    assert not journal.status().writable
+    with full_disk():
+        if what == "accept":
+            accept(journal, 1)
+        elif what == "confirmed":
+            journal.confirmed([event(1).key])
+        else:
+            with pytest.raises(StorageError):
+                journal.store([letter(1)])
+        for _ in range(3):
+            journal.flush()
+        assert not named(lines, "journal.recovered")
+        assert not journal.status().writable
 
-    deny_writes(journal, denied=False)
     journal.flush()
     assert len(named(lines, "journal.recovered")) == 1
 
