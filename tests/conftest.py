@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import pytest
@@ -5,6 +6,10 @@ import pytest
 from tests.certificates import make_certificate
 from tests.helpers import FakeClock, log_into
 from vodpoller.logs import CATALOGUE
+
+# A shell that starts something in the background lets it ignore SIGINT, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 

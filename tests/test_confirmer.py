@@ -91,12 +91,19 @@ def test_one_stale_handle_of_sixteen_costs_at_most_nine_calls_and_none_of_its_ma
     assert (line["error_code"], line["request_id"]) == ("InvalidParameterValue", "r-9")
 
 
-@pytest.mark.parametrize("stale", [["h0", "h7", "h15"], ["h1", "h2", "h3"], HANDLES[::2]])
+@pytest.mark.parametrize("stale", [["h0", "h7", "h15"], ["h0", "h1", "h2"], ["h1", "h2", "h3"], HANDLES[::2]])
 def test_every_fresh_handle_is_confirmed_whatever_the_number_of_stale_ones(confirming, stale):
     vod, confirmed = confirming(stale=stale)
     assert confirmed == frozenset(HANDLES) - set(stale)
     # What nine calls left undecided is never mixed again.
     assert all(set(later) < set(HANDLES) for later in vod.calls[1:])
+
+
+@pytest.mark.parametrize("stale", [HANDLES, HANDLES[:6]])
+def test_a_set_of_which_nine_calls_take_nothing_costs_no_more(confirming, stale):
+    vod, confirmed = confirming(stale=stale)
+    assert (len(vod.calls), confirmed) == (9, frozenset())
+    assert set(vod.results.values()) == {"refused"}
 
 
 def test_nothing_is_called_where_there_is_nothing_to_confirm(confirming):

@@ -455,7 +455,11 @@ def test_each_event_has_one_line_with_its_ids_and_its_fate(system):
     payload = json.loads(body)["SnapshotByTimeOffsetCompleteEvent"]
     assert line["event_type"] == "CreateSnapshotByTimeOffsetComplete"
     assert (line["task_id"], line["file_id"]) == (payload["TaskId"], payload["FileId"])
-    assert (line["sinks"], line["settlement"], line["confirmed"]) == ({"archive": "delivered"}, "confirm", True)
+    assert (line["sinks"], line["settlement"], line["confirmed"]) == (
+        {"archive": {"outcome": "delivered", "reason": "delivered"}},
+        "confirm",
+        True,
+    )
     assert 0 < line["lease_left_secs"] <= 3
     assert (line["level"], line["source"], line["redelivered"]) == ("info", "main", False)
 

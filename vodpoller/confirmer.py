@@ -8,8 +8,9 @@ its calls instead of queueing for slots, and a call that hangs costs its own han
 
 Whether one stale handle makes ConfirmEvents refuse its batch mates is not documented ("ConfirmEvents",
 product/266/34184), so a refused set is halved until the stale one stands alone: at most nine calls for sixteen handles.
-What those leave undecided waits again, and is not mixed with others. A refusal that follows a lost answer is not split:
-the lost one probably did the work. What stays unconfirmed is delivered again, and the ledger settles it.
+What those leave undecided waits again, and is not mixed with others; unless VOD took none of the set. A refusal that
+follows a lost answer is not split: the lost one probably did the work. What stays unconfirmed is delivered again, and
+the ledger settles it.
 """
 
 import threading
@@ -466,6 +467,9 @@ class Confirmer:
             else:
                 confirmed = Confirmation(result=ConfirmResult.CONFIRMED, request_id=request_id)
                 self._complete(queue, part, confirmed)
+        if calls == MAX_CALLS and problem is not None and not _is_any_confirmed(entries):
+            # Whoever refuses nine parts refuses the rest: some VOD may confirm the fresh ones and refuse the call.
+            self._complete(queue, entries, not_confirmed(problem))
         with queue.lock:
             for part in parts:
                 queue.enter([entry for entry in part if entry.confirmation is None], together=True)
@@ -541,7 +545,7 @@ class Confirmer:
 
     def _judge(self, queue: _Queue, entries: Sequence[_Entry], problem: Exception | None, *, is_fresh: bool) -> None:
         """Learn from a set whether VOD takes handles of this source at all."""
-        if any(entry.confirmation and entry.confirmation.result is ConfirmResult.CONFIRMED for entry in entries):
+        if _is_any_confirmed(entries):
             with queue.lock:
                 queue.refused_in_a_row, queue.last_refusal = 0, None
         elif isinstance(problem, OperatorError):
@@ -594,6 +598,10 @@ def _stopping() -> StoppingError:
 
 def _no_slot() -> ThrottledError:
     return ThrottledError("ConfirmEvents was not sent: api.requests_per_sec left no room for it in time")
+
+
+def _is_any_confirmed(entries: Iterable[_Entry]) -> bool:
+    return any(entry.confirmation and entry.confirmation.result is ConfirmResult.CONFIRMED for entry in entries)
 
 
 def not_confirmed(error: Exception) -> Confirmation:
