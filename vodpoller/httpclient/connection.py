@@ -83,6 +83,7 @@ class BoundedConnection(HTTPConnection):
         super().__init__(*args, **kwargs)
         self._reach = reach
         self._answer: _Answer | None = None
+        self._response: http.client.HTTPResponse | None = None
         self.idle_since: float | None = None
 
     def left_secs(self) -> float:
@@ -153,14 +154,18 @@ class BoundedConnection(HTTPConnection):
     ) -> http.client.HTTPResponse:
         """Called by http.client for each answer, also a proxy's to CONNECT."""
         self._answer = _Answer(sock, cast("Deadline", self.timeout))
-        return _HttpAnswer(cast("socket.socket", self._answer), *args, **kwargs)
+        self._response = _HttpAnswer(cast("socket.socket", self._answer), *args, **kwargs)
+        return self._response
 
     def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in urllib3
         """As in urllib3."""
         try:
             return super().getresponse()
         except BaseException:
-            if self._answer is not None:  # urllib3 leaves one open whose Content-Length it does not like
+            # urllib3 leaves one open whose Content-Length it does not like.
+            if self._response is not None:
+                self._response.close()
+            if self._answer is not None:
                 self._answer.close()
             raise
 
