@@ -530,6 +530,20 @@ def test_a_claim_that_has_ended_does_not_end_the_next_one(journal, clock, how):
     assert claim(journal) == {}
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+def test_an_accepted_event_holds_no_claim_on_one_of_identical_content(place, journal, clock, is_written):
+    journal.store([letter(1)])
+    assert list(claim(journal)) == [1]
+    with nullcontext() if is_written else place.unwritable():
+        accept(journal, 1)
+    journal.flush()
+    journal.confirmed([event(1).key])
+    journal.flush()
+    clock.advance(CONFIRMED_KEPT_SECS + 1)
+    journal.store([letter(1)])
+    assert list(claim(journal)) == [1]
+
+
 def test_what_is_rescheduled_is_not_given_before_that_is_written(journal, clock):
     journal.store([letter(1)])
     journal.reschedule(claim(journal)[1], attempts=1, due_in_secs=0, error="no")

@@ -574,6 +574,9 @@ def test_a_move_to_a_sink_that_knows_the_event_brings_it_there_once(journal, let
     assert [(sink, state) for sink, state, *_ in states(path)] == [("hook", "pending")]
     expected = Known.ACCEPTED if there == "accepted" else Known.PENDING
     assert journal.known([(event(1).key, "hook")]) == {(event(1).key, "hook"): expected}
+    assert len(journal.claim_due("hook", 9)) == (0 if there == "accepted" else 1)
+    journal.flush()
+    assert len(states(path)) == (0 if there == "accepted" else 1)
 
 
 def outcomes_of(journal, row):

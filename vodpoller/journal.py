@@ -440,7 +440,7 @@ class SqliteJournal(Journal):
         with self._claiming:
             # Memory before the file: what leaves memory after this was written before, and what is read sees that.
             with self._queue_lock:
-                held = {*self._claims, *self._unwritten}
+                held = {key for key, of in chain(self._claims, self._unwritten) if of == sink}
             free = self._due_rows(sink, now, limit, held)
             found, accepted = self._read_due(sink, now, free)
             with self._queue_lock:
@@ -449,7 +449,7 @@ class SqliteJournal(Journal):
             self._defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
         return found
 
-    def _due_rows(self, sink: str, now: float, limit: int, held: Collection[tuple[bytes, str]]) -> list[int]:
+    def _due_rows(self, sink: str, now: float, limit: int, held: Collection[bytes]) -> list[int]:
         """The numbers of what is due and not held; their bodies are read later, those of what is held never."""
         if limit <= 0 or not self._read(_LETTERS_BYTES)[0][0]:
             return []
@@ -459,7 +459,7 @@ class SqliteJournal(Journal):
             " ORDER BY due_at LIMIT ?",
             (sink, now, now + DUE_HORIZON_SECS + 60, limit + len(held)),
         )
-        return [row for row, key in due if (key, sink) not in held][:limit]
+        return [row for row, key in due if key not in held][:limit]
 
     def _read_due(self, sink: str, now: float, rows: Sequence[int]) -> tuple[list[StoredEvent], list[tuple[int]]]:
         """The stored events of these numbers, and the numbers of those that the ledger has."""
