@@ -456,7 +456,7 @@ class SqliteJournal(Journal):
         due = self._read(
             # A due time beyond any delay was set by a clock that was wrong: it has come as well.
             "SELECT id, key FROM letters WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?)"
-            " ORDER BY due_at LIMIT ?",
+            " ORDER BY due_at, id LIMIT ?",
             (sink, now, now + DUE_HORIZON_SECS + 60, limit + len(held)),
         )
         return [row for row, key in due if key not in held][:limit]
@@ -472,7 +472,7 @@ class SqliteJournal(Journal):
                 "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("  # noqa: S608
                 " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
                 " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
-                f" FROM letters WHERE id IN ({marks}) AND state = 'pending' AND sink = ? ORDER BY due_at",
+                f" FROM letters WHERE id IN ({marks}) AND state = 'pending' AND sink = ? ORDER BY due_at, id",
                 (now - CONFIRMED_KEPT_SECS, *portion, sink),
             )
             for row, key, attempts, stored_at, source, sub_app_id, event_type, body, is_accepted in read:
