@@ -181,6 +181,19 @@ def test_whatever_ends_a_claim_releases_what_was_not_submitted(wait, error):
     assert len(in_flight) == 0
 
 
+@pytest.mark.parametrize("more", [{}, {"on_complete": print}])
+def test_who_joins_what_is_never_submitted_is_told(more):
+    in_flight, wait = InFlight(), DeliveryWait()
+    outer = in_flight.claim([make(1, **more)], None if more else DeliveryWait())
+    outer.__enter__()
+    with in_flight.claim([make(1)], wait) as claims:
+        assert claims[0].joined
+        outer.__exit__(None, None, None)
+        assert is_complete(wait)
+    assert claims[0].delivery.result is None
+    assert len(in_flight) == 0
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_error_in_the_middle_of_claiming_leaves_nothing_claimed(at):
     def wanted():
@@ -243,9 +256,10 @@ def test_what_another_caller_waits_for_is_not_released():
     delivery, other = make(), DeliveryWait()
     outer = in_flight.claim([delivery], DeliveryWait())
     outer.__enter__()
+    in_flight.queued([delivery])
     with in_flight.claim([make()], other):
         outer.__exit__(None, None, None)
-        assert delivery.state is State.CLAIMED
+        assert delivery.state is State.QUEUED
         in_flight.complete([delivery], DELIVERED)
         assert is_complete(other)
 

@@ -189,8 +189,8 @@ class InFlight:
     def claim(self, wanted: Iterable[Delivery], wait: DeliveryWait | None) -> Iterator[list[Claim]]:
         """Register deliveries, or join those that are already on their way, for as long as the `with` lasts.
 
-        At its end, whatever ended it, what this caller claimed is released: with a `wait`, each delivery that does not
-        run and that no other caller waits for; without one, each that was not submitted.
+        At its end, whatever ended it, each delivery that this caller claimed and did not submit is released; and of
+        those that wait for a thread of their sink each that nothing waits for any more, unless it has `on_complete`.
 
         Args:
             wanted: Deliveries that are not submitted yet.
@@ -217,6 +217,7 @@ class InFlight:
             self._release(claims, wait)
 
     def _release(self, claims: Sequence[Claim], wait: DeliveryWait | None) -> None:
+        others: list[DeliveryWait] = []
         with self._lock:
             for claim in claims:
                 delivery = claim.delivery
@@ -224,10 +225,14 @@ class InFlight:
                     continue
                 if wait is not None:
                     delivery.waits = tuple(other for other in delivery.waits if other is not wait)
-                is_kept = delivery.on_complete is not None and (claim.joined or delivery.state is State.QUEUED)
-                if not (delivery.waits or is_kept or delivery.state is State.RUNNING):
+                is_never_submitted = delivery.state is State.CLAIMED and not claim.joined
+                is_left = delivery.state is State.QUEUED and delivery.on_complete is None and not delivery.waits
+                if is_never_submitted or is_left:
                     delivery.state = State.DONE
                     self._remove(delivery)
+                    others += delivery.waits  # they joined what nothing will submit any more
+        for other in others:
+            other.count_down()
 
     def _remove(self, delivery: Delivery) -> None:
         pair = (delivery.event.key, delivery.sink)
