@@ -632,6 +632,33 @@ def test_nothing_stays_on_its_way_if_the_ledger_fails(bench, error):
     bench.ledger.at_accept = lambda: None
 
 
+def test_what_was_queued_again_is_not_the_business_of_the_thread_that_had_it(bench, monkeypatch):
+    worker = bench.worker(MemorySink(concurrency=2, batch_events=2))
+    hold_first(bench, worker)
+    give_back, slow = worker._give_back, [True]
+
+    def late(taken):
+        if slow and len(taken) == 2:  # the thread that had the batch: another one has its events by now
+            slow.clear()
+            until(lambda: keys(1) in worker.sink.calls)
+        give_back(taken)
+
+    monkeypatch.setattr(worker, "_give_back", late)
+    poison = rejecting(1)
+
+    def behave(events):
+        if len(events) == 2:
+            raise RejectedError("one of them is poison")
+        time.sleep(0.2)
+        poison(events)
+
+    worker.sink.behaviour = behave
+    deliveries, sent = bench.send(worker, 1, 2)
+    worker.sink.gate.set()
+    assert sent.wait(10)
+    assert reasons(deliveries) == [Reason.REJECTED, Reason.DELIVERED]
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
 def test_nothing_stays_on_its_way_if_taking_it_fails(bench, monkeypatch, error):
     worker = bench.worker(MemorySink())

@@ -88,10 +88,26 @@ def test_a_wait_that_has_not_begun_is_interrupted_by_a_stop_only():
 
 
 def test_nothing_is_interrupted_where_everything_is_done():
-    wait = DeliveryWait()
+    wait = DeliveryWait(min_wait_secs=0)
     wait.add(1)
     wait.count_down()
-    assert wait.interrupt(stopping=True) is False
+    assert wait.interrupt() is False
+    wait.interrupt(stopping=True)
+    assert wait.wait(10) is WaitEnd.COMPLETE
+
+
+def test_a_stop_that_comes_before_the_wait_ends_it_at_once():
+    wait = DeliveryWait(min_wait_secs=60)
+    assert wait.interrupt(stopping=True) is True
+    wait.add(1)
+    assert wait.wait(30) is WaitEnd.STOPPING
+
+
+def test_a_wait_that_is_over_is_not_interrupted_any_more():
+    wait = DeliveryWait(min_wait_secs=0)
+    wait.add(1)
+    assert wait.wait(0) is WaitEnd.OUT_OF_TIME
+    assert wait.interrupt() is False
 
 
 def test_a_thread_that_is_needed_elsewhere_waits_the_minimum_only():

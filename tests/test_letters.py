@@ -319,7 +319,7 @@ def test_marks_are_those_that_the_daemon_left(journal, letters):
     journal.mark("pull", ago_secs=-5.0)
     journal.flush()
 
-    assert letters.marks() == {"started": NOW, "pull": NOW + 5}
+    assert letters.marks() == {"started": NOW, "written": NOW, "pull": NOW + 5}
 
 
 # --- portions ---------------------------------------------------------------------------------------------------------

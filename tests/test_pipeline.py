@@ -492,7 +492,12 @@ def test_a_handle_that_is_refused_after_a_lost_answer_is_said_to_be_so(line, lin
 
     line.vod.at_confirm = fail
     one(line)
-    assert named(lines, "event.settled")[0]["confirm_result"] == "refused_after_lost"
+    (said,) = named(lines, "event.settled")
+    assert (said["confirm_result"], said["confirmed"]) == ("refused_after_lost", False)
+    line.journal.flush()
+    rows = line.journal._reader.execute("SELECT confirmed_at IS NOT NULL FROM ledger").fetchall()
+    assert rows == [(1,), (1,)]  # VOD has forgotten it: an equal event in ten minutes is a new one
+    assert line.pipeline.unconfirmed_events == 0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])

@@ -287,6 +287,21 @@ def test_where_no_more_threads_are_to_be_had_the_lanes_there_are_go_on(bench, mo
     assert pipeline.pulling == 1
 
 
+def test_where_not_even_a_first_thread_is_to_be_had_the_next_tick_tries_again(bench, monkeypatch):
+    poller, pipeline = bench.poller(start=False)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            poller.tick()
+    assert pipeline.pulls_at == []
+    poller.tick()
+    until(lambda: pipeline.pulling == 1)
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +491,16 @@ def test_a_hurry_ends_every_wait_for_sinks(bench):
     until(lambda: len(pipeline.delivering) == 2)
     poller.hurry()
     until(lambda: len(pipeline.interrupted) == 2)
+
+
+def test_a_hurry_ends_the_wait_of_what_a_pull_brings_later_too(bench):
+    poller, pipeline = bench.poller()
+    until(lambda: pipeline.pulling == 1)
+    poller.stop()
+    poller.hurry()
+    pipeline.answer(16, hung_secs=2.0)
+    until(lambda: pipeline.interrupted)
+    assert poller.join(10)
 
 
 def test_a_poller_that_never_ran_stops_at_once(bench):

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import event, log_into
 from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, running_system, until
 from tests.receiver import Answer, running_receiver
-from vodpoller.journal import Journal, Letter
+from vodpoller.journal import Letter, SqliteJournal
 
 MEMBERS = [
     "running",
@@ -70,11 +70,13 @@ def seconds_between(first, second):
 
 
 def letter(number, sink, *, dead):
-    return Letter(event=event(number), sink=sink, dead=dead, reason="rejected" if dead else "errored", error="HTTP 500")
+    return Letter(
+        event=event(number), sink=sink, dead=dead, reason="rejected" if dead else "sink_failed", error="HTTP 500"
+    )
 
 
 def store(system, *letters):
-    journal = Journal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))
+    journal = SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))
     journal.store(letters)
     journal.close()
 
@@ -248,7 +250,7 @@ def test_a_daemon_that_hangs_is_told(system):
 
 def test_another_process_with_the_journal_is_not_taken_for_no_daemon(system):
     system.configure("http://127.0.0.1:9")
-    with closing(Journal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))):
+    with closing(SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))):
         first_problem(system, "has the journal open", "starting or stopping", what="daemon")
 
 

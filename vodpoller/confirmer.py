@@ -45,6 +45,7 @@ SUSPICIOUS_REFUSALS: Final = 3
 FRESH_SHARE: Final = 0.1
 ASK_SECS: Final = 2.0
 STOP_RESERVE_SECS: Final = 1.0
+_LOOK_SECS: Final = 0.25  # how often a thread that waits to ask looks whether that is over
 _CLOCK_SECS: Final = 0.001  # so that what is waited for has come when a wait ends
 
 
@@ -424,7 +425,8 @@ class Confirmer:
                 if now >= queue.next_ask_at:
                     queue.next_ask_at = now + self._ask_secs
                     return True
-                self._wait(puller, min(queue.next_ask_at, queue.last_lease_ends_at()) - now + _CLOCK_SECS)
+                waits_secs = min(queue.next_ask_at, queue.last_lease_ends_at()) - now + _CLOCK_SECS
+                self._wait(puller, min(waits_secs, _LOOK_SECS))
                 self._end_waiting(queue)
         return False
 

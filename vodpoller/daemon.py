@@ -45,6 +45,7 @@ OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
 CONFIRM_SECS: Final = 2.0
 CLOSE_SECS: Final = 1.0
+LAST_CHANCE_SECS: Final = 0.2
 ONCE_TRIES: Final = 3
 RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
 
@@ -557,6 +558,10 @@ class Daemon:
         if all(ended):
             self._mark()
             self._journal.close()
+        else:  # a thread that hangs may still write to it; but what waits must not be lost with it
+            flushing = threading.Thread(target=self._journal.flush, name="flush", daemon=True)
+            flushing.start()
+            flushing.join(max(ends_at - time.monotonic(), LAST_CHANCE_SECS))
         self._vod.close()
         self._log.info("daemon.stopped", events=self.settled_events)
         return 0
@@ -570,7 +575,7 @@ class Daemon:
         """
         closing = []
         for name, worker in self._workers.items():
-            if not worker.join(max(ends_at - CLOSE_SECS - time.monotonic(), 0.1)):
+            if not worker.join(max(ends_at - CLOSE_SECS - time.monotonic(), 0.0)):
                 self._log.warning("sink.stuck", sink=name)
             thread = threading.Thread(target=_close, args=(self._sinks[name],), name=f"close-{name}", daemon=True)
             try:
@@ -579,9 +584,9 @@ class Daemon:
             except RuntimeError:  # the system has no more threads
                 _close(self._sinks[name])
         for thread in closing:
-            thread.join(max(ends_at - time.monotonic(), CLOSE_SECS))
+            thread.join(max(ends_at - time.monotonic(), 0.0))
         for worker in self._workers.values():
-            worker.join(max(ends_at - time.monotonic(), 0.1))  # what was accepted at last is entered in the ledger
+            worker.join(max(ends_at - time.monotonic(), 0.0))  # what was accepted at last is entered in the ledger
 
 
 def _close_all(sinks: Mapping[str, Sink]) -> None:

@@ -407,10 +407,11 @@ class Worker:
 
     def _give_back(self, taken: list[Delivery]) -> None:
         """The end of one step, whatever ended it: nothing that it took is left running."""
-        left = [delivery for delivery in taken if delivery.state is State.RUNNING]
+        here = threading.get_ident()
+        with self._condition:  # what was queued again may be with another thread by now
+            left = [it for it in taken if it.holder == here and it.state is State.RUNNING]
+            self._busy.discard(here)
         taken.clear()
-        with self._condition:
-            self._busy.discard(threading.get_ident())
         why = "an unforeseen error; the log has it"
         for delivery in left:
             self._count_failure(delivery, why)
@@ -443,8 +444,7 @@ class Worker:
             taken += deliveries
         if not taken:
             return None
-        self._busy.add(threading.get_ident())
-        self._in_flight.start(taken)
+        self._hold(taken)
         if is_paused:
             self._queue = deque(delivery for delivery in self._queue if delivery.state is State.QUEUED)
         else:
@@ -454,6 +454,14 @@ class Worker:
         if is_probe and started:
             self._breaker.start_probe(started[0].event.key)
         return started, refused
+
+    def _hold(self, taken: Sequence[Delivery]) -> None:
+        """They are this thread's from now on."""
+        here = threading.get_ident()
+        self._busy.add(here)
+        self._in_flight.start(taken)
+        for delivery in taken:
+            delivery.holder = here
 
     def _wait_secs(self) -> float | None:
         """How long there is nothing to do unless something is submitted; None for ever."""
@@ -486,7 +494,7 @@ class Worker:
                 # One poison event condemns no other: each is tried by itself, as far as the breaker lets it.
                 with self._condition:
                     self._queue.extendleft(reversed(batch))
-                    self._in_flight.queued(batch)
+                    self._queued_again(batch)
                 return
         for index, error in failures.items():
             # One failed call is one failure: what counts as distinct events is counted when each was tried by itself.
@@ -574,9 +582,15 @@ class Worker:
             if self._breaker.open or self._stopping or due >= delivery.deadline:
                 return False
             heapq.heappush(self._delayed, (due, next(self._sequence), delivery))
-            self._in_flight.queued((delivery,))
+            self._queued_again((delivery,))
             self._condition.notify()
         return True
+
+    def _queued_again(self, deliveries: Sequence[Delivery]) -> None:
+        """They are in the queue once more, for whichever thread takes them."""
+        for delivery in deliveries:
+            delivery.holder = None
+        self._in_flight.queued(deliveries)
 
 
 def _failed(why: str, *, attempts: int, retry_after_secs: float | None = None) -> SinkResult:

@@ -17,7 +17,7 @@ deadline. The retrier claims without waiting: its deliveries are the worker's fr
 called in the sink's thread, tells it the result.
 
 Every field of a `Delivery` that changes has one writer: `state`, `result` and `waits` are written here, under the
-table's lock; `attempts`, `error` and `alone` by the thread of the sink that has taken the delivery.
+table's lock; `attempts`, `error`, `alone` and `holder` by the thread of the sink that has taken the delivery.
 """
 
 import threading
@@ -89,10 +89,11 @@ class DeliveryWait:
             stopping: The daemon stops: end it also if the minimum wait is not over, or the wait has not begun.
 
         Returns:
-            Whether this ended it. False if nothing is missing, or the minimum wait is not over.
+            Whether this ended it, or will end it if it has not begun (at a stop). False if nothing is missing, or the
+            minimum wait is not over.
         """
         with self._condition:
-            if self._interrupted or self._missing <= 0:
+            if self._interrupted or (self._missing <= 0 and not stopping):
                 return False
             if not stopping and not 0 < self._min_wait_ends_at <= time.monotonic():
                 return False
@@ -109,10 +110,13 @@ class DeliveryWait:
         with self._condition:
             min_wait_secs = max(min(timeout_secs, self._min_wait_secs), 0)
             self._min_wait_ends_at = time.monotonic() + min_wait_secs
-            if not self._condition.wait_for(self._is_over, min_wait_secs):
-                if self._should_yield():
-                    return WaitEnd.NEEDED
-                self._condition.wait_for(self._is_over, max(timeout_secs - min_wait_secs, 0))
+            try:
+                if not self._condition.wait_for(self._is_over, min_wait_secs):
+                    if self._should_yield():
+                        return WaitEnd.NEEDED
+                    self._condition.wait_for(self._is_over, max(timeout_secs - min_wait_secs, 0))
+            finally:
+                self._min_wait_ends_at = 0.0  # an interruption would be lost on it now
             if self._missing <= 0:
                 return WaitEnd.COMPLETE
             return self._interrupted or WaitEnd.OUT_OF_TIME
@@ -138,9 +142,22 @@ class Delivery:
         attempts: Number of attempts that failed.
         error: Of the last attempt that failed.
         alone: It goes to the sink in a call of its own.
+        holder: The thread of the sink that has taken it; None if none has.
     """
 
-    __slots__ = ("alone", "attempts", "deadline", "error", "event", "on_complete", "result", "sink", "state", "waits")
+    __slots__ = (
+        "alone",
+        "attempts",
+        "deadline",
+        "error",
+        "event",
+        "holder",
+        "on_complete",
+        "result",
+        "sink",
+        "state",
+        "waits",
+    )
 
     def __init__(
         self,
@@ -160,6 +177,7 @@ class Delivery:
         self.attempts = 0
         self.error: Exception | None = None
         self.alone = False
+        self.holder: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,8 @@ class SqliteJournal(Journal):
         with self._write_lock:
             if not mine.done:
                 self._commit_queue()
+        if not mine.done:  # whoever wrote for all was ended in the middle of it
+            raise StorageError("the journal was not written")
         if mine.error is not None:
             self._failed(mine.error)
             raise StorageError(f"the journal cannot be written: {mine.error}") from mine.error
@@ -629,7 +631,8 @@ class SqliteJournal(Journal):
         if not (has_work or even_if_nothing_waits):
             return
         with self._queue_lock:
-            rows = [(key, sink, *times) for (key, sink), times in self._unwritten.items()]
+            unwritten = dict(self._unwritten)
+            rows = [(key, sink, *times) for (key, sink), times in unwritten.items()]
             positions = dict(self._unwritten_positions)
 
         def work(db: sqlite3.Connection) -> None:
@@ -645,8 +648,9 @@ class SqliteJournal(Journal):
         except StorageError:
             return
         with self._queue_lock:
-            for key, sink, *_ in rows:
-                self._unwritten.pop((key, sink), None)
+            for pair, times in unwritten.items():
+                if self._unwritten.get(pair) == times:  # else it was confirmed meanwhile: that is written next
+                    del self._unwritten[pair]
             for sink, position in positions.items():
                 if self._unwritten_positions.get(sink) is position:
                     del self._unwritten_positions[sink]

@@ -34,6 +34,7 @@ from vodpoller.vod import Pull
 
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1
+_ACKNOWLEDGED: Final = frozenset({ConfirmResult.CONFIRMED, ConfirmResult.REFUSED_AFTER_LOST})
 _UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
 _UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
 
@@ -103,6 +104,11 @@ class _Item:
         """The dead letters that were stored for it."""
         is_stored = self.verdict.settlement is Settlement.STORE
         return [letter for letter in self.letters if letter.dead] if is_stored else []
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether VOD has forgotten it: confirmed, or probably so by a request whose answer was lost."""
+        return self.confirmation is not None and self.confirmation.result in _ACKNOWLEDGED
 
     @property
     def is_confirmed(self) -> bool:
@@ -368,16 +374,17 @@ class Pipeline:
         confirmations = self._confirmer.confirm(source.name, source.sub_app_id, handles, batch.lease)
         for item in safe:
             item.confirmation = confirmations.get(item.handle, _UNKNOWN)
-        confirmed = [item.event.key for item in safe if item.is_confirmed]
-        if confirmed:
+        if any(item.is_confirmed for item in safe):
             self.last_confirm_at = self._wall()
-            self._journal.confirmed(confirmed)
+        acknowledged = [item.event.key for item in safe if item.is_acknowledged]
+        if acknowledged:
+            self._journal.confirmed(acknowledged)
 
     def _finish(self, items: Sequence[_Item], batch: Batch) -> None:
         """The one place where events get their lines and are counted."""
         now = self._monotonic()
         with self._counting:
-            self.unconfirmed_events += sum(not item.is_confirmed for item in items)
+            self.unconfirmed_events += sum(not item.is_acknowledged for item in items)
         self._telemetry.add(_numbers(items, batch.source.name))
         with self._telemetry.together():
             for item in items:

@@ -134,6 +134,7 @@ class Poller:
         self._failing_since: float | None = None
         self.last_pull_at = 0.0
         self._stopping = False
+        self._hurried = False
 
     @property
     def name(self) -> str:
@@ -169,8 +170,8 @@ class Poller:
     def tick(self) -> None:
         """Make sure that a lane is pulling; returns at once."""
         with self._lock:
-            if self._pulling + self._turns == 0:
-                self._grant(1)
+            # Also if a turn is granted already: no thread may have been to be had for it then.
+            self._grant(0 if self._pulling + self._turns else 1)
 
     def wake(self) -> None:
         """End the waiting after failures: the cause may be gone."""
@@ -190,6 +191,7 @@ class Poller:
     def hurry(self) -> None:
         """Let no lane wait for a sink any longer: what was not accepted is stored."""
         with self._lock:
+            self._hurried = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
@@ -267,11 +269,10 @@ class Poller:
             self._failed(error)
             return None
         received_at = self._monotonic()
-        self._telemetry.count(
-            Count.PULLS, source=self.name, result="events" if pull.events or pull.malformed else "empty"
-        )
         self.last_pull_at = self._wall()
         self._answered(pull, wait)
+        result = "events" if pull.events or pull.malformed else "empty"
+        self._telemetry.count(Count.PULLS, source=self.name, result=result)
         return Batch.of(self._source, pull, received_at) if pull.events or pull.malformed else None
 
     def _lane_is_missing(self) -> bool:
@@ -302,6 +303,8 @@ class Poller:
             self._said = False
             if pull.events or pull.malformed:
                 self._waits[wait] = None
+                if self._hurried:
+                    wait.interrupt(stopping=True)
                 self._hand_over(pull)
             else:
                 self._answered_empty(hung=pull.hung_secs >= HUNG_SECS, asked_at=pull.lease.starts_at)
