@@ -35,6 +35,7 @@ from tests.processes import (
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller.journal import SqliteJournal
 from vodpoller.journal_contract import Letter
+from vodpoller.telemetry import Telemetry
 
 pytestmark = pytest.mark.system
 
@@ -72,7 +73,7 @@ def letter(number, sink="archive", **more):
 
 def store(system, *letters):
     """A journal with letters, as a daemon leaves it."""
-    journal = SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))
+    journal = SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))
     journal.store(letters)
     journal.close()
     return [stored.event.body for stored in letters]

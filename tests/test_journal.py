@@ -20,6 +20,7 @@ from vodpoller.errors import JournalError, JournalFullError, StorageError, Unusa
 from vodpoller.journal import DEFERRED_MAX, SqliteJournal
 from vodpoller.journal_contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
 from vodpoller.migrations import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
+from vodpoller.telemetry import Telemetry
 
 NOW = 1_800_000_000.0
 
@@ -40,7 +41,7 @@ def opened(path, log, wall):
     journals = []
 
     def open_one(**more):
-        settings = {"max_bytes": 10**9, "ledger_days": 14, "log": log, "wall": wall, **more}
+        settings = {"max_bytes": 10**9, "ledger_days": 14, "telemetry": Telemetry(log), "wall": wall, **more}
         journals.append(SqliteJournal(path, **settings))
         # What is locked is known to be: nobody need wait for it.
         for connection in (journals[-1]._writer, journals[-1]._reader):
@@ -110,7 +111,7 @@ def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
 def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
     code = (
         "import sys; from pathlib import Path; from tests.helpers import log_into; from vodpoller.journal import *\n"
-        "try: SqliteJournal(Path(sys.argv[1]), max_bytes=1, ledger_days=1, log=log_into([])).close()\n"
+        "try: SqliteJournal(Path(sys.argv[1]), max_bytes=1, ledger_days=1, telemetry=Telemetry(log_into([]))).close()\n"
         "except JournalError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(path)]
@@ -173,7 +174,7 @@ def test_a_journal_that_lacks_a_table_is_told_as_corrupt(opened, path, missing):
 def test_a_place_that_cannot_hold_a_journal_is_said(tmp_path, log):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UnusableJournalError, match="folder cannot be made"):
-        SqliteJournal(tmp_path / "file" / "journal.db", max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(tmp_path / "file" / "journal.db", max_bytes=1, ledger_days=1, telemetry=Telemetry(log))
 
 
 @pytest.mark.parametrize("kind", ["folder", "null", "pipe", "link to a folder"])
@@ -186,14 +187,14 @@ def test_what_is_not_a_regular_file_is_refused_and_gets_no_company(tmp_path, log
     elif kind == "link to a folder":
         path.symlink_to(tmp_path)
     with pytest.raises(UnusableJournalError, match=r"a journal is a regular file: set journal\.path to one"):
-        SqliteJournal(path, max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log))
     assert not path.with_name(f"{path.name}.lock").exists()
 
 
 @pytest.mark.parametrize("name", [":memory:", "file:x?mode=memory"])
 def test_a_name_that_means_something_else_to_sqlite_is_a_file_all_the_same(tmp_path, log, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with closing(SqliteJournal(Path(name), max_bytes=10**6, ledger_days=1, log=log)) as journal:
+    with closing(SqliteJournal(Path(name), max_bytes=10**6, ledger_days=1, telemetry=Telemetry(log))) as journal:
         journal.store([letter(1)])
     assert (tmp_path / name).stat().st_size > 0
 
@@ -220,7 +221,7 @@ def test_only_what_a_person_must_change_stops_the_service(tmp_path, log, monkeyp
     monkeypatch.setattr(Path, "mkdir", lambda self, *mode, **more: (fails(self), make(self, *mode, **more)))
     monkeypatch.setattr(os, "open", lambda name, *more: (fails(name), open_file(name, *more))[1])
     with pytest.raises(JournalError, match=os.strerror(code)) as raised:
-        SqliteJournal(path, max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log))
     assert type(raised.value) is kind
 
 
@@ -239,7 +240,7 @@ def test_a_file_system_without_locks_is_not_told_as_a_second_daemon(opened, monk
 def test_nobody_else_may_read_what_the_journal_makes(path, log, umask):
     before = os.umask(umask)
     try:
-        with closing(SqliteJournal(path, max_bytes=10**6, ledger_days=1, log=log)) as journal:
+        with closing(SqliteJournal(path, max_bytes=10**6, ledger_days=1, telemetry=Telemetry(log))) as journal:
             journal.store([letter(1)])
             modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     finally:
@@ -264,7 +265,7 @@ def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
     else:
         change(path, "PRAGMA user_version = 99" if fault == "of a later version" else "CREATE TABLE cookies (id)")
     with pytest.raises(UnusableJournalError):
-        SqliteJournal(path, max_bytes=1, ledger_days=1, log=log)
+        SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log))
     held = [link.resolve().name for link in Path("/proc/self/fd").iterdir()]
     assert [name for name in held if name.startswith("journal.db")] == []
 
@@ -679,7 +680,7 @@ def test_a_mark_that_waited_never_takes_a_later_one_back(journal, path):
 @given(st.lists(st.sampled_from(["accept", "accept locked", "flush", "flush locked"]), max_size=12))
 def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("marks") / "journal.db"
-    with closing(SqliteJournal(path, max_bytes=1, ledger_days=1, log=log_into([]))) as journal:
+    with closing(SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log_into([])))) as journal:
         journal._writer.execute("PRAGMA busy_timeout = 0")
         journal._writer.execute("PRAGMA synchronous = OFF")
         number = 0
@@ -709,7 +710,8 @@ def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, 
 def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(path):
     code = (
         "import os, sys; from pathlib import Path; from tests.helpers import *; from vodpoller.journal import *\n"
-        "journal = SqliteJournal(Path(sys.argv[1]), max_bytes=10**9, ledger_days=1, log=log_into([]))\n"
+        "log = Telemetry(log_into([]))\n"
+        "journal = SqliteJournal(Path(sys.argv[1]), max_bytes=10**9, ledger_days=1, telemetry=log)\n"
         "journal.store([Letter(event=event(n), sink='it', dead=False, reason='sink_failed') for n in range(9)])\n"
         "os._exit(9)"
     )

@@ -20,6 +20,7 @@ from vodpoller.journal_contract import (
     StoredEvent,
 )
 from vodpoller.letters import Filter, Letters
+from vodpoller.telemetry import Telemetry
 
 LEDGER_DAYS = 14
 BODY_ROOM = 600  # what one of the events of these tests takes of the room, or a bit more
@@ -40,7 +41,7 @@ class OnSqlite:
         """The journal, after that it was closed if it was open."""
         self.close()
         self._opened = SqliteJournal(
-            self.path, max_bytes=max_bytes, ledger_days=LEDGER_DAYS, log=self._log, wall=self.clock
+            self.path, max_bytes=max_bytes, ledger_days=LEDGER_DAYS, telemetry=Telemetry(self._log), wall=self.clock
         )
         return self._opened
 

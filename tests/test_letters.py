@@ -18,6 +18,7 @@ from vodpoller.journal import SqliteJournal
 from vodpoller.journal_contract import Known, Letter
 from vodpoller.letters import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
 from vodpoller.migrations import SCHEMA_VERSION
+from vodpoller.telemetry import Telemetry
 
 NOW = 1_800_000_000.0
 
@@ -35,7 +36,7 @@ def path(tmp_path):
 @pytest.fixture
 def journal(path, log, wall):
     """The journal as the daemon has it open."""
-    opened = SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    opened = SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log), wall=wall)
     yield opened
     opened.close()
 
@@ -194,7 +195,7 @@ def test_a_journal_that_is_locked_for_a_moment_is_waited_for(journal, path):
 
 @pytest.mark.parametrize("daemon", ["runs", "has ended"])
 def test_a_look_makes_no_file(path, log, wall, daemon):
-    journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log), wall=wall)
     journal.store([letter()])
     if daemon == "has ended":
         journal.close()
@@ -723,7 +724,7 @@ def test_what_was_purged_makes_room(journal, letters):
 
 
 def test_an_open_journal_is_in_use_and_a_closed_one_is_not(path, log, wall):
-    journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall)
+    journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log), wall=wall)
     with Letters(path) as letters:
         assert letters.is_in_use()
         journal.close()
@@ -736,6 +737,6 @@ def test_asking_whether_it_is_in_use_does_not_keep_a_daemon_out(path, log, wall)
     with path.with_name("journal.db.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # as the question does, for an instant
         threading.Timer(0.03, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
-        SqliteJournal(path, max_bytes=10**9, ledger_days=5, log=log, wall=wall).close()
+        SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log), wall=wall).close()
         with Letters(path) as letters:
             assert not letters.is_in_use()

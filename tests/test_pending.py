@@ -20,7 +20,9 @@ class Bench:
     def __init__(self, tmp_path, log):
         self.wall = FakeClock(1_800_000_000.0)
         self.monotonic = FakeClock()
-        self.journal = SqliteJournal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log, wall=self.wall)
+        self.journal = SqliteJournal(
+            tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, telemetry=Telemetry(log), wall=self.wall
+        )
         self.in_flight = InFlight()
         self.sink = MemorySink()
         self.worker = Worker(

@@ -75,7 +75,7 @@ class Line:
         self.telemetry = Telemetry(log)
         self.vod = FakeVod()
         self.in_flight = InFlight()
-        self.journal = SqliteJournal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, log=log)
+        self.journal = SqliteJournal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, telemetry=Telemetry(log))
         self.journal._writer.execute("PRAGMA busy_timeout = 0")
         self.sinks = {name: MemorySink(batch_events=16) for name in sinks}
         self.workers = {

@@ -14,6 +14,7 @@ from tests.helpers import event, log_into
 from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, running_system, until
 from tests.receiver import Answer, running_receiver
 from vodpoller.journal import Letter, SqliteJournal
+from vodpoller.telemetry import Telemetry
 
 MEMBERS = [
     "running",
@@ -76,7 +77,7 @@ def letter(number, sink, *, dead):
 
 
 def store(system, *letters):
-    journal = SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))
+    journal = SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))
     journal.store(letters)
     journal.close()
 
@@ -250,7 +251,7 @@ def test_a_daemon_that_hangs_is_told(system):
 
 def test_another_process_with_the_journal_is_not_taken_for_no_daemon(system):
     system.configure("http://127.0.0.1:9")
-    with closing(SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, log=log_into([]))):
+    with closing(SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))):
         first_problem(system, "has the journal open", "starting or stopping", what="daemon")
 
 

@@ -431,7 +431,9 @@ class World:
 
     def _boot(self):
         log = log_into(self.lines, "error")
-        self.journal = SqliteJournal(self.journal_path, max_bytes=1 << 30, ledger_days=7, log=log, wall=self.wall)
+        self.journal = SqliteJournal(
+            self.journal_path, max_bytes=1 << 30, ledger_days=7, telemetry=Telemetry(log), wall=self.wall
+        )
         self.journal._writer = BreakableWriter(self.journal._writer, self)
         write = self.journal._write
 

@@ -109,7 +109,7 @@ class Daemon:
             config.journal.path,
             max_bytes=config.journal.max_bytes,
             ledger_days=config.journal.ledger_days,
-            log=log,
+            telemetry=telemetry,
             wall=self._clock,
         )
         try:

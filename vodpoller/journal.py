@@ -31,10 +31,11 @@ from vodpoller.journal_contract import (
     StoredCount,
     StoredEvent,
 )
-from vodpoller.logs import Logger, Repeats
+from vodpoller.logs import Logger
 from vodpoller.migrations import ROW_OVERHEAD_BYTES, count_anew, migrate
 from vodpoller.settlement import Reason
 from vodpoller.status import JournalStatus
+from vodpoller.telemetry import Count, Telemetry
 
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
@@ -101,7 +102,7 @@ class SqliteJournal(Journal):
         path: The file; its folder is made where it is missing.
         max_bytes: How much the stored events may take; beyond that nothing is stored.
         ledger_days: How long rows of events that never were confirmed are kept.
-        log: Where to.
+        telemetry: Destination of log lines and counts.
         wall: The clock that stamps rows, in seconds since 1970.
         monotonic: The clock of what is tried again, in seconds.
 
@@ -116,15 +117,14 @@ class SqliteJournal(Journal):
         *,
         max_bytes: int,
         ledger_days: float,
-        log: Logger,
+        telemetry: Telemetry,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._max_bytes = max_bytes
         self._ledger_secs = ledger_days * 86_400
-        self._log = log
-        self._repeats = Repeats(log)
+        self._telemetry = telemetry.scope()
         self._wall = wall
         self._monotonic = monotonic
         self._next_wal_try = 0.0
@@ -145,7 +145,7 @@ class SqliteJournal(Journal):
         self._next_slice = 0
         with ExitStack() as opening:
             _check_place(path)
-            _make_folder(path.parent, log)
+            _make_folder(path.parent, telemetry.log)
             self._lock_fd = _lock(path)
             opening.callback(os.close, self._lock_fd)
             _make_private(path)
@@ -162,7 +162,7 @@ class SqliteJournal(Journal):
                 raise _cannot_make(path, error, "cannot be copied before it is brought to this version") from error
             opening.pop_all()
         if copy is not None:
-            log.info("journal.migrated", path=str(path), copy=str(copy))
+            telemetry.log.info("journal.migrated", path=str(path), copy=str(copy))
         self._identity = _identity_of(path)
         self._replaced = False
 
@@ -432,7 +432,7 @@ class SqliteJournal(Journal):
                 " back, purge dead letters (`vodpoller deadletters purge`), or raise journal.max_bytes"
             )
         error = JournalFullError(message, refused=keys)
-        self._repeats.say("error", "journal.failed", cause=message, path=str(self._path), **error.fields())
+        self._telemetry.repeated("error", "journal.failed", cause=message, path=str(self._path), **error.fields())
         return error
 
     def claim_due(self, sink: str, limit: int) -> list[StoredEvent]:
@@ -582,7 +582,7 @@ class SqliteJournal(Journal):
                 " restart vodpoller; until then events stay with VOD"
             )
             self._trouble = str(error)
-            self._repeats.say("error", "journal.failed", cause="replaced", **error.fields())
+            self._telemetry.repeated("error", "journal.failed", cause="replaced", **error.fields())
             raise error
 
     @property
@@ -668,7 +668,7 @@ class SqliteJournal(Journal):
                     self._writer.execute(f"PRAGMA busy_timeout = {BUSY_SECS * 1000:.0f}")
             size_bytes = self._wal_bytes()
             if size_bytes > WAL_LARGE_BYTES:
-                self._repeats.say(
+                self._telemetry.repeated(
                     "warning",
                     "wal.grown",
                     cause="wal",
@@ -678,7 +678,7 @@ class SqliteJournal(Journal):
                     f" `fuser {self._path}` names it",
                 )
             else:
-                self._repeats.forget("wal")
+                self._telemetry.reset("wal")
 
     def _wal_bytes(self) -> int:
         try:
@@ -704,7 +704,7 @@ class SqliteJournal(Journal):
             (bytes([first]), last, now - CONFIRMED_KEPT_SECS, now + 60, now - self._ledger_secs),
         ).rowcount
         if deleted:
-            self._log.debug("journal.pruned", rows=deleted)
+            self._telemetry.log.debug("journal.pruned", rows=deleted)
 
     def shift(self, secs: float) -> None:
         # What this process stamped is moved along, so that nothing ages or waits by the jump.
@@ -731,13 +731,14 @@ class SqliteJournal(Journal):
         if is_corrupt(error):
             message = self._corrupt = way_out(self._path, error)
         self._trouble = message
-        self._repeats.say("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
+        self._telemetry.count(Count.JOURNAL_ERRORS)
+        self._telemetry.repeated("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
 
     def _recovered(self) -> None:
         if self._failing and self._corrupt is None:
             self._failing = False
-            suppressed = self._repeats.forget("")
-            self._log.info("journal.recovered", suppressed_lines=suppressed or 0)
+            suppressed = self._telemetry.reset()
+            self._telemetry.log.info("journal.recovered", suppressed_lines=suppressed or 0)
 
 
 def _insert_accepted(

@@ -102,13 +102,13 @@ class Scope:
         """
         return self._repeats.say(level, event, cause=cause, **fields)
 
-    def reset(self) -> int | None:
-        """All causes are over.
+    def reset(self, prefix: str = "") -> int | None:
+        """The causes that begin so are over; all of them unless told otherwise.
 
         Returns:
             Number of lines that were not written for them; None if none was written at all.
         """
-        return self._repeats.forget("")
+        return self._repeats.forget(prefix)
 
     def count(self, count: Count, number: int = 1, **labels: str) -> None:
         """Count something."""
