@@ -665,7 +665,7 @@ def test_the_doubles_of_these_tests_log_as_the_logger_does():
 
 
 @pytest.fixture
-def pipe():
+def pipe(restored_logging):
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with open(writing, "w", encoding="utf-8") as stream:  # noqa: PTH123 - a descriptor
