@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ServiceManager, environment, running_system, until
+from tests.processes import ServiceManager, cannot_run, environment, running_system, until
 
 pytestmark = pytest.mark.system
 
@@ -436,9 +436,10 @@ def can_be_process_1():
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not can_be_process_1(), reason="only root can make a process number 1")
 @pytest.mark.parametrize("leaves", ["sleep 0.2 &", "setsid sh -c 'sleep 0.2; exit 3' &"])
 def test_a_daemon_that_is_process_1_leaves_no_zombies(system, leaves):
+    if os.geteuid() != 0 or not can_be_process_1():
+        cannot_run("only root can make a process number 1")
     script = system.folder / "leaves"
     script.write_text(f"#!/bin/sh\n{leaves}\nexit 0\n")
     script.chmod(0o755)
