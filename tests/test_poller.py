@@ -102,6 +102,7 @@ class Bench:
             Source(**settings),
             vod=pipeline,
             pipeline=pipeline,
+            journal=self.pulls,
             may_pull=lambda: self.may_pull,
             on_operator_error=on_operator_error,
             cycle_secs=50.0,

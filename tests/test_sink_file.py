@@ -78,7 +78,9 @@ def keys(*numbers):
 
 
 def recovered_keys(portions):
-    return [key for portion in portions for key in portion.keys]
+    return [
+        key for portion in portions for key in (*portion.keys, *(key for line in portion.content_keys for key in line))
+    ]
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ class ModelQueue:
 
     def feed(self, event_type):
         number = len(self.events)
-        content = {"EventType": event_type, "SomeEvent": {"FileId": f"{number:06d}", "TaskId": "t" * (number % 7)}}
+        content = {"EventType": event_type, "SomeEvent": {"FileId": f"{number:06d}", "TaskId": "t" * (1 + number % 7)}}
         self.events.append(QueuedEvent(number, content, event_key(content, None), SINKS_OF[event_type]))
 
     def _leased(self, event):

@@ -154,6 +154,7 @@ class Daemon:
                 source,
                 vod=self._vod,
                 pipeline=self._pipeline,
+                journal=self._journal,
                 may_pull=lambda: self._journal.is_writable,
                 on_operator_error=self._reread_credentials,
                 cycle_secs=2 * config.api.timeout_secs + config.api.lease_secs,
@@ -211,7 +212,7 @@ class Daemon:
             self._journal.recover(name, portion)
             self._end_if_stopping()
             mark = portion.position
-            number += len(portion.keys)
+            number += len(portion.keys) + len(portion.content_keys)
             self._notifier.extend(RECOVERY_SECS)
             self._notifier.alive()
             if portion.read < 1:

@@ -53,7 +53,8 @@ class Event:
         source: The name of the source that pulled it.
         sub_app_id: Tencent's SubAppId, None for an account without.
         type: `EventType` as it came, an open set; empty where the event has none.
-        key: The identity: SHA-256 over SubAppId and canonical body. The same at every redelivery and after a restart.
+        key: The identity, the same at every redelivery and after a restart: the content key, SHA-256 over SubAppId and
+            canonical body; if the content has no id of its own, the key of the occurrence (see `vodpoller.identity`).
         body: The body of a v3.0 normal callback, UTF-8 JSON.
         content: The same, parsed. Not to be changed.
     """
@@ -211,7 +212,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
-    """The identity of an event: SHA-256 over SubAppId and canonical body.
+    """The content key of an event: SHA-256 over SubAppId and canonical body.
 
     Members that are null at the top level do not count, since VOD leaves them out or sends them as it likes; nor does
     the order of members.

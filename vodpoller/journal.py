@@ -20,6 +20,7 @@ from typing import Any, Final
 from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.events import restore_event
+from vodpoller.identity import Occurrence, Occurrences
 from vodpoller.journal_contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
@@ -28,6 +29,7 @@ from vodpoller.journal_contract import (
     Letter,
     Portion,
     Position,
+    Pulled,
     StoredCount,
     StoredEvent,
 )
@@ -64,6 +66,12 @@ _INSERT_LETTER: Final = (
     "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at, run, source,"
     " sub_app_id, event_type, body) SELECT :key, :sink, :state, :reason, :error, :attempts, :now, :due_at, :run,"
     f" :source, :sub_app_id, :event_type, :body WHERE NOT EXISTS ({_ACCEPTED})"
+)
+# What a line of a file may be of: an occurrence that VOD may bring again, or that is stored for the sink.
+_OCCURRENCE_OF_LINE: Final = (
+    "SELECT key FROM occurrences WHERE content_key = ? AND NOT EXISTS (SELECT 1 FROM ledger WHERE ledger.key ="
+    " occurrences.key AND ledger.sink = ?) AND (acknowledged_at IS NULL OR EXISTS (SELECT 1 FROM letters WHERE"
+    " letters.key = occurrences.key AND letters.sink = ?)) ORDER BY id LIMIT 1"
 )
 _IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
 
@@ -138,6 +146,7 @@ class SqliteJournal(Journal):
         self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
         self._unwritten_positions: dict[str, Position] = {}
         self._claims: dict[tuple[bytes, str], StoredEvent] = {}
+        self._occurrences = Occurrences(monotonic())
         self._failing = False
         self._trouble = ""  # what was said last about why it could not be written
         self._lacked_bytes = 0  # what the least of those pending events takes that found no room
@@ -174,10 +183,27 @@ class SqliteJournal(Journal):
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             count_anew(self._writer)
-        for table in ("ledger", "letters", "totals", "positions", "marks"):
+        for table in ("ledger", "letters", "totals", "positions", "marks", "occurrences"):
             self._writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
         # A write shows now, not at the first event, that the file is read-only or the disk is full.
         self._writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (self._wall(),))
+        self._load_occurrences()
+
+    def _load_occurrences(self) -> None:
+        to_monotonic = self._monotonic() - self._wall()
+        rows = self._writer.execute(
+            "SELECT key, content_key, source, lease_ends_at FROM occurrences WHERE acknowledged_at IS NULL ORDER BY id"
+        )
+        for key, content_key, source, lease_ends_at in rows:
+            self._occurrences.add(
+                Occurrence(
+                    key=key,
+                    content_key=content_key,
+                    source=source,
+                    lease_ends_at=lease_ends_at + to_monotonic,
+                    leased_until=None,
+                )
+            )
 
     def close(self) -> None:
         self.flush()
@@ -257,6 +283,50 @@ class SqliteJournal(Journal):
             write.error, write.done = None, True
         return True
 
+    # --- identity ----------------------------------------------------------------------------------------------------
+
+    def identify(self, content_keys: Sequence[bytes], pulled: Pulled) -> list[bytes]:
+        now = self._monotonic()
+        found, new = self._occurrences.identify(
+            content_keys,
+            source=pulled.source,
+            sent_at=now - pulled.sent_ago_secs,
+            answered_at=now - pulled.answered_ago_secs,
+            lease_secs=pulled.lease_secs,
+        )
+        lease_ends_at = self._wall() - pulled.sent_ago_secs + pulled.lease_secs
+        again = [(lease_ends_at, occurrence.key) for occurrence in found if occurrence not in new]
+        if again:
+            self._defer(lambda db: db.executemany("UPDATE occurrences SET lease_ends_at = ? WHERE key = ?", again))
+        if new:
+            rows = [(occurrence.key, occurrence.content_key, pulled.source, lease_ends_at) for occurrence in new]
+            try:
+                self._write(
+                    lambda db: db.executemany(
+                        "INSERT INTO occurrences (key, content_key, source, lease_ends_at) VALUES (?, ?, ?, ?)", rows
+                    ),
+                    durable=True,
+                )
+            except StorageError:
+                self._occurrences.forget([occurrence.key for occurrence in new])
+                raise
+        return [occurrence.key for occurrence in found]
+
+    def answered_empty(self, pulled: Pulled) -> None:
+        now = self._monotonic()
+        gone = self._occurrences.answered_empty(
+            pulled.source,
+            sent_at=now - pulled.sent_ago_secs,
+            answered_at=now - pulled.answered_ago_secs,
+            lease_secs=pulled.lease_secs,
+        )
+        if gone:
+            self._defer(partial(_acknowledge, [(self._wall(), key) for key in gone]))
+
+    def answer_lost(self, source: str, *, sent_ago_secs: float) -> None:
+        now = self._monotonic()
+        self._occurrences.answer_lost(source, sent_at=now - sent_ago_secs, lost_at=now)
+
     # --- the ledger --------------------------------------------------------------------------------------------------
 
     def known(self, pairs: Iterable[tuple[bytes, str]]) -> dict[tuple[bytes, str], Known]:
@@ -321,14 +391,10 @@ class SqliteJournal(Journal):
         now = self._wall()
 
         def work(db: sqlite3.Connection) -> None:
-            # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
-            db.executemany(
-                "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
-                " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
-                [(key, sink, now, now - CONFIRMED_KEPT_SECS) for key in portion.keys],
-            )
-            if _letters_bytes(db):
-                db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in portion.keys])
+            _insert_recovered(db, sink, portion.keys, now)
+            for content_keys in portion.content_keys:
+                # One at a time: a line of equal content that follows must find that this one has taken its occurrence.
+                _insert_recovered(db, sink, _occurrence_of_line(db, sink, content_keys), now)
             _set_position(db, sink, portion.position)
 
         self._write(work, durable=True)
@@ -341,18 +407,30 @@ class SqliteJournal(Journal):
     def confirmed(self, keys: Sequence[bytes]) -> None:
         now = self._wall()
         marks = ",".join("?" * len(keys))
+        occurrences = [(now, key) for key in self._occurrences.forget(keys)]
 
         if self._unwritten:
             with self._queue_lock:
                 done = set(keys)
-                self._unwritten |= {pair: (at, now) for pair, (at, _) in self._unwritten.items() if pair[0] in done}
+                self._unwritten |= {
+                    pair: (at, now)
+                    for pair, (at, confirmed_at) in self._unwritten.items()
+                    if pair[0] in done and confirmed_at is None
+                }
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute(f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks})", (now, *keys))  # noqa: S608
+            db.execute(
+                f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks}) AND confirmed_at IS NULL",  # noqa: S608
+                (now, *keys),
+            )
             if _letters_bytes(db):
                 db.executemany("UPDATE letters SET confirmed = 1 WHERE key = ?", [(key,) for key in keys])
+            _acknowledge(occurrences, db)
 
         self._defer(work)
+        if occurrences:  # an equal event that comes after a crash would be taken for one of these
+            with suppress(StorageError):
+                self._write(lambda _db: None, durable=False)
 
     # --- pending and dead --------------------------------------------------------------------------------------------
 
@@ -696,13 +774,27 @@ class SqliteJournal(Journal):
                 self._write(partial(self._prune_slice, first, now), durable=False)
 
     def _prune_slice(self, first: int, now: float, db: sqlite3.Connection) -> None:
-        last = bytes([first]) + b"\xff" * 32
+        limits = {
+            "first": bytes([first]),
+            "last": bytes([first]) + b"\xff" * 32,
+            "confirmed_before": now - CONFIRMED_KEPT_SECS,
+            "future": now + 60,  # rows from the future are of a clock that was set back
+            "before": now - self._ledger_secs,
+        }
+        over = db.execute(
+            "DELETE FROM occurrences WHERE key >= :first AND key <= :last AND (acknowledged_at < :confirmed_before"
+            " OR acknowledged_at > :future OR (acknowledged_at IS NULL AND lease_ends_at < :before))"
+            " AND NOT EXISTS (SELECT 1 FROM letters WHERE letters.key = occurrences.key) RETURNING key",
+            limits,
+        ).fetchall()
+        db.executemany("DELETE FROM ledger WHERE key = ?", over)
         deleted = db.execute(
-            # Rows from the future are of a clock that was set back.
-            "DELETE FROM ledger WHERE key >= ? AND key <= ?"
-            " AND (confirmed_at < ? OR confirmed_at > ? OR (confirmed_at IS NULL AND accepted_at < ?))",
-            (bytes([first]), last, now - CONFIRMED_KEPT_SECS, now + 60, now - self._ledger_secs),
+            "DELETE FROM ledger WHERE key >= :first AND key <= :last AND (confirmed_at < :confirmed_before"
+            " OR confirmed_at > :future OR (confirmed_at IS NULL AND accepted_at < :before))"
+            " AND NOT EXISTS (SELECT 1 FROM occurrences WHERE occurrences.key = ledger.key)",
+            limits,
         ).rowcount
+        self._occurrences.forget(key for (key,) in over)
         if deleted:
             self._telemetry.log.debug("journal.pruned", rows=deleted)
 
@@ -718,6 +810,11 @@ class SqliteJournal(Journal):
             db.execute(
                 "UPDATE ledger SET accepted_at = accepted_at + ?, confirmed_at = confirmed_at + ?"
                 " WHERE accepted_at >= ? AND (confirmed_at IS NULL OR confirmed_at >= ?)",
+                (secs, secs, self._started_at, recent),
+            )
+            db.execute(
+                "UPDATE occurrences SET lease_ends_at = lease_ends_at + ?, acknowledged_at = acknowledged_at + ?"
+                " WHERE lease_ends_at >= ? AND (acknowledged_at IS NULL OR acknowledged_at >= ?)",
                 (secs, secs, self._started_at, recent),
             )
 
@@ -762,6 +859,36 @@ def _insert_accepted(
         )
         db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
     _set_position(db, sink, position)
+
+
+def _acknowledge(occurrences: Sequence[tuple[float, bytes]], db: sqlite3.Connection) -> None:
+    """VOD does not have these occurrences any more, since a time by the wall clock."""
+    db.executemany("UPDATE occurrences SET acknowledged_at = ? WHERE key = ?", occurrences)
+
+
+def _insert_recovered(db: sqlite3.Connection, sink: str, keys: Sequence[bytes], now: float) -> None:
+    db.executemany(
+        # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
+        "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
+        " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
+        [(key, sink, now, now - CONFIRMED_KEPT_SECS) for key in keys],
+    )
+    if _letters_bytes(db):
+        db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in keys])
+
+
+def _occurrence_of_line(db: sqlite3.Connection, sink: str, content_keys: Iterable[bytes]) -> list[bytes]:
+    """The key of the occurrence that a line of a sink's file is of; empty if there is none that matters.
+
+    Args:
+        db: In a transaction.
+        sink: The sink's name.
+        content_keys: The content keys that the event of the line may have.
+    """
+    for content_key in content_keys:
+        if row := db.execute(_OCCURRENCE_OF_LINE, (content_key, sink, sink)).fetchone():
+            return [row[0]]
+    return []
 
 
 def _size(letter: Letter) -> int:

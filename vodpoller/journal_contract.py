@@ -3,7 +3,8 @@
 A journal holds two things. The *ledger* is the set of (key, sink) pairs that sinks have accepted. A *stored event* is
 an (event, sink) that vodpoller has taken over from VOD: *pending*, which is tried again, or a *dead letter*, which
 waits for the operator. A pair is in one of them at most: `accept` deletes what is stored, `store` leaves out what was
-accepted, in whichever order they come.
+accepted, in whichever order they come. It also knows the *occurrences* of events without an id of their own (see
+`vodpoller.identity`), so that such an event has its key again when VOD brings it again, also after a restart.
 
 No method takes or returns a time, only ages and delays in seconds: the journal has the one clock. `StorageError` is the
 only error. All methods may be called from any thread.
@@ -43,16 +44,35 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """When an answer was asked for and came.
+
+    Args:
+        source: The name of the source that brought it.
+        sent_ago_secs: How long ago its pull was sent, after any wait for the limiter.
+        answered_ago_secs: How long ago it came.
+        lease_secs: How long the lease lasts that began when the pull was sent.
+    """
+
+    source: str
+    sent_ago_secs: float
+    answered_ago_secs: float
+    lease_secs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Portion:
     """A part of what a sink's file holds beyond its mark.
 
     Args:
-        keys: Of the events of its lines, in their order.
+        keys: Of the lines that say which event they are of.
+        content_keys: Of each other line, in their order, the content keys that its event may have.
         position: Where it ends: when its keys are in the ledger, all before is.
         read: How much of all that is to be read has been read then, 0 to 1.
     """
 
     keys: Sequence[bytes]
+    content_keys: Sequence[Collection[bytes]] = ()
     position: Position
     read: float
 
@@ -119,6 +139,40 @@ class StoredCount:
 class Journal(Protocol):
     """An open journal."""
 
+    # --- identity -----------------------------------------------------------------------------------------------------
+
+    def identify(self, content_keys: Sequence[bytes], pulled: Pulled) -> Sequence[bytes]:
+        """Say which occurrences the events without an id of their own are that an answer brings.
+
+        When this returns, a later identification will find them again, also after a loss of power, until `confirmed`
+        is told of them.
+
+        Args:
+            content_keys: Of the events.
+            pulled: The answer that brings them.
+
+        Returns:
+            Their keys, in the order of the events. Equal content does not get the same key twice.
+
+        Raises:
+            StorageError: A new one cannot be written: none of the events may be delivered or stored.
+        """
+
+    def answered_empty(self, pulled: Pulled) -> None:
+        """A pull brought nothing, which can prove that VOD does not have an occurrence any more; never raises.
+
+        Args:
+            pulled: The answer.
+        """
+
+    def answer_lost(self, source: str, *, sent_ago_secs: float) -> None:
+        """A pull failed just now, or its answer was cut off: VOD may have handed out events unseen; never raises.
+
+        Args:
+            source: The source's name.
+            sent_ago_secs: How long ago it was sent, or longer.
+        """
+
     # --- the ledger ---------------------------------------------------------------------------------------------------
 
     def known(self, pairs: Iterable[tuple[bytes, str]]) -> Mapping[tuple[bytes, str], Known]:
@@ -145,7 +199,10 @@ class Journal(Protocol):
         """
 
     def confirmed(self, keys: Sequence[bytes]) -> None:
-        """VOD will not deliver these events again; never raises. Written by the next `flush` at the latest."""
+        """VOD will not deliver these events again; never raises.
+
+        An occurrence is not found again from now on. The rest is written by the next `flush` at the latest.
+        """
 
     def position(self, sink: str) -> Position | None:
         """The mark of a sink's file: all below it is in the ledger. None if there is not one.
@@ -157,7 +214,9 @@ class Journal(Protocol):
     def recover(self, sink: str, portion: Portion) -> None:
         """Enter a part of what a sink's file holds beyond its mark, as `accept` does, and move the mark to its end.
 
-        When this returns it would survive a loss of power. A pair that is in the ledger stays as it is.
+        When this returns it would survive a loss of power. A pair that is in the ledger stays as it is. A line that
+        does not say which event it is of gets the oldest occurrence of its content that may come again and is not in
+        the sink's ledger; if there is none, it is of an event that will not come again, or it is written twice.
 
         Raises:
             StorageError: Nothing of the portion was written, and the mark is where it was.
@@ -263,7 +322,8 @@ class Journal(Protocol):
         """Delete what the ledger no longer needs; never raises. What is stored is never deleted.
 
         That are pairs whose event was confirmed `CONFIRMED_KEPT_SECS` ago, and those that were accepted longer ago
-        than the configured number of days.
+        than the configured number of days. An occurrence goes together with its pairs, `CONFIRMED_KEPT_SECS` after it
+        was confirmed, or the configured number of days after its last lease.
 
         Args:
             share: How much of the ledger to look at, 0 to 1; the next call goes on behind it.

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from vodpoller.errors import UnusableJournalError
+from vodpoller.events import decode_json
+from vodpoller.identity import has_own_id
 
 ROW_OVERHEAD_BYTES: Final = 512
 OLDEST_READABLE: Final = 1  # the columns that commands use are in all versions since
@@ -69,6 +71,18 @@ _STEPS: Final[Sequence[Sequence[str]]] = (
             WHEN 'unrouted' THEN 'no_route' WHEN 'errored' THEN 'sink_failed' ELSE 'out_of_time'
         END WHERE reason IN ('unrouted', 'errored', 'unsettled')""",
     ),
+    # 4: events without an id of their own have a key for each occurrence. What was stored before keeps its key, which
+    # is its content key.
+    (
+        """CREATE TABLE occurrences (
+            id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, content_key BLOB NOT NULL, source TEXT NOT NULL,
+            lease_ends_at REAL NOT NULL, acknowledged_at REAL
+        )""",
+        "CREATE INDEX occurrences_of_content ON occurrences (content_key)",
+        """INSERT INTO occurrences (key, content_key, source, lease_ends_at, acknowledged_at)
+            SELECT key, key, max(source), max(stored_at), CASE WHEN max(confirmed) THEN max(stored_at) END FROM letters
+            WHERE NOT body_has_own_id(body) GROUP BY key ORDER BY min(id)""",
+    ),
 )
 SCHEMA_VERSION: Final = len(_STEPS)
 
@@ -106,6 +120,8 @@ def version_of(db: sqlite3.Connection, path: Path) -> int:
     if version == 0:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables >= _TABLES:  # sqlite3's `.dump`, a way out of a corrupt file, leaves the number out
+            if "occurrences" in tables:
+                return 4
             columns = {row[1] for row in db.execute("PRAGMA table_info(totals)")}
             return 2 if "dead_bytes" in columns else 1
         if tables:
@@ -135,6 +151,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> Path | None:
     refuse_other(path, version)
     if version == SCHEMA_VERSION and db.execute("PRAGMA user_version").fetchone()[0]:
         return None
+    db.create_function("body_has_own_id", 1, _body_has_own_id, deterministic=True)
     db.execute("BEGIN IMMEDIATE")
     try:
         copy = _copy(path, version) if 0 < version < SCHEMA_VERSION else None
@@ -148,6 +165,14 @@ def migrate(db: sqlite3.Connection, path: Path) -> Path | None:
             db.execute("ROLLBACK")
         raise
     return copy
+
+
+def _body_has_own_id(body: bytes) -> bool:
+    try:
+        content = decode_json(body.decode())
+    except ValueError:  # what could never be read
+        return False
+    return isinstance(content, dict) and has_own_id(content)
 
 
 def count_anew(db: sqlite3.Connection) -> None:

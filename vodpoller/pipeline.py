@@ -1,18 +1,19 @@
-"""The straight line of one batch: route, deliver, settle, store, confirm, finish. The place to start reading."""
+"""The straight line of one batch: route, identify, deliver, settle, store, confirm, finish. Reading starts here."""
 
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, Self
 
 from vodpoller.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
 from vodpoller.delivery import Worker
 from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
+from vodpoller.identity import has_own_id
 from vodpoller.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
-from vodpoller.journal_contract import Journal, Known, Letter
+from vodpoller.journal_contract import Journal, Known, Letter, Pulled
 from vodpoller.router import Router
 from vodpoller.settlement import (
     ALREADY_DELIVERED,
@@ -84,6 +85,19 @@ class Batch:
             request_id=pull.request_id,
         )
 
+    def pulled(self, now: float) -> Pulled:
+        """When it was asked for and came, as the journal wants to know it.
+
+        Args:
+            now: Monotonic time, in seconds.
+        """
+        return Pulled(
+            source=self.source.name,
+            sent_ago_secs=now - self.lease.starts_at,
+            answered_ago_secs=now - self.received_at,
+            lease_secs=self.lease.secs,
+        )
+
 
 @dataclass(slots=True, kw_only=True)
 class _Item:
@@ -91,6 +105,7 @@ class _Item:
 
     handle: str
     event: Event
+    malformed: Malformed | None = None
     verdict: Verdict = _UNDECIDED
     routes: Sequence[str] = ()
     wanted: Sequence[str] = ()
@@ -200,6 +215,7 @@ class Pipeline:
         items: list[_Item] = []
         try:
             items += self._route(batch)
+            self._identify(items, batch)
             self._deliver(items, batch, wait)
             self._settle(items, batch.source)
             self._store(items)
@@ -214,11 +230,14 @@ class Pipeline:
         for pulled in batch.events:
             yield self._routed(batch.source, pulled)
         for broken in batch.malformed:
-            self._say_malformed(batch, broken)
             if broken.handle is not None:
                 letter = Letter(event=broken.event, sink="", dead=True, reason=Reason.MALFORMED, error=broken.why)
                 verdict = settle_malformed(on_failure=batch.source.on_failure)
-                yield _Item(handle=broken.handle, event=broken.event, letters=[letter], verdict=verdict)
+                yield _Item(
+                    handle=broken.handle, event=broken.event, malformed=broken, letters=[letter], verdict=verdict
+                )
+            else:
+                self._say_malformed(batch, broken, broken.event)
 
     def _routed(self, source: Source, pulled: PulledEvent) -> _Item:
         item = _Item(handle=pulled.handle, event=pulled.event)
@@ -261,21 +280,44 @@ class Pipeline:
                 "error", "event.left", cause="quota", quota_share=round(share, 2), hint=hint, **fields
             )
 
-    def _say_malformed(self, batch: Batch, broken: Malformed) -> None:
-        key = broken.event.key.hex()
+    def _say_malformed(self, batch: Batch, broken: Malformed, event: Event) -> None:
         self._telemetry.repeated(
             # What has no handle stays with VOD: it was cut off on its way, or there is nothing that could be done.
             "warning" if broken.handle is None else "error",
             "event.malformed",
-            cause=f"malformed {key}",
+            cause=f"malformed {broken.event.key.hex()}",
             source=batch.source.name,
-            event_type=broken.event.type,
-            key=key,
+            event_type=event.type,
+            key=event.key.hex(),
             error_message=broken.why,
             request_id=batch.request_id,
             has_handle=broken.handle is not None,
             excerpt=broken.event.body[:200].decode(errors="replace"),
         )
+
+    # --- identify ---------------------------------------------------------------------------------------------------
+
+    def _identify(self, items: Sequence[_Item], batch: Batch) -> None:
+        """Give each event that has no id of its own the key of its occurrence, if any sink or the journal gets it."""
+        unnamed = [
+            item
+            for item in items
+            if (item.wanted or item.results or item.letters) and not has_own_id(item.event.content)
+        ]
+        if unnamed:
+            try:
+                keys = self._journal.identify([item.event.key for item in unnamed], batch.pulled(self._monotonic()))
+            except StorageError:  # the journal has said so
+                for item in unnamed:
+                    item.wanted, item.verdict = (), Verdict.leave(Reason.JOURNAL_FAILED)
+                    item.results.clear()
+            else:
+                for item, key in zip(unnamed, keys, strict=True):
+                    item.event = replace(item.event, key=key)
+                    item.letters = [replace(letter, event=item.event) for letter in item.letters]
+        for item in items:
+            if item.malformed is not None:
+                self._say_malformed(batch, item.malformed, item.event)
 
     # --- deliver ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from vodpoller.delivery import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.in_flight import DeliveryWait
+from vodpoller.journal_contract import Pulled
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.pipeline import Source as PulledSource
 from vodpoller.status import SourceStatus
@@ -39,6 +40,16 @@ class PullsEvents(Protocol):
 
     def pull(self, source: str, sub_app_id: int | None) -> Pull:
         """One signed PullEvents request; see `vod.VodClient.pull`."""
+
+
+class RemembersPulls(Protocol):
+    """The part of the journal that learns from pulls what VOD may bring again."""
+
+    def answered_empty(self, pulled: Pulled) -> None:
+        """A pull brought nothing; see `journal_contract.Journal.answered_empty`."""
+
+    def answer_lost(self, source: str, *, sent_ago_secs: float) -> None:
+        """A pull has just failed or was cut off; see `journal_contract.Journal.answer_lost`."""
 
 
 class _Quickest:
@@ -78,6 +89,7 @@ class Poller:
         source: The source.
         vod: The client.
         pipeline: Processes what was pulled.
+        journal: Told which pulls brought nothing, and which failed.
         may_pull: Whether events can be taken care of at the moment.
         on_operator_error: Called when a pull failed in a way that only a person can mend: read the credentials again.
         cycle_secs: How long a cycle may take before its lane counts as hung.
@@ -99,6 +111,7 @@ class Poller:
         *,
         vod: PullsEvents,
         pipeline: Pipeline,
+        journal: RemembersPulls,
         may_pull: Callable[[], bool],
         on_operator_error: Callable[[], None],
         cycle_secs: float,
@@ -110,6 +123,7 @@ class Poller:
         self._source = source
         self._vod = vod
         self._pipeline = pipeline
+        self._journal = journal
         self._may_pull = may_pull
         self._on_operator_error = on_operator_error
         self._cycle_secs = cycle_secs
@@ -259,6 +273,7 @@ class Poller:
         Returns:
             What it brought; None if that is nothing.
         """
+        began_at = self._monotonic()
         try:
             pull = self._vod.pull(self.name, self._source.sub_app_id)
         except StoppingError:
@@ -266,14 +281,24 @@ class Poller:
                 self._pulling -= 1
             return None
         except Exception as error:  # noqa: BLE001 - whatever it is, the pull failed
+            if _may_have_brought_events(error):
+                self._journal.answer_lost(self.name, sent_ago_secs=self._monotonic() - began_at)
             self._failed(error)
             return None
         received_at = self._monotonic()
+        self._remember(pull, received_at)
         self.last_pull_at = self._wall()
         self._answered(pull, wait)
         result = "events" if pull.events or pull.malformed else "empty"
         self._telemetry.count(Count.PULLS, source=self.name, result=result)
         return Batch.of(self._source, pull, received_at) if pull.events or pull.malformed else None
+
+    def _remember(self, pull: Pull, received_at: float) -> None:
+        """Tell what the answer says of events that VOD may bring again, before any later answer is processed."""
+        if pull.may_lack_events:
+            self._journal.answer_lost(self.name, sent_ago_secs=received_at - pull.lease.starts_at)
+        elif not (pull.events or pull.malformed):
+            self._journal.answered_empty(Batch.of(self._source, pull, received_at).pulled(self._monotonic()))
 
     def _lane_is_missing(self) -> bool:
         return self._turns > self._parked and not self._stopping  # while stopping, nobody is needed to pull
@@ -370,3 +395,9 @@ class Poller:
             exc_info=None if known else error,
             **fields,
         )
+
+
+def _may_have_brought_events(error: Exception) -> bool:
+    """Whether VOD may have handed out events to a pull that failed: all but what it refused with a code of its own."""
+    code = error.error_code if isinstance(error, VodpollerError) else ""
+    return not code or code.startswith("InternalError")

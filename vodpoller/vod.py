@@ -150,6 +150,8 @@ class Pull:
         lease: The time in which the handles can be confirmed.
         hung_secs: How long the answer took; an empty queue makes VOD wait up to 5 s.
         request_id: Tencent's RequestId, empty where the answer has none.
+        may_lack_events: Whether VOD may have handed out more than it holds: it was cut off, or its request was sent
+            twice.
     """
 
     events: tuple[PulledEvent, ...]
@@ -157,6 +159,7 @@ class Pull:
     lease: Lease
     hung_secs: float
     request_id: str
+    may_lack_events: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +317,7 @@ class VodClient:
             lease=Lease(starts_at=answer.sent_at, secs=self._lease_secs),
             hung_secs=answer.took_secs,
             request_id=answer.request_id,
+            may_lack_events=answer.repeated or any(item.handle is None for item in items),
         )
 
     def await_confirm_slot(self, timeout_secs: float) -> bool:

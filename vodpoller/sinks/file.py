@@ -30,6 +30,7 @@ from vodpoller.durable import (
 )
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, decode_json, event_key
+from vodpoller.identity import has_own_id
 from vodpoller.journal_contract import Portion, Position
 from vodpoller.logs import Repeats, SinkLog
 from vodpoller.sinks import SinkConfig, cloudevent_key, encode
@@ -647,6 +648,7 @@ class FileSink(Sink):
             is_told: It has been said that another process wrote to the file.
         """
         keys: list[bytes] = []
+        content_keys: list[list[bytes]] = []  # of lines that do not say which event they are of
         total_bytes = read_bytes = portion_bytes = foreign_bytes = 0
         try:
             total_bytes = sum(map(self._unread_bytes, stretches))
@@ -657,21 +659,26 @@ class FileSink(Sink):
                     at += len(line)
                     read_bytes += len(line)
                     portion_bytes += len(line)
-                    found = self._keys_of_line(line, sub_app_ids)
-                    if found is None:
+                    content = _object(line)
+                    if content is None and line.strip():  # an empty one is what we put between us and another process
                         foreign_bytes += len(line)
-                    else:
-                        keys += found
-                    if (len(keys) >= _PORTION_KEYS or portion_bytes >= _PORTION_BYTES) and line.endswith(b"\n"):
+                    elif content is not None and self._format == "callback" and not has_own_id(content):
+                        content_keys.append([event_key(content, sub_app_id) for sub_app_id in sub_app_ids])
+                    elif content is not None:
+                        keys += self._keys_in(content, sub_app_ids)
+                    if (
+                        len(keys) + len(content_keys) >= _PORTION_KEYS or portion_bytes >= _PORTION_BYTES
+                    ) and line.endswith(b"\n"):
                         position = Position(inode=stretch.inode, offset_bytes=at)
-                        yield Portion(keys=keys, position=position, read=min(read_bytes / max(total_bytes, 1), 1.0))
-                        keys, portion_bytes = [], 0
+                        read = min(read_bytes / max(total_bytes, 1), 1.0)
+                        yield Portion(keys=keys, content_keys=content_keys, position=position, read=read)
+                        keys, content_keys, portion_bytes = [], [], 0
         except OSError as error:
             raise self._failure(error, "cannot be read and repaired") from error
         if not is_told:
             self._say_added(foreign_bytes)
-        if keys:
-            yield Portion(keys=keys, position=end, read=1.0)
+        if keys or content_keys:
+            yield Portion(keys=keys, content_keys=content_keys, position=end, read=1.0)
 
     def _unread_bytes(self, stretch: _Stretch) -> int:
         fd = self._open_inode(stretch.inode)
@@ -682,11 +689,8 @@ class FileSink(Sink):
         finally:
             os.close(fd)
 
-    def _keys_of_line(self, line: bytes, sub_app_ids: Iterable[int | None]) -> list[bytes] | None:
-        """The keys that the event of a line may have; None if the line cannot be of ours."""
-        content = _object(line)
-        if content is None:
-            return None if line.strip() else []  # an empty one is what we put between us and another process
+    def _keys_in(self, content: Mapping[str, Any], sub_app_ids: Iterable[int | None]) -> list[bytes]:
+        """The keys that the event of a line may have, of which any is as good as the right one."""
         match self._format:
             case "callback":
                 return [event_key(content, sub_app_id) for sub_app_id in sub_app_ids]
