@@ -464,15 +464,18 @@ def test_each_event_has_one_line_with_its_ids_and_its_fate(system):
     assert (line["level"], line["source"], line["redelivered"]) == ("info", "main", False)
 
 
-def test_an_event_that_comes_again_is_confirmed_without_a_second_delivery(system):
-    simulator = system.simulator(events=10, forget_confirms=3, visibility_secs=2)
+@pytest.mark.parametrize(("events", "refused"), [(10, 3), (40, 1)])
+def test_events_whose_confirms_were_refused_come_again_and_are_not_delivered_twice(system, events, refused):
+    simulator = system.simulator(events=events, forget_confirms=refused, visibility_secs=2)
     system.configure(simulator.url, lease_secs=2)
     daemon = system.daemon()
 
     until(simulator.all_confirmed)
 
-    assert len(system.lines()) == 10
-    assert sum(line["redelivered"] for line in daemon.await_log("event.settled", number=13)) == 3
+    assert len(system.lines()) == events
+    settled = daemon.await_log("event.settled", number=events + refused)
+    assert [line["confirm_result"] for line in settled if not line["confirmed"]] == ["refused"] * refused
+    assert sum(line["redelivered"] for line in settled) == simulator.stats()["redeliveries"] == refused
 
 
 def test_sighup_after_a_rename_splits_the_file_and_loses_or_doubles_no_line(system):

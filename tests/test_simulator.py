@@ -34,6 +34,7 @@ from vodpoller.simulator import (
     FAULTS,
     EventGenerator,
     EventQueue,
+    RefusedHandlesError,
     Simulator,
     SimulatorOptions,
     SlidingSecond,
@@ -252,17 +253,97 @@ def test_what_comes_again_comes_before_what_was_never_pulled_and_the_oldest_firs
     assert [event["Numbered"]["N"] for event in taken(queue)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_forgotten_confirms_make_their_events_come_again():
+def numbers_of(events):
+    return [event["Numbered"]["N"] for event in events]
+
+
+def refused_of(queue, handles, *, atomic=True):
+    """The handles that a confirm is told are refused."""
+    try:
+        queue.confirm(handles, atomic=atomic)
+    except RefusedHandlesError as error:
+        return list(error.handles)
+    return []
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_first_handles_are_refused_while_their_lease_lasts_and_come_again(number):
     clock = Clock()
-    queue = queue_of(clock, forget_confirms=1)
-    queue.feed(body.encode() for body in bodies(2))
-    queue.confirm(handles_of(taken(queue)), atomic=True)
-    assert (queue.confirmed, queue.leased) == (1, 1)
+    queue = queue_of(clock, forget_confirms=number)
+    queue.feed(body.encode() for body in bodies(5))
+    handles = handles_of(taken(queue))
+    assert refused_of(queue, handles) == handles[:number]
+    assert (queue.confirmed, queue.leased) == (0, 5)
+    clock.now = 29.9
+    assert refused_of(queue, handles[number:]) == []
+    for handle in handles[:number]:
+        assert refused_of(queue, [handle]) == [handle]  # asked alone, and at the end of its lease
     clock.now = 30.0
-    (again,) = taken(queue)
-    assert again["Numbered"]["N"] == 0
-    queue.confirm([again["EventHandle"]], atomic=True)
-    assert queue.confirmed == 2
+    with pytest.raises(StaleHandlesError):
+        queue.confirm(handles[:1], atomic=True)
+    again = taken(queue)
+    assert numbers_of(again) == [*range(number)]
+    assert refused_of(queue, handles_of(again)) == []
+    assert (queue.confirmed, queue.forgotten, queue.redeliveries) == (5, number, number)
+
+
+@pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [5, 3, 4], [1, 0]])
+def test_a_refused_set_may_be_halved_without_more_handles_being_refused(asked):
+    queue = queue_of(Clock(), forget_confirms=2)
+    queue.generate(6)
+    handles = handles_of(taken(queue))
+    refused = Counter()
+
+    def halve(part):
+        if refused_of(queue, part):
+            half = len(part) // 2
+            if half:
+                halve(part[:half])
+                halve(part[half:])
+            else:
+                refused.update(part)
+
+    chosen = [handles[index] for index in asked]
+    halve(chosen)
+    halve(chosen[:2])
+    assert refused == dict.fromkeys(chosen[:2], 2)
+    assert (queue.forgotten, queue.confirmed) == (2, len(asked) - 2)
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_handle_that_is_asked_for_again_counts_once_among_the_refused(times):
+    queue = queue_of(Clock(), forget_confirms=2)
+    queue.generate(3)
+    first, second, third = handles_of(taken(queue))
+    for _ in range(times):
+        assert refused_of(queue, [first]) == [first]
+    assert refused_of(queue, [third, second]) == [third]
+    assert refused_of(queue, [second]) == []
+    assert (queue.forgotten, queue.confirmed) == (2, 1)
+
+
+@pytest.mark.parametrize(("atomic", "confirmed"), [(True, 0), (False, 3)])
+@pytest.mark.parametrize("with_stale", [False, True])
+def test_a_refused_handle_does_to_the_others_what_a_stale_one_does(atomic, confirmed, with_stale):
+    queue = queue_of(Clock(), forget_confirms=1)
+    queue.generate(4)
+    handles = handles_of(taken(queue))
+    with pytest.raises(StaleHandlesError if with_stale else RefusedHandlesError) as error:
+        queue.confirm([*handles, *["no-handle"] * with_stale], atomic=atomic)
+    assert error.value.handles == (("no-handle",) if with_stale else (handles[0],))
+    assert queue.confirmed == confirmed
+    assert refused_of(queue, handles[:1], atomic=atomic) == handles[:1]
+
+
+def test_an_event_that_has_come_again_is_never_refused():
+    clock = Clock()
+    queue = queue_of(clock, forget_confirms=100)
+    queue.feed(body.encode() for body in bodies(2))
+    (refused, _) = taken(queue)
+    assert refused_of(queue, handles_of([refused])) == handles_of([refused])
+    clock.now = 30.0
+    assert refused_of(queue, handles_of(taken(queue))) == []
+    assert (queue.confirmed, queue.forgotten) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +417,7 @@ def test_every_event_is_confirmed_or_leased_or_visible_whatever_happens(script, 
     clock = Clock()
     queue = queue_of(clock, forget_confirms=forget)
     handles = []
+    refused = set()
     for step, value in script:
         match step:
             case "feed":
@@ -346,9 +428,16 @@ def test_every_event_is_confirmed_or_leased_or_visible_whatever_happens(script, 
                 clock.now += value
             case _:
                 chosen = [handles[index % len(handles)] for index in value] if handles else ["none"]
-                with contextlib.suppress(StaleHandlesError):
+                before = queue.confirmed
+                try:
                     queue.confirm(chosen, atomic=step == "confirm")
+                except StaleHandlesError:
+                    assert step != "confirm" or queue.confirmed == before
+                except RefusedHandlesError as error:
+                    assert step != "confirm" or queue.confirmed == before
+                    refused.update(error.handles)
         assert conserved(queue.stats())
+    assert len(refused) <= queue.forgotten <= forget
     assert len(set(handles)) == len(handles)
     rows = queue.ledger()
     assert sum(row["confirmed"] for row in rows) == queue.confirmed
@@ -357,9 +446,11 @@ def test_every_event_is_confirmed_or_leased_or_visible_whatever_happens(script, 
     clock.now += 30.0
     while left := taken(queue):
         for handle in handles_of(left):
-            queue.confirm([handle], atomic=True)
+            refused.update(refused_of(queue, [handle]))
         clock.now += 30.0
     assert queue.confirmed == queue.fed
+    assert queue.forgotten <= forget
+    assert queue.forgotten == forget or all(row["times_delivered"] > 1 for row in queue.ledger())
 
 
 def test_a_sliding_second_forgets_what_is_a_second_old():
@@ -627,6 +718,21 @@ def test_a_stale_handle_fails_the_call_and_its_mates_as_told(run, client, stale,
     assert code_of(answer) == "InvalidParameterValue.EventHandle"
     stats = simulator.stats()
     assert (stats["confirmed"], stats["confirms_stale"], stats["confirms"]) == (confirmed, 1, 0)
+
+
+@pytest.mark.parametrize(("stale", "confirmed"), [("atomic", 0), ("per_handle", 3)])
+def test_a_refused_confirm_is_a_parameter_error_until_the_event_comes_again(run, client, stale, confirmed):
+    simulator = run(events=4, stale=stale, forget_confirms=1, visibility_secs=1.0, poll_secs=10.0)
+    api = client(simulator)
+    first, *others = handles_of(api.pull())
+    assert [code_of(api.confirm(part)) for part in ([first, *others], [first])] == ["InvalidParameterValue"] * 2
+    stats = simulator.stats()
+    assert (stats["confirmed"], stats["confirms"], stats["confirms_stale"]) == (confirmed, 0, 0)
+    assert (stats["confirms_forgotten"], stats["errors"]) == (1, {"InvalidParameterValue": 2})
+    if stale == "atomic":
+        assert code_of(api.confirm(others)) is None
+    assert code_of(api.confirm(handles_of(api.pull()))) is None
+    assert (simulator.stats()["confirmed"], simulator.stats()["redeliveries"]) == (4, 1)
 
 
 EMPTY_FORMS = {

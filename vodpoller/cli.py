@@ -563,7 +563,7 @@ def demo(folder: Path | None) -> None:
     type=click.Choice(["atomic", "per_handle"]),
     default="atomic",
     show_default=True,
-    help="What a stale handle does to the others of its confirm.",
+    help="What a stale or refused handle does to the others of its confirm.",
 )
 @click.option("--sub-app-id", type=int, help="The only SubAppId that exists.  [default: any]")
 @click.option("--secret-id", help="Verify signatures: the SecretId.  [default: verify nothing]")
@@ -576,7 +576,12 @@ def demo(folder: Path | None) -> None:
     " from being carried out; truncated, slow and lost spoil the answer. Also as pull.NAME and confirm.NAME.",
 )
 @click.option("--slow-secs", default=3.0, show_default=True, help="What the fault `slow` adds.")
-@click.option("--forget-confirms", default=0, show_default=True, help="So many confirms succeed without effect.")
+@click.option(
+    "--forget-confirms",
+    default=0,
+    show_default=True,
+    help="The number of handles (the first to be confirmed) that are refused until their lease ends: they come again.",
+)
 @click.option("--clock-skew-secs", default=0.0, show_default=True, help="How far its clock is ahead.")
 @click.option("--keep-bodies", is_flag=True, help="Keep the bodies of confirmed events for /_ledger?bodies=1.")
 @click.option("--seed", type=int, help="Of everything random.")

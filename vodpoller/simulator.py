@@ -120,8 +120,8 @@ class SimulatorOptions:
         rtt_secs: The round trip that each API request takes: half of it passes before it is looked at, half after.
         empty: What a pull gets when there is nothing: an `EventSet` that is null, the error `ResourceNotFound`, an
             empty list, no `EventSet` at all, or each of them in turn ("mixed").
-        stale: What a confirm with a stale handle does besides failing: nothing ("atomic"), or it confirms the valid
-            handles ("per_handle"). Tencent does not document which.
+        stale: What a confirm with a handle that is stale or refused does besides failing: nothing ("atomic"), or it
+            confirms the other handles ("per_handle"). Tencent does not document which.
         sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
         faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
             "confirm.lost". `reset`, `http_5xx`, `internal_error` and `limit` keep the request from being carried out;
@@ -130,8 +130,9 @@ class SimulatorOptions:
         slow_secs: What the fault `slow` adds.
         seed: Of everything random and of the generated events' ids. None takes a new one, so that no two runs bring the
             same events.
-        forget_confirms: The first so many confirmed handles are answered with success and forgotten: their events come
-            again.
+        forget_confirms: The number of handles, the first that are asked to be confirmed, that are refused with
+            `InvalidParameterValue` as long as their lease lasts, whichever call names them. Their events come again,
+            and are then confirmed as any other. `stale` says what becomes of the other handles of such a call.
         clock_skew_secs: What the simulator's clock is ahead of this machine's: in its `Date` header and where it judges
             a request's timestamp.
         keep_bodies: Keep the bodies of confirmed events for the ledger. Generated ones cost no memory and are always
@@ -434,6 +435,18 @@ class StaleHandlesError(VodpollerError):
         self.handles = tuple(handles)
 
 
+class RefusedHandlesError(VodpollerError):
+    """A confirm named handles that are refused on purpose (`forget_confirms`), and no stale ones.
+
+    Args:
+        handles: Which.
+    """
+
+    def __init__(self, handles: Sequence[str]) -> None:
+        super().__init__(f"{len(handles)} handles are refused")
+        self.handles = tuple(handles)
+
+
 class LedgerRow(TypedDict):
     """What became of one event.
 
@@ -460,7 +473,8 @@ class EventQueue:
         visibility_secs: How long a lease lasts.
         generator: Makes the bodies of generated events whenever they are needed.
         random: Where handles come from.
-        forget_confirms: So many confirms are accepted without effect.
+        forget_confirms: The number of handles that are refused until their lease is over: the first that are asked to
+            be confirmed, of events that are under their first lease.
         keep_bodies: Whether the bodies of confirmed events stay for the ledger.
         monotonic: The clock, in seconds.
         wall_offset_secs: What makes Unix time of the clock's.
@@ -480,7 +494,7 @@ class EventQueue:
         self._visibility_secs = visibility_secs
         self._generator = generator
         self._random = random
-        self._forget = forget_confirms
+        self._to_refuse = forget_confirms
         self._keep_bodies = keep_bodies
         self._monotonic = monotonic
         self._wall_offset_secs = wall_offset_secs
@@ -494,6 +508,7 @@ class EventQueue:
         self._again: list[int] = []
         self._leased: dict[str, int] = {}
         self._leases: deque[tuple[float, list[str]]] = deque()
+        self._refused: set[str] = set()  # of the leased
         self._pull_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._confirm_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self.confirmed = 0
@@ -592,25 +607,34 @@ class EventQueue:
 
         Args:
             handles: Of their last pull. The second of two equal ones is stale.
-            atomic: One stale handle keeps the valid ones from being confirmed.
+            atomic: One handle that is stale or refused keeps the others from being confirmed.
 
         Raises:
             StaleHandlesError: Some handles are stale.
+            RefusedHandlesError: Some handles are refused on purpose.
         """
         self.expire()
-        valid = [handle for handle in dict.fromkeys(handles) if handle in self._leased]
-        stale = list((Counter(handles) - Counter(valid)).elements())
-        if not (stale and atomic):
-            for handle in valid:
-                self._confirm(handle)
+        leased = [handle for handle in dict.fromkeys(handles) if handle in self._leased]
+        stale = list((Counter(handles) - Counter(leased)).elements())
+        refused = [handle for handle in leased if self._is_refused(handle)]
+        if not (atomic and (stale or refused)):
+            for handle in leased:
+                if handle not in self._refused:
+                    self._confirm(handle)
         if stale:
             raise StaleHandlesError(stale)
+        if refused:
+            raise RefusedHandlesError(refused)
+
+    def _is_refused(self, handle: str) -> bool:
+        """Whether it is refused until its lease is over: decided when it is first asked for."""
+        if self._to_refuse and handle not in self._refused and self._times[self._leased[handle]] == 1:
+            self._to_refuse -= 1
+            self.forgotten += 1
+            self._refused.add(handle)
+        return handle in self._refused
 
     def _confirm(self, handle: str) -> None:
-        if self._forget:
-            self._forget -= 1
-            self.forgotten += 1
-            return
         number = self._leased.pop(handle)
         now = self._monotonic()
         self._confirmed_at[number] = now
@@ -626,6 +650,7 @@ class EventQueue:
             for handle in self._leases.popleft()[1]:
                 number = self._leased.pop(handle, None)
                 if number is not None:
+                    self._refused.discard(handle)
                     heappush(self._again, number)
 
     def ledger(self, *, start: int = 0, count: int | None = None, bodies: bool = False) -> list[LedgerRow]:
@@ -1163,6 +1188,8 @@ class _Service:
         except StaleHandlesError as error:
             self._counts["confirms_stale"] += 1
             raise _ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
+        except RefusedHandlesError as error:
+            raise _ApiError("InvalidParameterValue", f"{error}.") from error
         self._counts["confirms"] += 1
 
     # --- pulling ---
@@ -1480,8 +1507,8 @@ class Simulator:
             action, `errors` by code, `faults` by action and name, `bad_requests` that were no HTTP/1.1;
             `peak_requests_per_sec` by action, over any second, refused ones included; `connections_now`; `feeding`:
             whether `rate` still brings events; `fed`, divided into `confirmed`, `outstanding` (leased) and `visible`;
-            `redeliveries`, `confirms_forgotten`; percentiles `birth_to_first_pull_secs` and `birth_to_confirm_secs` of
-            the latest 20,000 events.
+            `redeliveries`; `confirms_forgotten`: handles that `forget_confirms` refused, each counted once; percentiles
+            `birth_to_first_pull_secs` and `birth_to_confirm_secs` of the latest 20,000 events.
         """
         return self._call(self._service.stats)
 
