@@ -17,8 +17,10 @@ from collections import Counter
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tencentcloud.common.credential import Credential
@@ -29,6 +31,8 @@ from tencentcloud.vod.v20180717 import models
 from tencentcloud.vod.v20180717.vod_client import VodClient
 
 import vodpoller
+from tests.processes import environment
+from vodpoller.cli import main
 from vodpoller.logs import CATALOGUE, make_logger
 from vodpoller.simulator import (
     FAULTS,
@@ -152,6 +156,12 @@ def conserved(stats):
         ({"empty": "nothing"}, "empty"),
         ({"stale": "both"}, "stale"),
         ({"sub_app_id": "1"}, "sub_app_id"),
+        ({"deny": ["ConfirmEvent"]}, "'ConfirmEvent' is not one of PullEvents, ConfirmEvents"),
+        ({"deny": [["PullEvents"]]}, "deny: ['PullEvents']"),
+        ({"deny": "PullEvents"}, "deny: 'PullEvents' is not a list"),
+        ({"deny": None}, "deny: None is not a list"),
+        ({"refuse_confirms_of": 5}, "refuse_confirms_of: 5 is not a list"),
+        ({"refuse_confirms_of": ["5"]}, "refuse_confirms_of: '5' is not a whole number"),
         ({"feed": 10}, "feed"),
         ({"faults": "reset=1"}, "faults"),
         ({"faults": {"rest": 0.1}}, "rest"),
@@ -720,6 +730,54 @@ def test_a_stale_handle_fails_the_call_and_its_mates_as_told(run, client, stale,
     assert (stats["confirmed"], stats["confirms_stale"], stats["confirms"]) == (confirmed, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("denied", "codes"),
+    [
+        (["ConfirmEvents"], [None, "UnauthorizedOperation"]),
+        (["PullEvents"], ["UnauthorizedOperation", None]),
+        (["PullEvents", "ConfirmEvents"], ["UnauthorizedOperation"] * 2),
+    ],
+)
+def test_a_denied_action_is_not_carried_out_until_the_right_is_given(run, client, denied, codes):
+    simulator = run(events=17, secret_id=None)
+    api = client(simulator)
+    handles = handles_of(api.pull())
+    simulator.control(deny=denied)
+    assert [code_of(api.call("PullEvents")), code_of(api.confirm(handles))] == codes
+    stats = simulator.stats()
+    assert stats["visible"] == (1 if codes[0] else 0)
+    assert stats["confirmed"] == (0 if codes[1] else 16)
+    assert stats["errors"] == {"UnauthorizedOperation": len(denied)}
+    assert json.loads(api.request("POST", "/_control", b'{"deny": []}')[2]) == {"changed": ["deny"]}
+    assert code_of(api.call("PullEvents")) is None
+    assert code_of(api.confirm(handles)) == (None if codes[1] else "InvalidParameterValue.EventHandle")
+
+
+def test_a_wrong_signature_is_told_before_a_missing_right(run, sdk):
+    simulator = run(deny=["PullEvents"], secret_id=SECRET_ID, secret_key=SECRET_KEY)
+    assert sdk_code(sdk(simulator, secret_key="another")) == "AuthFailure.SignatureFailure"
+    assert sdk_code(sdk(simulator)) == "UnauthorizedOperation"
+
+
+@pytest.mark.parametrize("stale", ["atomic", "per_handle"])
+@pytest.mark.parametrize(("refused", "other"), [(5, 6), (0, None)])
+def test_the_confirms_of_one_application_can_be_refused_lease_after_lease(run, client, stale, refused, other):
+    simulator = run(events=2, batch=1, stale=stale, refuse_confirms_of=[refused], visibility_secs=0.3, poll_secs=10.0)
+    api = client(simulator)
+    of_app = {app: {} if app is None else {"SubAppId": app} for app in (refused, other)}
+    for _ in range(3):
+        (event,) = api.call("PullEvents", of_app[refused])["EventSet"]
+        answer = api.confirm(handles_of([event]), **of_app[refused])
+        assert code_of(answer) == "InvalidParameterValue"
+        assert "subappid" not in answer["Error"]["Message"].lower()  # VOD is not that clear
+    (event,) = api.call("PullEvents", of_app[other])["EventSet"]
+    assert code_of(api.confirm(handles_of([event]), **of_app[other])) is None
+    simulator.control(refuse_confirms_of=[])
+    (event,) = api.call("PullEvents", of_app[refused])["EventSet"]
+    assert code_of(api.confirm(handles_of([event]), **of_app[refused])) is None
+    assert simulator.stats()["confirmed"] == 2
+
+
 @pytest.mark.parametrize(("stale", "confirmed"), [("atomic", 0), ("per_handle", 3)])
 def test_a_refused_confirm_is_a_parameter_error_until_the_event_comes_again(run, client, stale, confirmed):
     simulator = run(events=4, stale=stale, forget_confirms=1, visibility_secs=1.0, poll_secs=10.0)
@@ -905,6 +963,23 @@ def test_a_slow_answer_is_late_and_its_lease_runs_from_before(run, client):
     handles = handles_of(api.pull())
     assert time.monotonic() - started_at > 0.39
     assert code_of(api.confirm(handles)) == "InvalidParameterValue.EventHandle"
+
+
+@pytest.mark.parametrize("slow", ["confirm", "pull"])
+def test_calls_of_one_action_can_hang_while_the_other_answers_at_once(run, client, slow):
+    simulator = run(events=16, faults={f"{slow}.slow": 1.0}, slow_secs=1.5)
+    api = client(simulator)
+    times = [time.monotonic()]
+    handles = handles_of(api.pull())
+    times.append(time.monotonic())
+    assert code_of(api.confirm(handles)) is None
+    times.append(time.monotonic())
+    took_secs = {"pull": times[1] - times[0], "confirm": times[2] - times[1]}
+    hung_secs = took_secs.pop(slow)
+    assert hung_secs >= 1.49
+    assert max(took_secs.values()) < 1.4
+    assert (simulator.stats()["confirmed"], simulator.stats()["faults"]) == (16, {f"{slow}.slow": 1})
+    assert (simulator.stats()["birth_to_confirm_secs"]["max"] < 1.4) == (slow == "confirm")  # carried out, then late
 
 
 def test_a_fault_of_one_action_counts_before_the_general_one(run, client):
@@ -1125,15 +1200,53 @@ def test_a_client_with_https_ends_at_once_and_the_command_says_why():
             process.kill()
 
 
-@pytest.mark.system
 def test_the_help_lists_every_fault():
-    root = str(Path(vodpoller.__file__).parents[1])
-    command = [sys.executable, "-m", "vodpoller", "simulate", "--help"]
-    said = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": root}
-    ).stdout
+    said = CliRunner().invoke(main, ["simulate", "--help"]).output
     for fault in FAULTS:
         assert re.search(rf"\b{fault}\b", said), fault
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--confirms-per-sec", "[default: as --requests-per-sec]"),
+        ("--deny ACTION", "UnauthorizedOperation"),
+        ("--forget-confirms", "refused until their lease ends"),
+        ("--slow-secs", "slow"),
+    ],
+)
+def test_the_help_says_what_an_option_does(option, words):
+    said = " ".join(CliRunner().invoke(main, ["simulate", "--help"]).output.split())
+    _, _, rest = said.partition(f" {option} ")
+    assert words in re.split(r" --(?!requests)", rest)[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--deny", "ConfirmEvent"], "deny: 'ConfirmEvent' is not one of PullEvents, ConfirmEvents"),
+        (["--confirms-per-sec", "-1"], "confirms_per_sec: -1.0 is not a number of 0 or more"),
+        (["--forget-confirms", "-1"], "forget_confirms: -1 is no whole number of 0 or more"),
+    ],
+)
+def test_the_command_refuses_a_value_that_is_wrong(args, said):
+    result = CliRunner().invoke(main, ["simulate", *args])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("denied", [["ConfirmEvents"], ["PullEvents", "ConfirmEvents"]])
+def test_the_command_denies_each_action_that_is_named(client, denied):
+    options = [part for action in denied for part in ("--deny", action)]
+    command = [sys.executable, "-m", "vodpoller", "simulate", "--events", "1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        try:
+            api = client(SimpleNamespace(url=process.stdout.readline().strip()))
+            codes = {"PullEvents": code_of(api.call("PullEvents")), "ConfirmEvents": code_of(api.confirm(["a"]))}
+        finally:
+            process.kill()
+    assert [action for action, code in codes.items() if code == "UnauthorizedOperation"] == denied
 
 
 def test_requests_in_pieces_in_one_piece_and_with_100_continue_are_served(run):

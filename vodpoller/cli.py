@@ -566,6 +566,12 @@ def demo(folder: Path | None) -> None:
     help="What a stale or refused handle does to the others of its confirm.",
 )
 @click.option("--sub-app-id", type=int, help="The only SubAppId that exists.  [default: any]")
+@click.option(
+    "--deny",
+    metavar="ACTION",
+    multiple=True,
+    help="The key has no right to PullEvents or ConfirmEvents: UnauthorizedOperation. May be repeated.",
+)
 @click.option("--secret-id", help="Verify signatures: the SecretId.  [default: verify nothing]")
 @click.option("--secret-key", help="The SecretKey that belongs to it.")
 @click.option("--token", help="The temporary token that requests must carry.")

@@ -52,9 +52,11 @@ CONTROLLABLE: Final = frozenset(
         "batch",
         "clock_skew_secs",
         "confirms_per_sec",
+        "deny",
         "empty",
         "faults",
         "poll_secs",
+        "refuse_confirms_of",
         "requests_per_sec",
         "rtt_secs",
         "secret_id",
@@ -123,6 +125,9 @@ class SimulatorOptions:
         stale: What a confirm with a handle that is stale or refused does besides failing: nothing ("atomic"), or it
             confirms the other handles ("per_handle"). Tencent does not document which.
         sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
+        deny: The actions that the key has no right to: they are answered with `UnauthorizedOperation`.
+        refuse_confirms_of: The SubAppIds whose confirms are refused with `InvalidParameterValue`, whatever their
+            handles, while their pulls bring events: as if each confirm named another application than the pull.
         faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
             "confirm.lost". `reset`, `http_5xx`, `internal_error` and `limit` keep the request from being carried out;
             with `truncated`, `slow` and `lost` it is carried out, and the answer is cut off, late by `slow_secs`, or
@@ -160,6 +165,8 @@ class SimulatorOptions:
     empty: Empty = "null"
     stale: Stale = "atomic"
     sub_app_id: int | None = None
+    deny: Sequence[str] = ()
+    refuse_confirms_of: Sequence[int] = ()
     faults: Mapping[str, float] = field(default_factory=dict)
     slow_secs: float = 3.0
     seed: int | None = None
@@ -194,6 +201,11 @@ class SimulatorOptions:
         yield _is_number(skew), f"clock_skew_secs: {skew!r} is no number"
         yield _is_whole(batch) and 1 <= batch <= _HANDLES_MAX, f"batch: {batch!r} is not 1 to {_HANDLES_MAX}"
         yield app is None or _is_whole(app), f"sub_app_id: {app!r} is no whole number"
+        for name, is_right, what in _LISTS:
+            values = getattr(self, name)
+            yield isinstance(values, list | tuple), f"{name}: {values!r} is not a list"
+            for value in values:
+                yield is_right(value), f"{name}: {value!r} is not {what}"
         yield both_or_none, "secret_id, secret_key: give both, or neither to verify nothing"
         yield not self.feed or self.rate > 0, "feed: needs a rate; for events that are there at the start, use events"
 
@@ -204,6 +216,16 @@ def _is_number(value: object) -> bool:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_action(value: object) -> bool:
+    return isinstance(value, str) and value in _ACTIONS
+
+
+_LISTS: Final[tuple[tuple[str, Callable[[object], bool], str], ...]] = (
+    ("deny", _is_action, f"one of {', '.join(_ACTIONS)}"),
+    ("refuse_confirms_of", _is_whole, "a whole number"),
+)
 
 
 def _check_faults(faults: object) -> None:
@@ -1137,6 +1159,8 @@ class _Service:
                 token=options.token,
                 now=self._now(),
             )
+        if call.action in options.deny:
+            raise _ApiError("UnauthorizedOperation", f"The key has no right to vod:{call.action}.")
 
     def _limit(self, action: str) -> None:
         quota = self._options.requests_per_sec
@@ -1176,6 +1200,7 @@ class _Service:
         self._reply(call, b"")
 
     def _confirm(self, parameters: Mapping[str, Any]) -> None:
+        options = self._options
         handles = parameters.get("EventHandles")
         if handles is None:
             raise _ApiError("MissingParameter", "EventHandles is missing.")
@@ -1183,8 +1208,10 @@ class _Service:
             raise _ApiError("InvalidParameter", "EventHandles is a list of strings.")
         if not 1 <= len(handles) <= _HANDLES_MAX:
             raise _ApiError("InvalidParameter", f"EventHandles takes 1 to {_HANDLES_MAX} handles.")
+        if parameters.get("SubAppId") in options.refuse_confirms_of:
+            raise _ApiError("InvalidParameterValue", "The application has no such handles.")
         try:
-            self._queue.confirm(handles, atomic=self._options.stale == "atomic")
+            self._queue.confirm(handles, atomic=options.stale == "atomic")
         except StaleHandlesError as error:
             self._counts["confirms_stale"] += 1
             raise _ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
