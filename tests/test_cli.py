@@ -174,17 +174,57 @@ def test_check_says_what_the_configuration_does_and_touches_nothing(system):
     assert sorted(system.folder.iterdir()) == before
 
 
-def test_the_demo_succeeds_in_less_than_30_seconds_and_shows_what_it_promises(tmp_path):
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What the demo says, and the lines of its file."""
+    folder = tmp_path_factory.mktemp("demo")
     began = time.monotonic()
-    done = run_command("demo", "--dir", tmp_path / "demo", timeout_secs=40)
-
+    done = run_command("demo", "--dir", folder, timeout_secs=40)
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - began < 30
-    for phrase in ("settled", "dead letter", "again", "confirmed"):
-        assert phrase in done.stdout
-    lines = (tmp_path / "demo" / "events.jsonl").read_text().splitlines()
+    return done.stdout, (folder / "events.jsonl").read_text().splitlines()
+
+
+def told(said, word):
+    """The sentences of the demo that begin with a word."""
+    return re.findall(rf"^\d\d:\d\d:\d\d  {word} +(.+)$", said, re.MULTILINE)
+
+
+def test_the_demo_delivers_each_snapshot_event_once_and_tells_of_each(demo):
+    said, lines = demo
     assert len(lines) == len(set(lines)) > 10
     assert all(json.loads(line)["EventType"] == "CreateSnapshotByTimeOffsetComplete" for line in lines)
+    settled, unconfirmed = told(said, "settled"), told(said, "unconfirmed")
+    assert sum("→ archive" in sentence for sentence in settled + unconfirmed) == len(lines)
+    assert len(settled) + len(unconfirmed) == 25
+    assert not re.search(r"Traceback|: [a-z]+\.[a-z]+ ", said)  # a line that it has no sentence for
+
+
+def test_the_demo_shows_a_redelivery_by_a_confirm_that_was_refused(demo):
+    said, _ = demo
+    (failed,) = told(said, "failed")
+    assert failed.startswith("the confirm of 1 of ")  # the others were confirmed without it
+    assert "InvalidParameterValue" in failed
+    (unconfirmed,), (again,) = told(said, "unconfirmed"), told(said, "again")
+    assert again.partition(":")[0] == unconfirmed.partition(" →")[0]
+    assert "confirmed without a second delivery" in again
+
+
+@pytest.mark.parametrize(
+    ("row", "number"),
+    [
+        ("events that VOD had", 25),
+        ("confirmed", 25),
+        ("whose confirm VOD refused at first", 1),
+        ("redelivered, not delivered twice", 1),
+        ("dead letters in the journal", 1),
+    ],
+)
+def test_the_demo_counts_what_it_told_of(demo, row, number):
+    said, lines = demo
+    assert re.search(rf"│ {row} +│ {number} +│", said)
+    assert re.search(rf"│ snapshot events in the file +│ {len(lines)} +│", said)
+    assert len(told(said, "dead letter")) == 1
 
 
 def test_the_version_is_said_without_importing_what_commands_need():

@@ -530,7 +530,7 @@ def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **option
 @main.command()
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where its files go.  [default: a new folder]")
 def demo(folder: Path | None) -> None:
-    """See it work: the whole daemon against the built-in simulator, in 10 seconds, without an account."""
+    """See it work: the whole daemon against the built-in simulator, in less than 10 seconds, without an account."""
     from vodpoller.demo import run_demo  # noqa: PLC0415 - see the module's docstring
 
     sys.exit(run_demo(folder))

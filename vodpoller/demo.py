@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vodpoller.config import Config, from_dict
@@ -31,43 +32,58 @@ class _Narrator(io.StringIO):
         self._console = console
         self.redelivered = 0
 
-    def write(self, line: str) -> int:
-        entry: dict[str, Any] = json.loads(line)
-        said = self._sentence(entry)
-        if said:
-            clock = entry["timestamp"][11:19]
-            self._console.print(f"[dim]{clock}[/dim]  {said}", highlight=False, soft_wrap=True)
-        return len(line)
+    def write(self, text: str) -> int:
+        for line in text.splitlines():  # those of a batch come together
+            entry: dict[str, Any] = json.loads(line)
+            said = self._sentence(entry)
+            if said:
+                clock = entry["timestamp"][11:19]
+                self._console.print(f"[dim]{clock}[/dim]  {said}", highlight=False, soft_wrap=True)
+        return len(text)
 
     def _sentence(self, entry: dict[str, Any]) -> str:
+        problem = escape(entry.get("error_message", ""))
         match entry["event"]:
             case "daemon.started":
-                return "the daemon is up and pulls"
+                said = "the daemon is up and pulls"
             case "event.settled":
-                return self._settled(entry)
+                said = self._settled(entry)
+            case "answer.salvaged":
+                said = f"an answer is not JSON: its events are read one by one, {entry['malformed']} is unreadable"
             case "event.malformed":
-                return f"[red]unreadable[/red] event: {entry['error_message']}"
+                said = f"[red]unreadable[/red]    event: {problem}"
+            case "event.dead":
+                said = f"[red]dead letter[/red]   {_name(entry)}: kept in the journal for a person"
+            case "confirm.failed":
+                which = f"{entry['unconfirmed']} of {entry['handles']} handles"
+                said = f"[yellow]failed[/yellow]        the confirm of {which}: {problem}"
             case "daemon.stopping" | "daemon.stopped":
-                return ""
-        return f"{entry['level']}: {entry['event']} {entry.get('error_message', '')}"
+                said = ""
+            case other:
+                said = f"{entry['level']}: {other} {problem}"
+        return said
 
     def _settled(self, entry: dict[str, Any]) -> str:
-        name = f"{entry['event_type'] or 'event'} {entry['file_id']}"
-        if entry["redelivered"]:
+        name, sinks = _name(entry), entry["sinks"]
+        if not entry["confirmed"]:
+            went = ", ".join(sinks) or "no sink"
+            return f"[yellow]unconfirmed[/yellow]   {name} → {went}; comes again when its lease is over"
+        if sinks and all(sink["reason"] == "already_delivered" for sink in sinks.values()):
             self.redelivered += 1
-            return f"[yellow]again[/yellow]      {name}: delivered before, so confirmed without a second delivery"
-        if entry["settlement"] == "store":
-            return f"[red]dead letter[/red] {name}: kept in the journal for a person, and confirmed"
-        went = ", ".join(entry["sinks"]) or "no route wants it"
+            return f"[yellow]again[/yellow]         {name}: delivered before, so confirmed without a second delivery"
+        went = "the journal" if entry["settlement"] == "store" else ", ".join(sinks) or "no route wants it"
         failed = len(entry.get("failed_snapshots", ()))
         note = f", {failed} image failed" if failed else ""
-        return (
-            f"[green]settled[/green]    {name} → {went}; confirmed after {entry['duration_secs'] * 1000:.0f} ms{note}"
-        )
+        took_ms = entry["duration_secs"] * 1000
+        return f"[green]settled[/green]       {name} → {went}; confirmed after {took_ms:.0f} ms{note}"
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return " ".join(filter(None, (entry["event_type"] or "event", entry["file_id"])))
 
 
 def run_demo(folder: Path | None) -> int:
-    """Show a queue being drained: deliveries, a redelivery, a dead letter.
+    """Show a queue being drained: deliveries, a refused confirm and the redelivery it leads to, a dead letter.
 
     Args:
         folder: Where the demo's file and journal go; None takes a temporary folder that is kept for looking at.
@@ -80,7 +96,7 @@ def run_demo(folder: Path | None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     console.print(
         f"[bold]vodpoller demo[/bold]: {EVENTS} events and an unreadable one come to a simulated VOD queue. "
-        "VOD will forget one confirm.\n"
+        "VOD will refuse the confirm of one, so that it comes again.\n"
     )
     options = SimulatorOptions(
         rate=EVENTS_A_SEC, feed=EVENTS, visibility_secs=LEASE_SECS, poll_secs=1.0, forget_confirms=1
@@ -134,6 +150,7 @@ def _close(console: Console, stats: dict[str, Any], folder: Path, *, redelivered
     table.add_row("events that VOD had", str(stats["fed"]))
     table.add_row("confirmed", str(stats["confirmed"]))
     table.add_row("snapshot events in the file", f"{len(lines)}, {twice} of them twice" if twice else str(len(lines)))
+    table.add_row("whose confirm VOD refused at first", str(stats["confirms_forgotten"]))
     table.add_row("redelivered, not delivered twice", str(redelivered))
     table.add_row("dead letters in the journal", str(dead))
     console.print()
