@@ -13,7 +13,7 @@ import random
 import shutil
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -374,3 +374,11 @@ CIRCUMSTANCES = st.builds(
 def test_without_a_crash_nothing_is_swallowed_and_nothing_doubled(seed, circumstances):
     found = tell(seed, circumstances, births=60)
     assert (found.swallowed, found.doubled) == (0, 0), found
+
+
+@MODEL
+@given(seed=st.integers(0, 2**32), circumstances=CIRCUMSTANCES)
+def test_kills_swallow_only_what_equals_an_event_whose_confirm_was_unheard(seed, circumstances):
+    found = tell(seed, replace(circumstances, crashes=0.15), births=60)
+    assert found.doubled == 0, found
+    assert found.swallowed <= found.unheard, found

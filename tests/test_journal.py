@@ -867,6 +867,9 @@ def test_a_journal_of_0_1_keeps_all_and_works(opened, path, lines, wall):
         Known.DEAD,
     ]
     assert journal.position("archive") == at(4711, 2**64 - 7)
+    without_id = [(row[1], row[1], row[11], row[7], None) for row in before["letters"] if row[4] == "malformed"]
+    found = rows(path, "SELECT key, content_key, source, lease_ends_at, acknowledged_at FROM occurrences")
+    assert found == without_id != []
     assert journal.counts() == {("hook", "pending"): 2, ("gone", "pending"): 1, ("hook", "dead"): 2, ("", "dead"): 2}
     wall.advance(60)
     assert {row.event.key for row in journal.claim_due("hook", 9)} >= {event(4).key}

@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -17,11 +18,14 @@ from vodpoller.journal_contract import (
     Letter,
     Portion,
     Position,
+    Pulled,
     StoredEvent,
 )
 from vodpoller.letters import Filter, Letters
 from vodpoller.telemetry import Telemetry
 
+LEASE_SECS = 30.0
+CONTENT_KEY = b"content"
 LEDGER_DAYS = 14
 BODY_ROOM = 600  # what one of the events of these tests takes of the room, or a bit more
 
@@ -41,7 +45,12 @@ class OnSqlite:
         """The journal, after that it was closed if it was open."""
         self.close()
         self._opened = SqliteJournal(
-            self.path, max_bytes=max_bytes, ledger_days=LEDGER_DAYS, telemetry=Telemetry(self._log), wall=self.clock
+            self.path,
+            max_bytes=max_bytes,
+            ledger_days=LEDGER_DAYS,
+            telemetry=Telemetry(self._log),
+            wall=self.clock,
+            monotonic=self.clock,
         )
         return self._opened
 
@@ -58,10 +67,10 @@ class OnSqlite:
             yield
             other.execute("ROLLBACK")
 
-    def delete(self, *rows):
+    def delete(self, *rows, state="pending"):
         """As the operator does it, beside the daemon."""
         with Letters(self.path, writable=True, wall=self.clock) as letters:
-            assert sum(letters.purge(Filter(state="pending", ids=rows))) == len(rows)
+            assert sum(letters.purge(Filter(state=state, ids=rows))) == len(rows)
 
     def reasons(self):
         with Letters(self.path, wall=self.clock) as letters:
@@ -70,6 +79,10 @@ class OnSqlite:
     def ledger_keys(self):
         with closing(sqlite3.connect(self.path)) as db:
             return {key for (key,) in db.execute("SELECT key FROM ledger")}
+
+    def occurrences(self):
+        with closing(sqlite3.connect(self.path)) as db:
+            return {key for (key,) in db.execute("SELECT key FROM occurrences")}
 
     def broken(self, how):
         """A journal with events in it that from now on is closed, cannot be written, or is damaged."""
@@ -134,6 +147,19 @@ def at(offset_bytes, inode=7):
 
 def portion(*numbers, to):
     return Portion(keys=[event(number).key for number in numbers], position=at(to), read=0.5)
+
+
+def pulled(sent_ago_secs=0.0, source="main"):
+    return Pulled(source=source, sent_ago_secs=sent_ago_secs, answered_ago_secs=0.0, lease_secs=LEASE_SECS)
+
+
+def identify(journal, number=1, sent_ago_secs=0.0):
+    """The keys of an answer that has just brought this number of events of equal content without an id."""
+    return journal.identify([CONTENT_KEY] * number, pulled(sent_ago_secs))
+
+
+def of_occurrence(key, sink="it", **more):
+    return Letter(event=replace(event(0), key=key), sink=sink, **{"dead": True, "reason": "rejected", **more})
 
 
 def claim(journal, limit=10, sink="it"):
@@ -642,6 +668,18 @@ def test_pairs_of_confirmed_events_go_after_ten_minutes(place, journal, clock):
     assert place.ledger_keys() == {event(2).key}
 
 
+def test_that_a_confirmed_event_is_confirmed_again_does_not_keep_its_pairs(place, journal, clock):
+    accept(journal, 1)
+    for secs in (0, CONFIRMED_KEPT_SECS - 1):
+        clock.advance(secs)
+        journal.confirmed([event(1).key])
+        journal.flush()
+    clock.advance(2)
+    assert known(journal, 1) is None
+    journal.prune()
+    assert place.ledger_keys() == set()
+
+
 def test_pairs_of_unconfirmed_events_go_after_the_configured_days(place, journal, clock):
     accept(journal, 1)
     clock.advance(LEDGER_DAYS * 86_400 - 3700)
@@ -693,6 +731,179 @@ def test_a_clock_that_was_set_changes_no_age_and_no_delay(journal, clock, secs):
     assert claim(journal)[1].age_secs == 10
 
 
+# --- events without an id of their own --------------------------------------------------------------------------------
+
+
+def test_each_arrival_is_an_occurrence_of_its_own_until_its_lease_is_over(journal, clock):
+    first = identify(journal, 2)
+    second = identify(journal)
+    assert len({*first, *second, CONTENT_KEY}) == 4
+    clock.advance(LEASE_SECS)
+    assert identify(journal, 3) == [*first, *second]
+
+
+def test_occurrences_are_found_again_after_a_restart(place, journal, clock):
+    keys = identify(journal, 2)
+    place.close()
+    clock.advance(LEASE_SECS / 2)
+    journal = place.open()
+    assert not set(identify(journal)) & set(keys)
+    clock.advance(LEASE_SECS / 2)
+    assert identify(journal, 2) == keys
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_confirmed_occurrence_is_never_found_again(place, journal, clock, restarts):
+    keys = identify(journal, 2)
+    journal.confirmed(keys[:1])
+    if restarts:
+        place.close()
+        journal = place.open()
+    clock.advance(LEASE_SECS)
+    assert identify(journal) == keys[1:]
+
+
+def test_that_an_occurrence_is_confirmed_is_written_at_once(place, journal, clock):
+    """A process that is killed a moment later would take the next event of equal content for this one."""
+    keys = identify(journal)
+    journal.confirmed(keys)
+    with closing(sqlite3.connect(place.path)) as db:
+        assert db.execute("SELECT count(*) FROM occurrences WHERE acknowledged_at IS NULL").fetchone() == (0,)
+
+
+def test_a_lease_that_was_renewed_is_known_after_a_restart(place, journal, clock):
+    keys = identify(journal)
+    clock.advance(LEASE_SECS)
+    assert identify(journal) == keys
+    place.close()
+    clock.advance(LEASE_SECS - 1)
+    journal = place.open()
+    assert identify(journal) != keys
+    clock.advance(1)
+    assert identify(journal) == keys
+
+
+def test_an_occurrence_that_cannot_be_written_is_not_found_again(place, journal, clock):
+    with place.unwritable(), pytest.raises(StorageError):
+        identify(journal)
+    assert len(place.occurrences()) == 0
+    clock.advance(LEASE_SECS)
+    (key,) = identify(journal)
+    assert place.occurrences() == {key}
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_empty_answers_prove_is_for_good(place, journal, clock, restarts):
+    keys = identify(journal)
+    clock.advance(2 * LEASE_SECS)
+    journal.answered_empty(pulled())
+    clock.advance(LEASE_SECS)
+    journal.answered_empty(pulled())
+    if restarts:
+        place.close()
+        journal = place.open()
+        clock.advance(LEASE_SECS)
+    assert identify(journal) != keys
+
+
+def test_an_answer_that_was_lost_voids_what_empty_ones_prove(journal, clock):
+    keys = identify(journal)
+    clock.advance(LEASE_SECS)
+    journal.answer_lost("main", sent_ago_secs=0.0)
+    journal.answered_empty(pulled())
+    clock.advance(1)
+    assert identify(journal) == keys
+
+
+def test_an_occurrence_goes_with_its_pairs_ten_minutes_after_its_confirm(place, journal, clock):
+    done, open_ = identify(journal, 2)
+    journal.accept("it", [done, open_], None)
+    clock.advance(5)
+    journal.confirmed([done])
+    clock.advance(CONFIRMED_KEPT_SECS - 1)
+    journal.prune()
+    assert place.occurrences() == place.ledger_keys() == {done, open_}
+    clock.advance(2)
+    journal.prune()
+    assert place.occurrences() == place.ledger_keys() == {open_}
+
+
+def test_an_unconfirmed_occurrence_goes_with_its_pairs_days_after_its_last_lease(place, journal, clock):
+    (key,) = identify(journal)
+    journal.accept("it", [key], None)
+    clock.advance(LEDGER_DAYS * 86_400 - 60)
+    assert identify(journal) == [key]
+    clock.advance(LEDGER_DAYS * 86_400)
+    journal.prune()
+    assert place.occurrences() == place.ledger_keys() == {key}
+    clock.advance(LEASE_SECS + 1)
+    journal.prune()
+    assert place.occurrences() == place.ledger_keys() == set()
+    assert identify(journal) != [key]
+
+
+def test_an_occurrence_stays_while_something_is_stored_under_its_key(place, journal, clock):
+    (key,) = identify(journal)
+    journal.store([of_occurrence(key)])
+    journal.confirmed([key])
+    clock.advance(1000 * 86_400)
+    journal.prune()
+    assert place.occurrences() == {key}
+    place.delete(1, state="dead")
+    assert place.occurrences() == {key}
+    journal.prune()
+    assert place.occurrences() == set()
+
+
+def test_a_purged_dead_letter_leaves_its_occurrence(place, journal, clock):
+    (key,) = identify(journal)
+    journal.store([of_occurrence(key)])
+    place.delete(1, state="dead")
+    clock.advance(LEASE_SECS)
+    assert identify(journal) == [key]
+
+
+def accepted(journal, keys):
+    return [key for key in keys if journal.known([(key, "it")]).get((key, "it")) is Known.ACCEPTED]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_lines_that_do_not_say_which_event_they_are_of_get_what_the_sink_lacks(journal, number):
+    keys = identify(journal, 3)
+    journal.accept("it", keys[:1], None)
+    journal.accept("other", keys, None)
+    journal.recover("it", Portion(keys=(), content_keys=[[b"x", CONTENT_KEY]] * number, position=at(9), read=1.0))
+    assert accepted(journal, keys) == keys[: 1 + number]
+    assert journal.position("it") == at(9)
+
+
+def test_a_line_gets_no_occurrence_that_is_done(journal):
+    keys = done, stored, open_ = identify(journal, 3)
+    journal.store([of_occurrence(stored, dead=False), of_occurrence(done, sink="other")])
+    journal.confirmed([done, stored])
+    line = Portion(keys=(), content_keys=[[CONTENT_KEY]], position=at(9), read=1.0)
+    journal.recover("it", line)
+    assert accepted(journal, keys) == [stored]
+    assert journal.counts() == {("other", "dead"): 1}
+    journal.recover("it", line)
+    assert accepted(journal, keys) == [stored, open_]
+    journal.recover("it", line)
+    assert accepted(journal, keys) == [stored, open_]
+
+
+@pytest.mark.parametrize("secs", [3600.0, -3600.0])
+def test_a_clock_that_was_set_changes_no_lease(place, journal, clock, secs):
+    keys = identify(journal)
+    clock.advance(secs)
+    journal.shift(secs)
+    place.close()
+    clock.advance(LEASE_SECS - 1)
+    journal = place.open()
+    assert identify(journal) != keys
+    clock.advance(1)
+    assert identify(journal) == keys
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -725,6 +936,7 @@ def test_a_pending_event_of_a_sink_that_is_no_more_says_so_until_the_sink_is_bac
 
 
 RAISING = {
+    "identify": lambda journal, _: identify(journal),
     "stored": lambda journal, _: journal.stored(),
     "mark_removed": lambda journal, _: journal.mark_removed(["other"]),
     "known": lambda journal, _: known(journal),
@@ -736,6 +948,8 @@ RAISING = {
     "bury": lambda journal, claimed: journal.bury(claimed, attempts=1, reason="gave_up", error="no"),
 }
 SILENT = {
+    "answered_empty": lambda journal, _: journal.answered_empty(pulled()),
+    "answer_lost": lambda journal, _: journal.answer_lost("main", sent_ago_secs=1.0),
     "accept": lambda journal, _: accept(journal, 1000, position=at(9)),
     "confirmed": lambda journal, _: journal.confirmed([event(1).key]),
     "release": lambda journal, claimed: journal.release([claimed]),
@@ -752,7 +966,7 @@ SILENT = {
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
 def test_a_journal_that_is_broken_raises_storage_errors_only(place, how, method):
     journal, claimed = place.broken(how)
-    fails = how != "unwritable" or method in ("recover", "store", "bury", "mark_removed")
+    fails = how != "unwritable" or method in ("identify", "recover", "store", "bury", "mark_removed")
     with pytest.raises(StorageError) if fails else nullcontext():
         RAISING[method](journal, claimed)
 

@@ -2,7 +2,7 @@ import re
 import threading
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pytest
@@ -75,7 +75,14 @@ class Line:
         self.telemetry = Telemetry(log)
         self.vod = FakeVod()
         self.in_flight = InFlight()
-        self.journal = SqliteJournal(tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, telemetry=Telemetry(log))
+        self.ahead_secs = 0.0
+        self.journal = SqliteJournal(
+            tmp_path / "journal.db",
+            max_bytes=10**7,
+            ledger_days=14,
+            telemetry=Telemetry(log),
+            monotonic=self.monotonic,
+        )
         self.journal._writer.execute("PRAGMA busy_timeout = 0")
         self.sinks = {name: MemorySink(batch_events=16) for name in sinks}
         self.workers = {
@@ -95,6 +102,9 @@ class Line:
             worker.start()
         self.routes = [Route(sinks=tuple(sinks), event_types=("NewFileUpload",))]
 
+    def monotonic(self):
+        return time.monotonic() + self.ahead_secs
+
     @cached_property
     def pipeline(self):
         return Pipeline(
@@ -106,11 +116,12 @@ class Line:
             confirm_reserve_secs=5.0,
             requests_per_sec=100.0,
             telemetry=self.telemetry,
+            monotonic=self.monotonic,
         )
 
     def process(self, *events, source=None, wait=None, lease_secs=30.0, malformed=()):
         self.vod.confirmed.clear()
-        now = time.monotonic()
+        now = self.monotonic()
         batch = Batch(
             source=source or Source(),
             events=[PulledEvent(handle=handle, event=event) for handle, event in events],
@@ -186,7 +197,7 @@ def test_an_unrouted_event_costs_its_batch_mates_nothing(line):
 
 
 def malformed(handle="hm"):
-    return Malformed(handle=handle, event=OTHER, why="it is not JSON")
+    return Malformed(handle=handle, event=replace(OTHER, content={}), why="it is not JSON")
 
 
 @pytest.mark.parametrize(
@@ -353,6 +364,70 @@ def test_a_confirmed_event_may_come_again_later_as_a_new_one(line, monkeypatch):
     monkeypatch.setattr(line.journal, "_wall", lambda: now + 601)
     one(line)
     assert len(line.sinks["a"].calls) == 2
+
+
+# --- events without an id of their own --------------------------------------------------------------------------------
+
+CAST = make_event(
+    {"EventType": "MediaCastStatusChanged", "MediaCastStatusChangedEvent": {"CastId": "c1", "Status": "Working"}},
+    source="main",
+    sub_app_id=None,
+)
+
+
+@pytest.fixture
+def casts(line):
+    line.routes = [Route(sinks=("a", "b"), event_types=("MediaCastStatusChanged",))]
+    return line
+
+
+def test_equal_events_without_an_id_are_delivered_each(casts, lines):
+    assert casts.process(("h1", CAST), ("h2", CAST)) == ["h1", "h2"]
+    assert casts.process(("h3", CAST)) == ["h3"]
+    accepted = casts.sinks["a"].accepted
+    assert accepted == casts.sinks["b"].accepted
+    assert len({*accepted, CAST.key}) == 4
+    said = named(lines, "event.settled")
+    assert [line["key"] for line in said] == [key.hex() for key in accepted]
+    assert [line["redelivered"] for line in said] == [False] * 3
+
+
+def test_one_that_comes_again_goes_to_the_sinks_that_lack_it_under_its_key(casts, lines):
+    casts.sinks["b"].fail_with(RejectedError("no"))
+    assert casts.process(("h1", CAST), source=Source(on_failure="leave")) == []
+    casts.ahead_secs = 31.0
+    assert casts.process(("h2", CAST), source=Source(on_failure="leave")) == ["h2"]
+    assert [len(casts.sinks[name].calls) for name in "ab"] == [1, 2]
+    first, again = named(lines, "event.settled")
+    assert first["key"] == again["key"] != CAST.key.hex()
+    assert again["redelivered"] is True
+
+
+def test_one_whose_occurrence_cannot_be_written_is_left_and_its_batch_mates_are_not(casts, lines, monkeypatch):
+    def unwritable(content_keys, pulled):
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(casts.journal, "identify", unwritable)
+    casts.routes.append(Route(sinks=("a",), event_types=("NewFileUpload",)))
+    assert casts.process(("h1", CAST), ("h2", event(1)), malformed=[malformed()]) == ["h2"]
+    assert casts.sinks["a"].accepted == [event(1).key]
+    assert casts.journal.counts() == {}
+    assert [(line["settlement"], line["reason"]) for line in named(lines, "event.settled")] == [
+        ("leave", "journal_failed"),
+        ("confirm", "delivered"),
+        ("leave", "journal_failed"),
+    ]
+
+
+@pytest.mark.parametrize("unrouted", ["confirm", "leave"])
+def test_one_that_goes_nowhere_is_not_written_down(line, monkeypatch, unrouted):
+    monkeypatch.setattr(line.journal, "identify", None)
+    line.process(("h", CAST), source=Source(unrouted=unrouted))
+
+
+def test_equal_malformed_events_are_a_dead_letter_each(line):
+    assert line.process(malformed=[malformed("h1"), malformed("h2")]) == ["h1", "h2"]
+    assert line.journal.counts() == {("", "dead"): 2}
 
 
 # --- when it cannot be stored -----------------------------------------------------------------------------------------

@@ -54,9 +54,15 @@ class FakePipeline:
             self.pulling -= 1
         if isinstance(answer, BaseException):
             raise answer
-        events, hung_secs, self.here.after = answer
-        lease = Lease(starts_at=asked_at, secs=30.0)
-        return Pull(events=("event",) * events, malformed=(), lease=lease, hung_secs=hung_secs, request_id="r")
+        events, hung_secs, self.here.after, may_lack_events = answer
+        return Pull(
+            events=("event",) * events,
+            malformed=(),
+            lease=Lease(starts_at=asked_at, secs=30.0),
+            hung_secs=hung_secs,
+            request_id="r",
+            may_lack_events=may_lack_events,
+        )
 
     def process(self, batch, wait):
         with self.lock:
@@ -74,8 +80,8 @@ class FakePipeline:
                 if ended is not WaitEnd.COMPLETE:
                     self.interrupted.append(wait)
 
-    def answer(self, events=0, *, hung_secs=5.0, after="wait"):
-        self.answers.put((events, hung_secs, after))
+    def answer(self, events=0, *, hung_secs=5.0, after="wait", may_lack_events=False):
+        self.answers.put((events, hung_secs, after, may_lack_events))
 
     def fail(self, error):
         self.answers.put(error)
@@ -84,12 +90,27 @@ class FakePipeline:
         self.delivering[index].count_down()
 
 
+class Pulls:
+    """What the journal is told of pulls."""
+
+    def __init__(self):
+        self.told = []
+
+    def answered_empty(self, pulled):
+        self.told.append(("empty", pulled.source, pulled.lease_secs))
+
+    def answer_lost(self, source, *, sent_ago_secs):
+        assert sent_ago_secs >= 0
+        self.told.append(("lost", source))
+
+
 class Bench:
     def __init__(self, log):
         self.log = log
         self.liveness = Liveness()
         self.may_pull = True
         self.operator_errors = 0
+        self.pulls = Pulls()
         self.pollers = []
 
     def poller(self, pipeline=None, *, clock=time.monotonic, start=True, **settings):
@@ -185,7 +206,7 @@ def test_without_long_poll_a_backlog_is_drained_all_the_same(bench):
 def test_empty_answers_that_did_not_hang_start_a_second_apart(bench):
     clock = FakeClock()
     pipeline = FakePipeline(clock)
-    pipeline.automatic = lambda: (0, 0.01, None)
+    pipeline.automatic = lambda: (0, 0.01, None, False)
     poller, _ = bench.poller(pipeline, clock=clock, start=False)
     pass_time_in_pauses(poller, clock)
     poller.tick()
@@ -398,6 +419,45 @@ def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
     until(lambda: poller.problem is None)
     until(lambda: named(lines, "pull.recovered"))
     assert settles(lambda: pipeline.pulling, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (TransientError("no answer"), [("lost", "main")]),
+        (TransientError("500", error_code="InternalError.Db"), [("lost", "main")]),
+        (RuntimeError("unforeseen"), [("lost", "main")]),
+        (TransientError("slower", error_code="RequestLimitExceeded"), []),
+        (OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound"), []),
+    ],
+)
+def test_a_pull_that_vod_may_have_answered_with_events_is_remembered(bench, error, told):
+    poller, pipeline = bench.poller()
+    pipeline.fail(error)
+    until(lambda: poller.problem is not None)
+    assert bench.pulls.told == told
+
+
+def test_an_empty_answer_is_remembered_before_the_next_pull(bench):
+    _, pipeline = bench.poller()
+    pipeline.answer(0)
+    until(lambda: len(pipeline.pulls_at) == 2)
+    assert bench.pulls.told == [("empty", "main", 30.0)]
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, [("lost", "main")]), (3, [("lost", "main")])])
+def test_an_answer_that_may_lack_events_proves_nothing_even_if_it_is_empty(bench, number, told):
+    _, pipeline = bench.poller()
+    pipeline.answer(number, after=None, may_lack_events=True)
+    until(lambda: len(pipeline.pulls_at) == 2)
+    assert bench.pulls.told == told
+
+
+def test_an_answer_with_events_says_nothing_of_others(bench):
+    _, pipeline = bench.poller()
+    pipeline.answer(3, after=None)
+    until(lambda: len(pipeline.pulls_at) == 2)
+    assert bench.pulls.told == []
 
 
 def test_a_wake_ends_the_back_off(bench):

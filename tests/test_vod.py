@@ -859,6 +859,7 @@ def test_of_a_cut_answer_the_whole_events_are_pulled(client_of, lines, reply):
         pull = client.pull("main", None)
         client.close()
     assert handles_of(pull) == ["h0", "h1"]
+    assert pull.may_lack_events
     assert [item.handle for item in pull.malformed] == [None]  # it comes again: it must be no dead letter
     (line,) = events_named(lines, "answer.salvaged")
     assert (line["events"], line["malformed"]) == (2, 1)
@@ -880,8 +881,10 @@ def test_of_a_cut_compressed_answer_the_whole_events_are_pulled(client_of):
 def test_a_cut_after_the_last_byte_of_json_loses_nothing_and_warns_of_nothing(client_of, lines):
     with serving(sends_chunks(ANSWER, ended=False)) as server:
         client = client_of(server.url)
-        assert handles_of(client.pull("main", None)) == ["h0", "h1", "h2", "h3"]
+        pull = client.pull("main", None)
         client.close()
+    assert handles_of(pull) == ["h0", "h1", "h2", "h3"]
+    assert not pull.may_lack_events
     assert events_named(lines, "answer.salvaged") == []
 
 

@@ -150,8 +150,8 @@ class Pull:
         lease: The time in which the handles can be confirmed.
         hung_secs: How long the answer took; an empty queue makes VOD wait up to 5 s.
         request_id: Tencent's RequestId, empty where the answer has none.
-        may_lack_events: Whether VOD may have handed out more than it holds: it was cut off, or its request was sent
-            twice.
+        may_lack_events: Whether VOD may have handed out more than it holds: it cannot be read as a whole, or its
+            request was sent twice.
     """
 
     events: tuple[PulledEvent, ...]
@@ -317,7 +317,7 @@ class VodClient:
             lease=Lease(starts_at=answer.sent_at, secs=self._lease_secs),
             hung_secs=answer.took_secs,
             request_id=answer.request_id,
-            may_lack_events=answer.repeated or any(item.handle is None for item in items),
+            may_lack_events=answer.repeated or bool(answer.unreadable) or any(item.handle is None for item in items),
         )
 
     def await_confirm_slot(self, timeout_secs: float) -> bool:

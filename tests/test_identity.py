@@ -1,0 +1,209 @@
+import pytest
+
+from tests.helpers import event
+from vodpoller.identity import Occurrence, Occurrences, has_own_id
+
+LEASE_SECS = 30.0
+SOURCE = "main"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": "1-Transcode-2"}},
+        {"EventType": "Unknown", "FirstEvent": {"FileId": "1"}, "SecondEvent": {"TaskId": "2"}},
+        {"EventType": "WechatPublishComplete", "TaskId": 12, "WechatPublishComplete": {"Status": "FINISH"}},
+        {"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": "387702"}},
+        {"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": 3877020000000000001}},
+    ],
+)
+def test_content_that_names_its_task_or_its_upload_has_an_id(content):
+    assert has_own_id(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["1"], "FileDeleteResultInfo": []}},
+        {"EventType": "MediaCastStatusChanged", "MediaCastStatusChangedEvent": {"CastId": "1", "Status": "Idle"}},
+        {"EventType": "RestoreMediaComplete", "RestoreMediaCompleteEvent": {"FileId": "1"}},
+        {"EventType": "PersistenceComplete", "PersistenceCompleteEvent": {"FileId": "1"}},
+        {"EventType": "ProcessImageAsyncComplete", "ProcessImageAsyncCompleteEvent": {"EncodeConfig": {}}},
+        {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": "", "FileId": "1"}},
+        {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": None}},
+        {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": True}},
+        {"EventType": "Unknown", "UnknownEvent": {"Input": {"TaskId": "of another"}}},
+        {"EventType": "Unknown", "UnknownEvent": [{"TaskId": "of another"}]},
+        {"EventType": "NewFileUpload", "FileUploadEvent": {"ProcedureTaskId": "of another"}},
+        {"EventType": "NewFileUpload", "FileUploadEvent": None},
+    ],
+)
+def test_all_other_content_has_none(content):
+    assert not has_own_id(content)
+
+
+class Scene:
+    """Occurrences, and what VOD answers; times are those of a monotonic clock that starts at 0."""
+
+    def __init__(self):
+        self.occurrences = Occurrences(0.0)
+
+    def bring(self, number, *, sent, answered=None, contents=b"c", source=SOURCE, lease_secs=LEASE_SECS):
+        """An answer with this number of events of equal content; returns their keys."""
+        found, _ = self.occurrences.identify(
+            [contents] * number,
+            source=source,
+            sent_at=sent,
+            answered_at=sent + 1 if answered is None else answered,
+            lease_secs=lease_secs,
+        )
+        return [occurrence.key for occurrence in found]
+
+    def empty(self, *, sent, answered=None, source=SOURCE):
+        return self.occurrences.answered_empty(
+            source, sent_at=sent, answered_at=sent + 1 if answered is None else answered, lease_secs=LEASE_SECS
+        )
+
+    def lose(self, *, sent, lost, source=SOURCE):
+        self.occurrences.answer_lost(source, sent_at=sent, lost_at=lost)
+
+
+@pytest.fixture
+def scene():
+    return Scene()
+
+
+def test_equal_content_in_one_answer_is_as_many_occurrences(scene):
+    assert len(set(scene.bring(16, sent=100))) == 16
+
+
+@pytest.mark.parametrize("answered", [102, 129.9])
+def test_equal_content_within_the_lease_is_another_occurrence(scene, answered):
+    assert scene.bring(1, sent=100) != scene.bring(1, sent=101, answered=answered)
+
+
+@pytest.mark.parametrize("sent", [100.5, 131, 500])
+def test_what_comes_after_the_lease_may_be_the_old_one(scene, sent):
+    old = scene.bring(1, sent=100)
+    assert scene.bring(1, sent=sent, answered=max(sent, 130)) == old
+
+
+def test_each_time_it_comes_its_lease_begins_anew(scene):
+    old = scene.bring(1, sent=100)
+    assert scene.bring(1, sent=131) == old
+    assert scene.bring(1, sent=140, answered=160.9) != old
+    assert scene.bring(1, sent=160, answered=161) == old
+
+
+def test_the_oldest_are_taken_first_and_what_is_too_many_is_new(scene):
+    first = scene.bring(1, sent=100)
+    second = scene.bring(1, sent=101)
+    found = scene.bring(3, sent=140)
+    assert found[:2] == [*first, *second]
+    assert len(set(found)) == 3
+
+
+def test_what_was_acknowledged_never_comes_again(scene):
+    old = scene.bring(2, sent=100)
+    assert scene.occurrences.forget([old[0], b"unknown"]) == [old[0]]
+    assert scene.bring(1, sent=140) == [old[1]]
+    scene.occurrences.forget(old)
+    assert not set(scene.bring(2, sent=180)) & set(old)
+
+
+def test_other_content_is_never_the_same(scene):
+    assert scene.bring(1, sent=100) != scene.bring(1, sent=140, contents=b"d")
+
+
+def test_an_answer_that_took_longer_than_a_lease_holds_each_occurrence_once(scene):
+    assert len(set(scene.bring(2, sent=100, answered=103, lease_secs=2.0))) == 2
+
+
+# --- what an empty answer proves --------------------------------------------------------------------------------------
+
+
+def test_after_an_empty_answer_equal_content_is_new(scene):
+    old = scene.bring(1, sent=100, answered=101)
+    scene.empty(sent=131)
+    assert scene.bring(1, sent=132) != old
+
+
+@pytest.mark.parametrize("sent", [90, 110, 130, 130.9])
+def test_a_pull_that_was_sent_while_it_may_have_been_leased_proves_nothing(scene, sent):
+    old = scene.bring(1, sent=100, answered=101)
+    scene.empty(sent=sent, answered=132)
+    assert scene.bring(1, sent=132) == old
+
+
+def test_of_two_pulls_that_were_outstanding_together_either_may_have_got_it(scene):
+    old = scene.bring(1, sent=100, answered=101)
+    scene.empty(sent=132, answered=137)
+    assert scene.bring(1, sent=136.9, answered=137.5) == old
+
+
+def test_an_empty_answer_of_another_source_proves_nothing(scene):
+    old = scene.bring(1, sent=100)
+    scene.empty(sent=140, source="other")
+    assert scene.bring(1, sent=142) == old
+
+
+@pytest.mark.parametrize(("sent", "proves"), [(29.9, False), (30.0, True)])
+def test_after_the_start_it_proves_nothing_for_a_lease(scene, sent, proves):
+    scene.occurrences.add(
+        Occurrence(key=b"old", content_key=b"c", source=SOURCE, lease_ends_at=-5.0, leased_until=None)
+    )
+    scene.empty(sent=sent)
+    assert (scene.bring(1, sent=40) != [b"old"]) is proves
+
+
+@pytest.mark.parametrize(("sent", "proves"), [(179.9, False), (180.0, True)])
+def test_after_an_answer_that_was_lost_it_proves_nothing_for_a_lease(scene, sent, proves):
+    old = scene.bring(1, sent=100, answered=101)
+    scene.lose(sent=140, lost=150)
+    scene.empty(sent=sent)
+    assert (scene.bring(1, sent=190) != old) is proves
+
+
+def test_an_empty_answer_beside_one_that_was_lost_proves_nothing(scene):
+    old = scene.bring(1, sent=100, answered=101)
+    scene.empty(sent=141, answered=146)
+    scene.lose(sent=140, lost=150)
+    assert scene.bring(1, sent=171) == old
+
+
+def test_an_empty_answer_before_one_that_was_lost_proves_as_before(scene):
+    old = scene.bring(1, sent=100, answered=101)
+    scene.empty(sent=135, answered=139)
+    scene.lose(sent=140, lost=150)
+    assert scene.bring(1, sent=171) != old
+
+
+def test_what_is_proved_is_for_good_when_no_pull_is_outstanding_from_then(scene):
+    old = scene.bring(1, sent=100, answered=101)
+    assert scene.empty(sent=131, answered=136) == []
+    assert scene.empty(sent=160, answered=165) == []
+    assert scene.empty(sent=161, answered=166) == old
+    assert len(scene.occurrences) == 0
+
+
+def test_what_came_before_the_start_is_taken_when_its_lease_is_over(scene):
+    scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=12.0, leased_until=None))
+    assert scene.bring(1, sent=5, answered=11.9) != [b"old"]
+    assert scene.bring(1, sent=6, answered=12.0) == [b"old"]
+
+
+def test_a_lease_from_before_the_start_lasts_no_longer_than_any(scene):
+    """The wall clock by which it is known may have been set back."""
+    scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=1e9, leased_until=None))
+    assert scene.bring(1, sent=25, answered=29.9) != [b"old"]
+    assert scene.bring(1, sent=26, answered=30.0) == [b"old"]
+
+
+def test_keys_are_made_of_content_and_chance():
+    drawn = Occurrences(0.0, draw=lambda number: b"x" * number)
+    content_key = event().key
+    (one,), (new,) = drawn.identify([content_key], source="s", sent_at=0.0, answered_at=0.0, lease_secs=1.0)
+    assert new is one
+    assert len(one.key) == 32
+    assert one.key != content_key
