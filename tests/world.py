@@ -11,7 +11,6 @@ import sqlite3
 import tempfile
 import threading
 from collections import Counter, deque
-from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -43,6 +42,9 @@ from vodpoller.vod import Pull
 
 LEASE_SECS = 30.0
 SINKS_OF = {"Both": ("file", "plain"), "File": ("file",), "Plain": ("plain",), "Nobody": ("",)}
+# Events that are all equal, without an id of their own.
+CAST = {"EventType": "Cast", "CastEvent": {"CastId": "c", "Status": "Working"}}
+CAST_KEY = event_key(CAST, None)
 
 
 def folder_in_memory():
@@ -171,6 +173,9 @@ class ModelQueue:
         self.atomic = atomic
         self.events = []
         self._handles = 0
+
+    def feed_cast(self):
+        self.events.append(QueuedEvent(len(self.events), CAST, CAST_KEY, ("file", "plain")))
 
     def feed(self, event_type):
         number = len(self.events)
@@ -317,6 +322,7 @@ class PlainSink(Sink):
                 raise RejectedError("never")
             first = 1 if fault == "partial" else 0
             world.plain_accepted.extend(event.key for event in events[first:])
+            world.plain_casts |= {event.key for event in events[first:] if event.type == "Cast"}
             if fault == "answer_lost":
                 world.excused |= {event.key for event in events}
                 raise TransientError("it took them, and its answer was lost")
@@ -410,6 +416,7 @@ class World:
         self.files = StagedFiles(self.stage)
         self.plain_script = deque()
         self.plain_accepted = []
+        self.plain_casts = set()
         self.excused = set()  # what the plain sink may get again: it has it, and nobody could write that down
         self.journal_is_broken = False
         self.violations = []
@@ -432,7 +439,12 @@ class World:
     def _boot(self):
         log = log_into(self.lines, "error")
         self.journal = SqliteJournal(
-            self.journal_path, max_bytes=1 << 30, ledger_days=7, telemetry=Telemetry(log), wall=self.wall
+            self.journal_path,
+            max_bytes=1 << 30,
+            ledger_days=7,
+            telemetry=Telemetry(log),
+            wall=self.wall,
+            monotonic=self.clock,
         )
         self.journal._writer = BreakableWriter(self.journal._writer, self)
         write = self.journal._write
@@ -468,7 +480,7 @@ class World:
             SimpleNamespace(name=kind, event_types=[kind], sources=None, where=None, sinks=sinks)
             for kind, sinks in SINKS_OF.items()
             if kind != "Nobody"
-        ]
+        ] + [SimpleNamespace(name="cast", event_types=["Cast"], sources=None, where=None, sinks=("file", "plain"))]
         self.pipeline = Pipeline(
             router=Router(routes),
             workers=workers,
@@ -512,9 +524,17 @@ class World:
         source = SimpleNamespace(name="main", sub_app_id=None, on_failure="store", unrouted="dead_letter")
 
         def lane():
-            with suppress(TransientError):
+            began_at = self.clock()
+            try:
                 pull = self.vod.pull(source.name, source.sub_app_id)
-                self.pipeline.process(Batch.of(source, pull, self.clock()), StagedWait(self))
+            except TransientError:
+                self.journal.answer_lost(source.name, sent_ago_secs=self.clock() - began_at)
+                return
+            batch = Batch.of(source, pull, self.clock())
+            if batch.events:
+                self.pipeline.process(batch, StagedWait(self))
+            else:
+                self.journal.answered_empty(batch.pulled(self.clock()))
 
         self.stage.start("lane", lane)
 
@@ -632,6 +652,9 @@ class World:
 
     def check_confirm(self, event):
         """At the moment that VOD forgets an event."""
+        if event.content is CAST:
+            self._check_confirm_of_a_cast()
+            return
         letters, ledger = set(self._rows("letters")), set(self._rows("ledger"))
         archived = self.archived(only_synced=True)
         has = {"file": event.key in archived, "plain": event.key in self.plain_accepted, "": False}
@@ -642,10 +665,18 @@ class World:
             if not (stored or (event.key, sink) in ledger or self.journal.unwritten):
                 self.violations.append(f"event {event.number} was confirmed before {sink}'s row was in the ledger")
 
+    def _check_confirm_of_a_cast(self):
+        confirmed = 1 + sum(event.content is CAST and event.confirmed for event in self.queue.events)
+        stored = Counter(sink for _, sink in self._rows("letters WHERE event_type = 'Cast'"))
+        held = {"file": self.archived(only_synced=True).count(CAST_KEY), "plain": len(self.plain_casts)}
+        for sink, number in held.items():
+            if number + stored[sink] < confirmed:
+                self.violations.append(f"{confirmed} equal events are confirmed, and {sink} or the journal have fewer")
+
     def check(self):
         """Whenever nothing moves."""
         assert not self.violations, self.violations
-        often = [key.hex() for key, times in Counter(self.archived()).items() if times > 1]
+        often = [key.hex() for key, times in Counter(self.archived()).items() if times > 1 and key != CAST_KEY]
         assert not often, f"lines that are there twice: {often}"
         taken = Counter(self.plain_accepted)
         again = {key for key, times in taken.items() if times > 1} - self.excused
@@ -659,9 +690,13 @@ class World:
         dead = set(self._rows("letters WHERE state = 'dead'"))
         archived = set(self.archived())
         for event in self.queue.events:
+            if event.content is CAST:
+                continue
             has = {"file": event.key in archived, "plain": event.key in self.plain_accepted, "": False}
             for sink in event.sinks:
                 assert has[sink] or (event.key, sink) in dead, f"{sink} never got event {event.number}"
+        casts = sum(event.content is CAST for event in self.queue.events)
+        assert (self.archived().count(CAST_KEY), len(self.plain_casts)) == (casts, casts), "of equal events"
         for path in self.folder.glob("events.jsonl*"):
             data = path.read_bytes()
             torn = [line for line in data.split(b"\n") if line and _key_of(line) is None]
