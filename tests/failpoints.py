@@ -9,7 +9,7 @@ import signal
 import threading
 
 from vodpoller.cli import main
-from vodpoller.journal import SqliteJournal
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.sinks.file import Files, FileSink
 from vodpoller.vod import VodClient
 

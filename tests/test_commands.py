@@ -33,8 +33,8 @@ from tests.processes import (
     until,
 )
 from tests.receiver import Answer, Receiver, running_receiver
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Letter
+from vodpoller.journal.contract import Letter
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 pytestmark = pytest.mark.system

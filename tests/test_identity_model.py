@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from tests.helpers import FakeClock, log_into
 from tests.world import folder_in_memory
 from vodpoller.events import event_key
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Known, Pulled
+from vodpoller.journal.contract import Known, Pulled
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 EXAMPLES = int(os.environ.get("VODPOLLER_IDENTITY_EXAMPLES", "60"))

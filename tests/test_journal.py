@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named, until
-from vodpoller import journal as journal_module
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
-from vodpoller.journal import DEFERRED_MAX, SqliteJournal
-from vodpoller.journal_contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
-from vodpoller.migrations import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
+from vodpoller.journal import sqlite as journal_module
+from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
+from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
+from vodpoller.journal.sqlite import DEFERRED_MAX, SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 NOW = 1_800_000_000.0
@@ -110,7 +110,8 @@ def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
 @pytest.mark.system
 def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
     code = (
-        "import sys; from pathlib import Path; from tests.helpers import log_into; from vodpoller.journal import *\n"
+        "import sys; from pathlib import Path; from tests.helpers import log_into\n"
+        "from vodpoller.journal.sqlite import *\n"
         "try: SqliteJournal(Path(sys.argv[1]), max_bytes=1, ledger_days=1, telemetry=Telemetry(log_into([]))).close()\n"
         "except JournalError as error: print(error)"
     )
@@ -709,7 +710,8 @@ def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, 
 @pytest.mark.system
 def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(path):
     code = (
-        "import os, sys; from pathlib import Path; from tests.helpers import *; from vodpoller.journal import *\n"
+        "import os, sys; from pathlib import Path; from tests.helpers import *\n"
+        "from vodpoller.journal.sqlite import *\n"
         "log = Telemetry(log_into([]))\n"
         "journal = SqliteJournal(Path(sys.argv[1]), max_bytes=10**9, ledger_days=1, telemetry=log)\n"
         "journal.store([Letter(event=event(n), sink='it', dead=False, reason='sink_failed') for n in range(9)])\n"

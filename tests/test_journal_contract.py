@@ -1,4 +1,4 @@
-"""What every journal promises, as `vodpoller.journal_contract` says it; what is SQLite's own is in test_journal."""
+"""What every journal promises, as `vodpoller.journal.contract` says it; what is SQLite's own is in test_journal."""
 
 import sqlite3
 import threading
@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers import FakeClock, event
-from vodpoller import journal as journal_module
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import (
+from vodpoller.journal import sqlite as journal_module
+from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
     Known,
@@ -21,7 +20,8 @@ from vodpoller.journal_contract import (
     Pulled,
     StoredEvent,
 )
-from vodpoller.letters import Filter, Letters
+from vodpoller.journal.operator import Filter, Letters
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 LEASE_SECS = 30.0

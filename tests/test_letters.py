@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers import FakeClock, event
-from vodpoller import letters as letters_module
 from vodpoller.errors import JournalError, UnusableJournalError
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Known, Letter
-from vodpoller.letters import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
-from vodpoller.migrations import SCHEMA_VERSION
+from vodpoller.journal import operator as letters_module
+from vodpoller.journal.contract import Known, Letter
+from vodpoller.journal.operator import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
+from vodpoller.journal.schema import SCHEMA_VERSION
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 NOW = 1_800_000_000.0

@@ -7,8 +7,8 @@ from tests.helpers import FakeClock, MemorySink, event, named, until
 from vodpoller.delivery import Worker
 from vodpoller.errors import RejectedError, StorageError, TransientError
 from vodpoller.in_flight import Delivery, DeliveryWait, InFlight
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Known, Letter
+from vodpoller.journal.contract import Known, Letter
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.pending import Retrier
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry

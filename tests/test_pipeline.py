@@ -23,8 +23,8 @@ from vodpoller.errors import (
 )
 from vodpoller.events import Lease, Malformed, PulledEvent, make_event
 from vodpoller.in_flight import DeliveryWait, InFlight
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Known
+from vodpoller.journal.contract import Known
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness

@@ -207,7 +207,7 @@ def test_ctrl_c_prints_no_traceback(system, args, module):
     if args[0] not in ("demo", "simulate"):
         args = [*args, "-c", system.config_path]
     if "replay" in args:
-        module = "vodpoller.letters"
+        module = "vodpoller.journal.operator"
     process = started(args, **slow_python(system.folder, module))
     until((system.folder / "importing").exists)
     process.send_signal(signal.SIGINT)

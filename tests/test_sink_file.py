@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import event_key, make_event, restore_event
-from vodpoller.journal_contract import Position
+from vodpoller.journal.contract import Position
 from vodpoller.sinks import encode
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 

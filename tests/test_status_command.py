@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import event, log_into
 from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, running_system, until
 from tests.receiver import Answer, running_receiver
-from vodpoller.journal import Letter, SqliteJournal
+from vodpoller.journal.sqlite import Letter, SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 MEMBERS = [

@@ -30,8 +30,8 @@ from vodpoller.errors import (
 )
 from vodpoller.events import Lease, event_key, read_event
 from vodpoller.in_flight import DeliveryWait, InFlight, WaitEnd
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Portion
+from vodpoller.journal.contract import Portion
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router

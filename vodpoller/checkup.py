@@ -15,8 +15,8 @@ from vodpoller.errors import (
     UnusableJournalError,
     VodpollerError,
 )
-from vodpoller.journal import problem_of_place
-from vodpoller.letters import Letters
+from vodpoller.journal.operator import Letters
+from vodpoller.journal.sqlite import problem_of_place
 from vodpoller.logs import Logger
 from vodpoller.tc3 import Credentials
 from vodpoller.vod import VodClient

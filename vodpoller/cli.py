@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vodpoller.config import Config
     from vodpoller.daemon import Daemon
-    from vodpoller.letters import Filter, Letters, StoredEvent
+    from vodpoller.journal.operator import Filter, Letters, StoredEvent
     from vodpoller.logs import Logger
 
 EXIT_FAILURE: Final = 1
@@ -375,7 +375,7 @@ def _print_letters(rows: "Sequence[StoredEvent]", total: int, *, pending: bool) 
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, the body in it as a string.")
 def show(letter_id: int, config_path: Path, *, pending: bool, as_json: bool) -> None:
     """Show one stored event whole, with its body. What a terminal would not print is written as JSON escapes."""
-    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import Filter  # noqa: PLC0415 - see the module's docstring
     from vodpoller.logs import printable  # noqa: PLC0415 - see the module's docstring
 
     with _letters(_load(config_path, needs_key=False)) as letters:
@@ -406,7 +406,7 @@ def export(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> No
     """
     from base64 import b64encode  # noqa: PLC0415 - see the module's docstring
 
-    from vodpoller.letters import as_json_value  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import as_json_value  # noqa: PLC0415 - see the module's docstring
 
     with _letters(_load(config_path, needs_key=False)) as letters:
         for row, body in letters.with_bodies(_filter(options, ids=letter_ids)):
@@ -432,7 +432,7 @@ def replay(letter_ids: tuple[int, ...], config_path: Path, *, target: str | None
 
     With --to, an event that is on its way to its own sink at this moment may reach both.
     """
-    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import Filter  # noqa: PLC0415 - see the module's docstring
     from vodpoller.router import Router  # noqa: PLC0415 - see the module's docstring
 
     config = _load(config_path, needs_key=False)
@@ -467,7 +467,7 @@ def _deliver_here(config: "Config", *, pending: int, dead: int) -> bool:
     """Deliver what is due, without a daemon; whether nothing is left of it."""
     from rich.progress import Progress  # noqa: PLC0415 - see the module's docstring
 
-    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import Filter  # noqa: PLC0415 - see the module's docstring
 
     daemon = _open_daemon(config, quiet=True)
     with Progress(console=_console(stderr=True)) as progress:
@@ -485,7 +485,7 @@ def _deliver_here(config: "Config", *, pending: int, dead: int) -> bool:
 
 def _say_missing(letters: "Letters", ids: "Sequence[int]", *, pending: bool, also_pending: bool = False) -> bool:
     """Say which of the ids that were asked for are not of the state that was asked for; whether there are such."""
-    from vodpoller.letters import Filter  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import Filter  # noqa: PLC0415 - see the module's docstring
 
     if not ids:
         return False
@@ -672,7 +672,7 @@ def _end(code: int) -> NoReturn:
 @contextmanager
 def _letters(config: "Config", *, writable: bool = False) -> "Iterator[Letters]":
     from vodpoller.errors import JournalError, UnusableJournalError  # noqa: PLC0415 - see the module's docstring
-    from vodpoller.letters import Letters  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import Letters  # noqa: PLC0415 - see the module's docstring
 
     try:
         with Letters(config.journal.path, writable=writable) as letters:
@@ -684,7 +684,7 @@ def _letters(config: "Config", *, writable: bool = False) -> "Iterator[Letters]"
 
 
 def _filter(options: "Mapping[str, Any]", *, ids: "Sequence[int]" = ()) -> "Filter":
-    from vodpoller.letters import REASONS, Filter  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.journal.operator import REASONS, Filter  # noqa: PLC0415 - see the module's docstring
 
     state, reason = "pending" if options["pending"] else "dead", options["reason"]
     if reason is not None and reason not in REASONS[state]:

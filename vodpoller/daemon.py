@@ -24,8 +24,8 @@ from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
 from vodpoller.in_flight import DeliveryWait, InFlight
-from vodpoller.journal import SqliteJournal
-from vodpoller.journal_contract import Journal, Portion
+from vodpoller.journal.contract import Journal, Portion
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.logs import Logger, cleared, searched_for
 from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline

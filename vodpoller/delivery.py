@@ -16,7 +16,7 @@ from vodpoller.clock import timestamp
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
 from vodpoller.events import Event
 from vodpoller.in_flight import Delivery, InFlight, State
-from vodpoller.journal_contract import Portion, Position
+from vodpoller.journal.contract import Portion, Position
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.status import SinkStatus
 from vodpoller.systemd import Liveness

@@ -9,7 +9,7 @@ from vodpoller.delivery import Backoff, Worker
 from vodpoller.errors import StorageError
 from vodpoller.events import event_fields
 from vodpoller.in_flight import Delivery, InFlight, State
-from vodpoller.journal_contract import Journal, Known, StoredEvent
+from vodpoller.journal.contract import Journal, Known, StoredEvent
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry
 

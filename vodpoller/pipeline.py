@@ -13,7 +13,7 @@ from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.identity import has_own_id
 from vodpoller.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
-from vodpoller.journal_contract import Journal, Known, Letter, Pulled
+from vodpoller.journal.contract import Journal, Known, Letter, Pulled
 from vodpoller.router import Router
 from vodpoller.settlement import (
     ALREADY_DELIVERED,

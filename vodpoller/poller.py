@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from vodpoller.delivery import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.in_flight import DeliveryWait
-from vodpoller.journal_contract import Pulled
+from vodpoller.journal.contract import Pulled
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.pipeline import Source as PulledSource
 from vodpoller.status import SourceStatus
@@ -46,10 +46,10 @@ class RemembersPulls(Protocol):
     """The part of the journal that learns from pulls what VOD may bring again."""
 
     def answered_empty(self, pulled: Pulled) -> None:
-        """A pull brought nothing; see `journal_contract.Journal.answered_empty`."""
+        """A pull brought nothing; see `journal.contract.Journal.answered_empty`."""
 
     def answer_lost(self, source: str, *, sent_ago_secs: float) -> None:
-        """A pull has just failed or was cut off; see `journal_contract.Journal.answer_lost`."""
+        """A pull has just failed or was cut off; see `journal.contract.Journal.answer_lost`."""
 
 
 class _Quickest:

@@ -31,7 +31,7 @@ from vodpoller.durable import (
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, decode_json, event_key
 from vodpoller.identity import has_own_id
-from vodpoller.journal_contract import Portion, Position
+from vodpoller.journal.contract import Portion, Position
 from vodpoller.logs import Repeats, SinkLog
 from vodpoller.sinks import SinkConfig, cloudevent_key, encode
 

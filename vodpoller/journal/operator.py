@@ -19,8 +19,8 @@ from typing import Any, Final, Self
 
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.events import Event, event_fields, restore_event
-from vodpoller.journal import WAL_KEPT_BYTES, is_corrupt, problem_of_place, way_out
-from vodpoller.migrations import OLDEST_READABLE, refuse_other, version_of
+from vodpoller.journal.schema import OLDEST_READABLE, refuse_other, version_of
+from vodpoller.journal.sqlite import WAL_KEPT_BYTES, is_corrupt, problem_of_place, way_out
 from vodpoller.router import Router
 from vodpoller.settlement import Reason
 

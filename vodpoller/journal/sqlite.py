@@ -1,4 +1,4 @@
-"""The journal in SQLite: what `journal_contract` promises, and how it is kept here.
+"""The journal in SQLite: what `journal.contract` promises, and how it is kept here.
 
 One file in WAL mode. Rows that stand in for an event at VOD are on disk before the caller goes on; ledger rows
 may lag, since losing one costs a duplicate at most.
@@ -21,7 +21,7 @@ from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.events import restore_event
 from vodpoller.identity import Occurrence, Occurrences
-from vodpoller.journal_contract import (
+from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
     Journal,
@@ -33,8 +33,8 @@ from vodpoller.journal_contract import (
     StoredCount,
     StoredEvent,
 )
+from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, count_anew, migrate
 from vodpoller.logs import Logger
-from vodpoller.migrations import ROW_OVERHEAD_BYTES, count_anew, migrate
 from vodpoller.settlement import Reason
 from vodpoller.status import JournalStatus
 from vodpoller.telemetry import Count, Telemetry
