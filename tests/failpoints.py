@@ -11,7 +11,7 @@ import threading
 from vodpoller.cli import main
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.sinks.file import Files, FileSink
-from vodpoller.vod import VodClient
+from vodpoller.vod.client import VodClient
 
 STEPS = {
     "open": (Files, "open"),

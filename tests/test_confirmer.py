@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import named, until
-from vodpoller.confirmer import Confirmer
 from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
 from vodpoller.events import Lease
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
-from vodpoller.vod import RateLimiter
+from vodpoller.vod.client import RateLimiter
+from vodpoller.vod.confirmer import Confirmer
 
 HANDLES = [f"h{number}" for number in range(16)]
 

@@ -8,7 +8,6 @@ from functools import cached_property
 import pytest
 
 from tests.helpers import MemorySink, event, named, until
-from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import Worker
 from vodpoller.errors import (
     JournalFullError,
@@ -29,6 +28,7 @@ from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
+from vodpoller.vod.confirmer import Confirmer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vodpoller.in_flight import WaitEnd
 from vodpoller.poller import Poller
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
-from vodpoller.vod import Pull
+from vodpoller.vod.client import Pull
 
 
 @dataclass(frozen=True)

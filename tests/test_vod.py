@@ -24,8 +24,8 @@ from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, ThrottledError, TransientError
 from vodpoller.logs import CATALOGUE
-from vodpoller.tc3 import Credentials
-from vodpoller.vod import Pull, RateLimiter, VodClient
+from vodpoller.vod.client import Pull, RateLimiter, VodClient
+from vodpoller.vod.signature import Credentials
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.helpers import FakeClock, log_into
-from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import Sink, Worker
 from vodpoller.errors import (
     ConfigError,
@@ -38,7 +37,8 @@ from vodpoller.router import Router
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
-from vodpoller.vod import Pull
+from vodpoller.vod.client import Pull
+from vodpoller.vod.confirmer import Confirmer
 
 LEASE_SECS = 30.0
 SINKS_OF = {"Both": ("file", "plain"), "File": ("file",), "Plain": ("plain",), "Nobody": ("",)}

@@ -18,8 +18,8 @@ from vodpoller.errors import (
 from vodpoller.journal.operator import Letters
 from vodpoller.journal.sqlite import problem_of_place
 from vodpoller.logs import Logger
-from vodpoller.tc3 import Credentials
-from vodpoller.vod import VodClient
+from vodpoller.vod.client import VodClient
+from vodpoller.vod.signature import Credentials
 
 CLOCK_TOLERANCE_SECS: Final = 60.0
 IMPOSSIBLE_HANDLE: Final = "vodpoller-check"

@@ -17,10 +17,9 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 
-from vodpoller import __version__, tc3
+from vodpoller import __version__
 from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
-from vodpoller.confirmer import Confirmer
 from vodpoller.delivery import Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
 from vodpoller.in_flight import DeliveryWait, InFlight
@@ -37,7 +36,9 @@ from vodpoller.status import JournalStatus, Status, StoredStatus
 from vodpoller.status_socket import StatusSocket, socket_path
 from vodpoller.systemd import Liveness, Notifier
 from vodpoller.telemetry import Count, Telemetry
-from vodpoller.vod import VodClient
+from vodpoller.vod import signature
+from vodpoller.vod.client import VodClient
+from vodpoller.vod.confirmer import Confirmer
 
 HEARTBEAT_SECS: Final = 5.0
 BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not one too few
@@ -246,9 +247,9 @@ class Daemon:
             wall=self._clock,
         )
 
-    def _credentials(self) -> tc3.Credentials:
+    def _credentials(self) -> signature.Credentials:
         found = self._config.credentials
-        return tc3.Credentials(
+        return signature.Credentials(
             secret_id=found.secret_id.get(),
             secret_key=found.secret_key.get(),
             token=found.token.get() if found.token else "",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, Self
 
-from vodpoller.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
 from vodpoller.delivery import Worker
 from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
@@ -31,7 +30,8 @@ from vodpoller.settlement import (
     settle_unrouted,
 )
 from vodpoller.telemetry import Count, Labels, Telemetry
-from vodpoller.vod import Pull
+from vodpoller.vod.client import Pull
+from vodpoller.vod.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
 
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1

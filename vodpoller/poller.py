@@ -15,7 +15,7 @@ from vodpoller.pipeline import Source as PulledSource
 from vodpoller.status import SourceStatus
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
-from vodpoller.vod import Pull
+from vodpoller.vod.client import Pull
 
 HUNG_SECS: Final = 1.0
 FULL_EVENTS: Final = 16

@@ -45,7 +45,7 @@ from vodpoller.httpclient.trust import RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date, retry_after_secs
 from vodpoller.logs import Logger
 from vodpoller.salvage import salvage_events
-from vodpoller.tc3 import Credentials, Tc3Auth
+from vodpoller.vod.signature import Credentials, Tc3Auth
 
 ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD's take some 100 KiB
 ANSWER_TOO_LARGE: Final = "AnswerTooLarge"

@@ -1,0 +1,1 @@
+"""The VOD event API: pulling, confirming, and what an answer means."""
