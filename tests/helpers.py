@@ -5,9 +5,9 @@ import time
 
 import structlog
 
-from vodpoller.delivery import Sink
+from vodpoller.delivery.in_flight import Delivery, DeliveryWait, WaitEnd
+from vodpoller.delivery.worker import Sink
 from vodpoller.events import make_event
-from vodpoller.in_flight import Delivery, DeliveryWait, WaitEnd
 
 
 def until(condition, *, secs=10.0, what="it did not come true in time"):

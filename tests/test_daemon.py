@@ -539,7 +539,7 @@ def test_the_service_manager_hears_of_the_start_of_life_of_trouble_and_of_the_en
 NEVER = '''
 import threading
 from typing import Literal
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.sinks import SinkConfig
 
 RELEASED = threading.Event()

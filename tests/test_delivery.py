@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send, until
 from vodpoller.clock import timestamp
-from vodpoller.delivery import Backoff, Breaker, Worker
+from vodpoller.delivery.in_flight import InFlight
+from vodpoller.delivery.worker import Backoff, Breaker, Worker
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError
-from vodpoller.in_flight import InFlight
 from vodpoller.settlement import Reason
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry

@@ -603,7 +603,7 @@ def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiv
 
 PLUGIN = """
 from typing import Literal
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.sinks import SinkConfig
 
 

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from tests.helpers import event, until
-from vodpoller.in_flight import Delivery, DeliveryWait, InFlight, State, WaitEnd
+from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 
 FAILED = SinkResult(outcome=Outcome.FAILED, reason=Reason.SINK_FAILED, why="late")

@@ -4,12 +4,12 @@ from itertools import pairwise
 import pytest
 
 from tests.helpers import FakeClock, MemorySink, event, named, until
-from vodpoller.delivery import Worker
+from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight
+from vodpoller.delivery.retrier import Retrier
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import RejectedError, StorageError, TransientError
-from vodpoller.in_flight import Delivery, DeliveryWait, InFlight
 from vodpoller.journal.contract import Known, Letter
 from vodpoller.journal.sqlite import SqliteJournal
-from vodpoller.pending import Retrier
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
 

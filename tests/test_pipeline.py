@@ -8,7 +8,8 @@ from functools import cached_property
 import pytest
 
 from tests.helpers import MemorySink, event, named, until
-from vodpoller.delivery import Worker
+from vodpoller.delivery.in_flight import DeliveryWait, InFlight
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import (
     JournalFullError,
     LeaseLostError,
@@ -21,7 +22,6 @@ from vodpoller.errors import (
     TransientError,
 )
 from vodpoller.events import Lease, Malformed, PulledEvent, make_event
-from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal.contract import Known
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.pipeline import Batch, Pipeline

@@ -7,9 +7,9 @@ from queue import Queue
 import pytest
 
 from tests.helpers import FakeClock, named, until
+from vodpoller.delivery.in_flight import WaitEnd
 from vodpoller.errors import OperatorError, StoppingError, TransientError
 from vodpoller.events import Lease
-from vodpoller.in_flight import WaitEnd
 from vodpoller.poller import Poller
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry

@@ -14,7 +14,7 @@ import pytest
 
 from tests.processes import needs
 from tests.receiver import running_receiver, until
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError
 from vodpoller.sinks.file import FileConfig, FileSink
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink

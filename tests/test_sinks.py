@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 
 from tests.receiver import Answer, Receiver, running_receiver, until
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.errors import RejectedError, TransientError
 from vodpoller.events import SNAPSHOT_EVENT_TYPE, decode_json, make_event
 from vodpoller.sinks import SinkConfig, available_sinks

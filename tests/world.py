@@ -17,7 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.helpers import FakeClock, log_into
-from vodpoller.delivery import Sink, Worker
+from vodpoller.delivery.in_flight import DeliveryWait, InFlight, WaitEnd
+from vodpoller.delivery.retrier import Retrier
+from vodpoller.delivery.worker import Sink, Worker
 from vodpoller.errors import (
     ConfigError,
     PartialFailureError,
@@ -28,10 +30,8 @@ from vodpoller.errors import (
     TransientError,
 )
 from vodpoller.events import Lease, event_key, read_event
-from vodpoller.in_flight import DeliveryWait, InFlight, WaitEnd
 from vodpoller.journal.contract import Portion
 from vodpoller.journal.sqlite import SqliteJournal
-from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.sinks.file import FileConfig, Files, FileSink

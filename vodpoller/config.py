@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from pydantic_core import ErrorDetails
 
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError
 from vodpoller.event_types import matches_documented, nearest_documented
 from vodpoller.httpclient.trust import CaFile
@@ -1048,8 +1048,8 @@ def _loaded(point: EntryPoint) -> type[Sink]:
         isinstance(config, type) and issubclass(config, SinkConfig)
     ):
         raise _UnusableSinkError(
-            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.delivery.Sink with a"
-            " Config (ask those who made the package)"
+            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.delivery.worker.Sink"
+            " with a Config (ask those who made the package)"
         )
     return sink_class
 

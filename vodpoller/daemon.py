@@ -20,13 +20,13 @@ from apscheduler.triggers.base import BaseTrigger
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
 from vodpoller.config import Config, Source
-from vodpoller.delivery import Sink, Worker
+from vodpoller.delivery.in_flight import DeliveryWait, InFlight
+from vodpoller.delivery.retrier import Retrier
+from vodpoller.delivery.worker import Sink, Worker
 from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
-from vodpoller.in_flight import DeliveryWait, InFlight
 from vodpoller.journal.contract import Journal, Portion
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.logs import Logger, cleared, searched_for
-from vodpoller.pending import Retrier
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, Self
 
-from vodpoller.delivery import Worker
+from vodpoller.delivery.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.identity import has_own_id
-from vodpoller.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.journal.contract import Journal, Known, Letter, Pulled
 from vodpoller.router import Router
 from vodpoller.settlement import (

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, Protocol
 
-from vodpoller.delivery import Backoff
+from vodpoller.delivery.in_flight import DeliveryWait
+from vodpoller.delivery.worker import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
-from vodpoller.in_flight import DeliveryWait
 from vodpoller.journal.contract import Pulled
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.pipeline import Source as PulledSource

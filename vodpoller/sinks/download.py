@@ -29,7 +29,7 @@ import requests
 from pydantic import Field, field_validator
 
 from vodpoller import __version__
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.durable import HINTS, Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of

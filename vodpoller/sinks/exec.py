@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, file_id_of, task_id_of
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, field_validator
 
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.durable import (
     Folders,
     is_locked,

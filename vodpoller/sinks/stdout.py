@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError, PartialFailureError, TransientError
 from vodpoller.events import Event
 from vodpoller.outlet import Outlet

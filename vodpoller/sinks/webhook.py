@@ -21,7 +21,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from vodpoller import __version__
-from vodpoller.delivery import Sink
+from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event
 from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url

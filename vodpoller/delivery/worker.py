@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import tenacity
 
 from vodpoller.clock import timestamp
+from vodpoller.delivery.in_flight import Delivery, InFlight, State
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
 from vodpoller.events import Event
-from vodpoller.in_flight import Delivery, InFlight, State
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.status import SinkStatus

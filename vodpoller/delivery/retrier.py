@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import assert_never
 
-from vodpoller.delivery import Backoff, Worker
+from vodpoller.delivery.in_flight import Delivery, InFlight, State
+from vodpoller.delivery.worker import Backoff, Worker
 from vodpoller.errors import StorageError
 from vodpoller.events import event_fields
-from vodpoller.in_flight import Delivery, InFlight, State
 from vodpoller.journal.contract import Journal, Known, StoredEvent
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry
