@@ -6,7 +6,7 @@ import pytest
 
 from tests.receiver import raw_server, read_request
 from vodpoller.checkup import check_connections
-from vodpoller.config import from_dict
+from vodpoller.config.load import from_dict
 
 REFUSED = b'{"Response":{"Error":{"Code":"UnauthorizedOperation","Message":"no"}%b}}'
 

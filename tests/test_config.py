@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
-from vodpoller import config
+from vodpoller.config import load as config
 from vodpoller.errors import ConfigError
 from vodpoller.secret import HasSecrets, Secret
 from vodpoller.sinks import SinkConfig, available_sinks
@@ -630,7 +630,7 @@ def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, 
     ("value", "words"),
     [
         ("vodpoller_no_such_module:Sink", ["cannot be loaded: ModuleNotFoundError", "vodpoller_no_such_module"]),
-        ("vodpoller.config:NoSuchName", ["cannot be loaded: AttributeError"]),
+        ("vodpoller.config.load:NoSuchName", ["cannot be loaded: AttributeError"]),
         (f"{__name__}:NoSink", ["is no sink"]),
         ("vodpoller.delivery.worker:Sink", ["is no sink"]),
     ],
@@ -1011,7 +1011,8 @@ def test_a_dictionary_does_as_well_as_a_file(tmp_path):
 @pytest.mark.system
 def test_reading_does_not_import_what_only_some_sinks_need():
     code = (
-        "import sys, vodpoller.config; sys.exit('requests' in sys.modules or 'vodpoller.sinks.webhook' in sys.modules)"
+        "import sys, vodpoller.config.load\n"
+        "sys.exit('requests' in sys.modules or 'vodpoller.sinks.webhook' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

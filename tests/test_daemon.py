@@ -25,7 +25,7 @@ from tests.processes import (
 )
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import daemon as daemon_module
-from vodpoller.config import load
+from vodpoller.config.load import load
 from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, make_logger
 
 pytestmark = pytest.mark.system

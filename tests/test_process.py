@@ -155,7 +155,7 @@ def slow_python(folder, module):
     return {"PYTHONPATH": f"{folder}:{env['PYTHONPATH']}"}
 
 
-@pytest.mark.parametrize("module", ["click", "vodpoller.config", "vodpoller.daemon"])
+@pytest.mark.parametrize("module", ["click", "vodpoller.config.load", "vodpoller.daemon"])
 def test_a_sighup_before_the_daemon_is_there_is_done_when_it_is(system, module):
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -169,7 +169,7 @@ def test_a_sighup_before_the_daemon_is_there_is_done_when_it_is(system, module):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("module", ["click", "vodpoller.config", "vodpoller.daemon"])
+@pytest.mark.parametrize("module", ["click", "vodpoller.config.load", "vodpoller.daemon"])
 def test_a_request_to_end_before_the_daemon_is_there_ends_it_with_0(system, module, number):
     simulator = system.simulator(events=3)
     system.configure(simulator.url)
@@ -203,7 +203,7 @@ def test_a_request_to_end_during_recovery_ends_it_with_0_and_enters_nothing(syst
 def test_ctrl_c_prints_no_traceback(system, args, module):
     system.configure("http://127.0.0.1:9")
     module = "vodpoller.simulator" if args == ["simulate"] and module != "click" else module
-    module = "vodpoller.config" if args == ["check"] and module != "click" else module
+    module = "vodpoller.config.load" if args == ["check"] and module != "click" else module
     if args[0] not in ("demo", "simulate"):
         args = [*args, "-c", system.config_path]
     if "replay" in args:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 from vodpoller.cli import main
-from vodpoller.config import TABLES
+from vodpoller.config.load import TABLES
 from vodpoller.settlement import ConfirmResult, Reason
 from vodpoller.sinks import SinkConfig, available_sinks
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tests.processes import needs
 from vodpoller import cli
-from vodpoller.config import TABLES
+from vodpoller.config.load import TABLES
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "systemd" / "vodpoller.service"

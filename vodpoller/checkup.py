@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vodpoller.config import Config, Source
+from vodpoller.config.load import Config, Source
 from vodpoller.errors import (
     ConfigError,
     JournalError,

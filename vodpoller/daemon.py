@@ -19,7 +19,7 @@ from apscheduler.triggers.base import BaseTrigger
 
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
-from vodpoller.config import Config, Source
+from vodpoller.config.load import Config, Source
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.delivery.worker import Sink, Worker

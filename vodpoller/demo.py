@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vodpoller.config import Config, from_dict
+from vodpoller.config.load import Config, from_dict
 from vodpoller.daemon import Daemon
 from vodpoller.logs import make_logger
 from vodpoller.simulator import Simulator, SimulatorOptions

@@ -19,14 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from pydantic_core import ErrorDetails
 
-from vodpoller.delivery.worker import Sink
-from vodpoller.errors import ConfigError
-from vodpoller.event_types import matches_documented, nearest_documented
-from vodpoller.httpclient.trust import CaFile
-from vodpoller.logs import SEARCHED_MIN_CHARACTERS, Level
-from vodpoller.secret import HasSecrets, Secret, Surroundings
-from vodpoller.sinks import SinkConfig, available_sinks
-from vodpoller.wording import (
+from vodpoller.config.wording import (
     LISTS,
     NAME_PATTERN,
     NAME_RULE,
@@ -40,6 +33,13 @@ from vodpoller.wording import (
     toml_problem,
     unknown_key,
 )
+from vodpoller.delivery.worker import Sink
+from vodpoller.errors import ConfigError
+from vodpoller.event_types import matches_documented, nearest_documented
+from vodpoller.httpclient.trust import CaFile
+from vodpoller.logs import SEARCHED_MIN_CHARACTERS, Level
+from vodpoller.secret import HasSecrets, Secret, Surroundings
+from vodpoller.sinks import SinkConfig, available_sinks
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
