@@ -202,7 +202,7 @@ def test_a_request_to_end_during_recovery_ends_it_with_0_and_enters_nothing(syst
 @pytest.mark.parametrize("args", [["once"], ["check"], ["demo"], ["simulate"], ["deadletters", "replay"]], ids=" ".join)
 def test_ctrl_c_prints_no_traceback(system, args, module):
     system.configure("http://127.0.0.1:9")
-    module = "vodpoller.simulator" if args == ["simulate"] and module != "click" else module
+    module = "vodpoller.simulator.service" if args == ["simulate"] and module != "click" else module
     module = "vodpoller.config.load" if args == ["check"] and module != "click" else module
     if args[0] not in ("demo", "simulate"):
         args = [*args, "-c", system.config_path]

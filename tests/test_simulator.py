@@ -34,7 +34,7 @@ import vodpoller
 from tests.processes import environment
 from vodpoller.cli import main
 from vodpoller.logs import CATALOGUE, make_logger
-from vodpoller.simulator import (
+from vodpoller.simulator.service import (
     FAULTS,
     EventGenerator,
     EventQueue,
@@ -1298,7 +1298,7 @@ def test_a_stopped_simulator_cuts_its_connections_and_still_tells_what_happened(
 
 
 SERVE = """
-from vodpoller.simulator import SimulatorOptions, serve
+from vodpoller.simulator.service import SimulatorOptions, serve
 serve(SimulatorOptions(events=20), None, lambda url: print(url, flush=True))
 """
 

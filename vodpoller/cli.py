@@ -596,7 +596,7 @@ def simulate(**options: Any) -> None:
 
     Prints its URL. GET /_stats and /_ledger tell what happened; POST /_feed takes bodies, /_control changes options.
     """
-    from vodpoller.simulator import SimulatorOptions, parse_faults, serve  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.simulator.service import SimulatorOptions, parse_faults, serve  # noqa: PLC0415 - see the module's docstring
 
     try:
         options["faults"] = parse_faults(options["faults"])

@@ -14,7 +14,7 @@ from rich.table import Table
 from vodpoller.config.load import Config, from_dict
 from vodpoller.daemon import Daemon
 from vodpoller.logs import make_logger
-from vodpoller.simulator import Simulator, SimulatorOptions
+from vodpoller.simulator.service import Simulator, SimulatorOptions
 from vodpoller.systemd import Notifier
 
 EVENTS: Final = 24
