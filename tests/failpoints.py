@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 
-from vodpoller.cli import main
+from vodpoller.cli.app import main
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.sinks.file import Files, FileSink
 from vodpoller.vod.client import VodClient

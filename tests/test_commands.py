@@ -1010,7 +1010,7 @@ for encoding in ("ascii", "idna", "latin-1", "utf-8-sig"):
 os.setgroups([])
 os.setgid({NOBODY})
 os.setuid({NOBODY})
-vodpoller.cli.main()
+vodpoller.cli.app.main()
 """
 
 
@@ -1408,7 +1408,7 @@ def test_what_is_wrong_is_wrong_by_the_schema_too(schema, right, wrong):
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_gets_its_completion(shell):
     done = subprocess.run(
-        [sys.executable, "-c", "from vodpoller.cli import main; main(prog_name='vodpoller')"],
+        [sys.executable, "-c", "from vodpoller.cli.app import main; main(prog_name='vodpoller')"],
         capture_output=True,
         text=True,
         check=False,
@@ -1423,7 +1423,7 @@ def test_each_shell_gets_its_completion(shell):
 def test_completion_knows_commands_and_options():
     def completed(words):
         done = subprocess.run(
-            [sys.executable, "-c", "from vodpoller.cli import main; main(prog_name='vodpoller')"],
+            [sys.executable, "-c", "from vodpoller.cli.app import main; main(prog_name='vodpoller')"],
             capture_output=True,
             text=True,
             check=True,

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
-from vodpoller.cli import main
+from vodpoller.cli.app import main
 from vodpoller.config.load import TABLES
 from vodpoller.settlement import ConfirmResult, Reason
 from vodpoller.sinks import SinkConfig, available_sinks

@@ -32,7 +32,7 @@ from tencentcloud.vod.v20180717.vod_client import VodClient
 
 import vodpoller
 from tests.processes import environment
-from vodpoller.cli import main
+from vodpoller.cli.app import main
 from vodpoller.logs import CATALOGUE, make_logger
 from vodpoller.simulator.service import (
     FAULTS,

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.processes import needs
-from vodpoller import cli
+from vodpoller.cli import app as cli
 from vodpoller.config.load import TABLES
 
 ROOT = Path(__file__).parents[1]
