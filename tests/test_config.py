@@ -293,11 +293,24 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (VALID + "[lok]\nlevel = 'info'", "lok", ["no such key", "did you mean log?"]),
         (VALID + "[log]\nzzz = 1", "log.zzz", ["no such key", "level, format"]),
         ("level = 'info'" + VALID, "level", ["no such key here", "[log]"]),
-        (VALID + "[log]\nmax_lanes = 3", "log.max_lanes", ["[[sources]]"]),
+        (VALID + "[log]\nmax_concurrent_pulls = 3", "log.max_concurrent_pulls", ["[[sources]]"]),
+        (
+            replaced('name = "main"', 'name = "main"\nmax_lanes = 3'),
+            "sources.main.max_lanes",
+            ["is now called max_concurrent_pulls"],
+        ),
         (VALID + "paht = 'x'", "sinks.archive.paht", ["did you mean path?"]),
         # types
-        (replaced('name = "main"', 'name = "main"\nmax_lanes = true'), "sources.main.max_lanes", ["whole number"]),
-        (replaced('name = "main"', 'name = "main"\nmax_lanes = 1.5'), "sources.main.max_lanes", ["fraction"]),
+        (
+            replaced('name = "main"', 'name = "main"\nmax_concurrent_pulls = true'),
+            "sources.main.max_concurrent_pulls",
+            ["whole number"],
+        ),
+        (
+            replaced('name = "main"', 'name = "main"\nmax_concurrent_pulls = 1.5'),
+            "sources.main.max_concurrent_pulls",
+            ["fraction"],
+        ),
         (
             replaced('name = "main"', 'name = "main"\ninterval_secs = "1"'),
             "sources.main.interval_secs",
@@ -316,8 +329,16 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         ("sinks = 1" + ROUTE + SOURCE, "sinks", ["must hold tables"]),
         (replaced('type = "file"', "type = 1"), "sinks.archive.type", ["must be text", 'one of "download"']),
         # numbers
-        (replaced('name = "main"', 'name = "main"\nmax_lanes = -1'), "sources.main.max_lanes", ["at least 1", "128"]),
-        (replaced('name = "main"', 'name = "main"\nmax_lanes = 129'), "sources.main.max_lanes", ["at most 128"]),
+        (
+            replaced('name = "main"', 'name = "main"\nmax_concurrent_pulls = -1'),
+            "sources.main.max_concurrent_pulls",
+            ["at least 1", "128"],
+        ),
+        (
+            replaced('name = "main"', 'name = "main"\nmax_concurrent_pulls = 129'),
+            "sources.main.max_concurrent_pulls",
+            ["at most 128"],
+        ),
         (replaced('name = "main"', 'name = "main"\nsub_app_id = 0'), "sources.main.sub_app_id", ["0 is too small"]),
         (VALID + "[api]\nrequests_per_sec = inf", "api.requests_per_sec", ["inf is not a number that can be used"]),
         (VALID + "[api]\nlease_secs = nan", "api.lease_secs", ["nan is not"]),
@@ -488,7 +509,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         secret_id_file = "none"
         [[sources]]
         name = "main"
-        max_lanes = "16"
+        max_concurrent_pulls = "16"
         [[sources]]
         interval_secs = 0
         [[routes]]
@@ -516,7 +537,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
             "api.requests_per_sec",
             "credentials.secret_id_file",
             "credentials.secret_key",
-            "sources.main.max_lanes",
+            "sources.main.max_concurrent_pulls",
             "sources.main.unrouted",
             "sources[1].name",
             "sources[1].interval_secs",
@@ -940,7 +961,7 @@ def test_a_minimal_file_gets_the_documented_defaults(tmp_path):
         "sub_app_id": None,
         "interval_secs": 1,
         "long_poll": True,
-        "max_lanes": 16,
+        "max_concurrent_pulls": 16,
         "on_failure": "store",
         "unrouted": "dead_letter",
     }

@@ -23,7 +23,7 @@ class Source:
     on_failure: str = "store"
     unrouted: str | None = "dead_letter"
     long_poll: bool = True
-    max_lanes: int = 3
+    max_concurrent_pulls: int = 3
 
 
 class FakePipeline:
@@ -237,7 +237,7 @@ def test_a_lane_hands_the_pulling_over_before_it_delivers(bench):
 
 
 def test_pulls_grow_with_the_backlog_to_the_lanes_there_are_and_no_further(bench):
-    poller, pipeline = bench.poller(max_lanes=4)
+    poller, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(40):
         pipeline.answer(16, hung_secs=0.0, after=None)
     assert settles(lambda: (len(pipeline.pulls_at) > 40, pipeline.pulling), (True, 4))
@@ -246,7 +246,7 @@ def test_pulls_grow_with_the_backlog_to_the_lanes_there_are_and_no_further(bench
 
 
 def test_pulls_shrink_to_one_when_the_backlog_is_gone(bench):
-    _, pipeline = bench.poller(max_lanes=4)
+    _, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(40):
         pipeline.answer(16, hung_secs=0.0, after=None)
     until(lambda: pipeline.pulling == 4)
@@ -258,7 +258,7 @@ def test_pulls_shrink_to_one_when_the_backlog_is_gone(bench):
 
 
 def test_an_answer_that_hung_adds_no_pull(bench):
-    _, pipeline = bench.poller(max_lanes=4)
+    _, pipeline = bench.poller(max_concurrent_pulls=4)
     for number in range(5):
         pipeline.answer(1, hung_secs=2.0, after=None)
         until(lambda number=number: len(pipeline.pulls_at) == number + 2)
@@ -267,7 +267,7 @@ def test_an_answer_that_hung_adds_no_pull(bench):
 
 
 def test_a_source_with_one_lane_pulls_one_at_a_time(bench):
-    _, pipeline = bench.poller(max_lanes=1)
+    _, pipeline = bench.poller(max_concurrent_pulls=1)
     for _ in range(20):
         pipeline.answer(16, hung_secs=0.0, after=None)
     until(lambda: len(pipeline.pulls_at) == 21)
@@ -275,7 +275,7 @@ def test_a_source_with_one_lane_pulls_one_at_a_time(bench):
 
 
 def test_where_every_lane_waits_for_a_sink_the_longest_waiting_goes_on(bench):
-    _, pipeline = bench.poller(max_lanes=2)
+    _, pipeline = bench.poller(max_concurrent_pulls=2)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
     first = pipeline.delivering[0]
@@ -288,14 +288,14 @@ def test_where_every_lane_waits_for_a_sink_the_longest_waiting_goes_on(bench):
 
 
 def test_no_lane_is_hurried_while_another_is_free(bench):
-    _, pipeline = bench.poller(max_lanes=3)
+    _, pipeline = bench.poller(max_concurrent_pulls=3)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
     assert settles(lambda: (len(pipeline.delivering), pipeline.interrupted), (1, []), secs=0.1)
 
 
 def test_where_no_more_threads_are_to_be_had_the_lanes_there_are_go_on(bench, monkeypatch):
-    poller, pipeline = bench.poller(max_lanes=4)
+    poller, pipeline = bench.poller(max_concurrent_pulls=4)
 
     def refuse(thread):
         raise RuntimeError("can't start new thread")
@@ -327,12 +327,12 @@ def test_where_not_even_a_first_thread_is_to_be_had_the_next_tick_tries_again(be
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def failing(bench, error, *, number=12, max_lanes=3):
+def failing(bench, error, *, number=12, max_concurrent_pulls=3):
     """How long after the first the pulls of a source start that fails all the time."""
     clock = FakeClock()
     pipeline = FakePipeline(clock)
     pipeline.automatic = lambda: error
-    poller, _ = bench.poller(pipeline, clock=clock, start=False, max_lanes=max_lanes)
+    poller, _ = bench.poller(pipeline, clock=clock, start=False, max_concurrent_pulls=max_concurrent_pulls)
     pass_time_in_pauses(poller, clock)
     poller.tick()
     until(lambda: len(pipeline.pulls_at) >= number)
@@ -395,7 +395,7 @@ def test_a_failure_that_repeats_is_few_lines(bench, lines):
 
 
 def test_lanes_that_fail_together_have_failed_once(bench):
-    poller, pipeline = bench.poller(max_lanes=4)
+    poller, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(10):
         pipeline.answer(16, hung_secs=0.0, after=None)
     until(lambda: pipeline.pulling == 4)
@@ -472,7 +472,7 @@ def test_a_wake_ends_the_back_off(bench):
 
 
 def test_a_batch_whose_processing_fails_costs_no_lane(bench, lines):
-    poller, pipeline = bench.poller(max_lanes=2)
+    poller, pipeline = bench.poller(max_concurrent_pulls=2)
     for number in range(5):
         pipeline.answer(16, hung_secs=2.0, after=RuntimeError("a bug"))
         until(lambda number=number: len(pipeline.pulls_at) == number + 2)

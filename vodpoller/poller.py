@@ -32,7 +32,7 @@ class Source(PulledSource, Protocol):
     @property
     def long_poll(self) -> bool: ...  # noqa: D102 - as in the configuration
     @property
-    def max_lanes(self) -> int: ...  # noqa: D102 - as in the configuration
+    def max_concurrent_pulls(self) -> int: ...  # noqa: D102 - as in the configuration
 
 
 class PullsEvents(Protocol):
@@ -306,8 +306,10 @@ class Poller:
     # --- turns; all of this holds the lock ----------------------------------------------------------------------------
 
     def _grant(self, turns: int) -> None:
-        self._turns = min(self._turns + turns, self._source.max_lanes - self._pulling)
-        while self._parked < self._turns and len(self._lanes) < self._source.max_lanes and not self._stopping:
+        self._turns = min(self._turns + turns, self._source.max_concurrent_pulls - self._pulling)
+        while (
+            self._parked < self._turns and len(self._lanes) < self._source.max_concurrent_pulls and not self._stopping
+        ):
             lane = threading.Thread(target=self._run, name=f"lane-{self.name}-{len(self._lanes)}", daemon=True)
             try:
                 lane.start()
@@ -343,7 +345,7 @@ class Poller:
         """Let others pull while this lane delivers: one more than before where there is a backlog, else one less."""
         is_full = len(pull.events) >= FULL_EVENTS
         if pull.hung_secs < HUNG_SECS and (is_full or not self._quickest.is_slow(pull.hung_secs)):
-            has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_lanes
+            has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_concurrent_pulls
             self._grant(2 if has_free_lane else 1)
         elif is_full or self._pulling + self._turns == 0:
             self._grant(1)

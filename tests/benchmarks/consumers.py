@@ -43,13 +43,13 @@ class Vodpoller:
 
     Args:
         requests_per_sec: Its `api.requests_per_sec`.
-        max_lanes: Of its one source.
+        max_concurrent_pulls: Of its one source.
         sinks: The tables of its sinks; `{archive}` stands for that of the file.
         label: What the report calls it.
     """
 
     requests_per_sec: float = 100.0
-    max_lanes: int = 16
+    max_concurrent_pulls: int = 16
     sinks: str = "{archive}"
     label: str = "vodpoller"
 
@@ -59,7 +59,7 @@ class Vodpoller:
             url,
             lease_secs=30.0,
             api=f"requests_per_sec = {self.requests_per_sec}",
-            source=f'unrouted = "dead_letter"\nmax_lanes = {self.max_lanes}',
+            source=f'unrouted = "dead_letter"\nmax_concurrent_pulls = {self.max_concurrent_pulls}',
             sinks=self.sinks.replace("{archive}", system.archive_sink),
         )
         yield system.daemon().process

@@ -38,7 +38,7 @@ class Effort:
         secs: How long each window of the steady state is.
         warm_secs: How long after the first confirm it begins.
         idle_secs: The same for the row of that name.
-        lanes: The values of `max_lanes` to try.
+        pulls: The values of `max_concurrent_pulls` to try.
         backlogs: The backlogs to drain.
         starts: How often `run` is started.
         repeats: How often each comparison is made, in turns; the one of the median CPU time per event counts.
@@ -48,7 +48,7 @@ class Effort:
     secs: float = 10.0
     warm_secs: float = 2.0
     idle_secs: float = 30.0
-    lanes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    pulls: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     backlogs: tuple[int, ...] = (1000, 10_000, 100_000, 200_000)
     starts: int = 3
     repeats: int = 1
@@ -308,17 +308,17 @@ def _first_pull_secs(effort):
         return time.monotonic() - began
 
 
-def lanes(effort):
+def pulls(effort):
     limited = Load(options={"rtt_secs": 0.05}, backlog_per_sec=1700)
     unlimited = Load(options={"rtt_secs": 0.05, "requests_per_sec": 0}, backlog_per_sec=8000)
     lines = []
-    for number_of_lanes in effort.lanes:
-        say(f"  max_lanes = {number_of_lanes}")
-        within = measure(effort, limited, Vodpoller(max_lanes=number_of_lanes))
-        free = measure(effort, unlimited, Vodpoller(max_lanes=number_of_lanes, requests_per_sec=UNLIMITED))
+    for number_of_pulls in effort.pulls:
+        say(f"  max_concurrent_pulls = {number_of_pulls}")
+        within = measure(effort, limited, Vodpoller(max_concurrent_pulls=number_of_pulls))
+        free = measure(effort, unlimited, Vodpoller(max_concurrent_pulls=number_of_pulls, requests_per_sec=UNLIMITED))
         lines.append(
             [
-                str(number_of_lanes),
+                str(number_of_pulls),
                 number(within.window.events_per_sec),
                 percent(within.window.events_per_sec / QUOTA_EVENTS_PER_SEC),
                 percent(within.window.refused_share, 2),
@@ -328,7 +328,7 @@ def lanes(effort):
             ]
         )
     heads = (
-        "`max_lanes`",
+        "`max_concurrent_pulls`",
         "events/s at 100 requests/s",
         "of the quota",
         "refused",
@@ -336,7 +336,7 @@ def lanes(effort):
         "CPU µs/event",
         "peak memory",
     )
-    return [Table("Throughput against `max_lanes`, 50 ms round trip", heads, lines)]
+    return [Table("Throughput against `max_concurrent_pulls`, 50 ms round trip", heads, lines)]
 
 
 def backlog(effort):
@@ -407,6 +407,6 @@ ROWS = {
     "slow-sink": slow_sink,
     "idle": idle,
     "start": start,
-    "lanes": lanes,
+    "pulls": pulls,
     "backlog": backlog,
 }

@@ -209,8 +209,8 @@ class Source(BaseModel):
         default=True,
         description="Whether the next pull starts as soon as one came back empty; if not, at the next interval.",
     )
-    max_lanes: Annotated[int, Field(ge=1, le=128)] = Field(
-        default=16, description="How many pulls, with their deliveries, run at once at most."
+    max_concurrent_pulls: Annotated[int, Field(ge=1, le=128)] = Field(
+        default=16, description="Maximum number of pulls, with their deliveries, that run at once."
     )
     on_failure: Literal["store", "leave"] = Field(
         default="store",

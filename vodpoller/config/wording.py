@@ -40,6 +40,7 @@ _KINDS: Final[Mapping[type, str]] = {
     tuple: "a list",
     Mapping: "a table",
 }
+_RENAMED: Final[Mapping[str, str]] = {"max_lanes": "max_concurrent_pulls"}
 _BOUNDS: Final[Mapping[str, str]] = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -148,7 +149,9 @@ def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[B
     """A key that a table does not have, and which one may be meant."""
     headers = {"sinks": "[sinks.NAME]"} | {name: f"[[{name}]]" for name in LISTS}
     owners = [headers.get(name, f"[{name}]") for name, model in elsewhere.items() if key in model.model_fields]
-    if owners:
+    if (renamed := _RENAMED.get(key)) in known:
+        hint = f"it is now called {renamed}"
+    elif owners:
         hint = f"it belongs under {' or '.join(owners)}"
     elif near := _nearest(key, known):
         hint = f"did you mean {near}?"
