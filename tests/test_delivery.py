@@ -289,7 +289,7 @@ def test_an_error_in_the_ledger_does_not_end_the_worker(bench, lines, monkeypatc
         patched.setattr(bench.ledger, "accept", broken)
         assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
     assert bench.deliver(worker, 2) == [Reason.DELIVERED]
-    assert named(lines, "lane.failed")
+    assert named(lines, "worker.failed")
 
 
 def test_a_sink_that_hangs_holds_only_its_own_thread(bench):

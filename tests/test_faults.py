@@ -480,7 +480,7 @@ def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(
     daemon.await_log("journal.recovered")
     until(lambda: archive.read_bytes().count(b"\n") == 320)
     assert_all_arrived_once(system, simulator, archive)
-    assert not daemon.log("lane.failed")
+    assert daemon.log("puller.failed") == daemon.log("worker.failed") == []
     assert not daemon.log("task.failed")
     assert daemon.terminate()[0] == 0
 
@@ -988,7 +988,7 @@ def test_a_hostile_endpoint_costs_bounded_memory_and_no_event(system, manner):
         assert daemon.terminate()[0] == 0
     assert peak < 250 * 2**20
     assert any(part in lines[0]["error_message"] for part in said.split("|")), lines[0]["error_message"]
-    assert not daemon.log("lane.failed")
+    assert daemon.log("puller.failed") == daemon.log("worker.failed") == []
     assert_all_arrived_once(system, simulator)
 
 

@@ -70,7 +70,7 @@ def assert_all_arrived_once(system, simulator):
         data = path.read_bytes()
         assert not data or data.endswith(b"\n")
         assert b"\0" not in data
-    assert not daemon.log("lane.failed")
+    assert daemon.log("puller.failed") == daemon.log("worker.failed") == []
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,8 @@ def test_an_exception_is_a_field_with_its_traceback(output):
     try:
         int("why")
     except ValueError as error:
-        log.exception("lane.failed")
-        log.warning("lane.failed", exc_info=error)
+        log.exception("puller.failed")
+        log.warning("puller.failed", exc_info=error)
     for line in output.lines:
         assert "Traceback" in line["exception"]
         assert "ValueError: invalid literal for int() with base 10: 'why'" in line["exception"]
@@ -176,7 +176,7 @@ def test_a_line_of_very_many_fields_keeps_what_it_is_about(output):
 
 
 def test_a_long_field_is_cut_and_the_others_are_whole(output):
-    output.logger().error("lane.failed", sink="archive", number=7, error_message="x" * 100_000, flags=[1, 2])
+    output.logger().error("worker.failed", sink="archive", number=7, error_message="x" * 100_000, flags=[1, 2])
     (line,) = output.lines
     assert line["truncated"] is True
     assert (line["sink"], line["number"]) == ("archive", 7)
@@ -185,7 +185,7 @@ def test_a_long_field_is_cut_and_the_others_are_whole(output):
 
 
 def test_a_line_that_fits_is_not_cut(output):
-    output.logger().error("lane.failed", error_message="x" * 15_000)
+    output.logger().error("puller.failed", error_message="x" * 15_000)
     (line,) = output.lines
     assert len(line["error_message"]) == 15_000
     assert "truncated" not in line
@@ -241,7 +241,7 @@ def test_a_traceback_shows_no_values_of_variables(output, log_format, how):
     try:
         int("why", base=len(password))
     except ValueError as error:
-        log.warning("lane.failed", exc_info=error) if how == "exc_info" else log.exception("lane.failed")
+        log.warning("puller.failed", exc_info=error) if how == "exc_info" else log.exception("puller.failed")
     assert b"Traceback" in output.bytes
     assert password.encode() not in output.bytes
 
@@ -257,7 +257,7 @@ def secret_everywhere(log, secret):
     try:
         int(secret)
     except ValueError:
-        log.exception("lane.failed")
+        log.exception("puller.failed")
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])

@@ -476,7 +476,7 @@ def test_a_batch_whose_processing_fails_costs_no_lane(bench, lines):
     for number in range(5):
         pipeline.answer(16, hung_secs=2.0, after=RuntimeError("a bug"))
         until(lambda number=number: len(pipeline.pulls_at) == number + 2)
-    until(lambda: len(named(lines, "lane.failed")) == 5)
+    until(lambda: len(named(lines, "puller.failed")) == 5)
     assert settles(lambda: pipeline.pulling, 1)
     assert poller.problem is None
 

@@ -681,7 +681,7 @@ class World:
         taken = Counter(self.plain_accepted)
         again = {key for key, times in taken.items() if times > 1} - self.excused
         assert not again, f"the plain sink got these twice for nothing: {again}"
-        unforeseen = [line for line in self.lines if line["event"] == "lane.failed"]
+        unforeseen = [line for line in self.lines if line["event"] in ("puller.failed", "worker.failed")]
         assert not unforeseen, unforeseen
 
     def check_end(self):

@@ -57,13 +57,13 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
-    "lane.failed": "a lane met an error that nobody foresaw; what it held comes again",
     "log.dropped": "nobody read the log for a while: so many lines were dropped instead of holding the daemon",
     "library.logged": "a library's own log line or warning",
     "pending.delivered": "a stored event was delivered at last",
     "pending.stuck": "stored events wait for a sink that the configuration no longer has: a person must decide",
     "pull.failed": "pulling failed and will be repeated after a back-off",
     "pull.recovered": "pulling works again",
+    "puller.failed": "a thread that pulls met an unforeseen error; what it held comes again",
     "recovery.progress": "a long file is being read, to find what was written and not entered before a crash",
     "secret.unreadable": "a secret's file could not be read again; the last value stays in use",
     "simulator.answered": "the simulator answered a request of its API (debug)",
@@ -72,6 +72,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "task.failed": "a periodic task failed; it runs again at its next time",
     "thread.overdue": "a thread is far past its deadline; the watchdog is no longer fed",
     "wal.grown": "the journal's WAL cannot be cut, because another process reads the journal without a pause",
+    "worker.failed": "a thread of a sink met an unforeseen error; what it held is tried again",
 }
 
 _FIELDS: Final = "vodpoller_fields"  # of a record of `logging`: it is an event of the catalogue

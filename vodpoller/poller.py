@@ -227,7 +227,7 @@ class Poller:
             try:
                 self._pull_and_process()
             except Exception:
-                self._telemetry.log.exception("lane.failed", source=self.name)
+                self._telemetry.log.exception("puller.failed", source=self.name)
             with self._lock:
                 self._parked += 1
 

@@ -385,7 +385,7 @@ class Worker:
                 self._step(taken)
             except Exception:
                 with suppress(Exception):
-                    self._telemetry.log.exception("lane.failed", sink=self.name)
+                    self._telemetry.log.exception("worker.failed", sink=self.name)
             finally:
                 self._give_back(taken)
 
