@@ -863,7 +863,7 @@ def test_where_the_journal_is_full_events_stay_with_vod_and_all_arrive_once_ther
         system.configure(
             simulator.url,
             lease_secs=LEASE_SECS,
-            # Without a breaker many lanes want to store what they have at the same moment, when their leases end.
+            # Without a breaker many pullers want to store what they have at the same moment, when their leases end.
             sinks=system.archive_sink + hook_sink(port.url, "timeout_secs = 1\nbreaker_failures = 1000"),
             more="max_bytes = 1048576",
         )

@@ -345,7 +345,7 @@ def test_room_of_dead_letters_that_was_made_is_found_again(opened, path, way):
         journal.store([dead(11)])
 
 
-def test_lanes_that_store_at_once_take_no_more_than_the_room_there_is(opened):
+def test_pullers_that_store_at_once_take_no_more_than_the_room_there_is(opened):
     journal = opened(max_bytes=2 * 600)
     refused = []
 
@@ -355,13 +355,13 @@ def test_lanes_that_store_at_once_take_no_more_than_the_room_there_is(opened):
         except StorageError as error:
             refused.append(str(error))
 
-    lanes = [threading.Thread(target=store, args=(number,)) for number in range(8)]
+    pullers = [threading.Thread(target=store, args=(number,)) for number in range(8)]
     with journal._write_lock:  # each finds that there is room, and waits for its turn to write
-        for lane in lanes:
-            lane.start()
-        until(lambda: len(journal._queue) == len(lanes))
-    for lane in lanes:
-        lane.join()
+        for puller in pullers:
+            puller.start()
+        until(lambda: len(journal._queue) == len(pullers))
+    for puller in pullers:
+        puller.join()
     assert len(journal.claim_due("it", 100)) == 2
     assert len(refused) == 6
     assert all("journal.max_bytes = 1200" in error for error in refused)

@@ -85,7 +85,7 @@ def assert_all_arrived_once(system, simulator):
     ids=lambda failpoints: "-".join(dict.fromkeys(failpoint.split(":")[0] for failpoint in failpoints)),
 )
 def test_killed_before_amid_and_after_each_step_each_event_is_in_the_file_once_and_confirmed(system, failpoints):
-    # Small batches and several lanes: the worker takes what came of several pulls as one write.
+    # Small batches and several pullers: the worker takes what came of several pulls as one write.
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4, rtt_secs=0.01)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     numbers = count(10_000, 4)

@@ -91,7 +91,7 @@ class Consumer(RuleBasedStateMachine):
     @precondition(is_up)
     @rule()
     def pull(self):
-        if len(self.world.stage.named("lane")) < 3 and self.world.journal.is_writable:
+        if len(self.world.stage.named("puller")) < 3 and self.world.journal.is_writable:
             self.world.pull()
 
     @precondition(is_up)
@@ -138,7 +138,7 @@ class Consumer(RuleBasedStateMachine):
     def stop_and_start(self):
         world = self.world
         world.stage.run()
-        if not world.stage.named("lane") and not world.journal_is_broken:
+        if not world.stage.named("puller") and not world.journal_is_broken:
             world.journal.flush()
             world.crash()
             world.start()
@@ -344,7 +344,7 @@ def world():
             world.end()
 
 
-@pytest.mark.parametrize("first", ["lane", "sink-plain"])
+@pytest.mark.parametrize("first", ["puller", "sink-plain"])
 @pytest.mark.parametrize("steps", range(12))
 def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_comes_first(world, first, steps):
     world.queue.feed("Plain")
@@ -356,7 +356,7 @@ def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_c
         for actor in world.stage.ready()[:]:
             if actor.name == first and not actor.done:
                 world.stage.step(actor)
-    for name in ("sink-plain", "lane") if first == "lane" else ("lane", "sink-plain"):
+    for name in ("sink-plain", "puller") if first == "puller" else ("puller", "sink-plain"):
         while moving := [actor for actor in world.stage.ready() if actor.name == name]:
             world.stage.step(moving[0])
     world.stage.run()
@@ -397,7 +397,7 @@ def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
     assert world.journal.unwritten == 1
     world.journal_is_broken = False
     world.queue.feed("File")
-    world.pull()  # that lane had its turn before the trouble was known
+    world.pull()  # that puller had its permit before the trouble was known
     world.stage.run()
     world.crash()
     world.settle()
@@ -410,8 +410,8 @@ def test_a_late_success_that_cannot_be_written_down_is_known_when_the_stored_eve
     while not world._running.total():
         world.stage.step(world.stage.ready()[0])
     world.advance(26)
-    while lanes := [actor for actor in world.stage.ready() if actor.name == "lane"]:
-        world.stage.step(lanes[0])
+    while pullers := [actor for actor in world.stage.ready() if actor.name == "puller"]:
+        world.stage.step(pullers[0])
     assert len(world._rows("letters")) == 1
     world.journal_is_broken = True
     world.stage.run()

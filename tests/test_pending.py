@@ -208,7 +208,7 @@ def test_rows_whose_delivery_still_runs_are_not_submitted_twice(bench):
     assert len(bench.sink.calls) == 1
 
 
-def test_a_row_whose_event_a_lane_is_delivering_is_not_submitted(bench):
+def test_a_row_whose_event_a_puller_is_delivering_is_not_submitted(bench):
     bench.store(1)
     with bench.in_flight.claim([Delivery(event(1), "it", deadline=None)], DeliveryWait()):
         assert bench.retrier.submit_due() == 0

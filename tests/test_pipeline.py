@@ -475,7 +475,7 @@ def test_on_failure_leave_stores_nothing(line, lines):
     assert settled(lines) == [("leave", "left_by_configuration", False, {"a": "rejected", "b": "delivered"})]
 
 
-def test_a_lane_that_is_needed_elsewhere_stores_what_its_sinks_have_not_taken(line):
+def test_a_puller_that_is_needed_elsewhere_stores_what_its_sinks_have_not_taken(line):
     line.sinks["a"].gate.clear()
     started = time.monotonic()
     assert one(line, wait=DeliveryWait(min_wait_secs=0.02, should_yield=lambda: True)) == ["h1"]
@@ -509,17 +509,17 @@ def test_the_fate_of_an_event_is_one_line_with_its_ids(line, lines):
     assert 0 < said["lease_left_secs"] <= 30
 
 
-def test_events_are_counted_by_many_lanes_at_once(line):
+def test_events_are_counted_by_many_pullers_at_once(line):
     events = [(f"h{number}", event(number)) for number in range(8)]
 
-    def lane():
+    def puller():
         for _ in range(5):
             line.process(*events)
 
-    lanes = [threading.Thread(target=lane) for _ in range(4)]
-    for thread in lanes:
+    pullers = [threading.Thread(target=puller) for _ in range(4)]
+    for thread in pullers:
         thread.start()
-    for thread in lanes:
+    for thread in pullers:
         thread.join(20)
     assert (line.telemetry.total(Count.EVENTS_SETTLED), line.pipeline.unconfirmed_events) == (160, 0)
     assert line.telemetry.total(Count.CONFIRMS, result="confirmed", source="main") == 160

@@ -230,19 +230,19 @@ def pass_time_in_pauses(poller, clock):
 # --- backlog ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_lane_hands_the_pulling_over_before_it_delivers(bench):
+def test_a_puller_hands_the_pulling_over_before_it_delivers(bench):
     _, pipeline = bench.poller()
     pipeline.answer(16, hung_secs=3.0)
     assert settles(lambda: (len(pipeline.delivering), pipeline.pulling), (1, 1))
 
 
-def test_pulls_grow_with_the_backlog_to_the_lanes_there_are_and_no_further(bench):
+def test_pulls_grow_with_the_backlog_to_the_pullers_there_are_and_no_further(bench):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(40):
         pipeline.answer(16, hung_secs=0.0, after=None)
     assert settles(lambda: (len(pipeline.pulls_at) > 40, pipeline.pulling), (True, 4))
     assert pipeline.most_pulling == 4
-    assert len(poller._lanes) == 4
+    assert len(poller._pullers) == 4
 
 
 def test_pulls_shrink_to_one_when_the_backlog_is_gone(bench):
@@ -266,7 +266,7 @@ def test_an_answer_that_hung_adds_no_pull(bench):
     assert pipeline.most_pulling == 1
 
 
-def test_a_source_with_one_lane_pulls_one_at_a_time(bench):
+def test_a_source_with_one_puller_pulls_one_at_a_time(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=1)
     for _ in range(20):
         pipeline.answer(16, hung_secs=0.0, after=None)
@@ -274,7 +274,7 @@ def test_a_source_with_one_lane_pulls_one_at_a_time(bench):
     assert pipeline.most_pulling == 1
 
 
-def test_where_every_lane_waits_for_a_sink_the_longest_waiting_goes_on(bench):
+def test_where_every_puller_waits_for_a_sink_the_longest_waiting_goes_on(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=2)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
@@ -287,14 +287,14 @@ def test_where_every_lane_waits_for_a_sink_the_longest_waiting_goes_on(bench):
     assert settles(lambda: (pipeline.pulling, len(pipeline.delivering)), (1, 1))
 
 
-def test_no_lane_is_hurried_while_another_is_free(bench):
+def test_no_puller_is_hurried_while_another_is_free(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=3)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
     assert settles(lambda: (len(pipeline.delivering), pipeline.interrupted), (1, []), secs=0.1)
 
 
-def test_where_no_more_threads_are_to_be_had_the_lanes_there_are_go_on(bench, monkeypatch):
+def test_where_no_more_threads_are_to_be_had_the_pullers_there_are_go_on(bench, monkeypatch):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
 
     def refuse(thread):
@@ -394,7 +394,7 @@ def test_a_failure_that_repeats_is_few_lines(bench, lines):
     assert len(named(lines, "pull.failed")) <= 2
 
 
-def test_lanes_that_fail_together_have_failed_once(bench):
+def test_pullers_that_fail_together_have_failed_once(bench):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(10):
         pipeline.answer(16, hung_secs=0.0, after=None)
@@ -471,7 +471,7 @@ def test_a_wake_ends_the_back_off(bench):
     until(lambda: len(pipeline.pulls_at) == 2)
 
 
-def test_a_batch_whose_processing_fails_costs_no_lane(bench, lines):
+def test_a_batch_whose_processing_fails_costs_no_puller(bench, lines):
     poller, pipeline = bench.poller(max_concurrent_pulls=2)
     for number in range(5):
         pipeline.answer(16, hung_secs=2.0, after=RuntimeError("a bug"))
@@ -501,7 +501,7 @@ def test_pulling_goes_on_by_itself_when_events_can_be_taken_care_of_again(bench)
     until(lambda: pipeline.pulling == 1, secs=3)
 
 
-def test_a_lane_in_its_back_off_is_not_overdue(bench):
+def test_a_puller_in_its_back_off_is_not_overdue(bench):
     poller, pipeline = bench.poller()
     until(lambda: bench.liveness.overdue(-100))
     pipeline.fail(TransientError("down", retry_after_secs=1000.0))
@@ -526,7 +526,7 @@ def test_a_stop_awaits_the_outstanding_pull_and_what_it_brings_and_starts_none(b
     assert settles(lambda: (len(pipeline.pulls_at), pipeline.pulling), (1, 0))
 
 
-def test_a_stop_ends_lanes_that_wait(bench):
+def test_a_stop_ends_pullers_that_wait(bench):
     poller, pipeline = bench.poller()
     pipeline.fail(TransientError("down", retry_after_secs=1000.0))
     until(lambda: poller.problem)

@@ -128,15 +128,15 @@ def in_other_thread(task, *args):
 
 
 def test_a_step_past_its_deadline_and_the_grace_is_overdue(liveness, clock):
-    liveness.begin("lane main", 10.0)
+    liveness.begin("puller main", 10.0)
     clock.advance(40.0)
     assert liveness.overdue(30.0) == {}
     clock.advance(0.5)
-    assert liveness.overdue(30.0) == {"lane main": 30.5}
+    assert liveness.overdue(30.0) == {"puller main": 30.5}
 
 
 def test_a_step_that_ended_is_never_overdue(liveness, clock):
-    liveness.begin("lane main", 10.0)
+    liveness.begin("puller main", 10.0)
     liveness.end()
     clock.advance(1000.0)
     assert liveness.overdue(30.0) == {}

@@ -520,10 +520,10 @@ class World:
         self.stage.start("boot", self.boot)
 
     def pull(self):
-        """One pull and what comes of it, as a lane does it."""
+        """One pull and what comes of it, as a puller does it."""
         source = SimpleNamespace(name="main", sub_app_id=None, on_failure="store", unrouted="dead_letter")
 
-        def lane():
+        def puller():
             began_at = self.clock()
             try:
                 pull = self.vod.pull(source.name, source.sub_app_id)
@@ -536,7 +536,7 @@ class World:
             else:
                 self.journal.answered_empty(batch.pulled(self.clock()))
 
-        self.stage.start("lane", lane)
+        self.stage.start("puller", puller)
 
     def keep_up(self):
         """What the scheduler does each second."""

@@ -1,4 +1,4 @@
-"""Lanes: when to pull, and how many at once."""
+"""When to pull, and how many pulls at once: pullers and their permits."""
 
 import threading
 import time
@@ -80,10 +80,10 @@ class _Quickest:
 class Poller:
     """Keeps a pull outstanding at one source, and more of them while there is a backlog.
 
-    A lane is a thread that pulls and processes batches. It needs a turn to pull, and there are as many turns as pulls
-    are wanted: idle, one. A lane whose answer holds events passes its turn on before it delivers, and adds one where
-    the answer was full or came at once, since then there is probably more. A turn ends with an answer that is empty or
-    had to be waited for, unless it is the last.
+    A puller is a thread that pulls and processes batches. Each pull needs a permit; there are as many permits as pulls
+    are wanted, which is one while the queue is empty. A puller whose answer holds events passes its permit on before it
+    delivers, and adds one if the answer was full or came at once, since then there is probably more. A permit ends with
+    an answer that is empty or had to be waited for, unless it is the last.
 
     Args:
         source: The source.
@@ -92,9 +92,9 @@ class Poller:
         journal: Told which pulls brought nothing, and which failed.
         may_pull: Whether events can be taken care of at the moment.
         on_operator_error: Called when a pull failed in a way that only a person can mend: read the credentials again.
-        cycle_secs: How long a cycle may take before its lane counts as hung.
+        cycle_secs: How long a cycle may take before its puller counts as hung.
         telemetry: Destination of log lines and counts.
-        liveness: Told what each lane is at.
+        liveness: Told what each puller is doing.
         monotonic: The clock, in seconds.
         wall: The clock of `last_pull_at`, in seconds since 1970.
 
@@ -132,12 +132,12 @@ class Poller:
         self._monotonic = monotonic
         self._wall = wall
         self._lock = threading.Lock()
-        self._turn_granted = threading.Condition(self._lock)
+        self._permit_granted = threading.Condition(self._lock)
         self._pause_over = threading.Condition(self._lock)
-        self._lanes: list[threading.Thread] = []
+        self._pullers: list[threading.Thread] = []
         self._waits: dict[DeliveryWait, None] = {}
         self._parked = 0
-        self._turns = 0
+        self._permits = 0
         self._pulling = 0
         self._quickest = _Quickest(monotonic)
         self._not_before = 0.0
@@ -182,10 +182,10 @@ class Poller:
             )
 
     def tick(self) -> None:
-        """Make sure that a lane is pulling; returns at once."""
+        """Make sure that a puller is pulling; returns at once."""
         with self._lock:
-            # Also if a turn is granted already: no thread may have been to be had for it then.
-            self._grant(0 if self._pulling + self._turns else 1)
+            # Also if a permit is granted already: the system may have had no thread for it then.
+            self._grant(0 if self._pulling + self._permits else 1)
 
     def wake(self) -> None:
         """End the waiting after failures: the cause may be gone."""
@@ -193,37 +193,37 @@ class Poller:
             self._not_before = 0.0
             self._failures = 0
             self._pause_over.notify_all()
-        self._telemetry.reset()  # whoever asked wants to hear whether it helped
+        self._telemetry.reset()  # the operator who asked wants to hear whether it helped
 
     def stop(self) -> None:
         """Start no new pull. A pull that is under way is awaited: dropping it would strand what it brings."""
         with self._lock:
             self._stopping = True
-            self._turn_granted.notify_all()
+            self._permit_granted.notify_all()
             self._pause_over.notify_all()
 
     def hurry(self) -> None:
-        """Let no lane wait for a sink any longer: what was not accepted is stored."""
+        """Let no puller wait for a sink any longer: what was not accepted is stored."""
         with self._lock:
             self._hurried = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait until the lanes have seen through what they pulled.
+        """Wait until the pullers have seen through what they pulled.
 
         Returns:
             Whether they have.
         """
         until = self._monotonic() + timeout_secs
-        for lane in list(self._lanes):
-            lane.join(max(until - self._monotonic(), 0))
-        return not any(lane.is_alive() for lane in self._lanes)
+        for puller in list(self._pullers):
+            puller.join(max(until - self._monotonic(), 0))
+        return not any(puller.is_alive() for puller in self._pullers)
 
-    # --- a lane -----------------------------------------------------------------------------------------------------
+    # --- a puller ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._take_turn():
+        while self._take_permit():
             try:
                 self._pull_and_process()
             except Exception:
@@ -231,14 +231,14 @@ class Poller:
             with self._lock:
                 self._parked += 1
 
-    def _take_turn(self) -> bool:
+    def _take_permit(self) -> bool:
         with self._lock:
-            while not (self._stopping or self._turns):
-                self._turn_granted.wait()
+            while not (self._stopping or self._permits):
+                self._permit_granted.wait()
             self._parked -= 1
             if self._stopping:
                 return False
-            self._turns -= 1
+            self._permits -= 1
             self._pulling += 1
             return self._pause()
 
@@ -253,8 +253,8 @@ class Poller:
         return False
 
     def _pull_and_process(self) -> None:
-        wait = DeliveryWait(should_yield=self._lane_is_missing)
-        self._liveness.begin(f"lane {self.name}", self._cycle_secs)
+        wait = DeliveryWait(should_yield=self._puller_is_missing)
+        self._liveness.begin(f"puller {self.name}", self._cycle_secs)
         try:
             batch = self._pull(wait)
             if batch is not None:
@@ -268,7 +268,7 @@ class Poller:
         """One pull, and what follows from it for the next ones.
 
         Args:
-            wait: What this lane will wait on while the batch is delivered.
+            wait: What this puller will wait on while the batch is delivered.
 
         Returns:
             What it brought; None if that is nothing.
@@ -300,26 +300,28 @@ class Poller:
         elif not (pull.events or pull.malformed):
             self._journal.answered_empty(Batch.of(self._source, pull, received_at).pulled(self._monotonic()))
 
-    def _lane_is_missing(self) -> bool:
-        return self._turns > self._parked and not self._stopping  # while stopping, nobody is needed to pull
+    def _puller_is_missing(self) -> bool:
+        return self._permits > self._parked and not self._stopping  # while stopping, no puller is missing
 
-    # --- turns; all of this holds the lock ----------------------------------------------------------------------------
+    # --- permits; all of this holds the lock -------------------------------------------------------------------------
 
-    def _grant(self, turns: int) -> None:
-        self._turns = min(self._turns + turns, self._source.max_concurrent_pulls - self._pulling)
+    def _grant(self, permits: int) -> None:
+        self._permits = min(self._permits + permits, self._source.max_concurrent_pulls - self._pulling)
         while (
-            self._parked < self._turns and len(self._lanes) < self._source.max_concurrent_pulls and not self._stopping
+            self._parked < self._permits
+            and len(self._pullers) < self._source.max_concurrent_pulls
+            and not self._stopping
         ):
-            lane = threading.Thread(target=self._run, name=f"lane-{self.name}-{len(self._lanes)}", daemon=True)
+            puller = threading.Thread(target=self._run, name=f"puller-{self.name}-{len(self._pullers)}", daemon=True)
             try:
-                lane.start()
-            except RuntimeError:  # the system has no more threads: a lane that comes free takes the turn
+                puller.start()
+            except RuntimeError:  # the system has no more threads: a puller that comes free takes the permit
                 break
-            self._lanes.append(lane)
+            self._pullers.append(puller)
             self._parked += 1
-        self._turn_granted.notify(turns)
-        if self._lane_is_missing():
-            # Every lane waits for a sink: the one that waits longest stores what its sinks have not taken.
+        self._permit_granted.notify(permits)
+        if self._puller_is_missing():
+            # Every puller waits for a sink: the one that waits longest stores what its sinks have not taken.
             next((wait for wait in self._waits if wait.interrupt()), None)
 
     def _answered(self, pull: Pull, wait: DeliveryWait) -> None:
@@ -342,16 +344,16 @@ class Poller:
             )
 
     def _hand_over(self, pull: Pull) -> None:
-        """Let others pull while this lane delivers: one more than before where there is a backlog, else one less."""
+        """Let others pull while this puller delivers: one more than before if there is a backlog, else one less."""
         is_full = len(pull.events) >= FULL_EVENTS
         if pull.hung_secs < HUNG_SECS and (is_full or not self._quickest.is_slow(pull.hung_secs)):
-            has_free_lane = self._parked > 0 or len(self._lanes) < self._source.max_concurrent_pulls
-            self._grant(2 if has_free_lane else 1)
-        elif is_full or self._pulling + self._turns == 0:
+            has_free_puller = self._parked > 0 or len(self._pullers) < self._source.max_concurrent_pulls
+            self._grant(2 if has_free_puller else 1)
+        elif is_full or self._pulling + self._permits == 0:
             self._grant(1)
 
     def _answered_empty(self, *, hung: bool, asked_at: float) -> None:
-        if self._source.long_poll and self._pulling + self._turns == 0:
+        if self._source.long_poll and self._pulling + self._permits == 0:
             if not hung:
                 self._not_before = max(self._not_before, asked_at + EMPTY_PACE_SECS)
             self._grant(1)
@@ -361,11 +363,11 @@ class Poller:
         now = self._monotonic()
         with self._lock:
             self._pulling -= 1
-            if now >= self._not_before:  # a failure of lanes that set out together is one failure
+            if now >= self._not_before:  # a failure of pullers that set out together is one failure
                 self._failures += 1
                 self._failed_pulls += 1
                 self._not_before = now + self._back_off_secs(error)
-            if self._pulling + self._turns == 0:
+            if self._pulling + self._permits == 0:
                 self._grant(1)
             retry_in_secs = round(self._not_before - now, 1)
             self._problem = error if isinstance(error, VodpollerError) else TransientError(repr(error))
