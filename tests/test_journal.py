@@ -111,7 +111,7 @@ def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
 def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
     code = (
         "import sys; from pathlib import Path; from tests.helpers import log_into\n"
-        "from vodpoller.journal.sqlite import *\n"
+        "from vodpoller.errors import JournalError; from vodpoller.journal.sqlite import *\n"
         "try: SqliteJournal(Path(sys.argv[1]), max_bytes=1, ledger_days=1, telemetry=Telemetry(log_into([]))).close()\n"
         "except JournalError as error: print(error)"
     )

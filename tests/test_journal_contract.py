@@ -9,10 +9,11 @@ import pytest
 
 from tests.helpers import FakeClock, event
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.journal import sqlite as journal_module
+from vodpoller.journal import place as place_module
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
+    Journal,
     Known,
     Letter,
     Portion,
@@ -34,7 +35,7 @@ class OnSqlite:
     """A SQLite journal, and what can happen to one from outside."""
 
     def __init__(self, folder, log, monkeypatch):
-        monkeypatch.setattr(journal_module, "BUSY_SECS", 0)  # what is locked stays so
+        monkeypatch.setattr(place_module, "BUSY_SECS", 0)  # what is locked stays so
         self.path = folder / "journal.db"
         self.clock = FakeClock(1_800_000_000.0)
         self._log = log
@@ -980,5 +981,5 @@ def test_what_never_raises_does_not_on_a_journal_that_is_broken(place, how, meth
 
 
 def test_each_method_of_the_contract_has_its_place_in_these_tables():
-    public = {name for name in vars(journal_module.Journal) if not name.startswith("_")}
+    public = {name for name in vars(Journal) if not name.startswith("_")}
     assert public - {"is_writable", "trouble", "close"} == {*RAISING, *SILENT}

@@ -16,7 +16,7 @@ from vodpoller.errors import (
     VodpollerError,
 )
 from vodpoller.journal.operator import Letters
-from vodpoller.journal.sqlite import problem_of_place
+from vodpoller.journal.place import problem_of_place
 from vodpoller.logs import Logger
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.signature import Credentials

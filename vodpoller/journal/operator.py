@@ -19,8 +19,9 @@ from typing import Any, Final, Self
 
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.events import Event, event_fields, restore_event
+from vodpoller.journal.place import is_corrupt, problem_of_place, way_out
 from vodpoller.journal.schema import OLDEST_READABLE, refuse_other, version_of
-from vodpoller.journal.sqlite import WAL_KEPT_BYTES, is_corrupt, problem_of_place, way_out
+from vodpoller.journal.sqlite import WAL_KEPT_BYTES
 from vodpoller.router import Router
 from vodpoller.settlement import Reason
 

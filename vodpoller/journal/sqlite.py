@@ -4,10 +4,8 @@ One file in WAL mode. Rows that stand in for an event at VOD are on disk before 
 may lag, since losing one costs a duplicate at most.
 """
 
-import errno
 import os
 import sqlite3
-import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
-from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
+from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events import restore_event
 from vodpoller.identity import Occurrence, Occurrences
 from vodpoller.journal.contract import (
@@ -33,8 +30,20 @@ from vodpoller.journal.contract import (
     StoredCount,
     StoredEvent,
 )
+from vodpoller.journal.place import (
+    BUSY_SECS,
+    cannot_make,
+    cannot_open,
+    check_place,
+    connect,
+    identity_of,
+    is_corrupt,
+    keep_others_out,
+    make_folder,
+    make_private,
+    way_out,
+)
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, count_anew, migrate
-from vodpoller.logs import Logger
 from vodpoller.settlement import Reason
 from vodpoller.status import JournalStatus
 from vodpoller.telemetry import Count, Telemetry
@@ -42,7 +51,6 @@ from vodpoller.telemetry import Count, Telemetry
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
 DEFERRED_MAX: Final = 1000
-BUSY_SECS: Final = 2.0  # a command may hold the file for a moment
 WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while nobody reads
 WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
 WAL_RETRY_SECS: Final = 5.0
@@ -50,13 +58,6 @@ WAL_WAIT_SECS: Final = 0.1  # all who write wait meanwhile
 _KEYS_A_QUERY: Final = 500
 _ROWS_A_STATEMENT: Final = 16
 _INODES: Final = 2**64
-
-# What flock(2) answers on a file system that has no locks.
-_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-_CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-# SQLITE_ERROR at the start: a table or column is not there.
-_UNUSABLE: Final = _CORRUPT | {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
-_FORBIDDEN: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})
 
 _LETTERS_BYTES: Final = "SELECT letters_bytes FROM totals"
 _ACCEPTED: Final = (
@@ -153,26 +154,26 @@ class SqliteJournal(Journal):
         self._corrupt: str | None = None  # once found it is so until the next start
         self._next_slice = 0
         with ExitStack() as opening:
-            _check_place(path)
-            _make_folder(path.parent, telemetry.log)
-            self._lock_fd = _lock(path)
+            check_place(path)
+            make_folder(path.parent, telemetry.log)
+            self._lock_fd = keep_others_out(path)
             opening.callback(os.close, self._lock_fd)
-            _make_private(path)
+            make_private(path)
             try:
-                self._writer = _connect(path)
+                self._writer = connect(path)
                 opening.callback(self._writer.close)
                 copy = migrate(self._writer, path)
                 self._prepare()
-                self._reader = _connect(path)
+                self._reader = connect(path)
                 opening.callback(self._reader.close)
             except sqlite3.Error as error:
-                raise _cannot_open(path, error) from error
+                raise cannot_open(path, error) from error
             except OSError as error:
-                raise _cannot_make(path, error, "cannot be copied before it is brought to this version") from error
+                raise cannot_make(path, error, "cannot be copied before it is brought to this version") from error
             opening.pop_all()
         if copy is not None:
             telemetry.log.info("journal.migrated", path=str(path), copy=str(copy))
-        self._identity = _identity_of(path)
+        self._identity = identity_of(path)
         self._replaced = False
 
     def _prepare(self) -> None:
@@ -653,7 +654,7 @@ class SqliteJournal(Journal):
         Raises:
             StorageError: That happened.
         """
-        self._replaced = _identity_of(self._path) != self._identity
+        self._replaced = identity_of(self._path) != self._identity
         if self._replaced:
             error = StorageError(
                 f"{self._path}: the journal was deleted or replaced while it was open: put it back if you can, and"
@@ -915,128 +916,6 @@ def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) 
         db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
 
 
-def _check_place(path: Path) -> None:
-    if problem := problem_of_place(path):
-        raise UnusableJournalError(problem)
-
-
-def problem_of_place(path: Path) -> str | None:
-    """Why no journal can be at this path, None if nothing speaks against it: only a regular file keeps what it holds.
-
-    Args:
-        path: Where the journal is, or is to be made.
-    """
-    try:
-        mode = path.stat().st_mode
-    except OSError:  # it is not there yet; or opening it says what is wrong
-        return None
-    if stat.S_ISREG(mode):
-        return None
-    example = path / "journal.db" if stat.S_ISDIR(mode) else "/var/lib/vodpoller/journal.db"
-    kind = kind_of_file(mode)
-    return f"{path}: this is {kind}, and a journal is a regular file: set journal.path to one (for example {example})"
-
-
-def _make_folder(folder: Path, log: Logger) -> None:
-    try:
-        Folders(lambda text: log.warning("config.warning", message=f"journal.path: {text}")).make(folder)
-    except OSError as error:
-        raise _cannot_make(folder, error, "the journal's folder cannot be made") from error
-
-
-def _make_private(path: Path) -> None:
-    """See to it that others cannot read what events say: SQLite makes files 0644, and its WAL like the file itself."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
-    except OSError as error:
-        raise _cannot_make(path, error, "the journal cannot be opened for writing") from error
-    for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm", ".lock"))):
-        with suppress(OSError):  # it is not there; or another user owns it, or the file system has no rights to take
-            mode = stat.S_IMODE(file.stat().st_mode)
-            if mode & 0o007:
-                file.chmod(mode & ~0o007)
-
-
 def _text(text: str) -> str:
     """What a TEXT column takes: no lone surrogates, no novels."""
     return text[:2000].encode(errors="replace").decode()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # The daemon's threads share the connection under a lock of ours. Absolute: some relative names, such as ":memory:",
-    # mean something else than a file to SQLite.
-    return sqlite3.connect(
-        path.absolute(), timeout=BUSY_SECS, isolation_level=None, check_same_thread=False, cached_statements=64
-    )
-
-
-def _lock(path: Path) -> int:
-    lock_path = path.with_name(path.name + ".lock")
-    try:
-        return take_lock(lock_path)
-    except BlockingIOError as error:
-        raise JournalError(
-            f"{path}: another process has this journal open: is vodpoller already running "
-            f"(`systemctl status vodpoller`, `fuser {lock_path}`)? Stop it, or set another journal.path"
-        ) from error
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            raise UnusableJournalError(
-                f"{lock_path}: cannot be locked: {error.strerror}. Without a lock two daemons could write one journal;"
-                " some network file systems have none. Put the journal on a local disk (journal.path)"
-            ) from error
-        raise _cannot_make(lock_path, error, "cannot be written") from error
-
-
-def _identity_of(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _cannot_make(path: Path, error: OSError, what: str) -> JournalError:
-    if may_pass(error):
-        return JournalError(f"{path}: {what}: {error.strerror}. If the disk is full, make room")
-    return UnusableJournalError(
-        f"{path}: {what}: {error.strerror}. The journal's folder must belong to the user that runs vodpoller; create"
-        " it so, or set journal.path to such a place"
-    )
-
-
-def is_corrupt(error: Exception) -> bool:
-    """Whether it says that the file is damaged, which waiting does not mend."""
-    return _code_of(error) in _CORRUPT
-
-
-def way_out(path: Path, error: Exception) -> str:
-    """What to do about a journal that is corrupt, as one sentence after the other.
-
-    Args:
-        path: The journal.
-        error: What SQLite said.
-    """
-    return (
-        f"{path}: the journal is corrupt ({error}). Stop vodpoller and keep a copy of {path} and {path}-wal. Then"
-        f" rescue what can be read, `sqlite3 {path} .recover | sqlite3 {path}.new`, and put that in its place without"
-        f" the old {path.name}-wal and -shm; or move the journal away, and a new one is made: what was stored is in the"
-        ' copy only. In both cases some events may be delivered twice. README, "A corrupt journal", has each step'
-    )
-
-
-def _code_of(error: Exception) -> int:
-    """SQLite's primary result code, 0 for an error that is not SQLite's."""
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
-
-
-def _cannot_open(path: Path, error: sqlite3.Error) -> JournalError:
-    code = _code_of(error)
-    if code in _UNUSABLE or not code:  # without a code it is the verdict of quick_check
-        return UnusableJournalError(way_out(path, error))
-    if code in _FORBIDDEN:
-        return UnusableJournalError(
-            f"{path}: the journal cannot be opened: {error}. It and its folder must belong to the user that runs"
-            " vodpoller, and be on a file system that can be written; or set journal.path to such a place"
-        )
-    return JournalError(f"{path}: the journal cannot be opened: {error}. Is the disk full or the folder read-only?")
