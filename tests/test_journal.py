@@ -18,8 +18,9 @@ from tests.helpers import FakeClock, event, log_into, named, until
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import sqlite as journal_module
 from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
+from vodpoller.journal.group_commit import DEFERRED_MAX
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
-from vodpoller.journal.sqlite import DEFERRED_MAX, SqliteJournal
+from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
 NOW = 1_800_000_000.0
@@ -44,14 +45,14 @@ def opened(path, log, wall):
         settings = {"max_bytes": 10**9, "ledger_days": 14, "telemetry": Telemetry(log), "wall": wall, **more}
         journals.append(SqliteJournal(path, **settings))
         # What is locked is known to be: nobody need wait for it.
-        for connection in (journals[-1]._writer, journals[-1]._reader):
+        for connection in (journals[-1].commits.db, journals[-1]._reader):
             connection.execute("PRAGMA busy_timeout = 0")
         return journals[-1]
 
     yield open_one
     for journal in journals:
         try:
-            journal._writer.execute("SELECT 1")
+            journal.commits.db.execute("SELECT 1")
         except sqlite3.ProgrammingError:
             continue
         journal.close()
@@ -282,8 +283,8 @@ def test_what_is_stored_is_in_the_file_when_the_call_returns(journal, path):
 
 def test_what_stands_in_for_an_event_is_committed_with_a_full_sync(journal):
     levels = []
-    journal._write(lambda db: levels.append(db.execute("PRAGMA synchronous").fetchone()[0]), durable=True)
-    journal._write(lambda db: levels.append(db.execute("PRAGMA synchronous").fetchone()[0]), durable=False)
+    journal.commits.write(lambda db: levels.append(db.execute("PRAGMA synchronous").fetchone()[0]), durable=True)
+    journal.commits.write(lambda db: levels.append(db.execute("PRAGMA synchronous").fetchone()[0]), durable=False)
     assert levels == [2, 1]
 
 
@@ -292,8 +293,8 @@ def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     journal.store([letter(1)])
     (stored,) = journal.claim_due("it", 1)
     durable = []
-    write = journal._write
-    monkeypatch.setattr(journal, "_write", lambda work, *, durable: seen(work, durable))
+    write = journal.commits.write
+    monkeypatch.setattr(journal.commits, "write", lambda work, *, durable: seen(work, durable))
 
     def seen(work, is_durable):
         durable.append(is_durable)
@@ -356,10 +357,10 @@ def test_pullers_that_store_at_once_take_no_more_than_the_room_there_is(opened):
             refused.append(str(error))
 
     pullers = [threading.Thread(target=store, args=(number,)) for number in range(8)]
-    with journal._write_lock:  # each finds that there is room, and waits for its turn to write
+    with journal.commits.lock:  # each finds that there is room, and waits for its turn to write
         for puller in pullers:
             puller.start()
-        until(lambda: len(journal._queue) == len(pullers))
+        until(lambda: journal.commits.waiting == len(pullers))
     for puller in pullers:
         puller.join()
     assert len(journal.claim_due("it", 100)) == 2
@@ -373,10 +374,10 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
     if broken == "locked":
         lock.__enter__()
     elif broken == "full":
-        pages = journal._writer.execute("PRAGMA page_count").fetchone()[0]
-        journal._writer.execute(f"PRAGMA max_page_count = {pages}")
+        pages = journal.commits.db.execute("PRAGMA page_count").fetchone()[0]
+        journal.commits.db.execute(f"PRAGMA max_page_count = {pages}")
     else:
-        journal._writer.execute("PRAGMA query_only = ON")
+        journal.commits.db.execute("PRAGMA query_only = ON")
     many = [letter(number) for number in range(200)]
     for _ in range(3):
         with pytest.raises(StorageError, match="the journal cannot be written"):
@@ -385,8 +386,8 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
         lock.__exit__()
     else:
         lock.db.close()
-    journal._writer.execute("PRAGMA max_page_count = 1000000")
-    journal._writer.execute("PRAGMA query_only = OFF")
+    journal.commits.db.execute("PRAGMA max_page_count = 1000000")
+    journal.commits.db.execute("PRAGMA query_only = OFF")
     assert journal.counts() == {}
     assert len(named(lines, "journal.failed")) == 1
     journal.flush()
@@ -497,10 +498,10 @@ def test_a_write_that_fails_takes_no_other_of_its_group_along(journal, path):
             outcomes[number] = "failed"
 
     threads = [threading.Thread(target=store, args=(number,)) for number in range(12)]
-    with journal._write_lock:  # all of them queue up behind one commit
+    with journal.commits.lock:  # all of them queue up behind one commit
         for thread in threads:
             thread.start()
-        while len(journal._queue) < 12:
+        while journal.commits.waiting < 12:
             pass
     for thread in threads:
         thread.join(10)
@@ -516,7 +517,7 @@ def test_nobody_believes_that_his_row_was_written_when_another_had_a_bug(journal
 
     def write(number):
         try:
-            journal._write(buggy if number == 0 else lambda db: insert(db, number), durable=True)
+            journal.commits.write(buggy if number == 0 else lambda db: insert(db, number), durable=True)
             outcomes.append((number, True))
         except StorageError:
             outcomes.append((number, False))
@@ -525,10 +526,10 @@ def test_nobody_believes_that_his_row_was_written_when_another_had_a_bug(journal
         db.execute("INSERT INTO marks VALUES (?, 0)", (str(number),))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    with journal._write_lock:
+    with journal.commits.lock:
         for number, thread in enumerate(threads):
             thread.start()
-            while len(journal._queue) <= number:
+            while journal.commits.waiting <= number:
                 pass
     for thread in threads:
         thread.join(10)
@@ -536,15 +537,16 @@ def test_nobody_believes_that_his_row_was_written_when_another_had_a_bug(journal
     assert rows(path, "SELECT name FROM marks WHERE name <> 'started' ORDER BY name") == [("1",), ("2",), ("3",)]
 
 
-def test_a_file_that_is_locked_is_waited_for_once_and_not_once_for_each_of_a_group(journal, path, monkeypatch):
-    commits = []
-    commit = journal._commit
-    monkeypatch.setattr(journal, "_commit", lambda batch: (commits.append(len(batch)), commit(batch))[1])
+def test_a_file_that_is_locked_is_waited_for_once_and_not_once_for_each_of_a_group(journal, path):
+    statements = []
+    journal.commits.db.set_trace_callback(statements.append)
     for number in range(5):
         journal.mark(f"m{number}")
+    assert journal.commits.waiting == 5
     with Locked(path), pytest.raises(StorageError):
         journal.store([letter()])
-    assert commits == [6]
+    assert statements.count("BEGIN IMMEDIATE") == 1
+    assert journal.commits.waiting == 5
 
 
 def test_many_threads_at_once_lose_nothing(journal, path):
@@ -610,7 +612,7 @@ def test_an_acceptance_of_strange_content_does_not_raise(journal, monkeypatch):
         raise OverflowError("too large to convert to SQLite INTEGER")
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "_write", broken)
+        patched.setattr(journal.commits, "write", broken)
         accept(journal, 1)
     assert known(journal, 1) is Known.ACCEPTED
 
@@ -636,14 +638,14 @@ def test_the_mark_of_a_write_that_fails_after_others_that_wait_stays_back(journa
     """A flush that comes between must not carry the mark of rows that are not written."""
     with Locked(path):
         accept(journal, 1, position=at(100))
-    write = journal._write
+    write = journal.commits.write
 
     def flush_then_fail(work, *, durable):
-        monkeypatch.setattr(journal, "_write", write)
+        monkeypatch.setattr(journal.commits, "write", write)
         journal.flush()
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(journal, "_write", flush_then_fail)
+    monkeypatch.setattr(journal.commits, "write", flush_then_fail)
     accept(journal, 2, position=at(200))
     assert journal.unwritten == 1
     assert journal.position("it") == at(100)
@@ -654,14 +656,14 @@ def test_the_mark_of_a_write_that_fails_after_others_that_wait_stays_back(journa
 def test_a_mark_that_waits_while_its_rows_are_written_is_written_with_the_next_flush(journal, path, monkeypatch):
     with Locked(path):
         accept(journal, 1, position=at(100))
-    write = journal._write
+    write = journal.commits.write
 
     def flush_then_write(work, *, durable):
-        monkeypatch.setattr(journal, "_write", write)
+        monkeypatch.setattr(journal.commits, "write", write)
         journal.flush()
         write(work, durable=durable)
 
-    monkeypatch.setattr(journal, "_write", flush_then_write)
+    monkeypatch.setattr(journal.commits, "write", flush_then_write)
     accept(journal, 2, position=at(200))
     journal.flush()
     assert journal.position("it") == at(200)
@@ -682,8 +684,8 @@ def test_a_mark_that_waited_never_takes_a_later_one_back(journal, path):
 def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("marks") / "journal.db"
     with closing(SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log_into([])))) as journal:
-        journal._writer.execute("PRAGMA busy_timeout = 0")
-        journal._writer.execute("PRAGMA synchronous = OFF")
+        journal.commits.db.execute("PRAGMA busy_timeout = 0")
+        journal.commits.db.execute("PRAGMA synchronous = OFF")
         number = 0
         for step in steps:
             action, *locked = step.split()
@@ -827,7 +829,7 @@ def test_marks_are_what_happened_last(journal, path):
 
 def test_a_flush_without_anything_to_write_writes_nothing(journal, monkeypatch):
     journal.flush()
-    monkeypatch.setattr(journal, "_write", None)
+    monkeypatch.setattr(journal.commits, "write", None)
     journal.flush()
 
 

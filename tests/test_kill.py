@@ -160,7 +160,7 @@ def two_batches(folder):
     mark = world.archive.stat().st_size
     world.journal.flush()
     journal = world.folder / "before.db"
-    world.journal._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    world.journal.commits.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     shutil.copy(world.journal_path, journal)
     for kind in ("File", "File", "File"):
         world.queue.feed(kind)

@@ -245,16 +245,22 @@ def test_half_of_the_queue_is_left_for_fresh_events(bench):
     until(lambda: len(bench.in_flight) == 0)
 
 
-def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch):
-    def cannot_be_written(batch):
-        for write in batch:
-            write.done, write.error = True, ValueError("neither now nor later")
-        return True
+class CannotBegin:
+    """A connection that begins no transaction."""
 
+    def __init__(self, error):
+        self._error = error
+
+    def execute(self, sql):
+        if sql.startswith("BEGIN"):
+            raise self._error
+
+
+def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch):
     bench.store(1)
     bench.sink.fail_with(TransientError("down"))
     with monkeypatch.context() as patched:
-        patched.setattr(bench.journal, "_commit", cannot_be_written)
+        patched.setattr(bench.journal.commits, "db", CannotBegin(ValueError("neither now nor later")))
         bench.go()
     assert bench.go() == 1
     assert bench.journal.counts() == {}
@@ -346,15 +352,10 @@ def test_a_row_is_not_tried_again_before_what_came_of_it_is_written(bench, answe
 
 
 def test_a_dead_letter_is_said_only_if_it_is_written(bench, monkeypatch, lines):
-    def full(batch):
-        for write in batch:
-            write.done, write.error = True, sqlite3.OperationalError("database or disk is full")
-        return True
-
     bench.store(1)
     bench.sink.fail_always(RejectedError("no such tenant"))
     with monkeypatch.context() as patched:
-        patched.setattr(bench.journal, "_commit", full)
+        patched.setattr(bench.journal.commits, "db", CannotBegin(sqlite3.OperationalError("disk is full")))
         bench.go()
     assert named(lines, "event.dead") == []
     assert bench.known(1) is Known.PENDING

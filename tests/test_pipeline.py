@@ -83,7 +83,7 @@ class Line:
             telemetry=Telemetry(log),
             monotonic=self.monotonic,
         )
-        self.journal._writer.execute("PRAGMA busy_timeout = 0")
+        self.journal.commits.db.execute("PRAGMA busy_timeout = 0")
         self.sinks = {name: MemorySink(batch_events=16) for name in sinks}
         self.workers = {
             name: Worker(

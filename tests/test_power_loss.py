@@ -23,8 +23,8 @@ class Disk:
         self._archive_sure = b""
         self._archive_since = [b""]
         self._journal_sure = self._journal()
-        files, journal, check_confirm = world.files, world.journal, world.check_confirm
-        write, sync, truncate, commit = files.write, files.fdatasync, files.ftruncate, journal._commit
+        files, check_confirm = world.files, world.check_confirm
+        write, sync, truncate = files.write, files.fdatasync, files.ftruncate
 
         def recorded_write(fd, data):
             try:
@@ -42,13 +42,11 @@ class Disk:
             self._archive_since = [self._archive_sure]
             self._take_images()
 
-        def recorded_commit(batch):
-            done = commit(batch)
-            (level,) = journal._writer.execute("PRAGMA synchronous").fetchone()
+        def recorded_commit(connection):
+            (level,) = connection.execute("PRAGMA synchronous").fetchone()
             if level >= FULL:
                 self._journal_sure = self._journal()
             self._take_images()
-            return done
 
         def recorded_confirm(event):
             check_confirm(event)
@@ -56,7 +54,7 @@ class Disk:
             self._take_images()
 
         files.write, files.fdatasync, files.ftruncate = recorded_write, recorded_sync, recorded_truncate
-        journal._commit, world.check_confirm = recorded_commit, recorded_confirm
+        world.journal_committed, world.check_confirm = recorded_commit, recorded_confirm
 
     def _journal(self):
         wal = self._world.folder / "journal.db-wal"

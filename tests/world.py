@@ -31,6 +31,7 @@ from vodpoller.errors import (
 )
 from vodpoller.events import Lease, event_key, read_event
 from vodpoller.journal.contract import Portion
+from vodpoller.journal.place import connect
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
@@ -385,8 +386,8 @@ class StagedConfirmer(Confirmer):
         puller.woken.acquire()
 
 
-class BreakableWriter:
-    """The journal's connection, on a disk that can be full."""
+class BreakableConnection:
+    """A connection of the journal, on a disk that can be full."""
 
     def __init__(self, connection, world):
         self._connection = connection
@@ -395,7 +396,10 @@ class BreakableWriter:
     def execute(self, sql, *parameters):
         if self._world.journal_is_broken and sql.startswith("BEGIN"):
             raise sqlite3.OperationalError("database or disk is full")
-        return self._connection.execute(sql, *parameters)
+        answer = self._connection.execute(sql, *parameters)
+        if sql == "COMMIT":
+            self._world.journal_committed(self._connection)
+        return answer
 
     def __getattr__(self, name):
         return getattr(self._connection, name)
@@ -419,6 +423,7 @@ class World:
         self.plain_casts = set()
         self.excused = set()  # what the plain sink may get again: it has it, and nobody could write that down
         self.journal_is_broken = False
+        self.journal_committed = lambda connection: None
         self.violations = []
         self.lines = []
         self.crashes = 0
@@ -445,16 +450,16 @@ class World:
             telemetry=Telemetry(log),
             wall=self.wall,
             monotonic=self.clock,
+            connect=lambda path: BreakableConnection(connect(path), self),
         )
-        self.journal._writer = BreakableWriter(self.journal._writer, self)
-        write = self.journal._write
+        write = self.journal.commits.write
 
         def staged_write(work, *, durable):
             self.stage.pause()
             write(work, durable=durable)
             self.stage.pause()
 
-        self.journal._write = staged_write
+        self.journal.commits.write = staged_write
         self.sink = WatchedFileSink(self, FileConfig(type="file", path=str(self.archive)))
         for portion in self.sink.recover(self.journal.position("file"), {None}):
             self.journal.recover("file", portion)
@@ -585,7 +590,7 @@ class World:
         if self.sink is not None:
             self.sink.close()
         if self.journal is not None:
-            self.journal._writer.close()
+            self.journal.commits.db.close()
             self.journal._reader.close()
             os.close(self.journal._lock_fd)
         self.journal = self.sink = self.pipeline = self.retrier = None

@@ -30,6 +30,7 @@ from vodpoller.journal.contract import (
     StoredCount,
     StoredEvent,
 )
+from vodpoller.journal.group_commit import GroupCommit
 from vodpoller.journal.place import (
     BUSY_SECS,
     cannot_make,
@@ -50,7 +51,6 @@ from vodpoller.telemetry import Count, Telemetry
 
 QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
-DEFERRED_MAX: Final = 1000
 WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while nobody reads
 WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
 WAL_RETRY_SECS: Final = 5.0
@@ -76,31 +76,6 @@ _OCCURRENCE_OF_LINE: Final = (
 )
 _IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
 
-_Work = Callable[[sqlite3.Connection], object]
-
-
-class _Write:
-    """Work for the next transaction.
-
-    Args:
-        work: What is done in it.
-        durable: Its transaction must survive a loss of power.
-        deferred: Nothing waits for it: if it fails for a reason that may pass, it is done with the next one.
-        on_end: Called once it is written, or never will be.
-    """
-
-    __slots__ = ("deferred", "done", "durable", "error", "on_end", "work")
-
-    def __init__(
-        self, work: _Work, *, durable: bool, deferred: bool = False, on_end: Callable[[], None] | None = None
-    ) -> None:
-        self.work = work
-        self.durable = durable
-        self.deferred = deferred
-        self.on_end = on_end
-        self.done = False
-        self.error: Exception | None = None
-
 
 class SqliteJournal(Journal):
     """An open journal in a file. One process at a time: a lock file beside it keeps a second daemon out.
@@ -114,6 +89,10 @@ class SqliteJournal(Journal):
         telemetry: Destination of log lines and counts.
         wall: The clock that stamps rows, in seconds since 1970.
         monotonic: The clock of what is tried again, in seconds.
+        connect: Opens the file, once to write it and once to read it.
+
+    Attributes:
+        commits: All that is written to the file.
 
     Raises:
         UnusableJournalError: It is corrupt, of a later version, or in a place where no journal can be.
@@ -129,6 +108,7 @@ class SqliteJournal(Journal):
         telemetry: Telemetry,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        connect: Callable[[Path], sqlite3.Connection] = connect,
     ) -> None:
         self._path = path
         self._max_bytes = max_bytes
@@ -139,9 +119,7 @@ class SqliteJournal(Journal):
         self._next_wal_try = 0.0
         self._started_at = wall()
         self._run = f"{os.getpid()}-{self._started_at:.6f}"
-        self._queue: list[_Write] = []
-        self._queue_lock = threading.Lock()
-        self._write_lock = threading.Lock()
+        self._memory_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._claiming = threading.Lock()
         self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
@@ -160,10 +138,10 @@ class SqliteJournal(Journal):
             opening.callback(os.close, self._lock_fd)
             make_private(path)
             try:
-                self._writer = connect(path)
-                opening.callback(self._writer.close)
-                copy = migrate(self._writer, path)
-                self._prepare()
+                writer = connect(path)
+                opening.callback(writer.close)
+                copy = migrate(writer, path)
+                self._prepare(writer)
                 self._reader = connect(path)
                 opening.callback(self._reader.close)
             except sqlite3.Error as error:
@@ -173,26 +151,27 @@ class SqliteJournal(Journal):
             opening.pop_all()
         if copy is not None:
             telemetry.log.info("journal.migrated", path=str(path), copy=str(copy))
+        self.commits = GroupCommit(writer, on_failure=self._failed)
         self._identity = identity_of(path)
         self._replaced = False
 
-    def _prepare(self) -> None:
-        self._writer.execute("PRAGMA journal_mode = WAL")
-        self._writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
+    def _prepare(self, writer: sqlite3.Connection) -> None:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
         if self._path.stat().st_size <= QUICK_CHECK_BYTES:
-            ((verdict,), *_) = self._writer.execute("PRAGMA quick_check(1)").fetchall()
+            ((verdict,), *_) = writer.execute("PRAGMA quick_check(1)").fetchall()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-            count_anew(self._writer)
+            count_anew(writer)
         for table in ("ledger", "letters", "totals", "positions", "marks", "occurrences"):
-            self._writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
+            writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
         # A write shows now, not at the first event, that the file is read-only or the disk is full.
-        self._writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (self._wall(),))
-        self._load_occurrences()
+        writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (self._wall(),))
+        self._load_occurrences(writer)
 
-    def _load_occurrences(self) -> None:
+    def _load_occurrences(self, writer: sqlite3.Connection) -> None:
         to_monotonic = self._monotonic() - self._wall()
-        rows = self._writer.execute(
+        rows = writer.execute(
             "SELECT key, content_key, source, lease_ends_at FROM occurrences WHERE acknowledged_at IS NULL ORDER BY id"
         )
         for key, content_key, source, lease_ends_at in rows:
@@ -208,81 +187,10 @@ class SqliteJournal(Journal):
 
     def close(self) -> None:
         self.flush()
-        with self._write_lock, self._read_lock:
-            self._writer.close()
+        with self.commits.lock, self._read_lock:
+            self.commits.db.close()
             self._reader.close()
         os.close(self._lock_fd)
-
-    # --- group commit: whoever comes first writes for all who wait ---------------------------------------------------
-
-    def _write(self, work: _Work, *, durable: bool) -> None:
-        """Have the work done in a transaction, together with that of other threads.
-
-        Raises:
-            StorageError: It was not, and nothing of it is in the file; the log has it.
-        """
-        mine = _Write(work, durable=durable)
-        with self._queue_lock:
-            self._queue.append(mine)
-        with self._write_lock:
-            if not mine.done:
-                self._commit_queue()
-        if not mine.done:  # whoever wrote for all was ended in the middle of it
-            raise StorageError("the journal was not written")
-        if mine.error is not None:
-            self._failed(mine.error)
-            raise StorageError(f"the journal cannot be written: {mine.error}") from mine.error
-
-    def _defer(self, work: _Work, on_end: Callable[[], None] | None = None) -> None:
-        """Have the work done with the next transaction that succeeds: for what only saves work later.
-
-        Args:
-            work: What is done.
-            on_end: Called once it is written, or never will be.
-        """
-        with self._queue_lock:
-            self._queue.append(_Write(work, durable=False, deferred=True, on_end=on_end))
-
-    def _commit_queue(self) -> None:
-        with self._queue_lock:
-            batch, self._queue = self._queue, []
-        again: list[_Write] = []
-        try:
-            if not self._commit(batch) and len(batch) > 1:
-                for write in batch:  # one that cannot be written must not take the others with it
-                    self._commit([write])
-            failed = [write for write in batch if isinstance(write.error, sqlite3.OperationalError)]
-            again = [write for write in failed if write.deferred][:DEFERRED_MAX]
-        finally:
-            if again:
-                with self._queue_lock:
-                    self._queue = [*again, *self._queue]
-            for write in set(batch).difference(again):
-                if write.on_end is not None:
-                    write.on_end()
-
-    def _commit(self, batch: Sequence[_Write]) -> bool:
-        """False where one of several may be at fault; a file that is locked by others fails all, once."""
-        has_begun = False
-        try:
-            durable = any(write.durable for write in batch)
-            self._writer.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
-            self._writer.execute("BEGIN IMMEDIATE")
-            has_begun = True
-            for write in batch:
-                write.work(self._writer)
-            self._writer.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may believe that his row was written
-            with suppress(sqlite3.Error):
-                self._writer.execute("ROLLBACK")
-            if is_corrupt(error):  # said here, since for some writes it does not matter whether they are done
-                self._failed(error)
-            for write in batch:
-                write.error, write.done = error, True
-            return not has_begun
-        for write in batch:
-            write.error, write.done = None, True
-        return True
 
     # --- identity ----------------------------------------------------------------------------------------------------
 
@@ -298,11 +206,13 @@ class SqliteJournal(Journal):
         lease_ends_at = self._wall() - pulled.sent_ago_secs + pulled.lease_secs
         again = [(lease_ends_at, occurrence.key) for occurrence in found if occurrence not in new]
         if again:
-            self._defer(lambda db: db.executemany("UPDATE occurrences SET lease_ends_at = ? WHERE key = ?", again))
+            self.commits.defer(
+                lambda db: db.executemany("UPDATE occurrences SET lease_ends_at = ? WHERE key = ?", again)
+            )
         if new:
             rows = [(occurrence.key, occurrence.content_key, pulled.source, lease_ends_at) for occurrence in new]
             try:
-                self._write(
+                self.commits.write(
                     lambda db: db.executemany(
                         "INSERT INTO occurrences (key, content_key, source, lease_ends_at) VALUES (?, ?, ?, ?)", rows
                     ),
@@ -322,7 +232,7 @@ class SqliteJournal(Journal):
             lease_secs=pulled.lease_secs,
         )
         if gone:
-            self._defer(partial(_acknowledge, [(self._wall(), key) for key in gone]))
+            self.commits.defer(partial(_acknowledge, [(self._wall(), key) for key in gone]))
 
     def answer_lost(self, source: str, *, sent_ago_secs: float) -> None:
         now = self._monotonic()
@@ -372,9 +282,9 @@ class SqliteJournal(Journal):
             _insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if _letters_bytes(db) else (), mark)
 
         try:
-            self._write(work, durable=False)
+            self.commits.write(work, durable=False)
         except Exception:  # noqa: BLE001 - the sink has the events, whatever became of the rows
-            with self._queue_lock:
+            with self._memory_lock:
                 self._unwritten |= dict.fromkeys([(key, sink) for key in keys], (now, None))
                 if position is not None:
                     self._unwritten_positions[sink] = position
@@ -382,7 +292,7 @@ class SqliteJournal(Journal):
             return
         self._end_claims((key, sink) for key in keys)
         if position is not None and (waits or self._unwritten_positions):
-            with self._queue_lock:
+            with self._memory_lock:
                 if waits:
                     self._unwritten_positions[sink] = position
                 else:
@@ -398,7 +308,7 @@ class SqliteJournal(Journal):
                 _insert_recovered(db, sink, _occurrence_of_line(db, sink, content_keys), now)
             _set_position(db, sink, portion.position)
 
-        self._write(work, durable=True)
+        self.commits.write(work, durable=True)
 
     def position(self, sink: str) -> Position | None:
         rows = self._read("SELECT inode, offset_bytes FROM positions WHERE sink = ?", (sink,))
@@ -411,7 +321,7 @@ class SqliteJournal(Journal):
         occurrences = [(now, key) for key in self._occurrences.forget(keys)]
 
         if self._unwritten:
-            with self._queue_lock:
+            with self._memory_lock:
                 done = set(keys)
                 self._unwritten |= {
                     pair: (at, now)
@@ -428,10 +338,10 @@ class SqliteJournal(Journal):
                 db.executemany("UPDATE letters SET confirmed = 1 WHERE key = ?", [(key,) for key in keys])
             _acknowledge(occurrences, db)
 
-        self._defer(work)
+        self.commits.defer(work)
         if occurrences:  # an equal event that comes after a crash would be taken for one of these
             with suppress(StorageError):
-                self._write(lambda _db: None, durable=False)
+                self.commits.write(lambda _db: None, durable=False)
 
     # --- pending and dead --------------------------------------------------------------------------------------------
 
@@ -446,7 +356,7 @@ class SqliteJournal(Journal):
         def work(db: sqlite3.Connection) -> None:
             refused[:] = self._insert_letters(db, wanted)
 
-        self._write(work, durable=True)
+        self.commits.write(work, durable=True)
         if refused:
             raise self._full(refused)
 
@@ -520,14 +430,14 @@ class SqliteJournal(Journal):
         now = self._wall()
         with self._claiming:
             # Memory before the file: what leaves memory after this was written before, and what is read sees that.
-            with self._queue_lock:
+            with self._memory_lock:
                 held = {key for key, of in chain(self._claims, self._unwritten) if of == sink}
             free = self._due_rows(sink, now, limit, held)
             found, accepted = self._read_due(sink, now, free)
-            with self._queue_lock:
+            with self._memory_lock:
                 self._claims |= {(stored.event.key, sink): stored for stored in found}
         if accepted:  # a replay brought them back
-            self._defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
+            self.commits.defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
         return found
 
     def _due_rows(self, sink: str, now: float, limit: int, held: Collection[bytes]) -> list[int]:
@@ -566,7 +476,7 @@ class SqliteJournal(Journal):
         return found, accepted
 
     def release(self, claimed: Iterable[StoredEvent]) -> None:
-        with self._queue_lock:
+        with self._memory_lock:
             for stored in claimed:
                 pair = (stored.event.key, stored.sink)
                 if self._claims.get(pair) is stored:
@@ -574,14 +484,14 @@ class SqliteJournal(Journal):
 
     def _end_claims(self, pairs: Iterable[tuple[bytes, str]]) -> None:
         if self._claims:
-            with self._queue_lock:
+            with self._memory_lock:
                 for pair in pairs:
                     self._claims.pop(pair, None)
 
     def reschedule(self, claimed: StoredEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
         due_at = self._wall() + min(due_in_secs, DUE_HORIZON_SECS)
         values = (attempts, due_at, None if error is None else _text(error), claimed.row)
-        self._defer(
+        self.commits.defer(
             lambda db: db.execute(
                 "UPDATE letters SET attempts = ?, due_at = ?, error = coalesce(?, error) WHERE id = ?", values
             ),
@@ -591,7 +501,7 @@ class SqliteJournal(Journal):
     def bury(self, claimed: StoredEvent, *, attempts: int, reason: str, error: str) -> None:
         values = (attempts, reason, _text(error), claimed.row)
         try:
-            self._write(
+            self.commits.write(
                 lambda db: db.execute(
                     "UPDATE letters SET state = 'dead', attempts = ?, reason = ?, error = ? WHERE id = ?", values
                 ),
@@ -615,7 +525,7 @@ class SqliteJournal(Journal):
                 (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
             )
 
-        self._write(work, durable=False)
+        self.commits.write(work, durable=False)
 
     def counts(self) -> dict[tuple[str, str], int]:
         rows = self._read("SELECT sink, state, count(*) FROM letters GROUP BY sink, state")
@@ -671,7 +581,7 @@ class SqliteJournal(Journal):
 
     def mark(self, name: str, ago_secs: float = 0.0) -> None:
         at = self._wall() - ago_secs
-        self._defer(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)))
+        self.commits.defer(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)))
 
     @property
     def trouble(self) -> str:
@@ -706,10 +616,10 @@ class SqliteJournal(Journal):
         with suppress(StorageError):
             self._check_in_place()
         self._shrink_wal()
-        has_work = self._unwritten or self._unwritten_positions or self._queue or self._failing
+        has_work = self._unwritten or self._unwritten_positions or self.commits.waiting or self._failing
         if not (has_work or even_if_nothing_waits):
             return
-        with self._queue_lock:
+        with self._memory_lock:
             unwritten = dict(self._unwritten)
             rows = [(key, sink, *times) for (key, sink), times in unwritten.items()]
             positions = dict(self._unwritten_positions)
@@ -723,10 +633,10 @@ class SqliteJournal(Journal):
                 _set_position(db, sink, position)
 
         try:
-            self._write(work, durable=False)
+            self.commits.write(work, durable=False)
         except StorageError:
             return
-        with self._queue_lock:
+        with self._memory_lock:
             for pair, times in unwritten.items():
                 if self._unwritten.get(pair) == times:  # else it was confirmed meanwhile: that is written next
                     del self._unwritten[pair]
@@ -739,12 +649,12 @@ class SqliteJournal(Journal):
         """Cut the WAL. SQLite goes on at its end, and cuts nothing, as long as somebody reads at every checkpoint."""
         if self._wal_bytes() > WAL_KEPT_BYTES and self._monotonic() >= self._next_wal_try:
             self._next_wal_try = self._monotonic() + WAL_RETRY_SECS
-            with self._write_lock, self._read_lock, suppress(sqlite3.Error):
+            with self.commits.lock, self._read_lock, suppress(sqlite3.Error):
                 try:
-                    self._writer.execute(f"PRAGMA busy_timeout = {WAL_WAIT_SECS * 1000:.0f}")
-                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    self.commits.db.execute(f"PRAGMA busy_timeout = {WAL_WAIT_SECS * 1000:.0f}")
+                    self.commits.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 finally:
-                    self._writer.execute(f"PRAGMA busy_timeout = {BUSY_SECS * 1000:.0f}")
+                    self.commits.db.execute(f"PRAGMA busy_timeout = {BUSY_SECS * 1000:.0f}")
             size_bytes = self._wal_bytes()
             if size_bytes > WAL_LARGE_BYTES:
                 self._telemetry.repeated(
@@ -772,7 +682,7 @@ class SqliteJournal(Journal):
         with suppress(StorageError):  # it is put off
             for _ in range(round(SLICES * share)):
                 first, self._next_slice = self._next_slice, (self._next_slice + 1) % SLICES
-                self._write(partial(self._prune_slice, first, now), durable=False)
+                self.commits.write(partial(self._prune_slice, first, now), durable=False)
 
     def _prune_slice(self, first: int, now: float, db: sqlite3.Connection) -> None:
         limits = {
@@ -820,7 +730,7 @@ class SqliteJournal(Journal):
             )
 
         with suppress(StorageError):
-            self._write(work, durable=False)
+            self.commits.write(work, durable=False)
             self._started_at += secs
 
     def _failed(self, error: Exception) -> None:

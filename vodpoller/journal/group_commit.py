@@ -1,0 +1,136 @@
+"""Group commit: the writes of many threads, in one transaction for all that wait."""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from vodpoller.errors import StorageError
+from vodpoller.journal.place import is_corrupt
+
+DEFERRED_MAX: Final = 1000
+
+Work = Callable[[sqlite3.Connection], object]
+
+
+class _Write:
+    """Work for the next transaction.
+
+    Args:
+        work: What is done in it.
+        durable: Its transaction must survive a loss of power.
+        deferred: Nothing waits for it: if it fails for a reason that may pass, it is done with the next one.
+        on_end: Called once it is written, or never will be.
+    """
+
+    __slots__ = ("deferred", "done", "durable", "error", "on_end", "work")
+
+    def __init__(
+        self, work: Work, *, durable: bool, deferred: bool = False, on_end: Callable[[], None] | None = None
+    ) -> None:
+        self.work = work
+        self.durable = durable
+        self.deferred = deferred
+        self.on_end = on_end
+        self.done = False
+        self.error: Exception | None = None
+
+
+class GroupCommit:
+    """The writing side of a journal. Of the threads that wait, the first writes for all.
+
+    Args:
+        db: The connection that writes.
+        on_failure: Called with the error of each write that somebody waited for, and of one that shows that the file
+            is corrupt.
+
+    Attributes:
+        db: The connection, to be used only while `lock` is held.
+        lock: Held during each transaction.
+    """
+
+    def __init__(self, db: sqlite3.Connection, *, on_failure: Callable[[Exception], None]) -> None:
+        self.db = db
+        self.lock = threading.Lock()
+        self._on_failure = on_failure
+        self._queue: list[_Write] = []
+        self._queue_lock = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Number of writes that wait for the next transaction."""
+        return len(self._queue)
+
+    def write(self, work: Work, *, durable: bool) -> None:
+        """Have the work done in a transaction, together with that of other threads.
+
+        Args:
+            work: What is done.
+            durable: Whether it must survive a loss of power when this returns.
+
+        Raises:
+            StorageError: It was not, and nothing of it is in the file; `on_failure` was told.
+        """
+        mine = _Write(work, durable=durable)
+        with self._queue_lock:
+            self._queue.append(mine)
+        with self.lock:
+            if not mine.done:
+                self._commit_queue()
+        if not mine.done:  # whoever wrote for all was ended in the middle of it
+            raise StorageError("the journal was not written")
+        if mine.error is not None:
+            self._on_failure(mine.error)
+            raise StorageError(f"the journal cannot be written: {mine.error}") from mine.error
+
+    def defer(self, work: Work, on_end: Callable[[], None] | None = None) -> None:
+        """Have the work done with the next transaction that succeeds: for what only saves work later.
+
+        Args:
+            work: What is done.
+            on_end: Called once it is written, or never will be.
+        """
+        with self._queue_lock:
+            self._queue.append(_Write(work, durable=False, deferred=True, on_end=on_end))
+
+    def _commit_queue(self) -> None:
+        with self._queue_lock:
+            batch, self._queue = self._queue, []
+        again: list[_Write] = []
+        try:
+            if not self._commit(batch) and len(batch) > 1:
+                for write in batch:  # one that cannot be written must not take the others with it
+                    self._commit([write])
+            failed = [write for write in batch if isinstance(write.error, sqlite3.OperationalError)]
+            again = [write for write in failed if write.deferred][:DEFERRED_MAX]
+        finally:
+            if again:
+                with self._queue_lock:
+                    self._queue = [*again, *self._queue]
+            for write in set(batch).difference(again):
+                if write.on_end is not None:
+                    write.on_end()
+
+    def _commit(self, batch: Sequence[_Write]) -> bool:
+        """False where one of several may be at fault; a file that is locked by others fails all, once."""
+        has_begun = False
+        try:
+            durable = any(write.durable for write in batch)
+            self.db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
+            self.db.execute("BEGIN IMMEDIATE")
+            has_begun = True
+            for write in batch:
+                write.work(self.db)
+            self.db.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may believe that his row was written
+            with suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            if is_corrupt(error):  # said here, since for some writes it does not matter whether they are done
+                self._on_failure(error)
+            for write in batch:
+                write.error, write.done = error, True
+            return not has_begun
+        for write in batch:
+            write.error, write.done = None, True
+        return True
