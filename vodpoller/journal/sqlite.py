@@ -45,6 +45,7 @@ from vodpoller.journal.place import (
     way_out,
 )
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, count_anew, migrate
+from vodpoller.journal.unwritten import Unwritten
 from vodpoller.settlement import Reason
 from vodpoller.status import JournalStatus
 from vodpoller.telemetry import Count, Telemetry
@@ -119,11 +120,10 @@ class SqliteJournal(Journal):
         self._next_wal_try = 0.0
         self._started_at = wall()
         self._run = f"{os.getpid()}-{self._started_at:.6f}"
-        self._memory_lock = threading.Lock()
+        self._claims_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._claiming = threading.Lock()
-        self._unwritten: dict[tuple[bytes, str], tuple[float, float | None]] = {}
-        self._unwritten_positions: dict[str, Position] = {}
+        self._unwritten = Unwritten()
         self._claims: dict[tuple[bytes, str], StoredEvent] = {}
         self._occurrences = Occurrences(monotonic())
         self._failing = False
@@ -284,19 +284,12 @@ class SqliteJournal(Journal):
         try:
             self.commits.write(work, durable=False)
         except Exception:  # noqa: BLE001 - the sink has the events, whatever became of the rows
-            with self._memory_lock:
-                self._unwritten |= dict.fromkeys([(key, sink) for key in keys], (now, None))
-                if position is not None:
-                    self._unwritten_positions[sink] = position
+            self._unwritten.add(sink, keys, accepted_at=now, position=position)
             self._end_claims((key, sink) for key in keys)
             return
         self._end_claims((key, sink) for key in keys)
-        if position is not None and (waits or self._unwritten_positions):
-            with self._memory_lock:
-                if waits:
-                    self._unwritten_positions[sink] = position
-                else:
-                    self._unwritten_positions.pop(sink, None)  # overtaken
+        if position is not None:
+            self._unwritten.move_position(sink, position, is_written=not waits)
 
     def recover(self, sink: str, portion: Portion) -> None:
         now = self._wall()
@@ -320,14 +313,7 @@ class SqliteJournal(Journal):
         marks = ",".join("?" * len(keys))
         occurrences = [(now, key) for key in self._occurrences.forget(keys)]
 
-        if self._unwritten:
-            with self._memory_lock:
-                done = set(keys)
-                self._unwritten |= {
-                    pair: (at, now)
-                    for pair, (at, confirmed_at) in self._unwritten.items()
-                    if pair[0] in done and confirmed_at is None
-                }
+        self._unwritten.confirm(keys, now)
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
@@ -430,11 +416,13 @@ class SqliteJournal(Journal):
         now = self._wall()
         with self._claiming:
             # Memory before the file: what leaves memory after this was written before, and what is read sees that.
-            with self._memory_lock:
-                held = {key for key, of in chain(self._claims, self._unwritten) if of == sink}
+            # Claims before what is unwritten: a pair that is accepted meanwhile is there before its claim ends.
+            with self._claims_lock:
+                held = {key for key, of in self._claims if of == sink}
+            held |= self._unwritten.keys_of(sink)
             free = self._due_rows(sink, now, limit, held)
             found, accepted = self._read_due(sink, now, free)
-            with self._memory_lock:
+            with self._claims_lock:
                 self._claims |= {(stored.event.key, sink): stored for stored in found}
         if accepted:  # a replay brought them back
             self.commits.defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
@@ -476,7 +464,7 @@ class SqliteJournal(Journal):
         return found, accepted
 
     def release(self, claimed: Iterable[StoredEvent]) -> None:
-        with self._memory_lock:
+        with self._claims_lock:
             for stored in claimed:
                 pair = (stored.event.key, stored.sink)
                 if self._claims.get(pair) is stored:
@@ -484,7 +472,7 @@ class SqliteJournal(Journal):
 
     def _end_claims(self, pairs: Iterable[tuple[bytes, str]]) -> None:
         if self._claims:
-            with self._memory_lock:
+            with self._claims_lock:
                 for pair in pairs:
                     self._claims.pop(pair, None)
 
@@ -616,33 +604,25 @@ class SqliteJournal(Journal):
         with suppress(StorageError):
             self._check_in_place()
         self._shrink_wal()
-        has_work = self._unwritten or self._unwritten_positions or self.commits.waiting or self._failing
+        has_work = self._unwritten or self._unwritten.has_positions or self.commits.waiting or self._failing
         if not (has_work or even_if_nothing_waits):
             return
-        with self._memory_lock:
-            unwritten = dict(self._unwritten)
-            rows = [(key, sink, *times) for (key, sink), times in unwritten.items()]
-            positions = dict(self._unwritten_positions)
+        unwritten = self._unwritten.snapshot()
+        rows = [(key, sink, *times) for (key, sink), times in unwritten.pairs.items()]
 
         def work(db: sqlite3.Connection) -> None:
             # A transaction that changes nothing succeeds on a full disk, too.
             db.execute("INSERT OR REPLACE INTO marks VALUES ('written', ?)", (self._wall(),))
             db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?)", rows)
             db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [row[:2] for row in rows])
-            for sink, position in positions.items():
+            for sink, position in unwritten.positions.items():
                 _set_position(db, sink, position)
 
         try:
             self.commits.write(work, durable=False)
         except StorageError:
             return
-        with self._memory_lock:
-            for pair, times in unwritten.items():
-                if self._unwritten.get(pair) == times:  # else it was confirmed meanwhile: that is written next
-                    del self._unwritten[pair]
-            for sink, position in positions.items():
-                if self._unwritten_positions.get(sink) is position:
-                    del self._unwritten_positions[sink]
+        self._unwritten.remove(unwritten)
         self._recovered()
 
     def _shrink_wal(self) -> None:
