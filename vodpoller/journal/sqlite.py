@@ -8,10 +8,9 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,9 +43,25 @@ from vodpoller.journal.place import (
     make_private,
     way_out,
 )
-from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, count_anew, migrate
+from vodpoller.journal.schema import count_anew, migrate
+from vodpoller.journal.statements import (
+    INODES,
+    LETTERS_BYTES,
+    acknowledge,
+    delete_slice,
+    insert_accepted,
+    insert_letters,
+    insert_recovered,
+    letters_bytes,
+    mark_removed,
+    occurrence_of_line,
+    row_of,
+    set_position,
+    shift,
+    short_text,
+    size_of,
+)
 from vodpoller.journal.unwritten import Unwritten
-from vodpoller.settlement import Reason
 from vodpoller.status import JournalStatus
 from vodpoller.telemetry import Count, Telemetry
 
@@ -57,25 +72,6 @@ WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
 WAL_RETRY_SECS: Final = 5.0
 WAL_WAIT_SECS: Final = 0.1  # all who write wait meanwhile
 _KEYS_A_QUERY: Final = 500
-_ROWS_A_STATEMENT: Final = 16
-_INODES: Final = 2**64
-
-_LETTERS_BYTES: Final = "SELECT letters_bytes FROM totals"
-_ACCEPTED: Final = (
-    "SELECT 1 FROM ledger WHERE key = :key AND sink = :sink AND (confirmed_at IS NULL OR confirmed_at >= :known_since)"
-)
-_INSERT_LETTER: Final = (
-    "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at, run, source,"
-    " sub_app_id, event_type, body) SELECT :key, :sink, :state, :reason, :error, :attempts, :now, :due_at, :run,"
-    f" :source, :sub_app_id, :event_type, :body WHERE NOT EXISTS ({_ACCEPTED})"
-)
-# What a line of a file may be of: an occurrence that VOD may bring again, or that is stored for the sink.
-_OCCURRENCE_OF_LINE: Final = (
-    "SELECT key FROM occurrences WHERE content_key = ? AND NOT EXISTS (SELECT 1 FROM ledger WHERE ledger.key ="
-    " occurrences.key AND ledger.sink = ?) AND (acknowledged_at IS NULL OR EXISTS (SELECT 1 FROM letters WHERE"
-    " letters.key = occurrences.key AND letters.sink = ?)) ORDER BY id LIMIT 1"
-)
-_IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
 
 
 class SqliteJournal(Journal):
@@ -232,7 +228,7 @@ class SqliteJournal(Journal):
             lease_secs=pulled.lease_secs,
         )
         if gone:
-            self.commits.defer(partial(_acknowledge, [(self._wall(), key) for key in gone]))
+            self.commits.defer(partial(acknowledge, [(self._wall(), key) for key in gone]))
 
     def answer_lost(self, source: str, *, sent_ago_secs: float) -> None:
         now = self._monotonic()
@@ -255,7 +251,7 @@ class SqliteJournal(Journal):
         marks = ",".join("?" * len(keys))
         found = {}
         with self._read_lock:
-            if _letters_bytes(self._reader):
+            if letters_bytes(self._reader):
                 letters = self._reader.execute(
                     f"SELECT key, sink, state FROM letters WHERE key IN ({marks})",  # noqa: S608 - question marks
                     keys,
@@ -279,7 +275,7 @@ class SqliteJournal(Journal):
         mark = None if waits else position
 
         def work(db: sqlite3.Connection) -> None:
-            _insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if _letters_bytes(db) else (), mark)
+            insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if letters_bytes(db) else (), mark)
 
         try:
             self.commits.write(work, durable=False)
@@ -295,18 +291,18 @@ class SqliteJournal(Journal):
         now = self._wall()
 
         def work(db: sqlite3.Connection) -> None:
-            _insert_recovered(db, sink, portion.keys, now)
+            insert_recovered(db, sink, portion.keys, now)
             for content_keys in portion.content_keys:
                 # One at a time: a line of equal content that follows must find that this one has taken its occurrence.
-                _insert_recovered(db, sink, _occurrence_of_line(db, sink, content_keys), now)
-            _set_position(db, sink, portion.position)
+                insert_recovered(db, sink, occurrence_of_line(db, sink, content_keys), now)
+            set_position(db, sink, portion.position)
 
         self.commits.write(work, durable=True)
 
     def position(self, sink: str) -> Position | None:
         rows = self._read("SELECT inode, offset_bytes FROM positions WHERE sink = ?", (sink,))
         row = rows[0] if rows else None
-        return Position(inode=row[0] % _INODES, offset_bytes=row[1]) if row else None
+        return Position(inode=row[0] % INODES, offset_bytes=row[1]) if row else None
 
     def confirmed(self, keys: Sequence[bytes]) -> None:
         now = self._wall()
@@ -320,9 +316,9 @@ class SqliteJournal(Journal):
                 f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks}) AND confirmed_at IS NULL",  # noqa: S608
                 (now, *keys),
             )
-            if _letters_bytes(db):
+            if letters_bytes(db):
                 db.executemany("UPDATE letters SET confirmed = 1 WHERE key = ?", [(key,) for key in keys])
-            _acknowledge(occurrences, db)
+            acknowledge(occurrences, db)
 
         self.commits.defer(work)
         if occurrences:  # an equal event that comes after a crash would be taken for one of these
@@ -336,65 +332,21 @@ class SqliteJournal(Journal):
             return
         self._check_in_place()
         now = self._wall()
-        wanted = [(letter, self._row(letter, now)) for letter in letters]
+        wanted = [(letter, row_of(letter, now=now, run=self._run)) for letter in letters]
         refused: list[Letter] = []
 
         def work(db: sqlite3.Connection) -> None:
-            refused[:] = self._insert_letters(db, wanted)
+            # The statement asks the ledger; what should be in it and could not be written is in memory.
+            lacked = [(letter, row) for letter, row in wanted if (letter.event.key, letter.sink) not in self._unwritten]
+            refused[:] = insert_letters(db, lacked, max_bytes=self._max_bytes)
 
         self.commits.write(work, durable=True)
         if refused:
             raise self._full(refused)
 
-    def _row(self, letter: Letter, now: float) -> dict[str, Any]:
-        return {
-            "key": letter.event.key,
-            "sink": letter.sink,
-            "state": "dead" if letter.dead else "pending",
-            "reason": letter.reason,
-            "error": _text(letter.error),
-            "attempts": letter.attempts,
-            "now": now,
-            "due_at": now + min(letter.due_in_secs, DUE_HORIZON_SECS),
-            "run": self._run,
-            "source": letter.event.source,
-            "sub_app_id": letter.event.sub_app_id,
-            "event_type": _text(letter.event.type),
-            "body": letter.event.body,
-            "known_since": now - CONFIRMED_KEPT_SECS,
-        }
-
-    def _insert_letters(
-        self, db: sqlite3.Connection, wanted: Sequence[tuple[Letter, Mapping[str, Any]]]
-    ) -> list[Letter]:
-        """Insert what there is room for, in a transaction, where no other thread can take the same room.
-
-        Returns:
-            What there is no room for, and is not held by the journal already.
-        """
-        # The statement asks the ledger; what should be in it and could not be written is in memory.
-        wanted = [(letter, row) for letter, row in wanted if (letter.event.key, letter.sink) not in self._unwritten]
-        room = self._max_bytes - _letters_bytes(db)
-        dead_room = self._max_bytes // 2 - _dead_bytes(db)
-        if sum(_size(letter) for letter, _ in wanted) <= room and (
-            sum(_size(letter) for letter, _ in wanted if letter.dead) <= dead_room
-        ):
-            db.executemany(_INSERT_LETTER, [row for _, row in wanted])
-            return []
-        refused = []
-        for letter, row in sorted(wanted, key=lambda pair: pair[0].dead):  # pending ones get the room there is
-            size = _size(letter)
-            if size > room or (letter.dead and size > dead_room):
-                if not db.execute(_IS_HELD, row).fetchone()[0]:
-                    refused.append(letter)
-            elif db.execute(_INSERT_LETTER, row).rowcount:
-                room -= size
-                dead_room -= size if letter.dead else 0
-        return refused
-
     def _full(self, refused: Sequence[Letter]) -> JournalFullError:
         keys = {letter.event.key for letter in refused}
-        self._lacked_bytes = min((_size(letter) for letter in refused if not letter.dead), default=self._lacked_bytes)
+        self._lacked_bytes = min((size_of(letter) for letter in refused if not letter.dead), default=self._lacked_bytes)
         if all(letter.dead for letter in refused):
             message = (
                 f"dead letters may take half of journal.max_bytes = {self._max_bytes}, and that is full: the events"
@@ -430,7 +382,7 @@ class SqliteJournal(Journal):
 
     def _due_rows(self, sink: str, now: float, limit: int, held: Collection[bytes]) -> list[int]:
         """The numbers of what is due and not held; their bodies are read later, those of what is held never."""
-        if limit <= 0 or not self._read(_LETTERS_BYTES)[0][0]:
+        if limit <= 0 or not self._read(LETTERS_BYTES)[0][0]:
             return []
         due = self._read(
             # A due time beyond any delay was set by a clock that was wrong: it has come as well.
@@ -478,7 +430,7 @@ class SqliteJournal(Journal):
 
     def reschedule(self, claimed: StoredEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
         due_at = self._wall() + min(due_in_secs, DUE_HORIZON_SECS)
-        values = (attempts, due_at, None if error is None else _text(error), claimed.row)
+        values = (attempts, due_at, None if error is None else short_text(error), claimed.row)
         self.commits.defer(
             lambda db: db.execute(
                 "UPDATE letters SET attempts = ?, due_at = ?, error = coalesce(?, error) WHERE id = ?", values
@@ -487,7 +439,7 @@ class SqliteJournal(Journal):
         )
 
     def bury(self, claimed: StoredEvent, *, attempts: int, reason: str, error: str) -> None:
-        values = (attempts, reason, _text(error), claimed.row)
+        values = (attempts, reason, short_text(error), claimed.row)
         try:
             self.commits.write(
                 lambda db: db.execute(
@@ -499,21 +451,7 @@ class SqliteJournal(Journal):
             self.release((claimed,))
 
     def mark_removed(self, sinks: Collection[str]) -> None:
-        marks = ",".join("?" * len(sinks))
-
-        def work(db: sqlite3.Connection) -> None:
-            if not _letters_bytes(db):
-                return
-            db.execute(
-                f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({marks})",  # noqa: S608 - marks
-                (Reason.SINK_REMOVED.value, *sinks),
-            )
-            db.execute(
-                f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({marks})",  # noqa: S608 - marks
-                (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
-            )
-
-        self.commits.write(work, durable=False)
+        self.commits.write(partial(mark_removed, sinks), durable=False)
 
     def counts(self) -> dict[tuple[str, str], int]:
         rows = self._read("SELECT sink, state, count(*) FROM letters GROUP BY sink, state")
@@ -583,7 +521,7 @@ class SqliteJournal(Journal):
         elif self._replaced:
             remedy = "Put the file back if you can, and restart vodpoller"
         try:
-            ((taken_bytes,),) = self._read(_LETTERS_BYTES)
+            ((taken_bytes,),) = self._read(LETTERS_BYTES)
         except StorageError as failure:
             error = error or str(failure)
         if not error and self._lacked_bytes > self._max_bytes - taken_bytes:
@@ -616,7 +554,7 @@ class SqliteJournal(Journal):
             db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?)", rows)
             db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [row[:2] for row in rows])
             for sink, position in unwritten.positions.items():
-                _set_position(db, sink, position)
+                set_position(db, sink, position)
 
         try:
             self.commits.write(work, durable=False)
@@ -665,27 +603,14 @@ class SqliteJournal(Journal):
                 self.commits.write(partial(self._prune_slice, first, now), durable=False)
 
     def _prune_slice(self, first: int, now: float, db: sqlite3.Connection) -> None:
-        limits = {
-            "first": bytes([first]),
-            "last": bytes([first]) + b"\xff" * 32,
-            "confirmed_before": now - CONFIRMED_KEPT_SECS,
-            "future": now + 60,  # rows from the future are of a clock that was set back
-            "before": now - self._ledger_secs,
-        }
-        over = db.execute(
-            "DELETE FROM occurrences WHERE key >= :first AND key <= :last AND (acknowledged_at < :confirmed_before"
-            " OR acknowledged_at > :future OR (acknowledged_at IS NULL AND lease_ends_at < :before))"
-            " AND NOT EXISTS (SELECT 1 FROM letters WHERE letters.key = occurrences.key) RETURNING key",
-            limits,
-        ).fetchall()
-        db.executemany("DELETE FROM ledger WHERE key = ?", over)
-        deleted = db.execute(
-            "DELETE FROM ledger WHERE key >= :first AND key <= :last AND (confirmed_at < :confirmed_before"
-            " OR confirmed_at > :future OR (confirmed_at IS NULL AND accepted_at < :before))"
-            " AND NOT EXISTS (SELECT 1 FROM occurrences WHERE occurrences.key = ledger.key)",
-            limits,
-        ).rowcount
-        self._occurrences.forget(key for (key,) in over)
+        occurrences, deleted = delete_slice(
+            db,
+            first,
+            now=now,
+            confirmed_before=now - CONFIRMED_KEPT_SECS,
+            before=now - self._ledger_secs,
+        )
+        self._occurrences.forget(occurrences)
         if deleted:
             self._telemetry.log.debug("journal.pruned", rows=deleted)
 
@@ -693,24 +618,10 @@ class SqliteJournal(Journal):
         # What this process stamped is moved along, so that nothing ages or waits by the jump.
         recent = self._wall() - secs - CONFIRMED_KEPT_SECS
 
-        def work(db: sqlite3.Connection) -> None:
-            db.execute(
-                "UPDATE letters SET stored_at = stored_at + ?, due_at = due_at + ? WHERE run = ?",
-                (secs, secs, self._run),
-            )
-            db.execute(
-                "UPDATE ledger SET accepted_at = accepted_at + ?, confirmed_at = confirmed_at + ?"
-                " WHERE accepted_at >= ? AND (confirmed_at IS NULL OR confirmed_at >= ?)",
-                (secs, secs, self._started_at, recent),
-            )
-            db.execute(
-                "UPDATE occurrences SET lease_ends_at = lease_ends_at + ?, acknowledged_at = acknowledged_at + ?"
-                " WHERE lease_ends_at >= ? AND (acknowledged_at IS NULL OR acknowledged_at >= ?)",
-                (secs, secs, self._started_at, recent),
-            )
-
         with suppress(StorageError):
-            self.commits.write(work, durable=False)
+            self.commits.write(
+                lambda db: shift(db, secs, run=self._run, started_at=self._started_at, recent=recent), durable=False
+            )
             self._started_at += secs
 
     def _failed(self, error: Exception) -> None:
@@ -727,85 +638,3 @@ class SqliteJournal(Journal):
             self._failing = False
             suppressed = self._telemetry.reset()
             self._telemetry.log.info("journal.recovered", suppressed_lines=suppressed or 0)
-
-
-def _insert_accepted(
-    db: sqlite3.Connection,
-    sink: str,
-    rows: Sequence[tuple[bytes, str, float]],
-    stored: Sequence[bytes],
-    position: Position | None,
-) -> None:
-    # REPLACE: a row that a confirm of more than ten minutes ago left behind begins anew. One statement for many rows,
-    # since SQLite's module lets go of the interpreter's lock for each.
-    for first in range(0, len(rows), _ROWS_A_STATEMENT):
-        portion = rows[first : first + _ROWS_A_STATEMENT]
-        values = ",".join(["(?, ?, ?, NULL)"] * len(portion))
-        db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])  # noqa: S608
-    if stored:
-        db.executemany(
-            "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ? AND sink = ? AND EXISTS"
-            " (SELECT 1 FROM letters WHERE letters.key = ledger.key AND letters.sink = ledger.sink AND confirmed)",
-            [(key, sink) for key in stored],
-        )
-        db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
-    _set_position(db, sink, position)
-
-
-def _acknowledge(occurrences: Sequence[tuple[float, bytes]], db: sqlite3.Connection) -> None:
-    """VOD does not have these occurrences any more, since a time by the wall clock."""
-    db.executemany("UPDATE occurrences SET acknowledged_at = ? WHERE key = ?", occurrences)
-
-
-def _insert_recovered(db: sqlite3.Connection, sink: str, keys: Sequence[bytes], now: float) -> None:
-    db.executemany(
-        # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
-        "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
-        " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
-        [(key, sink, now, now - CONFIRMED_KEPT_SECS) for key in keys],
-    )
-    if _letters_bytes(db):
-        db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in keys])
-
-
-def _occurrence_of_line(db: sqlite3.Connection, sink: str, content_keys: Iterable[bytes]) -> list[bytes]:
-    """The key of the occurrence that a line of a sink's file is of; empty if there is none that matters.
-
-    Args:
-        db: In a transaction.
-        sink: The sink's name.
-        content_keys: The content keys that the event of the line may have.
-    """
-    for content_key in content_keys:
-        if row := db.execute(_OCCURRENCE_OF_LINE, (content_key, sink, sink)).fetchone():
-            return [row[0]]
-    return []
-
-
-def _size(letter: Letter) -> int:
-    """What it takes of `max_bytes`."""
-    return len(letter.event.body) + ROW_OVERHEAD_BYTES
-
-
-def _letters_bytes(db: sqlite3.Connection) -> int:
-    """What all stored events take; kept by triggers, so that it holds whoever writes."""
-    (size,) = db.execute(_LETTERS_BYTES).fetchone()
-    return int(size)
-
-
-def _dead_bytes(db: sqlite3.Connection) -> int:
-    """What the dead letters among them take."""
-    (size,) = db.execute("SELECT dead_bytes FROM totals").fetchone()
-    return int(size)
-
-
-def _set_position(db: sqlite3.Connection, sink: str, position: Position | None) -> None:
-    if position is not None:
-        # SQLite's integers are signed; inodes of some file systems use all 64 bits.
-        inode = position.inode if position.inode < _INODES // 2 else position.inode - _INODES
-        db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
-
-
-def _text(text: str) -> str:
-    """What a TEXT column takes: no lone surrogates, no novels."""
-    return text[:2000].encode(errors="replace").decode()

@@ -1,0 +1,263 @@
+"""The SQL of the journal: what is done within one transaction, as functions over the connection that is in it.
+
+They know nothing of threads, locks, clocks or what is in memory.
+"""
+
+import sqlite3
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Final
+
+from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, DUE_HORIZON_SECS, Letter, Position
+from vodpoller.journal.schema import ROW_OVERHEAD_BYTES
+from vodpoller.settlement import Reason
+
+INODES: Final = 2**64
+_ROWS_A_STATEMENT: Final = 16
+
+LETTERS_BYTES: Final = "SELECT letters_bytes FROM totals"
+_ACCEPTED: Final = (
+    "SELECT 1 FROM ledger WHERE key = :key AND sink = :sink AND (confirmed_at IS NULL OR confirmed_at >= :known_since)"
+)
+_INSERT_LETTER: Final = (
+    "INSERT OR IGNORE INTO letters (key, sink, state, reason, error, attempts, stored_at, due_at, run, source,"
+    " sub_app_id, event_type, body) SELECT :key, :sink, :state, :reason, :error, :attempts, :now, :due_at, :run,"
+    f" :source, :sub_app_id, :event_type, :body WHERE NOT EXISTS ({_ACCEPTED})"
+)
+# What a line of a file may be of: an occurrence that VOD may bring again, or that is stored for the sink.
+_OCCURRENCE_OF_LINE: Final = (
+    "SELECT key FROM occurrences WHERE content_key = ? AND NOT EXISTS (SELECT 1 FROM ledger WHERE ledger.key ="
+    " occurrences.key AND ledger.sink = ?) AND (acknowledged_at IS NULL OR EXISTS (SELECT 1 FROM letters WHERE"
+    " letters.key = occurrences.key AND letters.sink = ?)) ORDER BY id LIMIT 1"
+)
+_IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
+
+
+def insert_accepted(
+    db: sqlite3.Connection,
+    sink: str,
+    rows: Sequence[tuple[bytes, str, float]],
+    stored: Sequence[bytes],
+    position: Position | None,
+) -> None:
+    """Enter accepted pairs, move the mark of the sink's file, and delete what is stored for them.
+
+    Args:
+        db: In a transaction.
+        sink: The sink.
+        rows: Key, sink and time of each pair.
+        stored: Keys of which something may be stored for this sink.
+        position: Where its file ends now; None if the mark does not move.
+    """
+    # REPLACE: a row that a confirm of more than ten minutes ago left behind begins anew. One statement for many rows,
+    # since SQLite's module lets go of the interpreter's lock for each.
+    for first in range(0, len(rows), _ROWS_A_STATEMENT):
+        portion = rows[first : first + _ROWS_A_STATEMENT]
+        values = ",".join(["(?, ?, ?, NULL)"] * len(portion))
+        db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])  # noqa: S608
+    if stored:
+        db.executemany(
+            "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ? AND sink = ? AND EXISTS"
+            " (SELECT 1 FROM letters WHERE letters.key = ledger.key AND letters.sink = ledger.sink AND confirmed)",
+            [(key, sink) for key in stored],
+        )
+        db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
+    set_position(db, sink, position)
+
+
+def insert_recovered(db: sqlite3.Connection, sink: str, keys: Sequence[bytes], now: float) -> None:
+    """Enter pairs that a sink's file proves; one that is in the ledger stays as it is."""
+    db.executemany(
+        # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
+        "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
+        " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
+        [(key, sink, now, now - CONFIRMED_KEPT_SECS) for key in keys],
+    )
+    if letters_bytes(db):
+        db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in keys])
+
+
+def occurrence_of_line(db: sqlite3.Connection, sink: str, content_keys: Iterable[bytes]) -> list[bytes]:
+    """The key of the occurrence that a line of a sink's file is of; empty if there is none that matters.
+
+    Args:
+        db: In a transaction.
+        sink: The sink's name.
+        content_keys: The content keys that the event of the line may have.
+    """
+    for content_key in content_keys:
+        if row := db.execute(_OCCURRENCE_OF_LINE, (content_key, sink, sink)).fetchone():
+            return [row[0]]
+    return []
+
+
+def acknowledge(occurrences: Sequence[tuple[float, bytes]], db: sqlite3.Connection) -> None:
+    """VOD does not have these occurrences any more, since a time by the wall clock."""
+    db.executemany("UPDATE occurrences SET acknowledged_at = ? WHERE key = ?", occurrences)
+
+
+def set_position(db: sqlite3.Connection, sink: str, position: Position | None) -> None:
+    """Move the mark of a sink's file, if there is a position."""
+    if position is not None:
+        # SQLite's integers are signed; inodes of some file systems use all 64 bits.
+        inode = position.inode if position.inode < INODES // 2 else position.inode - INODES
+        db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", (sink, inode, position.offset_bytes))
+
+
+def row_of(letter: Letter, *, now: float, run: str) -> dict[str, Any]:
+    """The row of an event that is to be stored.
+
+    Args:
+        letter: The event, and the sink that lacks it.
+        now: The time, in seconds since 1970.
+        run: The process that stores it.
+    """
+    return {
+        "key": letter.event.key,
+        "sink": letter.sink,
+        "state": "dead" if letter.dead else "pending",
+        "reason": letter.reason,
+        "error": short_text(letter.error),
+        "attempts": letter.attempts,
+        "now": now,
+        "due_at": now + min(letter.due_in_secs, DUE_HORIZON_SECS),
+        "run": run,
+        "source": letter.event.source,
+        "sub_app_id": letter.event.sub_app_id,
+        "event_type": short_text(letter.event.type),
+        "body": letter.event.body,
+        "known_since": now - CONFIRMED_KEPT_SECS,
+    }
+
+
+def insert_letters(
+    db: sqlite3.Connection, wanted: Sequence[tuple[Letter, Mapping[str, Any]]], *, max_bytes: int
+) -> list[Letter]:
+    """Insert what there is room for, and the ledger does not have: no other thread can take the same room meanwhile.
+
+    Args:
+        db: In a transaction.
+        wanted: What is to be stored, with its rows.
+        max_bytes: What all stored events may take.
+
+    Returns:
+        What there is no room for, and is not held by the journal already.
+    """
+    room = max_bytes - letters_bytes(db)
+    dead_room = max_bytes // 2 - dead_bytes(db)
+    if sum(size_of(letter) for letter, _ in wanted) <= room and (
+        sum(size_of(letter) for letter, _ in wanted if letter.dead) <= dead_room
+    ):
+        db.executemany(_INSERT_LETTER, [row for _, row in wanted])
+        return []
+    refused = []
+    for letter, row in sorted(wanted, key=lambda pair: pair[0].dead):  # pending ones get the room there is
+        size = size_of(letter)
+        if size > room or (letter.dead and size > dead_room):
+            if not db.execute(_IS_HELD, row).fetchone()[0]:
+                refused.append(letter)
+        elif db.execute(_INSERT_LETTER, row).rowcount:
+            room -= size
+            dead_room -= size if letter.dead else 0
+    return refused
+
+
+def mark_removed(sinks: Collection[str], db: sqlite3.Connection) -> None:
+    """Give pending events of all sinks but these the reason `sink_removed`, and take it from those of these."""
+    if not letters_bytes(db):
+        return
+    marks = ",".join("?" * len(sinks))
+    db.execute(
+        f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({marks})",  # noqa: S608 - marks
+        (Reason.SINK_REMOVED.value, *sinks),
+    )
+    db.execute(
+        f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({marks})",  # noqa: S608 - marks
+        (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
+    )
+
+
+def delete_slice(
+    db: sqlite3.Connection, first: int, *, now: float, confirmed_before: float, before: float
+) -> tuple[list[bytes], int]:
+    """Delete what the ledger no longer needs, among keys that begin with one byte. Times are in seconds since 1970.
+
+    Args:
+        db: In a transaction.
+        first: That byte.
+        now: The time.
+        confirmed_before: Pairs and occurrences that were confirmed before go.
+        before: Pairs that were accepted, and occurrences whose last lease ended, before, and were never confirmed, go.
+
+    Returns:
+        The keys of the occurrences that went, and the number of pairs that went without one.
+    """
+    limits = {
+        "first": bytes([first]),
+        "last": bytes([first]) + b"\xff" * 32,
+        "confirmed_before": confirmed_before,
+        "future": now + 60,  # rows from the future are of a clock that was set back
+        "before": before,
+    }
+    over = db.execute(
+        "DELETE FROM occurrences WHERE key >= :first AND key <= :last AND (acknowledged_at < :confirmed_before"
+        " OR acknowledged_at > :future OR (acknowledged_at IS NULL AND lease_ends_at < :before))"
+        " AND NOT EXISTS (SELECT 1 FROM letters WHERE letters.key = occurrences.key) RETURNING key",
+        limits,
+    ).fetchall()
+    db.executemany("DELETE FROM ledger WHERE key = ?", over)
+    deleted = db.execute(
+        "DELETE FROM ledger WHERE key >= :first AND key <= :last AND (confirmed_at < :confirmed_before"
+        " OR confirmed_at > :future OR (confirmed_at IS NULL AND accepted_at < :before))"
+        " AND NOT EXISTS (SELECT 1 FROM occurrences WHERE occurrences.key = ledger.key)",
+        limits,
+    ).rowcount
+    return [key for (key,) in over], deleted
+
+
+def shift(db: sqlite3.Connection, secs: float, *, run: str, started_at: float, recent: float) -> None:
+    """Move the times that a process stamped.
+
+    Args:
+        db: In a transaction.
+        secs: By how much.
+        run: The process.
+        started_at: When it began, by the clock before the jump, in seconds since 1970.
+        recent: What was confirmed before stays as it is; the same way.
+    """
+    db.execute(
+        "UPDATE letters SET stored_at = stored_at + ?, due_at = due_at + ? WHERE run = ?",
+        (secs, secs, run),
+    )
+    db.execute(
+        "UPDATE ledger SET accepted_at = accepted_at + ?, confirmed_at = confirmed_at + ?"
+        " WHERE accepted_at >= ? AND (confirmed_at IS NULL OR confirmed_at >= ?)",
+        (secs, secs, started_at, recent),
+    )
+    db.execute(
+        "UPDATE occurrences SET lease_ends_at = lease_ends_at + ?, acknowledged_at = acknowledged_at + ?"
+        " WHERE lease_ends_at >= ? AND (acknowledged_at IS NULL OR acknowledged_at >= ?)",
+        (secs, secs, started_at, recent),
+    )
+
+
+def size_of(letter: Letter) -> int:
+    """What it takes of `max_bytes`."""
+    return len(letter.event.body) + ROW_OVERHEAD_BYTES
+
+
+def letters_bytes(db: sqlite3.Connection) -> int:
+    """What all stored events take; kept by triggers, so that it holds whoever writes."""
+    (size,) = db.execute(LETTERS_BYTES).fetchone()
+    return int(size)
+
+
+def dead_bytes(db: sqlite3.Connection) -> int:
+    """What the dead letters among them take."""
+    (size,) = db.execute("SELECT dead_bytes FROM totals").fetchone()
+    return int(size)
+
+
+def short_text(text: str) -> str:
+    """What a TEXT column takes: no lone surrogates, no novels."""
+    return text[:2000].encode(errors="replace").decode()
