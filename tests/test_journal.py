@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named, until
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
-from vodpoller.journal import sqlite as journal_module
+from vodpoller.journal import wal as wal_module
 from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Known, Letter, Position
 from vodpoller.journal.group_commit import DEFERRED_MAX
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
@@ -1006,8 +1006,8 @@ def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pu
 
 @pytest.fixture
 def small_wal(monkeypatch):
-    monkeypatch.setattr(journal_module, "WAL_KEPT_BYTES", 256 * 1024)
-    monkeypatch.setattr(journal_module, "WAL_LARGE_BYTES", 1024 * 1024)
+    monkeypatch.setattr(wal_module, "WAL_KEPT_BYTES", 256 * 1024)
+    monkeypatch.setattr(wal_module, "WAL_LARGE_BYTES", 1024 * 1024)
 
 
 @pytest.mark.parametrize("writes", ["stored events", "ledger rows"])

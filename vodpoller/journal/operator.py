@@ -21,7 +21,7 @@ from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.events import Event, event_fields, restore_event
 from vodpoller.journal.place import is_corrupt, problem_of_place, way_out
 from vodpoller.journal.schema import OLDEST_READABLE, refuse_other, version_of
-from vodpoller.journal.sqlite import WAL_KEPT_BYTES
+from vodpoller.journal.wal import limit_wal
 from vodpoller.router import Router
 from vodpoller.settlement import Reason
 
@@ -244,7 +244,7 @@ class Letters:
             raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
         try:
             self._db.isolation_level = None
-            self._db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
+            limit_wal(self._db)
             version = version_of(self._db, path)
             refuse_other(path, version)
         except sqlite3.Error as error:

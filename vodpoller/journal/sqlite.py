@@ -9,14 +9,15 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.events import restore_event
 from vodpoller.identity import Occurrence, Occurrences
+from vodpoller.journal.claims import Claims
+from vodpoller.journal.condition import Condition
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
@@ -30,22 +31,13 @@ from vodpoller.journal.contract import (
     StoredEvent,
 )
 from vodpoller.journal.group_commit import GroupCommit
+from vodpoller.journal.opening import Connect, open_journal
 from vodpoller.journal.place import (
-    BUSY_SECS,
-    cannot_make,
-    cannot_open,
-    check_place,
     connect,
-    identity_of,
-    is_corrupt,
-    keep_others_out,
-    make_folder,
-    make_private,
-    way_out,
 )
-from vodpoller.journal.schema import count_anew, migrate
 from vodpoller.journal.statements import (
     INODES,
+    KEYS_PER_QUERY,
     LETTERS_BYTES,
     acknowledge,
     delete_slice,
@@ -62,16 +54,11 @@ from vodpoller.journal.statements import (
     size_of,
 )
 from vodpoller.journal.unwritten import Unwritten
+from vodpoller.journal.wal import Wal
 from vodpoller.status import JournalStatus
-from vodpoller.telemetry import Count, Telemetry
+from vodpoller.telemetry import Telemetry
 
-QUICK_CHECK_BYTES: Final = 64 * 1024 * 1024  # about a tenth of a second
 SLICES: Final = 256
-WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while nobody reads
-WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
-WAL_RETRY_SECS: Final = 5.0
-WAL_WAIT_SECS: Final = 0.1  # all who write wait meanwhile
-_KEYS_A_QUERY: Final = 500
 
 
 class SqliteJournal(Journal):
@@ -105,7 +92,7 @@ class SqliteJournal(Journal):
         telemetry: Telemetry,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
-        connect: Callable[[Path], sqlite3.Connection] = connect,
+        connect: Connect = connect,
     ) -> None:
         self._path = path
         self._max_bytes = max_bytes
@@ -113,63 +100,29 @@ class SqliteJournal(Journal):
         self._telemetry = telemetry.scope()
         self._wall = wall
         self._monotonic = monotonic
-        self._next_wal_try = 0.0
         self._started_at = wall()
         self._run = f"{os.getpid()}-{self._started_at:.6f}"
-        self._claims_lock = threading.Lock()
         self._read_lock = threading.Lock()
-        self._claiming = threading.Lock()
         self._unwritten = Unwritten()
-        self._claims: dict[tuple[bytes, str], StoredEvent] = {}
+        self._claims = Claims(self._read, self._unwritten)
         self._occurrences = Occurrences(monotonic())
-        self._failing = False
-        self._trouble = ""  # what was said last about why it could not be written
         self._lacked_bytes = 0  # what the least of those pending events takes that found no room
-        self._corrupt: str | None = None  # once found it is so until the next start
         self._next_slice = 0
-        with ExitStack() as opening:
-            check_place(path)
-            make_folder(path.parent, telemetry.log)
-            self._lock_fd = keep_others_out(path)
-            opening.callback(os.close, self._lock_fd)
-            make_private(path)
-            try:
-                writer = connect(path)
-                opening.callback(writer.close)
-                copy = migrate(writer, path)
-                self._prepare(writer)
-                self._reader = connect(path)
-                opening.callback(self._reader.close)
-            except sqlite3.Error as error:
-                raise cannot_open(path, error) from error
-            except OSError as error:
-                raise cannot_make(path, error, "cannot be copied before it is brought to this version") from error
-            opening.pop_all()
-        if copy is not None:
-            telemetry.log.info("journal.migrated", path=str(path), copy=str(copy))
-        self.commits = GroupCommit(writer, on_failure=self._failed)
-        self._identity = identity_of(path)
-        self._replaced = False
-
-    def _prepare(self, writer: sqlite3.Connection) -> None:
-        writer.execute("PRAGMA journal_mode = WAL")
-        writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
-        if self._path.stat().st_size <= QUICK_CHECK_BYTES:
-            ((verdict,), *_) = writer.execute("PRAGMA quick_check(1)").fetchall()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(verdict)
-            count_anew(writer)
-        for table in ("ledger", "letters", "totals", "positions", "marks", "occurrences"):
-            writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
-        # A write shows now, not at the first event, that the file is read-only or the disk is full.
-        writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (self._wall(),))
-        self._load_occurrences(writer)
-
-    def _load_occurrences(self, writer: sqlite3.Connection) -> None:
-        to_monotonic = self._monotonic() - self._wall()
-        rows = writer.execute(
-            "SELECT key, content_key, source, lease_ends_at FROM occurrences WHERE acknowledged_at IS NULL ORDER BY id"
+        opened = open_journal(path, log=telemetry.log, connect=connect, now=wall)
+        self._lock_fd, self._reader = opened.lock_fd, opened.reader
+        self._load_occurrences(opened.occurrences)
+        self._condition = Condition(path, self._telemetry)
+        self.commits = GroupCommit(opened.writer, on_failure=self._condition.failed)
+        self._wal = Wal(
+            path,
+            commits=self.commits,
+            read_lock=self._read_lock,
+            telemetry=self._telemetry,
+            monotonic=monotonic,
         )
+
+    def _load_occurrences(self, rows: Iterable[tuple[bytes, bytes, str, float]]) -> None:
+        to_monotonic = self._monotonic() - self._wall()
         for key, content_key, source, lease_ends_at in rows:
             self._occurrences.add(
                 Occurrence(
@@ -243,8 +196,8 @@ class SqliteJournal(Journal):
         # Memory before the file: a pair that leaves memory in between is in the file by then.
         unwritten = [pair for pair in wanted if pair in self._unwritten] if self._unwritten else []
         with self._reading():
-            for first in range(0, len(keys), _KEYS_A_QUERY):
-                found |= self._known(keys[first : first + _KEYS_A_QUERY])
+            for first in range(0, len(keys), KEYS_PER_QUERY):
+                found |= self._known(keys[first : first + KEYS_PER_QUERY])
         return found | dict.fromkeys(unwritten, Known.ACCEPTED)
 
     def _known(self, keys: Sequence[bytes]) -> dict[tuple[bytes, str], Known]:
@@ -281,9 +234,9 @@ class SqliteJournal(Journal):
             self.commits.write(work, durable=False)
         except Exception:  # noqa: BLE001 - the sink has the events, whatever became of the rows
             self._unwritten.add(sink, keys, accepted_at=now, position=position)
-            self._end_claims((key, sink) for key in keys)
+            self._claims.end((key, sink) for key in keys)
             return
-        self._end_claims((key, sink) for key in keys)
+        self._claims.end((key, sink) for key in keys)
         if position is not None:
             self._unwritten.move_position(sink, position, is_written=not waits)
 
@@ -330,7 +283,7 @@ class SqliteJournal(Journal):
     def store(self, letters: Sequence[Letter]) -> None:
         if not letters:
             return
-        self._check_in_place()
+        self._condition.check_in_place()
         now = self._wall()
         wanted = [(letter, row_of(letter, now=now, run=self._run)) for letter in letters]
         refused: list[Letter] = []
@@ -363,70 +316,15 @@ class SqliteJournal(Journal):
         return error
 
     def claim_due(self, sink: str, limit: int) -> list[StoredEvent]:
-        if self._corrupt is not None:  # what would be delivered now could not be remembered
-            raise StorageError(self._corrupt)
-        now = self._wall()
-        with self._claiming:
-            # Memory before the file: what leaves memory after this was written before, and what is read sees that.
-            # Claims before what is unwritten: a pair that is accepted meanwhile is there before its claim ends.
-            with self._claims_lock:
-                held = {key for key, of in self._claims if of == sink}
-            held |= self._unwritten.keys_of(sink)
-            free = self._due_rows(sink, now, limit, held)
-            found, accepted = self._read_due(sink, now, free)
-            with self._claims_lock:
-                self._claims |= {(stored.event.key, sink): stored for stored in found}
+        if self._condition.corrupt:  # what would be delivered now could not be remembered
+            raise StorageError(self._condition.corrupt)
+        found, accepted = self._claims.claim_due(sink, limit, now=self._wall())
         if accepted:  # a replay brought them back
             self.commits.defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
         return found
 
-    def _due_rows(self, sink: str, now: float, limit: int, held: Collection[bytes]) -> list[int]:
-        """The numbers of what is due and not held; their bodies are read later, those of what is held never."""
-        if limit <= 0 or not self._read(LETTERS_BYTES)[0][0]:
-            return []
-        due = self._read(
-            # A due time beyond any delay was set by a clock that was wrong: it has come as well.
-            "SELECT id, key FROM letters WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?)"
-            " ORDER BY due_at, id LIMIT ?",
-            (sink, now, now + DUE_HORIZON_SECS + 60, limit + len(held)),
-        )
-        return [row for row, key in due if key not in held][:limit]
-
-    def _read_due(self, sink: str, now: float, rows: Sequence[int]) -> tuple[list[StoredEvent], list[tuple[int]]]:
-        """The stored events of these numbers, and the numbers of those that the ledger has."""
-        found: list[StoredEvent] = []
-        accepted: list[tuple[int]] = []
-        for first in range(0, len(rows), _KEYS_A_QUERY):
-            portion = rows[first : first + _KEYS_A_QUERY]
-            marks = ",".join("?" * len(portion))
-            read = self._read(
-                "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("  # noqa: S608
-                " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
-                " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
-                f" FROM letters WHERE id IN ({marks}) AND state = 'pending' AND sink = ? ORDER BY due_at, id",
-                (now - CONFIRMED_KEPT_SECS, *portion, sink),
-            )
-            for row, key, attempts, stored_at, source, sub_app_id, event_type, body, is_accepted in read:
-                if is_accepted:
-                    accepted.append((row,))
-                    continue
-                event = restore_event(body=body, key=key, event_type=event_type, source=source, sub_app_id=sub_app_id)
-                age_secs = max(now - stored_at, 0.0)
-                found.append(StoredEvent(row=row, event=event, sink=sink, attempts=attempts, age_secs=age_secs))
-        return found, accepted
-
     def release(self, claimed: Iterable[StoredEvent]) -> None:
-        with self._claims_lock:
-            for stored in claimed:
-                pair = (stored.event.key, stored.sink)
-                if self._claims.get(pair) is stored:
-                    del self._claims[pair]
-
-    def _end_claims(self, pairs: Iterable[tuple[bytes, str]]) -> None:
-        if self._claims:
-            with self._claims_lock:
-                for pair in pairs:
-                    self._claims.pop(pair, None)
+        self._claims.release(claimed)
 
     def reschedule(self, claimed: StoredEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
         due_at = self._wall() + min(due_in_secs, DUE_HORIZON_SECS)
@@ -435,7 +333,7 @@ class SqliteJournal(Journal):
             lambda db: db.execute(
                 "UPDATE letters SET attempts = ?, due_at = ?, error = coalesce(?, error) WHERE id = ?", values
             ),
-            on_end=lambda: self.release((claimed,)),
+            on_end=lambda: self._claims.release((claimed,)),
         )
 
     def bury(self, claimed: StoredEvent, *, attempts: int, reason: str, error: str) -> None:
@@ -475,30 +373,14 @@ class SqliteJournal(Journal):
         try:
             yield
         except Exception as error:
-            self._failed(error)
+            self._condition.failed(error)
             raise StorageError(f"the journal cannot be read: {error}") from error
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     @property
     def is_writable(self) -> bool:
-        return not (self._unwritten or self._replaced or self._corrupt)
-
-    def _check_in_place(self) -> None:
-        """What is written to a file that was deleted or replaced is lost at the next start.
-
-        Raises:
-            StorageError: That happened.
-        """
-        self._replaced = identity_of(self._path) != self._identity
-        if self._replaced:
-            error = StorageError(
-                f"{self._path}: the journal was deleted or replaced while it was open: put it back if you can, and"
-                " restart vodpoller; until then events stay with VOD"
-            )
-            self._trouble = str(error)
-            self._telemetry.repeated("error", "journal.failed", cause="replaced", **error.fields())
-            raise error
+        return not (self._unwritten or self._condition.is_replaced or self._condition.corrupt)
 
     @property
     def unwritten(self) -> int:
@@ -511,15 +393,11 @@ class SqliteJournal(Journal):
 
     @property
     def trouble(self) -> str:
-        return self._trouble if self._failing or not self.is_writable else ""
+        return self._condition.trouble if self._condition.is_failing or not self.is_writable else ""
 
     def status(self) -> JournalStatus:
         self.flush(even_if_nothing_waits=True)
-        error, remedy, taken_bytes = self.trouble, "", 0
-        if self._corrupt is not None:
-            remedy = 'Stop vodpoller and keep a copy; README, "A corrupt journal", has each step'
-        elif self._replaced:
-            remedy = "Put the file back if you can, and restart vodpoller"
+        error, remedy, taken_bytes = self.trouble, self._condition.remedy, 0
         try:
             ((taken_bytes,),) = self._read(LETTERS_BYTES)
         except StorageError as failure:
@@ -540,10 +418,10 @@ class SqliteJournal(Journal):
 
     def flush(self, *, even_if_nothing_waits: bool = False) -> None:
         with suppress(StorageError):
-            self._check_in_place()
-        self._shrink_wal()
-        has_work = self._unwritten or self._unwritten.has_positions or self.commits.waiting or self._failing
-        if not (has_work or even_if_nothing_waits):
+            self._condition.check_in_place()
+        self._wal.shrink()
+        waits = self._unwritten or self._unwritten.has_positions or self.commits.waiting
+        if not (waits or self._condition.is_failing or even_if_nothing_waits):
             return
         unwritten = self._unwritten.snapshot()
         rows = [(key, sink, *times) for (key, sink), times in unwritten.pairs.items()]
@@ -561,37 +439,7 @@ class SqliteJournal(Journal):
         except StorageError:
             return
         self._unwritten.remove(unwritten)
-        self._recovered()
-
-    def _shrink_wal(self) -> None:
-        """Cut the WAL. SQLite goes on at its end, and cuts nothing, as long as somebody reads at every checkpoint."""
-        if self._wal_bytes() > WAL_KEPT_BYTES and self._monotonic() >= self._next_wal_try:
-            self._next_wal_try = self._monotonic() + WAL_RETRY_SECS
-            with self.commits.lock, self._read_lock, suppress(sqlite3.Error):
-                try:
-                    self.commits.db.execute(f"PRAGMA busy_timeout = {WAL_WAIT_SECS * 1000:.0f}")
-                    self.commits.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                finally:
-                    self.commits.db.execute(f"PRAGMA busy_timeout = {BUSY_SECS * 1000:.0f}")
-            size_bytes = self._wal_bytes()
-            if size_bytes > WAL_LARGE_BYTES:
-                self._telemetry.repeated(
-                    "warning",
-                    "wal.grown",
-                    cause="wal",
-                    path=f"{self._path}-wal",
-                    size_bytes=size_bytes,
-                    hint="another process reads the journal without a pause, which keeps it from being cut:"
-                    f" `fuser {self._path}` names it",
-                )
-            else:
-                self._telemetry.reset("wal")
-
-    def _wal_bytes(self) -> int:
-        try:
-            return self._path.with_name(f"{self._path.name}-wal").stat().st_size
-        except OSError:
-            return 0
+        self._condition.recovered()
 
     def prune(self, share: float = 1.0) -> None:
         # An index by age would cost more at each event than all else in the ledger. Keys are hashes, so equal ranges of
@@ -623,18 +471,3 @@ class SqliteJournal(Journal):
                 lambda db: shift(db, secs, run=self._run, started_at=self._started_at, recent=recent), durable=False
             )
             self._started_at += secs
-
-    def _failed(self, error: Exception) -> None:
-        self._failing = True
-        message = str(error)
-        if is_corrupt(error):
-            message = self._corrupt = way_out(self._path, error)
-        self._trouble = message
-        self._telemetry.count(Count.JOURNAL_ERRORS)
-        self._telemetry.repeated("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
-
-    def _recovered(self) -> None:
-        if self._failing and self._corrupt is None:
-            self._failing = False
-            suppressed = self._telemetry.reset()
-            self._telemetry.log.info("journal.recovered", suppressed_lines=suppressed or 0)

@@ -13,6 +13,7 @@ from vodpoller.journal.schema import ROW_OVERHEAD_BYTES
 from vodpoller.settlement import Reason
 
 INODES: Final = 2**64
+KEYS_PER_QUERY: Final = 500
 _ROWS_A_STATEMENT: Final = 16
 
 LETTERS_BYTES: Final = "SELECT letters_bytes FROM totals"
