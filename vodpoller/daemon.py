@@ -9,13 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any, Final
-
-from apscheduler.executors.pool import ThreadPoolExecutor
-from apscheduler.schedulers.background import BackgroundScheduler
-from apscheduler.triggers.base import BaseTrigger
 
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
@@ -36,6 +30,7 @@ from vodpoller.status import JournalStatus, Status, StoredStatus
 from vodpoller.status_socket import StatusSocket, socket_path
 from vodpoller.systemd import Liveness, Notifier
 from vodpoller.telemetry import Count, Telemetry
+from vodpoller.upkeep import Upkeep
 from vodpoller.vod import signature
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.confirmer import Confirmer
@@ -49,32 +44,6 @@ CLOSE_SECS: Final = 1.0
 LAST_CHANCE_SECS: Final = 0.2
 ONCE_TRIES: Final = 3
 RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
-
-UPKEEP_SECS: Final = 1.0
-PRUNE_SECS: Final = 5.0
-PRUNE_SHARE: Final = 1 / 32  # all of the ledger is looked at every 160 s
-COUNT_SECS: Final = 30.0
-
-
-class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
-    """Fires at an interval, and never catches up.
-
-    APScheduler's own IntervalTrigger counts every interval that a clock set forth has skipped, one by one: for a
-    machine that boots in 1970 that is hours of computing.
-
-    Args:
-        secs: The interval.
-    """
-
-    def __init__(self, secs: float) -> None:
-        self._interval = timedelta(seconds=secs)
-
-    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime:
-        """APScheduler's contract: when it fires next."""
-        if previous_fire_time is None:
-            return now
-        following = previous_fire_time + self._interval
-        return following if now < following <= now + self._interval else now + self._interval
 
 
 class Daemon:
@@ -104,7 +73,6 @@ class Daemon:
         self._signals = signals or Signals()
         self._clock = SteadyClock()
         self._started_at = self._clock()
-        self._stored: Sequence[StoredStatus] = ()  # as it was counted last
         self._status_socket: StatusSocket | None = None
         self._journal: Journal = SqliteJournal(
             config.journal.path,
@@ -172,10 +140,15 @@ class Daemon:
             give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
             telemetry=telemetry,
         )
-        self._scheduler = BackgroundScheduler(
-            timezone=UTC,
-            executors={"default": ThreadPoolExecutor(max_workers=2)},
-            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        self._upkeep = Upkeep(
+            journal=self._journal,
+            retrier=self._retrier,
+            pollers={
+                poller: source.interval_secs for poller, source in zip(self._pollers, config.sources, strict=True)
+            },
+            sinks=self._workers,
+            telemetry=telemetry,
+            wall=self._clock,
         )
 
     # --- building -----------------------------------------------------------------------------------------------------
@@ -368,17 +341,10 @@ class Daemon:
         self._warn()
         with suppress(StorageError):  # the journal has said so
             self._journal.mark_removed(self._workers)
-        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is no news
         for worker in self._workers.values():
             worker.start()
         self._started_at = self._clock()
-        for poller in self._pollers:
-            self._periodically(f"tick {poller.name}", poller.tick, self._interval_secs(poller.name))
-            poller.tick()
-        self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
-        self._periodically("prune", partial(self._journal.prune, PRUNE_SHARE), PRUNE_SECS)
-        self._periodically("count", self._count, COUNT_SECS)
-        self._scheduler.start()
+        self._upkeep.start()
         self._log.info(
             "daemon.started",
             sources=[poller.name for poller in self._pollers],
@@ -386,44 +352,6 @@ class Daemon:
             endpoint=self._config.api.endpoint,
         )
         self._notifier.ready()
-
-    def _interval_secs(self, name: str) -> float:
-        return next(source.interval_secs for source in self._config.sources if source.name == name)
-
-    def _periodically(self, name: str, task: Callable[[], object], every_secs: float) -> None:
-        self._scheduler.add_job(partial(self._run_task, name, task), _Every(every_secs), id=name)
-
-    def _run_task(self, name: str, task: Callable[[], object]) -> None:
-        try:
-            task()
-        except Exception as error:  # noqa: BLE001 - it runs again at its next time
-            self._scope.repeated("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
-
-    def _keep_up(self) -> None:
-        self._journal.flush()
-        # One portion a second would be little where ten thousand are replayed; a quick sink gets the next one at once.
-        ends_at = time.monotonic() + UPKEEP_SECS / 2
-        while self._retrier.submit_due() and self._scheduler.running and time.monotonic() < ends_at:
-            time.sleep(0.02)
-
-    def _count(self) -> None:
-        try:
-            self._stored = self._counted()
-        except StorageError:  # the journal has said so
-            return
-        for found in self._stored:
-            if found.state != "pending" or found.sink in self._workers:
-                continue
-            self._scope.repeated(
-                "error",
-                "pending.stuck",
-                cause=f"no sink {found.sink}",
-                sink=found.sink,
-                pending=found.events,
-                hint="the configuration has no sink of this name any more. Bring it back; or give what waits to another"
-                f" sink, `vodpoller deadletters replay --pending --sink {found.sink} --to SINK`; or delete it,"
-                f" `vodpoller deadletters purge --pending --sink {found.sink}`",
-            )
 
     def _beat(self) -> None:
         self._notice_clock_step()
@@ -434,7 +362,7 @@ class Daemon:
         if not overdue:
             self._notifier.alive()
         # This must not wait for a disk that hangs, so it says of the journal what is known.
-        self._notifier.status(self._cleared(self._snapshot(self._stored, self._known_of_journal()).as_line()))
+        self._notifier.status(self._cleared(self._snapshot(self._upkeep.stored, self._known_of_journal()).as_line()))
 
     def _mark(self) -> None:
         """Leave word for a `vodpoller status` that finds no daemon."""
@@ -444,15 +372,14 @@ class Daemon:
                 self._journal.mark(name, self._clock() - at)
 
     def _notice_clock_step(self) -> None:
-        """APScheduler runs on the wall clock: set back an hour, its jobs would not run for that hour."""
+        """See to it that nothing ages or waits by a jump of the wall clock."""
         step_secs = self._clock.adopt()
         if not step_secs:
             return
         self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
         self._started_at += step_secs
         self._journal.shift(step_secs)
-        for job in self._scheduler.get_jobs():
-            job.modify(next_run_time=datetime.now(UTC))
+        self._upkeep.run_all_now()
 
     # --- status -------------------------------------------------------------------------------------------------------
 
@@ -460,18 +387,11 @@ class Daemon:
         """How everything is at this moment. Waits for the journal, which is written to, to see whether that works."""
         journal = self._journal.status()
         try:
-            stored: Sequence[StoredStatus] = self._counted()
+            stored: Sequence[StoredStatus] = self._upkeep.counted()
         except StorageError as error:
             stored = ()
             journal = replace(journal, writable=False, error=journal.error or str(error))
         return self._snapshot(stored, replace(journal, last_confirm_at=self._pipeline.last_confirm_at or None))
-
-    def _counted(self) -> list[StoredStatus]:
-        now = self._clock()
-        return [
-            StoredStatus(sink=it.sink, state=it.state, events=it.events, oldest_at=now - it.oldest_secs)
-            for it in self._journal.stored()
-        ]
 
     def _snapshot(self, stored: Sequence[StoredStatus], journal: JournalStatus) -> Status:
         return Status(
@@ -539,8 +459,7 @@ class Daemon:
         """Settle what was pulled, close what is open. A thread that hangs does not hold the exit."""
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
         self._notifier.stopping()
-        if self._scheduler.running:
-            self._scheduler.shutdown(wait=False)
+        self._upkeep.stop()
         self._vod.stop_pulling()
         for poller in self._pollers:
             poller.stop()

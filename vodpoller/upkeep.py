@@ -1,0 +1,152 @@
+"""All that is periodic: ticks of the pollers, retrying, pruning, counting. Alone with APScheduler."""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Final
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.base import BaseTrigger
+
+from vodpoller.delivery.retrier import Retrier
+from vodpoller.errors import StorageError
+from vodpoller.journal.contract import Journal
+from vodpoller.poller import Poller
+from vodpoller.status import StoredStatus
+from vodpoller.telemetry import Telemetry
+
+UPKEEP_SECS: Final = 1.0
+PRUNE_SECS: Final = 5.0
+PRUNE_SHARE: Final = 1 / 32  # all of the ledger is looked at every 160 s
+COUNT_SECS: Final = 30.0
+
+
+class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Fires at an interval, and never catches up.
+
+    APScheduler's own IntervalTrigger counts every interval that a clock set forth has skipped, one by one: for a
+    machine that boots in 1970 that is hours of computing.
+
+    Args:
+        secs: The interval.
+    """
+
+    def __init__(self, secs: float) -> None:
+        self._interval = timedelta(seconds=secs)
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime:
+        """APScheduler's contract: when it fires next."""
+        if previous_fire_time is None:
+            return now
+        following = previous_fire_time + self._interval
+        return following if now < following <= now + self._interval else now + self._interval
+
+
+class Upkeep:
+    """The periodic tasks of a daemon.
+
+    Args:
+        journal: Flushed, pruned and counted.
+        retrier: Submits what is due.
+        pollers: With the interval of their ticks, in seconds.
+        sinks: Names of the configured sinks.
+        telemetry: Destination of log lines.
+        wall: The clock, in seconds since 1970.
+
+    Attributes:
+        stored: What is stored, as it was counted last.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        retrier: Retrier,
+        pollers: Mapping[Poller, float],
+        sinks: Collection[str],
+        telemetry: Telemetry,
+        wall: Callable[[], float],
+    ) -> None:
+        self._journal = journal
+        self._retrier = retrier
+        self._pollers = pollers
+        self._sinks = sinks
+        self._telemetry = telemetry.scope()
+        self._wall = wall
+        self.stored: Sequence[StoredStatus] = ()
+        self._scheduler = BackgroundScheduler(
+            timezone=UTC,
+            executors={"default": ThreadPoolExecutor(max_workers=2)},
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        )
+
+    def start(self) -> None:
+        """Begin, in threads of its own; pulling begins at once."""
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is not news
+        for poller, interval_secs in self._pollers.items():
+            self._periodically(f"tick {poller.name}", poller.tick, interval_secs)
+            poller.tick()
+        self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
+        self._periodically("prune", partial(self._journal.prune, PRUNE_SHARE), PRUNE_SECS)
+        self._periodically("count", self._count, COUNT_SECS)
+        self._scheduler.start()
+
+    def run_all_now(self) -> None:
+        """Run every task now: APScheduler runs on the wall clock, and set back an hour, it would run none for that."""
+        for job in self._scheduler.get_jobs():
+            job.modify(next_run_time=datetime.now(UTC))
+
+    def stop(self) -> None:
+        """Start no task any more; one that runs is not awaited."""
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)
+
+    def counted(self) -> list[StoredStatus]:
+        """What is stored now, by sink and state.
+
+        Raises:
+            StorageError: The journal cannot be read.
+        """
+        now = self._wall()
+        return [
+            StoredStatus(sink=it.sink, state=it.state, events=it.events, oldest_at=now - it.oldest_secs)
+            for it in self._journal.stored()
+        ]
+
+    def _periodically(self, name: str, task: Callable[[], object], every_secs: float) -> None:
+        self._scheduler.add_job(partial(self._run_task, name, task), _Every(every_secs), id=name)
+
+    def _run_task(self, name: str, task: Callable[[], object]) -> None:
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001 - it runs again at its next time
+            self._telemetry.repeated("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
+
+    def _keep_up(self) -> None:
+        self._journal.flush()
+        # One portion per second would be little if ten thousand are replayed; a quick sink gets the next one at once.
+        ends_at = time.monotonic() + UPKEEP_SECS / 2
+        while self._retrier.submit_due() and self._scheduler.running and time.monotonic() < ends_at:
+            time.sleep(0.02)
+
+    def _count(self) -> None:
+        try:
+            self.stored = self.counted()
+        except StorageError:  # the journal has said so
+            return
+        for found in self.stored:
+            if found.state != "pending" or found.sink in self._sinks:
+                continue
+            self._telemetry.repeated(
+                "error",
+                "pending.stuck",
+                cause=f"no sink {found.sink}",
+                sink=found.sink,
+                pending=found.events,
+                hint="the configuration has no sink of this name any more. Bring it back; or give what waits to another"
+                f" sink, `vodpoller deadletters replay --pending --sink {found.sink} --to SINK`; or delete it,"
+                f" `vodpoller deadletters purge --pending --sink {found.sink}`",
+            )
