@@ -14,14 +14,15 @@ from typing import Any, Final
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
 from vodpoller.config.load import Config, Source
-from vodpoller.delivery.in_flight import DeliveryWait, InFlight
+from vodpoller.delivery.in_flight import InFlight
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.delivery.worker import Sink, Worker
-from vodpoller.errors import ConfigError, OperatorError, StoppingError, StorageError, TransientError
+from vodpoller.errors import ConfigError, StoppingError, StorageError, TransientError
 from vodpoller.journal.contract import Journal, Portion
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.logs import Logger, cleared, searched_for
-from vodpoller.pipeline import Batch, Pipeline
+from vodpoller.once import Once
+from vodpoller.pipeline import Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router
@@ -42,7 +43,6 @@ LAST_SECS: Final = 5.0
 CONFIRM_SECS: Final = 2.0
 CLOSE_SECS: Final = 1.0
 LAST_CHANCE_SECS: Final = 0.2
-ONCE_TRIES: Final = 3
 RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
 
 
@@ -87,65 +87,28 @@ class Daemon:
         except BaseException:
             self._journal.close()
             raise
-        self._in_flight = in_flight = InFlight()
-        self._workers = {name: self._worker(name, sink, in_flight) for name, sink in self._sinks.items()}
-        self._vod = VodClient(
-            endpoint=config.api.endpoint,
-            region=config.api.region or "",
-            credentials=self._credentials,
-            requests_per_sec=config.api.requests_per_sec,
-            timeout_secs=config.api.timeout_secs,
-            confirm_timeout_secs=config.api.confirm_timeout_secs,
-            lease_secs=config.api.lease_secs,
-            ca_file=config.api.ca_file,
-            key_renewal=config.key_renewal,
-            log=log,
-        )
+        self._in_flight = InFlight()
+        self._workers = {name: self._worker(name, sink) for name, sink in self._sinks.items()}
+        self._vod = self._vod_client()
         self._confirmer = Confirmer(
             vod=self._vod,
             telemetry=telemetry,
             liveness=self._liveness,
             reserve_secs=config.api.confirm_reserve_secs,
         )
-        self._pipeline = Pipeline(
-            router=Router(config.routes),
-            workers=self._workers,
-            in_flight=in_flight,
-            journal=self._journal,
-            confirmer=self._confirmer,
-            confirm_reserve_secs=config.api.confirm_reserve_secs,
-            requests_per_sec=config.api.requests_per_sec,
-            telemetry=telemetry,
-            wall=self._clock,
-        )
-        self._pollers = [
-            Poller(
-                source,
-                vod=self._vod,
-                pipeline=self._pipeline,
-                journal=self._journal,
-                may_pull=lambda: self._journal.is_writable,
-                on_operator_error=self._reread_credentials,
-                cycle_secs=2 * config.api.timeout_secs + config.api.lease_secs,
-                telemetry=telemetry,
-                liveness=self._liveness,
-                wall=self._clock,
-            )
-            for source in config.sources
-        ]
+        self._pipeline = self._new_pipeline()
+        self._pollers = [self._poller(source) for source in config.sources]
         self._retrier = Retrier(
             journal=self._journal,
             workers=self._workers,
-            in_flight=in_flight,
+            in_flight=self._in_flight,
             give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
             telemetry=telemetry,
         )
         self._upkeep = Upkeep(
             journal=self._journal,
             retrier=self._retrier,
-            pollers={
-                poller: source.interval_secs for poller, source in zip(self._pollers, config.sources, strict=True)
-            },
+            pollers=dict(zip(self._pollers, (source.interval_secs for source in config.sources), strict=True)),
             sinks=self._workers,
             telemetry=telemetry,
             wall=self._clock,
@@ -206,15 +169,57 @@ class Daemon:
         """Whether a signal has asked for the end."""
         return self._signals.is_stopping
 
-    def _worker(self, name: str, sink: Sink, in_flight: InFlight) -> Worker:
+    def _worker(self, name: str, sink: Sink) -> Worker:
         settings = self._config.sinks[name]
         return Worker(
             name=name,
             sink=sink,
             ledger=self._journal,
-            in_flight=in_flight,
+            in_flight=self._in_flight,
             queue_max_events=settings.queue_max_events,
             breaker_failures=settings.breaker_failures,
+            telemetry=self._telemetry,
+            liveness=self._liveness,
+            wall=self._clock,
+        )
+
+    def _vod_client(self) -> VodClient:
+        api = self._config.api
+        return VodClient(
+            endpoint=api.endpoint,
+            region=api.region or "",
+            credentials=self._credentials,
+            requests_per_sec=api.requests_per_sec,
+            timeout_secs=api.timeout_secs,
+            confirm_timeout_secs=api.confirm_timeout_secs,
+            lease_secs=api.lease_secs,
+            ca_file=api.ca_file,
+            key_renewal=self._config.key_renewal,
+            log=self._log,
+        )
+
+    def _new_pipeline(self) -> Pipeline:
+        return Pipeline(
+            router=Router(self._config.routes),
+            workers=self._workers,
+            in_flight=self._in_flight,
+            journal=self._journal,
+            confirmer=self._confirmer,
+            confirm_reserve_secs=self._config.api.confirm_reserve_secs,
+            requests_per_sec=self._config.api.requests_per_sec,
+            telemetry=self._telemetry,
+            wall=self._clock,
+        )
+
+    def _poller(self, source: Source) -> Poller:
+        return Poller(
+            source,
+            vod=self._vod,
+            pipeline=self._pipeline,
+            journal=self._journal,
+            may_pull=lambda: self._journal.is_writable,
+            on_operator_error=self._reread_credentials,
+            cycle_secs=2 * self._config.api.timeout_secs + self._config.api.lease_secs,
             telemetry=self._telemetry,
             liveness=self._liveness,
             wall=self._clock,
@@ -273,47 +278,23 @@ class Daemon:
             self._warn()
         for worker in self._workers.values():
             worker.start()
-        drained = [self._pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
-        self._deliver_due(progress)
+        once = Once(
+            vod=self._vod,
+            pipeline=self._pipeline,
+            journal=self._journal,
+            in_flight=self._in_flight,
+            retrier=self._retrier,
+            signals=self._signals,
+            log=self._log,
+        )
+        drained = [once.pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
+        once.deliver_due(progress)
         try:
             pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
         except StorageError:  # the journal has said so; what it holds cannot be told
             pending = -1
         self._stop()
         return all(drained) and not self._pipeline.unconfirmed_events and not pending
-
-    def _pull_until_empty(self, source: Source, max_secs: float) -> bool:
-        """Pull and process until the first empty answer; whether it came to that."""
-        ends_at = time.monotonic() + max_secs
-        failures = 0
-        while not self._signals.any_waits() and self._journal.is_writable and time.monotonic() < ends_at:
-            try:
-                pull = self._vod.pull(source.name, source.sub_app_id)
-            except (TransientError, OperatorError) as error:
-                failures += 1
-                self._log.error("pull.failed", source=source.name, **error.fields())
-                if failures == ONCE_TRIES or isinstance(error, OperatorError):
-                    return False
-                time.sleep(failures)
-                continue
-            self._journal.mark("pull")
-            if not (pull.events or pull.malformed):
-                return True
-            self._pipeline.process(Batch.of(source, pull, time.monotonic()), DeliveryWait())
-        return False
-
-    def _deliver_due(self, progress: Callable[[int], None] | None) -> None:
-        """Deliver stored events until none is due and none is on its way, or a signal comes."""
-        while not self._signals.any_waits():
-            self._journal.flush()
-            # Asked first: what is on its way hides what is due behind it, and may have arrived a moment later.
-            was_idle = not len(self._in_flight)
-            submitted = self._retrier.submit_due()
-            if progress is not None:
-                progress(self._retrier.delivered)
-            if was_idle and not submitted:
-                return
-            time.sleep(0.02)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Stored rows by (sink, "pending" or "dead").

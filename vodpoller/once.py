@@ -1,0 +1,94 @@
+"""`vodpoller once`: what is taken and delivered by a daemon that ends when nothing is left."""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from vodpoller.delivery.in_flight import DeliveryWait, InFlight
+from vodpoller.delivery.retrier import Retrier
+from vodpoller.errors import OperatorError, TransientError
+from vodpoller.journal.contract import Journal
+from vodpoller.logs import Logger
+from vodpoller.pipeline import Batch, Pipeline, Source
+from vodpoller.process import Signals
+from vodpoller.vod.client import VodClient
+
+ONCE_TRIES: Final = 3
+
+
+class Once:
+    """One round of pulling and delivering, in the calling thread; a signal ends it between two steps.
+
+    Args:
+        vod: The client.
+        pipeline: Processes what was pulled.
+        journal: Holds what is due.
+        in_flight: The table that all workers share; they are running.
+        retrier: Submits what is due.
+        signals: What may ask for the end.
+        log: Destination of log lines.
+    """
+
+    def __init__(
+        self,
+        *,
+        vod: VodClient,
+        pipeline: Pipeline,
+        journal: Journal,
+        in_flight: InFlight,
+        retrier: Retrier,
+        signals: Signals,
+        log: Logger,
+    ) -> None:
+        self._vod = vod
+        self._pipeline = pipeline
+        self._journal = journal
+        self._in_flight = in_flight
+        self._retrier = retrier
+        self._signals = signals
+        self._log = log
+
+    def pull_until_empty(self, source: Source, max_secs: float) -> bool:
+        """Pull and process until the first empty answer, an error that lasts, or a signal.
+
+        Args:
+            source: The source.
+            max_secs: When to end if events keep coming.
+
+        Returns:
+            Whether it came to an empty answer.
+        """
+        ends_at = time.monotonic() + max_secs
+        failures = 0
+        while not self._signals.any_waits() and self._journal.is_writable and time.monotonic() < ends_at:
+            try:
+                pull = self._vod.pull(source.name, source.sub_app_id)
+            except (TransientError, OperatorError) as error:
+                failures += 1
+                self._log.error("pull.failed", source=source.name, **error.fields())
+                if failures == ONCE_TRIES or isinstance(error, OperatorError):
+                    return False
+                time.sleep(failures)
+                continue
+            self._journal.mark("pull")
+            if not (pull.events or pull.malformed):
+                return True
+            self._pipeline.process(Batch.of(source, pull, time.monotonic()), DeliveryWait())
+        return False
+
+    def deliver_due(self, progress: Callable[[int], None] | None) -> None:
+        """Deliver stored events until none is due and none is on its way, or a signal comes.
+
+        Args:
+            progress: Told, again and again, the number of stored events that were delivered so far.
+        """
+        while not self._signals.any_waits():
+            self._journal.flush()
+            # Asked first: what is on its way hides what is due behind it, and may have arrived a moment later.
+            was_idle = not len(self._in_flight)
+            submitted = self._retrier.submit_due()
+            if progress is not None:
+                progress(self._retrier.delivered)
+            if was_idle and not submitted:
+                return
+            time.sleep(0.02)
