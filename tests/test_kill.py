@@ -185,7 +185,7 @@ def restarted(world, content, journal, *, renamed):
         event.confirmed, event.handle = False, None
     world.start()
     try:
-        world.settle()
+        world.run_dry()
         world.check_end()
     finally:
         world.end()

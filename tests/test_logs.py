@@ -61,7 +61,7 @@ def output(tmp_path, restored_logging):
         yield Output()
 
 
-def journal_stream_of(stream):
+def journald_stream_of(stream):
     status = os.fstat(stream.fileno())
     return f"{status.st_dev}:{status.st_ino}"
 
@@ -337,21 +337,21 @@ def test_a_secret_that_changes_is_hidden_from_then_on(output):
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_lines_have_their_priority_where_the_stream_is_the_journal(output, log_format):
-    log = output.logger(log_format=log_format, journal_stream=journal_stream_of(output.stream))
+    log = output.logger(log_format=log_format, journald_stream=journald_stream_of(output.stream))
     for level in ("debug", "info", "warning", "error"):
         getattr(log, level)("daemon.started")
     assert re.findall(rb"(?m)^<(\d)>", output.bytes) == [b"7", b"6", b"4", b"3"]
 
 
-@pytest.mark.parametrize("journal_stream", ["", "0:0", "nonsense", "8:1"])
-def test_lines_have_no_priority_where_it_is_not(output, journal_stream):
-    output.logger(journal_stream=journal_stream).info("daemon.started")
+@pytest.mark.parametrize("journald_stream", ["", "0:0", "nonsense", "8:1"])
+def test_lines_have_no_priority_where_it_is_not(output, journald_stream):
+    output.logger(journald_stream=journald_stream).info("daemon.started")
     assert output.bytes.startswith(b"{")
 
 
 def test_a_stream_without_a_descriptor_is_no_journal(restored_logging):
     stream = StringIO()
-    make_logger(stream, log_format="json", journal_stream="8:1").info("daemon.started")
+    make_logger(stream, log_format="json", journald_stream="8:1").info("daemon.started")
     assert stream.getvalue().startswith("{")
 
 

@@ -29,7 +29,7 @@ class Consumer(RuleBasedStateMachine):
     def teardown(self):
         try:
             if self.world is not None:
-                self.world.settle()
+                self.world.run_dry()
                 self.world.check_end()
         finally:
             if self.world is not None:
@@ -315,14 +315,14 @@ def tell(story, *, atomic, renamed, last_first, dies_after):
                 world.rename()
             world.journal_is_broken = False
             world.start()
-            world.settle()
+            world.run_dry()
             world.check_end()
             # VOD has shown since that it has nothing more: what was unheard of at the crash hides no event from now on.
             for _ in range(2):
                 world.advance(31)
                 deliver(world)
             world.queue.feed_cast()
-            world.settle()
+            world.run_dry()
             world.check_end()
             return crashed
         finally:
@@ -364,7 +364,7 @@ def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_c
     world.journal.flush()
     assert world._rows("letters") == [], "it would be delivered again when the ledger has forgotten it"
     world.advance(700)
-    world.settle()
+    world.run_dry()
     world.check_end()
 
 
@@ -383,7 +383,7 @@ def test_an_event_that_comes_again_while_its_delivery_runs_joins_it(world):
     assert world.violations == []
     world.stage.run()
     world.journal_is_broken = False
-    world.settle()
+    world.run_dry()
     world.check_end()
     assert len(world.plain_accepted) == 1
 
@@ -400,7 +400,7 @@ def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
     world.pull()  # that puller had its permit before the trouble was known
     world.stage.run()
     world.crash()
-    world.settle()
+    world.run_dry()
     world.check_end()
 
 
@@ -419,14 +419,14 @@ def test_a_late_success_that_cannot_be_written_down_is_known_when_the_stored_eve
     world.keep_up()
     world.stage.run()
     assert world.journal.unwritten == 1
-    world.settle()
+    world.run_dry()
     world.check_end()
     assert len(world.plain_accepted) == 1
 
 
 def test_content_that_repeats_after_ten_minutes_is_a_new_event_and_a_crash_does_not_double_it(world):
     world.queue.feed("File")
-    world.settle()
+    world.run_dry()
     (event,) = world.queue.events
     world.advance(700)
     event.confirmed, event.handle = False, None

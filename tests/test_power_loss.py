@@ -216,7 +216,7 @@ def test_after_a_loss_of_power_what_was_confirmed_is_held_and_no_line_is_torn_or
             try:
                 assert world.is_up, f"it does not start again with the file {image[0]!r}"
                 assert not_held(world) == [], f"the file was {image[0]!r}"
-                world.settle()
+                world.run_dry()
                 world.check_end()
             finally:
                 world.end()

@@ -596,7 +596,7 @@ class World:
         self.journal = self.sink = self.pipeline = self.retrier = None
         self.is_up = False
 
-    def settle(self):
+    def run_dry(self):
         """No more faults: run until VOD and the journal hold nothing that could still go on."""
         self.plain_script.clear()
         self.vod.pull_script.clear()

@@ -154,7 +154,7 @@ class LineLogger:
                 with suppress(OSError, ValueError):
                     self._stream.write(b"".join(lines).decode(errors="replace"))
                 return
-            if self._is_stuck or not self._settle(self._outlet):
+            if self._is_stuck or not self._catch_up(self._outlet):
                 self._dropped_lines += len(lines)
                 return
             self._owed += b"".join(lines)
@@ -163,7 +163,7 @@ class LineLogger:
 
     debug = info = warning = error = critical = msg
 
-    def _settle(self, outlet: Outlet) -> bool:
+    def _catch_up(self, outlet: Outlet) -> bool:
         """Write what an earlier failure left; whether something new may be written now."""
         if self._owed:
             self._flush(outlet, 0)
@@ -196,7 +196,7 @@ class LineLogger:
         while self._is_stuck:
             outlet.await_room()
             with self._lock:
-                if self._flush(outlet, 0) and self._settle(outlet) and self._flush(outlet, 0):
+                if self._flush(outlet, 0) and self._catch_up(outlet) and self._flush(outlet, 0):
                     self._is_stuck = False
 
 
@@ -395,7 +395,7 @@ def make_logger(
     level: Level = "info",
     log_format: Literal["json", "console"] | None = None,
     secrets: Callable[[], Iterable[str]] = tuple,
-    journal_stream: str = "",
+    journald_stream: str = "",
 ) -> Logger:
     """The logger of the process, and the same form for the lines of libraries and for warnings.
 
@@ -405,10 +405,10 @@ def make_logger(
         log_format: None is "console" on a terminal and "json" elsewhere.
         secrets: What must not be in any value of a line, whatever happens; asked at each line. Those of fewer than
             `SEARCHED_MIN_CHARACTERS` characters are not looked for: they are parts of ordinary words.
-        journal_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
+        journald_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
     """
     chosen = log_format or ("console" if stream.isatty() else "json")
-    priorities = is_journal(stream, journal_stream)
+    priorities = is_journald(stream, journald_stream)
     renderer: Any = (
         _Json(priorities=priorities, secrets=secrets)
         if chosen == "json"
@@ -444,13 +444,13 @@ def make_logger(
     return log
 
 
-def is_journal(stream: _Stream, journal_stream: str) -> bool:
-    """Whether the stream is the one that systemd connected to the journal: `$JOURNAL_STREAM` is its device:inode."""
+def is_journald(stream: _Stream, journald_stream: str) -> bool:
+    """Whether the stream is the one that systemd connected to journald: `$JOURNAL_STREAM` is its device:inode."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
         return False
-    return journal_stream == f"{status.st_dev}:{status.st_ino}"
+    return journald_stream == f"{status.st_dev}:{status.st_ino}"
 
 
 class Repeats:

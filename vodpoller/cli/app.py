@@ -737,14 +737,14 @@ def _make_logger(config: "Config", *, quiet: bool = False) -> "Logger":
         level="warning" if quiet and config.log.level == "info" else config.log.level,
         log_format=config.log.format,
         secrets=lambda: [secret.get() for secret in config.secrets()],
-        journal_stream=os.environ.get("JOURNAL_STREAM", ""),
+        journald_stream=os.environ.get("JOURNAL_STREAM", ""),
     )
 
 
 def _fail(problems: Any, code: int) -> NoReturn:
-    from vodpoller.logs import is_journal, printable  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.logs import is_journald, printable  # noqa: PLC0415 - see the module's docstring
 
-    priority = "<3>" if is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
+    priority = "<3>" if is_journald(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""
     for problem in problems:
         click.echo(f"{priority}vodpoller: {printable(problem)}", err=True)
     sys.exit(code)

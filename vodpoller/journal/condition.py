@@ -53,7 +53,7 @@ class Condition:
             self._telemetry.repeated("error", "journal.failed", cause="replaced", **error.fields())
             raise error
 
-    def failed(self, error: Exception) -> None:
+    def note_failure(self, error: Exception) -> None:
         """Note and log that it could not be read or written."""
         self.is_failing = True
         message = str(error)
@@ -63,7 +63,7 @@ class Condition:
         self._telemetry.count(Count.JOURNAL_ERRORS)
         self._telemetry.repeated("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
 
-    def recovered(self) -> None:
+    def note_success(self) -> None:
         """Note that it was written; log it, if it could not be before."""
         if self.is_failing and not self.corrupt:
             self.is_failing = False

@@ -112,7 +112,7 @@ class SqliteJournal(Journal):
         self._lock_fd, self._reader = opened.lock_fd, opened.reader
         self._load_occurrences(opened.occurrences)
         self._condition = Condition(path, self._telemetry)
-        self.commits = GroupCommit(opened.writer, on_failure=self._condition.failed)
+        self.commits = GroupCommit(opened.writer, on_failure=self._condition.note_failure)
         self._wal = Wal(
             path,
             commits=self.commits,
@@ -373,7 +373,7 @@ class SqliteJournal(Journal):
         try:
             yield
         except Exception as error:
-            self._condition.failed(error)
+            self._condition.note_failure(error)
             raise StorageError(f"the journal cannot be read: {error}") from error
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ class SqliteJournal(Journal):
         except StorageError:
             return
         self._unwritten.remove(unwritten)
-        self._condition.recovered()
+        self._condition.note_success()
 
     def prune(self, share: float = 1.0) -> None:
         # An index by age would cost more at each event than all else in the ledger. Keys are hashes, so equal ranges of
