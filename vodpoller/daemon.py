@@ -51,7 +51,7 @@ class Daemon:
 
     Args:
         config: Valid.
-        log: Where to.
+        log: Destination of log lines.
         notifier: The service manager, if there is one.
         signals: What asks the daemon to end or to reload, maybe before it is open; None for its own, caught when it
             runs.
@@ -266,9 +266,9 @@ class Daemon:
         """Take what is there and end: pull until the first empty answer, deliver what is due.
 
         Args:
-            max_secs: How long to pull from each source at most, since where events keep coming no answer is empty. 0
+            max_secs: Maximum time to pull from each source, since no answer is empty if events keep coming. 0
                 leaves VOD alone: only what is stored and due is delivered.
-            progress: Told, again and again, how many stored events were delivered so far.
+            progress: Told, again and again, the number of stored events that were delivered so far.
 
         Returns:
             Whether nothing was left: no pull failed, VOD has nothing to bring again, nothing is pending.
@@ -306,12 +306,12 @@ class Daemon:
 
     @property
     def settled_events(self) -> int:
-        """How many pulled events were settled so far."""
+        """Number of pulled events that were settled so far."""
         return self._telemetry.total(Count.EVENTS_SETTLED)
 
     @property
     def redelivered_events(self) -> int:
-        """How many stored events were delivered so far."""
+        """Number of stored events that were delivered so far."""
         return self._retrier.delivered
 
     def _warn(self) -> None:
@@ -346,7 +346,7 @@ class Daemon:
         self._notifier.status(self._cleared(self._snapshot(self._upkeep.stored, self._known_of_journal()).as_line()))
 
     def _mark(self) -> None:
-        """Leave word for a `vodpoller status` that finds no daemon."""
+        """Record the times of the last pull and confirm for a `vodpoller status` that finds no daemon."""
         last_pull_at = max(poller.last_pull_at for poller in self._pollers)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:

@@ -57,7 +57,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
-    "log.dropped": "nobody read the log for a while: so many lines were dropped instead of holding the daemon",
+    "log.dropped": "the log was not read for a while: this number of lines was dropped instead of holding the daemon",
     "library.logged": "a library's own log line or warning",
     "pending.delivered": "a stored event was delivered at last",
     "pending.stuck": "stored events wait for a sink that the configuration no longer has: a person must decide",
@@ -88,7 +88,7 @@ _PRIORITY: Final = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error":
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may get it, whoever wrote it: it shows every character and obeys none.
+    """The text as a terminal may get it, whatever its origin: it shows every character and obeys none.
 
     What is not printable becomes an escape in JSON's form (that of ESC is u001b behind a backslash), so that a JSON
     document still means the same. Line feeds and tabs stay as they are.
@@ -111,8 +111,8 @@ class LineLogger:
     another way (the reader is gone, the disk is full) is tried again with the next line.
 
     Args:
-        stream: Where to; its descriptor is written directly. One without (a captured stderr) is written itself.
-        told: Renders the line that tells how many were dropped.
+        stream: Destination; its descriptor is written directly. One without (a captured stderr) is written itself.
+        told: Renders the line that tells the number of dropped lines.
     """
 
     def __init__(self, stream: TextIO, *, told: Callable[[int], bytes] = lambda _dropped_lines: b"") -> None:
@@ -245,7 +245,7 @@ class _Renderer:
 
     def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> bytes:
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
-        # What every line has comes first, for the eyes of whoever tails them.
+        # What every line has comes first, for the eyes of an operator who tails them.
         head = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")}
         known = list(self._secrets())
         if known != self._known:
@@ -457,7 +457,7 @@ class Repeats:
     """Says a thing that repeats once per cause, then counts, so that a fault of hours is not a log of gigabytes.
 
     Args:
-        log: Where to.
+        log: Destination of log lines.
         window_secs: After this long the same cause is said again, with the number of lines that it stands for.
         monotonic: The clock, in seconds.
     """
@@ -503,7 +503,7 @@ class Repeats:
         """The causes that start with `prefix` are over.
 
         Returns:
-            How many lines were not written for them; None where none was said at all.
+            Number of lines that were not written for them; None if none was said at all.
         """
         with self._lock:
             over = [cause for cause in self._said if cause.startswith(prefix)]

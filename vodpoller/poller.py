@@ -1,4 +1,4 @@
-"""When to pull, and how many pulls at once: pullers and their permits."""
+"""When to pull, and the number of pulls at once: pullers and their permits."""
 
 import threading
 import time
@@ -55,7 +55,7 @@ class RemembersPulls(Protocol):
 class _Quickest:
     """Tells answers that came at once from those that waited for an event to be born.
 
-    VOD says neither how many events are left nor how long it held a request. What the quickest answers of the last
+    VOD does not say how many events are left, nor how long it held a request. What the quickest answers of the last
     minutes took is the way there and back.
 
     Args:

@@ -1,4 +1,4 @@
-"""Claims: which pending events are given to a claimant, so that nobody else delivers them meanwhile.
+"""Claims: which pending events are given to a claimant, so that no other delivers them meanwhile.
 
 They are in memory: the lock beside the file makes this process the only claimant.
 """

@@ -277,7 +277,7 @@ class Journal(Protocol):
         """
 
     def mark_removed(self, sinks: Collection[str]) -> None:
-        """Give pending events of sinks that are no more the reason `sink_removed`; they stay pending.
+        """Give pending events of sinks that were removed the reason `sink_removed`; they stay pending.
 
         An event whose sink is back loses the reason.
 
@@ -338,7 +338,7 @@ class Journal(Protocol):
         """
 
     def shift(self, secs: float) -> None:
-        """The clock of this machine was set forward by so many seconds: ages and delays stay what they are.
+        """The clock of this machine was set forward by this number of seconds: ages and delays stay what they are.
 
         Never raises; if it cannot be written, ages and delays jump.
         """

@@ -42,7 +42,7 @@ class GroupCommit:
 
     Args:
         db: The connection that writes.
-        on_failure: Called with the error of each write that somebody waited for, and of one that shows that the file
+        on_failure: Called with the error of each write that a caller waited for, and of one that shows that the file
             is corrupt.
 
     Attributes:
@@ -78,7 +78,7 @@ class GroupCommit:
         with self.lock:
             if not mine.done:
                 self._commit_queue()
-        if not mine.done:  # whoever wrote for all was ended in the middle of it
+        if not mine.done:  # the thread that wrote for all was ended in the middle of it
             raise StorageError("the journal was not written")
         if mine.error is not None:
             self._on_failure(mine.error)
@@ -113,7 +113,7 @@ class GroupCommit:
                     write.on_end()
 
     def _commit(self, batch: Sequence[_Write]) -> bool:
-        """False where one of several may be at fault; a file that is locked by others fails all, once."""
+        """False if one of several may be at fault; a file that is locked by others fails all, once."""
         has_begun = False
         try:
             durable = any(write.durable for write in batch)
@@ -123,7 +123,7 @@ class GroupCommit:
             for write in batch:
                 write.work(self.db)
             self.db.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may believe that his row was written
+        except Exception as error:  # noqa: BLE001 - whatever it is, no caller may believe that its row was written
             with suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
             if is_corrupt(error):  # said here, since for some writes it does not matter whether they are done

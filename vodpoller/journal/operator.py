@@ -115,7 +115,7 @@ class StoredEvent:
         sink: The sink that lacks it; empty if no route named one.
         reason: Why it is stored.
         error: What the last attempt said.
-        attempts: How many failed.
+        attempts: Number of attempts that failed.
         stored_at: In seconds since 1970.
         due_at: When a pending one is tried next, in seconds since 1970; None for a dead letter.
         source: That it was pulled from.
@@ -205,8 +205,8 @@ class Letters:
     Args:
         path: The journal.
         writable: Replay and purge are wanted.
-        makes_files: Whether SQLite may make its `-wal` and `-shm` beside a journal that nobody has open. Without them a
-            daemon that starts meanwhile spoils the reading: for a short look only.
+        makes_files: Whether SQLite may make its `-wal` and `-shm` beside a journal that no process has open. Without
+            them a daemon that starts meanwhile spoils the reading: for a short look only.
         wall: The clock that stamps rows, in seconds since 1970.
 
     Raises:
@@ -325,12 +325,12 @@ class Letters:
             yield [_Row(*row) for row in rows]
 
     def last_id(self) -> int:
-        """The newest row's number, 0 where there is none."""
+        """The newest row's number, 0 if there is none."""
         (number,) = self._read("SELECT coalesce(max(id), 0) FROM letters", [])[0]
         return int(number)
 
     def body(self, row: int) -> bytes | None:
-        """The body of one stored event, None where there is no such row."""
+        """The body of one stored event, None if there is not such a row."""
         rows = self._read("SELECT body FROM letters WHERE id = ?", [row])
         return bytes(rows[0][0]) if rows else None
 
@@ -362,8 +362,8 @@ class Letters:
             to: The sink that is to get them instead of their own; one of `sinks`.
 
         Yields:
-            How many of the portion just done are due, and how many cannot be: malformed ones, and without `to` those
-            that still no route takes and those of sinks that are no more.
+            Of the portion just done, the number that are due and the number that cannot be: malformed ones, and without
+            `to` those that still no route takes and those of removed sinks.
         """
         for rows in self._portions(replace(wanted, last_id=self.last_id())):
             meant = [row for row in rows if not wanted.reads_bodies or _is_meant(row, wanted)]
@@ -383,7 +383,7 @@ class Letters:
         return () if row.sink else router.route(row.event()).sinks
 
     def _replay_row(self, row: _Row, targets: Sequence[str]) -> bool | None:
-        """Whether it could be done; None if the row is no more what it was when it was read."""
+        """Whether it could be done; None if the row is not what it was when it was read."""
         if not targets:
             return False
         now = self._wall()
@@ -426,7 +426,7 @@ class Letters:
         """Delete stored events for good.
 
         Yields:
-            How many of the portion just done were deleted.
+            The number that were deleted of the portion just done.
         """
         bounded = wanted if wanted.last_id is not None else replace(wanted, last_id=self.last_id())
         for ids in self._ids(bounded):

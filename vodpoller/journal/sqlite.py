@@ -67,8 +67,8 @@ class SqliteJournal(Journal):
     So claims are a matter of this process: they are in memory.
 
     Args:
-        path: The file; its folder is made where it is missing.
-        max_bytes: How much the stored events may take; beyond that nothing is stored.
+        path: The file; its folder is made if it is missing.
+        max_bytes: What the stored events may take; beyond that nothing is stored.
         ledger_days: How long rows of events that never were confirmed are kept.
         telemetry: Destination of log lines and counts.
         wall: The clock that stamps rows, in seconds since 1970.
@@ -384,7 +384,7 @@ class SqliteJournal(Journal):
 
     @property
     def unwritten(self) -> int:
-        """How many accepted pairs are in memory only."""
+        """Number of accepted pairs that are in memory only."""
         return len(self._unwritten)
 
     def mark(self, name: str, ago_secs: float = 0.0) -> None:

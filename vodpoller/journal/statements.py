@@ -248,7 +248,7 @@ def size_of(letter: Letter) -> int:
 
 
 def letters_bytes(db: sqlite3.Connection) -> int:
-    """What all stored events take; kept by triggers, so that it holds whoever writes."""
+    """What all stored events take; kept by triggers, so that it holds for every program that writes."""
     (size,) = db.execute(LETTERS_BYTES).fetchone()
     return int(size)
 
@@ -260,5 +260,5 @@ def dead_bytes(db: sqlite3.Connection) -> int:
 
 
 def short_text(text: str) -> str:
-    """What a TEXT column takes: no lone surrogates, no novels."""
+    """What a TEXT column takes: no lone surrogates, and not more than 2,000 characters."""
     return text[:2000].encode(errors="replace").decode()

@@ -11,7 +11,7 @@ from vodpoller.journal.group_commit import GroupCommit
 from vodpoller.journal.place import BUSY_SECS
 from vodpoller.telemetry import Scope
 
-WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while nobody reads
+WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while no process reads
 WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
 WAL_RETRY_SECS: Final = 5.0
 WAL_WAIT_SECS: Final = 0.1  # all who write wait meanwhile
