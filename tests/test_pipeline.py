@@ -8,6 +8,7 @@ from functools import cached_property
 import pytest
 
 from tests.helpers import MemorySink, event, named, until
+from vodpoller.batch import Batch
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import (
@@ -24,7 +25,7 @@ from vodpoller.errors import (
 from vodpoller.events import Lease, Malformed, PulledEvent, make_event
 from vodpoller.journal.contract import Known
 from vodpoller.journal.sqlite import SqliteJournal
-from vodpoller.pipeline import Batch, Pipeline
+from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry

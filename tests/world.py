@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tests.helpers import FakeClock, log_into
+from vodpoller.batch import Batch
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight, WaitEnd
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.delivery.worker import Sink, Worker
@@ -33,7 +34,7 @@ from vodpoller.events import Lease, event_key, read_event
 from vodpoller.journal.contract import Portion
 from vodpoller.journal.place import connect
 from vodpoller.journal.sqlite import SqliteJournal
-from vodpoller.pipeline import Batch, Pipeline
+from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 from vodpoller.systemd import Liveness

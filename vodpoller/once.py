@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from vodpoller.batch import Batch, Source
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.errors import OperatorError, TransientError
 from vodpoller.journal.contract import Journal
 from vodpoller.logs import Logger
-from vodpoller.pipeline import Batch, Pipeline, Source
+from vodpoller.pipeline import Pipeline
 from vodpoller.process import Signals
 from vodpoller.vod.client import VodClient
 

@@ -5,32 +5,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol, Self
+from typing import Final
 
+from vodpoller.batch import Batch, Source
 from vodpoller.delivery.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.events import Event, Lease, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
+from vodpoller.events import Event, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.identity import has_own_id
-from vodpoller.journal.contract import Journal, Known, Letter, Pulled
+from vodpoller.journal.contract import Journal, Known, Letter
 from vodpoller.router import Router
 from vodpoller.settlement import (
     ALREADY_DELIVERED,
     ALREADY_STORED,
     ConfirmResult,
-    OnFailure,
     Outcome,
     Reason,
     Settlement,
     SinkResult,
-    Unrouted,
     Verdict,
     settle,
     settle_malformed,
     settle_unrouted,
 )
 from vodpoller.telemetry import Count, Labels, Telemetry
-from vodpoller.vod.client import Pull
 from vodpoller.vod.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
 
 STORED_RETRY_SECS = 5.0
@@ -38,65 +36,6 @@ LEFT_SHARE = 0.1
 _ACKNOWLEDGED: Final = frozenset({ConfirmResult.CONFIRMED, ConfirmResult.REFUSED_AFTER_LOST})
 _UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
 _UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
-
-
-class Source(Protocol):
-    """What the pipeline reads of a configured source; see the table of keys."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 - as in the configuration
-    @property
-    def sub_app_id(self) -> int | None: ...  # noqa: D102 - as in the configuration
-    @property
-    def on_failure(self) -> OnFailure: ...  # noqa: D102 - as in the configuration
-    @property
-    def unrouted(self) -> Unrouted | None: ...  # noqa: D102 - as in the configuration
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """What one pull brought, on its way to being confirmed.
-
-    Args:
-        source: Where it is from.
-        events: 0 to 16 events.
-        malformed: What stood in an event's place and cannot be read.
-        lease: The time in which the handles can be confirmed.
-        received_at: Monotonic time at which the answer was there, in seconds.
-        request_id: Tencent's RequestId of the pull, empty if the answer has none.
-    """
-
-    source: Source
-    events: Sequence[PulledEvent]
-    malformed: Sequence[Malformed]
-    lease: Lease
-    received_at: float
-    request_id: str
-
-    @classmethod
-    def of(cls, source: Source, pull: Pull, received_at: float) -> Self:
-        """The batch of a pull's answer."""
-        return cls(
-            source=source,
-            events=pull.events,
-            malformed=pull.malformed,
-            lease=pull.lease,
-            received_at=received_at,
-            request_id=pull.request_id,
-        )
-
-    def pulled(self, now: float) -> Pulled:
-        """When it was asked for and came, as the journal wants to know it.
-
-        Args:
-            now: Monotonic time, in seconds.
-        """
-        return Pulled(
-            source=self.source.name,
-            sent_ago_secs=now - self.lease.starts_at,
-            answered_ago_secs=now - self.received_at,
-            lease_secs=self.lease.secs,
-        )
 
 
 @dataclass(slots=True, kw_only=True)

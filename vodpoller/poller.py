@@ -6,12 +6,13 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, Protocol
 
+from vodpoller.batch import Batch
+from vodpoller.batch import Source as PulledSource
 from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.delivery.worker import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.journal.contract import Pulled
-from vodpoller.pipeline import Batch, Pipeline
-from vodpoller.pipeline import Source as PulledSource
+from vodpoller.pipeline import Pipeline
 from vodpoller.status import SourceStatus
 from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry

@@ -1,0 +1,69 @@
+"""A batch: what one pull brought, with its lease. What pulls makes it, the pipeline processes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from vodpoller.events import Lease, Malformed, PulledEvent
+from vodpoller.journal.contract import Pulled
+from vodpoller.settlement import OnFailure, Unrouted
+from vodpoller.vod.client import Pull
+
+
+class Source(Protocol):
+    """What processing a batch needs of a configured source; see the table of keys."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - as in the configuration
+    @property
+    def sub_app_id(self) -> int | None: ...  # noqa: D102 - as in the configuration
+    @property
+    def on_failure(self) -> OnFailure: ...  # noqa: D102 - as in the configuration
+    @property
+    def unrouted(self) -> Unrouted | None: ...  # noqa: D102 - as in the configuration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one pull brought, on its way to being confirmed.
+
+    Args:
+        source: Where it is from.
+        events: 0 to 16 events.
+        malformed: What stood in an event's place and cannot be read.
+        lease: The time in which the handles can be confirmed.
+        received_at: Monotonic time at which the answer was there, in seconds.
+        request_id: Tencent's RequestId of the pull, empty if the answer has none.
+    """
+
+    source: Source
+    events: Sequence[PulledEvent]
+    malformed: Sequence[Malformed]
+    lease: Lease
+    received_at: float
+    request_id: str
+
+    @classmethod
+    def of(cls, source: Source, pull: Pull, received_at: float) -> Self:
+        """The batch of a pull's answer."""
+        return cls(
+            source=source,
+            events=pull.events,
+            malformed=pull.malformed,
+            lease=pull.lease,
+            received_at=received_at,
+            request_id=pull.request_id,
+        )
+
+    def pulled(self, now: float) -> Pulled:
+        """When it was asked for and came, as the journal wants to know it.
+
+        Args:
+            now: Monotonic time, in seconds.
+        """
+        return Pulled(
+            source=self.source.name,
+            sent_ago_secs=now - self.lease.starts_at,
+            answered_ago_secs=now - self.received_at,
+            lease_secs=self.lease.secs,
+        )
