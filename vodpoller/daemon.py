@@ -1,6 +1,5 @@
 """The composition root: builds everything from the configuration, drives what is periodic, and ends it in order."""
 
-import logging
 import math
 import os
 import signal
@@ -17,11 +16,12 @@ from vodpoller.config.load import Config, Source
 from vodpoller.delivery.in_flight import InFlight
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.delivery.worker import Sink, Worker
-from vodpoller.errors import ConfigError, StoppingError, StorageError, TransientError
-from vodpoller.journal.contract import Journal, Portion
+from vodpoller.errors import StorageError
+from vodpoller.journal.contract import Journal
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.logs import Logger, cleared, searched_for
 from vodpoller.once import Once
+from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
 from vodpoller.pipeline import Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals
@@ -41,9 +41,7 @@ BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
 CONFIRM_SECS: Final = 2.0
-CLOSE_SECS: Final = 1.0
 LAST_CHANCE_SECS: Final = 0.2
-RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
 
 
 class Daemon:
@@ -82,8 +80,8 @@ class Daemon:
             wall=self._clock,
         )
         try:
-            self._sinks = self._open_sinks()
-            self._end_if_stopping()
+            self._sinks = open_sinks(config, journal=self._journal, notifier=notifier, signals=self._signals, log=log)
+            end_if_stopping(self._signals)
         except BaseException:
             self._journal.close()
             raise
@@ -115,59 +113,6 @@ class Daemon:
         )
 
     # --- building -----------------------------------------------------------------------------------------------------
-
-    def _open_sinks(self) -> dict[str, Sink]:
-        sinks: dict[str, Sink] = {}
-        try:
-            self._make_sinks(sinks)
-            for name, sink in sinks.items():
-                self._recover(name, sink)
-        except BaseException as error:
-            _close_all(sinks)
-            if isinstance(error, TransientError):
-                raise StorageError(str(error)) from error
-            raise
-        return sinks
-
-    def _make_sinks(self, sinks: dict[str, Sink]) -> None:
-        problems: list[str] = []
-        for name, sink_class in self._config.sink_classes.items():
-            self._end_if_stopping()
-            try:
-                sinks[name] = sink_class(name, self._config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
-            except ConfigError as error:
-                problems += error.problems
-        if problems:
-            raise ConfigError(problems)
-
-    def _recover(self, name: str, sink: Sink) -> None:
-        """Bring the ledger up to what the sink's file really holds: a crash may have come in between."""
-        mark = self._journal.position(name)
-        number = 0
-        for portion in sink.recover(mark, {source.sub_app_id for source in self._config.sources}):
-            # Each portion is for good: a process that is ended in between goes on from there.
-            self._journal.recover(name, portion)
-            self._end_if_stopping()
-            mark = portion.position
-            number += len(portion.keys) + len(portion.content_keys)
-            self._notifier.extend(RECOVERY_SECS)
-            self._notifier.alive()
-            if portion.read < 1:
-                self._log.info("recovery.progress", sink=name, keys=number, percent=round(100 * portion.read, 1))
-                self._notifier.status(f"reading what sink {name} wrote before a crash: {portion.read:.0%}")
-        end = sink.position()
-        if end is not None and end != mark:  # from the first line on, a mark must say which file it went to
-            self._journal.recover(name, Portion(keys=(), position=end, read=1.0))
-        if number:
-            self._log.warning("file.recovered", sink=name, keys=number)
-
-    def _end_if_stopping(self) -> None:
-        if self._is_stopping():
-            raise StoppingError("a signal asked for the end before the start was done")
-
-    def _is_stopping(self) -> bool:
-        """Whether a signal has asked for the end."""
-        return self._signals.is_stopping
 
     def _worker(self, name: str, sink: Sink) -> Worker:
         settings = self._config.sinks[name]
@@ -454,7 +399,7 @@ class Daemon:
             ended = [poller.join(ends_at - 1 - time.monotonic()) for poller in self._pollers]
         for worker in self._workers.values():
             worker.stop()
-        self._close_sinks(ends_at)
+        close_sinks(self._sinks, self._workers, ends_at=ends_at, log=self._log)
         if self._status_socket is not None:
             self._status_socket.close()
         if all(ended):
@@ -467,37 +412,3 @@ class Daemon:
         self._vod.close()
         self._log.info("daemon.stopped", events=self.settled_events)
         return 0
-
-    def _close_sinks(self, ends_at: float) -> None:
-        """Close every sink, also one with a thread that hangs: closing it ends what it has started.
-
-        Args:
-            ends_at: Monotonic time, in seconds, until which it may take. What closing has not ended by then, the end
-                of the process does.
-        """
-        closing = []
-        for name, worker in self._workers.items():
-            if not worker.join(max(ends_at - CLOSE_SECS - time.monotonic(), 0.0)):
-                self._log.warning("sink.stuck", sink=name)
-            thread = threading.Thread(target=_close, args=(self._sinks[name],), name=f"close-{name}", daemon=True)
-            try:
-                thread.start()
-                closing.append(thread)
-            except RuntimeError:  # the system has no more threads
-                _close(self._sinks[name])
-        for thread in closing:
-            thread.join(max(ends_at - time.monotonic(), 0.0))
-        for worker in self._workers.values():
-            worker.join(max(ends_at - time.monotonic(), 0.0))  # what was accepted at last is entered in the ledger
-
-
-def _close_all(sinks: Mapping[str, Sink]) -> None:
-    for sink in sinks.values():
-        _close(sink)
-
-
-def _close(sink: Sink) -> None:
-    try:
-        sink.close()
-    except Exception:
-        logging.getLogger(__name__).warning("a sink could not be closed", exc_info=True)

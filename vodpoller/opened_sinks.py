@@ -1,0 +1,140 @@
+"""The sinks of a daemon: opened, with what a crash left out of the ledger entered in it, and closed in time."""
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from vodpoller.config.load import Config
+from vodpoller.delivery.worker import Sink, Worker
+from vodpoller.errors import ConfigError, StoppingError, StorageError, TransientError
+from vodpoller.journal.contract import Journal, Portion
+from vodpoller.logs import Logger
+from vodpoller.process import Signals
+from vodpoller.systemd import Notifier
+
+CLOSE_SECS: Final = 1.0
+RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
+
+
+def open_sinks(
+    config: Config, *, journal: Journal, notifier: Notifier, signals: Signals, log: Logger
+) -> dict[str, Sink]:
+    """Open every sink, and enter in the ledger what its file really holds.
+
+    Args:
+        config: Valid.
+        journal: The open journal.
+        notifier: Told how it goes: a long file takes its time.
+        signals: What may ask for the end meanwhile.
+        log: Destination of log lines.
+
+    Raises:
+        ConfigError: Some sinks cannot be opened.
+        StorageError: A disk is full or failing, which may pass.
+        StoppingError: A signal asked for the end. In each case none is left open.
+    """
+    sinks: dict[str, Sink] = {}
+    sub_app_ids = {source.sub_app_id for source in config.sources}
+    try:
+        _make_sinks(sinks, config, signals)
+        for name, sink in sinks.items():
+            _recover(name, sink, sub_app_ids=sub_app_ids, journal=journal, notifier=notifier, signals=signals, log=log)
+    except BaseException as error:
+        _close_all(sinks)
+        if isinstance(error, TransientError):
+            raise StorageError(str(error)) from error
+        raise
+    return sinks
+
+
+def _make_sinks(sinks: dict[str, Sink], config: Config, signals: Signals) -> None:
+    problems: list[str] = []
+    for name, sink_class in config.sink_classes.items():
+        end_if_stopping(signals)
+        try:
+            sinks[name] = sink_class(name, config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def _recover(
+    name: str,
+    sink: Sink,
+    *,
+    sub_app_ids: Collection[int | None],
+    journal: Journal,
+    notifier: Notifier,
+    signals: Signals,
+    log: Logger,
+) -> None:
+    """Bring the ledger up to what the sink's file really holds: a crash may have come in between."""
+    mark = journal.position(name)
+    number = 0
+    for portion in sink.recover(mark, sub_app_ids):
+        # Each portion is for good: a process that is ended in between goes on from there.
+        journal.recover(name, portion)
+        end_if_stopping(signals)
+        mark = portion.position
+        number += len(portion.keys) + len(portion.content_keys)
+        notifier.extend(RECOVERY_SECS)
+        notifier.alive()
+        if portion.read < 1:
+            log.info("recovery.progress", sink=name, keys=number, percent=round(100 * portion.read, 1))
+            notifier.status(f"reading what sink {name} wrote before a crash: {portion.read:.0%}")
+    end = sink.position()
+    if end is not None and end != mark:  # from the first line on, a mark must say which file it went to
+        journal.recover(name, Portion(keys=(), position=end, read=1.0))
+    if number:
+        log.warning("file.recovered", sink=name, keys=number)
+
+
+def end_if_stopping(signals: Signals) -> None:
+    """Give up the start, if a signal has asked for the end.
+
+    Raises:
+        StoppingError: One has.
+    """
+    if signals.is_stopping:
+        raise StoppingError("a signal asked for the end before the start was done")
+
+
+def close_sinks(sinks: Mapping[str, Sink], workers: Mapping[str, Worker], *, ends_at: float, log: Logger) -> None:
+    """Close every sink, also one with a thread that hangs: closing it ends what it has started.
+
+    Args:
+        sinks: By their names.
+        workers: The same way; they were told to stop.
+        ends_at: Monotonic time, in seconds, until which it may take. What closing has not ended by then, the end
+            of the process does.
+        log: Destination of log lines.
+    """
+    closing = []
+    for name, worker in workers.items():
+        if not worker.join(max(ends_at - CLOSE_SECS - time.monotonic(), 0.0)):
+            log.warning("sink.stuck", sink=name)
+        thread = threading.Thread(target=_close, args=(sinks[name],), name=f"close-{name}", daemon=True)
+        try:
+            thread.start()
+            closing.append(thread)
+        except RuntimeError:  # the system has no more threads
+            _close(sinks[name])
+    for thread in closing:
+        thread.join(max(ends_at - time.monotonic(), 0.0))
+    for worker in workers.values():
+        worker.join(max(ends_at - time.monotonic(), 0.0))  # what was accepted at last is entered in the ledger
+
+
+def _close_all(sinks: Mapping[str, Sink]) -> None:
+    for sink in sinks.values():
+        _close(sink)
+
+
+def _close(sink: Sink) -> None:
+    try:
+        sink.close()
+    except Exception:
+        logging.getLogger(__name__).warning("a sink could not be closed", exc_info=True)
