@@ -10,8 +10,8 @@ from vodpoller.clock import timestamp
 from vodpoller.delivery.in_flight import InFlight
 from vodpoller.delivery.worker import Backoff, Breaker, Worker
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError
+from vodpoller.liveness import Liveness
 from vodpoller.settlement import Reason
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
 
 unhurried = settings(deadline=None)

@@ -10,7 +10,7 @@ from vodpoller.delivery.worker import Worker
 from vodpoller.errors import RejectedError, StorageError, TransientError
 from vodpoller.journal.contract import Known, Letter
 from vodpoller.journal.sqlite import SqliteJournal
-from vodpoller.systemd import Liveness
+from vodpoller.liveness import Liveness
 from vodpoller.telemetry import Telemetry
 
 GIVE_UP_SECS = 7 * 86_400.0

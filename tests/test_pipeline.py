@@ -25,9 +25,9 @@ from vodpoller.errors import (
 from vodpoller.events import Lease, Malformed, PulledEvent, make_event
 from vodpoller.journal.contract import Known
 from vodpoller.journal.sqlite import SqliteJournal
+from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod.confirmer import Confirmer
 

@@ -10,8 +10,8 @@ from tests.helpers import FakeClock, named, until
 from vodpoller.delivery.in_flight import WaitEnd
 from vodpoller.errors import OperatorError, StoppingError, TransientError
 from vodpoller.events import Lease
+from vodpoller.liveness import Liveness
 from vodpoller.poller import Poller
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import Pull
 

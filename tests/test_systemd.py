@@ -5,7 +5,8 @@ import uuid
 
 import pytest
 
-from vodpoller.systemd import Liveness, Notifier
+from vodpoller.liveness import Liveness
+from vodpoller.systemd import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

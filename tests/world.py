@@ -34,10 +34,10 @@ from vodpoller.events import Lease, event_key, read_event
 from vodpoller.journal.contract import Portion
 from vodpoller.journal.place import connect
 from vodpoller.journal.sqlite import SqliteJournal
+from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
 from vodpoller.sinks.file import FileConfig, Files, FileSink
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import Pull
 from vodpoller.vod.confirmer import Confirmer

@@ -19,6 +19,7 @@ from vodpoller.delivery.worker import Sink, Worker
 from vodpoller.errors import StorageError
 from vodpoller.journal.contract import Journal
 from vodpoller.journal.sqlite import SqliteJournal
+from vodpoller.liveness import Liveness
 from vodpoller.logs import Logger, cleared, searched_for
 from vodpoller.once import Once
 from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
@@ -29,7 +30,7 @@ from vodpoller.router import Router
 from vodpoller.secret import Secret
 from vodpoller.status import JournalStatus, Status, StoredStatus
 from vodpoller.status_socket import StatusSocket, socket_path
-from vodpoller.systemd import Liveness, Notifier
+from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.upkeep import Upkeep
 from vodpoller.vod import signature

@@ -12,9 +12,9 @@ from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.delivery.worker import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.journal.contract import Pulled
+from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.status import SourceStatus
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod.client import Pull
 

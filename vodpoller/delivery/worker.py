@@ -17,9 +17,9 @@ from vodpoller.delivery.in_flight import Delivery, InFlight, State
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
 from vodpoller.events import Event
 from vodpoller.journal.contract import Portion, Position
+from vodpoller.liveness import Liveness
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.status import SinkStatus
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
 
 

@@ -34,9 +34,9 @@ from vodpoller.errors import (
     VodpollerError,
 )
 from vodpoller.events import Lease
+from vodpoller.liveness import Liveness
 from vodpoller.logs import Level
 from vodpoller.settlement import ConfirmResult
-from vodpoller.systemd import Liveness
 from vodpoller.telemetry import Count, Telemetry
 
 MAX_CALLS: Final = 9
