@@ -6,10 +6,10 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, Protocol
 
+from vodpoller.backoff import Backoff
 from vodpoller.batch import Batch
 from vodpoller.batch import Source as PulledSource
 from vodpoller.delivery.in_flight import DeliveryWait
-from vodpoller.delivery.worker import Backoff
 from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
 from vodpoller.journal.contract import Pulled
 from vodpoller.liveness import Liveness

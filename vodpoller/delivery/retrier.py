@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import assert_never
 
+from vodpoller.backoff import Backoff
 from vodpoller.delivery.in_flight import Delivery, InFlight, State
-from vodpoller.delivery.worker import Backoff, Worker
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import StorageError
 from vodpoller.events import event_fields
 from vodpoller.journal.contract import Journal, Known, StoredEvent
