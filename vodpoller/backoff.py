@@ -1,10 +1,13 @@
-"""Waits between attempts."""
+"""Waits between attempts: exponential, half of each drawn at random."""
 
-import tenacity
+import random
+from typing import Final
+
+_DOUBLINGS_MAX: Final = 64  # beyond that every wait is the longest one, and a float would overflow some day
 
 
 class Backoff:
-    """Exponentially growing waits, half of each drawn at random, so that many who fail together spread out.
+    """Exponentially growing waits, half of each drawn at random, so that many that fail together spread out.
 
     Args:
         first_secs: The first wait is between half of this and this.
@@ -12,13 +15,10 @@ class Backoff:
     """
 
     def __init__(self, *, first_secs: float, most_secs: float) -> None:
-        half, most = first_secs / 2, most_secs / 2
-        self._wait = tenacity.wait_exponential(multiplier=half, max=most) + tenacity.wait_random_exponential(
-            multiplier=half, max=most
-        )
+        self._first_secs = first_secs
+        self._most_secs = most_secs
 
     def secs(self, attempt: int) -> float:
         """How long to wait after the attempt of this number, the first being 1."""
-        state = tenacity.RetryCallState(None, None, (), {})  # type: ignore[arg-type]  # waits read only the number
-        state.attempt_number = attempt
-        return self._wait(state)
+        full_secs = min(self._first_secs * 2.0 ** min(attempt - 1, _DOUBLINGS_MAX), self._most_secs)
+        return full_secs / 2 + random.uniform(0, full_secs / 2)  # noqa: S311 - no secret
