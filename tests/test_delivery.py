@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send, until
 from vodpoller.backoff import Backoff
 from vodpoller.clock import timestamp
+from vodpoller.delivery.breaker import Breaker
 from vodpoller.delivery.in_flight import InFlight
-from vodpoller.delivery.worker import Breaker, Worker
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError
 from vodpoller.liveness import Liveness
 from vodpoller.settlement import Reason

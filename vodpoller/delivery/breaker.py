@@ -1,0 +1,80 @@
+"""When a sink that fails is left alone, and when it is tried again."""
+
+import time
+from collections.abc import Callable
+
+from vodpoller.backoff import Backoff
+
+
+class Breaker:
+    """Stops attempts at a sink on which several distinct events in a row failed, and finds out when it is back.
+
+    Rejections count as well: a receiver that was deployed wrongly and refuses everything must not turn everything into
+    dead letters. Not safe for threads: its worker guards it.
+
+    Args:
+        failures: Number of distinct events that open it.
+        monotonic: The clock, in seconds.
+
+    Attributes:
+        open: Whether it keeps events from the sink.
+        probe_at: Monotonic time of the next probe, while it is open.
+    """
+
+    _PROBES = Backoff(first_secs=1.0, most_secs=30.0)
+
+    def __init__(self, *, failures: int, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._failures = failures
+        self._monotonic = monotonic
+        self._failed: set[bytes] = set()
+        self._failed_probes = 0
+        self.probe_at = 0.0
+        self._probing: bytes | None = None
+        self._last_probed: bytes | None = None
+        self.open = False
+
+    def wants_probe(self) -> bool:
+        """Whether it is open and time to try one event."""
+        return self.open and self._probing is None and self._monotonic() >= self.probe_at
+
+    def start_probe(self, key: bytes) -> None:
+        """This event is tried although the breaker is open."""
+        self._probing = self._last_probed = key
+
+    def was_probed_last(self, key: bytes) -> bool:
+        """Whether the last probe was this event: another one says more, unless none comes for a while."""
+        return key == self._last_probed and self._monotonic() < self.probe_at + 5.0
+
+    def succeeded(self) -> bool:
+        """The sink accepted something.
+
+        Returns:
+            Whether this closed the breaker.
+        """
+        self._failed.clear()
+        self._failed_probes = 0
+        self._probing = None
+        was_open, self.open = self.open, False
+        return was_open
+
+    def failed(self, key: bytes) -> bool:
+        """The sink did not accept this event.
+
+        Returns:
+            Whether this opened the breaker.
+        """
+        if self.open:
+            if key == self._probing:
+                self._probing = None
+                self._failed_probes += 1
+                self.probe_at = self._monotonic() + self._PROBES.secs(self._failed_probes)
+            return False
+        self._failed.add(key)
+        if len(self._failed) < self._failures:
+            return False
+        self._failed.clear()
+        self.open = True
+        self._failed_probes = 1
+        self._probing = None
+        self.probe_at = self._monotonic() + self._PROBES.secs(1)
+        return True
