@@ -6,8 +6,8 @@ import time
 import structlog
 
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, WaitEnd
-from vodpoller.delivery.worker import Sink
 from vodpoller.events import make_event
+from vodpoller.sinks.contract import Sink
 
 
 def until(condition, *, secs=10.0, what="it did not come true in time"):

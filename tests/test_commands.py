@@ -999,12 +999,11 @@ def outsider():
 AS_NOBODY = f"""
 import codecs, concurrent.futures.thread, importlib, os, pkgutil
 import rich.progress, rich.table
-import vodpoller, vodpoller.sinks
-for package in (vodpoller, vodpoller.sinks):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-vodpoller.sinks.available_sinks()
+import vodpoller
+for module in pkgutil.walk_packages(vodpoller.__path__, "vodpoller."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+vodpoller.sinks.registry.available_sinks()
 for encoding in ("ascii", "idna", "latin-1", "utf-8-sig"):
     codecs.lookup(encoding)
 os.setgroups([])

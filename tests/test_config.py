@@ -17,7 +17,8 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from vodpoller.config import load as config
 from vodpoller.errors import ConfigError
 from vodpoller.secret import HasSecrets, Secret
-from vodpoller.sinks import SinkConfig, available_sinks
+from vodpoller.sinks.contract import SinkConfig
+from vodpoller.sinks.registry import available_sinks
 
 ENV = {"TENCENTCLOUD_SECRET_ID": "AKIDfromenv", "TENCENTCLOUD_SECRET_KEY": "keyfromenv"}
 WEBHOOK_SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIz"
@@ -653,7 +654,7 @@ def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, 
         ("vodpoller_no_such_module:Sink", ["cannot be loaded: ModuleNotFoundError", "vodpoller_no_such_module"]),
         ("vodpoller.config.load:NoSuchName", ["cannot be loaded: AttributeError"]),
         (f"{__name__}:NoSink", ["is no sink"]),
-        ("vodpoller.delivery.worker:Sink", ["is no sink"]),
+        ("vodpoller.sinks.contract:Sink", ["is no sink"]),
     ],
 )
 def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):

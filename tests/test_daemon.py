@@ -539,8 +539,8 @@ def test_the_service_manager_hears_of_the_start_of_life_of_trouble_and_of_the_en
 NEVER = '''
 import threading
 from typing import Literal
-from vodpoller.delivery.worker import Sink
-from vodpoller.sinks import SinkConfig
+from vodpoller.sinks.contract import Sink
+from vodpoller.sinks.contract import SinkConfig
 
 RELEASED = threading.Event()
 

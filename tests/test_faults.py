@@ -603,8 +603,8 @@ def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiv
 
 PLUGIN = """
 from typing import Literal
-from vodpoller.delivery.worker import Sink
-from vodpoller.sinks import SinkConfig
+from vodpoller.sinks.contract import Sink
+from vodpoller.sinks.contract import SinkConfig
 
 
 class PickyConfig(SinkConfig):

@@ -14,8 +14,8 @@ import pytest
 
 from tests.processes import needs
 from tests.receiver import running_receiver, until
-from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError
+from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.file import FileConfig, FileSink
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
 from vodpoller.sinks.webhook import WebhookConfig, WebhookSink

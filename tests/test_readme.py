@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from vodpoller.cli.app import main
 from vodpoller.config.load import TABLES
 from vodpoller.settlement import ConfirmResult, Reason
-from vodpoller.sinks import SinkConfig, available_sinks
+from vodpoller.sinks.contract import SinkConfig
+from vodpoller.sinks.registry import available_sinks
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -16,8 +16,8 @@ from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import event_key, make_event, restore_event
 from vodpoller.journal.contract import Position
-from vodpoller.sinks import encode
 from vodpoller.sinks.file import FileConfig, Files, FileSink
+from vodpoller.sinks.formats import encode
 
 
 class FailPoints(Files):

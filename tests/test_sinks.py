@@ -13,11 +13,11 @@ from typing import get_args
 import pytest
 
 from tests.receiver import Answer, Receiver, running_receiver, until
-from vodpoller.delivery.worker import Sink
 from vodpoller.errors import RejectedError, TransientError
 from vodpoller.events import SNAPSHOT_EVENT_TYPE, decode_json, make_event
-from vodpoller.sinks import SinkConfig, available_sinks
+from vodpoller.sinks.contract import Sink, SinkConfig
 from vodpoller.sinks.file import Files
+from vodpoller.sinks.registry import available_sinks
 
 SLACK_SECS = 1.5
 

@@ -20,7 +20,7 @@ from tests.helpers import FakeClock, log_into
 from vodpoller.batch import Batch
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight, WaitEnd
 from vodpoller.delivery.retrier import Retrier
-from vodpoller.delivery.worker import Sink, Worker
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import (
     ConfigError,
     PartialFailureError,
@@ -37,6 +37,7 @@ from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
+from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.file import FileConfig, Files, FileSink
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import Pull

@@ -15,7 +15,7 @@ from vodpoller.clock import SteadyClock
 from vodpoller.config.load import Config, Source
 from vodpoller.delivery.in_flight import InFlight
 from vodpoller.delivery.retrier import Retrier
-from vodpoller.delivery.worker import Sink, Worker
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import StorageError
 from vodpoller.journal.contract import Journal
 from vodpoller.journal.sqlite import SqliteJournal
@@ -28,6 +28,7 @@ from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router
 from vodpoller.secret import Secret
+from vodpoller.sinks.contract import Sink
 from vodpoller.status import JournalStatus, Status, StoredStatus
 from vodpoller.status_socket import StatusSocket, socket_path
 from vodpoller.systemd import Notifier

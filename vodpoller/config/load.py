@@ -33,13 +33,13 @@ from vodpoller.config.wording import (
     toml_problem,
     unknown_key,
 )
-from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError
 from vodpoller.event_types import matches_documented, nearest_documented
 from vodpoller.httpclient.trust import CaFile
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS, Level
 from vodpoller.secret import HasSecrets, Secret, Surroundings
-from vodpoller.sinks import SinkConfig, available_sinks
+from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.registry import available_sinks
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -1048,7 +1048,7 @@ def _loaded(point: EntryPoint) -> type[Sink]:
         isinstance(config, type) and issubclass(config, SinkConfig)
     ):
         raise _UnusableSinkError(
-            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.delivery.worker.Sink"
+            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.sinks.contract.Sink"
             " with a Config (ask those who made the package)"
         )
     return sink_class

@@ -1,100 +1,25 @@
-"""Getting events to sinks: what a sink promises, and the worker around each sink."""
+"""The worker around each sink: its queue, its threads, its breaker."""
 
 import heapq
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Protocol
 
 from vodpoller.backoff import Backoff
 from vodpoller.clock import timestamp
 from vodpoller.delivery.breaker import Breaker
 from vodpoller.delivery.in_flight import Delivery, InFlight, State
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
-from vodpoller.events import Event
-from vodpoller.journal.contract import Portion, Position
+from vodpoller.journal.contract import Position
 from vodpoller.liveness import Liveness
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
+from vodpoller.sinks.contract import Sink
 from vodpoller.status import SinkStatus
 from vodpoller.telemetry import Count, Telemetry
-
-
-class Sink(ABC):
-    """Where events go. A sink knows nothing of leases, handles, retries or the ledger: its worker does.
-
-    A new sink is one module with a subclass and its `Config`, and one line under the entry points
-    "vodpoller.sinks". The class is called with the name of the sink and the validated `Config`; what it needs is
-    opened there: a `ConfigError` says what somebody must mend, a `TransientError` what may pass (a full disk).
-
-    Attributes:
-        concurrency: How many threads call `deliver` at once.
-        batch_events: How many events one call takes at most.
-        timeout_secs: What `deliver` gets as its time limit.
-    """
-
-    concurrency: int = 1
-    batch_events: int = 1
-    timeout_secs: float = 10.0
-
-    @classmethod
-    def probe(cls, name: str, config: Any) -> str:  # noqa: ARG003 - what most sinks need to look
-        """Look whether events could get there, without a sink being made: the daemon may be running.
-
-        It delivers nothing, writes nothing and makes no file or folder.
-
-        Args:
-            name: Of the sink.
-            config: Its settings, validated.
-
-        Returns:
-            One line that says what is there.
-
-        Raises:
-            ConfigError: It cannot be reached; says what is wrong and what to do, as at construction.
-        """
-        return "nothing to reach"
-
-    @abstractmethod
-    def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
-        """Take events. Returning means: all of them are accepted, and would survive a loss of power.
-
-        Args:
-            events: One to `batch_events` events.
-            timeout_secs: How long the call may take; it is the sink's duty to keep to it.
-
-        Raises:
-            RejectedError: No event was accepted and none ever will be.
-            TransientError: No event was accepted; a later call may succeed. Any unknown exception means the same.
-            PartialFailureError: Some events were not accepted, each with an error of these kinds.
-        """
-
-    def reopen(self) -> None:  # noqa: B027 - most sinks have nothing to reopen
-        """SIGHUP: open files again, read secrets again. Called from another thread than `deliver`."""
-
-    def close(self) -> None:  # noqa: B027 - most sinks have nothing to close
-        """The last call."""
-
-    def position(self) -> Position | None:
-        """Where the sink's file ends after the last accepted call; None for a sink that is no file."""
-        return None
-
-    def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:  # noqa: ARG002
-        """Called once before the first `deliver`: what was accepted beyond the mark and never reached the ledger.
-
-        Args:
-            mark: The position that the ledger knows; None where it knows none.
-            sub_app_ids: The SubAppIds whose events may be in the file: a key depends on it, a line does not hold it.
-
-        Returns:
-            What lies beyond the mark, in portions that can each be written down before the next is taken: a process
-            that ends in between goes on from the position of the last one. After them, `position` says where the file
-            ends. A torn line is cut off. Nothing for a sink that is no file.
-        """
-        return ()
 
 
 class Ledger(Protocol):

@@ -29,7 +29,6 @@ import requests
 from pydantic import Field, field_validator
 
 from vodpoller import __version__
-from vodpoller.delivery.worker import Sink
 from vodpoller.durable import HINTS, Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of
@@ -38,7 +37,7 @@ from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import CaFile, RootsError
 from vodpoller.httpclient.words import ForbiddenAddressError, causes, failure_text, retry_after_secs, status_text
 from vodpoller.logs import Repeats, SinkLog
-from vodpoller.sinks import SinkConfig
+from vodpoller.sinks.contract import Sink, SinkConfig
 
 _logger = logging.getLogger(__name__)
 

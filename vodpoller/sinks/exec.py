@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, file_id_of, task_id_of
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS
-from vodpoller.sinks import SinkConfig, encode
+from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.formats import encode
 
 _INHERITED = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR"})
 _OWN_PREFIX = "VODPOLLER_"

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, field_validator
 
-from vodpoller.delivery.worker import Sink
 from vodpoller.durable import (
     Folders,
     is_locked,
@@ -33,7 +32,8 @@ from vodpoller.events import Event, decode_json, event_key
 from vodpoller.identity import has_own_id
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.logs import Repeats, SinkLog
-from vodpoller.sinks import SinkConfig, cloudevent_key, encode
+from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.formats import cloudevent_key, encode
 
 _BATCH_EVENTS = 1024
 _BLOCK_BYTES = 1 << 16

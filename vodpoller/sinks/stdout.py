@@ -8,12 +8,12 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError, PartialFailureError, TransientError
 from vodpoller.events import Event
 from vodpoller.outlet import Outlet
 from vodpoller.process import is_stdout_closed
-from vodpoller.sinks import SinkConfig, encode
+from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.formats import encode
 
 _STDOUT_FD = 1
 _BATCH_EVENTS = 1024

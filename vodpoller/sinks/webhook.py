@@ -21,7 +21,6 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from vodpoller import __version__
-from vodpoller.delivery.worker import Sink
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event
 from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url
@@ -29,7 +28,8 @@ from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import CaFile, RootsError
 from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
 from vodpoller.secret import Secret
-from vodpoller.sinks import SinkConfig, content_type, encode
+from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.formats import content_type, encode
 
 _REJECTING = frozenset({400, 413, 415, 422})
 _ANSWER_MAX_BYTES = 1 << 16

@@ -1,0 +1,131 @@
+"""What a sink promises to its worker, and the settings that every sink has."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field
+
+from vodpoller.events import Event
+from vodpoller.journal.contract import Portion, Position
+from vodpoller.secret import HasSecrets
+from vodpoller.sinks.formats import Format
+
+
+class SinkConfig(HasSecrets):
+    """The keys that every sink has; a sink's own model adds to them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    type: str = Field(description="Which sink this is: the name of an entry point.")
+    format: Format = Field(
+        default="callback",
+        description="The body of an event: `callback` is that of a normal callback, `cloudevents` is the same inside a"
+        " CloudEvent 1.0 (JSON).",
+    )
+    queue_max_events: Annotated[int, Field(ge=16, le=100_000)] = Field(
+        default=1024,
+        description="How many events may wait for the sink in memory; more are stored at once.",
+    )
+    breaker_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=5, description="So many distinct events failing in a row stop attempts until a probe succeeds."
+    )
+    give_up_after_secs: Annotated[float, Field(gt=0)] = Field(
+        default=604_800.0, description="How old a stored event gets before it becomes a dead letter."
+    )
+
+    def claims(self) -> frozenset[str]:
+        """What only one sink may hold: two sinks with a claim in common are an error.
+
+        A file is "file:" and its real path; the journal claims its own in the same way.
+        """
+        return frozenset()
+
+    def place(self) -> str:
+        """Where events go, as `check` shows it: a path, a program, or the host of a URL, whose rest may be a secret."""
+        found = {name: getattr(self, name, None) for name in ("path", "url", "command")}
+        match found:
+            case {"path": str(path)}:
+                return str(Path(path).absolute())
+            case {"url": str(url)}:
+                return urlsplit(url).netloc.rpartition("@")[2]
+            case {"command": [str(program), *_]}:
+                return program
+            case _:
+                return ""
+
+
+class Sink(ABC):
+    """Where events go. A sink knows nothing of leases, handles, retries or the ledger: its worker does.
+
+    A new sink is one module with a subclass and its `Config`, and one line under the entry points
+    "vodpoller.sinks". The class is called with the name of the sink and the validated `Config`; what it needs is
+    opened there: a `ConfigError` says what somebody must mend, a `TransientError` what may pass (a full disk).
+
+    Attributes:
+        concurrency: How many threads call `deliver` at once.
+        batch_events: How many events one call takes at most.
+        timeout_secs: What `deliver` gets as its time limit.
+    """
+
+    concurrency: int = 1
+    batch_events: int = 1
+    timeout_secs: float = 10.0
+
+    @classmethod
+    def probe(cls, name: str, config: Any) -> str:  # noqa: ARG003 - what most sinks need to look
+        """Look whether events could get there, without a sink being made: the daemon may be running.
+
+        It delivers nothing, writes nothing and makes no file or folder.
+
+        Args:
+            name: Of the sink.
+            config: Its settings, validated.
+
+        Returns:
+            One line that says what is there.
+
+        Raises:
+            ConfigError: It cannot be reached; says what is wrong and what to do, as at construction.
+        """
+        return "nothing to reach"
+
+    @abstractmethod
+    def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
+        """Take events. Returning means: all of them are accepted, and would survive a loss of power.
+
+        Args:
+            events: One to `batch_events` events.
+            timeout_secs: How long the call may take; it is the sink's duty to keep to it.
+
+        Raises:
+            RejectedError: No event was accepted and none ever will be.
+            TransientError: No event was accepted; a later call may succeed. Any unknown exception means the same.
+            PartialFailureError: Some events were not accepted, each with an error of these kinds.
+        """
+
+    def reopen(self) -> None:  # noqa: B027 - most sinks have nothing to reopen
+        """SIGHUP: open files again, read secrets again. Called from another thread than `deliver`."""
+
+    def close(self) -> None:  # noqa: B027 - most sinks have nothing to close
+        """The last call."""
+
+    def position(self) -> Position | None:
+        """Where the sink's file ends after the last accepted call; None for a sink that is no file."""
+        return None
+
+    def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:  # noqa: ARG002
+        """Called once before the first `deliver`: what was accepted beyond the mark and never reached the ledger.
+
+        Args:
+            mark: The position that the ledger knows; None where it knows none.
+            sub_app_ids: The SubAppIds whose events may be in the file: a key depends on it, a line does not hold it.
+
+        Returns:
+            What lies beyond the mark, in portions that can each be written down before the next is taken: a process
+            that ends in between goes on from the position of the last one. After them, `position` says where the file
+            ends. A torn line is cut off. Nothing for a sink that is no file.
+        """
+        return ()

@@ -1,0 +1,102 @@
+"""The body of an event as sinks hand it on.
+
+What a CloudEvent is: "CloudEvents - Version 1.0.2" (attributes, type system) and its "JSON Event Format".
+"""
+
+import base64
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, assert_never
+
+import orjson
+
+from vodpoller.events import Event, encode_json, file_id_of
+
+Format = Literal["callback", "cloudevents"]
+
+_KEY_HEX = re.compile(r"[0-9a-f]{64}")
+# "Type System", String: no control characters, no surrogates without a partner, no code points that Unicode calls
+# noncharacters (the last two of each plane among them).
+_NOT_IN_ATTRIBUTES = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufdd0-\\ufdef"
+    + "".join(f"\\U{plane:04x}fffe\\U{plane:04x}ffff" for plane in range(17))
+    + "]"
+)
+
+
+def encode(event: Event, body_format: Format) -> bytes:
+    """The event as a sink hands it on.
+
+    Args:
+        event: Any event.
+        body_format: As configured.
+    """
+    match body_format:
+        case "callback":
+            return event.body
+        case "cloudevents":
+            return _cloudevent(event)
+        case _:
+            assert_never(body_format)
+
+
+def content_type(body_format: Format) -> str:
+    """The media type of what `encode` makes.
+
+    Args:
+        body_format: As configured.
+    """
+    match body_format:
+        case "callback":
+            return "application/json"
+        case "cloudevents":
+            return "application/cloudevents+json"
+        case _:
+            assert_never(body_format)
+
+
+def cloudevent_key(document: Mapping[str, Any]) -> bytes | None:
+    """The key of the event that a CloudEvent was made of.
+
+    Args:
+        document: A JSON document that was read again.
+
+    Returns:
+        None where it is no CloudEvent that `encode` could have made.
+    """
+    if document.get("specversion") != "1.0" or not all(
+        isinstance(document.get(name), str) and document[name] for name in ("id", "source", "type")
+    ):
+        return None
+    key_hex = document["id"]
+    return bytes.fromhex(key_hex) if _KEY_HEX.fullmatch(key_hex) else None
+
+
+def _cloudevent(event: Event) -> bytes:
+    # What could never be read (a dead letter that is delivered after all) is no JSON and must not be put in as such.
+    readable = bool(event.content) or _is_json(event.body)
+    attributes = {
+        "specversion": "1.0",
+        "id": event.key.hex(),
+        "source": f"//vod.tencentcloudapi.com/{event.sub_app_id or 0}",
+        "type": f"com.tencent.vod.{_attribute(event.type) or 'Unknown'}",
+    }
+    if file_id := _attribute(file_id_of(event)):
+        attributes["subject"] = file_id
+    attributes["datacontenttype"] = "application/json" if readable else "application/octet-stream"
+    data = b'"data":' + event.body if readable else b'"data_base64":"' + base64.b64encode(event.body) + b'"'
+    # Put together and not encoded as a whole: the body stays byte for byte what it is without the envelope.
+    return encode_json(attributes)[:-1] + b"," + data + b"}"
+
+
+def _attribute(text: str) -> str:
+    """The text as an attribute may hold it."""
+    return _NOT_IN_ATTRIBUTES.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return True
