@@ -10,7 +10,8 @@ import threading
 
 from vodpoller.cli.app import main
 from vodpoller.journal.sqlite import SqliteJournal
-from vodpoller.sinks.file import Files, FileSink
+from vodpoller.sinks.file.appending import Files
+from vodpoller.sinks.file.sink import FileSink
 from vodpoller.vod.client import VodClient
 
 STEPS = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.receiver import running_receiver
 from vodpoller.events import decode_json, make_event, restore_event
 from vodpoller.sinks.exec import ExecConfig, ExecSink
-from vodpoller.sinks.file import FileConfig, FileSink
+from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.sinks.formats import cloudevent_key, content_type, encode
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
 from vodpoller.sinks.webhook import WebhookConfig, WebhookSink

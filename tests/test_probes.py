@@ -16,7 +16,7 @@ from tests.processes import needs
 from tests.receiver import running_receiver, until
 from vodpoller.errors import ConfigError
 from vodpoller.sinks.contract import Sink
-from vodpoller.sinks.file import FileConfig, FileSink
+from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
 from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
 
@@ -66,7 +66,7 @@ def used(tmp_path):
 def another_process(path):
     code = (
         "import sys\n"
-        "from vodpoller.sinks.file import FileConfig, FileSink\n"
+        "from vodpoller.sinks.file.sink import FileConfig, FileSink\n"
         "sink = FileSink('it', FileConfig(type='file', path=sys.argv[1]))\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"

@@ -16,7 +16,8 @@ from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import event_key, make_event, restore_event
 from vodpoller.journal.contract import Position
-from vodpoller.sinks.file import FileConfig, Files, FileSink
+from vodpoller.sinks.file.appending import Files
+from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.sinks.formats import encode
 
 
@@ -261,7 +262,7 @@ def test_another_process_is_kept_out_and_told_how_to_find_the_first(opened, path
     code = (
         "import sys\n"
         "from vodpoller.errors import ConfigError\n"
-        "from vodpoller.sinks.file import FileConfig, FileSink\n"
+        "from vodpoller.sinks.file.sink import FileConfig, FileSink\n"
         "try:\n"
         "    FileSink('archive', FileConfig(type='file', path=sys.argv[1]))\n"
         "except ConfigError as error:\n"
@@ -907,7 +908,7 @@ def test_a_rename_between_the_repair_and_the_reading_is_followed(opened, path, t
 
 
 def test_a_line_beyond_all_bounds_is_passed_over(restarted, path, monkeypatch):
-    monkeypatch.setattr("vodpoller.sinks.file._LINE_MAX_BYTES", 200)
+    monkeypatch.setattr("vodpoller.sinks.file.lines.LINE_MAX_BYTES", 200)
     path.write_bytes(line(1) + event(2, Text="x" * 1000).body + b"\n" + line(3))
     assert restarted(None)[1] == keys(1, 3)
 
@@ -915,9 +916,9 @@ def test_a_line_beyond_all_bounds_is_passed_over(restarted, path, monkeypatch):
 # --- recovery in portions ---
 
 
-@pytest.mark.parametrize(("bound", "value"), [("_PORTION_KEYS", 7), ("_PORTION_BYTES", 7 * len(line(1)))])
+@pytest.mark.parametrize(("bound", "value"), [("PORTION_KEYS", 7), ("PORTION_BYTES", 7 * len(line(1)))])
 def test_a_recovery_goes_on_from_each_of_its_portions(restarted, opened, path, tmp_path, monkeypatch, bound, value):
-    monkeypatch.setattr(f"vodpoller.sinks.file.{bound}", value)
+    monkeypatch.setattr(f"vodpoller.sinks.file.recovery.{bound}", value)
     path.write_bytes(lines(*range(10, 40)))
     sink = opened()
     sink.recover(None, [None])
@@ -944,7 +945,7 @@ def test_a_recovery_goes_on_from_each_of_its_portions(restarted, opened, path, t
 
 
 def test_lines_without_a_key_make_portions_too(opened, path, monkeypatch):
-    monkeypatch.setattr("vodpoller.sinks.file._PORTION_BYTES", 100)
+    monkeypatch.setattr("vodpoller.sinks.file.recovery.PORTION_BYTES", 100)
     path.write_bytes(b"not ours\n" * 1000)
     assert len(list(opened().recover(None, [None]))) > 50
 
@@ -967,7 +968,7 @@ def test_delivery_goes_on_after_recovery(restarted, path):
 
 
 def test_closing_does_not_wait_for_a_write_that_hangs(opened, files, monkeypatch):
-    monkeypatch.setattr("vodpoller.sinks.file._CLOSE_WAIT_SECS", 0.05)
+    monkeypatch.setattr("vodpoller.sinks.file.sink._CLOSE_WAIT_SECS", 0.05)
     sink = opened()
     in_write, go_on = threading.Event(), threading.Event()
 

@@ -16,7 +16,7 @@ from tests.receiver import Answer, Receiver, running_receiver, until
 from vodpoller.errors import RejectedError, TransientError
 from vodpoller.events import SNAPSHOT_EVENT_TYPE, decode_json, make_event
 from vodpoller.sinks.contract import Sink, SinkConfig
-from vodpoller.sinks.file import Files
+from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.registry import available_sinks
 
 SLACK_SECS = 1.5

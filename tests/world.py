@@ -38,7 +38,8 @@ from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
 from vodpoller.sinks.contract import Sink
-from vodpoller.sinks.file import FileConfig, Files, FileSink
+from vodpoller.sinks.file.appending import Files
+from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import Pull
 from vodpoller.vod.confirmer import Confirmer

@@ -1,0 +1,1 @@
+"""Events as JSON lines in a file: appended durably, and read back after a crash or a rotation."""

@@ -1,0 +1,175 @@
+"""Adding whole, synced lines to a file that other processes may write to as well."""
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from vodpoller.durable import Folders, make_folder, sync_folder
+from vodpoller.sinks.file.damage import end_of_sound, may_be_ours
+from vodpoller.sinks.file.lines import after_last_newline, is_object
+from vodpoller.sinks.file.probing import check_kind
+
+
+class Files:
+    """What the sink does to the file system, so that tests can let each step fail or record it."""
+
+    def make_folder(self, path: Path) -> None:
+        """As durable.make_folder."""
+        make_folder(path)
+
+    def sync_folder(self, path: Path) -> None:
+        """As durable.sync_folder."""
+        sync_folder(path)
+
+    def open(self, path: Path, flags: int) -> int:
+        """As os.open; a new file gets mode 0640, less the umask."""
+        return os.open(path, flags | os.O_CLOEXEC, 0o640)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """As os.write: the number of bytes written may be less than all."""
+        return os.write(fd, data)
+
+    def fdatasync(self, fd: int) -> None:
+        """As os.fdatasync."""
+        os.fdatasync(fd)
+
+    def ftruncate(self, fd: int, length_bytes: int) -> None:
+        """As os.ftruncate."""
+        os.ftruncate(fd, length_bytes)
+
+
+class OpenFile:
+    """A file open for appending, to which we add whole, synced lines only.
+
+    Other processes may write to it at any time. All that we write starts at the beginning of a line, and of what they
+    wrote nothing is cut off, with one exception: what they write between a failed append and its being cut off, which
+    is at once, may be between lines of ours that then come twice.
+
+    Args:
+        path: Created where it does not exist.
+        files: The file system.
+        folders: Syncs the file's name.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+
+    def __init__(self, path: Path, files: Files, folders: Folders) -> None:
+        self._path = path
+        self._files = files
+        # O_NONBLOCK: opening a named pipe must fail, not wait for a reader.
+        self._fd = files.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            status = os.fstat(self._fd)
+            check_kind(status.st_mode, path)
+            # Always, not only for a new file: whoever created it may have died before this step.
+            folders.sync(path.parent)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.identity = (status.st_dev, status.st_ino)
+        self.inode = status.st_ino
+        self.end_bytes = status.st_size
+        self._dirty = False
+
+    @property
+    def unlinked(self) -> bool:
+        """Whether somebody removed the file: what is written to it is lost."""
+        return os.fstat(self._fd).st_nlink == 0
+
+    def look(self) -> int:
+        """Look at the file before an append, and cut off what a failed one left behind.
+
+        Returns:
+            How many bytes other processes have added since the last append; negative if they took some away.
+
+        Raises:
+            OSError: The tail could not be cut off.
+        """
+        self.cut_back()
+        size = os.fstat(self._fd).st_size
+        by_others, self.end_bytes = size - self.end_bytes, size
+        # From here on it says where our last write ended: the kernel appends wherever it stands.
+        os.lseek(self._fd, size, os.SEEK_SET)
+        return by_others
+
+    def append(self, data: bytes) -> None:
+        """Write and sync, or leave the file as it was at the last `look`.
+
+        Args:
+            data: Whole lines.
+
+        Raises:
+            OSError: Nothing was appended. A tail that could not be cut off is cut off before the next append.
+        """
+        if not self._is_line_start(self.end_bytes):
+            data = b"\n" + data
+        self._dirty = True
+        try:
+            self._write(memoryview(data))
+            start = os.lseek(self._fd, 0, os.SEEK_CUR) - len(data)
+            if start != self.end_bytes and data[:1] != b"\n" and not self._is_line_start(start):
+                # Another process wrote a piece of a line just now, and our first line stands behind it: once more.
+                self._write(memoryview(b"\n" + data[: data.index(b"\n") + 1]))
+            # After a failed sync the kernel takes the pages for clean, and a second sync would succeed without having
+            # written them. So the lines are cut off as well, and written anew by the retry.
+            self._files.fdatasync(self._fd)
+        except OSError:
+            with suppress(OSError):
+                self.cut_back()
+            raise
+        self._dirty = False
+        self.end_bytes = os.lseek(self._fd, 0, os.SEEK_CUR)
+
+    def _is_line_start(self, at: int) -> bool:
+        return at == 0 or os.pread(self._fd, 1, at - 1) == b"\n"
+
+    def _write(self, rest: memoryview) -> None:
+        while rest:
+            written = self._files.write(self._fd, rest)
+            if written <= 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(self._path))
+            rest = rest[written:]
+
+    def cut_back(self) -> None:
+        """Cut off what a failed append left behind, unless another process has written something behind that."""
+        if self._dirty:
+            size = os.fstat(self._fd).st_size
+            if size <= os.lseek(self._fd, 0, os.SEEK_CUR):
+                # It may have been emptied, and must not be filled up with zeros.
+                self._files.ftruncate(self._fd, min(self.end_bytes, size))
+            self._dirty = False
+
+    def repair_end(self, floor_bytes: int | None, *, was_ours: bool) -> int:
+        """Cut off what a crash left behind of a line of ours, and let everything else end with its line.
+
+        Args:
+            floor_bytes: What lies before is known to be whole; None where nothing is known of the file.
+            was_ours: This path has been written to by this sink before.
+
+        Returns:
+            The length of a last line that was not finished and is none of ours, in bytes; 0 if there was none.
+
+        Raises:
+            OSError: It cannot be repaired, or nothing in the file can be from here.
+        """
+        size = os.fstat(self._fd).st_size
+        end = end_of_sound(self._fd, size, floor_bytes)
+        start = after_last_newline(self._fd, end, min(floor_bytes or 0, end))
+        if start < end and not start and not was_ours and not may_be_ours(self._fd):
+            raise OSError(
+                errno.EINVAL, "it holds something else than JSON lines, and is left as it is", str(self._path)
+            )
+        if end < size:
+            self._files.ftruncate(self._fd, end)
+        is_foreign = start < end and not is_object(self._fd, start, end)
+        if start < end:
+            end += self._files.write(self._fd, memoryview(b"\n"))
+        self._files.fdatasync(self._fd)
+        self.end_bytes = end
+        return end - 1 - start if is_foreign else 0
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)

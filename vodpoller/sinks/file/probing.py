@@ -1,0 +1,72 @@
+"""Whether a file can be opened, or made, found out without doing it."""
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from vodpoller.durable import is_locked, kind_of_file
+
+_INSTEAD = {
+    "a named pipe": 'use a sink of type "exec" with a program that writes to it, or type "stdout"',
+    "a socket": 'use a sink of type "webhook" or "exec"',
+    "a device": 'for standard output a sink of type "stdout"',
+}
+
+
+def check_kind(mode: int, path: Path) -> None:
+    """Raise an OSError that says what to use instead, if it is no regular file."""
+    if not stat.S_ISREG(mode):
+        kind = kind_of_file(mode)
+        instead = f", or {_INSTEAD[kind]}" if kind in _INSTEAD else ""
+        text = f"it is not a regular file (give the path of a regular file{instead}: this is {kind})"
+        raise OSError(errno.ENXIO, text, str(path))
+
+
+def refuse_what_is_not_a_file(path: Path) -> None:
+    """Raise the OSError of opening it, before anything is made beside it."""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        check_kind(mode, path)
+
+
+def look_at(path: Path, lock_path: Path) -> str:
+    """What would come of opening the file, without doing it."""
+    folder = _existing_folder(path)
+    exists, lock_exists = path.exists(), lock_path.exists()
+    # It must be readable, too: opening it is how it is synced.
+    _allow(folder, os.R_OK | os.X_OK | (0 if exists and lock_exists else os.W_OK))
+    if exists:
+        check_kind(path.stat().st_mode, path)
+        _allow(path, os.R_OK | os.W_OK)
+    if lock_exists:
+        _allow(lock_path, os.R_OK | os.W_OK)
+    if is_locked(lock_path):
+        return f"{path} is in use by another process (the running daemon?)"
+    return f"{path} can be {'written' if exists else 'made'}"
+
+
+def _existing_folder(path: Path) -> Path:
+    """The nearest one above the path."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return folder
+
+
+def _allow(path: Path, mode: int) -> None:
+    """Raise the OSError that this user would get."""
+    if not os.access(path, mode):
+        read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def place_of(error: OSError, path: Path) -> str:
+    """The path that an error is about: the one it names, else that of the file."""
+    return str(error.filename or path)

@@ -1,0 +1,68 @@
+"""The files that may hold our lines, found by inode, since a rename can come at any time."""
+
+import os
+import re
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# A file that is renamed this often while it is looked for is not logrotate's.
+_RENAMES_MAX = 3
+# What logrotate puts behind a name, with and without dateext.
+_ROTATED = re.compile(r"[.-]\d+")
+# A rotated file that was compressed has a new inode: it can neither be recognised nor read.
+_NEVER_RELATIVES = (".lock", ".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """The file itself, or what may be a rotated one: `x.jsonl.1`, `x.jsonl-20261123`.
+
+    Args:
+        path: Its path.
+        changed_at_ns: Time of its last change.
+        is_rotated: Whether its name is one that logrotate gives, and not that of a copy somebody made.
+    """
+
+    path: str
+    changed_at_ns: int
+    is_rotated: bool
+
+
+class Relatives:
+    """The files that may hold our lines: the file itself, and what logrotate may have made of it.
+
+    Args:
+        path: Of the file itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def found(self) -> dict[int, Relative]:
+        """What there is of them now, by inode."""
+        name = self._path.name
+        found = {}
+        with os.scandir(self._path.parent) as entries:
+            for entry in entries:
+                if entry.name.startswith(name) and not entry.name.endswith(_NEVER_RELATIVES):
+                    with suppress(FileNotFoundError):  # renamed or removed a moment ago
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            is_rotated = _ROTATED.fullmatch(entry.name.removeprefix(name)) is not None
+                            found[status.st_ino] = Relative(entry.path, status.st_mtime_ns, is_rotated)
+        return found
+
+    def open(self, inode: int, flags: int = os.O_RDONLY) -> int | None:
+        """A descriptor for a file, whatever it is called by now; None if it is gone."""
+        for _ in range(_RENAMES_MAX):
+            relative = self.found().get(inode)
+            if relative is None:
+                return None
+            with suppress(FileNotFoundError):
+                fd = os.open(relative.path, flags | os.O_CLOEXEC)
+                if os.fstat(fd).st_ino == inode:
+                    return fd
+                os.close(fd)
+        return None
