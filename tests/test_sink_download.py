@@ -19,7 +19,10 @@ from pydantic import ValidationError
 from tests.receiver import black_hole
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import make_event
-from vodpoller.sinks.download import DownloadConfig, DownloadSink, is_public, safe_name
+from vodpoller.sinks.download.config import DownloadConfig
+from vodpoller.sinks.download.fetching import is_public
+from vodpoller.sinks.download.places import safe_name
+from vodpoller.sinks.download.sink import DownloadSink
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 300
 SLACK_SECS = 1.5
@@ -757,7 +760,7 @@ def test_no_connection_is_made_to_an_address_that_is_not_public(opened, host, fi
     """Neither by an event nor by a redirect, from a host that is public (here by decree)."""
     connected = connections(monkeypatch)
     decreed = ["127.0.0.1"]
-    monkeypatch.setattr("vodpoller.sinks.download.is_public", lambda ip: ip in decreed or is_public(ip))
+    monkeypatch.setattr("vodpoller.sinks.download.fetching.is_public", lambda ip: ip in decreed or is_public(ip))
     url = f"http://{address}:{host.server_port}/1.png"
     if how == "redirect":
         start = host.serves("/start.png", lambda handler: (decreed.clear(), redirect(url)(handler)))
