@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import os
+import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vodpoller.durable import Folders, is_locked, kind_of_file, may_pass, take_lock, why
+from vodpoller.durable import Folders, check_access, existing_folder, is_locked, kind_of_file, may_pass, take_lock, why
 
 
 def failing_with(number):
@@ -144,3 +146,25 @@ def test_kinds_of_files_have_names(tmp_path):
     assert kind_of_file((tmp_path / "pipe").stat().st_mode) == "a named pipe"
     assert kind_of_file(tmp_path.stat().st_mode) == "a folder"
     assert kind_of_file(Path("/dev/null").stat().st_mode) == "a device"
+
+
+def test_the_nearest_folder_that_exists_is_found(tmp_path):
+    assert existing_folder(tmp_path / "a" / "b") == tmp_path
+    assert existing_folder(tmp_path) == tmp_path
+
+
+def test_a_file_on_the_way_is_not_a_folder(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(NotADirectoryError) as raised:
+        existing_folder(tmp_path / "a" / "b")
+    assert raised.value.filename == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("read_only", "number"), [(False, errno.EACCES), (True, errno.EROFS)])
+def test_a_use_that_is_not_allowed_is_the_error_that_it_would_be(tmp_path, monkeypatch, read_only, number):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY if read_only else 0))
+    check_access(tmp_path, os.R_OK)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))) as raised:
+        check_access(tmp_path, os.W_OK)
+    assert raised.value.errno == number

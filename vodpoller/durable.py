@@ -87,6 +87,36 @@ def kind_of_file(mode: int) -> str:
     return next((kind for fits, kind in _KINDS if fits(mode)), "something unknown")
 
 
+def existing_folder(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists.
+
+    Raises:
+        NotADirectoryError: What exists is not a folder.
+        OSError: It cannot be looked at.
+    """
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return path
+
+
+def check_access(path: Path, mode: int) -> None:
+    """Find out whether this user may use a file or folder, without doing it.
+
+    Args:
+        path: It exists.
+        mode: As for os.access.
+
+    Raises:
+        OSError: As the use of it would, with the path as its file name.
+    """
+    if not os.access(path, mode):
+        read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(path))
+
+
 def make_folder(path: Path) -> None:
     """Make one folder of mode 0750, less the umask; another process may just have made it.
 

@@ -9,13 +9,13 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Final
 
-from vodpoller.durable import HINTS, Folders
+from vodpoller.durable import HINTS, Folders, check_access
 from vodpoller.logs import Repeats
 from vodpoller.sinks.download.places import Places
 
+WRITABLE: Final = os.R_OK | os.W_OK | os.X_OK  # what this user must be allowed in the folder
 _REMEMBERED: Final = 1000
 _TEMPORARY: Final = re.compile(r"\.vodpoller-[0-9a-f]{16}\.part")
 
@@ -64,7 +64,7 @@ class ImageFolder:
             OSError: It cannot be made or written.
         """
         self._folders.make(self.root)
-        allow_writing(self.root)
+        check_access(self.root, WRITABLE)
 
     def is_there(self, parts: tuple[str, ...], key: str) -> bool:
         """Whether a file has an image's name; says so if it is not known to be of the same event."""
@@ -181,13 +181,3 @@ class ImageFolder:
                     os.unlink(name, dir_fd=folder)
                 finally:
                     os.close(fd)
-
-
-def allow_writing(folder: Path) -> None:
-    """Raise the OSError that this user would get."""
-    if not folder.is_dir():
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
-        number = errno.EROFS if read_only else errno.EACCES
-        raise OSError(number, os.strerror(number), str(folder))

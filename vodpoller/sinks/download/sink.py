@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, Final
 
-from vodpoller.durable import Folders, may_pass, why
+from vodpoller.durable import Folders, check_access, existing_folder, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of
 from vodpoller.logs import Repeats, SinkLog
@@ -15,7 +15,7 @@ from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.download.config import DownloadConfig
 from vodpoller.sinks.download.fetching import SHOWN_CHARACTERS, Fetcher, Fetching, media_type_of
 from vodpoller.sinks.download.places import EXTENSIONS, FIELDS, OTHER_EXTENSION, Places, extension_in, safe_name
-from vodpoller.sinks.download.saving import HINTS_BELOW_ROOT, ImageFolder, allow_writing
+from vodpoller.sinks.download.saving import HINTS_BELOW_ROOT, WRITABLE, ImageFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -78,13 +78,12 @@ class DownloadSink(Sink):
     @classmethod
     def probe(cls, name: str, config: Any) -> str:
         """Whether the folder can be written, or made. No host is asked: which ones there are, only events say."""
-        place = root = Places(config.path).root
+        root = Places(config.path).root
         try:
-            while not place.exists():
-                place = place.parent
-            allow_writing(place)
+            place = existing_folder(root)
+            check_access(place, WRITABLE)
         except OSError as error:
-            raise ConfigError([f"sinks.{name}.path: {place}: {why(error)}"]) from error
+            raise ConfigError([f"sinks.{name}.path: {error.filename or root}: {why(error)}"]) from error
         return f"{root} can be {'written' if place == root else 'made'}"
 
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:

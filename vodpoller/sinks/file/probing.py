@@ -6,7 +6,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from vodpoller.durable import is_locked, kind_of_file
+from vodpoller.durable import check_access, existing_folder, is_locked, kind_of_file
 
 _INSTEAD = {
     "a named pipe": 'use a sink of type "exec" with a program that writes to it, or type "stdout"',
@@ -35,36 +35,18 @@ def refuse_what_is_not_a_file(path: Path) -> None:
 
 def look_at(path: Path, lock_path: Path) -> str:
     """What would come of opening the file, without doing it."""
-    folder = _existing_folder(path)
+    folder = existing_folder(path.parent)
     exists, lock_exists = path.exists(), lock_path.exists()
     # It must be readable, too: opening it is how it is synced.
-    _allow(folder, os.R_OK | os.X_OK | (0 if exists and lock_exists else os.W_OK))
+    check_access(folder, os.R_OK | os.X_OK | (0 if exists and lock_exists else os.W_OK))
     if exists:
         check_kind(path.stat().st_mode, path)
-        _allow(path, os.R_OK | os.W_OK)
+        check_access(path, os.R_OK | os.W_OK)
     if lock_exists:
-        _allow(lock_path, os.R_OK | os.W_OK)
+        check_access(lock_path, os.R_OK | os.W_OK)
     if is_locked(lock_path):
         return f"{path} is in use by another process (the running daemon?)"
     return f"{path} can be {'written' if exists else 'made'}"
-
-
-def _existing_folder(path: Path) -> Path:
-    """The nearest one above the path."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    return folder
-
-
-def _allow(path: Path, mode: int) -> None:
-    """Raise the OSError that this user would get."""
-    if not os.access(path, mode):
-        read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-        number = errno.EROFS if read_only else errno.EACCES
-        raise OSError(number, os.strerror(number), str(path))
 
 
 def place_of(error: OSError, path: Path) -> str:
