@@ -7,7 +7,7 @@ import structlog
 
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, WaitEnd
 from vodpoller.events import make_event
-from vodpoller.sinks.contract import Sink
+from vodpoller.sinks.contract import Sink, SinkContext
 
 
 def until(condition, *, secs=10.0, what="it did not come true in time"):
@@ -51,6 +51,11 @@ def named(lines, event):
 def event(number=0, *, event_type="NewFileUpload", source="main", sub_app_id=None, **more):
     content = {"EventType": event_type, "FileUploadEvent": {"FileId": str(number)}, **more}
     return make_event(content, source=source, sub_app_id=sub_app_id)
+
+
+def sink_context(log=None, **clocks):
+    """What a sink gets; its log may be one that nobody reads."""
+    return SinkContext(log=log_into([]) if log is None else log, **clocks)
 
 
 class MemorySink(Sink):

@@ -10,6 +10,7 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import sink_context
 from tests.receiver import running_receiver
 from vodpoller.events import decode_json, make_event, restore_event
 from vodpoller.sinks.exec import ExecConfig, ExecSink
@@ -155,7 +156,9 @@ def test_what_is_no_cloudevent_of_ours_has_no_key(change):
 
 
 def by_file(tmp_path, sent):
-    sink = FileSink("it", FileConfig(type="file", path=str(tmp_path / "events.jsonl"), format="cloudevents"))
+    sink = FileSink(
+        "it", FileConfig(type="file", path=str(tmp_path / "events.jsonl"), format="cloudevents"), sink_context()
+    )
     sink.deliver([sent], 10.0)
     sink.close()
     return (tmp_path / "events.jsonl").read_bytes()
@@ -163,19 +166,21 @@ def by_file(tmp_path, sent):
 
 def by_stdout(tmp_path, sent):
     with (tmp_path / "stdout").open("wb") as stream:
-        StdoutSink("it", StdoutConfig(type="stdout", format="cloudevents"), stream=stream).deliver([sent], 10.0)
+        StdoutSink("it", StdoutConfig(type="stdout", format="cloudevents"), sink_context(), stream=stream).deliver(
+            [sent], 10.0
+        )
     return (tmp_path / "stdout").read_bytes()
 
 
 def by_exec(tmp_path, sent):
     command = ["sh", "-c", 'cat >"$1"', "sh", str(tmp_path / "body")]
-    ExecSink("it", ExecConfig(type="exec", command=command, format="cloudevents")).deliver([sent], 10.0)
+    ExecSink("it", ExecConfig(type="exec", command=command, format="cloudevents"), sink_context()).deliver([sent], 10.0)
     return (tmp_path / "body").read_bytes()
 
 
 def by_webhook(tmp_path, sent):
     with running_receiver() as receiver:
-        sink = WebhookSink("it", WebhookConfig(type="webhook", url=receiver.url, format="cloudevents"))
+        sink = WebhookSink("it", WebhookConfig(type="webhook", url=receiver.url, format="cloudevents"), sink_context())
         sink.deliver([sent], 10.0)
         sink.close()
         (received,) = receiver.received
@@ -201,7 +206,7 @@ def test_every_sink_hands_on_an_event_that_the_library_reads(tmp_path, monkeypat
 
 
 def recovered(path, body_format="cloudevents", sub_app_ids=(None, 1500000001)):
-    sink = FileSink("it", FileConfig(type="file", path=str(path), format=body_format))
+    sink = FileSink("it", FileConfig(type="file", path=str(path), format=body_format), sink_context())
     try:
         return [key for portion in sink.recover(None, sub_app_ids) for key in portion.keys]
     finally:
@@ -239,7 +244,9 @@ def test_the_key_of_a_body_that_never_was_json_is_found_again(tmp_path):
 
 
 def test_positions_are_those_of_the_lines_with_their_envelopes(tmp_path):
-    sink = FileSink("it", FileConfig(type="file", path=str(tmp_path / "events.jsonl"), format="cloudevents"))
+    sink = FileSink(
+        "it", FileConfig(type="file", path=str(tmp_path / "events.jsonl"), format="cloudevents"), sink_context()
+    )
     sink.deliver([event(1), event(2)], 10.0)
     position = sink.position()
     sink.close()

@@ -539,8 +539,7 @@ def test_the_service_manager_hears_of_the_start_of_life_of_trouble_and_of_the_en
 NEVER = '''
 import threading
 from typing import Literal
-from vodpoller.sinks.contract import Sink
-from vodpoller.sinks.contract import SinkConfig
+from vodpoller.sinks.contract import Sink, SinkConfig
 
 RELEASED = threading.Event()
 
@@ -554,7 +553,7 @@ class NeverSink(Sink):
 
     Config = NeverConfig
 
-    def __init__(self, name, config):
+    def __init__(self, name, config, context):
         self.timeout_secs = 0.1
 
     def deliver(self, events, timeout_secs):

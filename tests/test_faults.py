@@ -603,8 +603,7 @@ def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiv
 
 PLUGIN = """
 from typing import Literal
-from vodpoller.sinks.contract import Sink
-from vodpoller.sinks.contract import SinkConfig
+from vodpoller.sinks.contract import Sink, SinkConfig
 
 
 class PickyConfig(SinkConfig):
@@ -616,7 +615,7 @@ class PickySink(Sink):
     Config = PickyConfig
     batch_events = 16
 
-    def __init__(self, name, config):
+    def __init__(self, name, config, context):
         self._file = open(config.path, "ab", buffering=0)
 
     def deliver(self, events, timeout_secs):

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from tests.helpers import sink_context
 from tests.processes import needs
 from tests.receiver import running_receiver, until
 from vodpoller.errors import ConfigError
@@ -25,7 +26,7 @@ SLACK_SECS = 1.5
 
 def problem_of(sink_class, config):
     with pytest.raises(ConfigError) as excinfo:
-        sink_class.probe("it", config)
+        sink_class.probe("it", config, sink_context())
     (problem,) = excinfo.value.problems
     assert "\n" not in problem
     return problem
@@ -44,7 +45,11 @@ def no_proxies(monkeypatch):
 
 def test_a_sink_that_says_nothing_of_it_has_nothing_to_reach():
     assert "probe" not in vars(StdoutSink)
-    assert StdoutSink.probe("it", StdoutConfig(type="stdout")) == Sink.probe("it", None) == "nothing to reach"
+    assert (
+        StdoutSink.probe("it", StdoutConfig(type="stdout"), sink_context())
+        == Sink.probe("it", None, sink_context())
+        == "nothing to reach"
+    )
 
 
 # --- file ---
@@ -58,7 +63,7 @@ def file_config(path):
 def used(tmp_path):
     """A file, and its lock, as a sink leaves them."""
     path = tmp_path / "events.jsonl"
-    FileSink("it", file_config(path)).close()
+    FileSink("it", file_config(path), sink_context()).close()
     return path
 
 
@@ -66,8 +71,11 @@ def used(tmp_path):
 def another_process(path):
     code = (
         "import sys\n"
+        "import structlog\n"
+        "from vodpoller.sinks.contract import SinkContext\n"
         "from vodpoller.sinks.file.sink import FileConfig, FileSink\n"
-        "sink = FileSink('it', FileConfig(type='file', path=sys.argv[1]))\n"
+        "context = SinkContext(log=structlog.get_logger())\n"
+        "sink = FileSink('it', FileConfig(type='file', path=sys.argv[1]), context)\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -80,28 +88,28 @@ def another_process(path):
 
 def test_a_file_that_is_there_can_be_written_and_still_be_opened(used, tmp_path):
     before = tree(tmp_path)
-    assert FileSink.probe("it", file_config(used)) == f"{used} can be written"
+    assert FileSink.probe("it", file_config(used), sink_context()) == f"{used} can be written"
     assert tree(tmp_path) == before
-    FileSink("it", file_config(used)).close()
+    FileSink("it", file_config(used), sink_context()).close()
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path):
     for path in (tmp_path / "events.jsonl", tmp_path / "one" / "two" / "events.jsonl"):
-        assert FileSink.probe("it", file_config(path)) == f"{path} can be made"
+        assert FileSink.probe("it", file_config(path), sink_context()) == f"{path} can be made"
     assert tree(tmp_path) == []
 
 
 @pytest.mark.system
 def test_a_file_that_another_process_has_is_no_problem(used):
     with another_process(used):
-        text = FileSink.probe("it", file_config(used))
+        text = FileSink.probe("it", file_config(used), sink_context())
     assert text == f"{used} is in use by another process (the running daemon?)"
-    assert FileSink.probe("it", file_config(used)) == f"{used} can be written"
+    assert FileSink.probe("it", file_config(used), sink_context()) == f"{used} can be written"
 
 
 def test_a_link_is_followed(used, tmp_path):
     (tmp_path / "link").symlink_to(used)
-    assert FileSink.probe("it", file_config(tmp_path / "link")) == f"{used} can be written"
+    assert FileSink.probe("it", file_config(tmp_path / "link"), sink_context()) == f"{used} can be written"
 
 
 @pytest.mark.system
@@ -148,7 +156,7 @@ def test_a_missing_right_is_a_problem_that_says_who_needs_it(used, tmp_path, mon
 @pytest.mark.parametrize("missing", ["events.jsonl", "events.jsonl.lock"])
 def test_the_folder_must_be_writable_only_for_what_is_still_to_be_made(used, tmp_path, monkeypatch, missing):
     forbid(monkeypatch, tmp_path, os.W_OK)
-    assert FileSink.probe("it", file_config(used)) == f"{used} can be written"
+    assert FileSink.probe("it", file_config(used), sink_context()) == f"{used} can be written"
     (tmp_path / missing).unlink()
     assert f"{tmp_path} cannot be written" in problem_of(FileSink, file_config(used))
 
@@ -204,7 +212,7 @@ def listening():
 
 def test_a_receiver_that_listens_gets_a_connection_and_no_byte():
     with listening() as (port, heard):
-        assert WebhookSink.probe("it", hook(f"http://127.0.0.1:{port}/?token=hunter2")) == (
+        assert WebhookSink.probe("it", hook(f"http://127.0.0.1:{port}/?token=hunter2"), sink_context()) == (
             f"127.0.0.1:{port} accepts connections"
         )
         until(lambda: None in heard)
@@ -263,7 +271,7 @@ def test_a_certificate_that_nobody_vouches_for_is_a_problem(tls_receiver):
 
 def test_a_certificate_of_the_environments_ca_bundle_is_trusted(tls_receiver, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
-    text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")))
+    text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")), sink_context())
     assert text == f"127.0.0.1:{tls_receiver.server_port} accepts connections, its certificate is trusted"
     assert tls_receiver.received == []
 
@@ -278,7 +286,7 @@ def test_a_ca_bundle_that_does_not_exist_is_a_problem(tmp_path, monkeypatch):
 def test_behind_a_proxy_only_the_proxy_is_reached(monkeypatch, url, spelled):
     with listening() as (port, heard):
         monkeypatch.setenv("all_proxy", spelled.format(port))
-        text = WebhookSink.probe("it", hook(url))
+        text = WebhookSink.probe("it", hook(url), sink_context())
         until(lambda: None in heard)
     assert text == f"the proxy 127.0.0.1:{port} accepts connections (what is behind it was not tried)"
     assert heard == [b"", None]

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import socket
 import stat
@@ -16,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from pydantic import ValidationError
 
+from tests.helpers import named, sink_context
 from tests.receiver import black_hole
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import make_event
@@ -149,13 +149,13 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def opened(root):
+def opened(root, log):
     sinks = []
 
     def open_it(template="{file_id}/{time_offset_ms}.{ext}", *, edges=None, **more):
         settings = {"hosts": ["127.0.0.1", "*.example"], "allow_private": True, **more}
         config = DownloadConfig(type="download", path=f"{root}/{template}", **settings)
-        sinks.append(DownloadSink("images", config, **(edges or {})))
+        sinks.append(DownloadSink("images", config, sink_context(log), **(edges or {})))
         return sinks[-1]
 
     yield open_it
@@ -312,17 +312,17 @@ def test_a_ca_bundle_that_does_not_exist_is_a_config_error(opened, monkeypatch, 
 
 def test_a_probe_makes_nothing(root, tmp_path):
     config = DownloadConfig(type="download", path=f"{root}/{{key}}/{{index}}", hosts=["*"])
-    assert DownloadSink.probe("images", config) == f"{root} can be made"
+    assert DownloadSink.probe("images", config, sink_context()) == f"{root} can be made"
     assert list(tmp_path.iterdir()) == []
     root.mkdir(parents=True)
-    assert DownloadSink.probe("images", config) == f"{root} can be written"
+    assert DownloadSink.probe("images", config, sink_context()) == f"{root} can be written"
 
 
 def test_a_probe_says_what_is_in_the_way(root):
     root.parent.write_text("a file in the way")
     config = DownloadConfig(type="download", path=f"{root}/{{key}}/{{index}}", hosts=["*"])
     with pytest.raises(ConfigError, match=r"sinks\.images\.path: .*: Not a directory"):
-        DownloadSink.probe("images", config)
+        DownloadSink.probe("images", config, sink_context())
 
 
 # --- what is saved ---
@@ -409,9 +409,9 @@ def test_an_image_that_is_named_twice_is_fetched_once(opened, host):
 
 
 @pytest.fixture
-def skipped(caplog):
+def skipped(lines):
     def found():
-        return [record.vodpoller_fields for record in caplog.records if record.getMessage() == "image.skipped"]
+        return named(lines, "image.skipped")
 
     return found
 
@@ -510,7 +510,7 @@ def test_of_events_at_once_with_one_name_the_first_has_it_and_the_others_are_sai
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_folders_that_cannot_be_synced_are_a_warning_once(opened, host, files, caplog, monkeypatch, number):
+def test_folders_that_cannot_be_synced_are_a_warning_once(opened, host, files, lines, monkeypatch, number):
     sync = os.fsync
 
     def refuse_folders(fd):
@@ -521,7 +521,7 @@ def test_folders_that_cannot_be_synced_are_a_warning_once(opened, host, files, c
     monkeypatch.setattr(os, "fsync", refuse_folders)
     opened().deliver([event(image(host.serves("/1.png")))], 10.0)
     assert files() == {"387702/1000.png": PNG}
-    (said,) = [record.vodpoller_fields for record in caplog.records if record.getMessage() == "config.warning"]
+    (said,) = named(lines, "config.warning")
     assert said["message"].startswith("sinks.images.path: ")
 
 
@@ -552,26 +552,25 @@ def test_a_disk_s_trouble_at_the_start_may_pass(opened, monkeypatch, number):
 # --- what is not ---
 
 
-def test_what_vod_could_not_take_is_said_and_skipped(opened, host, files, caplog):
+def test_what_vod_could_not_take_is_said_and_skipped(opened, host, files, skipped):
     sent = event(image("", 500, err_code=70_000), image(host.serves("/1.png")), image("x", 700, err_code="Bad"))
     opened().deliver([sent], 10.0)
     assert list(files()) == ["387702/1000.png"]
-    said = [record for record in caplog.records if record.name.startswith("vodpoller")]
-    assert [record.levelno for record in said] == [logging.WARNING] * 2
-    first, second = (record.getMessage() for record in said)
-    assert sent.key.hex() in first
-    assert "at 500 ms (ErrCode 70000)" in first
-    assert "ErrCode Bad" in second
+    first, second = skipped()
+    assert first["level"] == second["level"] == "warning"
+    assert first["key"] == second["key"] == sent.key.hex()
+    assert "at 500 ms (ErrCode 70000)" in first["message"]
+    assert "ErrCode Bad" in second["message"]
 
 
 @pytest.mark.parametrize("sent", [event(), event(image("", 500, err_code=1))])
-def test_an_event_without_an_image_is_accepted_with_a_line(opened, files, caplog, sent):
+def test_an_event_without_an_image_is_accepted_with_a_line(opened, files, skipped, sent):
     opened().deliver([sent], 10.0)
     assert files() == {}
-    assert len(caplog.messages) == 1
+    assert len(skipped()) == 1
 
 
-def test_types_of_megabytes_are_not_kept(opened, caplog):
+def test_types_of_megabytes_are_not_kept(opened, lines):
     sink = opened()
     tracemalloc.start()
     try:
@@ -579,21 +578,22 @@ def test_types_of_megabytes_are_not_kept(opened, caplog):
             content = {"EventType": f"{number}" + "x" * 1_000_000}
             sink.deliver([make_event(content, source="main", sub_app_id=None)], 10.0)
         del content
-        assert len(caplog.messages) == 20
-        caplog.clear()
+        assert len(lines) == 20
+        lines.clear()
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert kept_bytes < 1_000_000
 
 
-def test_events_of_another_type_are_accepted_and_said_once(opened, files, caplog):
+def test_events_of_another_type_are_accepted_and_said_once(opened, files, skipped):
     sink = opened()
     for number in range(5):
         sink.deliver([make_event({"EventType": "FileDeleted", "N": number}, source="main", sub_app_id=None)], 10.0)
     assert files() == {}
-    (line,) = caplog.messages
-    assert "'FileDeleted'" in line
+    (said,) = skipped()
+    assert said["event_type"] == "FileDeleted"
+    assert "'FileDeleted'" in said["message"]
 
 
 # --- what a host may answer ---

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tests.helpers import sink_context
 from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import make_event, restore_event
@@ -34,7 +35,9 @@ def opened():
 
     def open_it(command=None, *, script=None, args=(), environ=None, **more):
         command = command or [SH, "-c", script, "script", *map(str, args)]
-        sinks.append(ExecSink("script", ExecConfig(type="exec", command=command, **more), environ=environ))
+        sinks.append(
+            ExecSink("script", ExecConfig(type="exec", command=command, **more), sink_context(), environ=environ)
+        )
         return sinks[-1]
 
     yield open_it
@@ -574,7 +577,7 @@ def test_a_command_that_had_ended_before_closing_keeps_its_success(opened):
 def test_a_probe_finds_the_program_without_starting_it(tmp_path):
     program = a_program(tmp_path, f"#!{SH}\ntouch {tmp_path}/started\n")
     config = ExecConfig(type="exec", command=[str(program)])
-    assert ExecSink.probe("script", config) == f"{program} can be started"
+    assert ExecSink.probe("script", config, sink_context()) == f"{program} can be started"
     assert not (tmp_path / "started").exists()
 
 
@@ -582,7 +585,7 @@ def test_a_probe_finds_the_program_without_starting_it(tmp_path):
 def test_a_probe_that_finds_nothing_says_what_to_do(more):
     config = ExecConfig(**{"type": "exec", "command": ["true"], **more})
     with pytest.raises(ConfigError) as excinfo:
-        ExecSink.probe("script", config)
+        ExecSink.probe("script", config, sink_context())
     (problem,) = excinfo.value.problems
     assert problem.startswith(f"sinks.script.{next(iter(more))}: ")
     assert problem.endswith(")")

@@ -1,6 +1,5 @@
 import errno
 import fcntl
-import logging
 import os
 import random
 import socket
@@ -12,6 +11,7 @@ import threading
 import pytest
 from pydantic import ValidationError
 
+from tests.helpers import named, sink_context
 from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import event_key, make_event, restore_event
@@ -95,23 +95,22 @@ def files():
 
 
 @pytest.fixture
-def changes(caplog):
+def changes(lines):
     """The fields of the lines that were logged under a name."""
 
     def found(name="file.changed"):
-        return [record.vodpoller_fields for record in caplog.records if record.getMessage() == name]
+        return named(lines, name)
 
-    caplog.set_level(logging.WARNING)
     return found
 
 
 @pytest.fixture
-def opened(path, files):
+def opened(path, files, log):
     """Opens the sink, as often as the test likes; at the end all are closed."""
     sinks = []
 
     def open_it(at=path, **more):
-        sinks.append(FileSink("archive", FileConfig(type="file", path=str(at)), files=files, **more))
+        sinks.append(FileSink("archive", FileConfig(type="file", path=str(at)), sink_context(log), files=files, **more))
         return sinks[-1]
 
     yield open_it
@@ -204,7 +203,7 @@ def test_what_is_no_file_is_refused_with_what_to_use_instead(opened, path, make,
     with pytest.raises(ConfigError, match=f"it is not a regular file .*{says}"):
         opened()
     with pytest.raises(ConfigError, match=f"it is not a regular file .*{says}"):
-        FileSink.probe("archive", FileConfig(type="file", path=str(path)))
+        FileSink.probe("archive", FileConfig(type="file", path=str(path)), sink_context())
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
@@ -261,10 +260,12 @@ def test_another_process_is_kept_out_and_told_how_to_find_the_first(opened, path
     sink = opened()
     code = (
         "import sys\n"
+        "import structlog\n"
         "from vodpoller.errors import ConfigError\n"
+        "from vodpoller.sinks.contract import SinkContext\n"
         "from vodpoller.sinks.file.sink import FileConfig, FileSink\n"
         "try:\n"
-        "    FileSink('archive', FileConfig(type='file', path=sys.argv[1]))\n"
+        "    FileSink('archive', FileConfig(type='file', path=sys.argv[1]), SinkContext(log=structlog.get_logger()))\n"
         "except ConfigError as error:\n"
         "    sys.exit(str(error))\n"
     )
@@ -535,7 +536,7 @@ def test_a_torn_line_of_ours_is_cut_and_the_foreign_bytes_before_it_are_kept(
 @pytest.mark.parametrize("body_format", ["callback", "cloudevents"])
 def test_a_line_of_ours_that_lacks_its_end_is_torn(path, body_format):
     path.write_bytes(encode(event(1), body_format))
-    sink = FileSink("archive", FileConfig(type="file", path=str(path), format=body_format))
+    sink = FileSink("archive", FileConfig(type="file", path=str(path), format=body_format), sink_context())
     try:
         assert recovered_keys(sink.recover(None, [None])) == []
     finally:

@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from tests.helpers import sink_context
 from vodpoller.errors import ConfigError, PartialFailureError, TransientError
 from vodpoller.events import make_event
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
@@ -34,7 +35,7 @@ def pipe():
 
 
 def sink_for(fd):
-    return StdoutSink("out", StdoutConfig(type="stdout"), stream=Stream(fd))
+    return StdoutSink("out", StdoutConfig(type="stdout"), sink_context(), stream=Stream(fd))
 
 
 def read_exactly(fd, count):
@@ -120,7 +121,7 @@ def test_a_file_gets_a_call_in_one_write(tmp_path, monkeypatch):
 
 
 def test_standard_output_itself_is_the_default(capfd):
-    StdoutSink("out", StdoutConfig(type="stdout")).deliver([event(1)], 5.0)
+    StdoutSink("out", StdoutConfig(type="stdout"), sink_context()).deliver([event(1)], 5.0)
     assert capfd.readouterr().out == line(1).decode()
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from tests.certificates import make_certificate
+from tests.helpers import sink_context
 from tests.receiver import (
     Answer,
     Receiver,
@@ -60,7 +61,7 @@ def opened():
 
     def open_it(url, **more):
         times = {name: more.pop(name) for name in ("wall", "monotonic") if name in more}
-        sinks.append(WebhookSink("hook", WebhookConfig(type="webhook", url=url, **more), **times))
+        sinks.append(WebhookSink("hook", WebhookConfig(type="webhook", url=url, **more), sink_context(**times)))
         return sinks[-1]
 
     yield open_it

@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 
+from tests.helpers import sink_context
 from tests.receiver import Answer, Receiver, running_receiver, until
 from vodpoller.errors import RejectedError, TransientError
 from vodpoller.events import SNAPSHOT_EVENT_TYPE, decode_json, make_event
@@ -40,7 +41,9 @@ class FileHarness:
         self.files = _FailingFiles()
 
     def build(self, load):
-        return load("file")("it", load("file").Config(type="file", path=str(self.path)), files=self.files)
+        return load("file")(
+            "it", load("file").Config(type="file", path=str(self.path)), sink_context(), files=self.files
+        )
 
     def accept(self):
         self.files.failing = False
@@ -88,7 +91,7 @@ class StdoutHarness:
             self.collected += chunk
 
     def build(self, load):
-        return load("stdout")("it", load("stdout").Config(type="stdout"), stream=self)
+        return load("stdout")("it", load("stdout").Config(type="stdout"), sink_context(), stream=self)
 
     def accept(self):
         os.dup2(self.writing, self.fd)
@@ -135,7 +138,7 @@ class WebhookHarness:
 
     def build(self, load):
         config = load("webhook").Config(type="webhook", url=self.receiver.url, concurrency=8)
-        return load("webhook")("it", config)
+        return load("webhook")("it", config, sink_context())
 
     def accept(self):
         self.receiver.answer = Answer()
@@ -175,7 +178,7 @@ class ExecHarness:
 
     def build(self, load):
         command = ["sh", "-c", self.script, "sh", str(self.folder)]
-        return load("exec")("it", load("exec").Config(type="exec", command=command))
+        return load("exec")("it", load("exec").Config(type="exec", command=command), sink_context())
 
     def accept(self):
         self._mode("accept")
@@ -239,7 +242,7 @@ class DownloadHarness:
                 content = {"EventType": SNAPSHOT_EVENT_TYPE, "SnapshotByTimeOffsetCompleteEvent": payload}
                 super().deliver([make_event(content, source="main", sub_app_id=None)], timeout_secs)
 
-        return OfAnyEvent("it", config)
+        return OfAnyEvent("it", config, sink_context())
 
     def accept(self):
         self.images.answer = Answer(200)

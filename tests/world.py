@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.helpers import FakeClock, log_into
+from tests.helpers import FakeClock, log_into, sink_context
 from vodpoller.batch import Batch
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight, WaitEnd
 from vodpoller.delivery.retrier import Retrier
@@ -338,7 +338,8 @@ class PlainSink(Sink):
 class WatchedFileSink(FileSink):
     def __init__(self, world, config):
         self._world = world
-        super().__init__("file", config, files=world.files)
+        context = sink_context(log_into(world.lines, "error"), monotonic=world.clock, wall=world.wall)
+        super().__init__("file", config, context, files=world.files)
 
     def deliver(self, events, timeout_secs):
         with self._world.delivering("file", [event.key for event in events]):

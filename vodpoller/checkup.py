@@ -18,6 +18,7 @@ from vodpoller.errors import (
 from vodpoller.journal.operator import Letters
 from vodpoller.journal.place import problem_of_place
 from vodpoller.logs import Logger
+from vodpoller.sinks.contract import SinkContext
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.signature import Credentials
 
@@ -68,8 +69,9 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
     finally:
         vod.close()
     for name, sink_class in config.sink_classes.items():
+        context = SinkContext(log=log.bind(sink=name))
         try:
-            yield Finding(what=f"sink {name}", good=True, text=sink_class.probe(name, config.sinks[name]))
+            yield Finding(what=f"sink {name}", good=True, text=sink_class.probe(name, config.sinks[name], context))
         except ConfigError as error:
             yield Finding(what=f"sink {name}", good=False, text=str(error))
     yield _check_journal(config.journal.path)

@@ -82,7 +82,9 @@ class Daemon:
             wall=self._clock,
         )
         try:
-            self._sinks = open_sinks(config, journal=self._journal, notifier=notifier, signals=self._signals, log=log)
+            self._sinks = open_sinks(
+                config, journal=self._journal, notifier=notifier, signals=self._signals, log=log, wall=self._clock
+            )
             end_if_stopping(self._signals)
         except BaseException:
             self._journal.close()
@@ -116,7 +118,7 @@ class Daemon:
 
     # --- building -----------------------------------------------------------------------------------------------------
 
-    def _worker(self, name: str, sink: Sink) -> Worker:
+    def _worker(self, name: str, sink: Sink[Any]) -> Worker:
         settings = self._config.sinks[name]
         return Worker(
             name=name,

@@ -52,7 +52,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "event.settled": "the fate of one pulled event",
     "file.changed": "another process wrote to a sink's file, or emptied it; what it wrote is kept",
     "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
-    "image.skipped": "an image was not saved: a file that may be another event's has its name",
+    "image.skipped": "an image is not saved: VOD has none, or a file that may be another event's has its name",
     "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
     "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",
     "journal.recovered": "the journal can be written again",
@@ -75,7 +75,6 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "worker.failed": "a thread of a sink met an unforeseen error; what it held is tried again",
 }
 
-_FIELDS: Final = "vodpoller_fields"  # of a record of `logging`: it is an event of the catalogue
 # What moves a terminal's cursor, sets its title or clipboard, turns text around or hides it: C0 but tab and line feed,
 # DEL, C1, bidirectional controls, separators, invisible characters; and lone surrogates, which no encoding holds. The
 # two joiners stay (U+200C, U+200D): scripts and emoji need them.
@@ -343,25 +342,6 @@ def _forms_of(secret: str) -> tuple[bytes, bytes]:
     return secret.encode(errors="backslashreplace"), _encode({"": secret})[5:-2]
 
 
-class SinkLog:
-    """The log of what is made without one, as a sink is: events of the catalogue, by way of Python's `logging`.
-
-    Args:
-        name: Of the logger in `logging`.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-
-    def warning(self, event: str, **fields: Any) -> None:
-        """Worth knowing; as a `Logger`'s."""
-        self._logger.warning(event, extra={_FIELDS: fields})
-
-    def error(self, event: str, **fields: Any) -> None:
-        """A person is needed; as a `Logger`'s."""
-        self._logger.error(event, extra={_FIELDS: fields})
-
-
 class _FromLibraries(logging.Handler):
     """Brings the lines of libraries into our form."""
 
@@ -373,10 +353,6 @@ class _FromLibraries(logging.Handler):
         try:
             name = "error" if record.levelno >= logging.ERROR else record.levelname.lower()
             write = getattr(self._log, name, self._log.info)
-            fields = getattr(record, _FIELDS, None)
-            if fields is not None:
-                write(record.getMessage(), **fields)
-                return
             write("library.logged", logger=record.name, message=_message_of(record), exc_info=record.exc_info or None)
         except Exception:  # noqa: BLE001 - logging must never raise into the library that logs
             self.handleError(record)
@@ -463,7 +439,7 @@ class Repeats:
     """
 
     def __init__(
-        self, log: Logger | SinkLog, *, window_secs: float = 300.0, monotonic: Callable[[], float] = time.monotonic
+        self, log: Logger, *, window_secs: float = 300.0, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._log = log
         self._window_secs = window_secs

@@ -3,15 +3,16 @@
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
 
 from vodpoller.config.load import Config
-from vodpoller.delivery.worker import Sink, Worker
+from vodpoller.delivery.worker import Worker
 from vodpoller.errors import ConfigError, StoppingError, StorageError, TransientError
 from vodpoller.journal.contract import Journal, Portion
 from vodpoller.logs import Logger
 from vodpoller.process import Signals
+from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.systemd import Notifier
 
 CLOSE_SECS: Final = 1.0
@@ -19,8 +20,14 @@ RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a 
 
 
 def open_sinks(
-    config: Config, *, journal: Journal, notifier: Notifier, signals: Signals, log: Logger
-) -> dict[str, Sink]:
+    config: Config,
+    *,
+    journal: Journal,
+    notifier: Notifier,
+    signals: Signals,
+    log: Logger,
+    wall: Callable[[], float],
+) -> dict[str, Sink[Any]]:
     """Open every sink, and enter in the ledger what its file really holds.
 
     Args:
@@ -29,16 +36,17 @@ def open_sinks(
         notifier: Told how it goes: a long file takes its time.
         signals: What may ask for the end meanwhile.
         log: Destination of log lines.
+        wall: The clock of the sinks, in seconds since 1970.
 
     Raises:
         ConfigError: Some sinks cannot be opened.
         StorageError: A disk is full or failing, which may pass.
         StoppingError: A signal asked for the end. In each case none is left open.
     """
-    sinks: dict[str, Sink] = {}
+    sinks: dict[str, Sink[Any]] = {}
     sub_app_ids = {source.sub_app_id for source in config.sources}
     try:
-        _make_sinks(sinks, config, signals)
+        _make_sinks(sinks, config, signals, log, wall)
         for name, sink in sinks.items():
             _recover(name, sink, sub_app_ids=sub_app_ids, journal=journal, notifier=notifier, signals=signals, log=log)
     except BaseException as error:
@@ -49,12 +57,14 @@ def open_sinks(
     return sinks
 
 
-def _make_sinks(sinks: dict[str, Sink], config: Config, signals: Signals) -> None:
+def _make_sinks(
+    sinks: dict[str, Sink[Any]], config: Config, signals: Signals, log: Logger, wall: Callable[[], float]
+) -> None:
     problems: list[str] = []
     for name, sink_class in config.sink_classes.items():
         end_if_stopping(signals)
         try:
-            sinks[name] = sink_class(name, config.sinks[name])  # type: ignore[call-arg]  # Sink's docstring
+            sinks[name] = sink_class(name, config.sinks[name], SinkContext(log=log.bind(sink=name), wall=wall))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -63,7 +73,7 @@ def _make_sinks(sinks: dict[str, Sink], config: Config, signals: Signals) -> Non
 
 def _recover(
     name: str,
-    sink: Sink,
+    sink: Sink[Any],
     *,
     sub_app_ids: Collection[int | None],
     journal: Journal,
@@ -102,7 +112,7 @@ def end_if_stopping(signals: Signals) -> None:
         raise StoppingError("a signal asked for the end before the start was done")
 
 
-def close_sinks(sinks: Mapping[str, Sink], workers: Mapping[str, Worker], *, ends_at: float, log: Logger) -> None:
+def close_sinks(sinks: Mapping[str, Sink[Any]], workers: Mapping[str, Worker], *, ends_at: float, log: Logger) -> None:
     """Close every sink, also one with a thread that hangs: closing it ends what it has started.
 
     Args:
@@ -128,12 +138,12 @@ def close_sinks(sinks: Mapping[str, Sink], workers: Mapping[str, Worker], *, end
         worker.join(max(ends_at - time.monotonic(), 0.0))  # what was accepted at last is entered in the ledger
 
 
-def _close_all(sinks: Mapping[str, Sink]) -> None:
+def _close_all(sinks: Mapping[str, Sink[Any]]) -> None:
     for sink in sinks.values():
         _close(sink)
 
 
-def _close(sink: Sink) -> None:
+def _close(sink: Sink[Any]) -> None:
     try:
         sink.close()
     except Exception:

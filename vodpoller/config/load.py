@@ -364,7 +364,8 @@ class Config:
         sources: At least one.
         routes: At least one; they name existing sources and sinks only.
         sinks: The configuration of each sink by its name; each is of its class's own `Config`.
-        sink_classes: The class of each sink by its name; called with the name and the configuration it gives the sink.
+        sink_classes: The class of each sink by its name; called with the name, the configuration
+            it gives the sink and a `SinkContext`.
         coverage: Of each source by its name, whether the routes take every event of it. Where not, it has `unrouted`.
         key_renewal: What makes the daemon use another API key once that is where the present one was found, for a
             person: "send SIGHUP".
@@ -376,7 +377,7 @@ class Config:
     sources: tuple[Source, ...]
     routes: tuple[Route, ...]
     sinks: Mapping[str, SinkConfig]
-    sink_classes: Mapping[str, type[Sink]]
+    sink_classes: Mapping[str, type[Sink[Any]]]
     journal: Journal
     log: Log
     daemon: Daemon
@@ -769,9 +770,9 @@ class _Reading:
 
     # --- sinks
 
-    def _sinks(self) -> tuple[dict[str, SinkConfig], dict[str, type[Sink]]]:
+    def _sinks(self) -> tuple[dict[str, SinkConfig], dict[str, type[Sink[Any]]]]:
         configs: dict[str, SinkConfig] = {}
-        classes: dict[str, type[Sink]] = {}
+        classes: dict[str, type[Sink[Any]]] = {}
         tables = self._data.get("sinks", {})
         if not isinstance(tables, dict):
             self._problems.add(("sinks",), f"must hold tables, but is {kind_of(tables)} (write [sinks.archive])")
@@ -786,7 +787,7 @@ class _Reading:
                         configs[name] = config
         return configs, classes
 
-    def _sink_class(self, name: str, table: Any, available: Mapping[str, EntryPoint]) -> type[Sink] | None:
+    def _sink_class(self, name: str, table: Any, available: Mapping[str, EntryPoint]) -> type[Sink[Any]] | None:
         where = ("sinks", name)
         if not isinstance(table, dict):
             self._problems.add(
@@ -906,7 +907,7 @@ class _Reading:
                 " nothing can extend: a later confirm fails (leave it out; only a simulator has another value)",
             )
 
-    def _check_readers(self, sink_classes: Mapping[str, type[Sink]]) -> None:
+    def _check_readers(self, sink_classes: Mapping[str, type[Sink[Any]]]) -> None:
         """Tell root of secrets that the user of the unit cannot read."""
         if not self._for_unit or os.geteuid() != 0:
             return
@@ -1035,7 +1036,7 @@ def _seems_to_exist(path: Path) -> bool:
         return True  # reading it will say what is wrong
 
 
-def _loaded(point: EntryPoint) -> type[Sink]:
+def _loaded(point: EntryPoint) -> type[Sink[Any]]:
     try:
         sink_class = point.load()
     except Exception as error:  # an installed package may fail in any way
@@ -1054,8 +1055,9 @@ def _loaded(point: EntryPoint) -> type[Sink]:
     return sink_class
 
 
-def _config_of(sink_class: type[Sink]) -> type[SinkConfig]:
-    return cast("type[SinkConfig]", sink_class.Config)  # type: ignore[attr-defined]  # _loaded has looked
+def _config_of(sink_class: type[Sink[Any]]) -> type[SinkConfig]:
+    config: type[SinkConfig] = sink_class.Config
+    return config
 
 
 def _texts(value: Any) -> dict[int, str]:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count, islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from vodpoller.backoff import Backoff
 from vodpoller.clock import timestamp
@@ -51,7 +51,7 @@ class Worker:
         self,
         *,
         name: str,
-        sink: Sink,
+        sink: Sink[Any],
         ledger: Ledger,
         in_flight: InFlight,
         queue_max_events: int,

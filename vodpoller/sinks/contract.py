@@ -1,15 +1,18 @@
 """What a sink promises to its worker, and the settings that every sink has."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field
 
 from vodpoller.events import Event
 from vodpoller.journal.contract import Portion, Position
+from vodpoller.logs import Logger
 from vodpoller.secret import HasSecrets
 from vodpoller.sinks.formats import Format
 
@@ -57,25 +60,56 @@ class SinkConfig(HasSecrets):
                 return ""
 
 
-class Sink(ABC):
+ConfigT = TypeVar("ConfigT", bound=SinkConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkContext:
+    """What a sink gets from the program around it.
+
+    Args:
+        log: Destination of its log lines, each of which names the sink by itself. The first argument is the name of
+            what happened, which begins with the sink's type: `log.warning("rows.locked", path=...)`.
+        monotonic: The clock of waits and time limits, in seconds.
+        wall: The clock of what a person reads, in seconds since 1970.
+    """
+
+    log: Logger
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+
+class Sink(ABC, Generic[ConfigT]):
     """Where events go. A sink knows nothing of leases, handles, retries or the ledger: its worker does.
 
     A new sink is one module with a subclass and its `Config`, and one line under the entry points
-    "vodpoller.sinks". The class is called with the name of the sink and the validated `Config`; what it needs is
-    opened there: a `ConfigError` says what somebody must mend, a `TransientError` what may pass (a full disk).
+    "vodpoller.sinks". What it needs is opened by its constructor: a `ConfigError` says what the operator must mend, a
+    `TransientError` what may pass (a full disk).
+
+    Args:
+        name: Of the sink.
+        config: Its settings, validated.
+        context: The log and the clocks.
 
     Attributes:
+        Config: The model of its settings. (A `ClassVar` must not depend on a type variable, so it is not one here.)
         concurrency: How many threads call `deliver` at once.
         batch_events: How many events one call takes at most.
         timeout_secs: What `deliver` gets as its time limit.
     """
 
+    Config: type[ConfigT]
     concurrency: int = 1
     batch_events: int = 1
     timeout_secs: float = 10.0
 
+    def __init__(self, name: str, config: ConfigT, context: SinkContext) -> None:
+        self.name = name
+        self.config = config
+        self.context = context
+
     @classmethod
-    def probe(cls, name: str, config: Any) -> str:  # noqa: ARG003 - what most sinks need to look
+    def probe(cls, name: str, config: ConfigT, context: SinkContext) -> str:
         """Look whether events could get there, without a sink being made: the daemon may be running.
 
         It delivers nothing, writes nothing and makes no file or folder.
@@ -83,6 +117,7 @@ class Sink(ABC):
         Args:
             name: Of the sink.
             config: Its settings, validated.
+            context: As for the constructor.
 
         Returns:
             One line that says what is there.
@@ -106,17 +141,17 @@ class Sink(ABC):
             PartialFailureError: Some events were not accepted, each with an error of these kinds.
         """
 
-    def reopen(self) -> None:  # noqa: B027 - most sinks have nothing to reopen
+    def reopen(self) -> None:
         """SIGHUP: open files again, read secrets again. Called from another thread than `deliver`."""
 
-    def close(self) -> None:  # noqa: B027 - most sinks have nothing to close
+    def close(self) -> None:
         """The last call."""
 
     def position(self) -> Position | None:
         """Where the sink's file ends after the last accepted call; None for a sink that is no file."""
         return None
 
-    def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:  # noqa: ARG002
+    def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:
         """Called once before the first `deliver`: what was accepted beyond the mark and never reached the ledger.
 
         Args:

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, file_id_of, task_id_of
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS
-from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import encode
 
 _INHERITED = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR"})
@@ -106,7 +106,7 @@ class ExecConfig(SinkConfig):
         return value
 
 
-class ExecSink(Sink):
+class ExecSink(Sink[ExecConfig]):
     """Starts a command for each event.
 
     Exit code 0 accepts. 75 (EX_TEMPFAIL of sysexits.h), 126 and 127 (a shell's "cannot execute" and "not found"), a
@@ -116,8 +116,8 @@ class ExecSink(Sink):
     Args:
         name: Of the sink.
         config: Its settings.
+        context: The log and the clocks.
         environ: The environment that a few variables are inherited from; None for that of this process.
-        monotonic: The clock of the time limit, in seconds.
 
     Raises:
         ConfigError: There is no such program or folder.
@@ -129,16 +129,16 @@ class ExecSink(Sink):
         self,
         name: str,
         config: ExecConfig,
+        context: SinkContext,
         *,
         environ: Mapping[str, str] | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(name, config, context)
         environ = os.environ if environ is None else environ
         self.concurrency = config.concurrency
         self.batch_events = 1
         self.timeout_secs = config.timeout_secs
         self._format = config.format
-        self._monotonic = monotonic
         self._cwd = _folder(name, config)
         self._program = _program(name, config, environ)
         kept = {name: value for name, value in environ.items() if name in _INHERITED or name.startswith("LC_")}
@@ -152,7 +152,7 @@ class ExecSink(Sink):
         self._closed = False
 
     @classmethod
-    def probe(cls, name: str, config: Any) -> str:
+    def probe(cls, name: str, config: ExecConfig, context: SinkContext) -> str:
         """Whether the program is there; it is not started."""
         _folder(name, config)
         return f"{_program(name, config, os.environ)} can be started"
@@ -160,7 +160,7 @@ class ExecSink(Sink):
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Run the command for one event."""
         (event,) = events
-        ends_at = self._monotonic() + timeout_secs
+        ends_at = self.context.monotonic() + timeout_secs
         # Either closing finds it among those that run, or it is not started any more.
         with self._lock:
             if self._closed:
@@ -185,9 +185,9 @@ class ExecSink(Sink):
             running = tuple(self._running)
         for run in running:
             run.stop()
-        ends_at = self._monotonic() + _CLOSE_GRACE_SECS
+        ends_at = self.context.monotonic() + _CLOSE_GRACE_SECS
         for run in running:
-            run.ended.wait(max(ends_at - self._monotonic(), 0))
+            run.ended.wait(max(ends_at - self.context.monotonic(), 0))
             run.kill()
 
     # --- starting ---
@@ -221,7 +221,7 @@ class ExecSink(Sink):
         except OSError as error:
             raise TransientError(f"{error.filename or self._program} cannot be started: {_why(error)}") from error
         longest_bytes = max((len(_bytes(value)) for value in self._hidden), default=0)
-        return _Run(process, spare_bytes=longest_bytes, monotonic=self._monotonic)
+        return _Run(process, spare_bytes=longest_bytes, monotonic=self.context.monotonic)
 
     # --- saying what came of it ---
 

@@ -2,8 +2,7 @@
 
 import fcntl
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from pydantic import Field
@@ -12,7 +11,7 @@ from vodpoller.errors import ConfigError, PartialFailureError, TransientError
 from vodpoller.events import Event
 from vodpoller.outlet import Outlet
 from vodpoller.process import is_stdout_closed
-from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import encode
 
 _STDOUT_FD = 1
@@ -34,7 +33,7 @@ class StdoutConfig(SinkConfig):
         return frozenset({"stdout"})
 
 
-class StdoutSink(Sink):
+class StdoutSink(Sink[StdoutConfig]):
     """Writes events to standard output, which it never closes.
 
     What is accepted is with the reader's pipe or file; whether it survives a loss of power is up to the reader.
@@ -42,8 +41,8 @@ class StdoutSink(Sink):
     Args:
         name: Of the sink.
         config: Its settings.
+        context: The log and the clocks.
         stream: In place of standard output. Its descriptor is written directly.
-        monotonic: The clock, in seconds.
 
     Raises:
         ConfigError: Standard output is closed, or open for reading only.
@@ -51,19 +50,12 @@ class StdoutSink(Sink):
 
     Config = StdoutConfig
 
-    def __init__(
-        self,
-        name: str,
-        config: StdoutConfig,
-        *,
-        stream: _Stream | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, name: str, config: StdoutConfig, context: SinkContext, *, stream: _Stream | None = None) -> None:
+        super().__init__(name, config, context)
         self.concurrency = 1
         self.batch_events = _BATCH_EVENTS
         self.timeout_secs = 10.0
         self._format = config.format
-        self._monotonic = monotonic
         self._torn = b""
         self._outlet: Outlet | None = _outlet(name, stream)
 
@@ -76,7 +68,7 @@ class StdoutSink(Sink):
         lines = [encode(event, self._format) + b"\n" for event in events]
         data = self._torn + b"".join(lines)
         torn_bytes = len(self._torn)
-        written_bytes, error = self._write(data, self._monotonic() + timeout_secs)
+        written_bytes, error = self._write(data, self.context.monotonic() + timeout_secs)
         if error is None:
             self._torn = b""
             return
@@ -98,7 +90,7 @@ class StdoutSink(Sink):
         """The number of bytes that got out, and why not all of them did."""
         rest = memoryview(data)
         while rest:
-            left_secs = ends_at - self._monotonic()
+            left_secs = ends_at - self.context.monotonic()
             outlet = self._outlet
             if outlet is None:
                 return len(data) - len(rest), TransientError("standard output: the sink is closed")

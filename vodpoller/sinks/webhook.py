@@ -9,11 +9,10 @@ import hashlib
 import hmac
 import html
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from http import HTTPStatus
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 import requests
@@ -28,7 +27,7 @@ from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import CaFile, RootsError
 from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
 from vodpoller.secret import Secret
-from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import content_type, encode
 
 _REJECTING = frozenset({400, 413, 415, 422})
@@ -146,7 +145,7 @@ class WebhookConfig(SinkConfig):
         return value
 
 
-class WebhookSink(Sink):
+class WebhookSink(Sink[WebhookConfig]):
     """Posts each event to a URL.
 
     An answer of 2xx accepts. 400, 413, 415 and 422 say that this event will never be taken; all else may pass.
@@ -166,20 +165,11 @@ class WebhookSink(Sink):
 
     Config = WebhookConfig
 
-    def __init__(
-        self,
-        name: str,
-        config: WebhookConfig,
-        *,
-        wall: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, name: str, config: WebhookConfig, context: SinkContext) -> None:
+        super().__init__(name, config, context)
         self.concurrency = config.concurrency
         self.batch_events = 1
         self.timeout_secs = config.timeout_secs
-        self._name = name
-        self._config = config
-        self._wall = wall
         self._closed = False
         self._signing: tuple[str, bytes] = ("", b"")
         headers = {
@@ -191,7 +181,9 @@ class WebhookSink(Sink):
         self._environment = environment_of(config.url)
         if self._environment.problem:
             raise ConfigError([f"sinks.{name}.url: {self._environment.problem}"])
-        self._adapter = DeadlineAdapter(connections=config.concurrency, ca_file=config.ca_file, monotonic=monotonic)
+        self._adapter = DeadlineAdapter(
+            connections=config.concurrency, ca_file=config.ca_file, monotonic=context.monotonic
+        )
         if urlsplit(config.url).scheme == "https":
             try:
                 self._adapter.check_roots()
@@ -200,12 +192,12 @@ class WebhookSink(Sink):
         self._where = _where(config.url, self._environment.proxy)
 
     @classmethod
-    def probe(cls, name: str, config: Any) -> str:
+    def probe(cls, name: str, config: WebhookConfig, context: SinkContext) -> str:
         """Whether a connection can be made and, for https, its certificate be trusted. No request is sent.
 
         Where a proxy is in between, a connection to the proxy is all that can be had without a request.
         """
-        sink = cls(name, config)
+        sink = cls(name, config, context)
         try:
             return sink._reach()
         finally:
@@ -236,7 +228,7 @@ class WebhookSink(Sink):
         try:
             self._adapter.reread_roots()
         except RootsError as error:
-            raise ConfigError([f"sinks.{self._name}.ca_file: {error}; what was read before stays in use"]) from None
+            raise ConfigError([f"sinks.{self.name}.ca_file: {error}; what was read before stays in use"]) from None
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when their answer is in."""
@@ -244,14 +236,14 @@ class WebhookSink(Sink):
         self._adapter.close()
 
     def _reach(self) -> str:
-        url, proxy = self._config.url, self._environment.proxy
+        url, proxy = self.config.url, self._environment.proxy
         where = f"the proxy {host_and_port(proxy)}" if proxy else self._where
         try:
             self._adapter.connect_within(url, self._environment, self.timeout_secs)
         # Not chained, as in `deliver`.
         except CALL_ERRORS as error:
             said = self._without_secrets(failure_text(error, self.timeout_secs))
-            raise ConfigError([f"sinks.{self._name}.url: {where} {said}"]) from None
+            raise ConfigError([f"sinks.{self.name}.url: {where} {said}"]) from None
         if proxy:
             return f"{where} accepts connections (what is behind it was not tried)"
         trusted = ", its certificate is trusted" if urlsplit(url).scheme == "https" else ""
@@ -260,17 +252,17 @@ class WebhookSink(Sink):
     # --- asking ---
 
     def _request(self, event: Event) -> requests.PreparedRequest:
-        body = encode(event, self._config.format)
+        body = encode(event, self.config.format)
         message_id = event.key.hex()
-        timestamp = str(int(self._wall()))
+        timestamp = str(int(self.context.wall()))
         request = self._template.copy()
         request.body = body
         request.headers["Content-Length"] = str(len(body))
         request.headers["webhook-id"] = message_id
         request.headers["webhook-timestamp"] = timestamp
-        if self._config.secret is not None:
+        if self.config.secret is not None:
             signed = f"{message_id}.{timestamp}.".encode() + body
-            digest = hmac.digest(self._key(self._config.secret.get()), signed, hashlib.sha256)
+            digest = hmac.digest(self._key(self.config.secret.get()), signed, hashlib.sha256)
             request.headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
         return request
 
@@ -282,7 +274,7 @@ class WebhookSink(Sink):
                 key = _signing_key(secret)
             except ValueError as error:
                 raise TransientError(
-                    f"sinks.{self._name}.secret_file now holds no signing secret: {error} (right: {_SECRET_HELP};"
+                    f"sinks.{self.name}.secret_file now holds no signing secret: {error} (right: {_SECRET_HELP};"
                     " then reload)"
                 ) from None
             self._signing = (secret, key)
@@ -298,21 +290,21 @@ class WebhookSink(Sink):
             return RejectedError(f"{said}: {text}" if text else said)
         location = response.headers.get("Location")
         if 300 <= status < 400 and location:  # noqa: PLR2004 - RFC 9110, section 15.4: these are redirects
-            target = self._without_secrets(_target(self._config.url, location))[:_SHOWN_CHARACTERS]
+            target = self._without_secrets(_target(self.config.url, location))[:_SHOWN_CHARACTERS]
             return TransientError(
                 f"{said} and points to {target}: redirects are not followed"
-                f" (put the right address into sinks.{self._name}.url)"
+                f" (put the right address into sinks.{self.name}.url)"
             )
         return TransientError(
-            f"{said}{self._advice(status)}", retry_after_secs=retry_after_secs(response.headers, self._wall())
+            f"{said}{self._advice(status)}", retry_after_secs=retry_after_secs(response.headers, self.context.wall())
         )
 
     def _advice(self, status: int) -> str:
         match status:
             case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-                return f" (does it expect other headers or another secret than sinks.{self._name} has?)"
+                return f" (does it expect other headers or another secret than sinks.{self.name} has?)"
             case HTTPStatus.NOT_FOUND | HTTPStatus.METHOD_NOT_ALLOWED | HTTPStatus.GONE:
-                return f" (is sinks.{self._name}.url the right address for POST?)"
+                return f" (is sinks.{self.name}.url the right address for POST?)"
             case HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
                 return " (the proxy wants other credentials than $http_proxy or $https_proxy give)"
             case _:
@@ -327,13 +319,13 @@ class WebhookSink(Sink):
 
     def _secrets(self) -> Iterator[str]:
         """All that may be one: the values of headers and what is in them, the signing secret, parts of the URL."""
-        for value in self._config.headers.values():
+        for value in self.config.headers.values():
             yield value
             yield from _tokens(value)
-        if self._config.secret is not None:
-            yield self._config.secret.get()
-            yield self._config.secret.get().removeprefix(_SECRET_PREFIX)
-        parts = urlsplit(self._config.url)
+        if self.config.secret is not None:
+            yield self.config.secret.get()
+            yield self.config.secret.get().removeprefix(_SECRET_PREFIX)
+        parts = urlsplit(self.config.url)
         yield parts.query
         yield from (value for _, value in parse_qsl(parts.query))
         # Robots of chat programs have their token in the path.

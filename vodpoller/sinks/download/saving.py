@@ -101,7 +101,6 @@ class ImageFolder:
             "warning",
             "image.skipped",
             cause=f"{key} {place}",
-            sink=self._name,
             key=key,
             path=place,
             held_by=owner or "unknown",

@@ -1,8 +1,6 @@
 """The sink that saves images: for each of an event, where it goes, whether it is there, fetching, saving."""
 
-import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, Final
@@ -10,20 +8,18 @@ from typing import Any, Final
 from vodpoller.durable import Folders, check_access, existing_folder, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event, Snapshot, SnapshotsTaken, snapshots_of
-from vodpoller.logs import Repeats, SinkLog
-from vodpoller.sinks.contract import Sink
+from vodpoller.logs import Repeats
+from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.sinks.download.config import DownloadConfig
 from vodpoller.sinks.download.fetching import SHOWN_CHARACTERS, Fetcher, Fetching, media_type_of
 from vodpoller.sinks.download.places import EXTENSIONS, FIELDS, OTHER_EXTENSION, Places, extension_in, safe_name
 from vodpoller.sinks.download.saving import HINTS_BELOW_ROOT, WRITABLE, ImageFolder
 
-_logger = logging.getLogger(__name__)
-
 _SHOWN_FAILURES: Final = 3
 _REMEMBERED_TYPES: Final = 1000
 
 
-class DownloadSink(Sink):
+class DownloadSink(Sink[DownloadConfig]):
     """Saves the images of snapshot events.
 
     An event is accepted when each image that VOD could take is a file, synced. A file appears under its name only when
@@ -34,10 +30,9 @@ class DownloadSink(Sink):
     Args:
         name: Of the sink.
         config: Its settings.
+        context: The log and the clocks.
         resolve: In place of `socket.getaddrinfo`.
         write: In place of `os.write`.
-        wall: Unix time, in seconds.
-        monotonic: The clock of the time limit, in seconds.
 
     Raises:
         ConfigError: The folder cannot be made or written, or what the environment says of proxies or certificates
@@ -51,24 +46,22 @@ class DownloadSink(Sink):
         self,
         name: str,
         config: DownloadConfig,
+        context: SinkContext,
         *,
         resolve: Callable[..., list[Any]] | None = None,
         write: Callable[[int, memoryview], int] = os.write,
-        wall: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(name, config, context)
         self.concurrency = config.concurrency
         self.batch_events = 1
         self.timeout_secs = config.timeout_secs
-        self._name = name
-        self._monotonic = monotonic
         self._places = Places(config.path)
         self._closed = False
-        log = SinkLog(__name__)
-        folders = Folders(lambda text: log.warning("config.warning", message=f"sinks.{name}.path: {text}"))
-        self._images = ImageFolder(name, self._places, folders=folders, repeats=Repeats(log), write=write)
+        folders = Folders(lambda text: context.log.warning("config.warning", message=f"sinks.{name}.path: {text}"))
+        repeats = Repeats(context.log, monotonic=context.monotonic)
+        self._images = ImageFolder(name, self._places, folders=folders, repeats=repeats, write=write)
         self._unfit_types: set[str] = set()
-        self._fetcher = Fetcher(name, config, resolve=resolve, wall=wall, monotonic=monotonic)
+        self._fetcher = Fetcher(name, config, resolve=resolve, wall=context.wall, monotonic=context.monotonic)
         try:
             self._images.prepare()
         except OSError as error:
@@ -76,7 +69,7 @@ class DownloadSink(Sink):
             raise (TransientError(problem) if may_pass(error) else ConfigError([problem])) from error
 
     @classmethod
-    def probe(cls, name: str, config: Any) -> str:
+    def probe(cls, name: str, config: DownloadConfig, context: SinkContext) -> str:
         """Whether the folder can be written, or made. No host is asked: which ones there are, only events say."""
         root = Places(config.path).root
         try:
@@ -95,19 +88,19 @@ class DownloadSink(Sink):
         if taken is None:
             self._say_unfit(event)
             return
-        fetching = Fetching(timeout_secs=timeout_secs, ends_at=self._monotonic() + timeout_secs, urls={})
+        fetching = Fetching(timeout_secs=timeout_secs, ends_at=self.context.monotonic() + timeout_secs, urls={})
         failed_at_vod = frozenset(taken.failed)
         failures: list[RejectedError | TransientError] = []
         for index, snapshot in enumerate(taken.snapshots):
             if snapshot in failed_at_vod:
-                _logger.warning("event %s: %s", event.key.hex(), _failed_at_vod(snapshot))
+                self._say_skipped(event, _failed_at_vod(snapshot))
                 continue
             try:
                 self._save(snapshot.url, self._values(event, taken, index, snapshot), fetching)
             except (RejectedError, TransientError) as error:
                 failures.append(error)
         if not taken.snapshots:
-            _logger.warning("event %s: it names no image, so there is nothing to download", event.key.hex())
+            self._say_skipped(event, "it names no image, so there is nothing to download")
         if failures:
             raise _summary(failures, len(taken.snapshots))
 
@@ -128,12 +121,16 @@ class DownloadSink(Sink):
         shown = event.type[:SHOWN_CHARACTERS]
         if shown not in self._unfit_types and len(self._unfit_types) < _REMEMBERED_TYPES:
             self._unfit_types.add(shown)
-            _logger.warning(
-                "sinks.%s: events of type %r hold no snapshots: nothing is done for them (does the route need"
-                " event_types?)",
-                self._name,
-                shown,
+            self.context.log.warning(
+                "image.skipped",
+                key=event.key.hex(),
+                event_type=shown,
+                message=f"events of type {shown!r} hold no snapshots: nothing is done for them",
+                hint="does the route need event_types?",
             )
+
+    def _say_skipped(self, event: Event, why_not: str) -> None:
+        self.context.log.warning("image.skipped", key=event.key.hex(), message=why_not)
 
     # --- one image ---
 
@@ -179,7 +176,7 @@ class DownloadSink(Sink):
         if fetching.urls.setdefault(parts, url) != url:
             place = self._images.root.joinpath(*parts)
             raise RejectedError(
-                f"two images of the event would go to {place} (put {{index}} into sinks.{self._name}.path)"
+                f"two images of the event would go to {place} (put {{index}} into sinks.{self.name}.path)"
             )
         return parts
 

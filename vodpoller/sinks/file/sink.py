@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -18,8 +18,8 @@ from vodpoller.durable import Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events import Event
 from vodpoller.journal.contract import Portion, Position
-from vodpoller.logs import Repeats, SinkLog
-from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.logs import Repeats
+from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.file.appending import Files, OpenFile
 from vodpoller.sinks.file.lock import Lock
 from vodpoller.sinks.file.probing import look_at, place_of, refuse_what_is_not_a_file
@@ -61,7 +61,7 @@ class FileConfig(SinkConfig):
         return frozenset({"file:" + os.path.realpath(self.path)})
 
 
-class FileSink(Sink):
+class FileSink(Sink[FileConfig]):
     """Appends events to a file.
 
     A lock file beside it keeps other processes out. The file is found by its real path at the start: a symbolic link
@@ -70,6 +70,7 @@ class FileSink(Sink):
     Args:
         name: Of the sink.
         config: Its settings.
+        context: The log and the clocks.
         files: The file system.
 
     Raises:
@@ -79,18 +80,17 @@ class FileSink(Sink):
 
     Config = FileConfig
 
-    def __init__(self, name: str, config: FileConfig, *, files: Files | None = None) -> None:
+    def __init__(self, name: str, config: FileConfig, context: SinkContext, *, files: Files | None = None) -> None:
+        super().__init__(name, config, context)
         self.concurrency = 1
         self.batch_events = _BATCH_EVENTS
         self.timeout_secs = 10.0
-        self._name = name
         self._format = config.format
         self._path = Path(os.path.realpath(config.path))
         self._files = files or Files()
         self._folders = Folders(self._warn, make=self._files.make_folder, sync=self._files.sync_folder)
         self._recovery = Recovery(Relatives(self._path), self._files, config.format)
-        self._log = SinkLog(__name__)
-        self._repeats = Repeats(self._log)
+        self._repeats = Repeats(context.log, monotonic=context.monotonic)
         self._lock = threading.Lock()
         self._reopen_wanted = False
         self._tail_checked = False
@@ -109,7 +109,7 @@ class FileSink(Sink):
         self._position = self._end()
 
     @classmethod
-    def probe(cls, name: str, config: Any) -> str:
+    def probe(cls, name: str, config: FileConfig, context: SinkContext) -> str:
         """Whether the file can be written, or made, and whether another process has it."""
         path = Path(os.path.realpath(config.path))
         try:
@@ -118,7 +118,7 @@ class FileSink(Sink):
             problem = f"{place_of(error, path)} cannot be written: {why(error)}"
             raise ConfigError([f"sinks.{name}.path: {problem}"]) from error
 
-    def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:  # noqa: ARG002 - see below
+    def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Append the events: one write, one sync.
 
         The time limit cannot be kept: Linux has no way to give up a write to a disk that does not answer.
@@ -256,9 +256,7 @@ class FileSink(Sink):
         return bool(added_bytes)
 
     def _say_changed(self, cause: str, what: str, hint: str) -> None:
-        self._repeats.say(
-            "warning", "file.changed", cause=cause, sink=self._name, path=str(self._path), message=what, hint=hint
-        )
+        self._repeats.say("warning", "file.changed", cause=cause, path=str(self._path), message=what, hint=hint)
 
     def _end(self) -> Position:
         return Position(inode=self._file.inode, offset_bytes=self._file.end_bytes)
@@ -293,14 +291,14 @@ class FileSink(Sink):
     # --- saying what is wrong ---
 
     def _warn(self, problem: str) -> None:
-        self._log.warning("config.warning", message=f"sinks.{self._name}.path: {problem}")
+        self.context.log.warning("config.warning", message=f"sinks.{self.name}.path: {problem}")
 
     def _config_error(self, problem: str) -> ConfigError:
-        return ConfigError([f"sinks.{self._name}.path: {problem}"])
+        return ConfigError([f"sinks.{self.name}.path: {problem}"])
 
     def _failure(self, error: OSError, what: str) -> ConfigError | TransientError:
         """What stopped the start: a mistake that stays until somebody mends it, or a disk's trouble that may pass."""
         problem = f"{place_of(error, self._path)} {what}: {why(error)}"
         if may_pass(error):
-            return TransientError(f"sinks.{self._name}.path: {problem}")
+            return TransientError(f"sinks.{self.name}.path: {problem}")
         return self._config_error(problem)
