@@ -74,7 +74,6 @@ class MemorySink(Sink):
         self.accepted = []
         self.running = 0
         self.most_running = 0
-        self.end = None
 
     def deliver(self, events, timeout_secs):
         with self.lock:
@@ -90,9 +89,6 @@ class MemorySink(Sink):
         finally:
             with self.lock:
                 self.running -= 1
-
-    def position(self):
-        return self.end
 
     def fail_with(self, *errors):
         """Each call raises the next of these; None accepts; when they are used up all is accepted."""

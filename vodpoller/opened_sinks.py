@@ -12,7 +12,7 @@ from vodpoller.errors import ConfigError, StoppingError, StorageError, Transient
 from vodpoller.journal.contract import Journal, Portion
 from vodpoller.logs import Logger
 from vodpoller.process import Signals
-from vodpoller.sinks.contract import Sink, SinkContext
+from vodpoller.sinks.contract import Recoverable, Sink, SinkContext
 from vodpoller.systemd import Notifier
 
 CLOSE_SECS: Final = 1.0
@@ -48,7 +48,10 @@ def open_sinks(
     try:
         _make_sinks(sinks, config, signals, log, wall)
         for name, sink in sinks.items():
-            _recover(name, sink, sub_app_ids=sub_app_ids, journal=journal, notifier=notifier, signals=signals, log=log)
+            if isinstance(sink, Recoverable):
+                _recover(
+                    name, sink, sub_app_ids=sub_app_ids, journal=journal, notifier=notifier, signals=signals, log=log
+                )
     except BaseException as error:
         _close_all(sinks)
         if isinstance(error, TransientError):
@@ -73,7 +76,7 @@ def _make_sinks(
 
 def _recover(
     name: str,
-    sink: Sink[Any],
+    sink: Recoverable,
     *,
     sub_app_ids: Collection[int | None],
     journal: Journal,
@@ -96,7 +99,7 @@ def _recover(
             log.info("recovery.progress", sink=name, keys=number, percent=round(100 * portion.read, 1))
             notifier.status(f"reading what sink {name} wrote before a crash: {portion.read:.0%}")
     end = sink.position()
-    if end is not None and end != mark:  # from the first line on, a mark must say which file it went to
+    if end != mark:  # from the first line on, a mark must say which file it went to
         journal.recover(name, Portion(keys=(), position=end, read=1.0))
     if number:
         log.warning("file.recovered", sink=name, keys=number)

@@ -17,7 +17,7 @@ from vodpoller.errors import PartialFailureError, RejectedError, TransientError,
 from vodpoller.journal.contract import Position
 from vodpoller.liveness import Liveness
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
-from vodpoller.sinks.contract import Sink
+from vodpoller.sinks.contract import Recoverable, Sink
 from vodpoller.status import SinkStatus
 from vodpoller.telemetry import Count, Telemetry
 
@@ -63,6 +63,7 @@ class Worker:
     ) -> None:
         self.name = name
         self.sink = sink
+        self._recoverable = sink if isinstance(sink, Recoverable) else None
         self._ledger = ledger
         self._in_flight = in_flight
         self._queue_max_events = queue_max_events
@@ -348,7 +349,7 @@ class Worker:
             self._liveness.end()
         accepted = [delivery for index, delivery in enumerate(batch) if index not in failures]
         if accepted:
-            self._ledger.accept(self.name, [delivery.event.key for delivery in accepted], self.sink.position())
+            self._ledger.accept(self.name, [delivery.event.key for delivery in accepted], self._position())
             with self._condition:
                 closed = self._breaker.succeeded()
             if closed:
@@ -357,6 +358,9 @@ class Worker:
             self._telemetry.count(Count.SINK_ATTEMPTS, len(accepted), sink=self.name, result="accepted")
             self._in_flight.complete(accepted, DELIVERED)
         return failures
+
+    def _position(self) -> Position | None:
+        return None if self._recoverable is None else self._recoverable.position()
 
     def _not_accepted(self, delivery: Delivery, error: Exception, *, counts: bool) -> None:
         delivery.attempts += 1

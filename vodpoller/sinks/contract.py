@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field
@@ -147,20 +147,26 @@ class Sink(ABC, Generic[ConfigT]):
     def close(self) -> None:
         """The last call."""
 
-    def position(self) -> Position | None:
-        """Where the sink's file ends after the last accepted call; None for a sink that is no file."""
-        return None
+
+@runtime_checkable
+class Recoverable(Protocol):
+    """What a sink has besides if it can say after a crash what it holds: then each event is in it exactly once.
+
+    A crash may come between a sink's accepting and the ledger's entry. Without this, the event is delivered again.
+    """
+
+    def position(self) -> Position:
+        """Where the sink's file ends after the last accepted call."""
 
     def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:
         """Called once before the first `deliver`: what was accepted beyond the mark and never reached the ledger.
 
         Args:
-            mark: The position that the ledger knows; None where it knows none.
+            mark: The position that the ledger knows; None if it knows none.
             sub_app_ids: The SubAppIds whose events may be in the file: a key depends on it, a line does not hold it.
 
         Returns:
             What lies beyond the mark, in portions that can each be written down before the next is taken: a process
             that ends in between goes on from the position of the last one. After them, `position` says where the file
-            ends. A torn line is cut off. Nothing for a sink that is no file.
+            ends. A torn line is cut off.
         """
-        return ()
