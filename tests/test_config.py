@@ -654,7 +654,7 @@ def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, 
         ("vodpoller_no_such_module:Sink", ["cannot be loaded: ModuleNotFoundError", "vodpoller_no_such_module"]),
         ("vodpoller.config.load:NoSuchName", ["cannot be loaded: AttributeError"]),
         (f"{__name__}:NoSink", ["is no sink"]),
-        ("vodpoller.sinks.contract:Sink", ["is no sink"]),
+        ("vodpoller.sinks:Sink", ["is no sink"]),
     ],
 )
 def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):

@@ -539,7 +539,7 @@ def test_the_service_manager_hears_of_the_start_of_life_of_trouble_and_of_the_en
 NEVER = '''
 import threading
 from typing import Literal
-from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks import Sink, SinkConfig
 
 RELEASED = threading.Event()
 

@@ -603,7 +603,7 @@ def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiv
 
 PLUGIN = """
 from typing import Literal
-from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.sinks import Sink, SinkConfig
 
 
 class PickyConfig(SinkConfig):

@@ -1049,7 +1049,7 @@ def _loaded(point: EntryPoint) -> type[Sink[Any]]:
         isinstance(config, type) and issubclass(config, SinkConfig)
     ):
         raise _UnusableSinkError(
-            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.sinks.contract.Sink"
+            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.sinks.Sink"
             " with a Config (ask those who made the package)"
         )
     return sink_class
