@@ -2,47 +2,39 @@
 
 import errno
 import hashlib
-import json
 import os
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import get_args
 
 import pytest
 
-from tests.helpers import sink_context
 from tests.receiver import Answer, Receiver, running_receiver, until
-from vodpoller.errors import RejectedError, TransientError
-from vodpoller.events import SNAPSHOT_EVENT_TYPE, decode_json, make_event
-from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig
+from vodpoller.events import SNAPSHOT_EVENT_TYPE, make_event
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.registry import available_sinks
+from vodpoller.testing import SinkConformance, SinkHarness, event, vod_simulator
 
-SLACK_SECS = 1.5
-
-
-def event(number=0, **more):
-    content = {"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": str(number)}, **more}
-    return make_event(content, source="main", sub_app_id=None)
+__all__ = ["vod_simulator"]  # a fixture
 
 
-class FileHarness:
+class FileHarness(SinkHarness):
+    sink_type = "file"
     cannot = MappingProxyType(
         {
             "hang": "a write to a disk that does not answer cannot be given up",
+            "refuse": "a file takes every line",
             "reject": "a file takes every line",
         }
     )
 
     def __init__(self, tmp_path):
+        super().__init__(tmp_path)
         self.path = tmp_path / "events.jsonl"
         self.files = _FailingFiles()
 
-    def build(self, load):
-        return load("file")(
-            "it", load("file").Config(type="file", path=str(self.path)), sink_context(), files=self.files
+    def build(self, context):
+        return self.sink_class(
+            "it", self.sink_class.Config(type="file", path=str(self.path)), context, files=self.files
         )
 
     def accept(self):
@@ -54,9 +46,6 @@ class FileHarness:
     def delivered(self, count):
         return self.path.read_bytes().splitlines()
 
-    def close(self):
-        pass
-
 
 class _FailingFiles(Files):
     failing = False
@@ -67,10 +56,12 @@ class _FailingFiles(Files):
         return super().write(fd, data)
 
 
-class StdoutHarness:
-    cannot = MappingProxyType({"reject": "a stream takes every line"})
+class StdoutHarness(SinkHarness):
+    sink_type = "stdout"
+    cannot = MappingProxyType(dict.fromkeys(("refuse", "reject"), "a stream takes every line"))
 
     def __init__(self, tmp_path):
+        super().__init__(tmp_path)
         self.reading, self.writing = os.pipe()
         self.fd = os.dup(self.writing)
         self.collected = bytearray()
@@ -90,8 +81,8 @@ class StdoutHarness:
                 return
             self.collected += chunk
 
-    def build(self, load):
-        return load("stdout")("it", load("stdout").Config(type="stdout"), sink_context(), stream=self)
+    def build(self, context):
+        return self.sink_class("it", self.sink_class.Config(type="stdout"), context, stream=self)
 
     def accept(self):
         os.dup2(self.writing, self.fd)
@@ -129,16 +120,17 @@ class StdoutHarness:
             os.close(self.full_reading)
 
 
-class WebhookHarness:
-    cannot = MappingProxyType({})
+class WebhookHarness(SinkHarness):
+    sink_type = "webhook"
 
     def __init__(self, tmp_path):
+        super().__init__(tmp_path)
         self.running = running_receiver()
         self.receiver = self.running.__enter__()
 
-    def build(self, load):
-        config = load("webhook").Config(type="webhook", url=self.receiver.url, concurrency=8)
-        return load("webhook")("it", config, sink_context())
+    def build(self, context):
+        config = self.sink_class.Config(type="webhook", url=self.receiver.url, concurrency=8)
+        return self.sink_class("it", config, context)
 
     def accept(self):
         self.receiver.answer = Answer()
@@ -159,8 +151,8 @@ class WebhookHarness:
         self.running.__exit__(None, None, None)
 
 
-class ExecHarness:
-    cannot = MappingProxyType({})
+class ExecHarness(SinkHarness):
+    sink_type = "exec"
     script = """
         case $(cat "$1/mode") in
             fail) exit 75 ;;
@@ -173,12 +165,13 @@ class ExecHarness:
     """
 
     def __init__(self, tmp_path):
+        super().__init__(tmp_path)
         self.folder = tmp_path
         self.accept()
 
-    def build(self, load):
+    def build(self, context):
         command = ["sh", "-c", self.script, "sh", str(self.folder)]
-        return load("exec")("it", load("exec").Config(type="exec", command=command), sink_context())
+        return self.sink_class("it", self.sink_class.Config(type="exec", command=command), context)
 
     def accept(self):
         self._mode("accept")
@@ -198,9 +191,6 @@ class ExecHarness:
     def delivered(self, count):
         return (self.folder / "delivered").read_bytes().splitlines()
 
-    def close(self):
-        pass
-
 
 class Images(Receiver):
     """Serves the body of each event as its image."""
@@ -217,22 +207,23 @@ class Images(Receiver):
         return Answer(200, {"Content-Type": "image/png"}, self.bodies[received.path])
 
 
-class DownloadHarness:
-    cannot = MappingProxyType({})
+class DownloadHarness(SinkHarness):
+    sink_type = "download"
 
     def __init__(self, tmp_path):
+        super().__init__(tmp_path)
         self.root = tmp_path / "images"
         self.running = running_receiver(Images())
         self.images = self.running.__enter__()
         self.accept()
 
-    def build(self, load):
-        config = load("download").Config(
+    def build(self, context):
+        config = self.sink_class.Config(
             type="download", path=f"{self.root}/{{task_id}}/{{index}}.{{ext}}", hosts=["127.0.0.1"], allow_private=True
         )
         images = self.images
 
-        class OfAnyEvent(load("download")):
+        class OfAnyEvent(self.sink_class):
             def deliver(self, events, timeout_secs):
                 (body,) = (event.body for event in events)
                 path = f"/{hashlib.sha256(body).hexdigest()}/0.png"
@@ -242,7 +233,7 @@ class DownloadHarness:
                 content = {"EventType": SNAPSHOT_EVENT_TYPE, "SnapshotByTimeOffsetCompleteEvent": payload}
                 super().deliver([make_event(content, source="main", sub_app_id=None)], timeout_secs)
 
-        return OfAnyEvent("it", config, sink_context())
+        return OfAnyEvent("it", config, context)
 
     def accept(self):
         self.images.answer = Answer(200)
@@ -272,21 +263,6 @@ HARNESSES = {
 }
 
 
-def load(sink_type):
-    return available_sinks()[sink_type].load()
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.system if name == "exec" else ()) for name in sorted(available_sinks())
-    ]
-)
-def sink_type(request):
-    if request.param not in HARNESSES:
-        pytest.fail(f'the sink type "{request.param}" is installed and has no harness here: write one')
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def no_proxies(monkeypatch):
     for name in ("http_proxy", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
@@ -294,154 +270,25 @@ def no_proxies(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-@pytest.fixture
-def harness(sink_type, tmp_path):
-    made = HARNESSES[sink_type](tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def sink(harness):
-    made = harness.build(load)
-    if isinstance(made, Recoverable):
-        assert list(made.recover(None, [None])) == []
-    yield made
-    made.close()
-
-
-def able(harness, ability):
-    if ability in harness.cannot:
-        pytest.skip(harness.cannot[ability])
-
-
-def deliver(sink, events, timeout_secs=10.0):
-    """As a worker does: no more at once than the sink takes."""
-    for start in range(0, len(events), sink.batch_events):
-        sink.deliver(events[start : start + sink.batch_events], timeout_secs)
+class TestInstalledSinks(SinkConformance):
+    @pytest.fixture(
+        params=[
+            pytest.param(name, marks=pytest.mark.system if name == "exec" else ()) for name in sorted(available_sinks())
+        ]
+    )
+    def harness(self, request, tmp_path):
+        if request.param not in HARNESSES:
+            pytest.fail(f'the sink type "{request.param}" is installed and has no harness here: write one')
+        made = HARNESSES[request.param](tmp_path)
+        yield made
+        made.close()
 
 
 def test_the_entry_points_name_the_sinks_that_come_with_the_package():
     assert {"download", "exec", "file", "stdout", "webhook"} <= set(available_sinks())
 
 
-def test_the_class_and_its_config_keep_to_the_contract(sink_type):
-    sink_class = load(sink_type)
-    assert issubclass(sink_class, Sink)
-    assert issubclass(sink_class.Config, SinkConfig)
-    fields = sink_class.Config.model_fields
-    assert get_args(fields["type"].annotation) == (sink_type,)
-    assert [name for name, field in fields.items() if not field.description] == []
-
-
-def test_the_limits_that_it_asks_for_are_usable(sink):
-    assert 1 <= sink.concurrency <= 512
-    assert 1 <= sink.batch_events <= 10_000
-    assert 0.1 <= sink.timeout_secs <= 300
-
-
-def test_a_failure_accepts_nothing_and_the_retry_delivers_once(harness, sink):
-    harness.fail()
-    with pytest.raises(TransientError):
-        sink.deliver([event(1)], 5.0)
-    harness.accept()
-    sink.deliver([event(1)], 5.0)
-    assert harness.delivered(1) == [event(1).body]
-
-
-def test_a_rejected_event_is_an_error_of_its_own_and_harms_no_other(harness, sink):
-    able(harness, "reject")
-    harness.reject()
-    with pytest.raises(RejectedError):
-        sink.deliver([event(1)], 5.0)
-    harness.accept()
-    sink.deliver([event(2)], 5.0)
-    assert harness.delivered(1) == [event(2).body]
-
-
-def test_a_receiver_that_hangs_costs_no_more_than_the_time_limit(harness, sink):
-    able(harness, "hang")
-    harness.hang()
-    began = time.monotonic()
-    with pytest.raises(TransientError):
-        sink.deliver([event(1)], 0.3)
-    assert 0.2 < time.monotonic() - began < 0.3 + SLACK_SECS
-    harness.accept()
-    sink.deliver([event(1)], 5.0)
-    assert harness.delivered(1) == [event(1).body]
-
-
-def test_after_close_nothing_is_accepted_and_closing_again_does_no_harm(harness, sink):
-    sink.deliver([event(1)], 5.0)
-    sink.close()
-    with pytest.raises(TransientError):
-        sink.deliver([event(2)], 5.0)
-    sink.close()
-    assert harness.delivered(1) == [event(1).body]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"Title": "雪の結晶 ❄ \U0001f3bf"},
-        {"Title": "half a pair: \ud83c"},
-        {"Title": "a line\nand another\r\n\u2028 end \0 of it"},
-        {"FileId": 18446744073709551616123, "Ratio": 0.1, "Nothing": None},
-        {"Deep": [[[{"a": {"b": [1, 2, {"c": []}]}}]]]},
-    ],
-    ids=["plain", "unicode", "lone surrogate", "line ends", "big numbers", "nested"],
-)
-def test_a_body_arrives_once_and_json_equal(harness, sink, more):
-    sent = event(1, **more)
-    sink.deliver([sent], 10.0)
-    assert [decode_json(body.decode()) for body in harness.delivered(1)] == [sent.content]
-
-
-def test_a_body_of_5_megabytes_arrives_whole(harness, sink):
-    sent = event(1, Text="0123456789abcdef" * (5 * 65_536))
-    sink.deliver([sent], 20.0)
-    assert harness.delivered(1) == [sent.body]
-
-
-def test_events_arrive_in_the_order_of_the_call(harness, sink):
-    sent = [event(number) for number in range(50)]
-    deliver(sink, sent)
-    assert harness.delivered(50) == [each.body for each in sent]
-
-
-def test_as_many_threads_as_it_asks_for_deliver_at_once(harness, sink):
-    sent = [[event(thread * 100 + number) for number in range(25)] for thread in range(sink.concurrency)]
-    with ThreadPoolExecutor(sink.concurrency) as threads:
-        list(threads.map(lambda events: deliver(sink, events), sent))
-    bodies = [each.body for events in sent for each in events]
-    assert sorted(harness.delivered(len(bodies))) == sorted(bodies)
-
-
-def test_reopening_while_it_delivers_loses_and_repeats_nothing(harness, sink):
-    done = threading.Event()
-
-    def reopen():
-        while not done.wait(0.001):
-            sink.reopen()
-
-    reopening = threading.Thread(target=reopen)
-    reopening.start()
-    try:
-        for number in range(40):
-            sink.deliver([event(number)], 10.0)
-    finally:
-        done.set()
-        reopening.join()
-    assert [json.loads(body)["FileUploadEvent"]["FileId"] for body in harness.delivered(40)] == list(
-        map(str, range(40))
-    )
-
-
-def test_its_position_is_that_of_a_file_or_none_at_all(harness, sink):
-    if not isinstance(sink, Recoverable):
-        pytest.skip("it has no position")
-    before = sink.position()
-    sink.deliver([event(1)], 5.0)
-    after = sink.position()
-    assert (after.inode, after.offset_bytes) == (before.inode, before.offset_bytes + len(event(1).body) + 1)
+def test_the_simulator_of_a_test_answers_and_its_queue_is_empty(vod_simulator):
+    assert vod_simulator.url.startswith("http://127.0.0.1:")
+    assert vod_simulator.feed([event(1).body]) == 1
+    assert vod_simulator.stats()["fed"] == 1

@@ -1,0 +1,298 @@
+"""For the tests of sinks: what every sink promises, as tests, and VOD's simulator as a fixture.
+
+    from vodpoller.testing import SinkHarness, sink_conformance, vod_simulator
+
+    class RowsHarness(SinkHarness):
+        ...
+
+    TestRows = sink_conformance(RowsHarness)
+
+Stable from 1.0 on. pytest is imported here and nowhere else in vodpoller.
+"""
+
+import json
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Literal, get_args
+
+import pytest
+import structlog
+
+from vodpoller.errors import PartialFailureError, RejectedError, TransientError
+from vodpoller.events import Event, decode_json, make_event
+from vodpoller.simulator.service import Simulator, SimulatorOptions
+from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig, SinkContext
+from vodpoller.sinks.registry import available_sinks
+
+__all__ = ["SinkConformance", "SinkHarness", "event", "sink_conformance", "vod_simulator"]
+
+SLACK_SECS: Final = 1.5  # what a busy machine may add to a time limit
+Ability = Literal["hang", "refuse", "reject"]
+
+
+def event(number: int = 0, **more: Any) -> Event:
+    """An event about the file of that number.
+
+    Args:
+        number: Makes events differ.
+        more: Further members of its content.
+    """
+    content = {"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": str(number)}, **more}
+    return make_event(content, source="main", sub_app_id=None)
+
+
+class SinkHarness(ABC):
+    """Makes the sink that is tested, and plays its receiver. One is made for each test.
+
+    Args:
+        tmp_path: An empty folder of the test's own.
+
+    Attributes:
+        sink_type: The name of its entry point.
+        cannot: Which of "hang", "refuse" and "reject" cannot happen to such a sink, each with the reason: their tests
+            are skipped.
+    """
+
+    sink_type: str
+    cannot: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.tmp_path = tmp_path
+
+    @property
+    def sink_class(self) -> type[Sink[Any]]:
+        """The class that the entry point names."""
+        loaded: type[Sink[Any]] = available_sinks()[self.sink_type].load()
+        return loaded
+
+    @abstractmethod
+    def build(self, context: SinkContext) -> Sink[Any]:
+        """Make the sink. The receiver accepts at first."""
+
+    @abstractmethod
+    def accept(self) -> None:
+        """From now on, the receiver takes everything, also what it did not take before."""
+
+    @abstractmethod
+    def fail(self) -> None:
+        """From now on, the receiver takes nothing, and says so: it may be able to later."""
+
+    def reject(self) -> None:
+        """From now on, the receiver takes nothing, and says that it never will."""
+        raise NotImplementedError
+
+    def refuse(self, event: Event) -> None:
+        """From now on, the receiver says of this event, and of no other, that it never will take it."""
+        raise NotImplementedError
+
+    def hang(self) -> None:
+        """From now on, the receiver does not answer."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def delivered(self, count: int) -> Sequence[bytes]:
+        """The bodies that the receiver holds, in the order of their arrival.
+
+        Args:
+            count: How many the test expects: a receiver that is told later than the sink waits for them.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a receiver that is a file needs nothing
+        """End the receiver."""
+
+
+def sink_conformance(harness_class: type[SinkHarness]) -> type["SinkConformance"]:
+    """Make the conformance suite of one sink.
+
+    Args:
+        harness_class: Makes the sink and plays its receiver.
+
+    Returns:
+        A class of tests, to be given a name that pytest finds: `TestRows = sink_conformance(RowsHarness)`.
+    """
+
+    class Conformance(SinkConformance):
+        @pytest.fixture
+        def harness(self, tmp_path: Path) -> Iterator[SinkHarness]:
+            made = harness_class(tmp_path)
+            yield made
+            made.close()
+
+    return Conformance
+
+
+def _needs(harness: SinkHarness, ability: Ability) -> None:
+    if ability in harness.cannot:
+        pytest.skip(harness.cannot[ability])
+
+
+def _deliver(sink: Sink[Any], events: Sequence[Event], timeout_secs: float = 10.0) -> None:
+    """As a worker does: no more at once than the sink takes."""
+    for start in range(0, len(events), sink.batch_events):
+        sink.deliver(events[start : start + sink.batch_events], timeout_secs)
+
+
+class SinkConformance:
+    """What every sink promises. A subclass has a fixture `harness`; `sink_conformance` makes one."""
+
+    @pytest.fixture
+    def harness(self) -> SinkHarness:
+        """What is tested."""
+        raise NotImplementedError("override the fixture harness, or use sink_conformance()")
+
+    @pytest.fixture
+    def sink(self, harness: SinkHarness) -> Iterator[Sink[Any]]:
+        """The sink, open; a sink that recovers has done so."""
+        made = harness.build(SinkContext(log=structlog.get_logger()))
+        if isinstance(made, Recoverable):
+            assert list(made.recover(None, [None])) == []
+        yield made
+        made.close()
+
+    def test_the_class_and_its_config_keep_to_the_contract(self, harness: SinkHarness) -> None:
+        sink_class = harness.sink_class
+        assert issubclass(sink_class, Sink)
+        assert issubclass(sink_class.Config, SinkConfig)
+        fields = sink_class.Config.model_fields
+        assert get_args(fields["type"].annotation) == (harness.sink_type,), "type must be Literal[its entry point]"
+        assert [name for name, field in fields.items() if not field.description] == [], "keys without a description"
+
+    def test_the_limits_that_it_asks_for_are_usable(self, sink: Sink[Any]) -> None:
+        assert 1 <= sink.concurrency <= 512
+        assert 1 <= sink.batch_events <= 10_000
+        assert 0.1 <= sink.timeout_secs <= 300
+
+    def test_a_failure_accepts_nothing_and_the_retry_delivers_once(self, harness: SinkHarness, sink: Sink[Any]) -> None:
+        harness.fail()
+        with pytest.raises(TransientError):
+            sink.deliver([event(1)], 5.0)
+        harness.accept()
+        sink.deliver([event(1)], 5.0)
+        assert harness.delivered(1) == [event(1).body]
+
+    def test_a_rejected_event_is_an_error_of_its_own_and_harms_no_other(
+        self, harness: SinkHarness, sink: Sink[Any]
+    ) -> None:
+        _needs(harness, "reject")
+        harness.reject()
+        with pytest.raises(RejectedError):
+            sink.deliver([event(1)], 5.0)
+        harness.accept()
+        sink.deliver([event(2)], 5.0)
+        assert harness.delivered(1) == [event(2).body]
+
+    def test_of_a_call_with_a_refused_event_the_others_are_accepted(
+        self, harness: SinkHarness, sink: Sink[Any]
+    ) -> None:
+        if sink.batch_events == 1:
+            pytest.skip("it takes one event at a time")
+        _needs(harness, "refuse")
+        harness.refuse(event(1))
+        with pytest.raises(PartialFailureError) as raised:
+            sink.deliver([event(0), event(1), event(2)][: sink.batch_events], 5.0)
+        assert set(raised.value.failures) == {1}
+        assert isinstance(raised.value.failures[1], RejectedError)
+        accepted = [event(0).body, event(2).body][: sink.batch_events - 1]
+        assert harness.delivered(len(accepted)) == accepted
+
+    def test_a_receiver_that_hangs_costs_no_more_than_the_time_limit(
+        self, harness: SinkHarness, sink: Sink[Any]
+    ) -> None:
+        _needs(harness, "hang")
+        harness.hang()
+        began = time.monotonic()
+        with pytest.raises(TransientError):
+            sink.deliver([event(1)], 0.3)
+        assert 0.2 < time.monotonic() - began < 0.3 + SLACK_SECS
+        harness.accept()
+        sink.deliver([event(1)], 5.0)
+        assert harness.delivered(1) == [event(1).body]
+
+    def test_after_close_nothing_is_accepted_and_closing_again_does_no_harm(
+        self, harness: SinkHarness, sink: Sink[Any]
+    ) -> None:
+        sink.deliver([event(1)], 5.0)
+        sink.close()
+        with pytest.raises(TransientError):
+            sink.deliver([event(2)], 5.0)
+        sink.close()
+        assert harness.delivered(1) == [event(1).body]
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {},
+            {"Title": "雪の結晶 ❄ \U0001f3bf"},
+            {"Title": "half a pair: \ud83c"},
+            {"Title": "a line\nand another\r\n\u2028 end \0 of it"},
+            {"FileId": 18446744073709551616123, "Ratio": 0.1, "Nothing": None},
+            {"Deep": [[[{"a": {"b": [1, 2, {"c": []}]}}]]]},
+        ],
+        ids=["plain", "unicode", "lone surrogate", "line ends", "big numbers", "nested"],
+    )
+    def test_a_body_arrives_once_and_json_equal(
+        self, harness: SinkHarness, sink: Sink[Any], more: dict[str, Any]
+    ) -> None:
+        sent = event(1, **more)
+        sink.deliver([sent], 10.0)
+        assert [decode_json(body.decode()) for body in harness.delivered(1)] == [sent.content]
+
+    def test_a_body_of_5_megabytes_arrives_whole(self, harness: SinkHarness, sink: Sink[Any]) -> None:
+        sent = event(1, Text="0123456789abcdef" * (5 * 65_536))
+        sink.deliver([sent], 20.0)
+        assert harness.delivered(1) == [sent.body]
+
+    def test_events_arrive_in_the_order_of_the_call(self, harness: SinkHarness, sink: Sink[Any]) -> None:
+        sent = [event(number) for number in range(50)]
+        _deliver(sink, sent)
+        assert harness.delivered(50) == [each.body for each in sent]
+
+    def test_as_many_threads_as_it_asks_for_deliver_at_once(self, harness: SinkHarness, sink: Sink[Any]) -> None:
+        sent = [[event(thread * 100 + number) for number in range(25)] for thread in range(sink.concurrency)]
+        with ThreadPoolExecutor(sink.concurrency) as threads:
+            list(threads.map(lambda events: _deliver(sink, events), sent))
+        bodies = [each.body for events in sent for each in events]
+        assert sorted(harness.delivered(len(bodies))) == sorted(bodies)
+
+    def test_reopening_while_it_delivers_loses_and_repeats_nothing(self, harness: SinkHarness, sink: Sink[Any]) -> None:
+        done = threading.Event()
+
+        def reopen() -> None:
+            while not done.wait(0.001):
+                sink.reopen()
+
+        reopening = threading.Thread(target=reopen)
+        reopening.start()
+        try:
+            for number in range(40):
+                sink.deliver([event(number)], 10.0)
+        finally:
+            done.set()
+            reopening.join()
+        numbers = [json.loads(body)["FileUploadEvent"]["FileId"] for body in harness.delivered(40)]
+        assert numbers == list(map(str, range(40)))
+
+    def test_the_position_of_a_file_is_the_end_of_what_was_accepted(
+        self, harness: SinkHarness, sink: Sink[Any]
+    ) -> None:
+        if not isinstance(sink, Recoverable):
+            pytest.skip(f"{harness.sink_type} is not Recoverable")
+        before = sink.position()
+        sink.deliver([event(1)], 5.0)
+        after = sink.position()
+        assert (after.inode, after.offset_bytes) == (before.inode, before.offset_bytes + len(event(1).body) + 1)
+
+
+@pytest.fixture
+def vod_simulator() -> Iterator[Simulator]:
+    """VOD's event API at `vod_simulator.url`, with an empty queue; ask `vod_simulator.feed([body])` to fill it.
+
+    It runs in a thread of this process and takes every key whose id and secret are those of `SimulatorOptions`.
+    """
+    with Simulator(SimulatorOptions(port=0)) as simulator:
+        yield simulator
