@@ -25,7 +25,7 @@ import structlog
 
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError
 from vodpoller.events import Event, decode_json, make_event
-from vodpoller.simulator.service import Simulator, SimulatorOptions
+from vodpoller.simulator.service import Simulator
 from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig, SinkContext
 from vodpoller.sinks.registry import available_sinks
 
@@ -292,7 +292,7 @@ class SinkConformance:
 def vod_simulator() -> Iterator[Simulator]:
     """VOD's event API at `vod_simulator.url`, with an empty queue; ask `vod_simulator.feed([body])` to fill it.
 
-    It runs in a thread of this process and takes every key whose id and secret are those of `SimulatorOptions`.
+    It runs in a thread of this process, and takes every API key.
     """
-    with Simulator(SimulatorOptions(port=0)) as simulator:
+    with Simulator() as simulator:
         yield simulator
