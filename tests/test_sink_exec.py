@@ -148,7 +148,7 @@ def test_a_cwd_that_is_no_folder_is_a_config_error(opened, tmp_path, place):
     with pytest.raises(ConfigError) as excinfo:
         opened(["true"], cwd=str(tmp_path / place))
     (problem,) = excinfo.value.problems
-    assert problem.startswith(f"sinks.script.cwd: {tmp_path / place} is no folder (")
+    assert problem.startswith(f"sinks.script.cwd: {tmp_path / place} is not a folder (")
 
 
 def test_a_cwd_that_this_user_may_not_enter_is_a_config_error(opened, tmp_path, monkeypatch):

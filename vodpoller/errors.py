@@ -10,9 +10,9 @@ class VodpollerError(Exception):
     """The root of all errors that vodpoller raises on purpose.
 
     Args:
-        message: One sentence for a person: what happened and, where it is known, what to do.
-        error_code: Tencent's dotted error code, empty where the failure is not an API answer.
-        request_id: Tencent's RequestId, empty where there is none.
+        message: One sentence for a person: what happened and, if it is known, what to do.
+        error_code: Tencent's dotted error code, empty if the failure is not an API answer.
+        request_id: Tencent's RequestId, empty if there is none.
     """
 
     def __init__(self, message: str, *, error_code: str = "", request_id: str = "") -> None:
@@ -30,7 +30,7 @@ class TransientError(VodpollerError):
     """Try again.
 
     Args:
-        retry_after_secs: How long the other side asked to be left alone, None where it said nothing.
+        retry_after_secs: How long the other side asked to be left alone; None if it did not say.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class DeliveryWait:
     """Lets one thread wait until a number of deliveries are done, or until it is needed elsewhere.
 
     Args:
-        min_wait_secs: So long it waits whatever else there is to do.
+        min_wait_secs: It waits that long whatever else there is to do.
         should_yield: Called once `min_wait_secs` have passed. True ends the wait so that this thread can pull again.
     """
 
@@ -102,7 +102,7 @@ class DeliveryWait:
             return True
 
     def wait(self, timeout_secs: float) -> WaitEnd:
-        """Wait, at most so many seconds.
+        """Wait, at most that long, in seconds.
 
         Returns:
             Why the wait ended.

@@ -30,7 +30,7 @@ class Retrier:
         monotonic: The clock by which a row ages once it is claimed, in seconds.
 
     Attributes:
-        delivered: How many rows sinks accepted so far.
+        delivered: Number of rows that sinks accepted so far.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Retrier:
         """Submit what is due, as far as the workers have room for it; returns without waiting for them.
 
         Returns:
-            How many were submitted.
+            The number of rows that were submitted.
         """
         return sum(self._submit_due(worker) for worker in self._workers.values())
 

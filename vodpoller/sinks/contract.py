@@ -30,13 +30,13 @@ class SinkConfig(HasSecrets):
     )
     queue_max_events: Annotated[int, Field(ge=16, le=100_000)] = Field(
         default=1024,
-        description="How many events may wait for the sink in memory; more are stored at once.",
+        description="Maximum number of events that wait for the sink in memory; more are stored at once.",
     )
     breaker_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=5, description="So many distinct events failing in a row stop attempts until a probe succeeds."
+        default=5, description="Number of distinct events in a row whose failure stops attempts until a probe succeeds."
     )
     give_up_after_secs: Annotated[float, Field(gt=0)] = Field(
-        default=604_800.0, description="How old a stored event gets before it becomes a dead letter."
+        default=604_800.0, description="Age at which a stored event becomes a dead letter."
     )
 
     def claims(self) -> frozenset[str]:
@@ -93,9 +93,9 @@ class Sink(ABC, Generic[ConfigT]):
 
     Attributes:
         Config: The model of its settings. (A `ClassVar` must not depend on a type variable, so it is not one here.)
-        concurrency: How many threads call `deliver` at once.
-        batch_events: How many events one call takes at most.
-        timeout_secs: What `deliver` gets as its time limit.
+        concurrency: Number of threads that call `deliver` at the same time.
+        batch_events: Maximum number of events in one call.
+        timeout_secs: The time limit that `deliver` gets, in seconds.
     """
 
     Config: type[ConfigT]
@@ -133,7 +133,7 @@ class Sink(ABC, Generic[ConfigT]):
 
         Args:
             events: One to `batch_events` events.
-            timeout_secs: How long the call may take; it is the sink's duty to keep to it.
+            timeout_secs: Time limit of the call, in seconds; it is the sink's duty to keep to it.
 
         Raises:
             RejectedError: No event was accepted and none ever will be.

@@ -61,15 +61,17 @@ class ExecConfig(SinkConfig):
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=30.0,
-        description="How long the command may take in all. At the end, for a tenth of it but 2 s at most, it is"
+        description="Time limit of the command. At its end, for a tenth of it but 2 s at most, it is"
         " asked to end (SIGTERM), then killed with all that it started.",
     )
-    concurrency: Annotated[int, Field(ge=1, le=64)] = Field(default=4, description="How many commands may run at once.")
+    concurrency: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=4, description="Maximum number of commands that run at the same time."
+    )
     env: Annotated[dict[str, str], Field(max_length=100)] = Field(
         default_factory=dict,
         repr=False,
-        description="Added to its environment, which else has PATH, HOME, LANG, LC_*, TZ, TMPDIR and what is known of"
-        " the event. The values are never shown.",
+        description="Added to its environment, which otherwise has PATH, HOME, LANG, LC_*, TZ, TMPDIR and what is known"
+        " of the event. The values are never shown.",
     )
     cwd: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         default=None,
@@ -202,7 +204,7 @@ class ExecSink(Sink[ExecConfig]):
         }
         own = {f"{_OWN_PREFIX}{name}".encode(): _variable(value) for name, value in about.items()}
         try:
-            # A file in memory and not a pipe: nobody has to feed it, whatever the command does before it reads, or
+            # A file in memory and not a pipe: nothing has to feed it, whatever the command does before it reads, or
             # whether it reads at all.
             with open(os.memfd_create("event"), "w+b") as body:  # noqa: PTH123 - a descriptor has no path
                 body.write(encode(event, self._format))
@@ -230,8 +232,8 @@ class ExecSink(Sink[ExecConfig]):
 
         Args:
             run: What has ended.
-            code: As subprocess.Popen has it; None where it is not known.
-            timeout_secs: How long it was waited for; None where it ended before.
+            code: As subprocess.Popen has it; None if it is not known.
+            timeout_secs: Time that was waited for it; None if it ended before.
         """
         said = run.said(self._hidden)
         said = f": {said}" if said else ""
@@ -255,11 +257,11 @@ class _Run:
     """One command that runs, and the processes that it started: the group that has its process id for a number.
 
     The number is the group's for as long as the command is not reaped, even if it has ended. So signals are sent before
-    that only, or they might reach somebody else.
+    that only, or they might reach another process.
 
     Args:
         process: Just started, in a session of its own.
-        spare_bytes: How much of stderr is kept beyond what is shown.
+        spare_bytes: Amount of stderr that is kept beyond what is shown.
         monotonic: The clock, in seconds.
 
     Attributes:
@@ -291,7 +293,7 @@ class _Run:
 
         Args:
             ends_at: Monotonic time, in seconds, at which the waiting ends.
-            silent: Wait, too, until nobody holds its stderr open any more.
+            silent: Wait, too, until no process holds its stderr open any more.
 
         Returns:
             Whether it has ended.
@@ -329,7 +331,7 @@ class _Run:
         """Come to an end: what was told to stop is killed, what was said before that is read, the command is reaped.
 
         Returns:
-            The exit code, as subprocess.Popen has it. None where it is not known: it does not even die when it is
+            The exit code, as subprocess.Popen has it. None if it is not known: it does not even die when it is
             killed, or another part of this process has reaped it.
         """
         if self.stopped:
@@ -403,7 +405,7 @@ def _folder(name: str, config: ExecConfig) -> str | None:
     if config.cwd is None:
         return None
     if not Path(config.cwd).is_dir():
-        raise ConfigError([f"sinks.{name}.cwd: {config.cwd} is no folder (make it, or name one that exists)"])
+        raise ConfigError([f"sinks.{name}.cwd: {config.cwd} is not a folder (make it, or name one that exists)"])
     if not os.access(config.cwd, os.X_OK):
         raise ConfigError([f"sinks.{name}.cwd: {config.cwd} may not be entered by this user (chmod +x)"])
     return str(Path(config.cwd).absolute())

@@ -62,7 +62,7 @@ def cloudevent_key(document: Mapping[str, Any]) -> bytes | None:
         document: A JSON document that was read again.
 
     Returns:
-        None where it is no CloudEvent that `encode` could have made.
+        None if it is not a CloudEvent that `encode` could have made.
     """
     if document.get("specversion") != "1.0" or not all(
         isinstance(document.get(name), str) and document[name] for name in ("id", "source", "type")
@@ -73,7 +73,7 @@ def cloudevent_key(document: Mapping[str, Any]) -> bytes | None:
 
 
 def _cloudevent(event: Event) -> bytes:
-    # What could never be read (a dead letter that is delivered after all) is no JSON and must not be put in as such.
+    # What could never be read (a dead letter that is delivered after all) is not JSON and must not be put in as such.
     readable = bool(event.content) or _is_json(event.body)
     attributes = {
         "specversion": "1.0",

@@ -124,7 +124,7 @@ def _outlet(name: str, stream: _Stream | None) -> Outlet:
 
 
 def _rest_of_line(data: bytes, written_bytes: int, line_ends: Sequence[int]) -> bytes:
-    """What is missing of the line that was begun; empty where the last byte out was the end of one."""
+    """What is missing of the line that was begun; empty if the last byte out was the end of one."""
     if written_bytes == 0 or written_bytes in line_ends:
         # Nothing of this call's data is out, so what was missing before is missing still.
         return data[: line_ends[0]] if written_bytes == 0 else b""

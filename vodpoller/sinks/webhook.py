@@ -33,7 +33,7 @@ from vodpoller.sinks.formats import content_type, encode
 _REJECTING = frozenset({400, 413, 415, 422})
 _ANSWER_MAX_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
-_HIDDEN_FROM_CHARACTERS: Final = 8  # what is shorter would be found in words that are no secret
+_HIDDEN_FROM_CHARACTERS: Final = 8  # what is shorter would be found in words that are not secret
 _HIDDEN_PATH_FROM_CHARACTERS: Final = 20
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - what every such secret starts with, not a secret
@@ -65,7 +65,7 @@ class WebhookConfig(SinkConfig):
 
     type: Literal["webhook"] = Field(description="Each event is the body of a POST request.")
     url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(
-        description="Where requests go: http or https. Credentials belong into `headers`.",
+        description="Where requests go: http or https. Credentials belong in `headers`.",
         examples=["https://app.example/vod/callback"],
     )
     secret_file: Annotated[str, Field(max_length=4096)] | None = Field(
@@ -88,10 +88,10 @@ class WebhookConfig(SinkConfig):
         examples=["/etc/vodpoller/ca.pem"],
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
-        default=5.0, description="How long a request may take in all, from the name lookup to the end of the answer."
+        default=5.0, description="Time limit of a request, from the name lookup to the end of the answer."
     )
     concurrency: Annotated[int, Field(ge=1, le=512)] = Field(
-        default=8, description="How many requests may be under way at once."
+        default=8, description="Maximum number of requests at the same time."
     )
 
     @field_validator("url")
@@ -123,7 +123,7 @@ class WebhookConfig(SinkConfig):
                 _signing_key(value.get())
             except ValueError as error:
                 key = "secret_file" if info.data.get("secret_file") else ""
-                problem = {"why": f"it is no signing secret: {error} (right: {_SECRET_HELP})", "key": key}
+                problem = {"why": f"it is not a signing secret: {error} (right: {_SECRET_HELP})", "key": key}
                 raise PydanticCustomError("vodpoller", "{why}", problem) from None
         return value
 
@@ -156,8 +156,7 @@ class WebhookSink(Sink[WebhookConfig]):
     Args:
         name: Of the sink.
         config: Its settings.
-        wall: The time that is sent, in seconds since the epoch.
-        monotonic: The clock of the time limit, in seconds.
+        context: The log and the clocks; its wall clock is the time that is sent.
 
     Raises:
         ConfigError: What the environment says of proxies or certificates cannot be used.
@@ -195,7 +194,7 @@ class WebhookSink(Sink[WebhookConfig]):
     def probe(cls, name: str, config: WebhookConfig, context: SinkContext) -> str:
         """Whether a connection can be made and, for https, its certificate be trusted. No request is sent.
 
-        Where a proxy is in between, a connection to the proxy is all that can be had without a request.
+        If a proxy is in between, a connection to the proxy is all that can be had without a request.
         """
         sink = cls(name, config, context)
         try:
@@ -274,7 +273,7 @@ class WebhookSink(Sink[WebhookConfig]):
                 key = _signing_key(secret)
             except ValueError as error:
                 raise TransientError(
-                    f"sinks.{self.name}.secret_file now holds no signing secret: {error} (right: {_SECRET_HELP};"
+                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {error} (right: {_SECRET_HELP};"
                     " then reload)"
                 ) from None
             self._signing = (secret, key)

@@ -27,11 +27,11 @@ class DownloadConfig(SinkConfig):
     )
     allow_private: bool = Field(
         default=False,
-        description="Whether these hosts may have addresses that are not public. Where the environment names a proxy,"
+        description="Whether these hosts may have addresses that are not public. If the environment names a proxy,"
         " it is the proxy that connects, and addresses are not looked at.",
     )
     max_bytes: Annotated[int, Field(ge=1, le=1 << 34)] = Field(
-        default=20 << 20, description="How long an image may be; an event with a longer one is rejected."
+        default=20 << 20, description="Maximum size of an image, in bytes; an event with a larger one is rejected."
     )
     ca_file: CaFile | None = Field(
         default=None,
@@ -40,10 +40,10 @@ class DownloadConfig(SinkConfig):
         examples=["/etc/vodpoller/ca.pem"],
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
-        default=60.0, description="How long fetching may take for all images of an event together."
+        default=60.0, description="Time limit of fetching all images of an event together."
     )
     concurrency: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=4, description="For how many events at once images are fetched."
+        default=4, description="Maximum number of events whose images are fetched at the same time."
     )
 
     @field_validator("path")

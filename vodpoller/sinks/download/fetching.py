@@ -32,7 +32,7 @@ class Fetching:
     """Fetching the images of one event.
 
     Args:
-        timeout_secs: How long it may take in all.
+        timeout_secs: Time limit of it all, in seconds.
         ends_at: Monotonic time, in seconds.
         urls: What went where, by the path below the root.
     """
@@ -179,7 +179,7 @@ class Fetcher:
             raise RejectedError(f"{where} is a page ({media_type_of(response)}), not an image")
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding != "identity":
-            raise TransientError(f"{where} came compressed, which nobody asked for")
+            raise TransientError(f"{where} came compressed, which was not asked for")
         announced = response.headers.get("Content-Length", "")
         # Through a float: Python makes no integer of more than 4300 digits.
         if re.fullmatch("[0-9]+", announced) and float(announced) > self._config.max_bytes:

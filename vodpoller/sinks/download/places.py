@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-# The fields of `path`, and how long their values get at most: what is longer is replaced.
+# The fields of `path`, and the maximum length of their values: what is longer is replaced.
 FIELDS: Final = {
     "file_id": 100,
     "task_id": 100,
@@ -92,7 +92,7 @@ class Places:
 
 
 def safe_name(value: str, max_characters: int) -> str:
-    """The value where it can be a part of a file's name as it is, else a name that only this value has.
+    """The value if it can be a part of a file's name as it is, else a name that only this value has.
 
     Args:
         value: Anything.
@@ -105,7 +105,7 @@ def safe_name(value: str, max_characters: int) -> str:
 
 
 def extension_in(url: str) -> str:
-    """How the URL's path ends, where that is an image's extension; else nothing."""
+    """How the URL's path ends, if that is an image's extension; otherwise nothing."""
     try:
         name = unquote(urlsplit(url).path)
     except ValueError:

@@ -157,7 +157,7 @@ class ImageFolder:
                 if make:
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o750, dir_fd=fd)
-                    self._folders.sync(place, fd)  # always: whoever made it may not have come to this step
+                    self._folders.sync(place, fd)  # always: the process that made it may not have come to this step
                 place /= name
                 outer, fd = fd, os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
                 os.close(outer)
@@ -173,7 +173,7 @@ class ImageFolder:
             self._tidied.clear()
         self._tidied.add(names)
         for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
-            with suppress(OSError):  # removed by another, or in use, or nobody can tell without locks: it may stay
+            with suppress(OSError):  # removed by another, or in use, or that is unknown without locks: it may stay
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -47,12 +47,12 @@ class OpenFile:
     is at once, may be between lines of ours that then come twice.
 
     Args:
-        path: Created where it does not exist.
+        path: Created if it does not exist.
         files: The file system.
         folders: Syncs the file's name.
 
     Raises:
-        OSError: It cannot be opened, or is no regular file.
+        OSError: It cannot be opened, or is not a regular file.
     """
 
     def __init__(self, path: Path, files: Files, folders: Folders) -> None:
@@ -63,7 +63,7 @@ class OpenFile:
         try:
             status = os.fstat(self._fd)
             check_kind(status.st_mode, path)
-            # Always, not only for a new file: whoever created it may have died before this step.
+            # Always, not only for a new file: the process that created it may have died before this step.
             folders.sync(path.parent)
         except BaseException:
             os.close(self._fd)
@@ -75,14 +75,14 @@ class OpenFile:
 
     @property
     def unlinked(self) -> bool:
-        """Whether somebody removed the file: what is written to it is lost."""
+        """Whether another process removed the file: what is written to it is lost."""
         return os.fstat(self._fd).st_nlink == 0
 
     def look(self) -> int:
         """Look at the file before an append, and cut off what a failed one left behind.
 
         Returns:
-            How many bytes other processes have added since the last append; negative if they took some away.
+            Number of bytes that other processes have added since the last append; negative if they took some away.
 
         Raises:
             OSError: The tail could not be cut off.
@@ -145,11 +145,11 @@ class OpenFile:
         """Cut off what a crash left behind of a line of ours, and let everything else end with its line.
 
         Args:
-            floor_bytes: What lies before is known to be whole; None where nothing is known of the file.
+            floor_bytes: What lies before is known to be whole; None if nothing is known of the file.
             was_ours: This path has been written to by this sink before.
 
         Returns:
-            The length of a last line that was not finished and is none of ours, in bytes; 0 if there was none.
+            The length of a last line that was not finished and is not one of ours, in bytes; 0 if there was none.
 
         Raises:
             OSError: It cannot be repaired, or nothing in the file can be from here.

@@ -29,7 +29,7 @@ def end_of_sound(fd: int, size: int, floor: int | None) -> int:
     """Where the part ends that a crash left whole. What lies beyond is torn lines of ours.
 
     Blocks that were not synced reach the disk in any order, so zeros may lie before whole lines. Those were not synced
-    either, hence nobody took them for accepted, and they are cut off as well: their events come again. Where nothing is
+    either, hence they were never taken for accepted, and are cut off as well: their events come again. If nothing is
     known of the file, older lines may stand there, and only its end is looked at.
     """
     known = min(floor or 0, size)

@@ -38,7 +38,7 @@ class Lock:
         self._noted, self._is_used = (inode, size_bytes), False
 
     def recall(self, inode: int) -> int | None:
-        """For recovery: to which size, at the least, others cut a file; None if they did not."""
+        """For recovery: the smallest size to which others cut a file; None if they did not."""
         self._is_used = True
         return self._noted[1] if self._noted is not None and self._noted[0] == inode else None
 

@@ -16,7 +16,7 @@ _INSTEAD = {
 
 
 def check_kind(mode: int, path: Path) -> None:
-    """Raise an OSError that says what to use instead, if it is no regular file."""
+    """Raise an OSError that says what to use instead, if it is not a regular file."""
     if not stat.S_ISREG(mode):
         kind = kind_of_file(mode)
         instead = f", or {_INSTEAD[kind]}" if kind in _INSTEAD else ""

@@ -73,7 +73,7 @@ class Recovery:
         return [Stretch(mark.inode, start_bytes), *(Stretch(inode, 0) for inode in younger), current]
 
     def _start_after(self, mark: Position) -> int:
-        """Where the unknown lines start: at the mark, or at 0 where the file cannot be the one that was marked.
+        """Where the unknown lines start: at the mark, or at 0 if the file cannot be the one that was marked.
 
         A mark stands at the end of a line. A file that is shorter, or has no line end there, was emptied or replaced.
         """
@@ -116,7 +116,7 @@ class Recovery:
         lacks_its_end = start < end and is_object(readable_fd, start, end)
         if (end == status.st_size and not lacks_its_end) or not may_be_ours(readable_fd):
             return
-        # The right to write may have been taken away when it was rotated: that is no reason not to start.
+        # The right to write may have been taken away when it was rotated: the start must not fail for it.
         with suppress(PermissionError):
             fd = self._relatives.open(status.st_ino, os.O_RDWR | os.O_APPEND)
             if fd is not None:
@@ -142,7 +142,7 @@ class Recovery:
             stretches: What to read, oldest first.
             sub_app_ids: The SubAppIds whose events may be in the lines.
             end: Where the last portion ends.
-            say_foreign: Told at the end, before the last portion, how many bytes other processes wrote.
+            say_foreign: Told at the end, before the last portion, the number of bytes that other processes wrote.
 
         Raises:
             OSError: A file cannot be read.

@@ -22,7 +22,7 @@ class Relative:
     Args:
         path: Its path.
         changed_at_ns: Time of its last change.
-        is_rotated: Whether its name is one that logrotate gives, and not that of a copy somebody made.
+        is_rotated: Whether its name is one that logrotate gives, and not that of a copy that a person made.
     """
 
     path: str

@@ -38,7 +38,7 @@ class FileConfig(SinkConfig):
 
     type: Literal["file"] = Field(description="Events are appended to a file, one JSON document a line.")
     path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
-        description="The file; relative to the working directory where it is not absolute. Missing folders are made.",
+        description="The file; relative to the working directory if it is not absolute. Missing folders are made.",
         examples=["/var/lib/vodpoller/events.jsonl"],
     )
 
@@ -135,7 +135,7 @@ class FileSink(Sink[FileConfig]):
             self._reopen_if_wanted()
 
     def reopen(self) -> None:
-        """Open the path again, at once or, where an append is running, after it."""
+        """Open the path again, at once or, if an append is running, after it."""
         self._reopen_wanted = True
         if self._lock.acquire(blocking=False):
             try:
@@ -203,7 +203,7 @@ class FileSink(Sink[FileConfig]):
             ) from None
 
     def _reopen_if_wanted(self) -> None:
-        """Reopen where that was asked for; what fails is tried again, and reported, by the next append."""
+        """Reopen if that was asked for; what fails is tried again, and reported, by the next append."""
         if self._reopen_wanted and not self._closed:
             with suppress(OSError):
                 self._reopen_now()
@@ -264,7 +264,7 @@ class FileSink(Sink[FileConfig]):
     def _line(self, event: Event) -> bytes:
         body = encode(event, self._format)
         if b"\n" in body:
-            raise RejectedError("the body holds a raw newline, so it is no JSON line")
+            raise RejectedError("the body holds a raw newline, so it is not a JSON line")
         return body + b"\n"
 
     def _portions(
@@ -297,7 +297,7 @@ class FileSink(Sink[FileConfig]):
         return ConfigError([f"sinks.{self.name}.path: {problem}"])
 
     def _failure(self, error: OSError, what: str) -> ConfigError | TransientError:
-        """What stopped the start: a mistake that stays until somebody mends it, or a disk's trouble that may pass."""
+        """What stopped the start: a mistake that the operator must correct, or a disk's trouble that may pass."""
         problem = f"{place_of(error, self._path)} {what}: {why(error)}"
         if may_pass(error):
             return TransientError(f"sinks.{self.name}.path: {problem}")
