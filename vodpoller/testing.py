@@ -29,7 +29,7 @@ from vodpoller.simulator.service import Simulator
 from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig, SinkContext
 from vodpoller.sinks.registry import available_sinks
 
-__all__ = ["SinkConformance", "SinkHarness", "event", "sink_conformance", "vod_simulator"]
+__all__ = ["Simulator", "SinkConformance", "SinkHarness", "event", "sink_conformance", "vod_simulator"]
 
 SLACK_SECS: Final = 1.5  # what a busy machine may add to a time limit
 Ability = Literal["hang", "refuse", "reject"]
