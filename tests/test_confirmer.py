@@ -69,11 +69,13 @@ def confirming(clock, log):
     """Makes a client and confirms with it: (the client, what was confirmed)."""
     confirmers = {}
 
-    def confirm(handles=HANDLES, *, vod=None, lease_left_secs=25.0, source="main", **more):
+    def confirm(handles=HANDLES, *, vod=None, lease_left_secs=25.0, source="main", on_acknowledged=None, **more):
         vod = vod or FakeVod(clock, **more)
         confirmer = confirmers.setdefault(id(vod), make_confirmer(vod, log, clock))
         lease = Lease(starts_at=clock() - 30.0 + lease_left_secs, secs=30.0)
-        confirmations = confirmer.confirm(source, 1500000001, handles, lease)
+        confirmations = confirmer.confirm(
+            source, 1500000001, handles, lease, on_acknowledged=on_acknowledged or (lambda _handles: None)
+        )
         assert list(confirmations) == list(handles)
         vod.results = {handle: it.result.value for handle, it in confirmations.items()}
         return vod, frozenset(it for it, result in vod.results.items() if result == "confirmed")
@@ -130,6 +132,30 @@ def test_a_stale_handle_does_not_keep_the_next_sixteen_from_being_confirmed(conf
     handles = [f"h{number}" for number in range(32)]
     _, confirmed = confirming(handles, stale=["h3"])
     assert confirmed == frozenset(handles) - {"h3"}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({}, [HANDLES]),
+        ({"stale": ["h3"]}, [HANDLES[8:], HANDLES[4:8], HANDLES[:2], ["h2"]]),
+        ({"stale": HANDLES}, []),
+        ({"script": [TransientError("lost"), refusal()]}, [HANDLES]),
+        ({"script": [ThrottledError("slower"), OperatorError("no right")]}, []),
+    ],
+)
+def test_what_a_call_had_acknowledged_is_told_before_the_next_call(confirming, clock, more, told):
+    vod = FakeVod(clock, **more)
+    calls = []
+    confirming(vod=vod, on_acknowledged=lambda handles: calls.append((len(vod.calls), handles)))
+    assert sorted(handles for _, handles in calls) == sorted(told)
+    assert all(vod.calls[number - 1] == handles for number, handles in calls)
+
+
+def test_a_call_lasts_no_longer_than_the_first_of_its_leases(confirming, clock):
+    """What VOD did with a handle whose lease is over could only be guessed then."""
+    vod, _ = confirming(lease_left_secs=4.0)
+    assert vod.timeouts == [4.0]
 
 
 def test_transient_errors_repeat_the_same_set(confirming, lines):

@@ -32,6 +32,7 @@ def test_content_that_names_its_task_or_its_upload_has_an_id(content):
         {"EventType": "ProcessImageAsyncComplete", "ProcessImageAsyncCompleteEvent": {"EncodeConfig": {}}},
         {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": "", "FileId": "1"}},
         {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": None}},
+        {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": 0}},
         {"EventType": "TranscodeComplete", "TranscodeCompleteEvent": {"TaskId": True}},
         {"EventType": "Unknown", "UnknownEvent": {"Input": {"TaskId": "of another"}}},
         {"EventType": "Unknown", "UnknownEvent": [{"TaskId": "of another"}]},
@@ -148,8 +149,8 @@ def test_an_empty_answer_of_another_source_proves_nothing(scene):
     assert scene.bring(1, sent=142) == old
 
 
-@pytest.mark.parametrize(("sent", "proves"), [(29.9, False), (30.0, True)])
-def test_after_the_start_it_proves_nothing_for_a_lease(scene, sent, proves):
+@pytest.mark.parametrize(("sent", "proves"), [(34.9, False), (35.0, True)])
+def test_after_the_start_it_proves_nothing_while_an_answer_may_have_gone_astray(scene, sent, proves):
     scene.occurrences.add(
         Occurrence(key=b"old", content_key=b"c", source=SOURCE, lease_ends_at=-5.0, leased_until=None)
     )
@@ -157,10 +158,11 @@ def test_after_the_start_it_proves_nothing_for_a_lease(scene, sent, proves):
     assert (scene.bring(1, sent=40) != [b"old"]) is proves
 
 
-@pytest.mark.parametrize(("sent", "proves"), [(179.9, False), (180.0, True)])
-def test_after_an_answer_that_was_lost_it_proves_nothing_for_a_lease(scene, sent, proves):
+@pytest.mark.parametrize(("lost", "sent", "proves"), [(150, 179.9, False), (150, 180.0, True), (141, 174.9, False)])
+def test_after_an_answer_that_was_lost_it_proves_nothing_for_a_lease(scene, lost, sent, proves):
+    """VOD may hold a pull whose connection broke, and hand out events to it until its 5 s are over."""
     old = scene.bring(1, sent=100, answered=101)
-    scene.lose(sent=140, lost=150)
+    scene.lose(sent=140, lost=lost)
     scene.empty(sent=sent)
     assert (scene.bring(1, sent=190) != old) is proves
 
@@ -188,16 +190,16 @@ def test_what_is_proved_is_for_good_when_no_pull_is_outstanding_from_then(scene)
 
 
 def test_what_came_before_the_start_is_taken_when_its_lease_is_over(scene):
+    """Two seconds early: the wall clock may be behind."""
     scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=12.0, leased_until=None))
-    assert scene.bring(1, sent=5, answered=11.9) != [b"old"]
-    assert scene.bring(1, sent=6, answered=12.0) == [b"old"]
+    assert scene.bring(1, sent=5, answered=9.9) != [b"old"]
+    assert scene.bring(1, sent=6, answered=10.0) == [b"old"]
 
 
 def test_a_lease_from_before_the_start_lasts_no_longer_than_any(scene):
     """The wall clock by which it is known may have been set back."""
     scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=1e9, leased_until=None))
-    assert scene.bring(1, sent=25, answered=29.9) != [b"old"]
-    assert scene.bring(1, sent=26, answered=30.0) == [b"old"]
+    assert scene.bring(1, sent=0, answered=0.1) == [b"old"]
 
 
 def test_keys_are_made_of_content_and_chance():

@@ -83,8 +83,8 @@ class Found:
         swallowed: Number of events that VOD has forgotten and that were not delivered.
         doubled: Number of deliveries under a second key.
         excused: Number of events that may be doubled: VOD refused them, and an answer of theirs had been lost.
-        unheard: Number of events whose confirm was carried out by VOD, and its result died with the process: for each,
-            one that equals it may be swallowed.
+        unheard: Number of events whose confirm was carried out by VOD, and its result did not come: it died with the
+            process, or no answer came until the lease ended. For each, one that equals it may be swallowed.
         crashes: Number of kills.
     """
 
@@ -331,9 +331,7 @@ class Batch:
         if not is_refused:
             for event in self.events:
                 event.is_confirmed = True
-        ends_at = self.sent_at + LEASE_SECS
-        has_time = model.clock() + 1.0 < ends_at  # what no answer ever says, nothing can tell: the last one arrives
-        if fate > 1 - harm.lost_confirms and has_time:
+        if fate > 1 - harm.lost_confirms:  # the answer is lost
             self._confirm_was_lost()
         else:
             model.at(model.random.uniform(0.002, 0.025), lambda: self._confirm_answered(is_refused), self.process)
@@ -371,9 +369,10 @@ CIRCUMSTANCES = st.builds(
 
 @MODEL
 @given(seed=st.integers(0, 2**32), circumstances=CIRCUMSTANCES)
-def test_without_a_crash_nothing_is_swallowed_and_nothing_doubled(seed, circumstances):
+def test_without_a_kill_nothing_is_swallowed_and_nothing_doubled(seed, circumstances):
     found = tell(seed, circumstances, births=60)
-    assert (found.swallowed, found.doubled) == (0, 0), found
+    assert found.doubled == 0, found
+    assert found.swallowed <= found.unheard, found
 
 
 @MODEL

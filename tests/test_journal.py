@@ -634,59 +634,6 @@ def test_the_mark_stays_below_what_is_in_memory_only(journal, path):
     assert journal.position("it") == at(300)
 
 
-def test_the_mark_of_a_write_that_fails_after_others_that_wait_stays_back(journal, path, monkeypatch):
-    """A flush that comes between must not carry the mark of rows that are not written."""
-    with Locked(path):
-        accept(journal, 1, position=at(100))
-    write = journal.commits.write
-
-    def flush_then_fail(work, *, durable):
-        monkeypatch.setattr(journal.commits, "write", write)
-        journal.flush()
-        raise sqlite3.OperationalError("disk I/O error")
-
-    monkeypatch.setattr(journal.commits, "write", flush_then_fail)
-    accept(journal, 2, position=at(200))
-    assert journal.unwritten == 1
-    assert journal.position("it") == at(100)
-    journal.flush()
-    assert journal.position("it") == at(200)
-
-
-def test_a_mark_that_waits_while_its_rows_are_written_is_written_with_the_next_flush(journal, path, monkeypatch):
-    with Locked(path):
-        accept(journal, 1, position=at(100))
-    write = journal.commits.write
-
-    def flush_then_write(work, *, durable):
-        monkeypatch.setattr(journal.commits, "write", write)
-        journal.flush()
-        write(work, durable=durable)
-
-    monkeypatch.setattr(journal.commits, "write", flush_then_write)
-    accept(journal, 2, position=at(200))
-    journal.flush()
-    assert journal.position("it") == at(200)
-
-
-def test_a_mark_that_waited_never_takes_a_later_one_back(journal, path, monkeypatch):
-    with Locked(path):
-        accept(journal, 1, position=at(100))
-    write = journal.commits.write
-
-    def flush_then_write(work, *, durable):
-        monkeypatch.setattr(journal.commits, "write", write)
-        journal.flush()
-        write(work, durable=durable)
-
-    monkeypatch.setattr(journal.commits, "write", flush_then_write)
-    accept(journal, 2, position=at(200))
-    assert journal.unwritten == 0
-    accept(journal, 3, position=at(300))
-    journal.flush()
-    assert journal.position("it") == at(300)
-
-
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.sampled_from(["accept", "accept locked", "flush", "flush locked"]), max_size=12))
 def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, steps):

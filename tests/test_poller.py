@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import FakeClock, named, until
 from vodpoller.delivery.in_flight import WaitEnd
-from vodpoller.errors import OperatorError, StoppingError, TransientError
+from vodpoller.errors import OperatorError, StoppingError, ThrottledError, TransientError
 from vodpoller.events import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.poller import Poller
@@ -427,7 +427,8 @@ def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
         (TransientError("no answer"), [("lost", "main")]),
         (TransientError("500", error_code="InternalError.Db"), [("lost", "main")]),
         (RuntimeError("unforeseen"), [("lost", "main")]),
-        (TransientError("slower", error_code="RequestLimitExceeded"), []),
+        (TransientError("100 MB", error_code="AnswerTooLarge"), [("lost", "main")]),
+        (ThrottledError("slower", error_code="RequestLimitExceeded"), []),
         (OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound"), []),
     ],
 )

@@ -11,8 +11,9 @@ each arrival is a new *occurrence* with a key of its own, unless VOD may be brin
 
 An empty answer proves that if its pull was sent when the lease had certainly ended, and if it came before the pull
 was sent that brings this arrival: of two pulls that were outstanding together either may have got the event. It proves
-nothing within a lease of the start, or of an answer that was lost: VOD may have handed the event out unseen. When no
-pull can be outstanding any more that was so when it came, what it proves is for good.
+nothing within a lease of the start, or of an answer that was lost: VOD may have handed the event out unseen, also
+after the connection broke, for as long as it holds a pull. A lease later what it proves is for good: a pull that was
+outstanding when it came has been answered or lost by then, and what that one brought is leased anew.
 """
 
 import hashlib
@@ -25,7 +26,9 @@ from math import inf
 from typing import Any, Final
 
 _SALT_BYTES: Final = 16
-_EMPTY_KEPT: Final = 256  # the last empty answers; far more than come while one pull is outstanding
+_EMPTY_KEPT: Final = 256  # the last empty answers; they come at most once a second from one puller, for a lease
+_HELD_SECS: Final = 5.0  # how long VOD holds a pull while its queue is empty ("PullEvents", product/266/34183)
+_CLOCK_SLACK_SECS: Final = 2.0  # by which the wall clock may be behind after a restart
 
 
 def has_own_id(content: Mapping[str, Any]) -> bool:
@@ -42,7 +45,7 @@ def has_own_id(content: Mapping[str, Any]) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+    return isinstance(value, str | int) and not isinstance(value, bool) and value not in ("", 0)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -63,9 +66,13 @@ class Occurrence:
     lease_ends_at: float
     leased_until: float | None
 
-    def is_gone(self, gone_before: float) -> bool:
-        """Whether it is among the occurrences that were not leased any more at a monotonic time, in seconds."""
-        return gone_before > -inf if self.leased_until is None else self.leased_until <= gone_before
+    def was_over_at(self, time: float) -> bool:
+        """Whether its lease had certainly ended.
+
+        Args:
+            time: Monotonic time, in seconds, after one lease of the start; minus infinity is before all.
+        """
+        return time > -inf if self.leased_until is None else self.leased_until <= time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +98,14 @@ class _Pulls:
     """
 
     def __init__(self, started_at: float) -> None:
-        self._unseen_at = started_at
+        self._unseen_at = started_at + _HELD_SECS
         self._empty: deque[_Empty] = deque(maxlen=_EMPTY_KEPT)
 
     def empty(self, sent_at: float, answered_at: float) -> None:
         self._empty.append(_Empty(sent_at=sent_at, answered_at=answered_at, unseen_at=self._unseen_at))
 
     def lost(self, sent_at: float, lost_at: float) -> None:
-        self._unseen_at = lost_at
+        self._unseen_at = max(lost_at, sent_at + _HELD_SECS)
         # What was asked for meanwhile may have been empty since the lost answer held the event.
         before = [empty for empty in self._empty if empty.answered_at <= sent_at]
         self._empty = deque(before, maxlen=_EMPTY_KEPT)
@@ -129,7 +136,7 @@ class Occurrences:
         self._started_at = started_at
         self._draw = draw
         self._lock = threading.Lock()
-        self._by_content: dict[bytes, list[Occurrence]] = {}
+        self._by_content: dict[bytes, dict[bytes, Occurrence]] = {}
         self._by_key: dict[bytes, Occurrence] = {}
         self._pulls: dict[str, _Pulls] = {}
 
@@ -160,15 +167,18 @@ class Occurrences:
         new: list[Occurrence] = []
         with self._lock:
             gone_before = self._pulls_of(source).gone_before(sent_at, lease_secs)
-            for content_key in content_keys:
-                again = (
-                    it
-                    for it in self._by_content.get(content_key, ())
-                    if it not in found
-                    and self._lease_ends_at(it, lease_secs) <= answered_at
-                    and not it.is_gone(gone_before)
+            old = {
+                content_key: iter(
+                    [
+                        it
+                        for it in self._by_content.get(content_key, {}).values()
+                        if self._lease_ends_at(it, lease_secs) <= answered_at and not it.was_over_at(gone_before)
+                    ]
                 )
-                occurrence = next(again, None)
+                for content_key in set(content_keys)
+            }
+            for content_key in content_keys:
+                occurrence = next(old[content_key], None)
                 if occurrence is None:
                     occurrence = self._make(content_key, source)
                     new.append(occurrence)
@@ -187,8 +197,10 @@ class Occurrences:
     def _lease_ends_at(self, occurrence: Occurrence, lease_secs: float) -> float:
         if occurrence.leased_until is not None:
             return occurrence.lease_ends_at
-        # A lease from before the start is known by the wall clock, which may have been set back.
-        return min(occurrence.lease_ends_at, self._started_at + lease_secs)
+        # A lease from before the start is known by the wall clock, which may have been set back. To take an occurrence
+        # too early does no harm: no thread holds its handle any more, and what comes later is a new one then.
+        ends_at = occurrence.lease_ends_at - _CLOCK_SLACK_SECS
+        return ends_at if ends_at <= self._started_at + lease_secs else -inf
 
     def forget(self, keys: Iterable[bytes]) -> list[bytes]:
         """VOD will not bring these again, or they were never delivered.
@@ -216,9 +228,11 @@ class Occurrences:
             pulls.empty(sent_at, answered_at)
             if not self._by_key:
                 return []
-            # Whatever was outstanding a lease ago has been answered, or its events have come into view again.
+            # A pull that was outstanding beside an empty answer of a lease ago has been answered or lost since then.
             gone_before = pulls.gone_before(answered_at - lease_secs, lease_secs)
-            gone = [it.key for it in self._by_key.values() if it.source == source and it.is_gone(gone_before)]
+            if gone_before == -inf:
+                return []
+            gone = [it.key for it in self._by_key.values() if it.source == source and it.was_over_at(gone_before)]
             return [key for key in gone if self._remove(key)]
 
     def answer_lost(self, source: str, *, sent_at: float, lost_at: float) -> None:
@@ -233,7 +247,7 @@ class Occurrences:
             self._pulls_of(source).lost(sent_at, lost_at)
 
     def _add(self, occurrence: Occurrence) -> None:
-        self._by_content.setdefault(occurrence.content_key, []).append(occurrence)
+        self._by_content.setdefault(occurrence.content_key, {})[occurrence.key] = occurrence
         self._by_key[occurrence.key] = occurrence
 
     def _remove(self, key: bytes) -> bool:
@@ -241,7 +255,7 @@ class Occurrences:
         if occurrence is None:
             return False
         equal = self._by_content[occurrence.content_key]
-        equal.remove(occurrence)
+        del equal[key]
         if not equal:
             del self._by_content[occurrence.content_key]
         return True

@@ -33,7 +33,6 @@ from vodpoller.vod.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
 
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1
-_ACKNOWLEDGED: Final = frozenset({ConfirmResult.CONFIRMED, ConfirmResult.REFUSED_AFTER_LOST})
 _UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
 _UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
 
@@ -62,7 +61,7 @@ class _Item:
     @property
     def is_acknowledged(self) -> bool:
         """Whether VOD has forgotten it: confirmed, or probably so by a request whose answer was lost."""
-        return self.confirmation is not None and self.confirmation.result in _ACKNOWLEDGED
+        return self.confirmation is not None and self.confirmation.result.is_acknowledged
 
     @property
     def is_confirmed(self) -> bool:
@@ -238,20 +237,20 @@ class Pipeline:
 
     def _identify(self, items: Sequence[_Item], batch: Batch) -> None:
         """Give each event that has no id of its own the key of its occurrence, if any sink or the journal gets it."""
-        unnamed = [
+        without_id = [
             item
             for item in items
             if (item.wanted or item.results or item.letters) and not has_own_id(item.event.content)
         ]
-        if unnamed:
+        if without_id:
             try:
-                keys = self._journal.identify([item.event.key for item in unnamed], batch.pulled(self._monotonic()))
+                keys = self._journal.identify([item.event.key for item in without_id], batch.pulled(self._monotonic()))
             except StorageError:  # the journal has said so
-                for item in unnamed:
+                for item in without_id:
                     item.wanted, item.verdict = (), Verdict.leave(Reason.JOURNAL_FAILED)
                     item.results.clear()
             else:
-                for item, key in zip(unnamed, keys, strict=True):
+                for item, key in zip(without_id, keys, strict=True):
                     item.event = replace(item.event, key=key)
                     item.letters = [replace(letter, event=item.event) for letter in item.letters]
         for item in items:
@@ -350,16 +349,21 @@ class Pipeline:
         safe = [item for item in items if item.verdict.may_confirm]
         if not safe:
             return
-        handles = list(dict.fromkeys(item.handle for item in safe))
+        keys: dict[str, list[bytes]] = {}
+        for item in safe:
+            keys.setdefault(item.handle, []).append(item.event.key)
         source = batch.source
-        confirmations = self._confirmer.confirm(source.name, source.sub_app_id, handles, batch.lease)
+        confirmations = self._confirmer.confirm(
+            source.name,
+            source.sub_app_id,
+            list(keys),
+            batch.lease,
+            on_acknowledged=lambda handles: self._journal.confirmed([key for it in handles for key in keys[it]]),
+        )
         for item in safe:
             item.confirmation = confirmations.get(item.handle, _UNKNOWN)
         if any(item.is_confirmed for item in safe):
             self.last_confirm_at = self._wall()
-        acknowledged = [item.event.key for item in safe if item.is_acknowledged]
-        if acknowledged:
-            self._journal.confirmed(acknowledged)
 
     def _finish(self, items: Sequence[_Item], batch: Batch) -> None:
         """The one place where events get their lines and are counted."""

@@ -10,7 +10,7 @@ from vodpoller.backoff import Backoff
 from vodpoller.batch import Batch
 from vodpoller.batch import Source as PulledSource
 from vodpoller.delivery.in_flight import DeliveryWait
-from vodpoller.errors import OperatorError, StoppingError, TransientError, VodpollerError
+from vodpoller.errors import OperatorError, StoppingError, ThrottledError, TransientError, VodpollerError
 from vodpoller.journal.contract import Pulled
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
@@ -403,6 +403,5 @@ class Poller:
 
 
 def _may_have_brought_events(error: Exception) -> bool:
-    """Whether VOD may have handed out events to a pull that failed: all but what it refused with a code of its own."""
-    code = error.error_code if isinstance(error, VodpollerError) else ""
-    return not code or code.startswith("InternalError")
+    """Whether VOD may have handed out events to a pull that failed: not if it was not sent, or VOD refused it."""
+    return not isinstance(error, ThrottledError | OperatorError)

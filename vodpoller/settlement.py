@@ -83,6 +83,11 @@ class ConfirmResult(StrEnum):
     NOT_ALLOWED = "not_allowed"
     STOPPING = "stopping"
 
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether VOD has forgotten the event, or probably so."""
+        return self in (ConfirmResult.CONFIRMED, ConfirmResult.REFUSED_AFTER_LOST)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkResult:

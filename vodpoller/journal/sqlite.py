@@ -145,6 +145,7 @@ class SqliteJournal(Journal):
 
     def identify(self, content_keys: Sequence[bytes], pulled: Pulled) -> list[bytes]:
         now = self._monotonic()
+        lease_ends_at = self._wall() - pulled.sent_ago_secs + pulled.lease_secs
         found, new = self._occurrences.identify(
             content_keys,
             source=pulled.source,
@@ -152,7 +153,6 @@ class SqliteJournal(Journal):
             answered_at=now - pulled.answered_ago_secs,
             lease_secs=pulled.lease_secs,
         )
-        lease_ends_at = self._wall() - pulled.sent_ago_secs + pulled.lease_secs
         again = [(lease_ends_at, occurrence.key) for occurrence in found if occurrence not in new]
         if again:
             self.commits.defer(
@@ -223,22 +223,21 @@ class SqliteJournal(Journal):
     def accept(self, sink: str, keys: Sequence[bytes], position: Position | None) -> None:
         # A row that is stored before this transaction is found by it, and `store` finds what this one wrote.
         now = self._wall()
-        # The mark must stay below what is in memory only: it moves when that is written.
-        waits = bool(self._unwritten)
-        mark = None if waits else position
 
         def work(db: sqlite3.Connection) -> None:
-            insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if letters_bytes(db) else (), mark)
+            insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if letters_bytes(db) else (), position)
 
+        # Beyond the mark there are only lines without a row, and their rows and the mark are written together: else a
+        # recovery would take one line for another. So what comes after something unwritten waits with it.
+        waits = bool(self._unwritten)
         try:
-            self.commits.write(work, durable=False)
+            if not waits:
+                self.commits.write(work, durable=False)
         except Exception:  # noqa: BLE001 - the sink has the events, whatever became of the rows
+            waits = True
+        if waits:
             self._unwritten.add(sink, keys, accepted_at=now, position=position)
-            self._claims.end((key, sink) for key in keys)
-            return
         self._claims.end((key, sink) for key in keys)
-        if position is not None:
-            self._unwritten.move_position(sink, position, is_written=not waits)
 
     def recover(self, sink: str, portion: Portion) -> None:
         now = self._wall()
@@ -260,9 +259,10 @@ class SqliteJournal(Journal):
     def confirmed(self, keys: Sequence[bytes]) -> None:
         now = self._wall()
         marks = ",".join("?" * len(keys))
-        occurrences = [(now, key) for key in self._occurrences.forget(keys)]
-
-        self._unwritten.confirm(keys, now)
+        forgotten = self._occurrences.forget(keys)
+        # A line without a row is taken for an occurrence that is not acknowledged: both are written together.
+        waiting = self._unwritten.confirm(keys, now)
+        occurrences = [(now, key) for key in forgotten if key not in waiting]
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
@@ -380,7 +380,8 @@ class SqliteJournal(Journal):
 
     @property
     def is_writable(self) -> bool:
-        return not (self._unwritten or self._condition.is_replaced or self._condition.corrupt)
+        condition = self._condition
+        return not (self._unwritten or condition.is_failing or condition.is_replaced or condition.corrupt)
 
     @property
     def unwritten(self) -> int:
@@ -420,7 +421,7 @@ class SqliteJournal(Journal):
         with suppress(StorageError):
             self._condition.check_in_place()
         self._wal.shrink()
-        waits = self._unwritten or self._unwritten.has_positions or self.commits.waiting
+        waits = self._unwritten or self.commits.waiting
         if not (waits or self._condition.is_failing or even_if_nothing_waits):
             return
         unwritten = self._unwritten.snapshot()
@@ -430,6 +431,7 @@ class SqliteJournal(Journal):
             # A transaction that changes nothing succeeds on a full disk, too.
             db.execute("INSERT OR REPLACE INTO marks VALUES ('written', ?)", (self._wall(),))
             db.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?)", rows)
+            acknowledge([(confirmed_at, key) for key, _, _, confirmed_at in rows if confirmed_at is not None], db)
             db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [row[:2] for row in rows])
             for sink, position in unwritten.positions.items():
                 set_position(db, sink, position)

@@ -25,11 +25,11 @@ _INSERT_LETTER: Final = (
     " sub_app_id, event_type, body) SELECT :key, :sink, :state, :reason, :error, :attempts, :now, :due_at, :run,"
     f" :source, :sub_app_id, :event_type, :body WHERE NOT EXISTS ({_ACCEPTED})"
 )
-# What a line of a file may be of: an occurrence that VOD may bring again, or that is stored for the sink.
+# What a line of a file may be of: an occurrence that VOD may bring again, or that is to be delivered to the sink.
 _OCCURRENCE_OF_LINE: Final = (
     "SELECT key FROM occurrences WHERE content_key = ? AND NOT EXISTS (SELECT 1 FROM ledger WHERE ledger.key ="
     " occurrences.key AND ledger.sink = ?) AND (acknowledged_at IS NULL OR EXISTS (SELECT 1 FROM letters WHERE"
-    " letters.key = occurrences.key AND letters.sink = ?)) ORDER BY id LIMIT 1"
+    " letters.key = occurrences.key AND letters.sink = ? AND state = 'pending')) ORDER BY id LIMIT 1"
 )
 _IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
 

@@ -40,11 +40,6 @@ class Unwritten:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    @property
-    def has_positions(self) -> bool:
-        """Whether marks wait."""
-        return bool(self._positions)
-
     def keys_of(self, sink: str) -> set[bytes]:
         """The keys that a sink has accepted."""
         with self._lock:
@@ -64,33 +59,23 @@ class Unwritten:
             if position is not None:
                 self._positions[sink] = position
 
-    def move_position(self, sink: str, position: Position, *, is_written: bool) -> None:
-        """Later events of a sink were written.
+    def confirm(self, keys: Collection[bytes], at: float) -> set[bytes]:
+        """VOD has forgotten these events, at a time in seconds since 1970.
 
-        Args:
-            sink: The sink's name.
-            position: Where its file ends now.
-            is_written: Whether its mark was moved with them; if not, because pairs were unwritten, it waits here.
+        Returns:
+            The keys of those that are unwritten.
         """
-        if is_written and not self._positions:
-            return
-        with self._lock:
-            if is_written:
-                self._positions.pop(sink, None)  # overtaken
-            else:
-                self._positions[sink] = position
-
-    def confirm(self, keys: Collection[bytes], at: float) -> None:
-        """VOD has forgotten these events, at a time in seconds since 1970."""
         if not self._pairs:
-            return
+            return set()
         with self._lock:
             done = set(keys)
-            self._pairs |= {
-                pair: (accepted_at, at)
+            waiting = {
+                pair: (accepted_at, confirmed_at or at)
                 for pair, (accepted_at, confirmed_at) in self._pairs.items()
-                if pair[0] in done and confirmed_at is None
+                if pair[0] in done
             }
+            self._pairs |= waiting
+        return {key for key, _ in waiting}
 
     def snapshot(self) -> Snapshot:
         """What is unwritten now."""

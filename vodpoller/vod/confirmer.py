@@ -93,10 +93,11 @@ _RESULTS: Final[Mapping[type[Exception], ConfirmResult]] = {  # the first that f
 class _Puller:
     """A thread with handles to confirm. All of it is guarded by its queue's lock."""
 
-    __slots__ = ("is_caller", "missing", "woken")
+    __slots__ = ("is_caller", "missing", "on_acknowledged", "woken")
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, lock: threading.Lock, on_acknowledged: Callable[[Sequence[str]], None]) -> None:
         self.woken = threading.Condition(lock)
+        self.on_acknowledged = on_acknowledged
         self.missing = 0
         self.is_caller = False
 
@@ -302,7 +303,13 @@ class Confirmer:
         self._stop_at: float | None = None
 
     def confirm(
-        self, source: str, sub_app_id: int | None, handles: Sequence[str], lease: Lease
+        self,
+        source: str,
+        sub_app_id: int | None,
+        handles: Sequence[str],
+        lease: Lease,
+        *,
+        on_acknowledged: Callable[[Sequence[str]], None] = lambda _handles: None,
     ) -> dict[str, Confirmation]:
         """Have handles of one pull confirmed; meanwhile this thread confirms whatever waits.
 
@@ -311,12 +318,15 @@ class Confirmer:
             sub_app_id: The source's SubAppId.
             handles: Any number, each once.
             lease: The lease they are under.
+            on_acknowledged: Called with the handles that a call had, as soon as VOD has acknowledged them: this thread
+                may then be busy with another's call, and the lease be over before it returns. In the thread of the
+                call.
 
         Returns:
             What came of each handle.
         """
         queue = self._queue_of(source, sub_app_id)
-        puller = _Puller(queue.lock)
+        puller = _Puller(queue.lock, on_acknowledged)
         puller.missing = len(handles)
         entries = [_Entry(handle, lease, puller) for handle in handles]
         try:
@@ -478,6 +488,13 @@ class Confirmer:
         self._judge(queue, entries, problem, is_fresh=is_fresh)
 
     def _complete(self, queue: _Queue, entries: Sequence[_Entry], confirmation: Confirmation) -> None:
+        if confirmation.result.is_acknowledged:
+            acknowledged: dict[_Puller, list[str]] = {}
+            for entry in entries:
+                if entry.confirmation is None:
+                    acknowledged.setdefault(entry.owner, []).append(entry.handle)
+            for owner, handles in acknowledged.items():
+                owner.on_acknowledged(handles)
         with queue.lock:
             queue.complete(entries, confirmation)
 
@@ -509,7 +526,8 @@ class Confirmer:
                 sent = live()
                 if not sent:
                     raise last
-                return self._sent(queue, sent, ends_at())
+                # What is not answered when the first of the leases ends goes on without that handle.
+                return self._sent(queue, sent, self._bounded(min(entry.lease.ends_at for entry in sent)))
             except RefusedHandlesError as error:
                 if maybe_done:
                     raise _RefusedAfterLostAnswerError(
