@@ -1,12 +1,14 @@
 """`python -m tests.failpoints ARGS`: vodpoller's command line, which kills itself at a step that `$FAILPOINT` names.
 
 `FAILPOINT=sync:before:3` means SIGKILL right before the third sync. The steps are those of `STEPS`; "amid" a write is
-after half of its bytes.
+after half of its bytes. `FAILPOINT=ledger:before:1:hook` counts the calls for the sink `hook` only, and
+`write:after:1:events.jsonl` those for the file of that name.
 """
 
 import os
 import signal
 import threading
+from pathlib import Path
 
 from vodpoller.cli.app import main
 from vodpoller.journal.sqlite import SqliteJournal
@@ -15,6 +17,7 @@ from vodpoller.sinks.file.sink import FileSink
 from vodpoller.vod.client import VodClient
 
 STEPS = {
+    "identify": (SqliteJournal, "identify"),
     "open": (Files, "open"),
     "write": (Files, "write"),
     "sync": (Files, "fdatasync"),
@@ -32,8 +35,13 @@ def die():
     threading.Event().wait()  # the signal may need a moment; nothing more may happen
 
 
+def name_of(subject):
+    """The name of what a call is for: of a sink, or of the file that a descriptor is open on."""
+    return Path(f"/proc/self/fd/{subject}").readlink().name if isinstance(subject, int) else subject
+
+
 def install(failpoint):
-    step, when, number = failpoint.split(":")
+    step, when, number, *names = failpoint.split(":")
     owner, name = STEPS[step]
     original = getattr(owner, name)
     lock = threading.Lock()
@@ -42,8 +50,9 @@ def install(failpoint):
     def failing(self, *args, **kwargs):
         nonlocal calls
         with lock:
-            calls += 1
-            is_now = calls == int(number)
+            counts = not names or name_of(args[0]) in names
+            calls += counts
+            is_now = counts and calls == int(number)
         if is_now and when == "before":
             die()
         if is_now and when == "amid":

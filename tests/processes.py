@@ -128,17 +128,25 @@ class SimulatorProcess:
 
 
 class DaemonProcess:
-    """`vodpoller run` with its stderr in a file."""
+    """`vodpoller run` with its stderr in a file.
 
-    def __init__(self, config_path, log_path, **env):
+    Args:
+        config_path: Its configuration.
+        log_path: The file.
+        failpoint: The step at which it kills itself, as `tests.failpoints` has it; None for one that does not.
+        env: Changes of its environment.
+    """
+
+    def __init__(self, config_path, log_path, *, failpoint=None, **env):
         self.log_path = log_path
+        module = "tests.failpoints" if failpoint else "vodpoller"
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vodpoller", "run", "-c", str(config_path)],
+                [sys.executable, "-m", module, "run", "-c", str(config_path)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                env=environment(**env),
+                env=environment(FAILPOINT=failpoint or "", **env),
             )
 
     def log(self, event=None):
@@ -179,6 +187,11 @@ class DaemonProcess:
     def kill(self):
         self.process.kill()
         self.process.wait()
+
+    def await_failpoint(self, *, secs=30.0):
+        """Wait until its failpoint has killed it."""
+        until(lambda: self.process.poll() is not None, secs=secs, what=self.tail)
+        assert self.process.returncode == -signal.SIGKILL, self.tail()
 
 
 class System:
@@ -256,9 +269,10 @@ class System:
             daemon.await_log("daemon.started")
         return daemon
 
-    def lines(self):
-        """The whole lines of the archive."""
-        data = self.archive.read_bytes() if self.archive.exists() else b""
+    def lines(self, path=None):
+        """The whole lines of a file; None for the archive."""
+        path = path or self.archive
+        data = path.read_bytes() if path.exists() else b""
         return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
     def lines_of_all_files(self):

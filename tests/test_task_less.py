@@ -1,0 +1,328 @@
+"""Events that do not say which event they are: whatever comes in between, each is in both files once, under one id.
+
+The events of the types in `BODIES` name neither a task nor an upload, so two of them can be equal to the byte. Each
+test feeds some of every type to a daemon with three sinks: a file of bodies, a file of CloudEvents, and a webhook. In
+the end each file has as many lines of a type as there were events, the CloudEvents have different ids, and the receiver
+got each event under the id that its CloudEvent has, in `webhook-id`. Only what was on its way to the receiver when the
+process was killed may come there twice, and then with the same id.
+
+The types do not disturb each other: one run tries all of them.
+"""
+
+import json
+import time
+from collections import Counter
+
+import pytest
+
+from tests.processes import canonical, running_system, until
+from tests.receiver import Answer, running_receiver
+
+pytestmark = pytest.mark.system
+
+LEASE_SECS = 2.0
+
+# Members as of `EventContent` and its parts ("Data structures", product/266/31773), less those that are null.
+BODIES = {
+    event_type: json.dumps({"EventType": event_type, member: payload})
+    for event_type, member, payload in (
+        (
+            "FileDeleted",
+            "FileDeleteEvent",
+            {
+                "FileIdSet": ["5285890784273533167"],
+                "FileDeleteResultInfo": [
+                    {"FileId": "5285890784273533167", "DeleteParts": [{"Type": "TranscodeFiles", "Definition": 0}]}
+                ],
+            },
+        ),
+        ("MediaCastStatusChanged", "MediaCastStatusChangedEvent", {"CastId": "cast-7", "Status": "Working"}),
+        (
+            "RestoreMediaComplete",
+            "RestoreMediaCompleteEvent",
+            {
+                "FileId": "5285890784273533167",
+                "OriginalStorageClass": "ARCHIVE",
+                "TargetStorageClass": "ARCHIVE",
+                "RestoreTier": "Expedited",
+                "RestoreDay": 7,
+                "Status": 0,
+                "Message": "",
+            },
+        ),
+        (
+            "PersistenceComplete",
+            "PersistenceCompleteEvent",
+            {"FileId": "5285890784273533167", "PersistenceSource": "SimpleHlsClip"},
+        ),
+        (
+            "ProcessImageAsyncComplete",
+            "ProcessImageAsyncCompleteEvent",
+            {"EncodeConfig": {"Format": "JPEG", "Quality": 80}, "AiCutOutConfig": None},
+        ),
+        ("HologramFaded", "HologramFadedTask", {"HologramId": "h-7", "FileId": "5285890784273533167"}),  # unknown
+    )
+}
+TYPES = len(BODIES)
+
+
+@pytest.fixture
+def system(tmp_path):
+    with running_system(tmp_path) as system:
+        yield system
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver() as receiver:
+        yield receiver
+
+
+def set_up(system, receiver, *, lease_secs=LEASE_SECS, source='unrouted = "dead_letter"', **options):
+    """Start the simulator with these options, and configure a daemon with three sinks for it."""
+    simulator = system.simulator(**({"visibility_secs": lease_secs, "poll_secs": 0.5} | options))
+    cloud = f'[sinks.cloud]\ntype = "file"\npath = "{cloud_path(system)}"\nformat = "cloudevents"\n'
+    hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\nconcurrency = 16\ntimeout_secs = 20\n'
+    sinks = system.archive_sink + cloud + hook
+    system.configure(simulator.url, lease_secs=lease_secs, source=source, sinks=sinks)
+    return simulator
+
+
+def cloud_path(system):
+    return system.folder / "cloud.jsonl"
+
+
+def feed(simulator, number=1):
+    """So many equal events of each type are born, one type after the other and then all again."""
+    simulator.feed(*list(BODIES.values()) * number)
+
+
+def await_settled(daemon, number, **fields):
+    """Lines of the log by which so many events of each type have had their confirm's result."""
+    return daemon.await_log(
+        "event.settled", number=number * TYPES, where=lambda line: fields.items() <= line.items(), secs=30
+    )
+
+
+def recovered_lines(daemon, sink):
+    """The number of lines that it found beyond the mark of a sink's file, if there were any."""
+    return [line["keys"] for line in daemon.log("file.recovered") if line["sink"] == sink]
+
+
+def await_moment(moment):
+    until(lambda: time.monotonic() >= moment)
+
+
+def end(system, simulator, receiver, daemon, number, *, calls_an_event=1):
+    """Wait until all is done, stop the daemon, and compare what is in the files and at the receiver, to the event.
+
+    Args:
+        system: With the files.
+        simulator: What was fed to it must get confirmed.
+        receiver: The webhook's.
+        daemon: The one that runs.
+        number: Of the events of each type.
+        calls_an_event: How often the receiver may have got one of them.
+    """
+    wanted = number * TYPES
+
+    def is_done():
+        ids = {received.headers["webhook-id"] for received in list(receiver.accepted)}
+        numbers = len(system.lines()), len(system.lines(cloud_path(system))), len(ids)
+        return simulator.all_confirmed() and min(numbers) >= wanted
+
+    until(is_done, secs=30, what=daemon.tail)
+    assert daemon.terminate()[0] == 0
+    assert simulator.stats()["fed"] == wanted
+    assert not daemon.log("lane.failed")
+
+    of_each_type = {canonical(body): number for body in BODIES.values()}
+    assert Counter(map(canonical, system.lines())) == of_each_type
+    events = [json.loads(line) for line in system.lines(cloud_path(system))]
+    assert Counter(canonical(json.dumps(event["data"])) for event in events) == of_each_type
+    ids = Counter(event["id"] for event in events)
+    assert set(ids.values()) == {1}
+    calls = Counter((received.headers["webhook-id"], canonical(received.body)) for received in receiver.received)
+    assert calls.keys() == {(event["id"], canonical(json.dumps(event["data"]))) for event in events}
+    assert max(calls.values()) <= calls_an_event
+
+
+# --- equal events, and none comes again -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_equal_events_of_one_answer_are_as_many_events(system, receiver, number):
+    # 18 are more than an answer holds: the last of them comes in an answer of its own.
+    simulator = set_up(system, receiver, lease_secs=5)
+    feed(simulator, number)
+    daemon = system.daemon()
+
+    end(system, simulator, receiver, daemon, number)
+    answers = Counter((line["pull_request_id"], line["event_type"]) for line in daemon.log("event.settled"))
+    assert max(answers.values()) == number
+
+
+def test_an_equal_event_within_the_lease_of_one_that_is_not_confirmed_yet_is_another(system, receiver):
+    simulator = set_up(system, receiver, lease_secs=15)
+    receiver.answer = Answer(after_secs=20)  # or when it is released
+    daemon = system.daemon()
+    feed(simulator)
+    until(lambda: len(receiver.received) == TYPES, what=daemon.tail)
+    feed(simulator)
+    until(lambda: len(receiver.received) == 2 * TYPES, what=daemon.tail)
+    assert simulator.stats()["confirmed"] == 0
+    receiver.released.set()
+
+    end(system, simulator, receiver, daemon, 2)
+    assert simulator.stats()["redeliveries"] == 0
+
+
+def test_an_equal_event_after_the_acknowledged_confirm_is_another(system, receiver):
+    # The pull that hangs brings them: it is the acknowledgement alone that says that VOD does not have the first ones.
+    simulator = set_up(system, receiver, poll_secs=9)
+    daemon = system.daemon()
+    feed(simulator)
+    await_settled(daemon, 1, confirmed=True)
+    feed(simulator)  # within the lease of the first ones
+    await_settled(daemon, 2, confirmed=True)
+    await_moment(time.monotonic() + LEASE_SECS)
+    assert simulator.stats()["pulls_empty"] == 0
+    simulator.control(poll_secs=0.5)
+    feed(simulator)
+
+    end(system, simulator, receiver, daemon, 3)
+
+
+@pytest.mark.parametrize("signal_of_the_end", ["kill", "terminate"])
+def test_an_equal_event_after_the_acknowledged_confirm_and_a_restart_is_another(system, receiver, signal_of_the_end):
+    simulator = set_up(system, receiver)
+    daemon = system.daemon()
+    feed(simulator)
+    await_settled(daemon, 1, confirmed=True)
+    getattr(daemon, signal_of_the_end)()
+    await_moment(time.monotonic() + LEASE_SECS)  # else it is another since the old one is leased
+    feed(simulator)
+
+    end(system, simulator, receiver, system.daemon(), 2)
+
+
+# --- events that VOD brings again -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("equal_ones", [0, 1])
+def test_an_event_whose_confirm_was_refused_comes_again_as_the_same_event(system, receiver, equal_ones):
+    simulator = set_up(system, receiver, forget_confirms=TYPES)
+    daemon = system.daemon()
+    feed(simulator)
+    await_settled(daemon, 1, confirm_result="refused")
+    feed(simulator, equal_ones)  # while the first ones wait for the end of their lease
+
+    end(system, simulator, receiver, daemon, 1 + equal_ones)
+    assert simulator.stats()["confirms_forgotten"] == TYPES
+    assert simulator.stats()["redeliveries"] >= TYPES
+
+
+@pytest.mark.parametrize("equal_ones", [0, 1])
+def test_an_event_that_comes_again_and_again_since_no_confirm_is_allowed_is_the_same_event(
+    system, receiver, equal_ones
+):
+    simulator = set_up(system, receiver, deny="ConfirmEvents")
+    daemon = system.daemon()
+    feed(simulator)
+    until(lambda: len(system.lines()) == TYPES, what=daemon.tail)
+    feed(simulator, equal_ones)
+    until(lambda: simulator.stats()["redeliveries"] >= 2 * TYPES * (1 + equal_ones), what=daemon.tail)
+    simulator.control(deny=[])
+
+    end(system, simulator, receiver, daemon, 1 + equal_ones)
+
+
+KILLS = (
+    # What must be in the two files when it dies (None: whatever is), and how often the receiver may get one event:
+    # twice only if the process dies between the receiver's answer and the row that remembers it.
+    ("identify:before:1", (0, 0), 1),
+    ("identify:after:1", (0, 0), 1),
+    ("write:before:1:events.jsonl", (0, None), 2),
+    ("write:after:1:events.jsonl", (TYPES, None), 2),
+    ("write:before:1:cloud.jsonl", (None, 0), 2),
+    ("write:after:1:cloud.jsonl", (None, TYPES), 2),
+    ("sync:before:2:events.jsonl", (TYPES, None), 2),  # the first one is at the start
+    ("sync:after:2:cloud.jsonl", (None, TYPES), 2),
+    ("ledger:before:1:hook", (None, None), 2),
+    ("ledger:after:1:archive", (TYPES, None), 2),
+    ("confirm:before:1", (TYPES, TYPES), 1),
+)
+
+
+@pytest.mark.parametrize(("failpoint", "lines", "calls_an_event"), KILLS, ids=[failpoint for failpoint, *_ in KILLS])
+def test_killed_at_a_step_of_an_event_it_comes_again_as_the_same_event_and_an_equal_one_is_another(
+    system, receiver, failpoint, lines, calls_an_event
+):
+    simulator = set_up(system, receiver)
+    feed(simulator)
+    system.daemon(started=False, failpoint=failpoint).await_failpoint()
+    in_files = len(system.lines()), len(system.lines(cloud_path(system)))
+    assert all(wanted in (None, found) for wanted, found in zip(lines, in_files, strict=True)), in_files
+    feed(simulator)  # before VOD brings the first ones again
+
+    end(system, simulator, receiver, system.daemon(), 2, calls_an_event=calls_an_event)
+
+
+def test_killed_between_the_confirm_and_its_result_an_equal_event_is_another_once_a_pull_was_empty(system, receiver):
+    # VOD has forgotten the first ones and the journal does not know. Until a pull that was sent a lease after the start
+    # has come back empty, an equal event may be taken for one of them: this is not promised.
+    simulator = set_up(system, receiver)
+    feed(simulator)
+    system.daemon(started=False, failpoint="confirm:after:1").await_failpoint()
+    assert simulator.all_confirmed()
+    assert len(system.lines()) == len(system.lines(cloud_path(system))) == len(receiver.accepted) == TYPES
+    daemon = system.daemon()
+    await_moment(time.monotonic() + LEASE_SECS)
+    empty = simulator.stats()["pulls_empty"]
+    until(lambda: simulator.stats()["pulls_empty"] >= empty + 2)  # the first of them may have been sent before
+    feed(simulator)
+
+    end(system, simulator, receiver, daemon, 2)
+
+
+# --- lines that the journal does not know of --------------------------------------------------------------------------
+
+
+UNKNOWN_LINES = (
+    ("write:amid:1:events.jsonl", "archive", TYPES - 1),  # half of twelve lines, the sixth without its end
+    ("write:amid:1:cloud.jsonl", "cloud", TYPES - 1),
+    ("ledger:before:1:archive", "archive", 2 * TYPES),
+    ("ledger:before:1:cloud", "cloud", 2 * TYPES),
+)
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "sink", "whole_lines"), UNKNOWN_LINES, ids=[failpoint for failpoint, *_ in UNKNOWN_LINES]
+)
+def test_of_two_equal_events_of_an_answer_those_lines_that_a_killed_process_wrote_are_not_written_again(
+    system, receiver, failpoint, sink, whole_lines
+):
+    simulator = set_up(system, receiver)
+    feed(simulator, 2)
+    system.daemon(started=False, failpoint=failpoint).await_failpoint()
+    assert len(system.lines(cloud_path(system) if sink == "cloud" else system.archive)) == whole_lines
+    daemon = system.daemon()
+    assert recovered_lines(daemon, sink) == [whole_lines]
+
+    end(system, simulator, receiver, daemon, 2, calls_an_event=2)
+
+
+def test_of_two_equal_events_of_which_the_journal_knows_and_one_line_was_written_the_other_gets_its_line(
+    system, receiver
+):
+    # One lane: the second answer of six is not asked for before the lines of the first are in the ledger.
+    simulator = set_up(system, receiver, source='unrouted = "dead_letter"\nmax_lanes = 1')
+    feed(simulator, 2)
+    system.daemon(started=False, failpoint="identify:after:1").await_failpoint()
+    simulator.control(batch=TYPES)
+    system.daemon(started=False, failpoint="ledger:before:1:archive").await_failpoint()
+    assert len(system.lines()) == TYPES
+    daemon = system.daemon()
+    assert recovered_lines(daemon, "archive") == [TYPES]
+
+    end(system, simulator, receiver, daemon, 2, calls_an_event=2)
