@@ -1,0 +1,91 @@
+"""The journal hears of an acknowledgement at once, also if the call that brought it goes on with other handles."""
+
+import threading
+import time
+
+import pytest
+
+from tests.helpers import event, until
+from tests.test_pipeline import Line, Route, Source
+from vodpoller.confirmer import Confirmer
+from vodpoller.errors import RefusedHandlesError
+from vodpoller.events import Lease, PulledEvent, make_event
+from vodpoller.in_flight import DeliveryWait
+from vodpoller.pipeline import Batch, Pipeline
+from vodpoller.router import Router
+from vodpoller.systemd import Liveness
+
+LEASE_SECS = 1.0
+CAST = {"EventType": "MediaCastStatusChanged", "MediaCastStatusChangedEvent": {"CastId": "7", "Status": "Working"}}
+DELETED = {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["5285890784273533167"]}}
+
+
+class Vod:
+    """Refuses a full set, since some handle is stale, takes its first half, and hangs with the second."""
+
+    def __init__(self):
+        self.asked = set()
+        self.may_send, self.released = threading.Event(), threading.Event()
+        self.calls = []
+
+    def await_confirm_slot(self, timeout_secs):
+        self.asked.add(threading.current_thread().name)
+        (self.may_send if threading.current_thread().name == "first" else self.released).wait(10)
+        return True
+
+    def confirm(self, sub_app_id, handles, timeout_secs=None):
+        self.calls.append(list(handles))
+        if len(handles) == 16:
+            raise RefusedHandlesError("one is stale")
+        if "first" not in handles:
+            self.released.wait(10)
+        return "r"
+
+
+@pytest.mark.xfail(strict=True, reason="the acknowledgement is told when all of the puller's own call is over")
+@pytest.mark.parametrize("content", [CAST, DELETED])
+def test_while_the_call_goes_on_an_equal_event_after_the_lease_of_one_it_confirmed_is_another(tmp_path, log, content):
+    line = Line(tmp_path, log, sinks=("a",))
+    vod = Vod()
+    pipeline = Pipeline(
+        router=Router([Route(sinks=("a",))]),
+        workers=line.workers,
+        in_flight=line.in_flight,
+        journal=line.journal,
+        confirmer=Confirmer(vod=vod, telemetry=line.telemetry, liveness=Liveness(), reserve_secs=0.1),
+        confirm_reserve_secs=0.1,
+        requests_per_sec=100.0,
+        telemetry=line.telemetry,
+    )
+    pullers = []
+
+    def process(name, events, lease_secs):
+        now = time.monotonic()
+        pulled = [PulledEvent(handle=handle, event=event) for handle, event in events]
+        lease = Lease(starts_at=now, secs=lease_secs)
+        batch = Batch(
+            source=Source(), events=pulled, malformed=(), lease=lease, received_at=now, request_id=f"r-{name}"
+        )
+        pullers.append(threading.Thread(target=pipeline.process, args=(batch, DeliveryWait()), name=name))
+        pullers[-1].start()
+
+    equal = make_event(content, source="main", sub_app_id=None)
+    try:
+        process("first", [("first", equal)], LEASE_SECS)
+        until(lambda: vod.asked == {"first"})
+        # So many that they and the first need two calls: that shows when they are in the queue.
+        process("others", [(f"h{number}", event(number)) for number in range(16)], 30.0)
+        until(lambda: vod.asked == {"first", "others"})
+        vod.may_send.set()
+        until(lambda: len(vod.calls) == 3)
+        assert "first" in vod.calls[1]  # VOD does not have it any more
+        over_at = time.monotonic() + LEASE_SECS
+        until(lambda: time.monotonic() >= over_at)
+
+        process("again", [("again", equal)], 30.0)
+        until(lambda: len(line.sinks["a"].accepted) == 18, secs=3, what="the equal event was swallowed")
+    finally:
+        vod.released.set()
+        for puller in pullers:
+            puller.join()
+        line.close()
