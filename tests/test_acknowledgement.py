@@ -42,7 +42,6 @@ class Vod:
         return "r"
 
 
-@pytest.mark.xfail(strict=True, reason="the acknowledgement is told when all of the puller's own call is over")
 @pytest.mark.parametrize("content", [CAST, DELETED])
 def test_while_the_call_goes_on_an_equal_event_after_the_lease_of_one_it_confirmed_is_another(tmp_path, log, content):
     line = Line(tmp_path, log, sinks=("a",))
