@@ -143,9 +143,10 @@ class _Between(BaseHTTPRequestHandler):
         self.server.asked.append((self.action, json.loads(self.body)))
         self.server.meddle(self)
 
-    def ask(self):
-        """What the simulator answers."""
-        with closing(http.client.HTTPConnection(self.server.target, timeout=30)) as connection:
+    def ask(self, target=None):
+        """What the simulator answers; that at another URL if it is named."""
+        netloc = urlsplit(target).netloc if target else self.server.target
+        with closing(http.client.HTTPConnection(netloc, timeout=30)) as connection:
             connection.request("POST", "/", self.body, dict(self.headers))
             return connection.getresponse().read()
 
@@ -315,6 +316,56 @@ def test_a_wrong_sub_app_id_is_named_and_asked_seldom_until_it_is_right(system):
     assert failed["level"] == "error"
     assert "sub_app_id" in failed["error_message"]
     assert_all_arrived_once(system, simulator)
+
+
+@pytest.mark.parametrize(
+    ("code", "noticed"),
+    [("UnauthorizedOperation", "confirm.failed"), ("InvalidParameterValue", "confirm.refused")],
+)
+def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_other(system, code, noticed):
+    refused = system.simulator(events=1000, visibility_secs=30)
+    other = system.simulator(rate=100, visibility_secs=30)
+    confirms, pulls = [], []
+    with Middleman(other.url) as middleman:
+
+        def meddle(exchange):
+            if json.loads(exchange.body)["SubAppId"] == 2:
+                exchange.pass_on()
+            elif exchange.action == "PullEvents":
+                pulls.append(time.time())
+                exchange.answer(exchange.ask(refused.url))
+            else:
+                confirms.append((time.time(), len(json.loads(exchange.body)["EventHandles"])))
+                error = {"Code": code, "Message": "It cannot be confirmed."}
+                exchange.answer(json.dumps({"Response": {"Error": error, "RequestId": "r"}}).encode())
+
+        middleman.meddle = meddle
+        system.configure(
+            middleman.url,
+            lease_secs=30,
+            api="requests_per_sec = 100",
+            source='sub_app_id = 1\nunrouted = "dead_letter"\n[[sources]]\nname = "other"\nsub_app_id = 2\n',
+            more="[daemon]\nshutdown_secs = 5\n",
+        )
+        daemon = system.daemon()
+        daemon.await_log(noticed)
+        # Until all lanes wait with what they pulled; at most sixteen calls were under way when it was noticed.
+        until(lambda: pulls and time.time() - max(pulls[-1], confirms[-1][0]) > 1, what=daemon.tail)
+        began, pulled, fed = time.time(), len(pulls), other.stats()["fed"]
+        holds(lambda: len(pulls) == pulled, secs=6)
+        secs = time.time() - began
+        rows = other.ledger(first=fed)
+        redeliveries = other.stats()["redeliveries"]
+        assert daemon.terminate()[0] == 0
+
+    asked = [(at, handles) for at, handles in confirms if began <= at < began + secs]
+    assert 1 <= len(asked) <= secs / 2 + 1
+    assert {handles for _, handles in asked} == {1}
+    assert pulled <= 2 * 16
+    assert len(rows) > 100
+    late = [row for row in rows if (row["confirmed_at"] or began + secs) - row["born"] > 1]
+    assert len(late) < len(rows) / 100
+    assert redeliveries == 0
 
 
 # --- a ledger, or a disk, that cannot be written ----------------------------------------------------------------------

@@ -457,6 +457,7 @@ class Confirmer:
         """Confirm these; if VOD refuses them, find out which of them it refuses."""
         parts: list[list[_Entry]] = [entries]
         problem: Exception | None = None
+        refusal: RefusedHandlesError | None = None
         calls = 0
         is_fresh = entries[0].part_number is None and self._is_fresh(entries[0].lease)
         while parts and calls < MAX_CALLS and (calls == 0 or queue.last_refusal is None):
@@ -465,7 +466,7 @@ class Confirmer:
             try:
                 request_id = self._confirm_set(queue, part, has_slot=calls == 1)
             except RefusedHandlesError as error:
-                problem = error
+                problem = refusal = error
                 if len(part) > 1:
                     half = len(part) // 2
                     parts = [part[:half], part[half:], *parts]
@@ -485,7 +486,7 @@ class Confirmer:
         with queue.lock:
             for part in parts:
                 queue.enter([entry for entry in part if entry.confirmation is None], together=True)
-        self._judge(queue, entries, problem, is_fresh=is_fresh)
+        self._judge(queue, entries, problem, refusal if is_fresh else None)
 
     def _complete(self, queue: _Queue, entries: Sequence[_Entry], confirmation: Confirmation) -> None:
         if confirmation.result.is_acknowledged:
@@ -563,17 +564,33 @@ class Confirmer:
 
     # --- what it says of the source -----------------------------------------------------------------------------------
 
-    def _judge(self, queue: _Queue, entries: Sequence[_Entry], problem: Exception | None, *, is_fresh: bool) -> None:
-        """Learn from a set whether VOD takes handles of this source at all."""
+    def _judge(
+        self,
+        queue: _Queue,
+        entries: Sequence[_Entry],
+        problem: Exception | None,
+        refusal: RefusedHandlesError | None,
+    ) -> None:
+        """Learn from a set whether VOD takes handles of this source at all.
+
+        Args:
+            queue: The source's.
+            entries: The set.
+            problem: What went wrong last.
+            refusal: The last refusal if the set was fresh. Where slots are scarce the lease ends before the set is
+                split to its end: then the problem is another one, and the refusal counts all the same.
+        """
         if _is_any_confirmed(entries):
             with queue.lock:
                 queue.refused_in_a_row, queue.last_refusal = 0, None
         elif isinstance(problem, OperatorError):
             self._ask_only(queue, problem)
-        elif isinstance(problem, RefusedHandlesError) and is_fresh:
-            queue.refused_in_a_row += 1
-            if queue.refused_in_a_row >= SUSPICIOUS_REFUSALS:
-                self._ask_only(queue, problem)
+        elif refusal is not None:
+            with queue.lock:
+                queue.refused_in_a_row += 1
+                is_suspicious = queue.refused_in_a_row >= SUSPICIOUS_REFUSALS
+            if is_suspicious:
+                self._ask_only(queue, refusal)
         if problem is not None:
             self._report(queue, problem, entries)
 
