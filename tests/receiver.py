@@ -6,6 +6,7 @@ import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 
 
 @dataclass
@@ -58,6 +59,28 @@ class Receiver(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         pass  # clients that give up are what some tests are about
+
+
+class SlowReceiver(Receiver):
+    """Takes everything, and is late with some of its answers.
+
+    Args:
+        every: One in this many is late.
+        after_secs: By this much.
+    """
+
+    def __init__(self, *, every, after_secs):
+        super().__init__()
+        self._every = every
+        self._late = Answer(after_secs=after_secs)
+        self._numbers = count(1)
+
+    def answer_to(self, received):
+        return self.answer if next(self._numbers) % self._every else self._late
+
+    def accepted_ids(self):
+        """The `webhook-id` of each event that it has taken."""
+        return {one.headers["webhook-id"] for one in list(self.accepted)}
 
 
 class _Handler(BaseHTTPRequestHandler):

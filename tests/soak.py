@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.processes import canonical, run_command, running_system
-from tests.receiver import running_receiver
+from tests.receiver import Receiver, SlowReceiver, running_receiver
 
 FAULTS = "reset=0.02,http_5xx=0.03,internal_error=0.02,limit=0.02,truncated=0.01,lost=0.02"
 LEASE_SECS = 4.0
 PAGE_EVENTS = 10_000
+SLOW_EVERY = 100
+SLOW_SECS = 3.0
 
 
 @dataclass
@@ -75,6 +77,7 @@ def soak(
     rate=0.0,
     faults=FAULTS,
     webhook=False,
+    slow_sink=False,
     give_up_secs=3600.0,
 ):
     """Take generated events through faults and kills until VOD holds none of them.
@@ -88,16 +91,20 @@ def soak(
         rate: Events per second that are born; 0 has all of them in the queue at the start.
         faults: As `vodpoller simulate` takes them.
         webhook: Whether the events go to a webhook, too.
+        slow_sink: The same, and one of `SLOW_EVERY` requests to it is answered after `SLOW_SECS` only: that is when the
+            lease is nearly over, and about as long as the daemon lives.
         give_up_secs: When what is still unconfirmed counts as such.
     """
     rng = random.Random(seed)
     began = time.monotonic()
     fed = {"rate": rate, "feed": events} if rate else {"events": events}
-    with running_system(folder) as system, running_receiver() as receiver:
+    receiver = SlowReceiver(every=SLOW_EVERY, after_secs=SLOW_SECS) if slow_sink else Receiver()
+    webhook = webhook or slow_sink
+    with running_system(folder) as system, running_receiver(receiver):
         simulator = system.simulator(
             seed=seed, visibility_secs=LEASE_SECS, poll_secs=0.5, faults=faults, empty="mixed", **fed
         )
-        hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\nconcurrency = 16\n' if webhook else ""
+        hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\nconcurrency = 64\n' if webhook else ""
         system.configure(
             simulator.url,
             lease_secs=LEASE_SECS,
@@ -192,6 +199,11 @@ def main():
     parser.add_argument("--rate", type=float, default=0.0, help="events per second; default: all at once")
     parser.add_argument("--faults", default=FAULTS)
     parser.add_argument("--webhook", action="store_true", help="to a webhook, too")
+    parser.add_argument(
+        "--slow-sink",
+        action="store_true",
+        help=f"to a webhook, too, of which one answer in {SLOW_EVERY} takes {SLOW_SECS:g} s",
+    )
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory(prefix="vodpoller-soak-") as folder:
         result = soak(Path(folder), **options)

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 
 from tests.processes import DaemonProcess, bodies_of, differences, environment, running_system, until
+from tests.receiver import SlowReceiver, running_receiver
 from tests.world import World, folder_in_memory
 
 pytestmark = pytest.mark.system
@@ -59,10 +60,11 @@ def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None)
     assert daemon.process.returncode == -signal.SIGKILL, daemon.tail()
 
 
-def assert_all_arrived_once(system, simulator):
+def assert_all_arrived_once(system, simulator, *, and_until=lambda: True):
     """A daemon without failpoints brings everything to its end."""
     daemon = system.daemon()
     until(simulator.all_confirmed, what=daemon.tail)
+    until(and_until, secs=60, what=daemon.tail)
     exit_code, _ = daemon.terminate()
     assert exit_code == 0
     assert differences(bodies_of(simulator.ledger(bodies=True)), system.lines_of_all_files()) == ([], [])
@@ -130,6 +132,29 @@ def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_i
         simulator.feed(*bodies(30, first=30 * number))
         dies(system, failpoint)
     assert_all_arrived_once(system, simulator)
+
+
+@pytest.mark.parametrize(
+    "failpoints",
+    [
+        ["store:before:1", "store:after:2"],
+        ["ledger:before:1", "confirm:before:2", "confirm:after:1"],
+        ["write:amid:3", "sync:after:1"],
+    ],
+    ids=lambda failpoints: "-".join(dict.fromkeys(failpoint.split(":")[0] for failpoint in failpoints)),
+)
+def test_killed_beside_a_slow_sink_each_event_is_in_the_file_once_and_reaches_the_slow_one(system, failpoints):
+    # A late answer comes after the lease: what is awaited then is stored, and the daemon is killed while it runs.
+    with running_receiver(SlowReceiver(every=5, after_secs=2 * LEASE_SECS)) as receiver:
+        simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
+        slow = f'[sinks.slow]\ntype = "webhook"\nurl = "{receiver.url}"\nconcurrency = 8\ntimeout_secs = 4\n'
+        system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + slow)
+        numbers = count(10_000, 4)
+        for number, failpoint in enumerate(failpoints):
+            simulator.feed(*bodies(20, first=20 * number))
+            dies(system, failpoint, feed=lambda: simulator.feed(*bodies(4, first=next(numbers))))
+        fed = simulator.stats()["fed"]
+        assert_all_arrived_once(system, simulator, and_until=lambda: len(receiver.accepted_ids()) == fed)
 
 
 @pytest.mark.parametrize("renamed", [False, True])
