@@ -12,11 +12,11 @@ pytestmark = pytest.mark.system
 
 def run_benchmarks(*args):
     return subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks", *args],
+        [sys.executable, "-m", "tests.benchmarks", *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
         env=environment(),
     )
@@ -27,6 +27,27 @@ def test_a_row_that_does_not_exist_is_refused_with_the_names_of_those_that_do():
     assert ended.returncode == 2
     assert "there is no row 'nonsense'" in ended.stderr
     assert "paced" in ended.stderr
+
+
+@pytest.mark.parametrize("program", ["no/such/program", "README.md"])
+def test_a_baseline_that_is_not_a_program_is_refused(program):
+    ended = run_benchmarks("--baseline", program)
+    assert ended.returncode == 2
+    assert f"{program} is not a program" in ended.stderr
+
+
+def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(tmp_path):
+    program = tmp_path / "vodpoller"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m vodpoller "$@"\n')
+    program.chmod(0o755)
+    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "0.5", "--repeats", "2", "--baseline", program)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
+    labels = ["run 1", "baseline, run 1", "run 2", "baseline, run 2", "all runs", "baseline, all runs"]
+    assert [line[0] for line in lines] == [f"| vodpoller, {label}" for label in labels] * 3
+    assert [line[4:6] for line in lines[3::6]] == [["-", "-"]] * 3
+    assert [line[4:6] for line in lines[5::6]] == [["1.00", "1.00"]] * 3
+    assert all(float(line[4]) > 0 for line in lines[4::6])
 
 
 def test_one_quick_row_prints_the_machine_and_a_table_with_a_line_for_each_consumer():

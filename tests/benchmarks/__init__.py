@@ -4,6 +4,8 @@
     python -m tests.benchmarks --full                         also backlogs of 1,000,000 events
     python -m tests.benchmarks --rows quota,zero --secs 5     some rows, each measured for so long
     python -m tests.benchmarks --repeats 3                    medians, where the machine is not still
+    python -m tests.benchmarks --rows confirm --secs 30 --repeats 2 --baseline ../other/.venv/bin/vodpoller
+                                                              beside another version, in turns, on one simulator
     python -m tests.benchmarks --quick                        seconds instead of minutes: shows that it works, no more
 
 The last two columns say whether to believe a line: the simulator must be far from a whole core, and nothing else may
@@ -21,6 +23,9 @@ Birth is in the first `Url` of generated snapshot events (`?born=`). Birth to si
 grows, every 0.5 ms, and notes when each line could be read; that is the write, before the sync. Birth to confirm: from
 the simulator's ledger, of the events that were born within the measurement. Where a backlog is drained all events were
 born long before, so there is no latency to tell.
+
+`--baseline` names the program of another version, from the environment of a checkout of its own (`git worktree add`).
+It gets the same configuration, on the simulator of this version. The row `confirm` prints the ratios to it.
 
 `rows.py` says what is measured, `consumers.py` starts the processes, `measuring.py` reads the numbers, `report.py`
 writes them down; `sdk_loop.py`, `raw_client.py` and `receiver.py` are programs of their own.

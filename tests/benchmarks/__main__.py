@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import tempfile
 import time
@@ -19,6 +20,13 @@ def rows_of(text):
     return names
 
 
+def program(text):
+    path = Path(text).absolute()
+    if not (path.is_file() and os.access(path, os.X_OK)):
+        raise argparse.ArgumentTypeError(f"{text} is not a program; name the `vodpoller` of another environment")
+    return path
+
+
 def effort_of(options, folder):
     effort = Effort(folder=folder)
     if options.full:
@@ -27,7 +35,7 @@ def effort_of(options, folder):
         effort = Effort(folder=folder, secs=1, warm_secs=0.5, idle_secs=3, pulls=(1, 16), backlogs=(1000,), starts=1)
     if options.secs is not None:
         effort = dataclasses.replace(effort, secs=options.secs)
-    return dataclasses.replace(effort, repeats=options.repeats)
+    return dataclasses.replace(effort, repeats=options.repeats, baseline=options.baseline)
 
 
 def main():
@@ -39,6 +47,12 @@ def main():
     parser.add_argument("--rows", type=rows_of, default="all", help=f"all, or some of {', '.join(ROWS)}")
     parser.add_argument("--secs", type=float, help="how long each steady state is watched (10)")
     parser.add_argument("--repeats", type=int, default=1, help="make each comparison so often, take the medians (1)")
+    parser.add_argument(
+        "--baseline",
+        type=program,
+        metavar="PROGRAM",
+        help="the vodpoller of another version's environment: what compares consumers also measures it, in turns",
+    )
     parser.add_argument("--quick", action="store_true", help="short windows and few values")
     parser.add_argument("--full", action="store_true", help="also a backlog of 1,000,000 events")
     parser.add_argument("--folder", type=Path, help="where the files are (the system's folder for temporary ones)")

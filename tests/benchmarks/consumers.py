@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
@@ -11,16 +12,16 @@ from tests.processes import environment
 
 
 @contextmanager
-def program(name, *args, errors_path):
-    """One of the programs beside this module, with its stderr in a file."""
+def started(*command, errors_path, **env):
+    """A process with its stderr in a file."""
     with errors_path.open("ab") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"tests.benchmarks.{name}", *map(str, args)],
+            [*map(str, command)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment(),
+            env=environment(**env),
         )
     try:
         yield process
@@ -28,6 +29,11 @@ def program(name, *args, errors_path):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def program(name, *args, errors_path):
+    """One of the programs beside this module."""
+    return started(sys.executable, "-m", f"tests.benchmarks.{name}", *args, errors_path=errors_path)
 
 
 @contextmanager
@@ -46,12 +52,14 @@ class Vodpoller:
         max_concurrent_pulls: Of its one source.
         sinks: The tables of its sinks; `{archive}` stands for that of the file.
         label: What the report calls it.
+        program: The `vodpoller` of another checkout's environment; None for this one.
     """
 
     requests_per_sec: float = 100.0
     max_concurrent_pulls: int = 16
     sinks: str = "{archive}"
     label: str = "vodpoller"
+    program: Path | None = None
 
     @contextmanager
     def running(self, system, url):
@@ -62,7 +70,13 @@ class Vodpoller:
             source=f'unrouted = "dead_letter"\nmax_concurrent_pulls = {self.max_concurrent_pulls}',
             sinks=self.sinks.replace("{archive}", system.archive_sink),
         )
-        yield system.daemon().process
+        if self.program is None:
+            yield system.daemon().process
+            return
+        # Without the path to this checkout: the other program must import its own modules.
+        command = (self.program, "run", "-c", system.config_path)
+        with started(*command, errors_path=system.folder / "daemon1.log", PYTHONPATH="") as process:
+            yield process
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,12 @@ class Window:
     ended: Moment
 
     def _grown(self, name):
+        """How much a count of the simulator's grew in the window."""
         return self.ended.stats[name] - self.began.stats[name]
+
+    def grown(self, group, name):
+        """The same of a count in one of the groups, which lacks what has not happened yet."""
+        return self.ended.stats[group].get(name, 0) - self.began.stats[group].get(name, 0)
 
     @property
     def secs(self):

@@ -4,9 +4,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.benchmarks.consumers import RawClient, SdkLoop, Vodpoller, webhook_receiver
@@ -42,6 +42,7 @@ class Effort:
         backlogs: The backlogs to drain.
         starts: How often `run` is started.
         repeats: How often each comparison is made, in turns; the one of the median CPU time per event counts.
+        baseline: The `vodpoller` of another version, which is then measured in turns with this one; None for none.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Effort:
     backlogs: tuple[int, ...] = (1000, 10_000, 100_000, 200_000)
     starts: int = 3
     repeats: int = 1
+    baseline: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,12 @@ class Measured:
     window: Window
     peak_bytes: int
     to_sink: Latency | None
-    to_confirm: Latency | None
+    births_to_confirm: Sequence[float] | None
+
+    @property
+    def to_confirm(self):
+        """None if there are no births to tell of."""
+        return None if self.births_to_confirm is None else Latency.of(self.births_to_confirm)
 
 
 HEADS = (
@@ -156,20 +163,33 @@ def measure(effort, load, consumer):
             window = watch(process, simulator, secs=effort.secs)
             if window.ran_dry and not paced:
                 say("  !! the backlog was used up before the end: the line says too little")
-            to_confirm = Latency.of(births_to_confirm(simulator, window)) if paced else None
+            latencies = births_to_confirm(simulator, window) if paced else None
             return Measured(
                 label=consumer.label,
                 window=window,
                 peak_bytes=memory_bytes(process.pid, "VmHWM"),
                 to_sink=Latency.of(tail.births_to_line(window)) if paced else None,
-                to_confirm=to_confirm,
+                births_to_confirm=latencies,
             )
 
 
 def compare(effort, title, load, consumers):
+    consumers = [version for consumer in consumers for version in _versions(effort, consumer)]
+    return [table_of(title, load, [_median(runs) for runs in _in_turns(effort, load, consumers)])]
+
+
+def _in_turns(effort, load, consumers):
+    """All measurements of each consumer."""
     # In turns: what else the machine does changes with the minute, and must hit all of them alike.
     rounds = [[measure(effort, load, consumer) for consumer in consumers] for _ in range(effort.repeats)]
-    return [table_of(title, load, [_median(of_one) for of_one in zip(*rounds, strict=True)])]
+    return list(zip(*rounds, strict=True))
+
+
+def _versions(effort, consumer):
+    """The consumer, and if it is vodpoller, the baseline in the same configuration."""
+    if effort.baseline is None or not isinstance(consumer, Vodpoller):
+        return [consumer]
+    return [consumer, replace(consumer, program=effort.baseline, label=f"{consumer.label}, baseline")]
 
 
 def _median(measurements):
@@ -225,6 +245,79 @@ PACED = Load(options={"rate": 500})
 
 def paced(effort):
     return compare(effort, "500 events/s, no round trip, 100 requests/s", PACED, [Vodpoller(), *LOOPS])
+
+
+HANG_SHARE = 0.003
+HANG_SECS = 2
+CONFIRM_LOADS = {
+    "500 events/s": Load(options={"rate": 500}),
+    "20 events/s": Load(options={"rate": 20}),
+    f"500 events/s, {HANG_SHARE:.1%} of the confirms hang for {HANG_SECS} s": Load(
+        options={"rate": 500, "faults": f"confirm.slow={HANG_SHARE}", "slow_secs": HANG_SECS}
+    ),
+}
+
+
+def confirm(effort):
+    """Birth to confirm; a line for each run in the order in which they were made, then one for all runs of a consumer.
+
+    A confirm that hangs is carried out when it arrives, and its answer is late: what is told is of all events, those of
+    the hung calls are not late by the hang.
+    """
+    return [_confirm_table(effort, title, load) for title, load in CONFIRM_LOADS.items()]
+
+
+def _confirm_table(effort, title, load):
+    say(title)
+    consumers = _versions(effort, Vodpoller())
+    of_each = _in_turns(effort, load, consumers)
+    lines = [
+        _confirm_line(f"{run.label}, run {number_of_round}", [run])
+        for number_of_round, runs in enumerate(zip(*of_each, strict=True), 1)
+        for run in runs
+    ]
+    baseline = _pooled(of_each[-1]) if len(of_each) > 1 else None
+    lines += [_confirm_line(f"{runs[0].label}, all runs", runs, baseline) for runs in of_each]
+    heads = (
+        "consumer",
+        "events",
+        "p50 ms",
+        "p99 ms",
+        "p50 to the baseline's",
+        "p99 to the baseline's",
+        "pulls/s",
+        "confirms/s",
+        "confirms that hung",
+        "CPU µs/event",
+        "simulator's CPU",
+        "others' CPU",
+    )
+    return Table(f"Birth to confirm: {title}, no round trip, 100 requests/s", heads, lines)
+
+
+def _pooled(runs):
+    return Latency.of([secs for run in runs for secs in run.births_to_confirm])
+
+
+def _confirm_line(label, runs, baseline=None):
+    windows = [run.window for run in runs]
+    latency = _pooled(runs)
+    secs = sum(window.secs for window in windows)
+    events = sum(window.events for window in windows)
+    return [
+        label,
+        number(sum(len(run.births_to_confirm) for run in runs)),
+        number(1000 * latency.p50, 1),
+        number(1000 * latency.p99, 1),
+        number(latency.p50 / baseline.p50 if baseline else None, 2),
+        number(latency.p99 / baseline.p99 if baseline else None, 2),
+        number(sum(window.grown("requests", "PullEvents") for window in windows) / secs, 1),
+        number(sum(window.grown("requests", "ConfirmEvents") for window in windows) / secs, 1),
+        number(sum(window.grown("faults", "confirm.slow") for window in windows)),
+        number(sum(window.cpu_secs for window in windows) / events * 1e6 if events else None),
+        percent(statistics.mean(window.simulator_cpu_share for window in windows), 0),
+        percent(statistics.mean(window.other_cpu_share for window in windows), 0),
+    ]
 
 
 def paced_unlimited(effort):
@@ -402,6 +495,7 @@ ROWS = {
     "zero": zero,
     "ceiling": ceiling,
     "paced": paced,
+    "confirm": confirm,
     "paced-unlimited": paced_unlimited,
     "webhook": webhook,
     "slow-sink": slow_sink,
