@@ -450,6 +450,52 @@ def test_three_stale_handles_among_fresh_ones_of_other_pulls_cost_them_no_lease(
     assert max(group.took_secs.values()) < 8.0
 
 
+@pytest.mark.parametrize("stale", [["h0", "h1", "h2"], ["h1", "h4", "h7"]])
+def test_what_nine_calls_left_undecided_is_not_mixed_with_handles_of_other_pulls(pullers, stale):
+    vod = Vod(stale=stale)
+    group = pullers(vod)
+    is_other_waiting, are_both_waiting = threading.Event(), threading.Event()
+    confirm = vod.confirm
+
+    def confirm_and_let_another_come(*args):
+        if len(vod.calls) == 8:
+            group.confirm("x0", "x1")
+            assert is_other_waiting.wait(10)
+        return confirm(*args)
+
+    def await_confirm_slot(timeout_secs):
+        if threading.current_thread() is group.threads[0]:
+            if is_other_waiting.is_set():
+                are_both_waiting.set()
+        else:
+            is_other_waiting.set()
+            are_both_waiting.wait(2)
+        return True
+
+    vod.confirm, vod.await_confirm_slot = confirm_and_let_another_come, await_confirm_slot
+    group.confirm(*HANDLES).join(10)
+    results = group.join()
+    assert {handle for handle, result in results.items() if result != "confirmed"} == set(stale)
+    assert ["x0", "x1"] in vod.calls
+
+
+@pytest.mark.parametrize("lease_left_secs", [0.6, 1.0])
+def test_a_handle_that_no_call_takes_ends_with_its_own_lease(pullers, lease_left_secs):
+    vod = Vod(slots_per_sec=0.2)
+    vod.limiter.acquire()
+    group = pullers(vod)
+    is_awaited = threading.Event()
+    wait = vod.await_confirm_slot
+    vod.await_confirm_slot = lambda timeout_secs: is_awaited.set() or wait(timeout_secs)
+    group.confirm("caller")
+    assert is_awaited.wait(10)
+    with Lateness() as lateness:
+        for thread in [group.confirm(f"h{number}", lease_left_secs=lease_left_secs) for number in range(3)]:
+            thread.join(10)
+    assert {group.results[f"h{number}"] for number in range(3)} == {"lease_ended"}
+    assert max(group.took_secs.values()) < lease_left_secs + lateness.allowed_secs
+
+
 def test_a_call_that_hangs_costs_its_own_handles_only(pullers):
     vod = Vod()
     vod.hanging = {"h0"}
@@ -669,8 +715,8 @@ class FickleVod(Vod):
 
 
 BATCH = st.tuples(
-    st.integers(1, 20),
-    st.sampled_from([0.6, 0.9, 1.5]),
+    st.sampled_from([1, 5, 16, 20]),
+    st.sampled_from([0.6, 1.0, 2.0]),
     st.sampled_from(["all fresh"] * 4 + ["one is stale", "three are stale", "one hangs"]),
     st.sampled_from([0.0, 0.0, 0.1, 0.4]),
 )
@@ -678,7 +724,7 @@ BATCH = st.tuples(
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    slots_per_sec=st.sampled_from([5, 20, 100]),
+    slots_per_sec=st.sampled_from([5, 5, 20, 100]),
     reserve_secs=st.sampled_from([0.0, 0.3]),
     fates=st.lists(st.sampled_from(["waits", "waits", "waits", "gives up", "fails"]), max_size=12),
     batches=st.lists(BATCH, min_size=1, max_size=16),
@@ -704,6 +750,9 @@ def test_no_handle_waits_past_its_lease_and_no_puller_for_ever(log, slots_per_se
     assert set(accepted.values()) <= {1}
     sent = {handle for call in vod.calls for handle in call}
     last_end = max(ends_at for _, ends_at in pullers.values())
+    end_of = {handle: ends_at for handles, ends_at in pullers.values() for handle in handles}
+    for call, called_at in zip(vod.calls, vod.called_at, strict=True):
+        assert called_at <= min(end_of[handle] for handle in call) + lateness.allowed_secs
     for thread, (handles, ends_at) in pullers.items():
         # Who waits for a slot, or has handles in a call with others, is held by these; they end with the last lease.
         waits_only = thread.ident not in vod.callers and not sent & set(handles)
