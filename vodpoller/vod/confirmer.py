@@ -22,8 +22,7 @@ from itertools import count
 from math import ceil, inf
 from typing import Final, Protocol
 
-import tenacity
-
+from vodpoller.delivery import Backoff
 from vodpoller.errors import (
     LeaseLostError,
     OperatorError,
@@ -45,6 +44,7 @@ SUSPICIOUS_REFUSALS: Final = 3
 FRESH_SHARE: Final = 0.1
 ASK_SECS: Final = 2.0
 STOP_RESERVE_SECS: Final = 1.0
+_FIRST_RETRY_SECS: Final = 0.05
 _LOOK_SECS: Final = 0.25  # how often a thread that waits to ask looks whether that is over
 _CLOCK_SECS: Final = 0.001  # so that what is waited for has come when a wait ends
 
@@ -188,8 +188,10 @@ class _Queue:
             self._callers -= 1
 
     def _needed(self) -> int:
+        if not self._waiting:
+            return 0
         if self.last_refusal is not None:
-            return 1 if self._waiting else 0
+            return 1
         sizes: dict[object, int] = {}
         now = self._monotonic()
         for entry in self._waiting:
@@ -279,6 +281,8 @@ class Confirmer:
         sleep: Waits so many seconds.
         ask_secs: While VOD refuses all handles of a source, one of them is tried this often.
     """
+
+    _BACKOFF = Backoff(first_secs=0.4, most_secs=2.0)
 
     def __init__(
         self,
@@ -511,8 +515,9 @@ class Confirmer:
         def live() -> list[_Entry]:
             now = self._monotonic()
             over = [entry for entry in entries if entry.confirmation is None and entry.lease.ends_at <= now]
-            is_first = isinstance(last, LeaseLostError)  # then what VOD said to others of the source says more
-            self._complete(queue, over, (queue.last_refusal if is_first else None) or not_confirmed(last))
+            if over:
+                is_first = isinstance(last, LeaseLostError)  # then what VOD said to others of the source says more
+                self._complete(queue, over, (queue.last_refusal if is_first else None) or not_confirmed(last))
             return [entry for entry in entries if entry.confirmation is None]
 
         def ends_at() -> float:
@@ -542,17 +547,20 @@ class Confirmer:
                 last = error
                 raise
 
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(TransientError),
-            wait=tenacity.wait_chain(
-                tenacity.wait_fixed(0.05),
-                tenacity.wait_exponential(multiplier=0.1, max=1) + tenacity.wait_random_exponential(0.1, max=1),
-            ),
-            stop=lambda state: self._stop_at is not None or self._monotonic() + state.upcoming_sleep >= ends_at(),
-            sleep=self._sleep,
-            reraise=True,
-        )
-        return retrying(attempt)
+        return self._repeated(attempt, ends_at)
+
+    def _repeated(self, attempt: Callable[[], str], ends_at: Callable[[], float]) -> str:
+        """What the attempt returns; it is made again after each transient error, while there is time."""
+        failures = 0
+        while True:
+            try:
+                return attempt()
+            except TransientError:
+                wait_secs = self._BACKOFF.secs(failures) if failures else _FIRST_RETRY_SECS
+                if self._stop_at is not None or self._monotonic() + wait_secs >= ends_at():
+                    raise
+            failures += 1
+            self._sleep(wait_secs)
 
     def _sent(self, queue: _Queue, entries: Sequence[_Entry], ends_at: float) -> str:
         timeout_secs = ends_at - self._monotonic()
