@@ -118,8 +118,13 @@ class Window:
         return sum(self.ended.stats["requests"].values()) - sum(self.began.stats["requests"].values())
 
     @property
+    def refused(self):
+        """Requests beyond the quota."""
+        return self._grown("refused_by_limit")
+
+    @property
     def refused_share(self):
-        return self._grown("refused_by_limit") / self.requests if self.requests else 0.0
+        return self.refused / self.requests if self.requests else 0.0
 
     @property
     def ran_dry(self):

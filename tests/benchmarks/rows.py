@@ -261,6 +261,8 @@ CONFIRM_LOADS = {
 def confirm(effort):
     """Birth to confirm; a line for each run in the order in which they were made, then one for all runs of a consumer.
 
+    That has the medians of the runs' percentiles: a burst of what else the machine does stays in one run.
+
     A confirm that hangs is carried out when it arrives, and its answer is late: what is told is of all events, those of
     the hung calls are not late by the hang.
     """
@@ -276,7 +278,7 @@ def _confirm_table(effort, title, load):
         for number_of_round, runs in enumerate(zip(*of_each, strict=True), 1)
         for run in runs
     ]
-    baseline = _pooled(of_each[-1]) if len(of_each) > 1 else None
+    baseline = _typical(of_each[-1]) if len(of_each) > 1 else None
     lines += [_confirm_line(f"{runs[0].label}, all runs", runs, baseline) for runs in of_each]
     heads = (
         "consumer",
@@ -287,6 +289,7 @@ def _confirm_table(effort, title, load):
         "p99 to the baseline's",
         "pulls/s",
         "confirms/s",
+        "refused by quota",
         "confirms that hung",
         "CPU µs/event",
         "simulator's CPU",
@@ -295,13 +298,17 @@ def _confirm_table(effort, title, load):
     return Table(f"Birth to confirm: {title}, no round trip, 100 requests/s", heads, lines)
 
 
-def _pooled(runs):
-    return Latency.of([secs for run in runs for secs in run.births_to_confirm])
+def _typical(runs):
+    latencies = [run.to_confirm for run in runs]
+    return Latency(
+        p50=statistics.median(latency.p50 for latency in latencies),
+        p99=statistics.median(latency.p99 for latency in latencies),
+    )
 
 
 def _confirm_line(label, runs, baseline=None):
     windows = [run.window for run in runs]
-    latency = _pooled(runs)
+    latency = _typical(runs)
     secs = sum(window.secs for window in windows)
     events = sum(window.events for window in windows)
     return [
@@ -313,6 +320,7 @@ def _confirm_line(label, runs, baseline=None):
         number(latency.p99 / baseline.p99 if baseline else None, 2),
         number(sum(window.grown("requests", "PullEvents") for window in windows) / secs, 1),
         number(sum(window.grown("requests", "ConfirmEvents") for window in windows) / secs, 1),
+        number(sum(window.refused for window in windows)),
         number(sum(window.grown("faults", "confirm.slow") for window in windows)),
         number(sum(window.cpu_secs for window in windows) / events * 1e6 if events else None),
         percent(statistics.mean(window.simulator_cpu_share for window in windows), 0),
