@@ -4,13 +4,13 @@ import threading
 import time
 
 import pytest
+from vodpoller.confirmer import Confirmer
+from vodpoller.in_flight import DeliveryWait
 
 from tests.helpers import event, until
 from tests.test_pipeline import Line, Route, Source
-from vodpoller.confirmer import Confirmer
 from vodpoller.errors import RefusedHandlesError
 from vodpoller.events import Lease, PulledEvent, make_event
-from vodpoller.in_flight import DeliveryWait
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
 from vodpoller.systemd import Liveness

@@ -22,7 +22,7 @@ from itertools import count
 from math import ceil, inf
 from typing import Final, Protocol
 
-from vodpoller.delivery import Backoff
+from vodpoller.backoff import Backoff
 from vodpoller.errors import (
     LeaseLostError,
     OperatorError,
