@@ -34,16 +34,14 @@ import vodpoller
 from tests.processes import environment
 from vodpoller.cli.app import main
 from vodpoller.logs import CATALOGUE, make_logger
+from vodpoller.simulator.options import FAULTS, SimulatorOptions, parse_faults
 from vodpoller.simulator.service import (
-    FAULTS,
     EventGenerator,
     EventQueue,
     RefusedHandlesError,
     Simulator,
-    SimulatorOptions,
     SlidingSecond,
     StaleHandlesError,
-    parse_faults,
 )
 
 SECRET_ID, SECRET_KEY = "AKIDsimulated", "a-key-of-no-worth"
@@ -1298,7 +1296,8 @@ def test_a_stopped_simulator_cuts_its_connections_and_still_tells_what_happened(
 
 
 SERVE = """
-from vodpoller.simulator.service import SimulatorOptions, serve
+from vodpoller.simulator.options import SimulatorOptions
+from vodpoller.simulator.service import serve
 serve(SimulatorOptions(events=20), None, lambda url: print(url, flush=True))
 """
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from vodpoller.config.load import Config, from_dict
 from vodpoller.daemon import Daemon
 from vodpoller.logs import make_logger
-from vodpoller.simulator.service import Simulator, SimulatorOptions
+from vodpoller.simulator.options import SimulatorOptions
+from vodpoller.simulator.service import Simulator
 from vodpoller.systemd import Notifier
 
 EVENTS: Final = 24

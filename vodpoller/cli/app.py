@@ -596,7 +596,8 @@ def simulate(**options: Any) -> None:
 
     Prints its URL. GET /_stats and /_ledger tell what happened; POST /_feed takes bodies, /_control changes options.
     """
-    from vodpoller.simulator.service import SimulatorOptions, parse_faults, serve  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.simulator.options import SimulatorOptions, parse_faults  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.simulator.service import serve  # noqa: PLC0415 - see the module's docstring
 
     try:
         options["faults"] = parse_faults(options["faults"])

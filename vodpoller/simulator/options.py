@@ -1,0 +1,220 @@
+"""How the simulator behaves: its options, what may be changed while it runs, and the faults that can be switched on."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+Empty = Literal["null", "error", "list", "absent", "mixed"]
+Stale = Literal["atomic", "per_handle"]
+Fault = Literal["reset", "http_5xx", "internal_error", "limit", "truncated", "slow", "lost"]
+
+FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
+CONTROLLABLE: Final = frozenset(
+    {
+        "batch",
+        "clock_skew_secs",
+        "confirms_per_sec",
+        "deny",
+        "empty",
+        "faults",
+        "poll_secs",
+        "refuse_confirms_of",
+        "requests_per_sec",
+        "rtt_secs",
+        "secret_id",
+        "secret_key",
+        "slow_secs",
+        "stale",
+        "sub_app_id",
+        "token",
+    }
+)
+
+HANDLES_MAX: Final = 16  # in one call, and events in one answer
+ACTIONS: Final[Mapping[str, str]] = {"PullEvents": "pull", "ConfirmEvents": "confirm"}
+
+_SECS: Final = ("rate", "poll_secs", "visibility_secs", "requests_per_sec", "rtt_secs", "slow_secs")
+_COUNTS: Final = ("events", "feed", "forget_confirms", "port")
+_CHOICES: Final = {"empty": get_args(Empty), "stale": get_args(Stale)}
+_TEXTS: Final = ("secret_id", "secret_key", "token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatorOptions:
+    """How the simulator behaves. Those named in `CONTROLLABLE` can be changed while it runs.
+
+    Args:
+        host: The address to listen on.
+        port: The port to listen on; 0 takes a free one.
+        events: How many generated events are in the queue at the start.
+        rate: Events per second that are born while it runs; 0 for none. They are the lines of `events_file` where that
+            is given, else generated ones.
+        feed: How many events `rate` brings in all; 0 for no end (or for all lines of `events_file`).
+        events_file: A file with one callback body a line. Each line is passed on as it is, readable or not: the handle
+            is put in after its first `{`, and a line that starts with anything else is served without one. Lines
+            without text are skipped. All of them are fed at the start where `rate` is 0.
+        poll_secs: How long a pull of an empty queue hangs; 5 at VOD. 0 answers at once.
+        visibility_secs: How long a pulled event is leased, from the moment the answer is made; 30 at VOD.
+        batch: How many events a pull gets at most, 1 to 16; 16 at VOD.
+        secret_id: The SecretId that requests must be signed with. None, together with `secret_key`: nothing is
+            verified.
+        secret_key: The SecretKey that belongs to it.
+        token: The temporary token that signed requests must carry; None for none.
+        requests_per_sec: The quota of each action over any second that has just passed; 0 for no limit. 100 at VOD.
+        confirms_per_sec: The quota of ConfirmEvents; None for `requests_per_sec`.
+        rtt_secs: The round trip that each API request takes: half of it passes before it is looked at, half after.
+        empty: What a pull gets when there is nothing: an `EventSet` that is null, the error `ResourceNotFound`, an
+            empty list, no `EventSet` at all, or each of them in turn ("mixed").
+        stale: What a confirm with a handle that is stale or refused does besides failing: nothing ("atomic"), or it
+            confirms the other handles ("per_handle"). Tencent does not document which.
+        sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
+        deny: The actions that the key has no right to: they are answered with `UnauthorizedOperation`.
+        refuse_confirms_of: The SubAppIds whose confirms are refused with `InvalidParameterValue`, whatever their
+            handles, while their pulls bring events: as if each confirm named another application than the pull.
+        faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
+            "confirm.lost". `reset`, `http_5xx`, `internal_error` and `limit` keep the request from being carried out;
+            with `truncated`, `slow` and `lost` it is carried out, and the answer is cut off, late by `slow_secs`, or
+            never sent.
+        slow_secs: What the fault `slow` adds.
+        seed: Of everything random and of the generated events' ids. None takes a new one, so that no two runs bring the
+            same events.
+        forget_confirms: The number of handles, the first that are asked to be confirmed, that are refused with
+            `InvalidParameterValue` as long as their lease lasts, whichever call names them. Their events come again,
+            and are then confirmed as any other. `stale` says what becomes of the other handles of such a call.
+        clock_skew_secs: What the simulator's clock is ahead of this machine's: in its `Date` header and where it judges
+            a request's timestamp.
+        keep_bodies: Keep the bodies of confirmed events for the ledger. Generated ones cost no memory and are always
+            there.
+
+    Raises:
+        ValueError: A value is out of its bounds; says which and what would be right.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    events: int = 0
+    rate: float = 0.0
+    feed: int = 0
+    events_file: Path | None = None
+    poll_secs: float = 5.0
+    visibility_secs: float = 30.0
+    batch: int = 16
+    secret_id: str | None = None
+    secret_key: str | None = None
+    token: str | None = None
+    requests_per_sec: float = 100
+    confirms_per_sec: float | None = None
+    rtt_secs: float = 0.0
+    empty: Empty = "null"
+    stale: Stale = "atomic"
+    sub_app_id: int | None = None
+    deny: Sequence[str] = ()
+    refuse_confirms_of: Sequence[int] = ()
+    faults: Mapping[str, float] = field(default_factory=dict)
+    slow_secs: float = 3.0
+    seed: int | None = None
+    forget_confirms: int = 0
+    clock_skew_secs: float = 0.0
+    keep_bodies: bool = False
+
+    def __post_init__(self) -> None:
+        for right, problem in self._judged():
+            if not right:
+                raise ValueError(problem)
+        _check_faults(self.faults)
+
+    def _judged(self) -> Iterator[tuple[bool, str]]:
+        """What must hold of the values, each with what is said where it does not."""
+        for name in _SECS:
+            value = getattr(self, name)
+            yield _is_number(value) and value >= 0, f"{name}: {value!r} is no number of 0 or more"
+        for name in _COUNTS:
+            value = getattr(self, name)
+            yield is_whole(value) and value >= 0, f"{name}: {value!r} is no whole number of 0 or more"
+        for name in _TEXTS:
+            yield isinstance(getattr(self, name), str | None), f"{name}: must be a string"
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            yield value in choices, f"{name}: {value!r} is none of {', '.join(choices)}"
+        confirms = self.confirms_per_sec
+        is_quota = confirms is None or (_is_number(confirms) and confirms >= 0)
+        yield is_quota, f"confirms_per_sec: {confirms!r} is not a number of 0 or more"
+        skew, batch, app = self.clock_skew_secs, self.batch, self.sub_app_id
+        both_or_none = (self.secret_id is None) == (self.secret_key is None)
+        yield _is_number(skew), f"clock_skew_secs: {skew!r} is no number"
+        yield is_whole(batch) and 1 <= batch <= HANDLES_MAX, f"batch: {batch!r} is not 1 to {HANDLES_MAX}"
+        yield app is None or is_whole(app), f"sub_app_id: {app!r} is no whole number"
+        for name, is_right, what in _LISTS:
+            values = getattr(self, name)
+            yield isinstance(values, list | tuple), f"{name}: {values!r} is not a list"
+            for value in values:
+                yield is_right(value), f"{name}: {value!r} is not {what}"
+        yield both_or_none, "secret_id, secret_key: give both, or neither to verify nothing"
+        yield not self.feed or self.rate > 0, "feed: needs a rate; for events that are there at the start, use events"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; JSON's true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_action(value: object) -> bool:
+    return isinstance(value, str) and value in ACTIONS
+
+
+_LISTS: Final[tuple[tuple[str, Callable[[object], bool], str], ...]] = (
+    ("deny", _is_action, f"one of {', '.join(ACTIONS)}"),
+    ("refuse_confirms_of", is_whole, "a whole number"),
+)
+
+
+def _check_faults(faults: object) -> None:
+    if not isinstance(faults, Mapping):
+        raise ValueError("faults: must map the name of a fault to its probability")  # noqa: TRY004 - one error for all
+    for name, probability in faults.items():
+        action, _, fault = str(name).rpartition(".")
+        if fault not in FAULTS or action not in ("", *ACTIONS.values()):
+            known = ", ".join(FAULTS)
+            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as pull.NAME and confirm.NAME")
+        if not _is_number(probability) or not 0 <= probability <= 1:
+            raise ValueError(f"faults: {name}: {probability!r} is no probability from 0 to 1")
+
+
+def parse_faults(text: str) -> dict[str, float]:
+    """Read faults as they are written on a command line: `reset=0.02,confirm.lost=0.1`.
+
+    Args:
+        text: Names and probabilities; empty for none.
+
+    Raises:
+        ValueError: A name is unknown or a probability is none; says which.
+    """
+    faults: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, probability = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ValueError(f"faults: {part!r} lacks its probability; write {part}=0.1")
+        try:
+            faults[name] = float(probability)
+        except ValueError:
+            raise ValueError(f"faults: {name}: {probability!r} is no probability from 0 to 1") from None
+    _check_faults(faults)
+    return faults
+
+
+def faults_by_action(faults: Mapping[str, float]) -> dict[str, tuple[tuple[Fault, float], ...]]:
+    """The faults of each action; a name that is narrowed to the action counts before the general one."""
+    return {
+        action: tuple(
+            (fault, probability)
+            for fault in FAULTS
+            if (probability := faults.get(f"{prefix}.{fault}", faults.get(fault, 0.0))) > 0
+        )
+        for action, prefix in ACTIONS.items()
+    }
