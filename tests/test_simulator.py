@@ -34,9 +34,9 @@ import vodpoller
 from tests.processes import environment
 from vodpoller.cli.app import main
 from vodpoller.logs import CATALOGUE, make_logger
+from vodpoller.simulator.bodies import EventGenerator
 from vodpoller.simulator.options import FAULTS, SimulatorOptions, parse_faults
 from vodpoller.simulator.service import (
-    EventGenerator,
     EventQueue,
     RefusedHandlesError,
     Simulator,
