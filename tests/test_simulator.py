@@ -36,13 +36,8 @@ from vodpoller.cli.app import main
 from vodpoller.logs import CATALOGUE, make_logger
 from vodpoller.simulator.bodies import EventGenerator
 from vodpoller.simulator.options import FAULTS, SimulatorOptions, parse_faults
-from vodpoller.simulator.service import (
-    EventQueue,
-    RefusedHandlesError,
-    Simulator,
-    SlidingSecond,
-    StaleHandlesError,
-)
+from vodpoller.simulator.queue import EventQueue, RefusedHandlesError, StaleHandlesError
+from vodpoller.simulator.service import Simulator, SlidingSecond
 
 SECRET_ID, SECRET_KEY = "AKIDsimulated", "a-key-of-no-worth"
 
