@@ -16,8 +16,6 @@ import hmac
 import re
 import secrets
 import signal
-import socket
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -47,6 +45,7 @@ from vodpoller.simulator.options import (
     parse_faults,
 )
 from vodpoller.simulator.queue import EventQueue, LedgerRow, RefusedHandlesError, StaleHandlesError
+from vodpoller.simulator.server import DIGITS, REASONS, Connection, Request
 
 _VERSION: Final = "2018-07-17"
 _SIGNATURE_SECS: Final = 300
@@ -60,174 +59,8 @@ _EMPTY_FORMS: Final[Mapping[str, bytes]] = {
     "list": b'"EventSet":[],',
     "absent": b"",
 }
-_HEAD_MAX_BYTES: Final = 64 * 1024
-_BODY_MAX_BYTES: Final = 256 * 1024 * 1024
 
 _T = TypeVar("_T")
-
-
-# --- HTTP -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    method: str
-    target: str
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class _BadRequestError(Exception):
-    """What came is not the HTTP that this server speaks."""
-
-
-_DIGITS: Final = re.compile(r"[0-9]{1,12}")
-_REASONS: Final = {200: b"OK", 400: b"Bad Request", 404: b"Not Found", 500: b"Internal Server Error"} | {
-    502: b"Bad Gateway",
-    503: b"Service Unavailable",
-    504: b"Gateway Timeout",
-}
-
-
-# What no request begins with: all but printable ASCII and line ends.
-_NO_HTTP: Final = frozenset(range(256)) - frozenset(b"\r\n") - frozenset(range(0x21, 0x7F))
-_TLS_HANDSHAKE: Final = 0x16  # RFC 8446, section 5.1
-
-
-def _what_came(data: bytes) -> str:
-    if data[0] == _TLS_HANDSHAKE:
-        return "a client began with TLS and was disconnected: the simulator speaks plain HTTP, use its http:// address"
-    return f"a client sent what is not HTTP and was disconnected: it began with {data!r}"
-
-
-class _Connection(asyncio.Protocol):
-    """One client's connection: HTTP/1.1 with keep-alive, one request after the other."""
-
-    def __init__(self, service: "_Service") -> None:
-        self._service = service
-        self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-        self._busy = False
-        self._close_after = False
-        self.on_lost: Callable[[], None] | None = None
-
-    @property
-    def closed(self) -> bool:
-        """Whether nobody would read an answer."""
-        return self._transport is None or self._transport.is_closing()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker; TCP is nothing else
-        self._transport = transport
-        self._service.connections.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._transport = None
-        self._service.connections.discard(self)
-        if self.on_lost is not None:
-            self.on_lost()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        self._next()
-
-    def _next(self) -> None:
-        if self._busy or self.closed:
-            return
-        if self._buffer and self._buffer[0] in _NO_HTTP:
-            # A client that begins so would not understand an answer.
-            self._service.bad_requests += 1
-            self._service.warn(_what_came(bytes(self._buffer[:16])))
-            self.drop()
-            return
-        try:
-            request = self._cut_request()
-        except _BadRequestError as error:
-            self._close_after = True
-            self._service.bad_requests += 1
-            self.send(orjson.dumps({"error": str(error)}), status=400)
-            return
-        if request is not None:
-            self._busy = True
-            self._close_after = request.headers.get("connection", "").lower() == "close"
-            self._service.handle(request, self)
-
-    def _cut_request(self) -> _Request | None:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end > _HEAD_MAX_BYTES or (end < 0 and len(self._buffer) > _HEAD_MAX_BYTES):
-            raise _BadRequestError("the head is longer than 64 KiB")
-        if end < 0:
-            return None
-        first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        parts = first.split(" ")
-        if len(parts) != 3 or parts[2] != "HTTP/1.1":  # noqa: PLR2004 - method, target, version
-            raise _BadRequestError("the first line is not that of an HTTP/1.1 request")
-        headers: dict[str, str] = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon or not name or name != name.strip():
-                raise _BadRequestError(f"{line[:80]!r} is no header")
-            headers[name.lower()] = value.strip()
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not _DIGITS.fullmatch(length):
-            raise _BadRequestError("a body needs its Content-Length")
-        if int(length) > _BODY_MAX_BYTES:
-            raise _BadRequestError("the body is too long")
-        start, stop = end + 4, end + 4 + int(length)
-        if len(self._buffer) < stop:
-            if headers.get("expect", "").lower() == "100-continue" and len(self._buffer) == start and self._transport:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return None
-        body = bytes(self._buffer[start:stop])
-        del self._buffer[:stop]
-        return _Request(method=parts[0], target=parts[1], headers=headers, body=body)
-
-    def send(
-        self, body: bytes, *, status: int = 200, content_type: bytes = b"application/json", cut_at: int | None = None
-    ) -> None:
-        """Answer the request.
-
-        Args:
-            body: The whole body.
-            status: Of HTTP.
-            content_type: Of the body.
-            cut_at: End the connection after so many bytes of the body.
-        """
-        if self._transport is None or self._transport.is_closing():
-            return
-        head = b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\nConnection: %b\r\n\r\n" % (
-            status,
-            _REASONS[status],
-            self._service.date(),
-            content_type,
-            len(body),
-            b"close" if self._close_after else b"keep-alive",
-        )
-        self._transport.write(head + body[:cut_at])
-        if self._close_after or cut_at is not None:
-            self._transport.close()
-            return
-        self._busy = False
-        if self._buffer:
-            asyncio.get_running_loop().call_soon(self._next)
-
-    def drop(self) -> None:
-        """End the connection at once, whatever is still to be sent."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def cut(self) -> None:
-        """End the connection without an answer."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def reset(self) -> None:
-        """End the connection as a crashed peer or an angry middlebox does."""
-        if self._transport is not None:
-            # With a linger time of 0 the kernel sends RST where it would send FIN.
-            sock = self._transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._transport.abort()
 
 
 # --- the API ----------------------------------------------------------------------------------------------------------
@@ -245,8 +78,8 @@ class _Call:
 
     action: str
     fault: Fault | None
-    request: _Request
-    connection: _Connection
+    request: Request
+    connection: Connection
     started_at: float
 
 
@@ -259,7 +92,7 @@ _AUTHORIZATION: Final = re.compile(
 _PORT: Final = re.compile(r":[0-9]+\Z")
 
 
-def _verify(request: _Request, *, secret_id: str, secret_key: str, token: str | None, now: float) -> None:
+def _verify(request: Request, *, secret_id: str, secret_key: str, token: str | None, now: float) -> None:
     """Check a request's TC3-HMAC-SHA256 signature as the documents of signature v3 (product/266/38490) describe it.
 
     Raises:
@@ -272,7 +105,7 @@ def _verify(request: _Request, *, secret_id: str, secret_key: str, token: str | 
         raise _ApiError("AuthFailure.InvalidAuthorization", "The Authorization header is not that of signature v3.")
     if claim["id"] != secret_id:
         raise _ApiError("AuthFailure.SecretIdNotFound", "There is no such SecretId.")
-    if not _DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
+    if not DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
         raise _ApiError("AuthFailure.SignatureExpire", f"X-TC-Timestamp is more than {_SIGNATURE_SECS} s off.")
     names = claim["headers"].split(";")
     failure = _ApiError("AuthFailure.SignatureFailure", "The signature is not that of this request and SecretKey.")
@@ -354,7 +187,7 @@ class _Service:
         self._errors: Counter[str] = Counter()
         self._faulted: Counter[str] = Counter()
         self.bad_requests = 0
-        self.connections: set[_Connection] = set()
+        self.connections: set[Connection] = set()
 
     # --- life ---
 
@@ -372,7 +205,7 @@ class _Service:
         loop = asyncio.get_running_loop()
         if options.events_file is not None:
             self._lines = lines_of(options.events_file.read_bytes())
-        server = await loop.create_server(lambda: _Connection(self), options.host, options.port, backlog=1024)
+        server = await loop.create_server(lambda: Connection(self), options.host, options.port, backlog=1024)
         try:
             self._start_feeding()
             host, port = server.sockets[0].getsockname()[:2]
@@ -428,7 +261,7 @@ class _Service:
 
     # --- requests ---
 
-    def handle(self, request: _Request, connection: _Connection) -> None:
+    def handle(self, request: Request, connection: Connection) -> None:
         """Answer a request on its connection, now or later."""
         if request.method != "POST" or request.target != "/":
             self._handle_control(request, connection)
@@ -459,7 +292,7 @@ class _Service:
             return
         if call.fault == "http_5xx":
             status = self._random.choice((500, 502, 503, 504))
-            page = b"<html><body>%b</body></html>" % _REASONS[status]
+            page = b"<html><body>%b</body></html>" % REASONS[status]
             send = partial(call.connection.send, page, status=status, content_type=b"text/html")
             _after(self._options.rtt_secs / 2, send)
             return
@@ -646,7 +479,7 @@ class _Service:
 
     # --- control ---
 
-    def _handle_control(self, request: _Request, connection: _Connection) -> None:
+    def _handle_control(self, request: Request, connection: Connection) -> None:
         try:
             target = urlsplit(request.target)
             answer = self._control(request.method, target.path, parse_qs(target.query), request.body)
@@ -739,7 +572,7 @@ def _error(code: str, message: str) -> bytes:
 
 
 def _whole(text: str) -> int:
-    if not _DIGITS.fullmatch(text):
+    if not DIGITS.fullmatch(text):
         raise ValueError(f"{text!r} is no whole number of 0 or more")
     return int(text)
 
