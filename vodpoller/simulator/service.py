@@ -11,9 +11,6 @@ main thread of a command.
 
 import asyncio
 import dataclasses
-import hashlib
-import hmac
-import re
 import secrets
 import signal
 import threading
@@ -22,7 +19,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from email.utils import formatdate
 from functools import partial
 from random import Random
@@ -34,6 +30,7 @@ import orjson
 
 from vodpoller.logs import Logger
 from vodpoller.simulator.bodies import EventGenerator, lines_of
+from vodpoller.simulator.errors import ApiError
 from vodpoller.simulator.options import (
     ACTIONS,
     CONTROLLABLE,
@@ -46,9 +43,9 @@ from vodpoller.simulator.options import (
 )
 from vodpoller.simulator.queue import EventQueue, LedgerRow, RefusedHandlesError, StaleHandlesError
 from vodpoller.simulator.server import DIGITS, REASONS, Connection, Request
+from vodpoller.simulator.signature import verify
 
 _VERSION: Final = "2018-07-17"
-_SIGNATURE_SECS: Final = 300
 _PARAMETERS: Final[Mapping[str, frozenset[str]]] = {
     "PullEvents": frozenset({"SubAppId", "ExtInfo"}),
     "ConfirmEvents": frozenset({"SubAppId", "ExtInfo", "EventHandles"}),
@@ -66,12 +63,6 @@ _T = TypeVar("_T")
 # --- the API ----------------------------------------------------------------------------------------------------------
 
 
-class _ApiError(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Call:
     """One request to the API, on its way."""
@@ -81,57 +72,6 @@ class _Call:
     request: Request
     connection: Connection
     started_at: float
-
-
-_AUTHORIZATION: Final = re.compile(
-    r"TC3-HMAC-SHA256 Credential=(?P<id>[^/\s,]+)/(?P<date>[^/\s,]+)/(?P<service>[^/\s,]+)/tc3_request, ?"
-    r"SignedHeaders=(?P<headers>[a-z0-9;-]+), ?Signature=(?P<signature>[0-9a-f]+)"
-)
-
-
-_PORT: Final = re.compile(r":[0-9]+\Z")
-
-
-def _verify(request: Request, *, secret_id: str, secret_key: str, token: str | None, now: float) -> None:
-    """Check a request's TC3-HMAC-SHA256 signature as the documents of signature v3 (product/266/38490) describe it.
-
-    Raises:
-        _ApiError: With the code that Tencent gives the failure.
-    """
-    headers = request.headers
-    timestamp = headers["x-tc-timestamp"]
-    claim = _AUTHORIZATION.fullmatch(headers["authorization"])
-    if claim is None:
-        raise _ApiError("AuthFailure.InvalidAuthorization", "The Authorization header is not that of signature v3.")
-    if claim["id"] != secret_id:
-        raise _ApiError("AuthFailure.SecretIdNotFound", "There is no such SecretId.")
-    if not DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
-        raise _ApiError("AuthFailure.SignatureExpire", f"X-TC-Timestamp is more than {_SIGNATURE_SECS} s off.")
-    names = claim["headers"].split(";")
-    failure = _ApiError("AuthFailure.SignatureFailure", "The signature is not that of this request and SecretKey.")
-    if not {"content-type", "host"} <= set(names) <= set(headers) or names != sorted(names):
-        raise failure
-    date = datetime.fromtimestamp(int(timestamp), UTC).strftime("%Y-%m-%d")
-    if (claim["date"], claim["service"]) != (date, "vod"):
-        raise failure
-    key = b"TC3" + secret_key.encode()
-    for part in (date, "vod", "tc3_request"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    # VOD's host never has a port, so that the document leaves open what is signed of one: Python's SDK signs the whole
-    # header, that of Node.js leaves the port out.
-    for host in {headers["host"], _PORT.sub("", headers["host"])}:
-        values = {**headers, "host": host}
-        signed = "".join(f"{name}:{values[name].lower()}\n" for name in names)
-        digest = hashlib.sha256(request.body).hexdigest()
-        canonical = "\n".join(("POST", "/", "", signed, claim["headers"], digest))
-        canonical_digest = hashlib.sha256(canonical.encode("latin-1")).hexdigest()
-        text = "\n".join(("TC3-HMAC-SHA256", timestamp, f"{date}/vod/tc3_request", canonical_digest))
-        if hmac.compare_digest(hmac.digest(key, text.encode(), "sha256").hex(), claim["signature"]):
-            break
-    else:
-        raise failure
-    if token is not None and headers.get("x-tc-token") != token:
-        raise _ApiError("AuthFailure.TokenFailure", "X-TC-Token is not the token of this SecretId.")
 
 
 class SlidingSecond:
@@ -301,7 +241,7 @@ class _Service:
             self._authorize(call)
             self._limit(call.action)
             self._carry_out(call, self._parameters(call))
-        except _ApiError as error:
+        except ApiError as error:
             self._errors[error.code] += 1
             self._reply(call, _error(error.code, str(error)), code=error.code)
 
@@ -312,13 +252,13 @@ class _Service:
             needed += ["X-TC-Timestamp", "Authorization"]
         for name in needed:
             if name.lower() not in headers:
-                raise _ApiError("MissingParameter", f"The request lacks the header {name}.")
+                raise ApiError("MissingParameter", f"The request lacks the header {name}.")
         if call.action not in ACTIONS:
-            raise _ApiError("InvalidAction", f"The simulator knows {', '.join(ACTIONS)}, not {call.action}.")
+            raise ApiError("InvalidAction", f"The simulator knows {', '.join(ACTIONS)}, not {call.action}.")
         if headers["x-tc-version"] != _VERSION:
-            raise _ApiError("NoSuchVersion", f"The version of this API is {_VERSION}.")
+            raise ApiError("NoSuchVersion", f"The version of this API is {_VERSION}.")
         if options.secret_id is not None and options.secret_key is not None:
-            _verify(
+            verify(
                 call.request,
                 secret_id=options.secret_id,
                 secret_key=options.secret_key,
@@ -326,7 +266,7 @@ class _Service:
                 now=self._now(),
             )
         if call.action in options.deny:
-            raise _ApiError("UnauthorizedOperation", f"The key has no right to vod:{call.action}.")
+            raise ApiError("UnauthorizedOperation", f"The key has no right to vod:{call.action}.")
 
     def _limit(self, action: str) -> None:
         quota = self._options.requests_per_sec
@@ -337,7 +277,7 @@ class _Service:
         now = time.monotonic()
         if self._accepted[action].count(now) >= quota:
             self._counts["refused_by_limit"] += 1
-            raise _ApiError("RequestLimitExceeded", f"{action} may be called {quota:g} times a second.")
+            raise ApiError("RequestLimitExceeded", f"{action} may be called {quota:g} times a second.")
         self._accepted[action].add(now)
 
     def _parameters(self, call: _Call) -> dict[str, Any]:
@@ -346,16 +286,16 @@ class _Service:
         except ValueError:
             parameters = None
         if not isinstance(parameters, dict):
-            raise _ApiError("InvalidParameter", "The body is not a JSON object.")
+            raise ApiError("InvalidParameter", "The body is not a JSON object.")
         if unknown := sorted(parameters.keys() - _PARAMETERS[call.action]):
-            raise _ApiError("UnknownParameter", f"{call.action} has no parameter {unknown[0]}.")
+            raise ApiError("UnknownParameter", f"{call.action} has no parameter {unknown[0]}.")
         sub_app_id = parameters.get("SubAppId")
         if sub_app_id is not None and not is_whole(sub_app_id):
-            raise _ApiError("InvalidParameter", "SubAppId is an integer.")
+            raise ApiError("InvalidParameter", "SubAppId is an integer.")
         if self._options.sub_app_id is not None and sub_app_id != self._options.sub_app_id:
             if call.action == "PullEvents":
-                raise _ApiError("ResourceNotFound.UserNotExist", "There is no such SubAppId.")
-            raise _ApiError("InvalidParameterValue.SubAppId", "There is no such SubAppId.")
+                raise ApiError("ResourceNotFound.UserNotExist", "There is no such SubAppId.")
+            raise ApiError("InvalidParameterValue.SubAppId", "There is no such SubAppId.")
         return parameters
 
     def _carry_out(self, call: _Call, parameters: Mapping[str, Any]) -> None:
@@ -369,20 +309,20 @@ class _Service:
         options = self._options
         handles = parameters.get("EventHandles")
         if handles is None:
-            raise _ApiError("MissingParameter", "EventHandles is missing.")
+            raise ApiError("MissingParameter", "EventHandles is missing.")
         if not isinstance(handles, list) or not all(isinstance(handle, str) for handle in handles):
-            raise _ApiError("InvalidParameter", "EventHandles is a list of strings.")
+            raise ApiError("InvalidParameter", "EventHandles is a list of strings.")
         if not 1 <= len(handles) <= HANDLES_MAX:
-            raise _ApiError("InvalidParameter", f"EventHandles takes 1 to {HANDLES_MAX} handles.")
+            raise ApiError("InvalidParameter", f"EventHandles takes 1 to {HANDLES_MAX} handles.")
         if parameters.get("SubAppId") in options.refuse_confirms_of:
-            raise _ApiError("InvalidParameterValue", "The application has no such handles.")
+            raise ApiError("InvalidParameterValue", "The application has no such handles.")
         try:
             self._queue.confirm(handles, atomic=options.stale == "atomic")
         except StaleHandlesError as error:
             self._counts["confirms_stale"] += 1
-            raise _ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
+            raise ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
         except RefusedHandlesError as error:
-            raise _ApiError("InvalidParameterValue", f"{error}.") from error
+            raise ApiError("InvalidParameterValue", f"{error}.") from error
         self._counts["confirms"] += 1
 
     # --- pulling ---
@@ -555,9 +495,9 @@ _COUNTED: Final = ("pulls", "pulls_empty", "pulls_abandoned", "confirms", "confi
 
 def _fail_on_purpose(fault: Fault | None) -> None:
     if fault == "internal_error":
-        raise _ApiError("InternalError", "Something broke inside the service.")
+        raise ApiError("InternalError", "Something broke inside the service.")
     if fault == "limit":
-        raise _ApiError("RequestLimitExceeded", "The quota of this action is used up.")
+        raise ApiError("RequestLimitExceeded", "The quota of this action is used up.")
 
 
 def _after(delay_secs: float, act: Callable[[], None]) -> None:
