@@ -34,10 +34,11 @@ import vodpoller
 from tests.processes import environment
 from vodpoller.cli.app import main
 from vodpoller.logs import CATALOGUE, make_logger
+from vodpoller.simulator.api import SlidingSecond
 from vodpoller.simulator.bodies import EventGenerator
 from vodpoller.simulator.options import FAULTS, SimulatorOptions, parse_faults
 from vodpoller.simulator.queue import EventQueue, RefusedHandlesError, StaleHandlesError
-from vodpoller.simulator.service import Simulator, SlidingSecond
+from vodpoller.simulator.service import Simulator
 
 SECRET_ID, SECRET_KEY = "AKIDsimulated", "a-key-of-no-worth"
 

@@ -1,0 +1,509 @@
+"""What each request gets: pulls and confirms as VOD answers them, and the control endpoints.
+
+Faults come first, then signature and rights, then the quota, then the parameters.
+"""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import partial
+from random import Random
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import orjson
+
+from vodpoller.logs import Logger
+from vodpoller.simulator.bodies import EventGenerator, lines_of
+from vodpoller.simulator.errors import ApiError
+from vodpoller.simulator.options import (
+    ACTIONS,
+    CONTROLLABLE,
+    HANDLES_MAX,
+    Fault,
+    SimulatorOptions,
+    faults_by_action,
+    is_whole,
+    parse_faults,
+)
+from vodpoller.simulator.queue import EventQueue, LedgerRow, RefusedHandlesError, StaleHandlesError
+from vodpoller.simulator.server import DIGITS, REASONS, Connection, Request
+from vodpoller.simulator.signature import verify
+
+_VERSION: Final = "2018-07-17"
+_PARAMETERS: Final[Mapping[str, frozenset[str]]] = {
+    "PullEvents": frozenset({"SubAppId", "ExtInfo"}),
+    "ConfirmEvents": frozenset({"SubAppId", "ExtInfo", "EventHandles"}),
+}
+_EMPTY_FORMS: Final[Mapping[str, bytes]] = {
+    "null": b'"EventSet":null,',
+    "error": b'"Error":{"Code":"ResourceNotFound","Message":"no event"},',
+    "list": b'"EventSet":[],',
+    "absent": b"",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """One request to the API, on its way."""
+
+    action: str
+    fault: Fault | None
+    request: Request
+    connection: Connection
+    started_at: float
+
+
+class SlidingSecond:
+    """Counts what happened in the second that has just passed."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque()
+        self.peak = 0
+
+    def count(self, now: float) -> int:
+        """How much happened after `now` less one second."""
+        while self._times and self._times[0] <= now - 1:
+            self._times.popleft()
+        return len(self._times)
+
+    def add(self, now: float) -> None:
+        """It happened."""
+        self._times.append(now)
+        self.peak = max(self.peak, self.count(now))
+
+
+class Api:
+    """The API and the control endpoints over one queue; lives in one event loop.
+
+    Args:
+        options: How it behaves.
+        log: Gets a debug line for each answer.
+        warn: Told what is wrong with a client that does not even speak HTTP.
+    """
+
+    def __init__(self, options: SimulatorOptions, log: Logger | None, warn: Callable[[str], None]) -> None:
+        self.warn = warn
+        self._options = options
+        self._log = log
+        seed = secrets.randbits(63) if options.seed is None else options.seed
+        self._random = Random(seed)  # noqa: S311 - faults and handles, not secrets
+        self._faults: Mapping[str, tuple[tuple[Fault, float], ...]] = faults_by_action(options.faults)
+        self._queue = EventQueue(
+            visibility_secs=options.visibility_secs,
+            generator=EventGenerator(seed),
+            random=self._random,
+            forget_confirms=options.forget_confirms,
+            keep_bodies=options.keep_bodies,
+            wall_offset_secs=time.time() - time.monotonic(),
+        )
+        self._date_second = 0
+        self._date = b""
+        self._empties = 0
+        self._hanging: dict[_Call, asyncio.TimerHandle] = {}
+        self._expiry: asyncio.TimerHandle | None = None
+        self._lines: list[bytes] | None = None
+        self._paced = 0
+        self._paced_total: float = 0
+        self._started_at = 0.0
+        self._accepted = {action: SlidingSecond() for action in ACTIONS}
+        self._arrived = {action: SlidingSecond() for action in ACTIONS}
+        self._counts: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._faulted: Counter[str] = Counter()
+        self.bad_requests = 0
+        self.connections: set[Connection] = set()
+
+    # --- life ---
+
+    async def run(self, ready: Callable[[str], None], stop: asyncio.Event) -> None:
+        """Serve until `stop` is set.
+
+        Args:
+            ready: Called with the base URL once connections are accepted.
+            stop: Ends it; all connections are cut.
+
+        Raises:
+            OSError: The address cannot be listened on, or the events' file cannot be read.
+        """
+        options = self._options
+        loop = asyncio.get_running_loop()
+        if options.events_file is not None:
+            self._lines = lines_of(options.events_file.read_bytes())
+        server = await loop.create_server(lambda: Connection(self), options.host, options.port, backlog=1024)
+        try:
+            self._start_feeding()
+            host, port = server.sockets[0].getsockname()[:2]
+            ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            await stop.wait()
+        finally:
+            server.close()
+            for call in list(self._hanging):
+                self._unhang(call)
+            for connection in list(self.connections):
+                connection.drop()
+            await asyncio.sleep(0)  # the turn in which the transports close their sockets
+            await server.wait_closed()
+
+    def _start_feeding(self) -> None:
+        options = self._options
+        self._started_at = time.monotonic()
+        self._queue.generate(options.events)
+        if not options.rate:
+            self._queue.feed(self._lines or ())
+            return
+        self._paced_total = options.feed or float("inf")
+        if self._lines is not None:
+            self._paced_total = min(self._paced_total, len(self._lines))
+        self._feed_due()
+
+    def _feed_due(self) -> None:
+        """Feed what is due by now, so that the rate holds however late timers are."""
+        rate = self._options.rate
+        elapsed_secs = time.monotonic() - self._started_at
+        due = int(min(elapsed_secs * rate + 1, self._paced_total)) - self._paced
+        if due > 0:
+            if self._lines is None:
+                self._queue.generate(due)
+            else:
+                self._queue.feed(self._lines[self._paced : self._paced + due])
+            self._paced += due
+            self._wake()
+        if self._paced < self._paced_total:
+            wait_secs = self._started_at + self._paced / rate - time.monotonic()
+            asyncio.get_running_loop().call_later(max(wait_secs, 0.001), self._feed_due)
+
+    def date(self) -> bytes:
+        """The value of the `Date` header, by the simulator's own clock."""
+        second = int(self._now())
+        if second != self._date_second:
+            self._date_second = second
+            self._date = formatdate(second, usegmt=True).encode()
+        return self._date
+
+    def _now(self) -> float:
+        return time.time() + self._options.clock_skew_secs
+
+    # --- requests ---
+
+    def handle(self, request: Request, connection: Connection) -> None:
+        """Answer a request on its connection, now or later."""
+        if request.method != "POST" or request.target != "/":
+            self._handle_control(request, connection)
+            return
+        action = request.headers.get("x-tc-action", "")
+        call = _Call(
+            action=action,
+            fault=self._draw_fault(action),
+            request=request,
+            connection=connection,
+            started_at=time.monotonic(),
+        )
+        _after(self._options.rtt_secs / 2, partial(self._serve, call))
+
+    def _draw_fault(self, action: str) -> Fault | None:
+        for fault, probability in self._faults.get(action, ()):
+            if self._random.random() < probability:
+                self._faulted[f"{ACTIONS[action]}.{fault}"] += 1
+                return fault
+        return None
+
+    def _serve(self, call: _Call) -> None:
+        self._requests[call.action if call.action in ACTIONS else "other"] += 1
+        if call.action in ACTIONS:
+            self._arrived[call.action].add(time.monotonic())
+        if call.fault == "reset":
+            call.connection.reset()
+            return
+        if call.fault == "http_5xx":
+            status = self._random.choice((500, 502, 503, 504))
+            page = b"<html><body>%b</body></html>" % REASONS[status]
+            send = partial(call.connection.send, page, status=status, content_type=b"text/html")
+            _after(self._options.rtt_secs / 2, send)
+            return
+        try:
+            _fail_on_purpose(call.fault)
+            self._authorize(call)
+            self._limit(call.action)
+            self._carry_out(call, self._parameters(call))
+        except ApiError as error:
+            self._errors[error.code] += 1
+            self._reply(call, _error(error.code, str(error)), code=error.code)
+
+    def _authorize(self, call: _Call) -> None:
+        options, headers = self._options, call.request.headers
+        needed = ["X-TC-Action", "X-TC-Version"]
+        if options.secret_id is not None:
+            needed += ["X-TC-Timestamp", "Authorization"]
+        for name in needed:
+            if name.lower() not in headers:
+                raise ApiError("MissingParameter", f"The request lacks the header {name}.")
+        if call.action not in ACTIONS:
+            raise ApiError("InvalidAction", f"The simulator knows {', '.join(ACTIONS)}, not {call.action}.")
+        if headers["x-tc-version"] != _VERSION:
+            raise ApiError("NoSuchVersion", f"The version of this API is {_VERSION}.")
+        if options.secret_id is not None and options.secret_key is not None:
+            verify(
+                call.request,
+                secret_id=options.secret_id,
+                secret_key=options.secret_key,
+                token=options.token,
+                now=self._now(),
+            )
+        if call.action in options.deny:
+            raise ApiError("UnauthorizedOperation", f"The key has no right to vod:{call.action}.")
+
+    def _limit(self, action: str) -> None:
+        quota = self._options.requests_per_sec
+        if action == "ConfirmEvents" and self._options.confirms_per_sec is not None:
+            quota = self._options.confirms_per_sec
+        if not quota:
+            return
+        now = time.monotonic()
+        if self._accepted[action].count(now) >= quota:
+            self._counts["refused_by_limit"] += 1
+            raise ApiError("RequestLimitExceeded", f"{action} may be called {quota:g} times a second.")
+        self._accepted[action].add(now)
+
+    def _parameters(self, call: _Call) -> dict[str, Any]:
+        try:
+            parameters = orjson.loads(call.request.body)
+        except ValueError:
+            parameters = None
+        if not isinstance(parameters, dict):
+            raise ApiError("InvalidParameter", "The body is not a JSON object.")
+        if unknown := sorted(parameters.keys() - _PARAMETERS[call.action]):
+            raise ApiError("UnknownParameter", f"{call.action} has no parameter {unknown[0]}.")
+        sub_app_id = parameters.get("SubAppId")
+        if sub_app_id is not None and not is_whole(sub_app_id):
+            raise ApiError("InvalidParameter", "SubAppId is an integer.")
+        if self._options.sub_app_id is not None and sub_app_id != self._options.sub_app_id:
+            if call.action == "PullEvents":
+                raise ApiError("ResourceNotFound.UserNotExist", "There is no such SubAppId.")
+            raise ApiError("InvalidParameterValue.SubAppId", "There is no such SubAppId.")
+        return parameters
+
+    def _carry_out(self, call: _Call, parameters: Mapping[str, Any]) -> None:
+        if call.action == "PullEvents":
+            self._pull(call)
+            return
+        self._confirm(parameters)
+        self._reply(call, b"")
+
+    def _confirm(self, parameters: Mapping[str, Any]) -> None:
+        options = self._options
+        handles = parameters.get("EventHandles")
+        if handles is None:
+            raise ApiError("MissingParameter", "EventHandles is missing.")
+        if not isinstance(handles, list) or not all(isinstance(handle, str) for handle in handles):
+            raise ApiError("InvalidParameter", "EventHandles is a list of strings.")
+        if not 1 <= len(handles) <= HANDLES_MAX:
+            raise ApiError("InvalidParameter", f"EventHandles takes 1 to {HANDLES_MAX} handles.")
+        if parameters.get("SubAppId") in options.refuse_confirms_of:
+            raise ApiError("InvalidParameterValue", "The application has no such handles.")
+        try:
+            self._queue.confirm(handles, atomic=options.stale == "atomic")
+        except StaleHandlesError as error:
+            self._counts["confirms_stale"] += 1
+            raise ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
+        except RefusedHandlesError as error:
+            raise ApiError("InvalidParameterValue", f"{error}.") from error
+        self._counts["confirms"] += 1
+
+    # --- pulling ---
+
+    def _pull(self, call: _Call) -> None:
+        if call.connection.closed:
+            self._counts["pulls_abandoned"] += 1
+            return
+        elements = self._queue.take(self._options.batch)
+        if elements:
+            self._give(call, elements)
+        elif self._options.poll_secs:
+            timer = asyncio.get_running_loop().call_later(self._options.poll_secs, self._give_nothing, call)
+            self._hanging[call] = timer
+            call.connection.on_lost = partial(self._abandon, call)
+        else:
+            self._give_nothing(call)
+
+    def _give(self, call: _Call, elements: Sequence[bytes]) -> None:
+        self._watch_leases()
+        self._counts["pulls"] += 1
+        self._reply(call, b'"EventSet":[%b],' % b",".join(elements), events=len(elements))
+
+    def _give_nothing(self, call: _Call) -> None:
+        self._unhang(call)
+        self._counts["pulls"] += 1
+        self._counts["pulls_empty"] += 1
+        form: str = self._options.empty
+        if form == "mixed":
+            form = tuple(_EMPTY_FORMS)[self._empties % len(_EMPTY_FORMS)]
+            self._empties += 1
+        self._reply(call, _EMPTY_FORMS[form], events=0)
+
+    def _unhang(self, call: _Call) -> None:
+        timer = self._hanging.pop(call, None)
+        if timer is not None:
+            timer.cancel()
+            call.connection.on_lost = None
+
+    def _abandon(self, call: _Call) -> None:
+        self._unhang(call)
+        self._counts["pulls_abandoned"] += 1
+
+    def _wake(self) -> None:
+        """Events may have become visible: give them to the pulls that have hung the longest."""
+        while self._hanging and self._queue.visible:
+            call = next(iter(self._hanging))
+            self._unhang(call)
+            if call.connection.closed:
+                self._counts["pulls_abandoned"] += 1
+            else:
+                self._give(call, self._queue.take(self._options.batch))
+
+    def _watch_leases(self) -> None:
+        at = self._queue.next_expiry
+        if self._expiry is None and at is not None:
+            wait_secs = max(at - time.monotonic(), 0.0)
+            self._expiry = asyncio.get_running_loop().call_later(wait_secs, self._end_leases)
+
+    def _end_leases(self) -> None:
+        self._expiry = None
+        self._queue.expire()
+        self._wake()
+        self._watch_leases()
+
+    def _reply(self, call: _Call, members: bytes, *, code: str = "", events: int | None = None) -> None:
+        """Send the answer after the rest of the round trip, spoilt by the call's fault."""
+        request_id = str(UUID(int=self._random.getrandbits(128), version=4))
+        body = b'{"Response":{%b"RequestId":"%b"}}' % (members, request_id.encode())
+        if self._log is not None:
+            fields = {"error_code": code or None, "events": events, "fault": call.fault}
+            self._log.debug(
+                "simulator.answered",
+                action=call.action,
+                request_id=request_id,
+                duration_secs=round(time.monotonic() - call.started_at, 6),
+                **{name: value for name, value in fields.items() if value is not None},
+            )
+        send: Callable[[], None] = partial(call.connection.send, body)
+        delay_secs = self._options.rtt_secs / 2
+        match call.fault:
+            case "lost":
+                send = call.connection.cut
+            case "truncated":
+                at = self._random.randrange(1, len(body))
+                # The connection breaks half-way, or a proxy takes the half for the whole.
+                whole = self._random.random() < 0.5  # noqa: PLR2004 - a coin
+                send = partial(call.connection.send, body[:at] if whole else body, cut_at=None if whole else at)
+            case "slow":
+                delay_secs += self._options.slow_secs
+            case _:
+                pass
+        _after(delay_secs, send)
+
+    # --- control ---
+
+    def _handle_control(self, request: Request, connection: Connection) -> None:
+        try:
+            target = urlsplit(request.target)
+            answer = self._control(request.method, target.path, parse_qs(target.query), request.body)
+        except ValueError as error:
+            connection.send(orjson.dumps({"error": str(error)}), status=400)
+            return
+        if answer is None:
+            known = "POST / (the API), GET /_stats, GET /_ledger, POST /_feed, POST /_control"
+            connection.send(orjson.dumps({"error": f"there is only {known}"}), status=404)
+            return
+        connection.send(orjson.dumps(answer))
+
+    def _control(self, method: str, path: str, query: Mapping[str, list[str]], body: bytes) -> Any:
+        match method, path:
+            case "GET", "/_stats":
+                return self.stats()
+            case "GET", "/_ledger":
+                start, count = (_whole(query[name][0]) if name in query else None for name in ("from", "n"))
+                return self.ledger(start=start or 0, count=count, bodies=query.get("bodies") == ["1"])
+            case "POST", "/_feed":
+                return {"fed": self.feed(lines_of(body))}
+            case "POST", "/_control":
+                changes = orjson.loads(body)
+                if not isinstance(changes, dict):
+                    raise ValueError("the body must be an object of options")  # noqa: TRY004 - answered as other bad values
+                self.control(changes)
+                return {"changed": sorted(changes)}
+            case _:
+                return None
+
+    def feed(self, bodies: Iterable[bytes]) -> int:
+        """Events are born, and pulls that hang get them."""
+        count = self._queue.feed(bodies)
+        self._wake()
+        return count
+
+    def control(self, changes: Mapping[str, Any]) -> None:
+        """Change options.
+
+        Raises:
+            ValueError: An option is unknown, or cannot be changed while running, or has no such value.
+        """
+        if unknown := sorted(changes.keys() - CONTROLLABLE):
+            raise ValueError(f"{unknown[0]}: cannot be changed while running; {', '.join(sorted(CONTROLLABLE))} can")
+        values = dict(changes)
+        if isinstance(values.get("faults"), str):
+            values["faults"] = parse_faults(values["faults"])
+        self._options = dataclasses.replace(self._options, **values)
+        self._faults = faults_by_action(self._options.faults)
+
+    def ledger(self, *, start: int, count: int | None, bodies: bool) -> list[LedgerRow]:
+        """See `EventQueue.ledger`."""
+        return self._queue.ledger(start=start, count=count, bodies=bodies)
+
+    def stats(self) -> dict[str, Any]:
+        """What `Simulator.stats` describes."""
+        return {
+            **{name: self._counts[name] for name in _COUNTED},
+            "pulls_hanging_now": len(self._hanging),
+            "requests": dict(self._requests),
+            "errors": dict(self._errors),
+            "faults": dict(self._faulted),
+            "bad_requests": self.bad_requests,
+            "peak_requests_per_sec": {action: arrived.peak for action, arrived in self._arrived.items()},
+            "connections_now": len(self.connections),
+            "feeding": self._paced < self._paced_total,
+            **self._queue.stats(),
+        }
+
+
+_COUNTED: Final = ("pulls", "pulls_empty", "pulls_abandoned", "confirms", "confirms_stale", "refused_by_limit")
+
+
+def _fail_on_purpose(fault: Fault | None) -> None:
+    if fault == "internal_error":
+        raise ApiError("InternalError", "Something broke inside the service.")
+    if fault == "limit":
+        raise ApiError("RequestLimitExceeded", "The quota of this action is used up.")
+
+
+def _after(delay_secs: float, act: Callable[[], None]) -> None:
+    if delay_secs > 0:
+        asyncio.get_running_loop().call_later(delay_secs, act)
+    else:
+        act()
+
+
+def _error(code: str, message: str) -> bytes:
+    return b'"Error":%b,' % orjson.dumps({"Code": code, "Message": message})
+
+
+def _whole(text: str) -> int:
+    if not DIGITS.fullmatch(text):
+        raise ValueError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
