@@ -22,6 +22,7 @@ import orjson
 from vodpoller.logs import Logger
 from vodpoller.simulator.bodies import EventGenerator, lines_of
 from vodpoller.simulator.errors import ApiError
+from vodpoller.simulator.feeding import Feeder
 from vodpoller.simulator.options import (
     ACTIONS,
     CONTROLLABLE,
@@ -108,10 +109,7 @@ class Api:
         self._empties = 0
         self._hanging: dict[_Call, asyncio.TimerHandle] = {}
         self._expiry: asyncio.TimerHandle | None = None
-        self._lines: list[bytes] | None = None
-        self._paced = 0
-        self._paced_total: float = 0
-        self._started_at = 0.0
+        self._feeder = Feeder(options, self._queue, on_fed=self._wake)
         self._accepted = {action: SlidingSecond() for action in ACTIONS}
         self._arrived = {action: SlidingSecond() for action in ACTIONS}
         self._counts: Counter[str] = Counter()
@@ -135,11 +133,10 @@ class Api:
         """
         options = self._options
         loop = asyncio.get_running_loop()
-        if options.events_file is not None:
-            self._lines = lines_of(options.events_file.read_bytes())
+        self._feeder.read_file()
         server = await loop.create_server(lambda: Connection(self), options.host, options.port, backlog=1024)
         try:
-            self._start_feeding()
+            self._feeder.start()
             host, port = server.sockets[0].getsockname()[:2]
             ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
             await stop.wait()
@@ -151,34 +148,6 @@ class Api:
                 connection.drop()
             await asyncio.sleep(0)  # the turn in which the transports close their sockets
             await server.wait_closed()
-
-    def _start_feeding(self) -> None:
-        options = self._options
-        self._started_at = time.monotonic()
-        self._queue.generate(options.events)
-        if not options.rate:
-            self._queue.feed(self._lines or ())
-            return
-        self._paced_total = options.feed or float("inf")
-        if self._lines is not None:
-            self._paced_total = min(self._paced_total, len(self._lines))
-        self._feed_due()
-
-    def _feed_due(self) -> None:
-        """Feed what is due by now, so that the rate holds however late timers are."""
-        rate = self._options.rate
-        elapsed_secs = time.monotonic() - self._started_at
-        due = int(min(elapsed_secs * rate + 1, self._paced_total)) - self._paced
-        if due > 0:
-            if self._lines is None:
-                self._queue.generate(due)
-            else:
-                self._queue.feed(self._lines[self._paced : self._paced + due])
-            self._paced += due
-            self._wake()
-        if self._paced < self._paced_total:
-            wait_secs = self._started_at + self._paced / rate - time.monotonic()
-            asyncio.get_running_loop().call_later(max(wait_secs, 0.001), self._feed_due)
 
     def date(self) -> bytes:
         """The value of the `Date` header, by the simulator's own clock."""
@@ -477,7 +446,7 @@ class Api:
             "bad_requests": self.bad_requests,
             "peak_requests_per_sec": {action: arrived.peak for action, arrived in self._arrived.items()},
             "connections_now": len(self.connections),
-            "feeding": self._paced < self._paced_total,
+            "feeding": self._feeder.is_feeding,
             **self._queue.stats(),
         }
 

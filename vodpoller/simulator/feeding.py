@@ -1,0 +1,71 @@
+"""Where the queue's events come from: some are there at the start, others are born at a rate."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from vodpoller.simulator.bodies import lines_of
+from vodpoller.simulator.options import SimulatorOptions
+from vodpoller.simulator.queue import EventQueue
+
+
+class Feeder:
+    """Feeds the queue as the options say, in the event loop that runs.
+
+    Args:
+        options: `events`, `rate`, `feed` and `events_file` of them.
+        queue: Where events are born.
+        on_fed: Called each time that the rate has brought events.
+    """
+
+    def __init__(self, options: SimulatorOptions, queue: EventQueue, *, on_fed: Callable[[], None]) -> None:
+        self._options = options
+        self._queue = queue
+        self._on_fed = on_fed
+        self._lines: list[bytes] | None = None
+        self._paced = 0
+        self._paced_total: float = 0
+        self._started_at = 0.0
+
+    @property
+    def is_feeding(self) -> bool:
+        """Whether the rate still brings events."""
+        return self._paced < self._paced_total
+
+    def read_file(self) -> None:
+        """Read the events' file, if there is one.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        if self._options.events_file is not None:
+            self._lines = lines_of(self._options.events_file.read_bytes())
+
+    def start(self) -> None:
+        """Feed what is there at the start; the event loop then brings the rest in time."""
+        options = self._options
+        self._started_at = time.monotonic()
+        self._queue.generate(options.events)
+        if not options.rate:
+            self._queue.feed(self._lines or ())
+            return
+        self._paced_total = options.feed or float("inf")
+        if self._lines is not None:
+            self._paced_total = min(self._paced_total, len(self._lines))
+        self._feed_due()
+
+    def _feed_due(self) -> None:
+        """Feed what is due by now, so that the rate holds however late timers are."""
+        rate = self._options.rate
+        elapsed_secs = time.monotonic() - self._started_at
+        due = int(min(elapsed_secs * rate + 1, self._paced_total)) - self._paced
+        if due > 0:
+            if self._lines is None:
+                self._queue.generate(due)
+            else:
+                self._queue.feed(self._lines[self._paced : self._paced + due])
+            self._paced += due
+            self._on_fed()
+        if self.is_feeding:
+            wait_secs = self._started_at + self._paced / rate - time.monotonic()
+            asyncio.get_running_loop().call_later(max(wait_secs, 0.001), self._feed_due)
