@@ -1,4 +1,4 @@
-"""What each request gets: pulls and confirms as VOD answers them, and the control endpoints.
+"""What each request to the API gets: pulls and confirms as VOD answers them.
 
 Faults come first, then signature and rights, then the quota, then the parameters.
 """
@@ -14,13 +14,13 @@ from email.utils import formatdate
 from functools import partial
 from random import Random
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import orjson
 
 from vodpoller.logs import Logger
-from vodpoller.simulator.bodies import EventGenerator, lines_of
+from vodpoller.simulator.bodies import EventGenerator
+from vodpoller.simulator.control import answer_control
 from vodpoller.simulator.errors import ApiError
 from vodpoller.simulator.feeding import Feeder
 from vodpoller.simulator.options import (
@@ -34,7 +34,7 @@ from vodpoller.simulator.options import (
     parse_faults,
 )
 from vodpoller.simulator.queue import EventQueue, LedgerRow, RefusedHandlesError, StaleHandlesError
-from vodpoller.simulator.server import DIGITS, REASONS, Connection, Request
+from vodpoller.simulator.server import REASONS, Connection, Request
 from vodpoller.simulator.signature import verify
 
 _VERSION: Final = "2018-07-17"
@@ -165,7 +165,7 @@ class Api:
     def handle(self, request: Request, connection: Connection) -> None:
         """Answer a request on its connection, now or later."""
         if request.method != "POST" or request.target != "/":
-            self._handle_control(request, connection)
+            answer_control(self, request, connection)
             return
         action = request.headers.get("x-tc-action", "")
         call = _Call(
@@ -380,37 +380,6 @@ class Api:
 
     # --- control ---
 
-    def _handle_control(self, request: Request, connection: Connection) -> None:
-        try:
-            target = urlsplit(request.target)
-            answer = self._control(request.method, target.path, parse_qs(target.query), request.body)
-        except ValueError as error:
-            connection.send(orjson.dumps({"error": str(error)}), status=400)
-            return
-        if answer is None:
-            known = "POST / (the API), GET /_stats, GET /_ledger, POST /_feed, POST /_control"
-            connection.send(orjson.dumps({"error": f"there is only {known}"}), status=404)
-            return
-        connection.send(orjson.dumps(answer))
-
-    def _control(self, method: str, path: str, query: Mapping[str, list[str]], body: bytes) -> Any:
-        match method, path:
-            case "GET", "/_stats":
-                return self.stats()
-            case "GET", "/_ledger":
-                start, count = (_whole(query[name][0]) if name in query else None for name in ("from", "n"))
-                return self.ledger(start=start or 0, count=count, bodies=query.get("bodies") == ["1"])
-            case "POST", "/_feed":
-                return {"fed": self.feed(lines_of(body))}
-            case "POST", "/_control":
-                changes = orjson.loads(body)
-                if not isinstance(changes, dict):
-                    raise ValueError("the body must be an object of options")  # noqa: TRY004 - answered as other bad values
-                self.control(changes)
-                return {"changed": sorted(changes)}
-            case _:
-                return None
-
     def feed(self, bodies: Iterable[bytes]) -> int:
         """Events are born, and pulls that hang get them."""
         count = self._queue.feed(bodies)
@@ -470,9 +439,3 @@ def _after(delay_secs: float, act: Callable[[], None]) -> None:
 
 def _error(code: str, message: str) -> bytes:
     return b'"Error":%b,' % orjson.dumps({"Code": code, "Message": message})
-
-
-def _whole(text: str) -> int:
-    if not DIGITS.fullmatch(text):
-        raise ValueError(f"{text!r} is no whole number of 0 or more")
-    return int(text)
