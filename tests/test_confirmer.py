@@ -15,8 +15,8 @@ from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, 
 from vodpoller.events import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.telemetry import Telemetry
-from vodpoller.vod.client import RateLimiter
 from vodpoller.vod.confirmer import Confirmer
+from vodpoller.vod.limiter import RateLimiter
 
 HANDLES = [f"h{number}" for number in range(16)]
 

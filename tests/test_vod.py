@@ -24,7 +24,8 @@ from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, ThrottledError, TransientError
 from vodpoller.logs import CATALOGUE
-from vodpoller.vod.client import Pull, RateLimiter, VodClient
+from vodpoller.vod.client import Pull, VodClient
+from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Credentials
 
 # A loaded machine is slow, not wrong.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +44,7 @@ from vodpoller.httpclient.trust import RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date, retry_after_secs
 from vodpoller.logs import Logger
 from vodpoller.salvage import salvage_events
+from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Credentials, Tc3Auth
 
 ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD's take some 100 KiB
@@ -63,81 +63,6 @@ _NAME_CHARS: Final = 100  # of an error code or RequestId; VOD's have 60 at most
 _EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
 _HTTP_OK: Final = 200
 _HTTP_TOO_MANY: Final = 429
-
-
-class RateLimiter:
-    """Evenly spaced slots for one API action, for all threads of the process.
-
-    The slots lie 3% further apart than the quota asks for, and a thread that comes late may use slots of the recent
-    past: at most two. So no capacity is lost to late wake-ups, and no second, wherever it begins, holds more slots than
-    the quota, with room for requests that come closer together at the server than they were sent.
-
-    Args:
-        requests_per_sec: The quota.
-        monotonic: The clock, in seconds.
-        sleep: Waits that many seconds.
-    """
-
-    _AIM = 0.97
-    _LATE_SLOTS = 1.9
-    _RECOVERY_PER_SEC = 0.15
-    _FLOOR_PER_SEC = 1.0
-
-    def __init__(
-        self,
-        requests_per_sec: float,
-        *,
-        monotonic: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._quota = requests_per_sec
-        self._late_slots = min(self._LATE_SLOTS, (1 - self._AIM) * 2 / 3 * requests_per_sec)
-        self._monotonic = monotonic
-        self._sleep = sleep
-        self._lock = threading.Lock()
-        self._rate = requests_per_sec
-        self._rate_at = monotonic()
-        self._halved_at = -inf
-        self._next_at = -inf
-
-    def acquire(self, timeout_secs: float | None = None) -> bool:
-        """Wait for a slot.
-
-        Args:
-            timeout_secs: None waits as long as it takes.
-
-        Returns:
-            False, at once and without using up a slot, where none comes within the time.
-        """
-        with self._lock:
-            now = self._monotonic()
-            gap_secs = 1 / (self._AIM * self._recovered(now))
-            slot_at = max(self._next_at, now - self._late_slots * gap_secs)
-            wait_secs = slot_at - now
-            if timeout_secs is not None and wait_secs > timeout_secs:
-                return False
-            self._next_at = slot_at + gap_secs
-        if wait_secs > 0:
-            self._sleep(wait_secs)
-        return True
-
-    def throttled(self) -> None:
-        """The server says that it was too much: halve the rate, which then recovers by 15% of the quota a second.
-
-        The refusals of one second count as one, however many threads report them.
-        """
-        with self._lock:
-            now = self._monotonic()
-            if now - self._halved_at < 1:
-                return
-            self._halved_at = now
-            self._rate = max(self._recovered(now) / 2, min(self._FLOOR_PER_SEC, self._quota))
-
-    def _recovered(self, now: float) -> float:
-        gained = self._RECOVERY_PER_SEC * self._quota * (now - self._rate_at)
-        self._rate_at = now
-        self._rate = min(self._quota, self._rate + gained)
-        return self._rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
