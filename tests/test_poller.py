@@ -13,7 +13,7 @@ from vodpoller.events import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.poller import Poller
 from vodpoller.telemetry import Telemetry
-from vodpoller.vod.client import Pull
+from vodpoller.vod.answers import Pull
 
 
 @dataclass(frozen=True)

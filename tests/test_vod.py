@@ -24,7 +24,8 @@ from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, ThrottledError, TransientError
 from vodpoller.logs import CATALOGUE
-from vodpoller.vod.client import Pull, VodClient
+from vodpoller.vod.answers import Pull
+from vodpoller.vod.client import VodClient
 from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Credentials
 

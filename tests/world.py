@@ -41,7 +41,7 @@ from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.telemetry import Telemetry
-from vodpoller.vod.client import Pull
+from vodpoller.vod.answers import Pull
 from vodpoller.vod.confirmer import Confirmer
 
 LEASE_SECS = 30.0

@@ -16,7 +16,7 @@ from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.status import SourceStatus
 from vodpoller.telemetry import Count, Telemetry
-from vodpoller.vod.client import Pull
+from vodpoller.vod.answers import Pull
 
 HUNG_SECS: Final = 1.0
 FULL_EVENTS: Final = 16

@@ -1,13 +1,14 @@
-"""The VOD event API: one request, one answer. Who calls decides what to try again.
+"""The VOD event API: one request, one answer, whose meaning is in `answers`. The caller decides what to try again.
 
-Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184), "Common
-error codes" and "Request structure", and from what public consumers of the API have met.
+Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184) and "Request
+structure", and from what public consumers of the API have met.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -34,57 +35,42 @@ from vodpoller.events import (
     Malformed,
     PulledEvent,
     UnreadableError,
-    decode_json,
     encode_json,
     read_event,
 )
-from vodpoller.httpclient.address import environment_of, host_and_port, shown_url
-from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, was_repeated
+from vodpoller.httpclient.address import environment_of, host_and_port
+from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import RootsError
-from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date, retry_after_secs
+from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date
 from vodpoller.logs import Logger
 from vodpoller.salvage import salvage_events
+from vodpoller.vod.answers import (
+    ANSWER_TOO_LARGE,
+    CONFIRM,
+    EVENTS_MAX,
+    PULL,
+    Answer,
+    Pull,
+    check_number,
+    event_set,
+    is_empty_queue,
+    is_throttling,
+    refusal_in,
+    response_of,
+    take_apart,
+    too_large_answer,
+    unusable_answer,
+)
 from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Credentials, Tc3Auth
 
 ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD's take some 100 KiB
-ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
 
 _VERSION: Final = "2018-07-17"
-_PULL: Final = "PullEvents"
-_CONFIRM: Final = "ConfirmEvents"
 _CHUNK_BYTES: Final = 64 * 1024
 _CONNECT_SECS: Final = 5.0
 _CONNECTIONS: Final = 64
 _CLOCK_OFF_SECS: Final = 60.0
-_EXCERPT_CHARS: Final = 100
-_MESSAGE_CHARS: Final = 300
-_NAME_CHARS: Final = 100  # of an error code or RequestId; VOD's have 60 at most
-_EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
-_HTTP_OK: Final = 200
-_HTTP_TOO_MANY: Final = 429
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pull:
-    """What one PullEvents brought.
-
-    Args:
-        events: 0 to 16 events.
-        malformed: What stood in an event's place and cannot be read.
-        lease: The time in which the handles can be confirmed.
-        hung_secs: How long the answer took; an empty queue makes VOD wait up to 5 s.
-        request_id: Tencent's RequestId, empty where the answer has none.
-        may_lack_events: Whether VOD may have handed out more than it holds: it cannot be read as a whole, or its
-            request was sent twice.
-    """
-
-    events: tuple[PulledEvent, ...]
-    malformed: tuple[Malformed, ...]
-    lease: Lease
-    hung_secs: float
-    request_id: str
-    may_lack_events: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,43 +78,6 @@ class _Action:
     name: str
     headers: Mapping[str, str]
     limiter: RateLimiter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
-    """One HTTP answer, taken apart.
-
-    Args:
-        sent_at: Monotonic time at which its request began to be sent.
-        took_secs: From then until the body was read.
-        status: Of HTTP.
-        headers: Of HTTP.
-        body: Without its content encoding; what came of it.
-        cut: Why the body is not all that was sent; empty where it is.
-        unreadable: Why the body is not JSON; empty where it is.
-        response: The `Response` member, None where there is none.
-        error_code: Of `Response.Error`, None where the answer has no error.
-        error_message: Of `Response.Error`.
-        request_id: Empty where there is none.
-        repeated: Whether the request was sent twice, and may have been carried out at the first time.
-    """
-
-    sent_at: float
-    took_secs: float
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    cut: str
-    unreadable: str
-    response: Mapping[str, Any] | None
-    error_code: str | None
-    error_message: str
-    request_id: str
-    repeated: bool
-
-    @property
-    def excerpt(self) -> str:
-        return self.body[: 4 * _EXCERPT_CHARS].decode(errors="replace")[:_EXCERPT_CHARS]
 
 
 class VodClient:
@@ -201,7 +150,7 @@ class VodClient:
                 headers=_headers(name, region),
                 limiter=RateLimiter(requests_per_sec, monotonic=monotonic, sleep=sleep),
             )
-            for name in (_PULL, _CONFIRM)
+            for name in (PULL, CONFIRM)
         )
 
     def pull(self, source: str, sub_app_id: int | None) -> Pull:
@@ -222,20 +171,20 @@ class VodClient:
         answer = self._ask(self._pull, body, timeout_secs=self._timeout_secs, has_slot=False)
         items: Sequence[PulledEvent | Malformed]
         if answer.error_code is not None:
-            if not _is_empty_queue(answer):
-                raise _refusal(self._pull, answer, self._key_renewal)
+            if not is_empty_queue(answer):
+                raise refusal_in(PULL, answer, self._key_renewal)
             items = ()
-        elif answer.status == _HTTP_OK and answer.unreadable:
+        elif answer.status == HTTPStatus.OK and answer.unreadable:
             items = self._salvaged(answer, answer.cut or answer.unreadable, source, sub_app_id)
         else:
-            event_set = _event_set(answer)
-            _check_number(len(event_set), answer)
+            elements = event_set(answer)
+            check_number(len(elements), answer)
             try:
-                items = [read_event(item, source=source, sub_app_id=sub_app_id) for item in event_set]
+                items = [read_event(item, source=source, sub_app_id=sub_app_id) for item in elements]
             except UnreadableError as error:
                 items = self._salvaged(answer, str(error), source, sub_app_id)
         if items and all(item.handle is None for item in items):
-            raise _unusable(answer, "none of its elements has a usable EventHandle")
+            raise unusable_answer(answer, "none of its elements has a usable EventHandle")
         return Pull(
             events=tuple([item for item in items if isinstance(item, PulledEvent)]),
             malformed=tuple([item for item in items if isinstance(item, Malformed)]),
@@ -280,7 +229,7 @@ class VodClient:
         timeout_secs = own_secs if timeout_secs is None else min(timeout_secs, own_secs)
         answer = self._ask(self._confirm, encode_json(content), timeout_secs=timeout_secs, has_slot=True)
         if answer.error_code is not None:
-            refusal = _refusal(self._confirm, answer, self._key_renewal)
+            refusal = refusal_in(CONFIRM, answer, self._key_renewal)
             if answer.repeated and isinstance(refusal, RefusedHandlesError):
                 raise TransientError(
                     f"{refusal} | it was sent again after the connection broke: the first one may have confirmed them",
@@ -288,7 +237,7 @@ class VodClient:
                     request_id=refusal.request_id,
                 )
             raise refusal
-        _response_of(answer)
+        response_of(answer)
         return answer.request_id
 
     @property
@@ -324,14 +273,14 @@ class VodClient:
 
     # --- one exchange -------------------------------------------------------------------------------------------------
 
-    def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> _Answer:
+    def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> Answer:
         offset_secs = self._clock_offset_secs
         answer = self._exchange(action, body, timeout_secs=timeout_secs, has_slot=has_slot)
         if answer.error_code == "AuthFailure.SignatureExpire" and self._clock_was_off(answer, offset_secs):
             answer = self._exchange(action, body, timeout_secs=timeout_secs, has_slot=has_slot)
         return answer
 
-    def _clock_was_off(self, answer: _Answer, used_offset_secs: float) -> bool:
+    def _clock_was_off(self, answer: Answer, used_offset_secs: float) -> bool:
         """Whether the server's time is another than the request was signed with; if so it is used from now on."""
         server_time = http_date(answer.headers.get("Date"))
         if server_time is None:
@@ -347,7 +296,7 @@ class VodClient:
             self._log.warning("clock.corrected", skew_secs=round(offset_secs, 1), request_id=answer.request_id)
         return True
 
-    def _exchange(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> _Answer:
+    def _exchange(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> Answer:
         """Wait for a slot, sign, send, and read the answer.
 
         Args:
@@ -378,7 +327,7 @@ class VodClient:
             status=answer.status,
             error_code=answer.error_code,
         )
-        if _is_throttling(answer):
+        if is_throttling(answer):
             action.limiter.throttled()
         return answer
 
@@ -391,7 +340,7 @@ class VodClient:
         prepared.body = body
         return self._sign(prepared)
 
-    def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> _Answer:
+    def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> Answer:
         try:
             response = self._adapter.send_within(prepared, self._environment, timeout_secs, connect_secs=_CONNECT_SECS)
         # Not chained: what these exceptions quote may be the token, or a proxy's password.
@@ -401,7 +350,7 @@ class VodClient:
             body, cut = self._read_body(response)
         finally:
             response.close()  # a connection whose answer was read to its end is in the pool by now and stays open
-        return _take_apart(response, body, cut, sent_at=sent_at, took_secs=self._monotonic() - sent_at)
+        return take_apart(response, body, cut, sent_at=sent_at, took_secs=self._monotonic() - sent_at)
 
     def _unanswered(self, error: Exception, timeout_secs: float) -> VodpollerError:
         """The error for a request without an answer."""
@@ -444,19 +393,15 @@ class VodClient:
             return b"".join(chunks), _reason(error) if in_time else "it did not end in time"
         return b"".join(chunks), ""
 
-    # --- what an answer means -----------------------------------------------------------------------------------------
-
-    def _salvaged(
-        self, answer: _Answer, why: str, source: str, sub_app_id: int | None
-    ) -> list[PulledEvent | Malformed]:
+    def _salvaged(self, answer: Answer, why: str, source: str, sub_app_id: int | None) -> list[PulledEvent | Malformed]:
         """Event by event, what can be read of an answer that cannot be as a whole."""
         text = answer.body.decode(errors="surrogateescape")
         salvaged = salvage_events(text, cut=bool(answer.cut), source=source, sub_app_id=sub_app_id)
-        items = list(islice(salvaged, _EVENTS_MAX + 1))
-        _check_number(len(items), answer)
+        items = list(islice(salvaged, EVENTS_MAX + 1))
+        check_number(len(items), answer)
         too_large = len(answer.body) > self._answer_max_bytes
         if all(item.handle is None for item in items):
-            raise _too_large(answer) if too_large else _unusable(answer)
+            raise too_large_answer(answer) if too_large else unusable_answer(answer)
         events = sum(1 for item in items if isinstance(item, PulledEvent))
         fields = {
             "source": source,
@@ -490,214 +435,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DecodeError):
         return str(error.args[0])  # which encoding it is not in
     return f"VOD {failure_text(error, 0.0)}"
-
-
-def _take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: float, took_secs: float) -> _Answer:
-    """Content-Type does not matter: VOD's may carry a charset, or be another."""
-    unreadable = ""
-    document: Any = None
-    try:
-        document = decode_json(body.decode())
-    except (UnreadableError, UnicodeDecodeError) as error:
-        unreadable = str(error)
-    inner = document.get("Response") if isinstance(document, dict) else None
-    answered = inner if isinstance(inner, dict) else None
-    error_code, error_message = _error_in(answered)
-    request_id = answered.get("RequestId") if answered else None
-    return _Answer(
-        sent_at=sent_at,
-        took_secs=took_secs,
-        status=response.status_code,
-        headers=response.headers,
-        body=body,
-        cut=cut,
-        unreadable=unreadable,
-        response=answered,
-        error_code=error_code,
-        error_message=error_message,
-        request_id=str(request_id)[:_NAME_CHARS] if isinstance(request_id, str | int) else "",
-        repeated=was_repeated(response),
-    )
-
-
-def _error_in(response: Mapping[str, Any] | None) -> tuple[str | None, str]:
-    error = response.get("Error") if response else None
-    if error is None:
-        return None, ""
-    if not isinstance(error, dict):
-        return "", str(error)[:_MESSAGE_CHARS]
-    return str(error.get("Code") or "")[:_NAME_CHARS], str(error.get("Message") or "")[:_MESSAGE_CHARS]
-
-
-def _refusal(action: _Action, answer: _Answer, key_renewal: str) -> VodpollerError:
-    """The error for an answer with an error code."""
-    code = answer.error_code or ""
-    said = answer.error_message
-    message = f"{action.name} was refused with {code or 'an error without a code'}: {said}"
-    request_id = answer.request_id
-    if _is_throttling(answer):
-        retry_after_secs = _retry_after_secs(answer)
-        return ThrottledError(message, retry_after_secs=retry_after_secs, error_code=code, request_id=request_id)
-    if action.name == _CONFIRM and _is_about_handles(code, said):
-        return RefusedHandlesError(message, error_code=code, request_id=request_id)
-    if code.startswith(_FOR_OPERATORS):
-        advice = _advice(code, said, key_renewal)
-        return OperatorError(message, advice=advice, error_code=code, request_id=request_id)
-    return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
-
-
-def _is_throttling(answer: _Answer) -> bool:
-    return (answer.error_code or "").startswith("RequestLimitExceeded") or answer.status == _HTTP_TOO_MANY
-
-
-def _response_of(answer: _Answer) -> Mapping[str, Any]:
-    """The `Response` of an answer without an error code.
-
-    Raises:
-        TransientError: There is none, or HTTP says that it failed.
-    """
-    if answer.status != _HTTP_OK:
-        raise _http_failure(answer)
-    if answer.response is None:
-        raise _unusable(answer)
-    return answer.response
-
-
-def _unusable(answer: _Answer, why: str = "") -> TransientError:
-    why = why or answer.cut or answer.unreadable or "it has no Response"
-    return TransientError(
-        f"the answer cannot be used ({why[:_MESSAGE_CHARS]}): {answer.excerpt!r}", request_id=answer.request_id
-    )
-
-
-def _too_large(answer: _Answer) -> OperatorError:
-    return OperatorError(
-        f"the answer cannot be used ({answer.cut}, and no event in its beginning is whole): VOD's answers are far"
-        f" smaller. Is api.endpoint right, and does no proxy answer in its place? It begins: {answer.excerpt!r}",
-        error_code=ANSWER_TOO_LARGE,
-    )
-
-
-def _event_set(answer: _Answer) -> list[Any]:
-    event_set = _response_of(answer).get("EventSet")
-    if event_set is None:
-        return []
-    if not isinstance(event_set, list):
-        raise TransientError(f"EventSet is not a list: {answer.excerpt!r}", request_id=answer.request_id)
-    return event_set
-
-
-def _check_number(events: int, answer: _Answer) -> None:
-    """Whoever sends so many events is not VOD; nothing was delivered of what it sent, so nothing is lost.
-
-    Raises:
-        TransientError: There are too many.
-    """
-    if events > _EVENTS_MAX:
-        raise TransientError(
-            f"the answer holds more than {_EVENTS_MAX} events, VOD's have 16 at most: is api.endpoint right?",
-            request_id=answer.request_id,
-        )
-
-
-def _http_failure(answer: _Answer) -> TransientError:
-    """The error for an answer that is not VOD's own, or whose body says nothing."""
-    status = answer.status
-    kind: type[TransientError] = TransientError
-    location = ""
-    if status == _HTTP_TOO_MANY:
-        kind, what = ThrottledError, "something before VOD asks for fewer requests"
-    elif status == requests.codes.proxy_authentication_required:
-        what = "the proxy wants a login: put user:password@ into the proxy URL of the environment"
-    elif status == requests.codes.forbidden:
-        what = "something between here and VOD, such as a proxy or a firewall, forbids the request"
-    elif 300 <= status < 400:  # noqa: PLR2004 - the class of redirects
-        location = f" to {shown_url(answer.headers.get('Location', ''))[:_EXCERPT_CHARS]}"
-        what = "the endpoint redirects, which is not followed since credentials must not travel: set api.endpoint right"
-    elif status >= requests.codes.server_error:
-        what = "VOD, or something before it, has a fault"
-    else:
-        what = "that is no answer of VOD: is api.endpoint right?"
-    return kind(
-        f"HTTP status {status}{location}: {what}: {answer.excerpt!r}",
-        retry_after_secs=_retry_after_secs(answer),
-        request_id=answer.request_id,
-    )
-
-
-def _retry_after_secs(answer: _Answer) -> float | None:
-    """How long the answer asks to be left alone; a date is compared with the server's own."""
-    return retry_after_secs(answer.headers, http_date(answer.headers.get("Date")))
-
-
-def _is_empty_queue(answer: _Answer) -> bool:
-    """VOD calls an empty queue a resource that was not found; its longer codes are other things not found."""
-    message = answer.error_message.lower()
-    return answer.error_code == "ResourceNotFound" and (not message or "event" in message)
-
-
-def _is_about_handles(code: str, message: str) -> bool:
-    """Whether a refused confirm may go through with fewer handles: the document only says "parameter error", 4000."""
-    if _names_sub_app(code) or (_names_sub_app(message) and "handle" not in message.lower()):
-        return False
-    if code.startswith("InvalidParameter") or code in {"4000", "ResourceNotFound"}:
-        return True
-    return "handle" in code.lower() or (code == "FailedOperation" and "handle" in message.lower())
-
-
-def _names_sub_app(text: str) -> bool:
-    return "subappid" in text.lower()
-
-
-# Codes that begin so will not go away by themselves.
-_FOR_OPERATORS: Final = (
-    "ActionOffline",
-    "AuthFailure",
-    "FailedOperation.InvalidAccount",
-    "FailedOperation.InvalidVodUser",
-    "InvalidAction",
-    "InvalidParameter",
-    "IpInBlacklist",
-    "IpNotInWhitelist",
-    "MissingParameter",
-    "NoSuchProduct",
-    "NoSuchVersion",
-    "ResourceNotFound",
-    "Unauthorized",
-    "UnknownParameter",
-    "UnsupportedOperation",
-    "UnsupportedProtocol",
-    "UnsupportedRegion",
-    "4000",
-)
-
-_NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
-_RIGHTS: Final = "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owner of the key"
-
-# The first that fits; what comes last fits all.
-_ADVICE: Final = (
-    ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: {compare}, then {renew}"),
-    ("AuthFailure.InvalidSecretId", "this is not a key of Tencent Cloud's API: {compare}, then {renew}"),
-    ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then {renew}"),
-    ("AuthFailure.SignatureExpire", "the clock of this machine is off by over 300 s: synchronize it (NTP)"),
-    ("AuthFailure.TokenFailure", "the temporary token is wrong or has ended: renew it with its key, then {renew}"),
-    ("AuthFailure.UnauthorizedOperation", _RIGHTS),
-    ("AuthFailure", "check the key in the CAM console, then {renew}"),
-    ("Unauthorized", _RIGHTS),
-    ("FailedOperation.Invalid", _NO_VOD_USER),
-    ("ResourceNotFound.UserNotExist", _NO_VOD_USER),
-    ("ResourceNotFound", "does the SubAppId exist in this account? check sub_app_id"),
-    ("UnsupportedRegion", "check api.region, or leave it out"),
-    ("Ip", "let the address of this machine in, at the account's access settings"),
-    ("", "check api.endpoint and api.region, and whether there is a newer vodpoller"),
-)
-_SUB_APP: Final = (
-    "check the source's sub_app_id: accounts opened since 2023-12-25 must give it, and it must be one of the account's"
-)
-
-
-def _advice(code: str, message: str, key_renewal: str) -> str:
-    if _names_sub_app(code + message) or code.startswith(("InvalidParameter", "MissingParameter", "4000")):
-        return _SUB_APP
-    advice = next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
-    return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal)

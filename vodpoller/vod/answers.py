@@ -1,0 +1,326 @@
+"""What an answer of VOD means: events, a refusal that passes, one that an operator must end, or nothing of VOD's.
+
+Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184), "Common
+error codes" and "Request structure", and from what public consumers of the API have met.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+import requests
+
+from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError, VodpollerError
+from vodpoller.events import Lease, Malformed, PulledEvent, UnreadableError, decode_json
+from vodpoller.httpclient.address import shown_url
+from vodpoller.httpclient.transport import was_repeated
+from vodpoller.httpclient.words import http_date, retry_after_secs
+
+ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
+EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
+PULL: Final = "PullEvents"
+CONFIRM: Final = "ConfirmEvents"
+
+_EXCERPT_CHARS: Final = 100
+_MESSAGE_CHARS: Final = 300
+_NAME_CHARS: Final = 100  # of an error code or RequestId; VOD's have 60 at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """What one PullEvents brought.
+
+    Args:
+        events: 0 to 16 events.
+        malformed: What stood in an event's place and cannot be read.
+        lease: The time in which the handles can be confirmed.
+        hung_secs: How long the answer took; an empty queue makes VOD wait up to 5 s.
+        request_id: Tencent's RequestId, empty if the answer has none.
+        may_lack_events: Whether VOD may have handed out more than it holds: it cannot be read as a whole, or its
+            request was sent twice.
+    """
+
+    events: tuple[PulledEvent, ...]
+    malformed: tuple[Malformed, ...]
+    lease: Lease
+    hung_secs: float
+    request_id: str
+    may_lack_events: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One HTTP answer, taken apart.
+
+    Args:
+        sent_at: Monotonic time at which its request began to be sent.
+        took_secs: From then until the body was read.
+        status: Of HTTP.
+        headers: Of HTTP.
+        body: Without its content encoding; what came of it.
+        cut: Why the body is not all that was sent; empty if it is.
+        unreadable: Why the body is not JSON; empty if it is.
+        response: The `Response` member, None if there is none.
+        error_code: Of `Response.Error`, None if the answer has no error.
+        error_message: Of `Response.Error`.
+        request_id: Empty if there is none.
+        repeated: Whether the request was sent twice, and may have been carried out at the first time.
+    """
+
+    sent_at: float
+    took_secs: float
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    cut: str
+    unreadable: str
+    response: Mapping[str, Any] | None
+    error_code: str | None
+    error_message: str
+    request_id: str
+    repeated: bool
+
+    @property
+    def excerpt(self) -> str:
+        """How its body begins, for a person."""
+        return self.body[: 4 * _EXCERPT_CHARS].decode(errors="replace")[:_EXCERPT_CHARS]
+
+
+def take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: float, took_secs: float) -> Answer:
+    """Read an answer. Content-Type does not matter: VOD's may carry a charset, or be another.
+
+    Args:
+        response: Status and headers; its body is read already.
+        body: What came of the body.
+        cut: Why that is not all of it; empty if it is.
+        sent_at: Monotonic time at which the request began to be sent.
+        took_secs: From then until the body was read.
+    """
+    unreadable = ""
+    document: Any = None
+    try:
+        document = decode_json(body.decode())
+    except (UnreadableError, UnicodeDecodeError) as error:
+        unreadable = str(error)
+    inner = document.get("Response") if isinstance(document, dict) else None
+    answered = inner if isinstance(inner, dict) else None
+    error_code, error_message = _error_in(answered)
+    request_id = answered.get("RequestId") if answered else None
+    return Answer(
+        sent_at=sent_at,
+        took_secs=took_secs,
+        status=response.status_code,
+        headers=response.headers,
+        body=body,
+        cut=cut,
+        unreadable=unreadable,
+        response=answered,
+        error_code=error_code,
+        error_message=error_message,
+        request_id=str(request_id)[:_NAME_CHARS] if isinstance(request_id, str | int) else "",
+        repeated=was_repeated(response),
+    )
+
+
+def _error_in(response: Mapping[str, Any] | None) -> tuple[str | None, str]:
+    error = response.get("Error") if response else None
+    if error is None:
+        return None, ""
+    if not isinstance(error, dict):
+        return "", str(error)[:_MESSAGE_CHARS]
+    return str(error.get("Code") or "")[:_NAME_CHARS], str(error.get("Message") or "")[:_MESSAGE_CHARS]
+
+
+def refusal_in(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
+    """The error for an answer with an error code.
+
+    Args:
+        action: `PULL` or `CONFIRM`.
+        answer: To a request of that action.
+        key_renewal: What a person must do so that another key is used once it is in place of the present one.
+    """
+    code = answer.error_code or ""
+    said = answer.error_message
+    message = f"{action} was refused with {code or 'an error without a code'}: {said}"
+    request_id = answer.request_id
+    if is_throttling(answer):
+        retry_after_secs = _retry_after_secs(answer)
+        return ThrottledError(message, retry_after_secs=retry_after_secs, error_code=code, request_id=request_id)
+    if action == CONFIRM and _is_about_handles(code, said):
+        return RefusedHandlesError(message, error_code=code, request_id=request_id)
+    if code.startswith(_FOR_OPERATORS):
+        advice = _advice(code, said, key_renewal)
+        return OperatorError(message, advice=advice, error_code=code, request_id=request_id)
+    return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
+
+
+def is_throttling(answer: Answer) -> bool:
+    """Whether VOD, or something before it, says that the quota is used up."""
+    said = (answer.error_code or "").startswith("RequestLimitExceeded")
+    return said or answer.status == HTTPStatus.TOO_MANY_REQUESTS
+
+
+def response_of(answer: Answer) -> Mapping[str, Any]:
+    """The `Response` of an answer without an error code.
+
+    Raises:
+        TransientError: There is none, or HTTP says that it failed.
+    """
+    if answer.status != HTTPStatus.OK:
+        raise _http_failure(answer)
+    if answer.response is None:
+        raise unusable_answer(answer)
+    return answer.response
+
+
+def unusable_answer(answer: Answer, why: str = "") -> TransientError:
+    """The error for an answer that says nothing.
+
+    Args:
+        answer: Any.
+        why: What is wrong with it; empty for what was found when it was taken apart.
+    """
+    why = why or answer.cut or answer.unreadable or "it has no Response"
+    return TransientError(
+        f"the answer cannot be used ({why[:_MESSAGE_CHARS]}): {answer.excerpt!r}", request_id=answer.request_id
+    )
+
+
+def too_large_answer(answer: Answer) -> OperatorError:
+    """The error for an answer that was cut because of its size, and of which nothing can be read."""
+    return OperatorError(
+        f"the answer cannot be used ({answer.cut}, and no event in its beginning is whole): VOD's answers are far"
+        f" smaller. Is api.endpoint right, and does no proxy answer in its place? It begins: {answer.excerpt!r}",
+        error_code=ANSWER_TOO_LARGE,
+    )
+
+
+def event_set(answer: Answer) -> list[Any]:
+    """The elements of `EventSet` in an answer without an error code; none if it is null or left out.
+
+    Raises:
+        TransientError: There is no `Response`, or it is not what VOD answers to a pull.
+    """
+    elements = response_of(answer).get("EventSet")
+    if elements is None:
+        return []
+    if not isinstance(elements, list):
+        raise TransientError(f"EventSet is not a list: {answer.excerpt!r}", request_id=answer.request_id)
+    return elements
+
+
+def check_number(events: int, answer: Answer) -> None:
+    """Refuse an answer with more events than VOD ever sends: none of them was delivered, so nothing is lost.
+
+    Raises:
+        TransientError: There are too many.
+    """
+    if events > EVENTS_MAX:
+        raise TransientError(
+            f"the answer holds more than {EVENTS_MAX} events, VOD's have 16 at most: is api.endpoint right?",
+            request_id=answer.request_id,
+        )
+
+
+def _http_failure(answer: Answer) -> TransientError:
+    """The error for an answer that is not VOD's own, or whose body says nothing."""
+    status = answer.status
+    kind: type[TransientError] = TransientError
+    location = ""
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        kind, what = ThrottledError, "something before VOD asks for fewer requests"
+    elif status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        what = "the proxy wants a login: put user:password@ into the proxy URL of the environment"
+    elif status == HTTPStatus.FORBIDDEN:
+        what = "something between here and VOD, such as a proxy or a firewall, forbids the request"
+    elif 300 <= status < 400:  # noqa: PLR2004 - the class of redirects
+        location = f" to {shown_url(answer.headers.get('Location', ''))[:_EXCERPT_CHARS]}"
+        what = "the endpoint redirects, which is not followed since credentials must not travel: set api.endpoint right"
+    elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        what = "VOD, or something before it, has a fault"
+    else:
+        what = "that is no answer of VOD: is api.endpoint right?"
+    return kind(
+        f"HTTP status {status}{location}: {what}: {answer.excerpt!r}",
+        retry_after_secs=_retry_after_secs(answer),
+        request_id=answer.request_id,
+    )
+
+
+def _retry_after_secs(answer: Answer) -> float | None:
+    """How long the answer asks to be left alone; a date is compared with the server's own."""
+    return retry_after_secs(answer.headers, http_date(answer.headers.get("Date")))
+
+
+def is_empty_queue(answer: Answer) -> bool:
+    """VOD calls an empty queue a resource that was not found; its longer codes are other things not found."""
+    message = answer.error_message.lower()
+    return answer.error_code == "ResourceNotFound" and (not message or "event" in message)
+
+
+def _is_about_handles(code: str, message: str) -> bool:
+    """Whether a refused confirm may go through with fewer handles: the document only says "parameter error", 4000."""
+    if _names_sub_app(code) or (_names_sub_app(message) and "handle" not in message.lower()):
+        return False
+    if code.startswith("InvalidParameter") or code in {"4000", "ResourceNotFound"}:
+        return True
+    return "handle" in code.lower() or (code == "FailedOperation" and "handle" in message.lower())
+
+
+def _names_sub_app(text: str) -> bool:
+    return "subappid" in text.lower()
+
+
+# Codes that begin so will not go away by themselves.
+_FOR_OPERATORS: Final = (
+    "ActionOffline",
+    "AuthFailure",
+    "FailedOperation.InvalidAccount",
+    "FailedOperation.InvalidVodUser",
+    "InvalidAction",
+    "InvalidParameter",
+    "IpInBlacklist",
+    "IpNotInWhitelist",
+    "MissingParameter",
+    "NoSuchProduct",
+    "NoSuchVersion",
+    "ResourceNotFound",
+    "Unauthorized",
+    "UnknownParameter",
+    "UnsupportedOperation",
+    "UnsupportedProtocol",
+    "UnsupportedRegion",
+    "4000",
+)
+
+_NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
+_RIGHTS: Final = "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owner of the key"
+
+# The first that fits; what comes last fits all.
+_ADVICE: Final = (
+    ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: {compare}, then {renew}"),
+    ("AuthFailure.InvalidSecretId", "this is not a key of Tencent Cloud's API: {compare}, then {renew}"),
+    ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then {renew}"),
+    ("AuthFailure.SignatureExpire", "the clock of this machine is off by over 300 s: synchronize it (NTP)"),
+    ("AuthFailure.TokenFailure", "the temporary token is wrong or has ended: renew it with its key, then {renew}"),
+    ("AuthFailure.UnauthorizedOperation", _RIGHTS),
+    ("AuthFailure", "check the key in the CAM console, then {renew}"),
+    ("Unauthorized", _RIGHTS),
+    ("FailedOperation.Invalid", _NO_VOD_USER),
+    ("ResourceNotFound.UserNotExist", _NO_VOD_USER),
+    ("ResourceNotFound", "does the SubAppId exist in this account? check sub_app_id"),
+    ("UnsupportedRegion", "check api.region, or leave it out"),
+    ("Ip", "let the address of this machine in, at the account's access settings"),
+    ("", "check api.endpoint and api.region, and whether there is a newer vodpoller"),
+)
+_SUB_APP: Final = (
+    "check the source's sub_app_id: accounts opened since 2023-12-25 must give it, and it must be one of the account's"
+)
+
+
+def _advice(code: str, message: str, key_renewal: str) -> str:
+    if _names_sub_app(code + message) or code.startswith(("InvalidParameter", "MissingParameter", "4000")):
+        return _SUB_APP
+    advice = next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
+    return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal)
