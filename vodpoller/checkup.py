@@ -49,16 +49,14 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         config: Valid.
         log: For the client's own lines.
     """
-    vod = VodClient(
-        endpoint=config.api.endpoint,
-        region=config.api.region or "",
+    vod = VodClient.configured(
+        # No lease runs out meanwhile, so an answer may take longer than the daemon would wait for it.
+        config.api.model_copy(update={"confirm_timeout_secs": config.api.timeout_secs}),
         credentials=lambda: Credentials(
             secret_id=config.credentials.secret_id.get(),
             secret_key=config.credentials.secret_key.get(),
             token=config.credentials.token.get() if config.credentials.token else "",
         ),
-        confirm_timeout_secs=config.api.timeout_secs,
-        ca_file=config.api.ca_file,
         key_renewal=config.key_renewal,
         log=log,
     )
@@ -79,7 +77,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
 
 
 def _check_source(vod: VodClient, source: Source) -> Finding:
-    """Confirm a handle that cannot exist: only who has key, rights and SubAppId right is told that it is wrong."""
+    """Confirm a handle that cannot exist: VOD says that it is wrong only if key, rights and SubAppId are right."""
     what = f"source {source.name}"
     try:
         vod.confirm(source.sub_app_id, [IMPOSSIBLE_HANDLE])

@@ -91,7 +91,9 @@ class Daemon:
             raise
         self._in_flight = InFlight()
         self._workers = {name: self._worker(name, sink) for name, sink in self._sinks.items()}
-        self._vod = self._vod_client()
+        self._vod = VodClient.configured(
+            config.api, credentials=self._credentials, key_renewal=config.key_renewal, log=log
+        )
         self._confirmer = Confirmer(
             vod=self._vod,
             telemetry=telemetry,
@@ -130,21 +132,6 @@ class Daemon:
             telemetry=self._telemetry,
             liveness=self._liveness,
             wall=self._clock,
-        )
-
-    def _vod_client(self) -> VodClient:
-        api = self._config.api
-        return VodClient(
-            endpoint=api.endpoint,
-            region=api.region or "",
-            credentials=self._credentials,
-            requests_per_sec=api.requests_per_sec,
-            timeout_secs=api.timeout_secs,
-            confirm_timeout_secs=api.confirm_timeout_secs,
-            lease_secs=api.lease_secs,
-            ca_file=api.ca_file,
-            key_renewal=self._config.key_renewal,
-            log=self._log,
         )
 
     def _new_pipeline(self) -> Pipeline:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, Self
 
 import orjson
 import requests
@@ -78,6 +78,38 @@ class _Action:
     name: str
     headers: Mapping[str, str]
     limiter: RateLimiter
+
+
+class ApiSettings(Protocol):
+    """What the configuration says of the API; the arguments of `VodClient` say more of each."""
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the API."""
+
+    @property
+    def region(self) -> str | None:
+        """`X-TC-Region`; None leaves it out."""
+
+    @property
+    def requests_per_sec(self) -> float:
+        """The account's quota for each API action."""
+
+    @property
+    def timeout_secs(self) -> float:
+        """For a pull."""
+
+    @property
+    def confirm_timeout_secs(self) -> float:
+        """For a confirm."""
+
+    @property
+    def lease_secs(self) -> float:
+        """How long a pull's handles can be confirmed."""
+
+    @property
+    def ca_file(self) -> Path | None:
+        """PEM with what vouches for VOD's certificate."""
 
 
 class VodClient:
@@ -151,6 +183,31 @@ class VodClient:
                 limiter=RateLimiter(requests_per_sec, monotonic=monotonic, sleep=sleep),
             )
             for name in (PULL, CONFIRM)
+        )
+
+    @classmethod
+    def configured(
+        cls, api: ApiSettings, *, credentials: Callable[[], Credentials], key_renewal: str, log: Logger
+    ) -> Self:
+        """The client that a configuration describes.
+
+        Args:
+            api: The table `[api]`.
+            credentials: Asked at each request.
+            key_renewal: What a person must do so that another key is used once it is in place of the present one.
+            log: Where to.
+        """
+        return cls(
+            endpoint=api.endpoint,
+            region=api.region or "",
+            credentials=credentials,
+            requests_per_sec=api.requests_per_sec,
+            timeout_secs=api.timeout_secs,
+            confirm_timeout_secs=api.confirm_timeout_secs,
+            lease_secs=api.lease_secs,
+            ca_file=api.ca_file,
+            key_renewal=key_renewal,
+            log=log,
         )
 
     def pull(self, source: str, sub_app_id: int | None) -> Pull:
