@@ -25,7 +25,7 @@ from tests.receiver import (
     running_receiver,
     until,
 )
-from vodpoller.httpclient.address import Environment, environment_of, shown_url
+from vodpoller.httpclient.address import Environment, environment_of, host_header, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, was_repeated
 from vodpoller.httpclient.words import ForbiddenAddressError, causes, failure_text, retry_after_secs
 
@@ -686,3 +686,17 @@ def test_retry_after_is_read_as_seconds_or_a_date(text, secs):
 
 def test_an_error_of_no_known_kind_is_named():
     assert failure_text(ZeroDivisionError("x"), 1.0) == "could not be asked: ZeroDivisionError"
+
+
+@pytest.mark.parametrize(
+    ("url", "header"),
+    [
+        ("https://vod.example/", "vod.example"),
+        ("https://vod.example:443/", "vod.example"),
+        ("http://vod.example:443/", "vod.example:443"),
+        ("http://[::1]:8080/", "[::1]:8080"),
+        ("http://[::1]/", "[::1]"),
+    ],
+)
+def test_the_host_header_has_a_port_unless_it_is_the_schemes_own(url, header):
+    assert host_header(url) == header

@@ -81,6 +81,13 @@ def host_and_port(url: str) -> str:
     return f"{bracketed(parts.hostname)}:{port_of(parts)}"
 
 
+def host_header(url: str) -> str:
+    """What a request to a URL says in `Host`: the port only if it is not the scheme's own (RFC 9110, section 7.2)."""
+    parts = urlsplit(url)
+    host = bracketed(parts.hostname) if parts.hostname else ""
+    return host if parts.port in (None, _PORTS.get(parts.scheme)) else f"{host}:{parts.port}"
+
+
 def bracketed(host: str | None) -> str:
     """A host as it stands before a colon and a port."""
     return f"[{host}]" if host and ":" in host else host or "?"

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from urllib.parse import urlsplit
 
 from requests import PreparedRequest
 from requests.auth import AuthBase
 
+from vodpoller.httpclient.address import host_header
+
 _DAY_SECS = 86_400
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +106,9 @@ class Tc3Auth(AuthBase):
         return known
 
     def _host_of(self, url: str) -> str:
-        """What HTTP says in Host: the port is part of it unless it is the scheme's own (RFC 9110, section 7.2)."""
         known_url, host = self._host
         if url == known_url:
             return host
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        if ":" in host:
-            host = f"[{host}]"
-        if parts.port is not None and parts.port != _DEFAULT_PORTS.get(parts.scheme):
-            host = f"{host}:{parts.port}"
+        host = host_header(url)
         self._host = (url, host)
         return host
