@@ -15,7 +15,8 @@ from tencentcloud.common.profile.http_profile import HttpProfile
 from tencentcloud.vod.v20180717 import models
 from tencentcloud.vod.v20180717.vod_client import VodClient as OfficialClient
 
-from vodpoller.vod.signature import Credentials, Tc3Auth
+from vodpoller.vod.credentials import Credentials
+from vodpoller.vod.signature import Tc3Auth
 
 MIDNIGHT = datetime(2024, 3, 1, tzinfo=UTC).timestamp()
 PERMANENT = Credentials("AKIDexample", "secret-key")

@@ -26,8 +26,8 @@ from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, Th
 from vodpoller.logs import CATALOGUE
 from vodpoller.vod.answers import Pull
 from vodpoller.vod.client import VodClient
+from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
-from vodpoller.vod.signature import Credentials
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)

@@ -20,7 +20,6 @@ from vodpoller.journal.place import problem_of_place
 from vodpoller.logs import Logger
 from vodpoller.sinks.contract import SinkContext
 from vodpoller.vod.client import VodClient
-from vodpoller.vod.signature import Credentials
 
 CLOCK_TOLERANCE_SECS: Final = 60.0
 IMPOSSIBLE_HANDLE: Final = "vodpoller-check"
@@ -52,11 +51,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
     vod = VodClient.configured(
         # No lease runs out meanwhile, so an answer may take longer than the daemon would wait for it.
         config.api.model_copy(update={"confirm_timeout_secs": config.api.timeout_secs}),
-        credentials=lambda: Credentials(
-            secret_id=config.credentials.secret_id.get(),
-            secret_key=config.credentials.secret_key.get(),
-            token=config.credentials.token.get() if config.credentials.token else "",
-        ),
+        credentials=config.credentials,
         key_renewal=config.key_renewal,
         log=log,
     )

@@ -34,7 +34,6 @@ from vodpoller.status_socket import StatusSocket, socket_path
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.upkeep import Upkeep
-from vodpoller.vod import signature
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.confirmer import Confirmer
 
@@ -92,7 +91,7 @@ class Daemon:
         self._in_flight = InFlight()
         self._workers = {name: self._worker(name, sink) for name, sink in self._sinks.items()}
         self._vod = VodClient.configured(
-            config.api, credentials=self._credentials, key_renewal=config.key_renewal, log=log
+            config.api, credentials=config.credentials, key_renewal=config.key_renewal, log=log
         )
         self._confirmer = Confirmer(
             vod=self._vod,
@@ -159,14 +158,6 @@ class Daemon:
             telemetry=self._telemetry,
             liveness=self._liveness,
             wall=self._clock,
-        )
-
-    def _credentials(self) -> signature.Credentials:
-        found = self._config.credentials
-        return signature.Credentials(
-            secret_id=found.secret_id.get(),
-            secret_key=found.secret_key.get(),
-            token=found.token.get() if found.token else "",
         )
 
     # --- running ------------------------------------------------------------------------------------------------------
@@ -360,10 +351,9 @@ class Daemon:
         self._log.info("daemon.reloaded")
 
     def _reread_credentials(self) -> None:
-        found = self._config.credentials
-        self._reread([secret for secret in (found.secret_id, found.secret_key, found.token) if secret])
+        self._reread(self._config.credentials.secrets())
 
-    def _reread(self, secrets: list[Secret] | tuple[Secret, ...]) -> None:
+    def _reread(self, secrets: tuple[Secret, ...]) -> None:
         for secret in secrets:
             try:
                 secret.reread()

@@ -40,6 +40,7 @@ from vodpoller.logs import SEARCHED_MIN_CHARACTERS, Level
 from vodpoller.secret import HasSecrets, Secret, Surroundings
 from vodpoller.sinks.contract import Sink, SinkConfig
 from vodpoller.sinks.registry import available_sinks
+from vodpoller.vod.credentials import StaticCredentials
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -338,23 +339,6 @@ TABLES: Final[Mapping[str, type[BaseModel]]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Credentials:
-    """The API key, wherever it was found.
-
-    Args:
-        secret_id: Tencent's SecretId.
-        secret_key: Its SecretKey.
-        token: Of a temporary key, None for a lasting one.
-        origins: Where each of them was found, for a person, by its name.
-    """
-
-    secret_id: Secret
-    secret_key: Secret
-    token: Secret | None
-    origins: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole configuration, valid in itself and in its cross references.
 
@@ -373,7 +357,7 @@ class Config:
     """
 
     api: Api
-    credentials: Credentials
+    credentials: StaticCredentials
     sources: tuple[Source, ...]
     routes: tuple[Route, ...]
     sinks: Mapping[str, SinkConfig]
@@ -398,9 +382,8 @@ class Config:
 
     def secrets(self) -> tuple[Secret, ...]:
         """Every secret in it: what must not be shown, and what SIGHUP reads again."""
-        own = (self.credentials.secret_id, self.credentials.secret_key, self.credentials.token)
         of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
-        return (*(secret for secret in own if secret is not None), *of_sinks)
+        return (*self.credentials.secrets(), *of_sinks)
 
 
 def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True, for_unit: bool = False) -> Config:
@@ -693,7 +676,7 @@ class _Reading:
         if detail["type"] != "default_factory_not_called" and not self._problems.concern((*where, *place)):
             self._problems.add((*where, *place), in_words(detail, model, tables={} if where[0] == "sinks" else TABLES))
 
-    def _credentials(self) -> Credentials | None:
+    def _credentials(self) -> StaticCredentials | None:
         table = self._data.get("credentials", {})
         if not isinstance(table, dict):
             self._table("credentials", CredentialsTable)
@@ -704,7 +687,7 @@ class _Reading:
         # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
         token_place = self._find_credential("token", found, only=places["secret_key"])
         if not self._needs_key and None in places.values():
-            return Credentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
+            return StaticCredentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
         for key, place in places.items():
             if place is None:
                 self._problems.add(
@@ -720,7 +703,9 @@ class _Reading:
         origins = {
             key: self._origin(key, place, given) for key, place in {**places, "token": token_place}.items() if place
         }
-        return Credentials(secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins)
+        return StaticCredentials(
+            secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins
+        )
 
     def _origin(self, key: str, place: str, given: Mapping[str, Any]) -> str:
         """Where a secret of the API key is, for a person."""
@@ -742,7 +727,7 @@ class _Reading:
                 f"{f'{secret.path} ' if secret.path else variable}{problem} (write the key alone, nothing around it)",
             )
 
-    def _key_renewal(self, credentials: Credentials) -> str:
+    def _key_renewal(self, credentials: StaticCredentials) -> str:
         """What makes the daemon read the key again: it does so itself only where the key is in a file that can change.
 
         systemd copies what LoadCredential= names when the service starts, and never again (systemd.exec(5)).

@@ -61,8 +61,9 @@ from vodpoller.vod.answers import (
     too_large_answer,
     unusable_answer,
 )
+from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
-from vodpoller.vod.signature import Credentials, Tc3Auth
+from vodpoller.vod.signature import Tc3Auth
 
 ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD's take some 100 KiB
 

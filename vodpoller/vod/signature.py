@@ -6,7 +6,7 @@ The method is TC3-HMAC-SHA256, from Tencent Cloud's document "Signature v3"; the
 import hmac
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 
@@ -14,23 +14,9 @@ from requests import PreparedRequest
 from requests.auth import AuthBase
 
 from vodpoller.httpclient.address import host_header
+from vodpoller.vod.credentials import Credentials
 
 _DAY_SECS = 86_400
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What identifies an account, as of one moment.
-
-    Args:
-        secret_id: Names the key; not secret.
-        secret_key: Signs; never sent.
-        token: Goes with a temporary key; empty for a permanent one.
-    """
-
-    secret_id: str
-    secret_key: str = field(repr=False)
-    token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
