@@ -7,7 +7,7 @@ from typing import Protocol, Self
 from vodpoller.events import Lease, Malformed, PulledEvent
 from vodpoller.journal.contract import Pulled
 from vodpoller.settlement import OnFailure, Unrouted
-from vodpoller.vod.client import Pull
+from vodpoller.vod.answers import Pull
 
 
 class Source(Protocol):

@@ -29,12 +29,13 @@ from vodpoller.settlement import (
     settle_unrouted,
 )
 from vodpoller.telemetry import Count, Labels, Telemetry
-from vodpoller.vod.confirmer import HANDLES_A_CALL, Confirmation, Confirmer
+from vodpoller.vod.confirm_queue import HANDLES_A_CALL
+from vodpoller.vod.confirmation import UNKNOWN, Confirmation
+from vodpoller.vod.confirmer import Confirmer
 
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1
 _UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
-_UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -361,7 +362,7 @@ class Pipeline:
             on_acknowledged=lambda handles: self._journal.confirmed([key for it in handles for key in keys[it]]),
         )
         for item in safe:
-            item.confirmation = confirmations.get(item.handle, _UNKNOWN)
+            item.confirmation = confirmations.get(item.handle, UNKNOWN)
         if any(item.is_confirmed for item in safe):
             self.last_confirm_at = self._wall()
 
@@ -459,7 +460,7 @@ def _letter(event: Event, sink: str, result: SinkResult) -> Letter:
 
 
 def _confirm_fields(item: _Item) -> dict[str, str]:
-    confirmation = item.confirmation or (_UNKNOWN if item.verdict.may_confirm else None)
+    confirmation = item.confirmation or (UNKNOWN if item.verdict.may_confirm else None)
     if confirmation is None:
         return {}
     fields = {

@@ -16,18 +16,15 @@ the ledger settles it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
-from math import ceil, inf
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
-from vodpoller.backoff import Backoff
+import tenacity
+
 from vodpoller.errors import (
     LeaseLostError,
     OperatorError,
     RefusedHandlesError,
-    StoppingError,
     ThrottledError,
     TransientError,
     VodpollerError,
@@ -37,16 +34,24 @@ from vodpoller.liveness import Liveness
 from vodpoller.logs import Level
 from vodpoller.settlement import ConfirmResult
 from vodpoller.telemetry import Count, Telemetry
+from vodpoller.vod.confirm_queue import CLOCK_SECS, ConfirmPuller, ConfirmQueue, Entry
+from vodpoller.vod.confirmation import (
+    UNKNOWN,
+    Confirmation,
+    RefusedAfterLostAnswerError,
+    lease_ended,
+    no_slot,
+    not_confirmed,
+    stopping,
+)
 
 MAX_CALLS: Final = 9
-HANDLES_A_CALL: Final = 16
 SUSPICIOUS_REFUSALS: Final = 3
 FRESH_SHARE: Final = 0.1
 ASK_SECS: Final = 2.0
 STOP_RESERVE_SECS: Final = 1.0
 _FIRST_RETRY_SECS: Final = 0.05
 _LOOK_SECS: Final = 0.25  # how often a thread that waits to ask looks whether that is over
-_CLOCK_SECS: Final = 0.001  # so that what is waited for has come when a wait ends
 
 
 class ConfirmsEvents(Protocol):
@@ -57,216 +62,6 @@ class ConfirmsEvents(Protocol):
 
     def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> str:
         """One signed ConfirmEvents request; see `vod.VodClient.confirm`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Confirmation:
-    """What came of the confirm of one handle.
-
-    Args:
-        result: What came of it.
-        error_code: Tencent's, of the last call that had the handle; empty if it succeeded or had no answer.
-        request_id: Tencent's, of that call; empty if it had no answer.
-        why: What the last error said, empty if there was none.
-    """
-
-    result: ConfirmResult
-    error_code: str = ""
-    request_id: str = ""
-    why: str = ""
-
-
-class _RefusedAfterLostAnswerError(VodpollerError):
-    """The handles were refused, but an earlier request with them may have been carried out."""
-
-
-_RESULTS: Final[Mapping[type[Exception], ConfirmResult]] = {  # the first that fits counts
-    RefusedHandlesError: ConfirmResult.REFUSED,
-    _RefusedAfterLostAnswerError: ConfirmResult.REFUSED_AFTER_LOST,
-    ThrottledError: ConfirmResult.THROTTLED,
-    LeaseLostError: ConfirmResult.LEASE_ENDED,
-    OperatorError: ConfirmResult.NOT_ALLOWED,
-    StoppingError: ConfirmResult.STOPPING,
-}
-
-
-class _Puller:
-    """A thread with handles to confirm. All of it is guarded by its queue's lock."""
-
-    __slots__ = ("is_caller", "missing", "on_acknowledged", "woken")
-
-    def __init__(self, lock: threading.Lock, on_acknowledged: Callable[[Sequence[str]], None]) -> None:
-        self.woken = threading.Condition(lock)
-        self.on_acknowledged = on_acknowledged
-        self.missing = 0
-        self.is_caller = False
-
-
-class _Entry:
-    """One handle in a queue.
-
-    Args:
-        handle: The handle.
-        lease: The lease it is under.
-        owner: The thread that waits for its result.
-    """
-
-    __slots__ = ("confirmation", "handle", "lease", "owner", "part_number")
-
-    def __init__(self, handle: str, lease: Lease, owner: _Puller) -> None:
-        self.handle = handle
-        self.lease = lease
-        self.owner = owner
-        self.confirmation: Confirmation | None = None
-        self.part_number: int | None = None  # of the part of a refused set that it must stay in
-
-
-class _Queue:
-    """The handles of one source that wait to be confirmed, the oldest lease first.
-
-    Args:
-        source: The source's name, for the log.
-        sub_app_id: The source's SubAppId.
-        reserve_secs: Handles of several pulls share a call only while more than this is left of their leases.
-        monotonic: The clock, in seconds.
-    """
-
-    def __init__(
-        self, source: str, sub_app_id: int | None, *, reserve_secs: float, monotonic: Callable[[], float]
-    ) -> None:
-        self.source = source
-        self.sub_app_id = sub_app_id
-        self.lock = threading.Lock()
-        self.refused_in_a_row = 0
-        self.last_refusal: Confirmation | None = None  # while VOD takes none of the source's handles
-        self.next_ask_at = 0.0
-        self.is_stopping = False
-        self._reserve_secs = reserve_secs
-        self._monotonic = monotonic
-        self._waiting: list[_Entry] = []
-        self._parked: dict[_Puller, None] = {}
-        self._callers = 0
-        self._part_numbers = count()
-
-    # --- all of this holds the lock -----------------------------------------------------------------------------------
-
-    def enter(self, entries: Iterable[_Entry], *, together: bool = False) -> None:
-        """They wait from now on.
-
-        Args:
-            entries: Without a result.
-            together: They stay in one set, and are not mixed with others.
-        """
-        number = next(self._part_numbers) if together else None
-        for entry in entries:
-            entry.part_number = number
-            self._waiting.append(entry)
-        self._waiting.sort(key=lambda entry: entry.lease.ends_at)
-
-    def park(self, puller: _Puller) -> None:
-        """The puller waits, and may be made a caller."""
-        self._parked[puller] = None
-
-    def unpark(self, puller: _Puller) -> None:
-        """The puller waits no more."""
-        self._parked.pop(puller, None)
-
-    def appoint(self) -> None:
-        """Make waiting pullers callers, until there are as many as are needed."""
-        needed = self._needed()
-        while self._callers < needed and self._parked:
-            puller = next(iter(self._parked))
-            del self._parked[puller]
-            puller.is_caller = True
-            self._callers += 1
-            puller.woken.notify()
-
-    def resign(self, puller: _Puller) -> None:
-        """The puller is not a caller any more: it takes, or gives up."""
-        if puller.is_caller:
-            puller.is_caller = False
-            self._callers -= 1
-
-    def _needed(self) -> int:
-        if not self._waiting:
-            return 0
-        if self.last_refusal is not None:
-            return 1
-        sizes: dict[object, int] = {}
-        now = self._monotonic()
-        for entry in self._waiting:
-            group = self._group(entry, now)
-            sizes[group] = sizes.get(group, 0) + 1
-        return sum(ceil(size / HANDLES_A_CALL) for size in sizes.values())
-
-    def _group(self, entry: _Entry, now: float) -> object:
-        """What may be mixed in one call: the members of one group."""
-        if entry.part_number is not None:
-            return entry.part_number
-        return None if entry.lease.ends_at - now > self._reserve_secs else entry.lease
-
-    def take(self) -> list[_Entry]:
-        """What one call gets: the oldest handle and what may be mixed with it. One alone while VOD refuses all."""
-        if not self._waiting:
-            return []
-        most = HANDLES_A_CALL if self.last_refusal is None else 1
-        now = self._monotonic()
-        group = self._group(self._waiting[0], now)
-        taken = [entry for entry in self._waiting if self._group(entry, now) == group][:most]
-        self._remove(taken)
-        return taken
-
-    def leave(self, entries: Iterable[_Entry], confirmation: Confirmation) -> None:
-        """Whatever has no result gets this one, and waits no more."""
-        self._remove(entries)
-        self.complete(entries, confirmation)
-
-    def _remove(self, entries: Iterable[_Entry]) -> None:
-        gone = set(map(id, entries))
-        self._waiting = [entry for entry in self._waiting if id(entry) not in gone]
-
-    def complete(self, entries: Iterable[_Entry], confirmation: Confirmation) -> None:
-        """Their result is known, and their owners are told."""
-        for entry in entries:
-            if entry.confirmation is None:
-                entry.confirmation = confirmation
-                entry.owner.missing -= 1
-                if entry.owner.missing == 0:
-                    entry.owner.woken.notify()
-
-    def end_call(self, entries: Iterable[_Entry], confirmation: Confirmation) -> None:
-        """A call is over: what it neither decided nor put back gets this result."""
-        waiting = set(map(id, self._waiting))
-        self.complete([entry for entry in entries if id(entry) not in waiting], confirmation)
-
-    def end_waiting(self, error: Exception, *, until: float = inf) -> list[_Entry]:
-        """End the waiting of all handles whose lease ends by then, with this error; returns them."""
-        entries = [entry for entry in self._waiting if entry.lease.ends_at <= until]
-        self.leave(entries, not_confirmed(error))
-        return entries
-
-    def expire(self) -> list[_Entry]:
-        """End the waiting of handles whose lease is over; returns them."""
-        now = self._monotonic()
-        over = [entry for entry in self._waiting if entry.lease.ends_at <= now]
-        if over:
-            self.leave(over, self.last_refusal or not_confirmed(_lease_ended()))
-        return over
-
-    @property
-    def has_waiting(self) -> bool:
-        """Whether any handle waits."""
-        return bool(self._waiting)
-
-    def last_lease_ends_at(self) -> float:
-        """When the last lease of what waits ends; 0 if nothing waits."""
-        return self._waiting[-1].lease.ends_at if self._waiting else 0.0
-
-    def wait_secs(self, entries: Iterable[_Entry]) -> float | None:
-        """How long a puller waits at most for these; None if all of them are in calls, which end."""
-        waiting = set(map(id, self._waiting))
-        ends = [entry.lease.ends_at for entry in entries if id(entry) in waiting]
-        return max(min(ends) - self._monotonic(), 0.0) + _CLOCK_SECS if ends else None
 
 
 class Confirmer:
@@ -281,8 +76,6 @@ class Confirmer:
         sleep: Waits so many seconds.
         ask_secs: While VOD refuses all handles of a source, one of them is tried this often.
     """
-
-    _BACKOFF = Backoff(first_secs=0.4, most_secs=2.0)
 
     def __init__(
         self,
@@ -302,7 +95,7 @@ class Confirmer:
         self._monotonic = monotonic
         self._sleep = sleep
         self._ask_secs = ask_secs
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, ConfirmQueue] = {}
         self._queues_lock = threading.Lock()
         self._stop_at: float | None = None
 
@@ -330,9 +123,9 @@ class Confirmer:
             What came of each handle.
         """
         queue = self._queue_of(source, sub_app_id)
-        puller = _Puller(queue.lock, on_acknowledged)
+        puller = ConfirmPuller(queue.lock, on_acknowledged)
         puller.missing = len(handles)
-        entries = [_Entry(handle, lease, puller) for handle in handles]
+        entries = [Entry(handle, lease, puller) for handle in handles]
         try:
             with queue.lock:
                 queue.enter(entries)
@@ -346,9 +139,9 @@ class Confirmer:
             with queue.lock:
                 queue.unpark(puller)
                 queue.resign(puller)
-                queue.leave(entries, _UNKNOWN)
+                queue.leave(entries, UNKNOWN)
                 queue.appoint()
-        confirmations = {entry.handle: entry.confirmation or _UNKNOWN for entry in entries}
+        confirmations = {entry.handle: entry.confirmation or UNKNOWN for entry in entries}
         for result, number in Counter(it.result.value for it in confirmations.values()).items():
             self._telemetry.count(Count.CONFIRMS, number, source=source, result=result)
         return confirmations
@@ -365,19 +158,19 @@ class Confirmer:
         for queue in queues:
             with queue.lock:
                 queue.is_stopping = True
-                queue.end_waiting(_stopping())
+                queue.end_waiting(stopping())
                 queue.appoint()
 
-    def _queue_of(self, source: str, sub_app_id: int | None) -> _Queue:
+    def _queue_of(self, source: str, sub_app_id: int | None) -> ConfirmQueue:
         with self._queues_lock:
             queue = self._queues.get(source)
             if queue is None:
-                queue = _Queue(source, sub_app_id, reserve_secs=self._reserve_secs, monotonic=self._monotonic)
+                queue = ConfirmQueue(source, sub_app_id, reserve_secs=self._reserve_secs, monotonic=self._monotonic)
                 queue.is_stopping = self._stop_at is not None
                 self._queues[source] = queue
             return queue
 
-    def _is_to_call(self, queue: _Queue, puller: _Puller, entries: Sequence[_Entry]) -> bool:
+    def _is_to_call(self, queue: ConfirmQueue, puller: ConfirmPuller, entries: Sequence[Entry]) -> bool:
         """Wait until this thread is to make a call (True), or all of its handles have a result."""
         with queue.lock:
             while puller.missing and not puller.is_caller:
@@ -387,21 +180,21 @@ class Confirmer:
             queue.unpark(puller)
             return puller.is_caller
 
-    def _wait(self, puller: _Puller, timeout_secs: float | None) -> None:
+    def _wait(self, puller: ConfirmPuller, timeout_secs: float | None) -> None:
         """Wait until the puller is woken; its queue's lock is held before and after."""
         puller.woken.wait(timeout_secs)
 
-    def _end_waiting(self, queue: _Queue) -> None:
+    def _end_waiting(self, queue: ConfirmQueue) -> None:
         """The end of what waits in vain: of all of it at a stop, else of the handles whose lease is over."""
         if queue.is_stopping:
-            queue.end_waiting(_stopping())
+            queue.end_waiting(stopping())
         elif over := queue.expire():
-            self._report(queue, _lease_ended(), over)
+            self._report(queue, lease_ended(), over)
 
     # --- one call and what it leads to --------------------------------------------------------------------------------
 
-    def _call(self, queue: _Queue, puller: _Puller) -> None:
-        taken: list[_Entry] = []
+    def _call(self, queue: ConfirmQueue, puller: ConfirmPuller) -> None:
+        taken: list[Entry] = []
         try:
             may_ask = self._await_asking(queue, puller)
             with queue.lock:
@@ -411,23 +204,23 @@ class Confirmer:
                 queue.resign(puller)
                 self._end_waiting(queue)
                 if not has_slot:
-                    over = queue.end_waiting(_no_slot(), until=ends_at)
+                    over = queue.end_waiting(no_slot(), until=ends_at)
                 elif queue.last_refusal is None or may_ask:
                     taken += queue.take()
                 queue.appoint()
             if not has_slot and over:
-                self._report(queue, _no_slot(), over)
+                self._report(queue, no_slot(), over)
             if taken:
                 self._send(queue, taken)
         finally:
             with queue.lock:
                 queue.resign(puller)
-                queue.end_call(taken, _UNKNOWN)
+                queue.end_call(taken, UNKNOWN)
                 if puller.missing:
                     queue.park(puller)
                 queue.appoint()
 
-    def _await_asking(self, queue: _Queue, puller: _Puller) -> bool:
+    def _await_asking(self, queue: ConfirmQueue, puller: ConfirmPuller) -> bool:
         """While VOD refuses all handles of the source: wait for the time to ask for one again.
 
         Returns:
@@ -439,7 +232,7 @@ class Confirmer:
                 if now >= queue.next_ask_at:
                     queue.next_ask_at = now + self._ask_secs
                     return True
-                waits_secs = min(queue.next_ask_at, queue.last_lease_ends_at()) - now + _CLOCK_SECS
+                waits_secs = min(queue.next_ask_at, queue.last_lease_ends_at()) - now + CLOCK_SECS
                 self._wait(puller, min(waits_secs, _LOOK_SECS))
                 self._end_waiting(queue)
         return False
@@ -457,9 +250,9 @@ class Confirmer:
     def _bounded(self, ends_at: float) -> float:
         return ends_at if self._stop_at is None else min(ends_at, self._stop_at)
 
-    def _send(self, queue: _Queue, entries: list[_Entry]) -> None:
+    def _send(self, queue: ConfirmQueue, entries: list[Entry]) -> None:
         """Confirm these; if VOD refuses them, find out which of them it refuses."""
-        parts: list[list[_Entry]] = [entries]
+        parts: list[list[Entry]] = [entries]
         problem: Exception | None = None
         refusal: RefusedHandlesError | None = None
         calls = 0
@@ -479,7 +272,7 @@ class Confirmer:
             except Exception as error:  # noqa: BLE001 - whatever it is, each handle ends with a result
                 problem = error
                 self._complete(queue, part, not_confirmed(error))
-                if not isinstance(error, _RefusedAfterLostAnswerError):
+                if not isinstance(error, RefusedAfterLostAnswerError):
                     break
             else:
                 confirmed = Confirmation(result=ConfirmResult.CONFIRMED, request_id=request_id)
@@ -492,9 +285,9 @@ class Confirmer:
                 queue.enter([entry for entry in part if entry.confirmation is None], together=True)
         self._judge(queue, entries, problem, refusal if is_fresh else None)
 
-    def _complete(self, queue: _Queue, entries: Sequence[_Entry], confirmation: Confirmation) -> None:
+    def _complete(self, queue: ConfirmQueue, entries: Sequence[Entry], confirmation: Confirmation) -> None:
         if confirmation.result.is_acknowledged:
-            acknowledged: dict[_Puller, list[str]] = {}
+            acknowledged: dict[ConfirmPuller, list[str]] = {}
             for entry in entries:
                 if entry.confirmation is None:
                     acknowledged.setdefault(entry.owner, []).append(entry.handle)
@@ -503,16 +296,16 @@ class Confirmer:
         with queue.lock:
             queue.complete(entries, confirmation)
 
-    def _confirm_set(self, queue: _Queue, entries: Sequence[_Entry], *, has_slot: bool) -> str:
+    def _confirm_set(self, queue: ConfirmQueue, entries: Sequence[Entry], *, has_slot: bool) -> str:
         """Confirm these together; the same set again after each transient error, while a lease of theirs lasts.
 
         Returns:
             The RequestId.
         """
         maybe_done = False
-        last: VodpollerError = _lease_ended()
+        last: VodpollerError = lease_ended()
 
-        def live() -> list[_Entry]:
+        def live() -> list[Entry]:
             now = self._monotonic()
             over = [entry for entry in entries if entry.confirmation is None and entry.lease.ends_at <= now]
             if over:
@@ -527,7 +320,7 @@ class Confirmer:
             nonlocal has_slot, last, maybe_done
             try:
                 if not (has_slot or self._slot(ends_at())):
-                    raise _no_slot() if isinstance(last, LeaseLostError | ThrottledError) else last
+                    raise no_slot() if isinstance(last, LeaseLostError | ThrottledError) else last
                 has_slot = False
                 sent = live()
                 if not sent:
@@ -536,7 +329,7 @@ class Confirmer:
                 return self._sent(queue, sent, self._bounded(min(entry.lease.ends_at for entry in sent)))
             except RefusedHandlesError as error:
                 if maybe_done:
-                    raise _RefusedAfterLostAnswerError(
+                    raise RefusedAfterLostAnswerError(
                         "refused after a request whose answer was lost, which probably confirmed them",
                         error_code=error.error_code,
                         request_id=error.request_id,
@@ -551,18 +344,26 @@ class Confirmer:
 
     def _repeated(self, attempt: Callable[[], str], ends_at: Callable[[], float]) -> str:
         """What the attempt returns; it is made again after each transient error, while there is time."""
-        failures = 0
-        while True:
-            try:
-                return attempt()
-            except TransientError:
-                wait_secs = self._BACKOFF.secs(failures) if failures else _FIRST_RETRY_SECS
-                if self._stop_at is not None or self._monotonic() + wait_secs >= ends_at():
-                    raise
-            failures += 1
-            self._sleep(wait_secs)
 
-    def _sent(self, queue: _Queue, entries: Sequence[_Entry], ends_at: float) -> str:
+        def has_time(wait_secs: float) -> bool:
+            return self._stop_at is None and self._monotonic() + wait_secs < ends_at()
+
+        try:
+            return attempt()  # nearly all succeed at once, and need none of what follows
+        except TransientError:
+            if not has_time(_FIRST_RETRY_SECS):
+                raise
+        self._sleep(_FIRST_RETRY_SECS)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TransientError),
+            wait=tenacity.wait_exponential(multiplier=0.1, max=1) + tenacity.wait_random_exponential(0.1, max=1),
+            stop=lambda state: not has_time(state.upcoming_sleep),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        return retrying(attempt)
+
+    def _sent(self, queue: ConfirmQueue, entries: Sequence[Entry], ends_at: float) -> str:
         timeout_secs = ends_at - self._monotonic()
         self._liveness.begin("confirm", timeout_secs)
         try:
@@ -574,8 +375,8 @@ class Confirmer:
 
     def _judge(
         self,
-        queue: _Queue,
-        entries: Sequence[_Entry],
+        queue: ConfirmQueue,
+        entries: Sequence[Entry],
         problem: Exception | None,
         refusal: RefusedHandlesError | None,
     ) -> None:
@@ -585,8 +386,8 @@ class Confirmer:
             queue: The source's.
             entries: The set.
             problem: What went wrong last.
-            refusal: The last refusal if the set was fresh. Where slots are scarce the lease ends before the set is
-                split to its end: then the problem is another one, and the refusal counts all the same.
+            refusal: The last refusal if the set was fresh. If slots are scarce the lease ends before the set is split
+                to its end: then the problem is another one, and the refusal counts all the same.
         """
         if _is_any_confirmed(entries):
             with queue.lock:
@@ -602,7 +403,7 @@ class Confirmer:
         if problem is not None:
             self._report(queue, problem, entries)
 
-    def _ask_only(self, queue: _Queue, problem: Exception) -> None:
+    def _ask_only(self, queue: ConfirmQueue, problem: Exception) -> None:
         """From now on one handle alone is asked for, now and then, until VOD takes one."""
         with queue.lock:
             queue.last_refusal = not_confirmed(problem)
@@ -612,7 +413,7 @@ class Confirmer:
         """A stale handle is no fault while its lease is nearly over; fresh ones refused again and again are one."""
         return lease.ends_at - self._monotonic() > lease.secs * FRESH_SHARE
 
-    def _report(self, queue: _Queue, error: Exception, entries: Sequence[_Entry]) -> None:
+    def _report(self, queue: ConfirmQueue, error: Exception, entries: Sequence[Entry]) -> None:
         unconfirmed = sum(
             entry.confirmation is None or entry.confirmation.result is not ConfirmResult.CONFIRMED for entry in entries
         )
@@ -633,27 +434,5 @@ class Confirmer:
         self._telemetry.repeated(level, "confirm.failed", cause=cause, exc_info=None if is_known else error, **fields)
 
 
-def _lease_ended() -> LeaseLostError:
-    return LeaseLostError("the lease ended before the events could be confirmed; VOD delivers them again")
-
-
-def _stopping() -> StoppingError:
-    return StoppingError("the daemon's time to stop was over before the events could be confirmed")
-
-
-def _no_slot() -> ThrottledError:
-    return ThrottledError("ConfirmEvents was not sent: api.requests_per_sec left no room for it in time")
-
-
-def _is_any_confirmed(entries: Iterable[_Entry]) -> bool:
+def _is_any_confirmed(entries: Iterable[Entry]) -> bool:
     return any(entry.confirmation and entry.confirmation.result is ConfirmResult.CONFIRMED for entry in entries)
-
-
-def not_confirmed(error: Exception) -> Confirmation:
-    """What a handle came to whose last call ended with this error."""
-    result = next((it for kind, it in _RESULTS.items() if isinstance(error, kind)), ConfirmResult.NO_ANSWER)
-    known = error if isinstance(error, VodpollerError) else VodpollerError(repr(error))
-    return Confirmation(result=result, error_code=known.error_code, request_id=known.request_id, why=str(known))
-
-
-_UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
