@@ -33,7 +33,7 @@ class Finding:
     Args:
         what: What was looked at.
         good: Whether the daemon can work with it.
-        text: What was found; where it is not good, what to do.
+        text: What was found; if it is not good, what to do.
     """
 
     what: str
@@ -106,12 +106,14 @@ def _check_clock(vod: VodClient) -> Finding:
 def _check_journal(path: Path) -> Finding:
     if not_a_file := problem_of_place(path):
         return Finding(what="journal", good=False, text=not_a_file)
-    # os.path says False where a folder on the way may not be entered, and pathlib raises.
+    # os.path says False if a folder on the way may not be entered, and pathlib raises.
     folder = next(parent for parent in path.parents if os.path.lexists(parent))
     is_there = folder == path.parent and os.path.lexists(path)
     problem = None
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):  # noqa: PTH112 - see above
-        problem = folder  # SQLite keeps files of its own beside the journal, so this matters where it is there, too
+        problem = (
+            folder  # SQLite keeps files of its own beside the journal, so this matters even if the journal is there
+        )
     elif is_there and (os.path.isdir(path) or not os.access(path, os.R_OK | os.W_OK)):  # noqa: PTH112 - see above
         problem = path
     if problem is None:

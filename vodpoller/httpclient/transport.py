@@ -1,6 +1,6 @@
 """HTTP calls that end in time, whatever the other side does.
 
-requests and urllib3 have timeouts for one operation of a socket: whoever sends a byte now and then is waited for
+requests and urllib3 have timeouts for one operation of a socket: a peer that sends a byte now and then is waited for
 without end, and none bounds the lookup of a name (urllib3's `total` is the sum of two such operations only). Here each
 operation gets what is left of the whole call's time. All else is theirs: pools, TLS, proxies, reading answers;
 http.client bounds what an answer's head may hold, to 100 lines of 64 KiB.
@@ -70,10 +70,10 @@ class DeadlineAdapter(HTTPAdapter):
     at the environment and at ~/.netrc for each request) is not wanted where it is used.
 
     A request on a connection that was idle, and broke before a byte of an answer came, is sent again on a new one
-    within the same time limit. Whoever answers must be able to take it twice, or ask `was_repeated`.
+    within the same time limit. The receiver must be able to take it twice, or the caller ask `was_repeated`.
 
     Args:
-        connections: How many are kept open for each host.
+        connections: The number that is kept open for each host.
         ca_file: PEM with what vouches for certificates; None is what the environment says, or the public CAs.
         resolve: In place of `socket.getaddrinfo`. A name is looked up once for each connection, in a thread that is
             left to itself when the time is over: the C library offers no other way out.
@@ -138,7 +138,7 @@ class DeadlineAdapter(HTTPAdapter):
             connect_secs: For the part until the request is sent; all of `timeout_secs` unless told otherwise.
 
         Returns:
-            The answer, its body not read. Whoever gets it closes it.
+            The answer, its body not read. The caller closes it.
 
         Raises:
             requests.RequestException: There is none. `failure_text` says why.
@@ -158,7 +158,7 @@ class DeadlineAdapter(HTTPAdapter):
     def connect_within(self, url: str, environment: Environment, timeout_secs: float) -> None:
         """Make the connection that a request would use, TLS included, and close it. Nothing is sent.
 
-        Where a proxy is in between, the connection ends there.
+        If a proxy is in between, the connection ends there.
 
         Args:
             url: Where a request would go.

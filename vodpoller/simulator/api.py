@@ -69,7 +69,7 @@ class SlidingSecond:
         self.peak = 0
 
     def count(self, now: float) -> int:
-        """How much happened after `now` less one second."""
+        """The number of times that it happened after `now` less one second."""
         while self._times and self._times[0] <= now - 1:
             self._times.popleft()
         return len(self._times)

@@ -182,5 +182,5 @@ class EventGenerator:
 
 
 def lines_of(text: bytes) -> list[bytes]:
-    """The bodies in a text that has one a line. Lines without text are skipped."""
+    """The bodies in a text that has one per line. Lines without text are skipped."""
     return [line for line in text.split(b"\n") if line.strip()]

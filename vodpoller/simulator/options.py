@@ -48,16 +48,16 @@ class SimulatorOptions:
     Args:
         host: The address to listen on.
         port: The port to listen on; 0 takes a free one.
-        events: How many generated events are in the queue at the start.
-        rate: Events per second that are born while it runs; 0 for none. They are the lines of `events_file` where that
+        events: The number of generated events that are in the queue at the start.
+        rate: Events per second that are born while it runs; 0 for none. They are the lines of `events_file` if that
             is given, else generated ones.
-        feed: How many events `rate` brings in all; 0 for no end (or for all lines of `events_file`).
-        events_file: A file with one callback body a line. Each line is passed on as it is, readable or not: the handle
-            is put in after its first `{`, and a line that starts with anything else is served without one. Lines
-            without text are skipped. All of them are fed at the start where `rate` is 0.
+        feed: The number of events that `rate` brings in all; 0 for no end (or for all lines of `events_file`).
+        events_file: A file with one callback body per line. Each line is passed on as it is, readable or not: the
+            handle is put in after its first `{`, and a line that starts with anything else is served without one.
+            Lines without text are skipped. All of them are fed at the start if `rate` is 0.
         poll_secs: How long a pull of an empty queue hangs; 5 at VOD. 0 answers at once.
         visibility_secs: How long a pulled event is leased, from the moment the answer is made; 30 at VOD.
-        batch: How many events a pull gets at most, 1 to 16; 16 at VOD.
+        batch: The maximum number of events that a pull gets, 1 to 16; 16 at VOD.
         secret_id: The SecretId that requests must be signed with. None, together with `secret_key`: nothing is
             verified.
         secret_key: The SecretKey that belongs to it.
@@ -126,7 +126,7 @@ class SimulatorOptions:
         _check_faults(self.faults)
 
     def _judged(self) -> Iterator[tuple[bool, str]]:
-        """What must hold of the values, each with what is said where it does not."""
+        """What must hold of the values, each with what is said if it does not."""
         for name in _SECS:
             value = getattr(self, name)
             yield _is_number(value) and value >= 0, f"{name}: {value!r} is no number of 0 or more"

@@ -44,8 +44,8 @@ class RefusedHandlesError(VodpollerError):
 class LedgerRow(TypedDict):
     """What became of one event.
 
-    `stranded` says that it was pulled, that its lease ran out, and that nobody has pulled it since. Times are in Unix
-    seconds. `body` is None where it was not asked for, or not kept.
+    `stranded` says that it was pulled, that its lease ran out, and that it has not been pulled since. Times are in Unix
+    seconds. `body` is None if it was not asked for, or not kept.
     """
 
     number: int
@@ -92,7 +92,7 @@ class EventQueue:
         self._keep_bodies = keep_bodies
         self._monotonic = monotonic
         self._wall_offset_secs = wall_offset_secs
-        # One entry an event, by its number: arrays, since a million of them must fit beside what is measured.
+        # One entry for each event, by its number: arrays, since a million of them must fit beside what is measured.
         self._born = array("d")
         self._confirmed_at = array("d")
         self._times = array("I")
@@ -111,22 +111,22 @@ class EventQueue:
 
     @property
     def fed(self) -> int:
-        """How many events there ever were."""
+        """The number of events that there ever were."""
         return len(self._born)
 
     @property
     def leased(self) -> int:
-        """How many events are leased, as of the last `expire`."""
+        """The number of events that are leased, as of the last `expire`."""
         return len(self._leased)
 
     @property
     def visible(self) -> int:
-        """How many events the next pulls can have, as of the last `expire`."""
+        """The number of events that the next pulls can have, as of the last `expire`."""
         return len(self._again) + self.fed - self._never_pulled
 
     @property
     def next_expiry(self) -> float | None:
-        """When `expire` has something to do next, on the clock; None where nothing is leased."""
+        """When `expire` has something to do next, on the clock; None if nothing is leased."""
         return self._leases[0][0] if self._leases else None
 
     def feed(self, bodies: Iterable[bytes]) -> int:
@@ -136,7 +136,7 @@ class EventQueue:
             bodies: Callback bodies, one an event; they are not read.
 
         Returns:
-            How many.
+            Their number.
         """
         before = self.fed
         for number, body in enumerate(bodies, before):
@@ -145,7 +145,7 @@ class EventQueue:
         return self.fed - before
 
     def generate(self, count: int) -> None:
-        """As many generated events are born."""
+        """That number of generated events are born."""
         for _ in range(count):
             self._bear(generated=True)
 
@@ -159,7 +159,7 @@ class EventQueue:
         """Lease events, the oldest first.
 
         Args:
-            limit: How many at most.
+            limit: Their maximum number.
 
         Returns:
             Elements for `EventSet`, each with its new handle.
@@ -252,7 +252,7 @@ class EventQueue:
 
         Args:
             start: Number of the first one to tell of.
-            count: How many; None for all.
+            count: Their number; None for all.
             bodies: Tell their bodies, too.
         """
         self.expire()

@@ -172,7 +172,7 @@ class Connection(asyncio.Protocol):
             body: The whole body.
             status: Of HTTP.
             content_type: Of the body.
-            cut_at: End the connection after so many bytes of the body.
+            cut_at: End the connection after this number of bytes of the body.
         """
         if self._transport is None or self._transport.is_closing():
             return
@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
     def reset(self) -> None:
         """End the connection as a crashed peer or an angry middlebox does."""
         if self._transport is not None:
-            # With a linger time of 0 the kernel sends RST where it would send FIN.
+            # With a linger time of 0 the kernel sends RST instead of FIN.
             sock = self._transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._transport.abort()

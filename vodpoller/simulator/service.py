@@ -105,7 +105,7 @@ class Simulator:
             bodies: Callback bodies, one an event, passed on as they are.
 
         Returns:
-            How many.
+            Their number.
         """
         texts = [body.encode() if isinstance(body, str) else body for body in bodies]
         return self._call(lambda: self._api.feed(texts))
@@ -124,7 +124,7 @@ class Simulator:
         Returns:
             `pulls` that were answered, `pulls_empty` among them, `pulls_abandoned` by their clients while they hung,
             `pulls_hanging_now`; `confirms` that succeeded and `confirms_stale`; `refused_by_limit`; `requests` by
-            action, `errors` by code, `faults` by action and name, `bad_requests` that were no HTTP/1.1;
+            action, `errors` by code, `faults` by action and name, `bad_requests` that were not HTTP/1.1;
             `peak_requests_per_sec` by action, over any second, refused ones included; `connections_now`; `feeding`:
             whether `rate` still brings events; `fed`, divided into `confirmed`, `outstanding` (leased) and `visible`;
             `redeliveries`; `confirms_forgotten`: handles that `forget_confirms` refused, each counted once; percentiles
@@ -137,7 +137,7 @@ class Simulator:
 
         Args:
             start: Number of the first event to tell of.
-            count: How many; None for all.
+            count: Their number; None for all.
             bodies: Tell their bodies, too.
         """
         return self._call(lambda: self._api.ledger(start=start, count=count, bodies=bodies))

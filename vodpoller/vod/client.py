@@ -134,7 +134,7 @@ class VodClient:
         resolve: In place of `socket.getaddrinfo`.
         monotonic: The clock of leases and timeouts, in seconds.
         wall: Unix time, in seconds.
-        sleep: Waits that many seconds.
+        sleep: Waits that number of seconds.
         answer_max_bytes: What is read of an answer, at most, after decompression.
     """
 
@@ -436,7 +436,7 @@ class VodClient:
         )
 
     def _read_body(self, response: requests.Response) -> tuple[bytes, str]:
-        """All of the body that can be had in time, and why it is not all; empty where it is."""
+        """All of the body that can be had in time, and why it is not all; empty if it is."""
         chunks: list[bytes] = []
         left = self._answer_max_bytes
         try:

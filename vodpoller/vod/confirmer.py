@@ -73,7 +73,7 @@ class Confirmer:
         liveness: Told of each wait for a slot and each call.
         reserve_secs: Handles of several pulls share a call only while more than this is left of their leases.
         monotonic: The clock, in seconds.
-        sleep: Waits so many seconds.
+        sleep: Waits that number of seconds.
         ask_secs: While VOD refuses all handles of a source, one of them is tried this often.
     """
 
@@ -150,7 +150,7 @@ class Confirmer:
         """End the waits: what no call has taken is not confirmed, no set is sent again.
 
         Args:
-            ends_at: Monotonic time at which the process ends; no call lasts beyond a second before it.
+            ends_at: Monotonic time at which the process ends; no call lasts beyond one second before it.
         """
         self._stop_at = ends_at - STOP_RESERVE_SECS
         with self._queues_lock:
@@ -278,7 +278,7 @@ class Confirmer:
                 confirmed = Confirmation(result=ConfirmResult.CONFIRMED, request_id=request_id)
                 self._complete(queue, part, confirmed)
         if calls == MAX_CALLS and problem is not None and not _is_any_confirmed(entries):
-            # Whoever refuses nine parts refuses the rest: some VOD may confirm the fresh ones and refuse the call.
+            # A VOD that refuses nine parts refuses the rest: some VOD may confirm the fresh ones and refuse the call.
             self._complete(queue, entries, not_confirmed(problem))
         with queue.lock:
             for part in parts:
@@ -410,7 +410,7 @@ class Confirmer:
             queue.next_ask_at = self._monotonic() + self._ask_secs
 
     def _is_fresh(self, lease: Lease) -> bool:
-        """A stale handle is no fault while its lease is nearly over; fresh ones refused again and again are one."""
+        """A stale handle is not a fault while its lease is nearly over; fresh ones refused again and again are one."""
         return lease.ends_at - self._monotonic() > lease.secs * FRESH_SHARE
 
     def _report(self, queue: ConfirmQueue, error: Exception, entries: Sequence[Entry]) -> None:

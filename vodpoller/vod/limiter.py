@@ -16,7 +16,7 @@ class RateLimiter:
     Args:
         requests_per_sec: The quota.
         monotonic: The clock, in seconds.
-        sleep: Waits that many seconds.
+        sleep: Waits that number of seconds.
     """
 
     _AIM = 0.97
