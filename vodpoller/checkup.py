@@ -111,9 +111,8 @@ def _check_journal(path: Path) -> Finding:
     is_there = folder == path.parent and os.path.lexists(path)
     problem = None
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):  # noqa: PTH112 - see above
-        problem = (
-            folder  # SQLite keeps files of its own beside the journal, so this matters even if the journal is there
-        )
+        # SQLite keeps files of its own beside the journal, so this matters even if the journal is there.
+        problem = folder
     elif is_there and (os.path.isdir(path) or not os.access(path, os.R_OK | os.W_OK)):  # noqa: PTH112 - see above
         problem = path
     if problem is None:
