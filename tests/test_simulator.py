@@ -1220,7 +1220,7 @@ def test_the_help_says_what_an_option_does(option, words):
     [
         (["--deny", "ConfirmEvent"], "deny: 'ConfirmEvent' is not one of PullEvents, ConfirmEvents"),
         (["--confirms-per-sec", "-1"], "confirms_per_sec: -1.0 is not a number of 0 or more"),
-        (["--forget-confirms", "-1"], "forget_confirms: -1 is no whole number of 0 or more"),
+        (["--forget-confirms", "-1"], "forget_confirms: -1 is not a whole number of 0 or more"),
     ],
 )
 def test_the_command_refuses_a_value_that_is_wrong(args, said):

@@ -238,7 +238,7 @@ class Api:
         now = time.monotonic()
         if self._accepted[action].count(now) >= quota:
             self._counts["refused_by_limit"] += 1
-            raise ApiError("RequestLimitExceeded", f"{action} may be called {quota:g} times a second.")
+            raise ApiError("RequestLimitExceeded", f"{action} may be called {quota:g} times per second.")
         self._accepted[action].add(now)
 
     def _parameters(self, call: _Call) -> dict[str, Any]:

@@ -70,5 +70,5 @@ def _answer_of(controlled: Controlled, method: str, path: str, query: Mapping[st
 
 def _whole(text: str) -> int:
     if not DIGITS.fullmatch(text):
-        raise ValueError(f"{text!r} is no whole number of 0 or more")
+        raise ValueError(f"{text!r} is not a whole number of 0 or more")
     return int(text)

@@ -129,10 +129,10 @@ class SimulatorOptions:
         """What must hold of the values, each with what is said if it does not."""
         for name in _SECS:
             value = getattr(self, name)
-            yield _is_number(value) and value >= 0, f"{name}: {value!r} is no number of 0 or more"
+            yield _is_number(value) and value >= 0, f"{name}: {value!r} is not a number of 0 or more"
         for name in _COUNTS:
             value = getattr(self, name)
-            yield is_whole(value) and value >= 0, f"{name}: {value!r} is no whole number of 0 or more"
+            yield is_whole(value) and value >= 0, f"{name}: {value!r} is not a whole number of 0 or more"
         for name in _TEXTS:
             yield isinstance(getattr(self, name), str | None), f"{name}: must be a string"
         for name, choices in _CHOICES.items():
@@ -143,9 +143,9 @@ class SimulatorOptions:
         yield is_quota, f"confirms_per_sec: {confirms!r} is not a number of 0 or more"
         skew, batch, app = self.clock_skew_secs, self.batch, self.sub_app_id
         both_or_none = (self.secret_id is None) == (self.secret_key is None)
-        yield _is_number(skew), f"clock_skew_secs: {skew!r} is no number"
+        yield _is_number(skew), f"clock_skew_secs: {skew!r} is not a number"
         yield is_whole(batch) and 1 <= batch <= HANDLES_MAX, f"batch: {batch!r} is not 1 to {HANDLES_MAX}"
-        yield app is None or is_whole(app), f"sub_app_id: {app!r} is no whole number"
+        yield app is None or is_whole(app), f"sub_app_id: {app!r} is not a whole number"
         for name, is_right, what in _LISTS:
             values = getattr(self, name)
             yield isinstance(values, list | tuple), f"{name}: {values!r} is not a list"
@@ -183,7 +183,7 @@ def _check_faults(faults: object) -> None:
             known = ", ".join(FAULTS)
             raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as pull.NAME and confirm.NAME")
         if not _is_number(probability) or not 0 <= probability <= 1:
-            raise ValueError(f"faults: {name}: {probability!r} is no probability from 0 to 1")
+            raise ValueError(f"faults: {name}: {probability!r} is not a probability from 0 to 1")
 
 
 def parse_faults(text: str) -> dict[str, float]:
@@ -203,7 +203,7 @@ def parse_faults(text: str) -> dict[str, float]:
         try:
             faults[name] = float(probability)
         except ValueError:
-            raise ValueError(f"faults: {name}: {probability!r} is no probability from 0 to 1") from None
+            raise ValueError(f"faults: {name}: {probability!r} is not a probability from 0 to 1") from None
     _check_faults(faults)
     return faults
 

@@ -147,7 +147,7 @@ class Connection(asyncio.Protocol):
         for line in lines:
             name, colon, value = line.partition(":")
             if not colon or not name or name != name.strip():
-                raise _BadRequestError(f"{line[:80]!r} is no header")
+                raise _BadRequestError(f"{line[:80]!r} is not a header")
             headers[name.lower()] = value.strip()
         length = headers.get("content-length", "0")
         if "transfer-encoding" in headers or not DIGITS.fullmatch(length):

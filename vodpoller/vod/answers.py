@@ -240,7 +240,7 @@ def _http_failure(answer: Answer) -> TransientError:
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         what = "VOD, or something before it, has a fault"
     else:
-        what = "that is no answer of VOD: is api.endpoint right?"
+        what = "that is not an answer of VOD: is api.endpoint right?"
     return kind(
         f"HTTP status {status}{location}: {what}: {answer.excerpt!r}",
         retry_after_secs=_retry_after_secs(answer),

@@ -420,7 +420,9 @@ class VodClient:
             case requests.ConnectTimeout():
                 timeout_secs = min(timeout_secs, _CONNECT_SECS)
             case InvalidURL() | InvalidSchema() | MissingSchema():
-                return OperatorError(f"no request can be sent to {self._where}: it is no address (see api.endpoint)")
+                return OperatorError(
+                    f"no request can be sent to {self._where}: it is not an address (see api.endpoint)"
+                )
             case ValueError() if not isinstance(error, requests.RequestException):
                 return OperatorError(
                     "the request cannot be sent: secret_id, token or region hold characters that no HTTP header may"
