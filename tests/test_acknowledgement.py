@@ -4,16 +4,16 @@ import threading
 import time
 
 import pytest
-from vodpoller.confirmer import Confirmer
-from vodpoller.in_flight import DeliveryWait
 
 from tests.helpers import event, until
 from tests.test_pipeline import Line, Route, Source
+from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.errors import RefusedHandlesError
 from vodpoller.events import Lease, PulledEvent, make_event
+from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router
-from vodpoller.systemd import Liveness
+from vodpoller.vod.confirmer import Confirmer
 
 LEASE_SECS = 1.0
 CAST = {"EventType": "MediaCastStatusChanged", "MediaCastStatusChangedEvent": {"CastId": "7", "Status": "Working"}}
