@@ -15,6 +15,10 @@ from pydantic import BaseModel
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from vodpoller.config import load as config
+from vodpoller.config import permissions, validation
+from vodpoller.config.model import Config
+from vodpoller.config.schema import json_schema
+from vodpoller.config.tables import TABLES
 from vodpoller.errors import ConfigError
 from vodpoller.secret import HasSecrets, Secret
 from vodpoller.sinks.contract import SinkConfig
@@ -46,7 +50,7 @@ class NoSink:
     """An entry point may name anything."""
 
 
-def load(text: str, folder: Path, env: Mapping[str, str] = ENV) -> config.Config:
+def load(text: str, folder: Path, env: Mapping[str, str] = ENV) -> Config:
     path = folder / "config.toml"
     path.write_text(text, encoding="utf-8")
     return config.load(path, env=env)
@@ -210,7 +214,7 @@ def test_a_lease_beyond_vod_s_is_a_warning_unless_it_is_a_simulator_s(endpoint, 
 
 @pytest.fixture
 def units(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "_UNITS", tmp_path / "units")
+    monkeypatch.setattr(permissions, "UNITS", tmp_path / "units")
     (tmp_path / "units" / "vodpoller.service.d").mkdir(parents=True)
     return tmp_path / "units"
 
@@ -659,7 +663,7 @@ def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, 
 )
 def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):
     point = EntryPoint(name="odd", value=value, group="vodpoller.sinks")
-    monkeypatch.setattr(config, "available_sinks", lambda: {**available_sinks(), "odd": point})
+    monkeypatch.setattr(validation, "available_sinks", lambda: {**available_sinks(), "odd": point})
     (problem,) = problems_of(SOURCE + ROUTE + '[sinks.archive]\ntype = "odd"', tmp_path)
     assert problem.startswith('sinks.archive.type: the sink type "odd" ')
     assert all(word in problem for word in words)
@@ -667,7 +671,7 @@ def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason
 
 def test_a_sink_type_that_nobody_configured_is_not_loaded(tmp_path, monkeypatch):
     point = EntryPoint(name="odd", value="vodpoller_no_such_module:Sink", group="vodpoller.sinks")
-    monkeypatch.setattr(config, "available_sinks", lambda: {**available_sinks(), "odd": point})
+    monkeypatch.setattr(validation, "available_sinks", lambda: {**available_sinks(), "odd": point})
     assert set(load(VALID, tmp_path).sinks) == {"archive"}
 
 
@@ -687,7 +691,7 @@ def test_variables_are_replaced_in_texts_only_and_can_be_escaped(tmp_path):
 # --- the API key
 
 
-def key_of(loaded: config.Config) -> tuple[str, str, str | None]:
+def key_of(loaded: Config) -> tuple[str, str, str | None]:
     found = loaded.credentials
     return found.secret_id.get(), found.secret_key.get(), found.token.get() if found.token else None
 
@@ -1047,7 +1051,7 @@ _OPTIONAL = re.compile(r"# (?=[a-z_]+ = |\[)")
 
 def models() -> dict[str, type[BaseModel]]:
     """The model of every table that can be in the file: by the table's name, a sink's by its type."""
-    tables = {name: model for name, model in config.TABLES.items() if name != "sinks"}
+    tables = {name: model for name, model in TABLES.items() if name != "sinks"}
     return {**tables, **{name: available_sinks()[name].load().Config for name in BUILT_IN}}
 
 
@@ -1081,7 +1085,7 @@ def test_the_example_is_valid_with_every_optional_line(tmp_path, files):
     assert len(loaded.routes) == 3
 
 
-@pytest.mark.parametrize("name", [*(name for name in config.TABLES if name != "sinks"), *BUILT_IN])
+@pytest.mark.parametrize("name", [*(name for name in TABLES if name != "sinks"), *BUILT_IN])
 def test_the_example_has_every_key_with_its_default(tmp_path, name):
     data = example_with_everything(files=True, folder=tmp_path)
     bare = example_with_everything(files=False, folder=tmp_path)
@@ -1109,8 +1113,8 @@ def test_every_key_is_described_and_has_bounds():
 
 
 def test_the_schema_describes_all_tables_and_the_keys_of_each_sink():
-    schema = config.json_schema()
-    assert set(schema["properties"]) == set(config.TABLES)
+    schema = json_schema()
+    assert set(schema["properties"]) == set(TABLES)
     assert schema["additionalProperties"] is False
     sinks = schema["properties"]["sinks"]["additionalProperties"]
     assert set(BUILT_IN) <= set(sinks["properties"]["type"]["enum"])

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 from vodpoller.cli.app import main
-from vodpoller.config.load import TABLES
+from vodpoller.config.tables import TABLES
 from vodpoller.settlement import ConfirmResult, Reason
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.registry import available_sinks

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from tests.processes import needs
 from vodpoller.cli import app as cli
-from vodpoller.config.load import TABLES
+from vodpoller.config.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "systemd" / "vodpoller.service"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vodpoller.config.load import Config, Source
+from vodpoller.config.model import Config
+from vodpoller.config.tables import Source
 from vodpoller.errors import (
     ConfigError,
     JournalError,

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
-from vodpoller.config.load import Config, Source
+from vodpoller.config.model import Config
+from vodpoller.config.tables import Source
 from vodpoller.delivery.in_flight import InFlight
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.delivery.worker import Worker

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vodpoller.config.load import Config, from_dict
+from vodpoller.config.load import from_dict
+from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
 from vodpoller.logs import make_logger
 from vodpoller.simulator.options import SimulatorOptions

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
-from vodpoller.config.load import Config
+from vodpoller.config.model import Config
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import ConfigError, StoppingError, StorageError, TransientError
 from vodpoller.journal.contract import Journal, Portion

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from vodpoller.config.load import Config
+    from vodpoller.config.model import Config
     from vodpoller.daemon import Daemon
     from vodpoller.journal.operator import Filter, Letters, StoredEvent
     from vodpoller.logs import Logger
@@ -297,7 +297,7 @@ def _print_parts(console: "Console", report: "Mapping[str, Any]") -> None:
 @main.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration, for editors."""
-    from vodpoller.config.load import json_schema  # noqa: PLC0415 - see the module's docstring
+    from vodpoller.config.schema import json_schema  # noqa: PLC0415 - see the module's docstring
 
     click.echo(json.dumps(json_schema(), indent=2))
 

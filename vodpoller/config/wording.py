@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9_.-]+$"
+NAME_MAX_LENGTH: Final = 64
 NAME_RULE: Final = 'letters, digits, ".", "_" and "-", 64 at most'
 LISTS: Final = ("sources", "routes")
 _SHOWN_LENGTH: Final = 120

@@ -1,0 +1,108 @@
+"""The API key, wherever it is: in the file, under `$CREDENTIALS_DIRECTORY`, or in the environment."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vodpoller.config.draft import Draft
+from vodpoller.config.tables import CredentialsTable
+from vodpoller.config.validation import Validation
+from vodpoller.config.wording import problem_in_key
+from vodpoller.secret import Secret, Surroundings
+from vodpoller.vod.credentials import StaticCredentials
+
+
+def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> StaticCredentials | None:
+    """Look for the API key; None if there is a problem with it.
+
+    Args:
+        draft: The table and the environment.
+        validation: Validates the table.
+        needs_key: False for those who will not call VOD: a key that is nowhere to be found is empty then.
+    """
+    table = draft.data.get("credentials", {})
+    if not isinstance(table, dict):
+        validation.table("credentials", CredentialsTable)
+        return None
+    found = {key: value for key, value in table.items() if value is not None}  # a dict of Python's may hold None
+    given = dict(found)
+    places = {key: _find_credential(draft, key, found) for key in ("secret_id", "secret_key")}
+    # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
+    token_place = _find_credential(draft, "token", found, only=places["secret_key"])
+    if not needs_key and None in places.values():
+        return StaticCredentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
+    for key, place in places.items():
+        if place is None:
+            draft.problems.add(
+                ("credentials", key),
+                f"is nowhere to be found (set {key}_file in [credentials], or provide $CREDENTIALS_DIRECTORY/{key}"
+                f" as systemd's LoadCredential= does, or set the variable TENCENTCLOUD_{key.upper()})",
+            )
+    valid = validation.validated(CredentialsTable, found, ("credentials",))
+    for key, secret in valid.named_secrets() if valid else ():
+        _check_key(draft, key, secret, from_environment=key in found and key not in table)
+    if valid is None or valid.secret_id is None or valid.secret_key is None:
+        return None
+    origins = {
+        key: _origin(draft.surroundings, key, place, given)
+        for key, place in {**places, "token": token_place}.items()
+        if place
+    }
+    return StaticCredentials(secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins)
+
+
+def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:
+    """Enter one secret that the table leaves out, and say where it is: "file", "directory", "env", or nowhere."""
+    if key in table or f"{key}_file" in table:
+        return "file"
+    directory = draft.surroundings.credentials_directory
+    if only in (None, "directory") and directory is not None and _seems_to_exist(directory / key):
+        table[f"{key}_file"] = str(directory / key)
+        return "directory"
+    if only in (None, "env") and (value := draft.env.get(f"TENCENTCLOUD_{key.upper()}")):
+        table[key] = value
+        return "env"
+    return None
+
+
+def _origin(surroundings: Surroundings, key: str, place: str, given: Mapping[str, Any]) -> str:
+    """Where a secret of the API key is, for a person."""
+    match place:
+        case "directory":
+            return f"$CREDENTIALS_DIRECTORY/{key} ({surroundings.locate(key)})"
+        case "env":
+            return f"$TENCENTCLOUD_{key.upper()}"
+        case _ if isinstance(name := given.get(f"{key}_file"), str):
+            return str(surroundings.locate(name))
+        case _:
+            return "the configuration"
+
+
+def _check_key(draft: Draft, key: str, secret: Secret, *, from_environment: bool) -> None:
+    if problem := secret.restrict(problem_in_key):
+        variable = f"$TENCENTCLOUD_{key.upper()} " if from_environment else ""
+        draft.problems.add(
+            ("credentials", f"{key}_file" if secret.path else key),
+            f"{f'{secret.path} ' if secret.path else variable}{problem} (write the key alone, nothing around it)",
+        )
+
+
+def key_renewal(credentials: StaticCredentials, surroundings: Surroundings) -> str:
+    """What makes the daemon read the key again: it does so itself only where the key is in a file that can change.
+
+    systemd copies what LoadCredential= names when the service starts, and never again (systemd.exec(5)).
+    """
+    directory = surroundings.credentials_directory
+    paths = [credentials.secret_id.path, credentials.secret_key.path]
+    if credentials.token is not None:
+        paths.append(credentials.token.path)
+    if directory is not None and any(path and path.is_relative_to(directory.absolute()) for path in paths):
+        return "restart the service (systemd copies the files of LoadCredential= only at its start)"
+    return "send SIGHUP" if all(paths) else "restart the daemon"
+
+
+def _seems_to_exist(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return True  # reading it will say what is wrong

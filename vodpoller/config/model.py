@@ -1,0 +1,59 @@
+"""What a configuration is once it has been read: frozen, valid in itself and in its cross references."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vodpoller.config.tables import Api, Daemon, Journal, Log, Route, Source
+from vodpoller.logs import SEARCHED_MIN_CHARACTERS
+from vodpoller.secret import Secret
+from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.vod.credentials import StaticCredentials
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration, valid in itself and in its cross references.
+
+    Args:
+        api: As in the file, as are `journal`, `log`, `daemon`.
+        credentials: The API key.
+        sources: At least one.
+        routes: At least one; they name existing sources and sinks only.
+        sinks: The configuration of each sink by its name; each is of its class's own `Config`.
+        sink_classes: The class of each sink by its name; called with the name, the configuration
+            it gives the sink and a `SinkContext`.
+        coverage: Of each source by its name, whether the routes take every event of it. Where not, it has `unrouted`.
+        key_renewal: What makes the daemon use another API key once that is where the present one was found, for a
+            person: "send SIGHUP".
+        warnings: What can be used but is probably not meant, one line each: `key: what is wrong (what would be right)`.
+    """
+
+    api: Api
+    credentials: StaticCredentials
+    sources: tuple[Source, ...]
+    routes: tuple[Route, ...]
+    sinks: Mapping[str, SinkConfig]
+    sink_classes: Mapping[str, type[Sink[Any]]]
+    journal: Journal
+    log: Log
+    daemon: Daemon
+    coverage: Mapping[str, bool]
+    key_renewal: str = "send SIGHUP"
+    warnings: tuple[str, ...] = ()
+
+    def all_warnings(self) -> list[str]:
+        """`warnings`, and the secrets that are too short to be looked for in log lines."""
+        own = self.credentials
+        of_api = (("secret_id", own.secret_id), ("secret_key", own.secret_key), ("token", own.token))
+        found = [(f"credentials.{key}", secret) for key, secret in of_api if secret is not None]
+        for name, sink in self.sinks.items():
+            found += [(f"sinks.{name}.{key}", secret) for key, secret in sink.named_secrets()]
+        short = [key for key, secret in found if 0 < len(secret.get()) < SEARCHED_MIN_CHARACTERS]
+        why = "it is so short that it is not looked for in log lines (use a secret of 8 characters or more)"
+        return [*self.warnings, *(f"{key}: {why}" for key in short)]
+
+    def secrets(self) -> tuple[Secret, ...]:
+        """Every secret in it: what must not be shown, and what SIGHUP reads again."""
+        of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
+        return (*self.credentials.secrets(), *of_sinks)

@@ -1,0 +1,98 @@
+"""Who may read the secrets: too many users of this machine, or too few for the unit that needs them."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from vodpoller.config.draft import Draft, Location
+from vodpoller.config.sink_types import config_of
+from vodpoller.config.tables import CredentialsTable
+from vodpoller.secret import HasSecrets
+from vodpoller.sinks.contract import Sink
+
+UNITS: Final = Path("/etc/systemd/system")
+_LOAD_CREDENTIAL: Final = re.compile(r"^\s*LoadCredential(?:Encrypted)?\s*=\s*([^:\s]+)", re.MULTILINE)
+_LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the unit that is shipped
+
+# `secret_key`, `token`, the header Authorization, the variable DB_PASSWORD; not Content-Type or LANG, and not
+# `secret_id`, which requests show to all.
+_SECRET_KEY: Final = re.compile(
+    r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|api[-_]?key|access[-_]?key", re.IGNORECASE
+)
+
+
+def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -> None:
+    """Tell root of secrets that the user of the unit cannot read."""
+    if os.geteuid() != 0:
+        return
+    tables: dict[Location, tuple[Any, type[HasSecrets]]] = {
+        ("credentials",): (draft.data.get("credentials", {}), CredentialsTable)
+    }
+    for name, sink_class in sink_classes.items():
+        tables["sinks", name] = (draft.data["sinks"][name], config_of(sink_class))
+    for where, (table, model) in tables.items():
+        for key in model.secret_keys():
+            place = (*where, f"{key}_file")
+            file_name = table.get(place[-1]) if isinstance(table, dict) else None
+            if isinstance(file_name, str) and not draft.problems.concern(place):
+                _check_reader(draft, place, file_name)
+
+
+def _check_reader(draft: Draft, where: Location, name: str) -> None:
+    path = draft.surroundings.locate(name)
+    is_relative = not Path(name).is_absolute()
+    if not _is_of_root_only(path) or (is_relative and path.name in _LOADED_CREDENTIALS | _loaded_credentials()):
+        return
+    here = "" if is_relative else f', and {where[-1]} = "{path.name}" here'
+    draft.warnings.add(
+        where,
+        f"only root can read {path}, and the unit runs as another user: it needs LoadCredential={path.name}:{path}"
+        f"{here} (systemctl edit vodpoller; or let that user read the file)",
+    )
+
+
+def _is_of_root_only(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    is_for_group = status.st_mode & stat.S_IRGRP and status.st_gid != 0
+    return status.st_uid == 0 and not (is_for_group or status.st_mode & stat.S_IROTH)
+
+
+def _loaded_credentials() -> set[str]:
+    """What the unit of this machine, with its drop-ins, loads."""
+    loaded: set[str] = set()
+    for path in (UNITS / "vodpoller.service", *UNITS.glob("vodpoller.service.d/*.conf")):
+        with suppress(OSError):
+            loaded.update(_LOAD_CREDENTIAL.findall(path.read_text(errors="replace")))
+    return loaded
+
+
+def exposed_secrets(path: Path, data: Mapping[str, Any]) -> list[str]:
+    """A line for each secret that stands in a file which every user of the machine may read."""
+    try:
+        is_exposed = path.stat().st_mode & stat.S_IROTH
+    except OSError:
+        return []
+    found = _secrets_in(data) if is_exposed else ()
+    return [
+        f"{key}: is a secret in a file that every user of this machine may read (put it into a file of its own and name"
+        f" that, as `secret_key_file` does; or take it from the environment, ${{NAME}}; or chmod o= {path})"
+        for key in found
+    ]
+
+
+def _secrets_in(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys whose names say that they are secret, and whose values are neither a file's name nor a variable."""
+    for key, value in tables.items():
+        place = f"{prefix}{key}"
+        match value:
+            case Mapping():
+                yield from _secrets_in(value, f"{place}.")
+            case str() if value and _SECRET_KEY.search(key) and not key.endswith("_file") and "${" not in value:
+                yield place

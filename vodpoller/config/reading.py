@@ -1,0 +1,136 @@
+"""From a file to data: TOML, with the variables and the `~` of its texts replaced."""
+
+import os
+import pwd
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from vodpoller.config.draft import Location, Problems
+from vodpoller.config.wording import quoted, toml_problem
+from vodpoller.errors import ConfigError
+
+_DOLLAR: Final = re.compile(r"\$\$\{|\$\{|\$(?P<name>[A-Za-z_][A-Za-z0-9_]*)?")
+_VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)\}?")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, as they stand there.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: It cannot be read, or is no TOML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            [f"{path}: there is no such file (copy config.example.toml there and edit it, or name a file with -c)"]
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError([f"{path}: line {line}: this is not UTF-8 text (save the file as UTF-8)"]) from None
+    except OSError as error:
+        raise ConfigError(
+            [f"{path}: cannot be read: {error.strerror or error} (a file that this user may read)"]
+        ) from None
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path}: {toml_problem(error, text)}"]) from None
+
+
+def replace_variables(data: Mapping[str, Any], *, env: Mapping[str, str], problems: Problems) -> dict[str, Any]:
+    """The same tables with `${VAR}` replaced in texts, and also `~` in those that are paths.
+
+    Args:
+        data: The tables.
+        env: The variables.
+        problems: Where to note what cannot be replaced; it stays as it is.
+    """
+    replacement = _Replacement(env, problems)
+    return {key: replacement.value(value, (key,)) for key, value in data.items()}
+
+
+class _Replacement:
+    """Replaces the variables of one file."""
+
+    def __init__(self, env: Mapping[str, str], problems: Problems) -> None:
+        self._env = env
+        self._problems = problems
+
+    def value(self, value: Any, where: Location) -> Any:
+        """Any value, with all that is in it."""
+        match value:
+            case str() if _is_path(where):
+                return self._path(value, where)
+            case str():
+                return _VARIABLE.sub(lambda found: self._variable(found, where), value)
+            case list() | tuple():
+                return [self.value(item, (*where, at)) for at, item in enumerate(value)]
+            case Mapping():
+                return {key: self.value(item, (*where, key)) for key, item in value.items()}
+            case _:
+                return value
+
+    def _path(self, text: str, where: Location) -> str:
+        """A path with its variables replaced and its `~` expanded; the shell that does so elsewhere is not here."""
+        for found in _DOLLAR.finditer(text):
+            if "{" not in found[0]:
+                self._problems.add(
+                    where,
+                    f'has a "$" that no variable follows (write ${{{found["name"] or "NAME"}}}; a path that holds the'
+                    " character itself can come out of a variable only)",
+                )
+                return text
+        replaced = _VARIABLE.sub(lambda found: self._variable(found, where), text)
+        if not text.startswith("~"):
+            return replaced
+        user, slash, rest = replaced.partition("/")
+        try:
+            home = (user == "~" and self._env.get("HOME")) or _home_of(user[1:])
+        except KeyError:
+            whose = f"there is no user {quoted(user[1:])}" if user != "~" else "this user has no home"
+            self._problems.add(where, f"begins with a ~, but {whose} (write the whole path, or ./~ for a name)")
+            return text
+        return f"{home.rstrip('/')}{slash}{rest}" or "/"
+
+    def _variable(self, found: re.Match[str], where: Location) -> str:
+        if found[0] == "$${":
+            return "${"
+        name = found["name"]
+        if name is None or not found[0].endswith("}") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            self._problems.add(where, 'has a "${" that no variable follows (write ${NAME}, or $${ for the characters)')
+        elif name not in self._env:
+            self._problems.add(
+                where,
+                f"the environment has no variable {name} (set it where the daemon is started,"
+                " or write $${ for the characters)",
+            )
+        else:
+            return self._env[name]
+        return found[0]
+
+
+def _is_path(where: Location) -> bool:
+    """Whether the key at a place names a file or a folder: tables call it so, and those of sinks should."""
+    match where:
+        case ("sources" | "routes", _, str(key)):
+            return key.endswith("_file")
+        case ("sinks", _, str(key)) | (_, str(key)):
+            return key in ("path", "cwd") or key.endswith("_file")
+        case _:
+            return False
+
+
+def _home_of(user: str) -> str:
+    """The home folder of a user; of the one that this process runs as if the name is empty.
+
+    Raises:
+        KeyError: There is no such user.
+    """
+    return (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir

@@ -1,0 +1,139 @@
+"""What one table says of another: names, queues, files and events that must fit together."""
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from vodpoller.config.draft import Draft, Location, texts_in
+from vodpoller.config.tables import LEASE_SECS, Api, Journal, is_loopback
+from vodpoller.config.wording import LISTS, quoted, quoted_all, suggestion
+from vodpoller.event_types import matches_documented, nearest_documented
+from vodpoller.sinks.contract import SinkConfig
+
+
+def check_references(
+    draft: Draft, *, sinks: Mapping[str, SinkConfig], journal: Journal | None, api: Api | None
+) -> None:
+    """Note what does not fit together.
+
+    Args:
+        draft: The tables; problems are noted there.
+        sinks: Those that are valid by themselves.
+        journal: None if it is not valid.
+        api: None if it is not valid.
+    """
+    _check_names(draft)
+    _check_sub_app_ids(draft)
+    _check_routes(draft)
+    _check_event_types(draft)
+    _check_claims(draft, sinks, journal)
+    _check_lease(draft, api)
+
+
+def _check_names(draft: Draft) -> None:
+    for table in LISTS:
+        first = draft.names(table)
+        for at, item in draft.items(table):
+            if first.get(str(item.get("name")), at) != at:
+                draft.problems.add((table, at, "name"), f"another of the {table} has this name (give each its own)")
+
+
+def _check_sub_app_ids(draft: Draft) -> None:
+    first: dict[int | None, int] = {}
+    for at, item in draft.items("sources"):
+        sub_app_id = item.get("sub_app_id")
+        if isinstance(sub_app_id, int | None) and first.setdefault(sub_app_id, at) != at:
+            other = draft.key(("sources", first[sub_app_id]))
+            same = "neither this source nor" if sub_app_id is None else "this is also that of"
+            draft.problems.add(
+                ("sources", at, "sub_app_id"),
+                f"{same} {other}{' has one' if sub_app_id is None else ''}, and two sources of one queue take"
+                " each other's events (give each its own SubAppId, or keep one source)",
+            )
+
+
+def _check_routes(draft: Draft) -> None:
+    used: set[str] = set()
+    sinks = draft.data.get("sinks", {})
+    for at, route in draft.items("routes"):
+        used.update(texts_in(route.get("sinks")).values())
+        _check_names_exist(draft, ("routes", at, "sources"), route.get("sources"), draft.names("sources"))
+        if isinstance(sinks, dict):
+            _check_names_exist(draft, ("routes", at, "sinks"), route.get("sinks"), sinks)
+    for name in sinks if isinstance(sinks, dict) and draft.items("routes") else ():
+        if name not in used:
+            draft.problems.add(
+                ("sinks", name), "no route uses this sink (name it in the sinks of a route, or delete it)"
+            )
+
+
+def _check_names_exist(draft: Draft, where: Location, names: Any, known: Collection[str]) -> None:
+    kind = str(where[-1])
+    for at, name in texts_in(names).items():
+        if name not in known and not draft.problems.concern((*where, at)):
+            others = f"there are: {quoted_all(known)}" if known else f"there are no {kind} at all"
+            draft.problems.add(where, f"there is no {kind[:-1]} {quoted(name)} ({suggestion(name, known)}{others})")
+
+
+def _check_event_types(draft: Draft) -> None:
+    for at, route in draft.items("routes"):
+        for glob in texts_in(route.get("event_types")).values():
+            if matches_documented(glob):
+                continue
+            near = nearest_documented(glob)
+            hint = f"did you mean {quoted(near)}? " if near else ""
+            draft.warnings.add(
+                ("routes", at, "event_types"),
+                f"{quoted(glob)} matches no event type that Tencent documents ({hint}case matters; if the type is"
+                " newer than this program, all is well)",
+            )
+
+
+def _check_claims(draft: Draft, sinks: Mapping[str, SinkConfig], journal: Journal | None) -> None:
+    holders: dict[str, str] = {}
+    if journal is not None:
+        holders[f"file:{os.path.realpath(journal.path)}"] = "journal"
+    for name, sink in sinks.items():
+        for claim in sorted(sink.claims()):
+            holder = holders.setdefault(claim, f"sinks.{name}")
+            if holder != f"sinks.{name}":
+                draft.problems.add(
+                    ("sinks", name), f"{holder} writes {claim.removeprefix('file:')} too (give each its own)"
+                )
+
+
+def _check_lease(draft: Draft, api: Api | None) -> None:
+    if api is not None and api.lease_secs > LEASE_SECS and not is_loopback(urlsplit(api.endpoint).hostname or ""):
+        draft.warnings.add(
+            ("api", "lease_secs"),
+            f"{api.lease_secs:g} is more than the {LEASE_SECS:g} s after which VOD hands events out again, which"
+            " nothing can extend: a later confirm fails (leave it out; only a simulator has another value)",
+        )
+
+
+def find_coverage(draft: Draft) -> dict[str, bool]:
+    """Whether the routes take every event of a source, by its name. Notes if nothing says what becomes of the rest."""
+    routes = draft.items("routes")
+    coverage = {}
+    for at, source in draft.items("sources"):
+        name = str(source.get("name"))
+        covered = any(_takes_everything(route, name) for _, route in routes)
+        coverage[name] = covered
+        if routes and not covered and "unrouted" not in source:
+            draft.problems.add(
+                ("sources", at, "unrouted"),
+                "is missing, and the routes do not take every event of this source (say what happens to the others:"
+                ' "dead_letter" keeps them for a person, "confirm" drops them, "leave" lets them circle at VOD)',
+            )
+    return coverage
+
+
+def _takes_everything(route: Mapping[str, Any], source: str) -> bool:
+    globs = route.get("event_types", ["*"])
+    sources = route.get("sources", [source])
+    return (
+        "where" not in route
+        and source in (sources if isinstance(sources, list) else [])
+        and any(set(glob) == {"*"} for glob in texts_in(globs).values())
+    )

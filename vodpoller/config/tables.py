@@ -1,0 +1,310 @@
+"""The tables of the file: their keys, defaults and bounds, one model for each table."""
+
+import math
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, cast
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from vodpoller.config.wording import NAME_MAX_LENGTH, NAME_PATTERN, check_jmespath, quoted
+from vodpoller.httpclient.trust import CaFile
+from vodpoller.logs import Level
+from vodpoller.secret import HasSecrets, Secret
+from vodpoller.sinks.contract import SinkConfig
+
+_STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+# VOD's lease is 30 s. Where a simulator's is shorter, the two defaults that must fit into it shrink in proportion.
+LEASE_SECS: Final = 30.0
+_RESERVE_SECS: Final = 5.0
+_CONFIRM_TIMEOUT_SECS: Final = 2.0
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_MAX_LENGTH)]
+
+
+def _default_reserve_secs(data: dict[str, Any]) -> float:
+    return min(_RESERVE_SECS, cast("float", data.get("lease_secs", LEASE_SECS)) * _RESERVE_SECS / LEASE_SECS)
+
+
+def _default_confirm_timeout_secs(data: dict[str, Any]) -> float:
+    reserve_secs = cast("float", data.get("confirm_reserve_secs", _RESERVE_SECS))
+    return min(_CONFIRM_TIMEOUT_SECS, reserve_secs * _CONFIRM_TIMEOUT_SECS / _RESERVE_SECS)
+
+
+class Api(BaseModel):
+    """`[api]`: how Tencent Cloud's VOD API is reached, and its limits."""
+
+    model_config = _STRICT
+
+    endpoint: str = Field(
+        default="https://vod.tencentcloudapi.com",
+        description="Where the API is: a URL without a path. Plain http only on this machine, for the simulator.",
+    )
+    region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = Field(
+        default=None,
+        description="The region that requests name; VOD needs none. Left out: $TENCENTCLOUD_REGION, if set.",
+        examples=["ap-guangzhou"],
+    )
+    ca_file: CaFile | None = Field(
+        default=None,
+        description="PEM with the certificates that vouch for the API's, in place of the public CAs'. Left out:"
+        " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
+        examples=["/etc/vodpoller/ca.pem"],
+    )
+    timeout_secs: Annotated[float, Field(ge=1, le=300)] = Field(
+        default=10.0,
+        description="How long a pull may take. VOD holds an empty one for 5 s, so less than 6 is too short.",
+    )
+    lease_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
+        default=LEASE_SECS,
+        description="How long VOD keeps pulled events for us. It is 30 there; only a simulator has another value.",
+    )
+    confirm_reserve_secs: Annotated[float, Field(gt=0, le=3600)] = Field(
+        default_factory=_default_reserve_secs,
+        description="The end of the lease that is kept for confirming; deliveries stop there. Less than `lease_secs`."
+        " Left out with a `lease_secs` below 30: a sixth of that.",
+        json_schema_extra={"default": _RESERVE_SECS},
+    )
+    confirm_timeout_secs: Annotated[float, Field(gt=0, le=60)] = Field(
+        default_factory=_default_confirm_timeout_secs,
+        description="How long one attempt to confirm may take; at most `confirm_reserve_secs`."
+        " Left out with a reserve below 5: two fifths of that.",
+        json_schema_extra={"default": _CONFIRM_TIMEOUT_SECS},
+    )
+    requests_per_sec: Annotated[float, Field(ge=1, le=10_000)] = Field(
+        default=100.0,
+        description="How many requests a second each API action gets, over all sources: the quota of the account.",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_bare_url(cls, value: str) -> str:
+        example = "for example https://vod.tencentcloudapi.com"
+        try:
+            parts = urlsplit(value)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
+            raise ValueError(f"is not an http or https address ({example})")
+        if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError(f"has more than scheme, host and port ({example})")
+        if parts.scheme == "http" and not is_loopback(host):
+            raise ValueError("is not encrypted (write https://; plain http is for a simulator on this machine only)")
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @field_validator("confirm_reserve_secs")
+    @classmethod
+    def _fits_into_the_lease(cls, value: float, info: ValidationInfo) -> float:
+        lease_secs = info.data.get("lease_secs", math.inf)
+        if value >= lease_secs:
+            raise ValueError(
+                f"{value:g} is not less than lease_secs, so that no time is left to deliver (less than {lease_secs:g})"
+            )
+        return value
+
+    @field_validator("confirm_timeout_secs")
+    @classmethod
+    def _fits_into_the_reserve(cls, value: float, info: ValidationInfo) -> float:
+        reserve_secs = info.data.get("confirm_reserve_secs", math.inf)
+        if value > reserve_secs:
+            raise ValueError(
+                f"{value:g} is more than confirm_reserve_secs, so that one attempt may outlast the lease"
+                f" (at most {reserve_secs:g})"
+            )
+        return value
+
+
+class CredentialsTable(HasSecrets):
+    """`[credentials]`: the API key. Each secret is given as such or, better, as the name of a file that holds it."""
+
+    model_config = _STRICT
+
+    secret_id: Secret | None = Field(default=None, description="The SecretId of the API key.")
+    secret_id_file: str | None = Field(
+        default=None,
+        description="The file that holds the SecretId. Left out: $CREDENTIALS_DIRECTORY/secret_id,"
+        " then $TENCENTCLOUD_SECRET_ID.",
+        examples=["secret_id"],
+    )
+    secret_key: Secret | None = Field(default=None, description="The SecretKey of the API key.")
+    secret_key_file: str | None = Field(
+        default=None,
+        description="The file that holds the SecretKey. Left out: $CREDENTIALS_DIRECTORY/secret_key,"
+        " then $TENCENTCLOUD_SECRET_KEY.",
+        examples=["secret_key"],
+    )
+    token: Secret | None = Field(default=None, description="The token of a temporary API key.")
+    token_file: str | None = Field(
+        default=None,
+        description="The file that holds the token. Left out: looked for where the SecretKey was found,"
+        " as `token` beside it or as $TENCENTCLOUD_TOKEN.",
+        examples=["token"],
+    )
+
+
+class Source(BaseModel):
+    """`[[sources]]`: one event queue of VOD."""
+
+    model_config = _STRICT
+
+    name: Name = Field(description="What logs and routes call it.", examples=["main"])
+    sub_app_id: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
+        default=None,
+        description="The SubAppId of the VOD application. Accounts opened since 2023-12-25 must give it.",
+        examples=[1500000001],
+    )
+    interval_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
+        default=1.0, description="How often it is made sure that a pull is running."
+    )
+    long_poll: bool = Field(
+        default=True,
+        description="Whether the next pull starts as soon as one came back empty; if not, at the next interval.",
+    )
+    max_concurrent_pulls: Annotated[int, Field(ge=1, le=128)] = Field(
+        default=16, description="Maximum number of pulls, with their deliveries, that run at once."
+    )
+    on_failure: Literal["store", "leave"] = Field(
+        default="store",
+        description="What happens to an event that a sink did not take in time: `store` keeps it in the journal,"
+        " `leave` lets VOD bring it again (for machines whose disk does not last).",
+    )
+    unrouted: Literal["dead_letter", "confirm", "leave"] | None = Field(
+        default=None,
+        description="What happens to an event that no route takes: `dead_letter` keeps it for a person, `confirm` drops"
+        " it, `leave` lets it circle at VOD. Needed where the routes do not cover every event.",
+        examples=["dead_letter"],
+    )
+
+
+class Route(BaseModel):
+    """`[[routes]]`: which events go to which sinks. Every route that matches applies; a sink gets an event once."""
+
+    model_config = _STRICT
+
+    name: Name = Field(description="What logs call it.", examples=["snapshots"])
+    event_types: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="Patterns of the event types it takes, with `*`, `?` and `[abc]`, case-sensitive. Left out: all.",
+        examples=[["CreateSnapshotByTimeOffsetComplete"]],
+    )
+    sources: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="The sources whose events it takes. Left out: all.", examples=[["main"]]
+    )
+    where: str | None = Field(
+        default=None,
+        description="A JMESPath expression that an event must satisfy, as in tccli's --filter.",
+        examples=["SnapshotByTimeOffsetCompleteEvent.Definition == `10`"],
+    )
+    sinks: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        description="The sinks that get the events.", examples=[["archive"]]
+    )
+
+    @field_validator("event_types")
+    @classmethod
+    def _are_globs(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for glob in value or ():
+            if not glob:
+                raise ValueError('has an empty pattern ("*" takes every type)')
+            if _has_open_bracket(glob):
+                raise ValueError(
+                    f'the pattern {quoted(glob)} has a "[" without its "]" (for example "*Complete" or "[ab]*")'
+                )
+        return value
+
+    @field_validator("where")
+    @classmethod
+    def _is_jmespath(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_jmespath(value)
+        return value
+
+
+class Journal(BaseModel):
+    """`[journal]`: the file that remembers what was delivered and holds what could not be."""
+
+    model_config = _STRICT
+
+    path: Annotated[Path, Field(strict=False)] = Field(
+        default=Path("/var/lib/vodpoller/journal.db"),
+        description="The journal's file; its folder is made where it is missing.",
+    )
+    max_bytes: Annotated[int, Field(ge=2**20, le=2**50)] = Field(
+        default=2**30,
+        description="How much the stored events may take, dead letters half of it. Beyond it, events stay with VOD.",
+    )
+    ledger_days: Annotated[float, Field(ge=4, le=3650)] = Field(
+        default=5.0,
+        description="How long an unconfirmed event is remembered as delivered. VOD keeps events for 4 days.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_file(cls, value: Path) -> Path:
+        example = "for example /var/lib/vodpoller/journal.db"
+        if not value.name or "\0" in str(value):
+            raise ValueError(f"names no file ({example})")
+        if str(value) == ":memory:" or str(value).lower().startswith("file:"):
+            raise ValueError(
+                f"is not the path of a file, but what SQLite calls a database in memory or a URI ({example})"
+            )
+        return value
+
+
+class Log(BaseModel):
+    """`[log]`: what is written to stderr."""
+
+    model_config = _STRICT
+
+    level: Level = Field(default="info", description="The lowest level that is written.")
+    format: Literal["json", "console"] | None = Field(
+        default=None,
+        description="`json` for programs, `console` for people. Left out: `console` on a terminal, `json` elsewhere.",
+        examples=["json"],
+    )
+
+
+class Daemon(BaseModel):
+    """`[daemon]`: the process."""
+
+    model_config = _STRICT
+
+    shutdown_secs: Annotated[float, Field(ge=1, le=3600)] = Field(
+        default=25.0, description="How long stopping may take; less than systemd's TimeoutStopSec."
+    )
+
+
+TABLES: Final[Mapping[str, type[BaseModel]]] = {
+    "api": Api,
+    "credentials": CredentialsTable,
+    "sources": Source,
+    "routes": Route,
+    "sinks": SinkConfig,
+    "journal": Journal,
+    "log": Log,
+    "daemon": Daemon,
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _has_open_bracket(glob: str) -> bool:
+    """Whether fnmatch takes a "[" for the character itself because nothing closes it."""
+    at = 0
+    while (at := glob.find("[", at)) >= 0:
+        # A "]" right at the start, or after "!", is one of the characters.
+        start = at + 2 if glob[at + 1 : at + 2] == "!" else at + 1
+        end = glob.find("]", start + 1)
+        if end < 0:
+            return True
+        at = end
+    return False
