@@ -12,6 +12,9 @@ import pytest
 
 from tests.processes import SECRET_KEY, HeldPort, environment, run_command, running_system, until
 from vodpoller import __version__
+from vodpoller.cli.app import main
+from vodpoller.cli.deadletters import deadletters
+from vodpoller.cli.lazy import LazyCommand
 
 pytestmark = pytest.mark.system
 
@@ -248,6 +251,30 @@ def test_help_names_every_command_that_there_is():
     assert done.returncode == 0
     for command in ("run", "check", "demo", "simulate"):
         assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("limit", [45, 1000])
+def test_what_is_listed_of_a_command_begins_its_own_help(limit):
+    listed = [*main.commands.values(), *deadletters.commands.values()]
+    lazy = [command for command in listed if isinstance(command, LazyCommand)]
+
+    assert len(lazy) > len(main.commands)
+    assert {command.name: command.get_short_help_str(limit) for command in lazy} == {
+        command.name: command.load().get_short_help_str(limit) for command in lazy
+    }
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"]], ids=" ".join)
+def test_a_list_of_commands_imports_none_of_them(words):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vodpoller", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+
+    assert not re.search(r"\| +vodpoller\.(config|daemon|cli\.check)", done.stderr)
 
 
 def test_the_simulator_says_its_address_and_ends_with_0_when_asked(system):

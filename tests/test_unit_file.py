@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from tests.processes import needs
-from vodpoller.cli import app as cli
+from vodpoller.cli.app import main
+from vodpoller.cli.configuration import DEFAULT_CONFIG
+from vodpoller.cli.exits import EXIT_CONFIG
 from vodpoller.config.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +70,7 @@ def test_nothing_runs_before_the_program_as_its_failure_would_be_repeated_for_ev
 
 
 def test_what_a_person_must_mend_is_not_restarted(unit):
-    assert unit["Service", "RestartPreventExitStatus"] == [f"{cli.EXIT_CONFIG} 243"]
+    assert unit["Service", "RestartPreventExitStatus"] == [f"{EXIT_CONFIG} 243"]
 
 
 def test_everything_else_is_restarted_for_as_long_as_it_takes(unit):
@@ -126,7 +128,7 @@ def test_lines_go_to_the_journal_which_reads_their_priority(unit, name):
 
 def test_it_runs_the_daemon_with_the_documented_paths(unit):
     assert unit["Service", "ExecStart"] == ["/opt/vodpoller/venv/bin/vodpoller run -c /etc/vodpoller/config.toml"]
-    assert str(cli.DEFAULT_CONFIG) in unit["Service", "ExecStart"][0]
+    assert str(DEFAULT_CONFIG) in unit["Service", "ExecStart"][0]
 
 
 def test_systemd_waits_until_it_is_ready(unit):
@@ -283,8 +285,8 @@ def test_a_configuration_that_the_services_user_may_not_read_is_one_to_mend_not_
     path.write_text("")
     monkeypatch.setattr(os, "access", lambda *_words, **_named: False)
     monkeypatch.setattr(Path, "read_text", denied)
-    ended = CliRunner().invoke(cli.main, ["check", "-c", str(path)])
-    assert ended.exit_code == cli.EXIT_CONFIG
+    ended = CliRunner().invoke(main, ["check", "-c", str(path)])
+    assert ended.exit_code == EXIT_CONFIG
     assert f"{path}: cannot be read: Permission denied" in ended.output
 
 
@@ -300,6 +302,6 @@ def test_what_stops_a_start_is_an_error_in_the_journal(tmp_path, in_journal):
         status = os.fstat(sent.fileno())
         env = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not in_journal)}"}
         command = [sys.executable, "-m", "vodpoller", "run", "-c", str(tmp_path / "none.toml")]
-        assert subprocess.run(command, stderr=sent, env=env, check=False, timeout=60).returncode == cli.EXIT_CONFIG
+        assert subprocess.run(command, stderr=sent, env=env, check=False, timeout=60).returncode == EXIT_CONFIG
         sent.close()
         assert stderr.read().startswith("<3>vodpoller: " if in_journal else "vodpoller: ")

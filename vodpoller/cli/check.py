@@ -1,0 +1,44 @@
+"""`vodpoller check`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from vodpoller.cli.configuration import config_option, load_config
+from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
+
+
+@click.command()
+@config_option
+@click.option("--connect", is_flag=True, help="Also try key, clock and rights at VOD, every sink and the journal.")
+@click.option("--strict", is_flag=True, help="Exit code 78 if there is a warning.")
+def check(config_path: Path, *, connect: bool, strict: bool) -> None:
+    """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
+    config = load_config(config_path, for_unit=True)
+    click.echo(f"{config_path}: good")
+    warnings = config.all_warnings()
+    for warning in warnings:
+        click.echo(f"{config_path}: warning: {warning}", err=True)
+    for source in config.sources:
+        app = f"SubAppId {source.sub_app_id}" if source.sub_app_id else "the account's main application"
+        rest = "every event has a route" if config.coverage[source.name] else f"other events: {source.unrouted}"
+        click.echo(f"  source {source.name}: {app} at {config.api.endpoint}; {rest}")
+    for route in config.routes:
+        types = ", ".join(route.event_types) if route.event_types else "all events"
+        condition = f" where {route.where}" if route.where else ""
+        click.echo(f"  route {route.name}: {types}{condition} -> {', '.join(route.sinks)}")
+    for name, sink in config.sinks.items():
+        place = sink.place()
+        click.echo(f"  sink {name}: {sink.type}{f', {place}' if place else ''}")
+    origins = config.credentials.origins.items()
+    click.echo(f"  key: {', '.join(f'{name} from {origin}' for name, origin in origins)}")
+    works = True
+    if connect:
+        from vodpoller.cli.connections import show_connections  # noqa: PLC0415 - without --connect, requests is not needed
+
+        works = show_connections(config)
+    if strict and warnings:
+        sys.exit(EXIT_CONFIG)
+    if not works:
+        sys.exit(EXIT_FAILURE)

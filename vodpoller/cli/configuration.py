@@ -1,0 +1,34 @@
+"""The configuration of a command: the option that names its file, and reading it."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import click
+
+from vodpoller.cli.exits import EXIT_CONFIG
+from vodpoller.cli.failure import fail
+from vodpoller.config.load import load
+from vodpoller.config.model import Config
+from vodpoller.errors import ConfigError
+
+DEFAULT_CONFIG: Final = Path("/etc/vodpoller/config.toml")
+
+config_option = click.option(
+    "-c",
+    "--config",
+    "config_path",
+    # Not click's own check of readability: a file that the user may not read is exit 78, as all that is wrong with it.
+    type=click.Path(path_type=Path, readable=False),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="The configuration file.",
+)
+
+
+def load_config(path: Path, *, needs_key: bool = True, for_unit: bool = False) -> Config:
+    """The configuration, or the end of the process with everything that is wrong with it."""
+    try:
+        return load(path, env=os.environ, needs_key=needs_key, for_unit=for_unit)
+    except ConfigError as error:
+        fail(error.problems, EXIT_CONFIG)

@@ -1,0 +1,46 @@
+"""Opening the daemon for a command that runs it."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE, end
+from vodpoller.cli.failure import fail
+from vodpoller.cli.output import make_log
+from vodpoller.config.model import Config
+from vodpoller.daemon import Daemon
+from vodpoller.errors import ConfigError, JournalError, StoppingError, StorageError, UnusableJournalError
+from vodpoller.process import Signals
+from vodpoller.systemd import Notifier
+
+
+def open_daemon(
+    config: Config, *, signals: Signals | None = None, exit_code_if_stopped: int = EXIT_FAILURE, quiet: bool = False
+) -> Daemon:
+    """The daemon, open; or the end of the process: with a sentence, or because a signal asked for it meanwhile."""
+    try:
+        log = make_log(config, quiet=quiet)
+        return Daemon(config, log=log, notifier=Notifier.of(os.environ), signals=signals)
+    except StoppingError:
+        end(exit_code_if_stopped)
+    except ConfigError as error:
+        fail(error.problems, EXIT_CONFIG)
+    except UnusableJournalError as error:
+        fail([str(error)], EXIT_CONFIG)
+    except (JournalError, StorageError) as error:
+        fail([str(error)], EXIT_FAILURE)
+    finally:
+        _give_to_owner(config)
+
+
+def _give_to_owner(config: Config) -> None:
+    """Give what root's commands create to the owner of the folder it is in: the daemon runs as another user."""
+    if os.geteuid() != 0:
+        return
+    claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}
+    for name in [str(config.journal.path), *claimed]:
+        for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm", ".v1")):
+            with suppress(OSError):
+                folder, file = path.parent.stat(), path.lstat()
+                if file.st_uid == 0 and folder.st_uid != 0:
+                    os.chown(path, folder.st_uid, folder.st_gid, follow_symlinks=False)

@@ -1,0 +1,109 @@
+"""Stored events on the command line: the journal opened for the operator, and the options that choose events."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Final
+
+import click
+
+from vodpoller.cli.configuration import config_option
+from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
+from vodpoller.cli.failure import fail
+from vodpoller.config.model import Config
+from vodpoller.errors import JournalError, UnusableJournalError
+from vodpoller.journal.operator import REASONS, Filter, Letters
+
+LETTER_ID: Final = click.IntRange(1, 2**63 - 1)
+_REASONS_OF_BOTH: Final = tuple(dict.fromkeys((*REASONS["dead"], *REASONS["pending"])))
+
+
+@contextmanager
+def open_letters(config: Config, *, writable: bool = False) -> Iterator[Letters]:
+    """The journal for the operator, or the end of the process if it cannot be used.
+
+    Args:
+        config: Names the journal.
+        writable: Whether stored events are going to be changed.
+    """
+    try:
+        with Letters(config.journal.path, writable=writable) as letters:
+            yield letters
+    except UnusableJournalError as error:
+        fail([str(error)], EXIT_CONFIG)
+    except JournalError as error:
+        fail([str(error)], EXIT_FAILURE)
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command with the options that choose stored events, and with `--config`."""
+    for option in (
+        click.option("--pending", is_flag=True, help="Those that will be tried again, instead of dead letters."),
+        click.option("--task-id", help="The id of the task that the event tells of."),
+        click.option("--file-id", help="The id of the video that the event is about."),
+        click.option("--since", help="Stored since: a time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d)."),
+        click.option(
+            "--reason",
+            type=click.Choice(_REASONS_OF_BOTH),
+            help="Why they are stored; those after no_route with --pending.",
+        ),
+        click.option("--type", "event_type", help="The event type; * and ? are allowed."),
+        click.option("--sink", help="The sink that lacks them."),
+    ):
+        command = option(command)
+    return config_option(command)
+
+
+def filter_of(options: Mapping[str, Any], *, ids: Sequence[int] = ()) -> Filter:
+    """The stored events that options mean.
+
+    Args:
+        options: The values of `filter_options`.
+        ids: The ids that were named; none means any.
+
+    Raises:
+        click.BadParameter: They contradict each other, or one cannot be read.
+    """
+    state, reason = "pending" if options["pending"] else "dead", options["reason"]
+    if reason is not None and reason not in REASONS[state]:
+        what, other = (
+            ("pending events", "leave --pending out") if options["pending"] else ("dead letters", "add --pending")
+        )
+        raise click.BadParameter(
+            f"{what} never have the reason {reason!r} but {', '.join(REASONS[state])} ({other})", param_hint="--reason"
+        )
+    since = _time(options["since"]) if options["since"] else None
+    named = {name: options[name] for name in ("sink", "event_type", "reason", "file_id", "task_id")}
+    return Filter(state=state, ids=ids, since=since, **named)
+
+
+def _time(text: str) -> float:
+    """A time or an age, in seconds since 1970."""
+    units = {"m": 60, "h": 3600, "d": 86_400}
+    try:
+        if text[:-1].isdecimal() and text[-1] in units:
+            return time.time() - int(text[:-1]) * units[text[-1]]
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        problem = f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)"
+        raise click.BadParameter(problem, param_hint="--since") from error
+
+
+def say_missing(letters: Letters, ids: Sequence[int], *, pending: bool, also_pending: bool = False) -> bool:
+    """Say which of the ids that were asked for are not of the state that was asked for; whether there are such."""
+    if not ids:
+        return False
+    there = {state: {row.id for row in letters.stored(Filter(state=state, ids=ids))} for state in ("dead", "pending")}
+    found = there["pending"] if pending else there["dead"] | (there["pending"] if also_pending else set())
+    missing = [number for number in ids if number not in found]
+    for number in missing:
+        if number in there["dead"]:
+            why = f"{number} is a dead letter and not pending (leave --pending out)"
+        elif number in there["pending"]:
+            why = f"{number} is pending and no dead letter (add --pending)"
+        else:
+            why = f"there is no {'pending event' if pending else 'dead letter'} {number}"
+            why += " (see `vodpoller deadletters list`)"
+        click.echo(f"vodpoller: {why}", err=True)
+    return bool(missing)

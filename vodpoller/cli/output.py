@@ -1,0 +1,39 @@
+"""What commands write: tables on stdout, log lines on stderr."""
+
+import os
+import sys
+from datetime import UTC, datetime
+from typing import Final
+
+from rich.console import Console
+
+from vodpoller.config.model import Config
+from vodpoller.logs import Logger, make_logger
+
+PIPED_WIDTH: Final = 200
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """The terminal; what a pipe or a file gets in its place is as wide as tables need.
+
+    Args:
+        stderr: Whether to write to stderr instead of stdout.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH, markup=False, highlight=False)
+
+
+def make_log(config: Config, *, quiet: bool = False) -> Logger:
+    """The log; a quiet one leaves out the line for each event, where a bar shows the progress."""
+    return make_logger(
+        sys.stderr,
+        level="warning" if quiet and config.log.level == "info" else config.log.level,
+        log_format=config.log.format,
+        secrets=lambda: [secret.get() for secret in config.secrets()],
+        journald_stream=os.environ.get("JOURNAL_STREAM", ""),
+    )
+
+
+def iso_time(at: float) -> str:
+    """A time, in seconds since 1970, as ISO 8601 writes it."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,41 @@
+"""`vodpoller run` and `vodpoller once`: the daemon, for good and for one time."""
+
+import faulthandler
+import gc
+from pathlib import Path
+from typing import Final
+
+import click
+
+from vodpoller.cli.configuration import config_option, load_config
+from vodpoller.cli.daemons import open_daemon
+from vodpoller.cli.exits import EXIT_FAILURE, end
+from vodpoller.process import Signals
+
+GC_THRESHOLD: Final = 20_000
+
+
+@click.command()
+@config_option
+@click.pass_obj
+def run(signals: Signals, config_path: Path) -> None:
+    """Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again."""
+    faulthandler.enable()
+    daemon = open_daemon(load_config(config_path), signals=signals, exit_code_if_stopped=0)
+    # What is here by now stays; what an event leaves behind is freed by counting. So there is little to collect.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    end(daemon.run())
+
+
+@click.command()
+@config_option
+@click.option("--max-secs", type=click.FloatRange(1), default=600.0, show_default=True, help="End the pulling by then.")
+@click.pass_obj
+def once(signals: Signals, config_path: Path, max_secs: float) -> None:
+    """Pull until the first empty answer, deliver what is due, and end: for cron.
+
+    Exit code 0: nothing was left. 1: something is pending, or comes again, or VOD could not be reached or emptied.
+    """
+    daemon = open_daemon(load_config(config_path), signals=signals)
+    end(0 if daemon.run_once(max_secs=max_secs) else EXIT_FAILURE)

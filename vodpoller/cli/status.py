@@ -1,0 +1,151 @@
+"""`vodpoller status`."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vodpoller import __version__
+from vodpoller.cli.configuration import config_option, load_config
+from vodpoller.cli.exits import EXIT_FAILURE
+from vodpoller.cli.failure import fail
+from vodpoller.cli.letters import open_letters
+from vodpoller.cli.output import make_console
+from vodpoller.config.model import Config
+from vodpoller.logs import printable
+from vodpoller.status import SilentStatus, StoredStatus
+from vodpoller.status_socket import ask, socket_path
+
+STATUS_SECS: Final = 5.0  # the daemon looks into its journal before it answers
+
+
+@click.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--strict", is_flag=True, help="Dead letters are a problem, too.")
+def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
+    """Say whether events flow, and if not why: what the running daemon says, or the journal if none runs.
+
+    Exit code 0: all is well. 1: no daemon runs, a source cannot be pulled, a sink is down, the journal cannot be
+    written, or events are stored for a sink that the configuration no longer has.
+    """
+    config = load_config(config_path, needs_key=False)
+    report = _ask_status(config, strict=strict)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print_status(report)
+    if report["problems"]:
+        sys.exit(EXIT_FAILURE)
+
+
+def _ask_status(config: Config, *, strict: bool) -> Mapping[str, Any]:
+    path = socket_path(config.journal.path)
+    trouble = ""
+    try:
+        answer = ask(path, {"command": "status", "strict": strict}, timeout_secs=STATUS_SECS)
+    except PermissionError:
+        fail([f"{path}: only root and the user that runs vodpoller may ask the daemon: try `sudo`"], EXIT_FAILURE)
+    except (OSError, ValueError) as error:
+        answer, trouble = None, str(error)
+    if answer is not None:
+        if "problems" in answer:
+            return answer
+        trouble = str(answer.get("error", "its answer is not a status"))
+    return _status_of_journal(config, trouble, strict=strict)
+
+
+def _status_of_journal(config: Config, trouble: str, *, strict: bool) -> Mapping[str, Any]:
+    """What the journal knows.
+
+    Args:
+        config: Names the journal.
+        trouble: What went wrong with a daemon that listens; empty if none does.
+        strict: As for the daemon.
+    """
+    with open_letters(config) as letters:
+        is_in_use = letters.is_in_use()
+        marks = letters.marks()
+        stored = [StoredStatus(**asdict(found)) for found in letters.backlogs()]
+    remedy = "`systemctl status vodpoller` and `journalctl -u vodpoller -e` say more"
+    if trouble:
+        cause = f"it runs, but gives no answer: {trouble}"
+        remedy += "; if it hangs, or was updated since it started, restart it"
+    elif is_in_use:
+        cause = (
+            "a process has the journal open, but gives no answer: the daemon is starting or stopping, or it is a"
+            " `vodpoller once` or `replay`"
+        )
+    else:
+        cause = "no daemon runs with this journal"
+        remedy = f"`systemctl start vodpoller`; if it does not stay up, {remedy}"
+    return SilentStatus(
+        running=is_in_use,
+        cause=cause,
+        remedy=remedy,
+        version=__version__,
+        started_at=marks.get("started"),
+        last_pull_at=marks.get("pull"),
+        last_confirm_at=marks.get("confirm"),
+        at=time.time(),
+        sinks=list(config.sinks),
+        stored=stored,
+        path=str(config.journal.path),
+        limit_bytes=config.journal.max_bytes,
+    ).as_json(strict=strict)
+
+
+def _print_status(report: Mapping[str, Any]) -> None:
+    console = make_console()
+    for problem in report["problems"]:
+        what, cause, remedy = (printable(problem[name]) for name in ("what", "cause", "remedy"))
+        console.print(Text.assemble(("PROBLEM", "bold red"), f" {what}: {cause}"), soft_wrap=True)
+        console.print(f"  {remedy}", soft_wrap=True)
+    if report["pid"] is not None:
+        console.print(f"vodpoller {report['version']} runs since {report['started_at']}, process {report['pid']}")
+        _print_parts(console, report)
+    else:
+        console.print(f"Last start: {report['started_at'] or 'never'}; last pull: {report['last_pull_at'] or 'never'}")
+    if report["stored"]:
+        table = Table("sink", "state", "events", "oldest since")
+        for row in report["stored"]:
+            table.add_row(printable(row["sink"]) or "(none)", row["state"], f"{row['events']:,}", row["oldest_at"])
+        console.print(table)
+    else:
+        console.print("Nothing is stored: every event that was pulled has been delivered.")
+    journal = report["journal"]
+    taken = (
+        "" if journal["stored_bytes"] is None else f"{journal['stored_bytes']:,} of {journal['limit_bytes']:,} bytes, "
+    )
+    console.print(
+        f"journal {printable(journal['path'])}: {taken}last confirm {journal['last_confirm_at'] or 'never'}",
+        soft_wrap=True,
+    )
+
+
+def _print_parts(console: Console, report: Mapping[str, Any]) -> None:
+    sources = Table("source", "last pull", "error")
+    for row in report["sources"]:
+        said = printable(row["error"]) if row["error"] else ""
+        next_pull = f" (next try {row['next_pull_at']})" if row["next_pull_at"] else ""
+        sources.add_row(printable(row["name"]), row["last_pull_at"] or "never", said + next_pull)
+    sinks = Table("sink", "state", "queued", "next try", "error")
+    for row in report["sinks"]:
+        if row["down_since"]:
+            state = f"down since {row['down_since']}"
+        else:
+            state = f"paused until {row['paused_until']}" if row["paused_until"] else "accepts"
+        queued, next_try = f"{row['queued']:,}", row["next_try_at"] or ""
+        sinks.add_row(printable(row["name"]), state, queued, next_try, printable(row["error"]))
+    for table in (sources, sinks):
+        for column in table.columns:
+            column.overflow = "fold"
+        console.print(table)
