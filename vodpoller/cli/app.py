@@ -16,7 +16,7 @@ from vodpoller.cli.lazy import LazyCommand, LazyGroup
 from vodpoller.process import Signals, let_signals_act
 
 UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
-CATCHING: Final = ("run", "once")  # what a signal means to them is theirs to say, from the first instant
+CATCHING: Final = ("run", "once")  # they handle signals themselves, from the first instant
 
 COMMANDS: Final = (
     LazyCommand(
@@ -57,7 +57,7 @@ COMMANDS: Final = (
 
 
 class Program(LazyGroup):
-    """All commands. Click knows of outputs that nobody reads any more; there are more that cannot be written."""
+    """All commands. Click handles a closed pipe; this handles the other outputs that cannot be written."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command that the arguments name."""
@@ -73,7 +73,7 @@ class Program(LazyGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command. What signals do to it is settled before it is imported, which takes a while."""
+        """Find the command. Signals are let in before it is imported, which takes a while."""
         if not ctx.resilient_parsing:
             if args[0] in CATCHING:
                 ctx.obj = Signals()

@@ -18,7 +18,7 @@ config_option = click.option(
     "-c",
     "--config",
     "config_path",
-    # Not click's own check of readability: a file that the user may not read is exit 78, as all that is wrong with it.
+    # Without click's own check of readability: a file that the user may not read is exit 78, as every other problem.
     type=click.Path(path_type=Path, readable=False),
     default=DEFAULT_CONFIG,
     show_default=True,
@@ -27,7 +27,13 @@ config_option = click.option(
 
 
 def load_config(path: Path, *, needs_key: bool = True, for_unit: bool = False) -> Config:
-    """The configuration, or the end of the process with everything that is wrong with it."""
+    """Read the configuration, or exit with all its problems.
+
+    Args:
+        path: The file.
+        needs_key: As for `load`.
+        for_unit: As for `load`.
+    """
     try:
         return load(path, env=os.environ, needs_key=needs_key, for_unit=for_unit)
     except ConfigError as error:

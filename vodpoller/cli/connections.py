@@ -1,4 +1,4 @@
-"""What `vodpoller check --connect` found, as a table."""
+"""The table of `vodpoller check --connect`."""
 
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +10,7 @@ from vodpoller.logs import printable
 
 
 def show_connections(config: Config) -> bool:
-    """Try what the daemon will need, and print what came of it; whether all of it works.
+    """Try everything that the daemon needs, and print the results. Returns whether all of it works.
 
     Args:
         config: Valid.

@@ -1,4 +1,4 @@
-"""Opening the daemon for a command that runs it."""
+"""Opening the daemon, for the commands that run it."""
 
 import os
 from contextlib import suppress
@@ -17,7 +17,14 @@ from vodpoller.systemd import Notifier
 def open_daemon(
     config: Config, *, signals: Signals | None = None, exit_code_if_stopped: int = EXIT_FAILURE, quiet: bool = False
 ) -> Daemon:
-    """The daemon, open; or the end of the process: with a sentence, or because a signal asked for it meanwhile."""
+    """Open the daemon, or exit: with a message, or because a signal asked for it meanwhile.
+
+    Args:
+        config: Valid.
+        signals: The signals that were received, None if the command does not handle them.
+        exit_code_if_stopped: The exit code if a signal asked for the end.
+        quiet: As for `make_log`.
+    """
     try:
         log = make_log(config, quiet=quiet)
         return Daemon(config, log=log, notifier=Notifier.of(os.environ), signals=signals)
@@ -34,7 +41,7 @@ def open_daemon(
 
 
 def _give_to_owner(config: Config) -> None:
-    """Give what root's commands create to the owner of the folder it is in: the daemon runs as another user."""
+    """Give the files that root creates to the owner of their folder: the daemon runs as another user."""
     if os.geteuid() != 0:
         return
     claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}

@@ -1,4 +1,4 @@
-"""`vodpoller deadletters`: stored events shown, exported, purged; replaying them has a module of its own."""
+"""`vodpoller deadletters`: list, show, export and purge stored events; `replay` has a module of its own."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Stored events on the command line: the journal opened for the operator, and the options that choose events."""
+"""Stored events on the command line: opening the journal, and the options that select events."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +21,11 @@ _REASONS_OF_BOTH: Final = tuple(dict.fromkeys((*REASONS["dead"], *REASONS["pendi
 
 @contextmanager
 def open_letters(config: Config, *, writable: bool = False) -> Iterator[Letters]:
-    """The journal for the operator, or the end of the process if it cannot be used.
+    """Open the journal for the operator, or exit if it cannot be used.
 
     Args:
-        config: Names the journal.
-        writable: Whether stored events are going to be changed.
+        config: Its `journal.path` is opened.
+        writable: Whether stored events will be changed.
     """
     try:
         with Letters(config.journal.path, writable=writable) as letters:
@@ -37,7 +37,7 @@ def open_letters(config: Config, *, writable: bool = False) -> Iterator[Letters]
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command with the options that choose stored events, and with `--config`."""
+    """Give a command the options that select stored events, and `--config`."""
     for option in (
         click.option("--pending", is_flag=True, help="Those that will be tried again, instead of dead letters."),
         click.option("--task-id", help="The id of the task that the event tells of."),
@@ -56,11 +56,11 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def filter_of(options: Mapping[str, Any], *, ids: Sequence[int] = ()) -> Filter:
-    """The stored events that options mean.
+    """The filter of stored events that the options describe.
 
     Args:
         options: The values of `filter_options`.
-        ids: The ids that were named; none means any.
+        ids: The ids that were named; empty for all.
 
     Raises:
         click.BadParameter: They contradict each other, or one cannot be read.
@@ -91,7 +91,14 @@ def _time(text: str) -> float:
 
 
 def say_missing(letters: Letters, ids: Sequence[int], *, pending: bool, also_pending: bool = False) -> bool:
-    """Say which of the ids that were asked for are not of the state that was asked for; whether there are such."""
+    """Print the ids that do not exist, or not in the requested state. Returns whether there are any.
+
+    Args:
+        letters: The journal.
+        ids: The ids that were named.
+        pending: Whether pending events were requested, and not dead letters.
+        also_pending: Whether pending events will do if dead letters were requested.
+    """
     if not ids:
         return False
     there = {state: {row.id for row in letters.stored(Filter(state=state, ids=ids))} for state in ("dead", "pending")}

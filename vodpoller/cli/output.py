@@ -1,4 +1,4 @@
-"""What commands write: tables on stdout, log lines on stderr."""
+"""The output of commands: tables on stdout, log lines on stderr."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ PIPED_WIDTH: Final = 200
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """The terminal; what a pipe or a file gets in its place is as wide as tables need.
+    """The console for tables. In a pipe or a file, tables are as wide as they need to be.
 
     Args:
         stderr: Whether to write to stderr instead of stdout.
@@ -24,7 +24,12 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def make_log(config: Config, *, quiet: bool = False) -> Logger:
-    """The log; a quiet one leaves out the line for each event, where a bar shows the progress."""
+    """The log on stderr.
+
+    Args:
+        config: Its level, its format, and the secrets that it hides.
+        quiet: Leave out the line of each event, because a bar shows the progress.
+    """
     return make_logger(
         sys.stderr,
         level="warning" if quiet and config.log.level == "info" else config.log.level,

@@ -1,4 +1,4 @@
-"""`vodpoller deadletters replay`: stored events are made due, and delivered here if no daemon runs."""
+"""`vodpoller deadletters replay`: make stored events due, and deliver them here if no daemon runs."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def replay(letter_ids: tuple[int, ...], config_path: Path, *, target: str | None
 
 
 def _deliver_here(config: Config, *, pending: int, dead: int) -> bool:
-    """Deliver what is due, without a daemon; whether nothing is left of it."""
+    """Deliver what is due, without a daemon. Returns whether nothing is left of it."""
     daemon = open_daemon(config, quiet=True)
     with Progress(console=make_console(stderr=True)) as progress:
         task = progress.add_task("delivering", total=pending)

@@ -1,4 +1,4 @@
-"""`vodpoller run` and `vodpoller once`: the daemon, for good and for one time."""
+"""`vodpoller run` and `vodpoller once`: the daemon until it is told to stop, and until the queue is empty."""
 
 import faulthandler
 import gc
@@ -22,7 +22,7 @@ def run(signals: Signals, config_path: Path) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again."""
     faulthandler.enable()
     daemon = open_daemon(load_config(config_path), signals=signals, exit_code_if_stopped=0)
-    # What is here by now stays; what an event leaves behind is freed by counting. So there is little to collect.
+    # The objects of the start stay; those of an event are freed by reference counting. There is little to collect.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     end(daemon.run())

@@ -64,11 +64,11 @@ def _ask_status(config: Config, *, strict: bool) -> Mapping[str, Any]:
 
 
 def _status_of_journal(config: Config, trouble: str, *, strict: bool) -> Mapping[str, Any]:
-    """What the journal knows.
+    """The status as far as the journal knows it.
 
     Args:
-        config: Names the journal.
-        trouble: What went wrong with a daemon that listens; empty if none does.
+        config: Its journal is read.
+        trouble: Why a daemon that listens gave no status; empty if none listens.
         strict: As for the daemon.
     """
     with open_letters(config) as letters:

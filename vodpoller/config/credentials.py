@@ -13,21 +13,21 @@ from vodpoller.vod.credentials import StaticCredentials
 
 
 def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> StaticCredentials | None:
-    """Look for the API key; None if there is a problem with it.
+    """Find the API key. None if there is a problem with it.
 
     Args:
         draft: The table and the environment.
         validation: Validates the table.
-        needs_key: False for those who will not call VOD: a key that is nowhere to be found is empty then.
+        needs_key: False if the caller will not call VOD: a key that is not found is then empty.
     """
     table = draft.data.get("credentials", {})
     if not isinstance(table, dict):
         validation.table("credentials", CredentialsTable)
         return None
-    found = {key: value for key, value in table.items() if value is not None}  # a dict of Python's may hold None
+    found = {key: value for key, value in table.items() if value is not None}  # a caller's dict may hold None
     given = dict(found)
     places = {key: _find_credential(draft, key, found) for key in ("secret_id", "secret_key")}
-    # A token belongs to one key: one that lies about elsewhere would spoil a lasting key.
+    # A token belongs to one key: a token found in another place would make a permanent key invalid.
     token_place = _find_credential(draft, "token", found, only=places["secret_key"])
     if not needs_key and None in places.values():
         return StaticCredentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
@@ -52,7 +52,7 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
 
 
 def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:
-    """Enter one secret that the table leaves out, and say where it is: "file", "directory", "env", or nowhere."""
+    """Add one secret that the table leaves out. Returns its place: "file", "directory", "env", or None."""
     if key in table or f"{key}_file" in table:
         return "file"
     directory = draft.surroundings.credentials_directory
@@ -66,7 +66,7 @@ def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str
 
 
 def _origin(surroundings: Surroundings, key: str, place: str, given: Mapping[str, Any]) -> str:
-    """Where a secret of the API key is, for a person."""
+    """The place of a secret of the API key, in words for a person."""
     match place:
         case "directory":
             return f"$CREDENTIALS_DIRECTORY/{key} ({surroundings.locate(key)})"
@@ -88,9 +88,14 @@ def _check_key(draft: Draft, key: str, secret: Secret, *, from_environment: bool
 
 
 def key_renewal(credentials: StaticCredentials, surroundings: Surroundings) -> str:
-    """What makes the daemon read the key again: it does so itself only where the key is in a file that can change.
+    """What an operator does to make the daemon use a new key, in words for a person.
 
-    systemd copies what LoadCredential= names when the service starts, and never again (systemd.exec(5)).
+    SIGHUP is enough if the key is in files that can change. systemd copies the files of LoadCredential= when the
+    service starts, and never again (systemd.exec(5)).
+
+    Args:
+        credentials: The API key, as it was found.
+        surroundings: Names the folder of systemd's copies.
     """
     directory = surroundings.credentials_directory
     paths = [credentials.secret_id.path, credentials.secret_key.path]
@@ -105,4 +110,4 @@ def _seems_to_exist(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        return True  # reading it will say what is wrong
+        return True  # reading it will report the problem

@@ -1,4 +1,4 @@
-"""A configuration that is being read: its data, where it was found, and what is wrong with it."""
+"""A configuration that is being read: its data, its surroundings, and the problems found so far."""
 
 import re
 from collections.abc import Mapping
@@ -14,37 +14,37 @@ Location = tuple[str | int, ...]
 
 @dataclass(slots=True)
 class Problems:
-    """What is wrong, with its place in the file, in the order in which it was found."""
+    """The problems found, each with its place in the file, in the order in which they were found."""
 
     found: list[tuple[Location, str]] = field(default_factory=list)
 
     def add(self, where: Location, what: str) -> None:
-        """Note a problem.
+        """Add a problem.
 
         Args:
             where: Its place.
-            what: What is wrong, and in brackets what would be right.
+            what: The problem, and in brackets what would be right.
         """
         self.found.append((where, what))
 
     def concern(self, where: Location) -> bool:
-        """Whether something is wrong at the place itself or in it."""
+        """Whether there is a problem at this place or inside it."""
         return any(place[: len(where)] == where for place, _ in self.found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """What is known of a configuration before it is known to be valid.
+    """A configuration that is not yet known to be valid.
 
-    What crosses tables (names, coverage) is looked up in the data as it came and not in the models, so that a mistake
-    in one table hides none in another and makes none up.
+    Checks across tables (names, coverage) look at the data and not at the models. So a mistake in one table neither
+    hides a mistake in another table nor causes a false one.
 
     Args:
         data: The tables, with their variables replaced.
         env: The environment.
-        surroundings: Where secret files of relative name lie.
-        problems: What keeps the configuration from being used.
-        warnings: What does not.
+        surroundings: The folders of secret files that have a relative name.
+        problems: The configuration cannot be used because of these.
+        warnings: The configuration can be used in spite of these.
     """
 
     data: Mapping[str, Any]
@@ -54,18 +54,18 @@ class Draft:
     warnings: Problems = field(default_factory=Problems)
 
     def lines(self, problems: Problems) -> list[str]:
-        """One line for each of the problems, with the key that it is about, and each once."""
+        """One line for each problem, with its key, without repetitions."""
         return list(dict.fromkeys(f"{self.key(where)}: {what}" for where, what in problems.found))
 
     def items(self, name: str) -> list[tuple[int, Mapping[str, Any]]]:
-        """The tables of a list, each with its place in it; what is not a table is left out."""
+        """The tables of a list, each with its position; an item that is not a table is left out."""
         items = self.data.get(name)
         return [
             (at, item) for at, item in enumerate(items if isinstance(items, list) else []) if isinstance(item, dict)
         ]
 
     def names(self, name: str) -> dict[str, int]:
-        """The names of a list's tables with the first place of each."""
+        """The names of the tables of a list, each with its first position."""
         names: dict[str, int] = {}
         for at, item in self.items(name):
             if isinstance(item.get("name"), str):
@@ -73,7 +73,7 @@ class Draft:
         return names
 
     def key(self, where: Location) -> str:
-        """The place as a person would name it: `sources.main.interval_secs`, or `sources[0]` where it has no name."""
+        """The place as a person names it: `sources.main.interval_secs`, or `sources[0]` if the table has no name."""
         key = ""
         for depth, part in enumerate(where):
             if isinstance(part, str):
@@ -87,6 +87,6 @@ class Draft:
 
 
 def texts_in(value: Any) -> dict[int, str]:
-    """The texts in what should be a list of texts; a text in its place is meant as the only one."""
+    """The texts in a value that should be a list of texts, by position; a single text counts as a list of one."""
     value = [value] if isinstance(value, str) else value
     return {at: item for at, item in enumerate(value if isinstance(value, list) else []) if isinstance(item, str)}

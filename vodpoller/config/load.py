@@ -1,4 +1,4 @@
-"""The settings: one TOML file, read strictly, with all that is wrong in it said at once and in plain words."""
+"""The entrance: one TOML file becomes a `Config`, or one error that lists all its problems in plain words."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,16 +18,16 @@ from vodpoller.secret import Surroundings
 
 
 def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True, for_unit: bool = False) -> Config:
-    """Read the file.
+    """Read and validate the file.
 
     Args:
         path: The TOML file.
-        env: The environment: `${VAR}` in texts, the API key where the file does not give it, `$CREDENTIALS_DIRECTORY`.
-        needs_key: False for those who will not call VOD: a key that is nowhere to be found is empty then.
+        env: The environment: `${VAR}` in texts, the API key if the file does not give it, `$CREDENTIALS_DIRECTORY`.
+        needs_key: False if the caller will not call VOD: a key that is not found is then empty.
         for_unit: Whether to warn root of secrets that only root can read: the unit runs as another user.
 
     Raises:
-        ConfigError: It cannot be used. All problems are in it, but a text that is no TOML has one: the first.
+        ConfigError: The file cannot be used. The error holds all problems; if the text is not TOML, the first one.
     """
     data = read_file(path)
     config = from_dict(data, where=str(path), base=path.parent, env=env, needs_key=needs_key, for_unit=for_unit)
@@ -43,18 +43,18 @@ def from_dict(
     needs_key: bool = True,
     for_unit: bool = False,
 ) -> Config:
-    """Validate what a TOML file would hold.
+    """Validate data as a TOML file would hold it.
 
     Args:
         data: The tables.
-        where: What problems start with: the file.
-        base: The folder that secret files of relative name lie in, unless `$CREDENTIALS_DIRECTORY` is set.
+        where: The beginning of each problem: the name of the file.
+        base: The folder of secret files that have a relative name, unless `$CREDENTIALS_DIRECTORY` is set.
         env: As for `load`.
         needs_key: As for `load`.
         for_unit: As for `load`.
 
     Raises:
-        ConfigError: It cannot be used. All problems are in it.
+        ConfigError: The data cannot be used. The error holds all problems.
     """
     directory = env.get("CREDENTIALS_DIRECTORY")
     problems = Problems()

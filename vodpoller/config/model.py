@@ -1,4 +1,4 @@
-"""What a configuration is once it has been read: frozen, valid in itself and in its cross references."""
+"""The result of reading a configuration: frozen, valid by itself and in its cross references."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from vodpoller.vod.credentials import StaticCredentials
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole configuration, valid in itself and in its cross references.
+    """The whole configuration, valid by itself and in its cross references.
 
     Args:
         api: As in the file, as are `journal`, `log`, `daemon`.
@@ -21,12 +21,11 @@ class Config:
         sources: At least one.
         routes: At least one; they name existing sources and sinks only.
         sinks: The configuration of each sink by its name; each is of its class's own `Config`.
-        sink_classes: The class of each sink by its name; called with the name, the configuration
-            it gives the sink and a `SinkContext`.
-        coverage: Of each source by its name, whether the routes take every event of it. Where not, it has `unrouted`.
-        key_renewal: What makes the daemon use another API key once that is where the present one was found, for a
-            person: "send SIGHUP".
-        warnings: What can be used but is probably not meant, one line each: `key: what is wrong (what would be right)`.
+        sink_classes: The class of each sink by its name; called with the name and the configuration it gives the sink.
+        coverage: By the name of each source, whether the routes take every event of it. If not, it has `unrouted`.
+        key_renewal: What the operator does after the API key was replaced at its place, in words for a person:
+            "send SIGHUP".
+        warnings: What can be used but is probably a mistake, one line each: `key: the problem (what would be right)`.
     """
 
     api: Api
@@ -43,7 +42,7 @@ class Config:
     warnings: tuple[str, ...] = ()
 
     def all_warnings(self) -> list[str]:
-        """`warnings`, and the secrets that are too short to be looked for in log lines."""
+        """`warnings`, and one for each secret that is too short to be hidden in log lines."""
         own = self.credentials
         of_api = (("secret_id", own.secret_id), ("secret_key", own.secret_key), ("token", own.token))
         found = [(f"credentials.{key}", secret) for key, secret in of_api if secret is not None]
@@ -54,6 +53,6 @@ class Config:
         return [*self.warnings, *(f"{key}: {why}" for key in short)]
 
     def secrets(self) -> tuple[Secret, ...]:
-        """Every secret in it: what must not be shown, and what SIGHUP reads again."""
+        """All secrets: they must not be shown, and SIGHUP reads them again."""
         of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
         return (*self.credentials.secrets(), *of_sinks)

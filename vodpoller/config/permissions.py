@@ -1,4 +1,4 @@
-"""Who may read the secrets: too many users of this machine, or too few for the unit that needs them."""
+"""The permissions of secrets: every user of this machine can read them, or the user of the unit cannot."""
 
 import os
 import re
@@ -16,17 +16,22 @@ from vodpoller.sinks.contract import Sink
 
 UNITS: Final = Path("/etc/systemd/system")
 _LOAD_CREDENTIAL: Final = re.compile(r"^\s*LoadCredential(?:Encrypted)?\s*=\s*([^:\s]+)", re.MULTILINE)
-_LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the unit that is shipped
+_LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the unit file of this package
 
 # `secret_key`, `token`, the header Authorization, the variable DB_PASSWORD; not Content-Type or LANG, and not
-# `secret_id`, which requests show to all.
+# `secret_id`, which every request shows.
 _SECRET_KEY: Final = re.compile(
     r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|api[-_]?key|access[-_]?key", re.IGNORECASE
 )
 
 
 def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -> None:
-    """Tell root of secrets that the user of the unit cannot read."""
+    """Warn root of secret files that the user of the unit cannot read.
+
+    Args:
+        draft: The tables, and the warnings.
+        sink_classes: By the name of each sink, its class.
+    """
     if os.geteuid() != 0:
         return
     tables: dict[Location, tuple[Any, type[HasSecrets]]] = {
@@ -65,7 +70,7 @@ def _is_of_root_only(path: Path) -> bool:
 
 
 def _loaded_credentials() -> set[str]:
-    """What the unit of this machine, with its drop-ins, loads."""
+    """The names that the installed unit loads with LoadCredential=, drop-ins included."""
     loaded: set[str] = set()
     for path in (UNITS / "vodpoller.service", *UNITS.glob("vodpoller.service.d/*.conf")):
         with suppress(OSError):
@@ -74,7 +79,12 @@ def _loaded_credentials() -> set[str]:
 
 
 def exposed_secrets(path: Path, data: Mapping[str, Any]) -> list[str]:
-    """A line for each secret that stands in a file which every user of the machine may read."""
+    """One warning for each secret in a configuration file that every user of the machine can read.
+
+    Args:
+        path: The file.
+        data: Its tables, with their variables.
+    """
     try:
         is_exposed = path.stat().st_mode & stat.S_IROTH
     except OSError:
@@ -88,7 +98,7 @@ def exposed_secrets(path: Path, data: Mapping[str, Any]) -> list[str]:
 
 
 def _secrets_in(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys whose names say that they are secret, and whose values are neither a file's name nor a variable."""
+    """The keys with a name that means a secret, if the value is neither the name of a file nor a variable."""
     for key, value in tables.items():
         place = f"{prefix}{key}"
         match value:

@@ -23,7 +23,7 @@ def read_file(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ConfigError: It cannot be read, or is no TOML.
+        ConfigError: It cannot be read, or is not TOML.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -50,7 +50,7 @@ def replace_variables(data: Mapping[str, Any], *, env: Mapping[str, str], proble
     Args:
         data: The tables.
         env: The variables.
-        problems: Where to note what cannot be replaced; it stays as it is.
+        problems: Receives what cannot be replaced; such a text stays as it is.
     """
     replacement = _Replacement(env, problems)
     return {key: replacement.value(value, (key,)) for key, value in data.items()}
@@ -78,7 +78,7 @@ class _Replacement:
                 return value
 
     def _path(self, text: str, where: Location) -> str:
-        """A path with its variables replaced and its `~` expanded; the shell that does so elsewhere is not here."""
+        """A path with its variables replaced and its `~` expanded, as a shell would do it."""
         for found in _DOLLAR.finditer(text):
             if "{" not in found[0]:
                 self._problems.add(
@@ -117,7 +117,7 @@ class _Replacement:
 
 
 def _is_path(where: Location) -> bool:
-    """Whether the key at a place names a file or a folder: tables call it so, and those of sinks should."""
+    """Whether the value at a place is a path. Sinks of other packages should name their keys in the same way."""
     match where:
         case ("sources" | "routes", _, str(key)):
             return key.endswith("_file")
@@ -128,7 +128,7 @@ def _is_path(where: Location) -> bool:
 
 
 def _home_of(user: str) -> str:
-    """The home folder of a user; of the one that this process runs as if the name is empty.
+    """The home folder of a user; an empty name means the user that runs this process.
 
     Raises:
         KeyError: There is no such user.

@@ -1,4 +1,4 @@
-"""What one table says of another: names, queues, files and events that must fit together."""
+"""The checks across tables: names, queues, files and events that must fit together."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -15,11 +15,11 @@ from vodpoller.sinks.contract import SinkConfig
 def check_references(
     draft: Draft, *, sinks: Mapping[str, SinkConfig], journal: Journal | None, api: Api | None
 ) -> None:
-    """Note what does not fit together.
+    """Add a problem for everything that does not fit together.
 
     Args:
-        draft: The tables; problems are noted there.
-        sinks: Those that are valid by themselves.
+        draft: The tables, and the problems.
+        sinks: The sinks whose own tables are valid.
         journal: None if it is not valid.
         api: None if it is not valid.
     """
@@ -113,7 +113,11 @@ def _check_lease(draft: Draft, api: Api | None) -> None:
 
 
 def find_coverage(draft: Draft) -> dict[str, bool]:
-    """Whether the routes take every event of a source, by its name. Notes if nothing says what becomes of the rest."""
+    """By the name of each source, whether the routes take every event of it. If not, `unrouted` must be there.
+
+    Args:
+        draft: The tables, and the problems.
+    """
     routes = draft.items("routes")
     coverage = {}
     for at, source in draft.items("sources"):

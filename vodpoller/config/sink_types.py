@@ -1,4 +1,4 @@
-"""The types of sinks that are installed: a package names them under the entry points `vodpoller.sinks`."""
+"""The sink types that are installed: packages name them under the entry points `vodpoller.sinks`."""
 
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -8,17 +8,17 @@ from vodpoller.sinks.contract import Sink, SinkConfig
 
 
 class UnusableSinkError(Exception):
-    """A sink type that is installed cannot be used; says why."""
+    """An installed sink type cannot be used; the message says why."""
 
 
 def load_sink_class(point: EntryPoint) -> type[Sink[Any]]:
-    """Import the class of a type.
+    """Import the class of a sink type.
 
     Args:
-        point: Names the type and its class.
+        point: The entry point.
 
     Raises:
-        UnusableSinkError: It cannot be imported, or is no sink.
+        UnusableSinkError: It cannot be imported, or is not a sink.
     """
     try:
         sink_class = point.load()
@@ -39,6 +39,6 @@ def load_sink_class(point: EntryPoint) -> type[Sink[Any]]:
 
 
 def config_of(sink_class: type[Sink[Any]]) -> type[SinkConfig]:
-    """The model of a type's table."""
+    """The model of a table of this sink type."""
     config: type[SinkConfig] = sink_class.Config
     return config

@@ -17,7 +17,7 @@ from vodpoller.sinks.contract import SinkConfig
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-# VOD's lease is 30 s. Where a simulator's is shorter, the two defaults that must fit into it shrink in proportion.
+# VOD's lease is 30 s. If the lease of a simulator is shorter, the two defaults that must fit into it shrink with it.
 LEASE_SECS: Final = 30.0
 _RESERVE_SECS: Final = 5.0
 _CONFIRM_TIMEOUT_SECS: Final = 2.0
@@ -50,17 +50,17 @@ class Api(BaseModel):
     )
     ca_file: CaFile | None = Field(
         default=None,
-        description="PEM with the certificates that vouch for the API's, in place of the public CAs'. Left out:"
+        description="A PEM file with the CA certificates for the API, in place of the public CAs. Left out:"
         " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
         examples=["/etc/vodpoller/ca.pem"],
     )
     timeout_secs: Annotated[float, Field(ge=1, le=300)] = Field(
         default=10.0,
-        description="How long a pull may take. VOD holds an empty one for 5 s, so less than 6 is too short.",
+        description="The time limit of a pull. VOD answers an empty pull after 5 s, so less than 6 is too short.",
     )
     lease_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=LEASE_SECS,
-        description="How long VOD keeps pulled events for us. It is 30 there; only a simulator has another value.",
+        description="How long VOD reserves pulled events for this client. VOD: 30; only a simulator has another value.",
     )
     confirm_reserve_secs: Annotated[float, Field(gt=0, le=3600)] = Field(
         default_factory=_default_reserve_secs,
@@ -70,13 +70,14 @@ class Api(BaseModel):
     )
     confirm_timeout_secs: Annotated[float, Field(gt=0, le=60)] = Field(
         default_factory=_default_confirm_timeout_secs,
-        description="How long one attempt to confirm may take; at most `confirm_reserve_secs`."
+        description="The time limit of one attempt to confirm; at most `confirm_reserve_secs`."
         " Left out with a reserve below 5: two fifths of that.",
         json_schema_extra={"default": _CONFIRM_TIMEOUT_SECS},
     )
     requests_per_sec: Annotated[float, Field(ge=1, le=10_000)] = Field(
         default=100.0,
-        description="How many requests a second each API action gets, over all sources: the quota of the account.",
+        description="The maximum number of requests per second of each API action, over all sources: the"
+        " quota of the account.",
     )
 
     @field_validator("endpoint")
@@ -119,7 +120,7 @@ class Api(BaseModel):
 
 
 class CredentialsTable(HasSecrets):
-    """`[credentials]`: the API key. Each secret is given as such or, better, as the name of a file that holds it."""
+    """`[credentials]`: the API key. Each secret is given directly or, better, as the name of a file that holds it."""
 
     model_config = _STRICT
 
@@ -140,7 +141,7 @@ class CredentialsTable(HasSecrets):
     token: Secret | None = Field(default=None, description="The token of a temporary API key.")
     token_file: str | None = Field(
         default=None,
-        description="The file that holds the token. Left out: looked for where the SecretKey was found,"
+        description="The file that holds the token. Left out: searched where the SecretKey was found,"
         " as `token` beside it or as $TENCENTCLOUD_TOKEN.",
         examples=["token"],
     )
@@ -151,31 +152,31 @@ class Source(BaseModel):
 
     model_config = _STRICT
 
-    name: Name = Field(description="What logs and routes call it.", examples=["main"])
+    name: Name = Field(description="The name of the source in logs and routes.", examples=["main"])
     sub_app_id: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
         default=None,
         description="The SubAppId of the VOD application. Accounts opened since 2023-12-25 must give it.",
         examples=[1500000001],
     )
     interval_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
-        default=1.0, description="How often it is made sure that a pull is running."
+        default=1.0, description="The interval of the check that a pull is running."
     )
     long_poll: bool = Field(
         default=True,
-        description="Whether the next pull starts as soon as one came back empty; if not, at the next interval.",
+        description="Whether the next pull starts as soon as an empty one has ended; if not, at the next interval.",
     )
     max_concurrent_pulls: Annotated[int, Field(ge=1, le=128)] = Field(
-        default=16, description="Maximum number of pulls, with their deliveries, that run at once."
+        default=16, description="The maximum number of pulls, with their deliveries, at the same time."
     )
     on_failure: Literal["store", "leave"] = Field(
         default="store",
-        description="What happens to an event that a sink did not take in time: `store` keeps it in the journal,"
-        " `leave` lets VOD bring it again (for machines whose disk does not last).",
+        description="What happens to an event that a sink did not accept in time: `store` keeps it in the journal,"
+        " `leave` lets VOD deliver it again (for machines whose disk is not kept).",
     )
     unrouted: Literal["dead_letter", "confirm", "leave"] | None = Field(
         default=None,
         description="What happens to an event that no route takes: `dead_letter` keeps it for a person, `confirm` drops"
-        " it, `leave` lets it circle at VOD. Needed where the routes do not cover every event.",
+        " it, `leave` leaves it with VOD, which delivers it again and again. Required if the routes do not cover all.",
         examples=["dead_letter"],
     )
 
@@ -185,7 +186,7 @@ class Route(BaseModel):
 
     model_config = _STRICT
 
-    name: Name = Field(description="What logs call it.", examples=["snapshots"])
+    name: Name = Field(description="The name of the route in logs.", examples=["snapshots"])
     event_types: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
         description="Patterns of the event types it takes, with `*`, `?` and `[abc]`, case-sensitive. Left out: all.",
@@ -224,17 +225,17 @@ class Route(BaseModel):
 
 
 class Journal(BaseModel):
-    """`[journal]`: the file that remembers what was delivered and holds what could not be."""
+    """`[journal]`: the file that remembers delivered events and stores those that could not be delivered."""
 
     model_config = _STRICT
 
     path: Annotated[Path, Field(strict=False)] = Field(
         default=Path("/var/lib/vodpoller/journal.db"),
-        description="The journal's file; its folder is made where it is missing.",
+        description="The journal's file; its folder is made if it is missing.",
     )
     max_bytes: Annotated[int, Field(ge=2**20, le=2**50)] = Field(
         default=2**30,
-        description="How much the stored events may take, dead letters half of it. Beyond it, events stay with VOD.",
+        description="The maximum size of stored events; dead letters may take half. Beyond it, events stay with VOD.",
     )
     ledger_days: Annotated[float, Field(ge=4, le=3650)] = Field(
         default=5.0,
@@ -255,14 +256,14 @@ class Journal(BaseModel):
 
 
 class Log(BaseModel):
-    """`[log]`: what is written to stderr."""
+    """`[log]`: the lines on stderr."""
 
     model_config = _STRICT
 
     level: Level = Field(default="info", description="The lowest level that is written.")
     format: Literal["json", "console"] | None = Field(
         default=None,
-        description="`json` for programs, `console` for people. Left out: `console` on a terminal, `json` elsewhere.",
+        description="`json` for programs, `console` for people. Left out: `console` on a terminal, else `json`.",
         examples=["json"],
     )
 
@@ -273,7 +274,7 @@ class Daemon(BaseModel):
     model_config = _STRICT
 
     shutdown_secs: Annotated[float, Field(ge=1, le=3600)] = Field(
-        default=25.0, description="How long stopping may take; less than systemd's TimeoutStopSec."
+        default=25.0, description="The time limit of a stop; less than systemd's TimeoutStopSec."
     )
 
 
@@ -298,7 +299,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _has_open_bracket(glob: str) -> bool:
-    """Whether fnmatch takes a "[" for the character itself because nothing closes it."""
+    """Whether a "[" has no "]", so that fnmatch takes it for the character itself."""
     at = 0
     while (at := glob.find("[", at)) >= 0:
         # A "]" right at the start, or after "!", is one of the characters.

@@ -1,4 +1,4 @@
-"""Single tables: each is validated by its model, and pydantic's findings become problems in plain words."""
+"""Validation of single tables, each by its model; pydantic's errors become problems in plain words."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class Validation:
     """Validates the tables of one configuration.
 
     Args:
-        draft: The tables; problems are noted there.
+        draft: The tables, and the problems.
     """
 
     def __init__(self, draft: Draft) -> None:
@@ -40,7 +40,7 @@ class Validation:
         self._problems = draft.problems
 
     def check_tables(self) -> None:
-        """Note the tables that do not exist."""
+        """Add a problem for each table that does not exist."""
         for key in self._draft.data:
             if key not in TABLES:
                 self._problems.add((key,), unknown_key(key, TABLES, TABLES))
@@ -48,12 +48,12 @@ class Validation:
     def table(
         self, name: str, model: type[_Model], prepare: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     ) -> _Model | None:
-        """A table that is there at most once.
+        """Validate a table of which there is one.
 
         Args:
-            name: The table's.
+            name: Its name.
             model: Its model.
-            prepare: What to make of the table before it is validated.
+            prepare: Changes the table before it is validated.
 
         Returns:
             None if it is not valid.
@@ -65,12 +65,12 @@ class Validation:
         return None
 
     def items(self, name: str, model: type[_Model], example: str) -> list[_Model]:
-        """The tables of a list, as far as they are valid.
+        """Validate the tables of a list; returns those that are valid.
 
         Args:
-            name: The list's.
+            name: The name of the list.
             model: The model of each table.
-            example: What the file may hold, for the problem that there is none.
+            example: For the message if there is no table: what to write.
         """
         items = self._draft.data.get(name)
         if not items and isinstance(items, list | None):
@@ -86,11 +86,11 @@ class Validation:
         return valid
 
     def validated(self, model: type[_Model], table: Mapping[str, Any], where: Location) -> _Model | None:
-        """One table that was found.
+        """Validate one table.
 
         Args:
             model: Its model.
-            table: What it holds.
+            table: Its keys and values.
             where: Its place.
 
         Returns:
@@ -99,13 +99,13 @@ class Validation:
         try:
             return model.model_validate(table, context=self._draft.surroundings)
         except ValidationError as error:
-            # The input is kept out of it: it may be a secret.
+            # Messages never hold the input: it may be a secret.
             for detail in error.errors(include_url=False):
                 self._add(detail, model, where)
         return None
 
     def sinks(self) -> tuple[dict[str, SinkConfig], dict[str, type[Sink[Any]]]]:
-        """The tables of the sinks as far as they are valid, and their classes as far as they can be used, by name."""
+        """Validate the tables of the sinks. Returns the valid ones and the classes that can be used, both by name."""
         configs: dict[str, SinkConfig] = {}
         classes: dict[str, type[Sink[Any]]] = {}
         tables = self._draft.data.get("sinks", {})

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in plain words: of pydantic's, TOML's and JMESPath's findings."""
+"""The errors of pydantic, TOML and JMESPath in plain words, for a person who writes a configuration."""
 
 import difflib
 import json
@@ -48,12 +48,12 @@ _BOUNDS: Final[Mapping[str, str]] = {"ge": "at least", "gt": "more than", "le": 
 def in_words(  # noqa: C901, PLR0911, PLR0912 - flat: one case for each kind of mistake
     detail: ErrorDetails, model: type[BaseModel], *, tables: Mapping[str, type[BaseModel]]
 ) -> str:
-    """What is wrong at one place. Shows values only where they are numbers or should be one of a few words.
+    """The problem at one place. Shows a value only if it is a number or should be one of a few words.
 
     Args:
-        detail: Of pydantic.
-        model: The table's.
-        tables: Where else a key that is unknown here may belong. None for a sink's: its type has keys of its own.
+        detail: The error of pydantic.
+        model: The model of the table.
+        tables: The other tables, for the hint where an unknown key belongs. Empty for a sink: its type has own keys.
     """
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     place = detail["loc"]
@@ -134,7 +134,7 @@ def _bounds(info: FieldInfo | None, context: Mapping[str, Any]) -> str:
 
 
 def _words_of(info: FieldInfo | None) -> str:
-    """The values that a field may have, where they are a few words."""
+    """The values that a field may have, if they are a few words; else empty."""
     found: list[Any] = [info.annotation] if info else []
     words: list[str] = []
     while found:
@@ -147,7 +147,13 @@ def _words_of(info: FieldInfo | None) -> str:
 
 
 def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[BaseModel]]) -> str:
-    """A key that a table does not have, and which one may be meant."""
+    """The message for a key that a table does not have, with a hint which key may be meant.
+
+    Args:
+        key: As it was written.
+        known: The keys of the table.
+        elsewhere: The other tables.
+    """
     headers = {"sinks": "[sinks.NAME]"} | {name: f"[[{name}]]" for name in LISTS}
     owners = [headers.get(name, f"[{name}]") for name, model in elsewhere.items() if key in model.model_fields]
     if (renamed := _RENAMED.get(key)) in known:
@@ -167,19 +173,19 @@ def _nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """The known word that is nearest, as the beginning of a hint; empty where none is near."""
+    """The nearest known word, as the beginning of a hint; empty if none is near."""
     near = _nearest(word, known)
     return f"did you mean {quoted(near)}? " if near else ""
 
 
 def problem_in_key(value: str) -> str:
-    """What cannot be part of an API key of Tencent's, and where: its keys and tokens are letters, digits and marks.
+    """Find what cannot be part of an API key: Tencent's keys and tokens hold ASCII letters, digits and marks only.
 
     Args:
-        value: As it was found, without the line ends around it.
+        value: The key, without the line ends around it.
 
     Returns:
-        What is wrong, without any part of the key; empty where nothing is.
+        The problem, without any part of the key; empty if there is none.
     """
     if value.startswith("\ufeff"):
         return "begins with a byte order mark"
@@ -202,7 +208,7 @@ _CHARACTERS: Final[Mapping[str, str]] = {" ": "a blank", "\t": "a tab", '"': "a 
 
 
 def _character(char: str) -> str:
-    """Its name, for a person who cannot see it."""
+    """The name of a character that a person may not see."""
     if char in _CHARACTERS:
         return _CHARACTERS[char]
     kind = (
@@ -212,26 +218,26 @@ def _character(char: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What TOML calls a value of this kind."""
+    """The kind of a value, in the words of TOML."""
     return next((words for kind, words in _KINDS.items() if isinstance(value, kind)), "a date or time")
 
 
 def quoted(text: str) -> str:
-    """A text in quotes, cut where it is long."""
+    """A text in quotes, shortened if it is long."""
     short = text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
     return json.dumps(short, ensure_ascii=False)
 
 
 def quoted_all(texts: Iterable[str]) -> str:
-    """Several of them, with commas."""
+    """Several texts in quotes, separated by commas."""
     return ", ".join(quoted(text) for text in texts)
 
 
 def check_jmespath(expression: str) -> None:
-    """Compile an expression, functions included.
+    """Check that an expression of JMESPath compiles and that its functions exist.
 
     Raises:
-        ValueError: It cannot be used; says where and why.
+        ValueError: It cannot be used; the message says where and why.
     """
     try:
         parsed = jmespath.compile(expression).parsed
@@ -271,7 +277,12 @@ def _functions_in(node: Mapping[str, Any]) -> Iterator[str]:
 
 
 def toml_problem(error: ValueError | RecursionError, text: str) -> str:
-    """The problem with its line and column, in words for those who write TOML for the first time."""
+    """The problem with its line and column, in words for a person who writes TOML for the first time.
+
+    Args:
+        error: The error of tomllib.
+        text: The file.
+    """
     found = _TOML_MESSAGE.fullmatch(str(error))
     if found is None:
         return "this is no TOML (a number is too long, or brackets are nested too deeply)"
