@@ -1,4 +1,4 @@
-"""The README's table of keys is the models' own; its commands are those that CI runs."""
+"""The pages: their tables are the models' own, their commands and options exist, and their links lead somewhere."""
 
 import os
 import re
@@ -18,6 +18,9 @@ from vodpoller.sinks.registry import available_sinks
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+KEYS = ROOT / "vodpoller" / "config" / "README.md"
+PAGES = (README, KEYS)
+TEXT = "\n".join(page.read_text() for page in PAGES)
 HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 
 
@@ -83,29 +86,27 @@ def table_of_keys() -> str:
 
 
 def test_the_table_of_keys_is_that_of_the_models() -> None:
-    text = README.read_text()
+    text = KEYS.read_text()
     begin, end = "<!-- keys: begin -->\n", "<!-- keys: end -->"
     before, rest = text.split(begin)
     written, after = rest.split(end)
     wanted = table_of_keys()
     if os.environ.get("VODPOLLER_WRITE_README"):
-        README.write_text(f"{before}{begin}{wanted}\n{end}{after}")
+        KEYS.write_text(f"{before}{begin}{wanted}\n{end}{after}")
     assert written.strip() == wanted.strip(), "run VODPOLLER_WRITE_README=1 pytest tests/test_readme.py"
 
 
 @pytest.mark.parametrize(("name", "values"), [("reasons", Reason), ("confirm results", ConfirmResult)])
 def test_every_reason_has_its_row_in_its_order(name, values) -> None:
-    text = README.read_text()
-    _, rest = text.split(f"<!-- {name}: begin -->\n")
+    _, rest = TEXT.split(f"<!-- {name}: begin -->\n")
     table, _ = rest.split(f"<!-- {name}: end -->")
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[-len(values) :] == [value.value for value in values]
 
 
-def test_every_command_line_option_of_the_readme_exists() -> None:
-    text = README.read_text()
-    for command in sorted(set(re.findall(r"\bvodpoller (run|once|check|status|schema|demo|simulate)\b", text))):
+def test_every_command_line_option_of_the_pages_exists() -> None:
+    for command in sorted(set(re.findall(r"\bvodpoller (run|once|check|status|schema|demo|simulate)\b", TEXT))):
         options = CliRunner().invoke(main, [command, "--help"]).output
-        for line in re.findall(rf"vodpoller {command}( [^\n`]*)", text):
+        for line in re.findall(rf"vodpoller {command}( [^\n`]*)", TEXT):
             for option in re.findall(r"(?<= )(--[a-z-]+)", line):
                 assert option in options, f"vodpoller {command} {option}"
 
@@ -118,14 +119,31 @@ def test_ci_calls_the_readmes_test_command(part: str) -> None:
 
 
 def test_the_recipe_for_a_video_finds_what_was_delivered_later() -> None:
-    (recipe,) = re.findall(r"^journalctl .*\.file_id == .*$", README.read_text(), re.MULTILINE)
+    (recipe,) = re.findall(r"^journalctl .*\.file_id == .*$", TEXT, re.MULTILINE)
     assert {"event.settled", "pending.delivered", "event.dead"} == set(re.findall(r'"([a-z]+\.[a-z]+)"', recipe))
 
 
 @pytest.mark.parametrize("command", ["list", "show", "export", "replay", "purge"])
-def test_what_the_readme_says_of_stored_events_is_there(command: str) -> None:
+def test_what_the_pages_say_of_stored_events_is_there(command: str) -> None:
     options = CliRunner().invoke(main, ["deadletters", command, "--help"]).output
     assert "--pending" in options
-    for line in re.findall(rf"vodpoller deadletters {command}( [^\n`#]*)", README.read_text()):
+    for line in re.findall(rf"vodpoller deadletters {command}( [^\n`#]*)", TEXT):
         for option in re.findall(r"(?<= )(--[a-z-]+)", line):
             assert option in options, f"vodpoller deadletters {command} {option}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The names by which the headings of a page are linked to, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_to_a_page_and_a_heading(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
