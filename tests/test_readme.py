@@ -19,7 +19,8 @@ from vodpoller.sinks.registry import available_sinks
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 KEYS = ROOT / "vodpoller" / "config" / "README.md"
-PAGES = (README, KEYS)
+SINKS = ROOT / "vodpoller" / "sinks" / "README.md"
+PAGES = (README, KEYS, SINKS)
 TEXT = "\n".join(page.read_text() for page in PAGES)
 HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 
