@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 KEYS = ROOT / "vodpoller" / "config" / "README.md"
 SINKS = ROOT / "vodpoller" / "sinks" / "README.md"
-PAGES = (README, KEYS, SINKS)
+TESTS = ROOT / "tests" / "README.md"
+PAGES = (README, KEYS, SINKS, TESTS)
 TEXT = "\n".join(page.read_text() for page in PAGES)
 HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 
