@@ -21,7 +21,8 @@ README = ROOT / "README.md"
 KEYS = ROOT / "vodpoller" / "config" / "README.md"
 SINKS = ROOT / "vodpoller" / "sinks" / "README.md"
 TESTS = ROOT / "tests" / "README.md"
-PAGES = (README, KEYS, SINKS, TESTS)
+OPERATING = ROOT / "systemd" / "README.md"
+PAGES = (README, KEYS, SINKS, TESTS, OPERATING)
 TEXT = "\n".join(page.read_text() for page in PAGES)
 HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 

@@ -106,7 +106,7 @@ def test_a_start_may_take_minutes(unit):
     ],
 )
 def test_the_readme_says_what_the_unit_says(unit, name, said):
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "systemd" / "README.md").read_text().split())
     assert any(said.format(value) in readme for value in unit["Service", name][-1].split())
 
 
@@ -239,7 +239,7 @@ def test_the_timer_starts_the_unit_of_its_name_every_5_minutes():
 
 @pytest.mark.parametrize("path", [JOB, TIMER], ids=lambda path: path.name)
 def test_the_readme_installs_what_the_job_needs(path):
-    assert f" systemd/{path.name} /etc/systemd/system/" in (ROOT / "README.md").read_text()
+    assert f" systemd/{path.name} /etc/systemd/system/" in (ROOT / "systemd" / "README.md").read_text()
 
 
 # --- systemd's own judgement ------------------------------------------------------------------------------------------
