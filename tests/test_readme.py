@@ -150,3 +150,17 @@ def test_every_link_of_a_page_leads_to_a_page_and_a_heading(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("command", ["demo", "pytest"])
+def test_the_first_page_has_the_commands_that_show_and_test(command: str) -> None:
+    assert len(re.findall(rf"^python3 -m venv .*{command}.*$", README.read_text(), re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_the_first_page_names_every_command(command: str) -> None:
+    assert f"| `vodpoller {command}` |" in README.read_text()
