@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from vodpoller.cli.app import main
 from vodpoller.config.tables import TABLES
+from vodpoller.logs import CATALOGUE
 from vodpoller.settlement import ConfirmResult, Reason
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.registry import available_sinks
@@ -164,3 +165,19 @@ def test_the_first_page_has_the_commands_that_show_and_test(command: str) -> Non
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_the_first_page_names_every_command(command: str) -> None:
     assert f"| `vodpoller {command}` |" in README.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_log_event_of_a_page_is_of_the_catalogue(page: Path) -> None:
+    prefixes = {name.partition(".")[0] for name in CATALOGUE}
+    others = {f"{table}.{key}" for table, model in TABLES.items() for key in model.model_fields}
+    text = page.read_text()
+    named = {*re.findall(r"`([a-z]+\.(?!py`|db`)[a-z]+)`", text), *re.findall(r'"event": ?"([a-z.]+)"', text)}
+    assert {name for name in named if name.partition(".")[0] in prefixes} - others <= set(CATALOGUE)
+
+
+def test_every_warning_of_the_log_that_asks_something_of_a_person_is_among_the_problems() -> None:
+    _, rest = OPERATING.read_text().split("\n## When something is wrong\n")
+    problems = rest.partition("\n## ")[0]
+    wanted = {name for name in CATALOGUE if name.endswith((".failed", ".stuck", ".refused", ".unreadable", ".overdue"))}
+    assert {name for name in wanted if f"`{name}`" not in problems} == set()
