@@ -180,7 +180,7 @@ def test_check_says_what_the_configuration_does_and_touches_nothing(system):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """What the demo says, and the lines of its file."""
-    folder = tmp_path_factory.mktemp("demo")
+    folder = tmp_path_factory.mktemp("it's a [red] demo")
     began = time.monotonic()
     done = run_command("demo", "--dir", folder, timeout_secs=40)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -199,16 +199,14 @@ def test_the_demo_delivers_each_snapshot_event_once_and_tells_of_each(demo):
     assert all(json.loads(line)["EventType"] == "CreateSnapshotByTimeOffsetComplete" for line in lines)
     settled, unconfirmed = told(said, "settled"), told(said, "unconfirmed")
     assert sum("→ archive" in sentence for sentence in settled + unconfirmed) == len(lines)
-    assert len(settled) + len(unconfirmed) == 25
+    assert len(settled) + len(unconfirmed) == 24
     assert not re.search(r"Traceback|: [a-z]+\.[a-z]+ ", said)  # a line that it has no sentence for
 
 
 def test_the_demo_shows_a_redelivery_by_a_confirm_that_was_refused(demo):
     said, _ = demo
-    (failed,) = told(said, "failed")
-    assert failed.startswith("the confirm of 1 of ")  # the others were confirmed without it
-    assert "InvalidParameterValue" in failed
     (unconfirmed,), (again,) = told(said, "unconfirmed"), told(said, "again")
+    assert "InvalidParameterValue" in unconfirmed
     assert again.partition(":")[0] == unconfirmed.partition(" →")[0]
     assert "confirmed without a second delivery" in again
 
@@ -227,7 +225,27 @@ def test_the_demo_counts_what_it_told_of(demo, row, number):
     said, lines = demo
     assert re.search(rf"│ {row} +│ {number} +│", said)
     assert re.search(rf"│ snapshot events in the file +│ {len(lines)} +│", said)
-    assert len(told(said, "dead letter")) == 1
+
+
+def test_the_demo_says_each_thing_once(demo):
+    said, _ = demo
+    (dead,) = told(said, "dead letter")
+    assert "not JSON" in dead
+    story = re.findall(r"^\d\d:\d\d:\d\d  .+$", said, re.MULTILINE)
+    assert len(story) == 1 + 25 + 1  # the start, each event, and the one that comes again
+
+
+def test_what_the_demo_proposes_next_can_be_typed_as_it_stands(demo, tmp_path):
+    said, lines = demo
+    outputs = [
+        subprocess.run(
+            line, shell=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        ).stdout
+        for line in re.findall(r"^  (.+)$", said.partition("Next")[2], re.MULTILINE)
+    ]
+    assert [output.splitlines() for output in outputs[:-1]] == [lines]
+    assert re.search(r"^reason: +malformed$", outputs[-1], re.MULTILINE)
+    assert '{"TaskId":oops}' in outputs[-1]
 
 
 def test_the_version_is_said_without_importing_what_commands_need():

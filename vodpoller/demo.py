@@ -2,18 +2,21 @@
 
 import io
 import json
+import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vodpoller.config.load import from_dict
-from vodpoller.config.model import Config
+from vodpoller.config.load import load
 from vodpoller.daemon import Daemon
+from vodpoller.journal.operator import Filter, Letters
 from vodpoller.logs import make_logger
 from vodpoller.simulator.options import SimulatorOptions
 from vodpoller.simulator.service import Simulator
@@ -24,6 +27,38 @@ EVENTS_A_SEC: Final = 6.0
 LEASE_SECS: Final = 4.0
 LIMIT_SECS: Final = 25.0
 BROKEN: Final = '{"EventType":"CreateSnapshotByTimeOffsetComplete","SnapshotByTimeOffsetCompleteEvent":{"TaskId":oops}}'
+CONFIGURATION: Final = """\
+# What `vodpoller demo` ran with. Its simulator has ended, so there is nothing to pull; `vodpoller deadletters` finds
+# the journal by this file.
+
+[api]
+endpoint = {url}
+lease_secs = {lease_secs}
+
+[credentials]
+secret_id = "demo-secret-id"
+secret_key = "demo-secret-key"
+
+[[sources]]
+name = "main"
+unrouted = "confirm"
+
+[[routes]]
+name = "snapshots"
+event_types = ["CreateSnapshotByTimeOffsetComplete"]
+sinks = ["archive"]
+
+[sinks.archive]
+type = "file"
+path = {file}
+
+[journal]
+path = {journal}
+"""
+# The sentence for `event.settled` or `event.dead` says what the first three say; the last two are the demo's own doing.
+NOT_TOLD: Final = frozenset(
+    {"answer.salvaged", "confirm.failed", "event.malformed", "daemon.stopping", "daemon.stopped"}
+)
 
 
 class _Narrator(io.StringIO):
@@ -50,16 +85,9 @@ class _Narrator(io.StringIO):
                 said = "the daemon is up and pulls"
             case "event.settled":
                 said = self._settled(entry)
-            case "answer.salvaged":
-                said = f"an answer is not JSON: its events are read one by one, {entry['malformed']} is unreadable"
-            case "event.malformed":
-                said = f"[red]unreadable[/red]    event: {problem}"
             case "event.dead":
-                said = f"[red]dead letter[/red]   {_name(entry)}: kept in the journal for a person"
-            case "confirm.failed":
-                which = f"{entry['unconfirmed']} of {entry['handles']} handles"
-                said = f"[yellow]failed[/yellow]        the confirm of {which}: {problem}"
-            case "daemon.stopping" | "daemon.stopped":
+                said = f"[red]dead letter[/red]   {_name(entry)}: kept in the journal for a person, as {problem}"
+            case name if name in NOT_TOLD:
                 said = ""
             case other:
                 said = f"{entry['level']}: {other} {problem}"
@@ -69,11 +97,14 @@ class _Narrator(io.StringIO):
         name, sinks = _name(entry), entry["sinks"]
         if not entry["confirmed"]:
             went = ", ".join(sinks) or "no sink"
-            return f"[yellow]unconfirmed[/yellow]   {name} → {went}; comes again when its lease is over"
+            why = f"VOD did not confirm it ({entry.get('confirm_error_code') or entry['confirm_result']})"
+            return f"[yellow]unconfirmed[/yellow]   {name} → {went}; {why}, so it comes again when its lease is over"
+        if entry["settlement"] == "store":
+            return ""  # `event.dead` has told of it
         if sinks and all(sink["reason"] == "already_delivered" for sink in sinks.values()):
             self.redelivered += 1
             return f"[yellow]again[/yellow]         {name}: delivered before, so confirmed without a second delivery"
-        went = "the journal" if entry["settlement"] == "store" else ", ".join(sinks) or "no route wants it"
+        went = ", ".join(sinks) or "no route wants it"
         failed = len(entry.get("failed_snapshots", ()))
         note = f", {failed} image failed" if failed else ""
         took_ms = entry["duration_secs"] * 1000
@@ -88,55 +119,36 @@ def run_demo(folder: Path | None) -> int:
     """Show a queue being drained: deliveries, a refused confirm and the redelivery it leads to, a dead letter.
 
     Args:
-        folder: Where the demo's file and journal go; None takes a temporary folder that is kept for looking at.
+        folder: Where the demo's file, journal and configuration go; None takes a new temporary folder. They are kept.
 
     Returns:
         The exit code: 0 if everything went as it should.
     """
     console = Console()
-    folder = folder or Path(tempfile.mkdtemp(prefix="vodpoller-demo-"))
+    folder = (folder or Path(tempfile.mkdtemp(prefix="vodpoller-demo-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(
-        f"[bold]vodpoller demo[/bold]: {EVENTS} events and an unreadable one come to a simulated VOD queue. "
-        "VOD will refuse the confirm of one, so that it comes again.\n"
-    )
+    console.print(f"[bold]vodpoller demo[/bold]: {EVENTS} events and a broken one come to a simulated queue of VOD.\n")
     options = SimulatorOptions(
         rate=EVENTS_A_SEC, feed=EVENTS, visibility_secs=LEASE_SECS, poll_secs=1.0, forget_confirms=1
     )
     with Simulator(options) as simulator:
         narrator = _Narrator(console)
         log = make_logger(narrator, log_format="json")
-        config = _config(simulator.url, folder)
-        daemon = Daemon(config, log=log, notifier=Notifier(""))
+        path = _write_configuration(folder, simulator.url)
+        daemon = Daemon(load(path, env={}), log=log, notifier=Notifier(""))
         simulator.feed([BROKEN])
         ends_at = time.monotonic() + LIMIT_SECS
-        dead = 0
-
-        def is_over() -> bool:
-            nonlocal dead
-            dead = sum(number for (_, state), number in daemon.counts().items() if state == "dead")
-            return _is_done(simulator, narrator) or time.monotonic() > ends_at
-
-        daemon.run(until=is_over)
-        return _close(console, simulator.stats(), folder, redelivered=narrator.redelivered, dead=dead)
+        daemon.run(until=lambda: _is_done(simulator, narrator) or time.monotonic() > ends_at)
+        return _close(console, simulator.stats(), path, redelivered=narrator.redelivered)
 
 
-def _config(url: str, folder: Path) -> Config:
-    return from_dict(
-        {
-            "api": {"endpoint": url, "lease_secs": LEASE_SECS},
-            "credentials": {"secret_id": "demo-secret-id", "secret_key": "demo-secret-key"},
-            "sources": [{"name": "main", "unrouted": "confirm"}],
-            "routes": [
-                {"name": "snapshots", "event_types": ["CreateSnapshotByTimeOffsetComplete"], "sinks": ["archive"]}
-            ],
-            "sinks": {"archive": {"type": "file", "path": str(folder / "events.jsonl")}},
-            "journal": {"path": str(folder / "journal.db")},
-        },
-        where="demo",
-        base=folder,
-        env={},
-    )
+def _write_configuration(folder: Path, url: str) -> Path:
+    path = folder / "demo.toml"
+    path.touch(mode=0o600)  # a key is in it, though one that opens nothing
+    strings = {"url": url, "file": str(folder / "events.jsonl"), "journal": str(folder / "journal.db")}
+    quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in strings.items()}
+    path.write_text(CONFIGURATION.format(lease_secs=LEASE_SECS, **quoted), encoding="utf-8")
+    return path
 
 
 def _is_done(simulator: Simulator, narrator: _Narrator) -> bool:
@@ -144,18 +156,33 @@ def _is_done(simulator: Simulator, narrator: _Narrator) -> bool:
     return bool(stats["fed"] > EVENTS and stats["confirmed"] == stats["fed"] and narrator.redelivered)
 
 
-def _close(console: Console, stats: dict[str, Any], folder: Path, *, redelivered: int, dead: int) -> int:
-    path = folder / "events.jsonl"
+def _close(console: Console, stats: dict[str, Any], configuration: Path, *, redelivered: int) -> int:
+    path = configuration.with_name("events.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines()
     twice = len(lines) - len(set(lines))
+    with Letters(configuration.with_name("journal.db"), makes_files=False) as letters:
+        dead = [letter.id for letter in letters.stored(Filter())]
     table = Table(title="What happened", title_justify="left", show_header=False)
     table.add_row("events that VOD had", str(stats["fed"]))
     table.add_row("confirmed", str(stats["confirmed"]))
     table.add_row("snapshot events in the file", f"{len(lines)}, {twice} of them twice" if twice else str(len(lines)))
     table.add_row("whose confirm VOD refused at first", str(stats["confirms_forgotten"]))
     table.add_row("redelivered, not delivered twice", str(redelivered))
-    table.add_row("dead letters in the journal", str(dead))
+    table.add_row("dead letters in the journal", str(len(dead)))
     console.print()
     console.print(table)
-    console.print(f"The file: {path}\nNext: copy config.example.toml, put your key in, and run `vodpoller check`.")
-    return 0 if stats["confirmed"] == stats["fed"] and redelivered and dead == 1 and not twice else 1
+    steps = [f"cat {quote(str(path))}"]
+    steps += [f"{_program()} deadletters show {number} -c {quote(str(configuration))}" for number in dead[-1:]]
+    said = ["Next, to be typed as they stand:", *(f"  {step}" for step in steps)]
+    said.append('With your own account: README.md, "Use it with your account".')
+    console.print("\n".join(said), markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return 0 if stats["confirmed"] == stats["fed"] and redelivered and len(dead) == 1 and not twice else 1
+
+
+def _program() -> str:
+    """This program, as a shell in any folder finds it."""
+    called = Path(sys.argv[0]).absolute()
+    if called.name != "vodpoller":
+        return f"{quote(sys.executable)} -m vodpoller"
+    found = shutil.which("vodpoller")
+    return "vodpoller" if found and Path(found).resolve() == called.resolve() else quote(str(called))
