@@ -23,7 +23,8 @@ KEYS = ROOT / "vodpoller" / "config" / "README.md"
 SINKS = ROOT / "vodpoller" / "sinks" / "README.md"
 TESTS = ROOT / "tests" / "README.md"
 OPERATING = ROOT / "systemd" / "README.md"
-PAGES = (README, KEYS, SINKS, TESTS, OPERATING)
+CHINESE = OPERATING.with_suffix(".zh.md")
+PAGES = (README, KEYS, SINKS, TESTS, OPERATING, CHINESE)
 TEXT = "\n".join(page.read_text() for page in PAGES)
 HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 
@@ -100,9 +101,10 @@ def test_the_table_of_keys_is_that_of_the_models() -> None:
     assert written.strip() == wanted.strip(), "run VODPOLLER_WRITE_README=1 pytest tests/test_readme.py"
 
 
+@pytest.mark.parametrize("page", [OPERATING, CHINESE], ids=lambda page: page.name)
 @pytest.mark.parametrize(("name", "values"), [("reasons", Reason), ("confirm results", ConfirmResult)])
-def test_every_reason_has_its_row_in_its_order(name, values) -> None:
-    _, rest = TEXT.split(f"<!-- {name}: begin -->\n")
+def test_every_reason_has_its_row_in_its_order(page, name, values) -> None:
+    _, rest = page.read_text().split(f"<!-- {name}: begin -->\n")
     table, _ = rest.split(f"<!-- {name}: end -->")
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[-len(values) :] == [value.value for value in values]
 
@@ -123,7 +125,7 @@ def test_ci_calls_the_readmes_test_command(part: str) -> None:
 
 
 def test_the_recipe_for_a_video_finds_what_was_delivered_later() -> None:
-    (recipe,) = re.findall(r"^journalctl .*\.file_id == .*$", TEXT, re.MULTILINE)
+    (recipe,) = re.findall(r"^journalctl .*\.file_id == .*$", OPERATING.read_text(), re.MULTILINE)
     assert {"event.settled", "pending.delivered", "event.dead"} == set(re.findall(r'"([a-z]+\.[a-z]+)"', recipe))
 
 
@@ -181,3 +183,45 @@ def test_every_warning_of_the_log_that_asks_something_of_a_person_is_among_the_p
     problems = rest.partition("\n## ")[0]
     wanted = {name for name in CATALOGUE if name.endswith((".failed", ".stuck", ".refused", ".unreadable", ".overdue"))}
     assert {name for name in wanted if f"`{name}`" not in problems} == set()
+
+
+def _blocks(page: Path) -> list[str]:
+    """The pieces of code of a page, without comments, which are words."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [re.sub(r" +# .*$", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+def test_the_commands_of_the_chinese_page_are_those_of_the_english_one() -> None:
+    assert _blocks(CHINESE) == _blocks(OPERATING)
+    assert len(_blocks(CHINESE)) > 15
+
+
+def _names_by_section(page: Path) -> list[list[str]]:
+    sections = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).split("\n## ")
+    return [sorted(set(re.findall(r"`([^`]+)`", section))) for section in sections]
+
+
+def test_the_sections_of_the_chinese_page_name_what_the_english_ones_do() -> None:
+    assert _names_by_section(CHINESE) == _names_by_section(OPERATING)
+
+
+def test_the_tables_of_the_chinese_page_have_the_rows_of_the_english_one() -> None:
+    rows = [re.findall(r"^\|.*$", page.read_text(), re.MULTILINE) for page in (CHINESE, OPERATING)]
+    cells = [[sorted(re.findall(r"`[^`]+`", row.split("|")[1])) for row in found] for found in rows]
+    assert cells[0] == cells[1]
+
+
+def test_the_map_names_every_module() -> None:
+    _, rest = TESTS.read_text().split("\n## Map of modules\n")
+    rows = re.findall(r"^\| (`.*?) \|", rest.partition("\n## ")[0], re.MULTILINE)
+    named = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    there = {path.name for path in (ROOT / "vodpoller").glob("[a-z]*") if path.suffix == ".py" or path.is_dir()}
+    assert named == there
+
+
+@pytest.mark.parametrize("page", [README, SINKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_table_of_sinks_has_a_row_for_each_that_ships(page: Path) -> None:
+    _, rest = page.read_text().split("| type | accepts an event when |")
+    rows = re.findall(r"^\| `(\w+)` \|.*$", rest.partition("\n\n")[0], re.MULTILINE)
+    assert rows == sorted(name for name, point in available_sinks().items() if point.value.startswith("vodpoller."))
+    assert rest.partition("\n\n")[0] in README.read_text()
