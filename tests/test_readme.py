@@ -11,9 +11,11 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 from vodpoller.cli.app import main
+from vodpoller.config.load import TABLES, load
 from vodpoller.config.tables import TABLES
 from vodpoller.logs import CATALOGUE
 from vodpoller.settlement import ConfirmResult, Reason
+from vodpoller.simulator.service import Simulator, SimulatorOptions
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.registry import available_sinks
 
@@ -225,3 +227,26 @@ def test_the_table_of_sinks_has_a_row_for_each_that_ships(page: Path) -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*$", rest.partition("\n\n")[0], re.MULTILINE)
     assert rows == sorted(name for name, point in available_sinks().items() if point.value.startswith("vodpoller."))
     assert rest.partition("\n\n")[0] in README.read_text()
+
+
+def _code(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_small_configuration_is_complete_as_it_stands(tmp_path: Path) -> None:
+    (text,) = _code(README, "toml")
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    env = {"TENCENTCLOUD_SECRET_ID": "an-id-of-a-key", "TENCENTCLOUD_SECRET_KEY": "the-key-itself"}
+    assert not load(path, env=env).all_warnings()
+
+
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fileds are useless:UserWarning")
+def test_the_developers_pages_python_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    own, official = _code(TESTS, "python")
+    exec(own, {})
+    with Simulator(SimulatorOptions(events=40)) as simulator:
+        exec(official.replace("127.0.0.1:18080", simulator.url.removeprefix("http://")), {})
+        assert simulator.stats()["confirmed"] == 16
+    assert capsys.readouterr().out.endswith("16 events confirmed\n")
