@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 from vodpoller.cli.app import main
-from vodpoller.config.load import TABLES, load
+from vodpoller.config.load import load
 from vodpoller.config.tables import TABLES
 from vodpoller.logs import CATALOGUE
 from vodpoller.settlement import ConfirmResult, Reason
