@@ -6,7 +6,7 @@ import time
 import structlog
 
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, WaitEnd
-from vodpoller.events import make_event
+from vodpoller.events.event import make_event
 from vodpoller.sinks.contract import Sink, SinkContext
 
 

@@ -9,7 +9,7 @@ from tests.helpers import event, until
 from tests.test_pipeline import Line, Route, Source
 from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.errors import RefusedHandlesError
-from vodpoller.events import Lease, PulledEvent, make_event
+from vodpoller.events.event import Lease, PulledEvent, make_event
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Batch, Pipeline
 from vodpoller.router import Router

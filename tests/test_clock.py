@@ -6,7 +6,7 @@ import pytest
 
 from tests.processes import ROOT, SECRET_ID, SECRET_KEY, System, until
 from tests.receiver import Answer, running_receiver
-from vodpoller.identity import has_own_id
+from vodpoller.events.identity import has_own_id
 
 pytestmark = pytest.mark.system
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import named, until
 from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
-from vodpoller.events import Lease
+from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.confirmer import Confirmer

@@ -4,7 +4,7 @@ import re
 import pytest
 from tencentcloud.vod.v20180717.models import EventContent
 
-from vodpoller.event_types import DOCUMENTED_EVENT_TYPES, matches_documented, meant_for, nearest_documented
+from vodpoller.events.types import DOCUMENTED_EVENT_TYPES, matches_documented, meant_for, nearest_documented
 
 
 def test_every_type_that_the_installed_sdk_documents_is_known():

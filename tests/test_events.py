@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vodpoller.events import (
+from vodpoller.events.event import (
     DEPTH_MAX,
     Event,
     Lease,
@@ -28,7 +28,7 @@ from vodpoller.events import (
     snapshots_of,
     task_id_of,
 )
-from vodpoller.salvage import is_whole, salvage_events
+from vodpoller.events.salvage import is_whole, salvage_events
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)

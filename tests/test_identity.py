@@ -1,7 +1,7 @@
 import pytest
 
 from tests.helpers import event
-from vodpoller.identity import Occurrence, Occurrences, has_own_id
+from vodpoller.events.identity import Occurrence, Occurrences, has_own_id
 
 LEASE_SECS = 30.0
 SOURCE = "main"

@@ -22,7 +22,7 @@ from vodpoller.errors import (
     ThrottledError,
     TransientError,
 )
-from vodpoller.events import Lease, Malformed, PulledEvent, make_event
+from vodpoller.events.event import Lease, Malformed, PulledEvent, make_event
 from vodpoller.journal.contract import Known
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness

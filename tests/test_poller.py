@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import FakeClock, named, until
 from vodpoller.delivery.in_flight import WaitEnd
 from vodpoller.errors import OperatorError, StoppingError, ThrottledError, TransientError
-from vodpoller.events import Lease
+from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.poller import Poller
 from vodpoller.telemetry import Telemetry

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from tests.helpers import named, sink_context
 from tests.receiver import black_hole
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events import make_event
+from vodpoller.events.event import make_event
 from vodpoller.sinks.download.config import DownloadConfig
 from vodpoller.sinks.download.fetching import is_public
 from vodpoller.sinks.download.places import safe_name

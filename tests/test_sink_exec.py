@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tests.helpers import sink_context
 from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events import make_event, restore_event
+from vodpoller.events.event import make_event, restore_event
 from vodpoller.sinks.exec import ExecConfig, ExecSink
 
 pytestmark = pytest.mark.system

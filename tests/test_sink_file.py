@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tests.helpers import named, sink_context
 from tests.receiver import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events import event_key, make_event, restore_event
+from vodpoller.events.event import event_key, make_event, restore_event
 from vodpoller.journal.contract import Position
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.file.sink import FileConfig, FileSink

@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers import sink_context
 from vodpoller.errors import ConfigError, PartialFailureError, TransientError
-from vodpoller.events import make_event
+from vodpoller.events.event import make_event
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
 
 

@@ -27,7 +27,7 @@ from tests.receiver import (
 )
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events import make_event
+from vodpoller.events.event import make_event
 from vodpoller.secret import Secret
 from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
 

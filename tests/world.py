@@ -30,7 +30,7 @@ from vodpoller.errors import (
     ThrottledError,
     TransientError,
 )
-from vodpoller.events import Lease, event_key, read_event
+from vodpoller.events.event import Lease, event_key, read_event
 from vodpoller.journal.contract import Portion
 from vodpoller.journal.place import connect
 from vodpoller.journal.sqlite import SqliteJournal

@@ -5,7 +5,7 @@ The words, each with one meaning in all of the code, the log and the documentati
 event         one `EventContent` of VOD
 batch         what one pull brought (0 to 16 events), with its lease
 handle        the `EventHandle` of one pull, which confirms an event; never an identity
-key           32 bytes, the event's identity for sinks, ledger and journal (see `vodpoller.identity`)
+key           32 bytes, the event's identity for sinks, ledger and journal (see `vodpoller.events.identity`)
 lease         the time in which a handle can be confirmed; it starts when the pull was sent
 puller        a thread that pulls and processes batches; it needs a *permit* for each pull
 outcome       what came of one event at one sink, with its reason

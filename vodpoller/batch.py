@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from vodpoller.events import Lease, Malformed, PulledEvent
+from vodpoller.events.event import Lease, Malformed, PulledEvent
 from vodpoller.journal.contract import Pulled
 from vodpoller.settlement import OnFailure, Unrouted
 from vodpoller.vod.answers import Pull

@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol
 import jmespath
 
 from vodpoller.errors import RejectedError
-from vodpoller.event_types import meant_for
-from vodpoller.events import Event
+from vodpoller.events.event import Event
+from vodpoller.events.types import meant_for
 
 _FALSE: Final[tuple[Any, ...]] = (None, "", [], {})
 _REMEMBERED_TYPES: Final = 1000

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from vodpoller.config.draft import Draft, Location, texts_in
 from vodpoller.config.tables import LEASE_SECS, Api, Journal, is_loopback
 from vodpoller.config.wording import LISTS, quoted, quoted_all, suggestion
-from vodpoller.event_types import matches_documented, nearest_documented
+from vodpoller.events.types import matches_documented, nearest_documented
 from vodpoller.sinks.contract import SinkConfig
 
 

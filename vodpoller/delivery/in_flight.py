@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from vodpoller.events import Event
+from vodpoller.events.event import Event
 from vodpoller.settlement import SinkResult
 
 

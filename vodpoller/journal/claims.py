@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from vodpoller.events import restore_event
+from vodpoller.events.event import restore_event
 from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, DUE_HORIZON_SECS, StoredEvent
 from vodpoller.journal.statements import KEYS_PER_QUERY, LETTERS_BYTES
 from vodpoller.journal.unwritten import Pair, Unwritten

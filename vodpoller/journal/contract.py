@@ -4,7 +4,7 @@ A journal holds two things. The *ledger* is the set of (key, sink) pairs that si
 an (event, sink) that vodpoller has taken over from VOD: *pending*, which is tried again, or a *dead letter*, which
 waits for the operator. A pair is in one of them at most: `accept` deletes what is stored, `store` leaves out what was
 accepted, in whichever order they come. It also knows the *occurrences* of events without an id of their own (see
-`vodpoller.identity`), so that such an event has its key again when VOD brings it again, also after a restart.
+`vodpoller.events.identity`), so that such an event has its key again when VOD brings it again, also after a restart.
 
 No method takes or returns a time, only ages and delays in seconds: the journal has the one clock. `StorageError` is the
 only error. All methods may be called from any thread.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Protocol
 
-from vodpoller.events import Event
+from vodpoller.events.event import Event
 from vodpoller.status import JournalStatus
 
 CONFIRMED_KEPT_SECS: Final = 600.0

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from vodpoller.errors import UnusableJournalError
-from vodpoller.events import decode_json
-from vodpoller.identity import has_own_id
+from vodpoller.events.event import decode_json
+from vodpoller.events.identity import has_own_id
 
 ROW_OVERHEAD_BYTES: Final = 512
 OLDEST_READABLE: Final = 1  # the columns that commands use are in all versions since

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.identity import Occurrence, Occurrences
+from vodpoller.events.identity import Occurrence, Occurrences
 from vodpoller.journal.claims import Claims
 from vodpoller.journal.condition import Condition
 from vodpoller.journal.contract import (

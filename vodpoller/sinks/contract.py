@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field
 
-from vodpoller.events import Event
+from vodpoller.events.event import Event
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.logs import Logger
 from vodpoller.secret import HasSecrets

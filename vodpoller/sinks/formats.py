@@ -10,7 +10,7 @@ from typing import Any, Literal, assert_never
 
 import orjson
 
-from vodpoller.events import Event, encode_json, file_id_of
+from vodpoller.events.event import Event, encode_json, file_id_of
 
 Format = Literal["callback", "cloudevents"]
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from vodpoller.errors import ConfigError, PartialFailureError, TransientError
-from vodpoller.events import Event
+from vodpoller.events.event import Event
 from vodpoller.outlet import Outlet
 from vodpoller.process import is_stdout_closed
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext

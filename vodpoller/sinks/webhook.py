@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events import Event
+from vodpoller.events.event import Event
 from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import CaFile, RootsError

@@ -30,7 +30,7 @@ from vodpoller.errors import (
     TransientError,
     VodpollerError,
 )
-from vodpoller.events import (
+from vodpoller.events.event import (
     Lease,
     Malformed,
     PulledEvent,
@@ -38,12 +38,12 @@ from vodpoller.events import (
     encode_json,
     read_event,
 )
+from vodpoller.events.salvage import salvage_events
 from vodpoller.httpclient.address import environment_of, host_and_port
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date
 from vodpoller.logs import Logger
-from vodpoller.salvage import salvage_events
 from vodpoller.vod.answers import (
     ANSWER_TOO_LARGE,
     CONFIRM,

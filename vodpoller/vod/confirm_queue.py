@@ -10,7 +10,7 @@ from itertools import count
 from math import ceil, inf
 from typing import Final
 
-from vodpoller.events import Lease
+from vodpoller.events.event import Lease
 from vodpoller.vod.confirmation import Confirmation, lease_ended, not_confirmed
 
 HANDLES_A_CALL: Final = 16

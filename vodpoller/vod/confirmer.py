@@ -29,7 +29,7 @@ from vodpoller.errors import (
     TransientError,
     VodpollerError,
 )
-from vodpoller.events import Lease
+from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.logs import Level
 from vodpoller.settlement import ConfirmResult

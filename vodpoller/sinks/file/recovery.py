@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from vodpoller.events import event_key
-from vodpoller.identity import has_own_id
+from vodpoller.events.event import event_key
+from vodpoller.events.identity import has_own_id
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.file.damage import end_of_sound, may_be_ours

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from vodpoller.durable import Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events import Event
+from vodpoller.events.event import Event
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.logs import Repeats
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext

@@ -54,7 +54,8 @@ class Event:
         sub_app_id: Tencent's SubAppId, None for an account without.
         type: `EventType` as it came, an open set; empty where the event has none.
         key: The identity, the same at every redelivery and after a restart: the content key, SHA-256 over SubAppId and
-            canonical body; if the content has no id of its own, the key of the occurrence (see `vodpoller.identity`).
+            canonical body; if the content has no id of its own, the key of the occurrence (see
+            `vodpoller.events.identity`).
         body: The body of a v3.0 normal callback, UTF-8 JSON.
         content: The same, parsed. Not to be changed.
     """
