@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.helpers import sink_context
 from tests.receiver import running_receiver
-from vodpoller.events.event import decode_json, make_event, restore_event
+from vodpoller.events.codec import decode_json
+from vodpoller.events.event import make_event, restore_event
 from vodpoller.sinks.exec import ExecConfig, ExecSink
 from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.sinks.formats import cloudevent_key, content_type, encode

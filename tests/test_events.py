@@ -9,26 +9,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from vodpoller.events.codec import DEPTH_MAX, UnreadableError, decode_json, encode_json
 from vodpoller.events.event import (
-    DEPTH_MAX,
     Event,
     Lease,
     Malformed,
     PulledEvent,
-    Snapshot,
-    UnreadableError,
-    decode_json,
-    encode_json,
     event_key,
-    file_id_of,
     make_event,
-    payload_of,
     read_event,
     restore_event,
-    snapshots_of,
-    task_id_of,
 )
 from vodpoller.events.salvage import is_whole, salvage_events
+from vodpoller.events.snapshots import Snapshot, file_id_of, payload_of, snapshots_of, task_id_of
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)

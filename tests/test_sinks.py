@@ -9,7 +9,8 @@ from types import MappingProxyType
 import pytest
 
 from tests.receiver import Answer, Receiver, running_receiver, until
-from vodpoller.events.event import SNAPSHOT_EVENT_TYPE, make_event
+from vodpoller.events.event import make_event
+from vodpoller.events.snapshots import SNAPSHOT_EVENT_TYPE
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.registry import available_sinks
 from vodpoller.testing import SinkConformance, SinkHarness, event, vod_simulator

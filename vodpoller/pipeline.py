@@ -11,8 +11,9 @@ from vodpoller.batch import Batch, Source
 from vodpoller.delivery.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.events.event import Event, Malformed, PulledEvent, event_fields, has_failed_snapshots, snapshots_of
+from vodpoller.events.event import Event, Malformed, PulledEvent
 from vodpoller.events.identity import has_own_id
+from vodpoller.events.snapshots import event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.journal.contract import Journal, Known, Letter
 from vodpoller.router import Router
 from vodpoller.settlement import (

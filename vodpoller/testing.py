@@ -24,7 +24,8 @@ import pytest
 import structlog
 
 from vodpoller.errors import PartialFailureError, RejectedError, TransientError
-from vodpoller.events.event import Event, decode_json, make_event
+from vodpoller.events.codec import decode_json
+from vodpoller.events.event import Event, make_event
 from vodpoller.simulator.service import Simulator
 from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig, SinkContext
 from vodpoller.sinks.registry import available_sinks

@@ -9,7 +9,7 @@ from vodpoller.backoff import Backoff
 from vodpoller.delivery.in_flight import Delivery, InFlight, State
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import StorageError
-from vodpoller.events.event import event_fields
+from vodpoller.events.snapshots import event_fields
 from vodpoller.journal.contract import Journal, Known, StoredEvent
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry

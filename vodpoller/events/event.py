@@ -5,25 +5,14 @@ their samples, which show every irregularity that is handled here.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any, TypeVar
+from typing import Any
 
-import orjson
-
-SNAPSHOT_EVENT_TYPE = "CreateSnapshotByTimeOffsetComplete"
-
-_SUCCESS = (0, "0")
-DEPTH_MAX = 512  # levels of an event's objects and lists: half of what the json module of every Python can do
+from vodpoller.events.codec import canonical_json, check_depth, decode_json, encode_json
 
 _HANDLE_MAX_CHARS = 64 * 1024  # a longer one could not be sent back beside fifteen others
-_VALUES_MAX = 1_000_000  # each takes some 100 bytes of memory; in 8 MiB of VOD's events there are half of that
-_TOO_DEEP = f"it is nested more than {DEPTH_MAX} levels deep"
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,127 +80,6 @@ class Malformed:
     why: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """One image of a snapshot task (`SnapshotByTimeOffsetTaskOutput`, "Event overview").
-
-    Args:
-        time_offset_ms: Its place in the video.
-        url: Where it lies; empty where it failed.
-        err_code: 0 for success.
-    """
-
-    time_offset_ms: int | None
-    url: str
-    err_code: int | str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotsTaken:
-    """A `CreateSnapshotByTimeOffsetComplete` event: what was asked for and what came of it.
-
-    Args:
-        task_id: Tencent's id of the task.
-        file_id: Tencent's id of the video.
-        definition: Id of the snapshot template.
-        snapshots: The images, the failed ones among them.
-    """
-
-    task_id: str
-    file_id: str
-    definition: int | None
-    snapshots: tuple[Snapshot, ...]
-
-    @property
-    def failed(self) -> tuple[Snapshot, ...]:
-        """The images that could not be taken."""
-        return tuple(snapshot for snapshot in self.snapshots if snapshot.err_code not in _SUCCESS)
-
-
-class UnreadableError(ValueError):
-    """The text is no answer of VOD; says why."""
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise UnreadableError(f"the number {text[:40]} is beyond what JSON readers hold")
-    return number
-
-
-def _not_json(literal: str) -> Any:
-    raise UnreadableError(f"{literal} is not JSON")
-
-
-# strict=False: documented samples hold raw tabs inside strings. Python's integers keep every digit.
-_decoder = json.JSONDecoder(strict=False, parse_float=_finite, parse_constant=_not_json)
-_exact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
-_exact_ascii = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), check_circular=False)
-_canonical = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), sort_keys=True, check_circular=False)
-
-
-def decode_json(text: str) -> Any:
-    """Read JSON as VOD writes it.
-
-    How deep it may be nested depends on the version of Python (990 levels at least); what is to be the same with all of
-    them asks `check_depth`, as `encode_json` does.
-
-    Args:
-        text: The whole document.
-
-    Raises:
-        UnreadableError: It is not JSON, nested too deeply, holds a number that no double can hold, or so many values
-            that they would fill the memory.
-    """
-    if len(text) > _VALUES_MAX and sum(map(text.count, "[{:,")) > _VALUES_MAX:
-        raise UnreadableError(f"it holds more than {_VALUES_MAX:,} values")
-    try:
-        return _decoder.decode(text)
-    except RecursionError:
-        raise UnreadableError(_TOO_DEEP) from None
-    except ValueError as error:
-        raise UnreadableError(str(error)) from error
-
-
-def check_depth(value: Any) -> None:
-    """Look at a parsed value.
-
-    Raises:
-        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
-    """
-    level = _containers([value])
-    for _ in range(DEPTH_MAX):
-        if not level:
-            return
-        level = [inner for outer in level for inner in _containers(outer)]
-    if level:
-        raise UnreadableError(_TOO_DEEP)
-
-
-def _containers(value: Any) -> list[Any]:
-    inside = value.values() if isinstance(value, dict) else value
-    return [inner for inner in inside if isinstance(inner, dict | list)]
-
-
-def encode_json(value: Any) -> bytes:
-    """Write JSON-equal UTF-8: integers digit for digit, members in their order.
-
-    orjson writes the common case; what it refuses (integers beyond 64 bits, lone surrogates, more than 254 levels) goes
-    the exact way.
-
-    Raises:
-        UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
-    """
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        check_depth(value)
-        try:
-            return _exact.encode(value).encode()
-        except UnicodeEncodeError:
-            return _exact_ascii.encode(value).encode()
-
-
 def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
     """The content key of an event: SHA-256 over SubAppId and canonical body.
 
@@ -226,12 +94,7 @@ def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
     """
     meaningful = {name: value for name, value in content.items() if value is not None}
-    try:
-        canonical = orjson.dumps(meaningful, option=orjson.OPT_SORT_KEYS)
-    except TypeError:
-        check_depth(meaningful)
-        canonical = _canonical.encode(meaningful).encode()
-    return hashlib.sha256(b"%d\n%b" % (sub_app_id or 0, canonical)).digest()
+    return hashlib.sha256(b"%d\n%b" % (sub_app_id or 0, canonical_json(meaningful))).digest()
 
 
 def make_event(content: Mapping[str, Any], *, source: str, sub_app_id: int | None) -> Event:
@@ -349,96 +212,6 @@ def _first_json(pattern: re.Pattern[str], text: str) -> str | None:
     if found is None:
         return None
     try:
-        return str(_decoder.decode(found[1]))
+        return str(decode_json(found[1]))
     except ValueError:
         return None
-
-
-# --- what the log, the demo and the sinks want to know of an event ----------------------------------------------------
-
-
-def payload_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The member that holds the payload. Its name does not follow from the type, so it is the first object found."""
-    for value in content.values():
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
-def _id_in(payload: Mapping[str, Any], content: Mapping[str, Any], name: str) -> str:
-    """A string or integer member called `name`: of the payload, else of an object in it, else of the event."""
-    found = _id(payload.get(name))
-    if found:
-        return found
-    inner = (_id(value.get(name)) for value in payload.values() if isinstance(value, dict))
-    return next(filter(None, inner), "") or _id(content.get(name))
-
-
-def _id(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
-
-
-def task_id_of(event: Event) -> str:
-    """Tencent's id of the task that ended, empty where the event names none."""
-    return _id_in(payload_of(event.content), event.content, "TaskId")
-
-
-def file_id_of(event: Event) -> str:
-    """Tencent's id of the video, every digit of it, empty where the event names none."""
-    return _id_in(payload_of(event.content), event.content, "FileId")
-
-
-def event_fields(event: Event) -> dict[str, str]:
-    """The ids by which a log line names an event."""
-    payload = payload_of(event.content)
-    return {
-        "source": event.source,
-        "event_type": event.type,
-        "key": event.key.hex(),
-        "task_id": _id_in(payload, event.content, "TaskId"),
-        "file_id": _id_in(payload, event.content, "FileId"),
-    }
-
-
-def has_failed_snapshots(event: Event) -> bool:
-    """Whether the event is of snapshots some of which could not be taken."""
-    payload = event.content.get("SnapshotByTimeOffsetCompleteEvent")
-    images = payload.get("SnapshotInfoSet") if isinstance(payload, dict) else None
-    return isinstance(images, list) and any(
-        isinstance(image, dict) and image.get("ErrCode", 0) not in _SUCCESS for image in images
-    )
-
-
-def snapshots_of(event: Event) -> SnapshotsTaken | None:
-    """The typed content of a snapshot event, None for any other.
-
-    Fields that are missing or of another type than documented are empty or None: the event is delivered all the same.
-    """
-    payload = event.content.get("SnapshotByTimeOffsetCompleteEvent")
-    if not isinstance(payload, dict):
-        return None
-    images = payload.get("SnapshotInfoSet")
-    return SnapshotsTaken(
-        task_id=task_id_of(event),
-        file_id=file_id_of(event),
-        definition=_typed(payload, "Definition", int),
-        snapshots=tuple(_snapshot(image) for image in images if isinstance(image, dict))
-        if isinstance(images, list)
-        else (),
-    )
-
-
-def _snapshot(image: Mapping[str, Any]) -> Snapshot:
-    err_code = image.get("ErrCode", 0)
-    return Snapshot(
-        time_offset_ms=_typed(image, "TimeOffset", int),
-        url=_typed(image, "Url", str) or "",
-        err_code=err_code if isinstance(err_code, int | str) else 0,
-    )
-
-
-def _typed(place: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
-    value = place.get(name)
-    return value if isinstance(value, kind) else None

@@ -9,15 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from vodpoller.events.event import (
-    DEPTH_MAX,
-    Malformed,
-    PulledEvent,
-    UnreadableError,
-    decode_json,
-    make_malformed,
-    read_event,
-)
+from vodpoller.events.codec import DEPTH_MAX, UnreadableError, decode_json
+from vodpoller.events.event import Malformed, PulledEvent, make_malformed, read_event
 
 # Quantifiers are possessive: what was taken is never given back, so that no text is looked at again and again.
 _GAP: Final = r"[ \t\n\r]*+"

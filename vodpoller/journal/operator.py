@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from vodpoller.errors import JournalError, UnusableJournalError
-from vodpoller.events.event import Event, event_fields, restore_event
+from vodpoller.events.event import Event, restore_event
+from vodpoller.events.snapshots import event_fields
 from vodpoller.journal.place import is_corrupt, problem_of_place, way_out
 from vodpoller.journal.schema import OLDEST_READABLE, refuse_other, version_of
 from vodpoller.journal.wal import limit_wal

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from vodpoller.errors import UnusableJournalError
-from vodpoller.events.event import decode_json
+from vodpoller.events.codec import decode_json
 from vodpoller.events.identity import has_own_id
 
 ROW_OVERHEAD_BYTES: Final = 512

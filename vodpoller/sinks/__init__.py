@@ -5,7 +5,8 @@ this file shows how to write one.
 """
 
 from vodpoller.errors import ConfigError, PartialFailureError, RejectedError, TransientError
-from vodpoller.events.event import Event, Snapshot, SnapshotsTaken, file_id_of, snapshots_of, task_id_of
+from vodpoller.events.event import Event
+from vodpoller.events.snapshots import Snapshot, SnapshotsTaken, file_id_of, snapshots_of, task_id_of
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig, SinkContext

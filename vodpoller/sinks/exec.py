@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events.event import Event, file_id_of, task_id_of
+from vodpoller.events.event import Event
+from vodpoller.events.snapshots import file_id_of, task_id_of
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import encode

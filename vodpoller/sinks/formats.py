@@ -10,7 +10,9 @@ from typing import Any, Literal, assert_never
 
 import orjson
 
-from vodpoller.events.event import Event, encode_json, file_id_of
+from vodpoller.events.codec import encode_json
+from vodpoller.events.event import Event
+from vodpoller.events.snapshots import file_id_of
 
 Format = Literal["callback", "cloudevents"]
 

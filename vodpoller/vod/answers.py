@@ -12,7 +12,8 @@ from typing import Any, Final
 import requests
 
 from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError, VodpollerError
-from vodpoller.events.event import Lease, Malformed, PulledEvent, UnreadableError, decode_json
+from vodpoller.events.codec import UnreadableError, decode_json
+from vodpoller.events.event import Lease, Malformed, PulledEvent
 from vodpoller.httpclient.address import shown_url
 from vodpoller.httpclient.transport import was_repeated
 from vodpoller.httpclient.words import http_date, retry_after_secs

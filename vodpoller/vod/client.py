@@ -30,14 +30,8 @@ from vodpoller.errors import (
     TransientError,
     VodpollerError,
 )
-from vodpoller.events.event import (
-    Lease,
-    Malformed,
-    PulledEvent,
-    UnreadableError,
-    encode_json,
-    read_event,
-)
+from vodpoller.events.codec import UnreadableError, encode_json
+from vodpoller.events.event import Lease, Malformed, PulledEvent, read_event
 from vodpoller.events.salvage import salvage_events
 from vodpoller.httpclient.address import environment_of, host_and_port
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter

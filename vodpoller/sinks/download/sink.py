@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from vodpoller.durable import Folders, check_access, existing_folder, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
-from vodpoller.events.event import Event, Snapshot, SnapshotsTaken, snapshots_of
+from vodpoller.events.event import Event
+from vodpoller.events.snapshots import Snapshot, SnapshotsTaken, snapshots_of
 from vodpoller.logs import Repeats
 from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.sinks.download.config import DownloadConfig

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from vodpoller.events.event import decode_json
+from vodpoller.events.codec import decode_json
 
 BLOCK_BYTES = 1 << 16
 # Far beyond any event: what is longer was not written here, and must not be read into memory.
