@@ -1,5 +1,6 @@
 """The pages: their tables are the models' own, their commands and options exist, and their links lead somewhere."""
 
+import dataclasses
 import os
 import re
 import typing
@@ -13,6 +14,7 @@ from pydantic.fields import FieldInfo
 from vodpoller.cli.app import main
 from vodpoller.config.load import load
 from vodpoller.config.tables import TABLES
+from vodpoller.events.event import Event
 from vodpoller.logs import CATALOGUE
 from vodpoller.settlement import ConfirmResult, Reason
 from vodpoller.simulator.service import Simulator, SimulatorOptions
@@ -175,6 +177,7 @@ def test_the_first_page_names_every_command(command: str) -> None:
 def test_every_log_event_of_a_page_is_of_the_catalogue(page: Path) -> None:
     prefixes = {name.partition(".")[0] for name in CATALOGUE}
     others = {f"{table}.{key}" for table, model in TABLES.items() for key in model.model_fields}
+    others |= {f"event.{field.name}" for field in dataclasses.fields(Event)}
     text = page.read_text()
     named = {*re.findall(r"`([a-z]+\.(?!py`|db`)[a-z]+)`", text), *re.findall(r'"event": ?"([a-z.]+)"', text)}
     assert {name for name in named if name.partition(".")[0] in prefixes} - others <= set(CATALOGUE)
