@@ -14,13 +14,20 @@ class Source(Protocol):
     """What processing a batch needs of a configured source; see the table of keys."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102 - as in the configuration
+    def name(self) -> str:
+        """As in the configuration."""
+
     @property
-    def sub_app_id(self) -> int | None: ...  # noqa: D102 - as in the configuration
+    def sub_app_id(self) -> int | None:
+        """As in the configuration."""
+
     @property
-    def on_failure(self) -> OnFailure: ...  # noqa: D102 - as in the configuration
+    def on_failure(self) -> OnFailure:
+        """As in the configuration."""
+
     @property
-    def unrouted(self) -> Unrouted | None: ...  # noqa: D102 - as in the configuration
+    def unrouted(self) -> Unrouted | None:
+        """As in the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,9 +31,12 @@ class Source(PulledSource, Protocol):
     """What a poller reads of a configured source; see the table of keys."""
 
     @property
-    def long_poll(self) -> bool: ...  # noqa: D102 - as in the configuration
+    def long_poll(self) -> bool:
+        """As in the configuration."""
+
     @property
-    def max_concurrent_pulls(self) -> int: ...  # noqa: D102 - as in the configuration
+    def max_concurrent_pulls(self) -> int:
+        """As in the configuration."""
 
 
 class PullsEvents(Protocol):

@@ -21,15 +21,24 @@ class Route(Protocol):
     """What the router reads of a configured route; see the table of keys."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102 - as in the configuration
+    def name(self) -> str:
+        """As in the configuration."""
+
     @property
-    def event_types(self) -> Sequence[str] | None: ...  # noqa: D102 - as in the configuration
+    def event_types(self) -> Sequence[str] | None:
+        """As in the configuration."""
+
     @property
-    def sources(self) -> Sequence[str] | None: ...  # noqa: D102 - as in the configuration
+    def sources(self) -> Sequence[str] | None:
+        """As in the configuration."""
+
     @property
-    def where(self) -> str | None: ...  # noqa: D102 - as in the configuration
+    def where(self) -> str | None:
+        """As in the configuration."""
+
     @property
-    def sinks(self) -> Sequence[str]: ...  # noqa: D102 - as in the configuration
+    def sinks(self) -> Sequence[str]:
+        """As in the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,7 +74,7 @@ class Claims:
             portion = rows[first : first + KEYS_PER_QUERY]
             marks = ",".join("?" * len(portion))
             read = self._read(
-                "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("  # noqa: S608
+                "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("
                 " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
                 " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
                 f" FROM letters WHERE id IN ({marks}) AND state = 'pending' AND sink = ? ORDER BY due_at, id",

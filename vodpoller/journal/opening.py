@@ -92,6 +92,6 @@ def _prepare(writer: sqlite3.Connection, path: Path, now: float) -> None:
             raise sqlite3.DatabaseError(verdict)
         count_anew(writer)
     for table in ("ledger", "letters", "totals", "positions", "marks", "occurrences"):
-        writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()  # noqa: S608 - the names are ours
+        writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()
     # A write shows now, not at the first event, that the file is read-only or the disk is full.
     writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (now,))

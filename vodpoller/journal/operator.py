@@ -287,7 +287,7 @@ class Letters:
         if wanted.reads_bodies:
             return sum(1 for _ in self.stored(wanted))
         where, values = wanted.where()
-        (number,) = self._read(f"SELECT count(*) FROM letters WHERE {where}", values)[0]  # noqa: S608 - our own text
+        (number,) = self._read(f"SELECT count(*) FROM letters WHERE {where}", values)[0]
         return int(number)
 
     def stored(self, wanted: Filter, *, limit: int | None = None) -> Iterator[StoredEvent]:
@@ -319,7 +319,7 @@ class Letters:
         portion_rows = CHUNK_ROWS if limit is None or wanted.reads_bodies else min(limit, CHUNK_ROWS)
         after = 0
         while rows := self._read(
-            f"SELECT {_COLUMNS} FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608 - our own text
+            f"SELECT {_COLUMNS} FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",
             [*values, after, portion_rows],
         ):
             after = rows[-1][0]
@@ -433,7 +433,7 @@ class Letters:
         for ids in self._ids(bounded):
             where, values = replace(wanted, ids=ids).where()  # once more: a row may have become another meanwhile
             with self._transaction():
-                deleted = self._db.execute(f"DELETE FROM letters WHERE {where}", values).rowcount  # noqa: S608 - our own text
+                deleted = self._db.execute(f"DELETE FROM letters WHERE {where}", values).rowcount
             if deleted:
                 yield deleted
 
@@ -447,7 +447,7 @@ class Letters:
         where, values = wanted.where()
         after = 0
         while found := self._read(
-            f"SELECT id FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",  # noqa: S608 - our own text
+            f"SELECT id FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?",
             [*values, after, CHUNK_ROWS],
         ):
             after = found[-1][0]

@@ -206,14 +206,13 @@ class SqliteJournal(Journal):
         with self._read_lock:
             if letters_bytes(self._reader):
                 letters = self._reader.execute(
-                    f"SELECT key, sink, state FROM letters WHERE key IN ({marks})",  # noqa: S608 - question marks
+                    f"SELECT key, sink, state FROM letters WHERE key IN ({marks})",
                     keys,
                 )
                 for key, sink, state in letters:
                     found[key, sink] = Known.PENDING if state == "pending" else Known.DEAD
             accepted = self._reader.execute(
-                f"SELECT key, sink FROM ledger WHERE key IN ({marks})"  # noqa: S608 - question marks
-                " AND (confirmed_at IS NULL OR confirmed_at >= ?)",
+                f"SELECT key, sink FROM ledger WHERE key IN ({marks}) AND (confirmed_at IS NULL OR confirmed_at >= ?)",
                 (*keys, self._wall() - CONFIRMED_KEPT_SECS),
             )
             for key, sink in accepted:
@@ -266,7 +265,7 @@ class SqliteJournal(Journal):
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
-                f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks}) AND confirmed_at IS NULL",  # noqa: S608
+                f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks}) AND confirmed_at IS NULL",
                 (now, *keys),
             )
             if letters_bytes(db):

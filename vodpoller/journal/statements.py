@@ -31,7 +31,7 @@ _OCCURRENCE_OF_LINE: Final = (
     " occurrences.key AND ledger.sink = ?) AND (acknowledged_at IS NULL OR EXISTS (SELECT 1 FROM letters WHERE"
     " letters.key = occurrences.key AND letters.sink = ? AND state = 'pending')) ORDER BY id LIMIT 1"
 )
-_IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"  # noqa: S608 - as above
+_IS_HELD: Final = f"SELECT EXISTS ({_ACCEPTED}) OR EXISTS (SELECT 1 FROM letters WHERE key = :key AND sink = :sink)"
 
 
 def insert_accepted(
@@ -55,7 +55,7 @@ def insert_accepted(
     for first in range(0, len(rows), _ROWS_A_STATEMENT):
         portion = rows[first : first + _ROWS_A_STATEMENT]
         values = ",".join(["(?, ?, ?, NULL)"] * len(portion))
-        db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])  # noqa: S608
+        db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])
     if stored:
         db.executemany(
             "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ? AND sink = ? AND EXISTS"
@@ -169,11 +169,11 @@ def mark_removed(sinks: Collection[str], db: sqlite3.Connection) -> None:
         return
     marks = ",".join("?" * len(sinks))
     db.execute(
-        f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({marks})",  # noqa: S608 - marks
+        f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({marks})",
         (Reason.SINK_REMOVED.value, *sinks),
     )
     db.execute(
-        f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({marks})",  # noqa: S608 - marks
+        f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({marks})",
         (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
     )
 
