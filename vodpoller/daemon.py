@@ -102,13 +102,7 @@ class Daemon:
         )
         self._pipeline = self._new_pipeline()
         self._pollers = [self._poller(source) for source in config.sources]
-        self._retrier = Retrier(
-            journal=self._journal,
-            workers=self._workers,
-            in_flight=self._in_flight,
-            give_up_after_secs={name: sink.give_up_after_secs for name, sink in config.sinks.items()},
-            telemetry=telemetry,
-        )
+        self._retrier = self._new_retrier()
         self._upkeep = Upkeep(
             journal=self._journal,
             retrier=self._retrier,
@@ -132,6 +126,15 @@ class Daemon:
             telemetry=self._telemetry,
             liveness=self._liveness,
             wall=self._clock,
+        )
+
+    def _new_retrier(self) -> Retrier:
+        return Retrier(
+            journal=self._journal,
+            workers=self._workers,
+            in_flight=self._in_flight,
+            give_up_after_secs={name: sink.give_up_after_secs for name, sink in self._config.sinks.items()},
+            telemetry=self._telemetry,
         )
 
     def _new_pipeline(self) -> Pipeline:
