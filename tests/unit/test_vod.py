@@ -34,7 +34,7 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 URL = "https://vod.tencentcloudapi.com/"
-SAMPLE = (Path(__file__).parent / "samples" / "reliable-callback.json").read_bytes()
+SAMPLE = (Path(__file__).parents[1] / "samples" / "reliable-callback.json").read_bytes()
 KEYS = Credentials("AKIDexample", "the-secret-key", "the-token")
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 

@@ -17,7 +17,7 @@ from vodpoller.cli.configuration import DEFAULT_CONFIG
 from vodpoller.cli.exits import EXIT_CONFIG
 from vodpoller.config.tables import TABLES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd" / "vodpoller.service"
 JOB = UNIT.with_name("once.conf")
 TIMER = UNIT.with_name("vodpoller.timer")

@@ -20,7 +20,7 @@ from vodpoller.sinks.formats import cloudevent_key, content_type, encode
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
 from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
 
-SAMPLES = Path(__file__).parent / "samples"
+SAMPLES = Path(__file__).parents[1] / "samples"
 
 
 def event(number=1, *, sub_app_id=None, **more):

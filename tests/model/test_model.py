@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.world import SINKS_OF, World, folder_in_memory
+from tests.model.world import SINKS_OF, World, folder_in_memory
 
 EXAMPLES = int(os.environ.get("VODPOLLER_MODEL_EXAMPLES", "60"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CI = (ROOT / ".ci" / "run").read_text()
 lowest = runpy.run_path(str(ROOT / ".ci" / "lowest.py"))["lowest"]

@@ -27,7 +27,7 @@ from vodpoller.events.snapshots import Snapshot, file_id_of, payload_of, snapsho
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-SAMPLES = Path(__file__).parent / "samples"
+SAMPLES = Path(__file__).parents[1] / "samples"
 
 strings = st.text(st.characters(codec="utf-8"))
 texts = st.one_of(strings, st.text(st.characters()))  # the latter with lone surrogates

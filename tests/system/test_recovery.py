@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.processes import ServiceManager, bodies_of, canonical, differences, running_system, until
-from tests.test_kill import DoomedDaemon
+from tests.system.test_kill import DoomedDaemon
 
 pytestmark = pytest.mark.system
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.world import World, folder_in_memory
+from tests.model.world import World, folder_in_memory
 
 FULL = 2
 

@@ -119,7 +119,7 @@ def test_a_file_without_tables_is_said_to_be_empty(path):
 
 def test_a_journal_of_0_1_can_be_looked_at_and_replayed_before_the_daemon_brings_it_along(path):
     with closing(sqlite3.connect(path)) as db:
-        db.executescript((Path(__file__).parent / "data" / "journal-0.1.sql").read_text())
+        db.executescript((Path(__file__).parents[1] / "data" / "journal-0.1.sql").read_text())
 
     with Letters(path, writable=True) as letters:
         assert ids(letters) == [4, 5, 6, 7]

@@ -117,7 +117,7 @@ def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
         "except JournalError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(path)]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     said = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
     assert "another process has this journal open" in said.stdout
     journal.close()
@@ -674,7 +674,7 @@ def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(p
         "journal.store([Letter(event=event(n), sink='it', dead=False, reason='sink_failed') for n in range(9)])\n"
         "os._exit(9)"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, timeout=30, check=False)
     assert ended.returncode == 9
     assert rows(path, "SELECT count(*) FROM letters") == [(9,)]
@@ -790,7 +790,7 @@ def test_a_flush_without_anything_to_write_writes_nothing(journal, monkeypatch):
 
 # --- journals of earlier versions -------------------------------------------------------------------------------------
 
-OLD = (Path(__file__).parent / "data" / "journal-0.1.sql").read_text()
+OLD = (Path(__file__).parents[1] / "data" / "journal-0.1.sql").read_text()
 
 
 def make_old(path, *, mode=0o644):

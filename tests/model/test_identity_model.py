@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, log_into
-from tests.world import folder_in_memory
+from tests.model.world import folder_in_memory
 from vodpoller.events.event import event_key
 from vodpoller.journal.contract import Known, Pulled
 from vodpoller.journal.sqlite import SqliteJournal

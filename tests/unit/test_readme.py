@@ -21,7 +21,7 @@ from vodpoller.simulator.service import Simulator, SimulatorOptions
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.registry import available_sinks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 KEYS = ROOT / "vodpoller" / "config" / "README.md"
 SINKS = ROOT / "vodpoller" / "sinks" / "README.md"
@@ -102,7 +102,7 @@ def test_the_table_of_keys_is_that_of_the_models() -> None:
     wanted = table_of_keys()
     if os.environ.get("VODPOLLER_WRITE_README"):
         KEYS.write_text(f"{before}{begin}{wanted}\n{end}{after}")
-    assert written.strip() == wanted.strip(), "run VODPOLLER_WRITE_README=1 pytest tests/test_readme.py"
+    assert written.strip() == wanted.strip(), "run VODPOLLER_WRITE_README=1 pytest tests/unit/test_readme.py"
 
 
 @pytest.mark.parametrize("page", [OPERATING, CHINESE], ids=lambda page: page.name)

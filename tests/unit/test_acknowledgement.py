@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.helpers import event, until
-from tests.test_pipeline import Line, Route, Source
+from tests.unit.test_pipeline import Line, Route, Source
 from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.errors import RefusedHandlesError
 from vodpoller.events.event import Lease, PulledEvent, make_event

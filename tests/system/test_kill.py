@@ -9,9 +9,9 @@ from itertools import count
 
 import pytest
 
+from tests.model.world import World, folder_in_memory
 from tests.processes import DaemonProcess, bodies_of, differences, environment, running_system, until
 from tests.receiver import SlowReceiver, running_receiver
-from tests.world import World, folder_in_memory
 
 pytestmark = pytest.mark.system
 

@@ -1,0 +1,1 @@
+"""The promises against models of VOD's queue and of a disk."""

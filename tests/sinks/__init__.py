@@ -1,0 +1,1 @@
+"""Tests of the sinks, one by one and all alike."""
