@@ -49,14 +49,14 @@ class Vodpoller:
 
     Args:
         requests_per_sec: Its `api.requests_per_sec`.
-        max_concurrent_pulls: Of its one source.
+        max_concurrent_pulls: Of its one source; None for the default, which another version may know by another name.
         sinks: The tables of its sinks; `{archive}` stands for that of the file.
         label: What the report calls it.
         program: The `vodpoller` of another checkout's environment; None for this one.
     """
 
     requests_per_sec: float = 100.0
-    max_concurrent_pulls: int = 16
+    max_concurrent_pulls: int | None = None
     sinks: str = "{archive}"
     label: str = "vodpoller"
     program: Path | None = None
@@ -67,7 +67,12 @@ class Vodpoller:
             url,
             lease_secs=30.0,
             api=f"requests_per_sec = {self.requests_per_sec}",
-            source=f'unrouted = "dead_letter"\nmax_concurrent_pulls = {self.max_concurrent_pulls}',
+            source="\n".join(
+                [
+                    'unrouted = "dead_letter"',
+                    *([f"max_concurrent_pulls = {pulls}"] if (pulls := self.max_concurrent_pulls) else []),
+                ]
+            ),
             sinks=self.sinks.replace("{archive}", system.archive_sink),
         )
         if self.program is None:
