@@ -135,7 +135,7 @@ def end(system, simulator, receiver, daemon, number, *, calls_an_event=1):
     until(is_done, secs=30, what=daemon.tail)
     assert daemon.terminate()[0] == 0
     assert simulator.stats()["fed"] == wanted
-    assert not daemon.log("lane.failed")
+    assert not daemon.log("puller.failed")
 
     of_each_type = {canonical(body): number for body in BODIES.values()}
     assert Counter(map(canonical, system.lines())) == of_each_type
