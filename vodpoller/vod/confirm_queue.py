@@ -122,6 +122,8 @@ class ConfirmQueue:
         sizes: dict[object, int] = {}
         now = self._monotonic()
         for entry in self._waiting:
+            if entry.lease.ends_at <= now:  # no call takes it: its puller is about to end it
+                continue
             group = self._group(entry, now)
             sizes[group] = sizes.get(group, 0) + 1
         return sum(ceil(size / HANDLES_A_CALL) for size in sizes.values())
