@@ -54,7 +54,7 @@ def event(number=0, *, event_type="NewFileUpload", source="main", sub_app_id=Non
 
 
 def sink_context(log=None, **clocks):
-    """What a sink gets; its log may be one that nobody reads."""
+    """What a sink gets; its log may be one that is not read."""
     return SinkContext(log=log_into([]) if log is None else log, **clocks)
 
 

@@ -159,7 +159,7 @@ class DaemonProcess:
         return [line for line in self.log() if line["level"] in ("warning", "error", "critical")]
 
     def await_log(self, event, *, secs=15.0, number=1, where=lambda line: True):
-        """The lines of an event as soon as there are so many."""
+        """The lines of an event as soon as there is that number of them."""
 
         def found():
             assert self.process.poll() is None or event == "daemon.stopped", f"it ended: {self.tail()}"
@@ -297,7 +297,7 @@ def bodies_of(ledger):
 
 
 class HeldPort:
-    """A port on which nobody listens, kept from other processes until somebody does who shares addresses."""
+    """A port on which no process listens, kept from others until one does that shares addresses."""
 
     def __init__(self):
         self._socket = socket.socket()

@@ -254,12 +254,12 @@ SHAPES = (
 
 
 def bodies(count):
-    """So many bodies of distinct events, all shapes in turn, as UTF-8."""
+    """A number of bodies of distinct events, all shapes in turn, as UTF-8."""
     made = [SHAPES[number % len(SHAPES)](number) for number in range(count)]
     return [body.encode() for body in made]
 
 
-# What has a handle and is no event that can be read, each with what a sink must never see of it.
+# What has a handle and is not an event that can be read, each with what a sink must never see of it.
 BROKEN = (
     b'{"EventType":"ClipComplete","ClipCompleteEvent":{"TaskId":oops}}',
     b'{"EventType":"ClipComplete","ClipCompleteEvent":{"TaskId":"a"}',

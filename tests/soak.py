@@ -31,7 +31,7 @@ class Result:
     """What came of a soak; all but the first two, `redelivered` and `seconds` should be 0.
 
     Args:
-        events: How many were fed.
+        events: Number of events that were fed.
         kills: How often the daemon was killed.
         redelivered: How often VOD brought an event again.
         lost: Events that are in no line.
@@ -85,7 +85,7 @@ def soak(
     Args:
         folder: Where all files go.
         seed: Of the simulator's faults and of the kills.
-        events: How many.
+        events: Number of events.
         kills: The daemon is not killed more often than this; None for no limit.
         every_secs: Between which bounds a daemon's life lasts.
         rate: Events per second that are born; 0 has all of them in the queue at the start.
@@ -187,7 +187,7 @@ def digest(text):
 
 
 def stored_rows(system):
-    """How many events wait in the journal, or are dead letters."""
+    """The number of events that wait in the journal, or are dead letters."""
     done = run_command("status", "-c", system.config_path, "--json")
     assert done.stdout, done.stderr  # exit code 1: no daemon runs
     return sum(found["events"] for found in json.loads(done.stdout)["stored"])
@@ -197,7 +197,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--events", type=int, default=200_000)
-    parser.add_argument("--kills", type=int, help="at most so many; default: no limit")
+    parser.add_argument("--kills", type=int, help="maximum number; default: no limit")
     parser.add_argument("--rate", type=float, default=0.0, help="events per second; default: all at once")
     parser.add_argument("--faults", default=FAULTS)
     parser.add_argument("--webhook", action="store_true", help="to a webhook, too")

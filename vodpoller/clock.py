@@ -11,7 +11,7 @@ STEP_SECS: Final = 2.0
 class SteadyClock:
     """Seconds since 1970, going on evenly until somebody asks whether the wall clock was set.
 
-    Whoever asks moves the stamps that exist along with it; until then nobody sees an hour pass in a moment.
+    The caller moves the stamps that exist along with it; until then no reader sees an hour pass in a moment.
 
     Args:
         wall: The clock that may be set.

@@ -30,7 +30,7 @@ class Notifier:
         return cls(environ.get("NOTIFY_SOCKET", ""), watchdog_secs=int(period) / 1_000_000 if is_meant else None)
 
     def notify(self, *assignments: str) -> None:
-        """Send `NAME=value` lines in one datagram. A manager that does not listen is no reason to fail."""
+        """Send `NAME=value` lines in one datagram. A manager that does not listen is not a reason to fail."""
         if not self._address:
             return
         try:

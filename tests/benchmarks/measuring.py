@@ -158,7 +158,7 @@ class Latency:
 
 
 def ledger_part(simulator, start, count):
-    """What the simulator knows of so many events from one on."""
+    """What the simulator knows of a number of events from one on."""
     with requests.Session() as session:
         session.trust_env = False
         return session.get(f"{simulator.url}/_ledger?from={start}&n={count}", timeout=60).json()

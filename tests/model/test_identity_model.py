@@ -4,7 +4,7 @@ What VOD and the network may do happens at random, at times that no test chooses
 lose their answers, confirms are lost on the way there or back, or refused, and the process is killed. Each event must
 be delivered under a key of its own, and under one only.
 
-`VODPOLLER_IDENTITY_EXAMPLES` says how many orders are tried.
+`VODPOLLER_IDENTITY_EXAMPLES` is the number of orders that are tried.
 """
 
 import heapq
@@ -219,7 +219,7 @@ class Model:
             self._answer(waits, [])
 
     def _hand_out(self):
-        """VOD gives what is visible to the requests that hang, whoever asked first."""
+        """VOD gives what is visible to the requests that hang, in the order in which they came."""
         while self._hanging:
             visible = [it for it in self.queue if not it.is_confirmed and it.leased_until <= self.clock()]
             if not visible:

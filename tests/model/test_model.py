@@ -13,7 +13,7 @@ EXAMPLES = int(os.environ.get("VODPOLLER_MODEL_EXAMPLES", "60"))
 
 
 class Consumer(RuleBasedStateMachine):
-    """Events, faults, time and crashes in any order. `VODPOLLER_MODEL_EXAMPLES` says how many orders are tried."""
+    """Events, faults, time and crashes in any order. `VODPOLLER_MODEL_EXAMPLES` is the number of orders."""
 
     def __init__(self):
         super().__init__()

@@ -123,10 +123,10 @@ class Stage:
                 raise actor.error
 
     def run(self, *, most=100_000):
-        """Let them move until all wait, or so many steps are done; always the first, or always the last, that can.
+        """Let them move until all wait, or a number of steps is done; always the first, or always the last, that can.
 
         Returns:
-            How many steps there were.
+            Number of steps that there were.
         """
         done = 0
         while done < most and (ready := self.ready()):
@@ -425,7 +425,7 @@ class World:
         self.plain_script = deque()
         self.plain_accepted = []
         self.plain_casts = set()
-        self.excused = set()  # what the plain sink may get again: it has it, and nobody could write that down
+        self.excused = set()  # what the plain sink may get again: it has it, and that could not be written down
         self.journal_is_broken = False
         self.journal_committed = lambda connection: None
         self.violations = []
@@ -656,7 +656,7 @@ class World:
         return keys
 
     def delivering(self, sink, keys):
-        """Around each call of a sink: nobody else may be at it, nobody may know that the sink has it."""
+        """Around each call of a sink: no other may be at it, and none may know that the sink has it."""
         return _Delivering(self, sink, keys)
 
     def check_confirm(self, event):

@@ -52,7 +52,7 @@ def failure_of(sink, kind=TransientError, timeout_secs=10.0, sent=None):
 
 
 def is_alive(pid):
-    """Whether it runs; an orphan that nobody has reaped yet does not."""
+    """Whether it runs; an orphan that is not reaped yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

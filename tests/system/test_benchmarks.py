@@ -1,4 +1,4 @@
-"""The benchmark is no test; this only keeps its command from rotting."""
+"""The benchmark is not a test; this only keeps its command from rotting."""
 
 import subprocess
 import sys

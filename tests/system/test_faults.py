@@ -686,7 +686,7 @@ echo "$body" >> "$0"
 
 
 def is_alive(pid):
-    """Whether it runs; a zombie that nobody has asked after does not."""
+    """Whether it runs; a zombie whose end was not asked for does not."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

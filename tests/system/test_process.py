@@ -215,7 +215,7 @@ def test_ctrl_c_prints_no_traceback(system, args, module):
     assert ended(process)[0] in (1, -signal.SIGINT)
 
 
-# --- nobody reads -----------------------------------------------------------------------------------------------------
+# --- nothing reads ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
@@ -357,7 +357,7 @@ def test_no_command_fails_on_a_character(system, locale):
 def test_paths_of_any_characters_work_in_any_locale(tmp_path, name, locale):
     folder = tmp_path / name
     folder.mkdir()
-    # What is no text cannot be written in TOML: such a folder comes in as the working directory.
+    # What is not text cannot be written in TOML: such a folder comes in as the working directory.
     written = "" if name == os.fsdecode(b"\xff\xfe") else f"{folder}/"
     with running_system(tmp_path) as system:
         simulator = system.simulator(events=5)

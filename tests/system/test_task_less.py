@@ -94,12 +94,12 @@ def cloud_path(system):
 
 
 def feed(simulator, number=1):
-    """So many equal events of each type are born, one type after the other and then all again."""
+    """A number of equal events of each type are born, one type after the other and then all again."""
     simulator.feed(*list(BODIES.values()) * number)
 
 
 def await_settled(daemon, number, **fields):
-    """Lines of the log by which so many events of each type have had their confirm's result."""
+    """Lines of the log by which a number of events of each type have had their confirm's result."""
     return daemon.await_log(
         "event.settled", number=number * TYPES, where=lambda line: fields.items() <= line.items(), secs=30
     )

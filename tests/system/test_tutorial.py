@@ -38,6 +38,5 @@ def test_the_tutorial_s_sink_passes_the_conformance_suite(package):
         command, cwd=package, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    passed, skipped = re.search(r"(\d+) passed, (\d+) skipped", ended.stdout).groups()
-    assert int(passed) >= 18
-    assert int(skipped) == 1  # it has no position
+    assert re.search(r"^(\d+) passed in", ended.stdout, re.MULTILINE), "none may be skipped"
+    assert int(re.search(r"(\d+) passed", ended.stdout)[1]) >= 18

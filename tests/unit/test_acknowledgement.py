@@ -72,7 +72,7 @@ def test_while_the_call_goes_on_an_equal_event_after_the_lease_of_one_it_confirm
     try:
         process("first", [("first", equal)], LEASE_SECS)
         until(lambda: vod.asked == {"first"})
-        # So many that they and the first need two calls: that shows when they are in the queue.
+        # As many as need two calls together with the first: that shows when they are in the queue.
         process("others", [(f"h{number}", event(number)) for number in range(16)], 30.0)
         until(lambda: vod.asked == {"first", "others"})
         vod.may_send.set()

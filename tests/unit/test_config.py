@@ -406,7 +406,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (
             replaced('["archive"]', '["archive"]\nwhere = "Definition == 10"'),
             "routes.all.where",
-            ['"Definition == 10" is no JMESPath expression: column 15: "10" cannot stand here', "`10`"],
+            ['"Definition == 10" is not a JMESPath expression: column 15: "10" cannot stand here', "`10`"],
         ),
         (replaced('["archive"]', '["archive"]\nwhere = "a =="'), "routes.all.where", ["column 5: it ends too early"]),
         (replaced('["archive"]', '["archive"]\nwhere = "a == \'b"'), "routes.all.where", ["unclosed ' delimiter"]),
@@ -469,8 +469,8 @@ def test_a_mistake_is_one_problem_that_names_its_key_and_the_way_out(tmp_path, t
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("a = ", "line 1, column 5: this is no value (text stands in quotes"),
-        ("\n[log]\nlevel = debug", "line 3, column 9: this is no value"),
+        ("a = ", "line 1, column 5: this is not a value (text stands in quotes"),
+        ("\n[log]\nlevel = debug", "line 3, column 9: this is not a value"),
         ('[log]\nlevel = "info\nformat = 1', "line 2, column 14: a text is not closed on its line"),
         ("[log]\n[log]\n", "line 2, column 5: this table begins for the second time"),
         ("a = 1\na = 2\n", "line 2, column 6: a key is given twice"),
@@ -479,8 +479,8 @@ def test_a_mistake_is_one_problem_that_names_its_key_and_the_way_out(tmp_path, t
         ("[log", "line 1, column 5: the name of a table is not closed"),
         ("a = 'x", "line 1, column 7: a text is not closed"),
         ("a = '''x", "line 1, column 9: "),
-        (f"a = {'1' * 5000}", "this is no TOML"),
-        (f"a = {'[' * 5000}", "this is no TOML"),
+        (f"a = {'1' * 5000}", "this is not TOML"),
+        (f"a = {'[' * 5000}", "this is not TOML"),
     ],
 )
 def test_text_that_is_no_toml_is_one_problem_with_line_and_column(tmp_path, text, start):
@@ -657,8 +657,8 @@ def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, 
     [
         ("vodpoller_no_such_module:Sink", ["cannot be loaded: ModuleNotFoundError", "vodpoller_no_such_module"]),
         ("vodpoller.config.load:NoSuchName", ["cannot be loaded: AttributeError"]),
-        (f"{__name__}:NoSink", ["is no sink"]),
-        ("vodpoller.sinks:Sink", ["is no sink"]),
+        (f"{__name__}:NoSink", ["is not a sink"]),
+        ("vodpoller.sinks:Sink", ["is not a sink"]),
     ],
 )
 def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):

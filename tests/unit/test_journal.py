@@ -44,7 +44,7 @@ def opened(path, log, wall):
     def open_one(**more):
         settings = {"max_bytes": 10**9, "ledger_days": 14, "telemetry": Telemetry(log), "wall": wall, **more}
         journals.append(SqliteJournal(path, **settings))
-        # What is locked is known to be: nobody need wait for it.
+        # What is locked is known to be: no caller need wait for it.
         for connection in (journals[-1].commits.db, journals[-1]._reader):
             connection.execute("PRAGMA busy_timeout = 0")
         return journals[-1]
@@ -126,7 +126,7 @@ def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"this is no database at all, it is a text" * 100, b"SQLite format 3\0" + b"\xff" * 4096]
+    "content", [b"this is not a database at all, it is a text" * 100, b"SQLite format 3\0" + b"\xff" * 4096]
 )
 def test_a_corrupt_file_is_said_to_be_and_is_not_touched(opened, path, content):
     path.write_bytes(content)
@@ -263,7 +263,7 @@ def test_what_an_earlier_version_left_open_to_others_is_closed_to_them(opened, p
 @pytest.mark.parametrize("fault", ["corrupt", "of a later version", "of another program"])
 def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
     if fault == "corrupt":
-        path.write_bytes(b"this is no database at all, it is a text" * 100)
+        path.write_bytes(b"this is not a database at all, it is a text" * 100)
     else:
         change(path, "PRAGMA user_version = 99" if fault == "of a later version" else "CREATE TABLE cookies (id)")
     with pytest.raises(UnusableJournalError):
@@ -920,7 +920,9 @@ def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pu
     journal.store([letter(number) for number in range(500, 600)])
     journal.close()
     journal = opened()
-    change(path, "INSERT INTO marks VALUES ('other', 1)")  # so that nobody goes on with the pages that he has in memory
+    change(
+        path, "INSERT INTO marks VALUES ('other', 1)"
+    )  # so that no reader goes on with the pages that it has in memory
     damage(path)
     use = {
         "known": lambda: known(journal, 1),

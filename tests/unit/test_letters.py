@@ -72,7 +72,7 @@ class Routes:
 
 
 def replay(letters, *sinks, router=None, to=None, **wanted):
-    """How many were marked, and how many cannot be."""
+    """The number that were marked, and the number that cannot be."""
     portions = list(letters.replay(Filter(**wanted), router=router or Routes(), sinks=sinks, to=to))
     return sum(done for done, _ in portions), sum(undone for _, undone in portions)
 
@@ -129,7 +129,7 @@ def test_a_journal_of_0_1_can_be_looked_at_and_replayed_before_the_daemon_brings
 
 
 def test_a_file_that_is_no_database_is_not_a_traceback(path):
-    path.write_bytes(b"this is no database" * 100)
+    path.write_bytes(b"this is not a database" * 100)
 
     with pytest.raises(UnusableJournalError, match=r"journal\.db: the journal is corrupt .*\.recover"):
         Letters(path)
@@ -327,7 +327,7 @@ def test_marks_are_those_that_the_daemon_left(journal, letters):
 
 
 class Watched(Letters):
-    """Remembers how many rows each reading took into memory."""
+    """Remembers the number of rows that each reading took into memory."""
 
     def _read(self, query, values):
         rows = super()._read(query, values)

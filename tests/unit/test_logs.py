@@ -399,7 +399,7 @@ def test_a_pipe_that_takes_a_piece_at_a_time_gets_the_whole_line():
     assert b"".join(received) == (b"x" * 16_000 + b"\n") * 20
 
 
-# --- nobody reads -----------------------------------------------------------------------------------------------------
+# --- nothing reads ----------------------------------------------------------------------------------------------------
 
 
 def pipe_pair():
@@ -621,7 +621,7 @@ METHODS = {"debug", "info", "warning", "error", "critical", "exception"}
 
 
 def logged_names():
-    """Every event that our code logs: (name or None where it is no literal, where)."""
+    """Every event that our code logs: (name or None where it is not a literal, where)."""
     root = Path(vodpoller.__file__).parent
     for path in sorted(root.rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -47,7 +47,7 @@ def replay(letter_ids: tuple[int, ...], config_path: Path, *, target: str | None
         pending, dead = letters.count(Filter(state="pending")), letters.count(Filter())
     click.echo(f"{marked:,} to be delivered again")
     if impossible:
-        why = "unreadable" if target else "unreadable, without a route, or of a sink that is no more"
+        why = "unreadable" if target else "unreadable, without a route, or of a sink that no longer exists"
         click.echo(f"{impossible:,} cannot be: {why}" + ("" if target else " (see --to)"), err=True)
     all_done = not (missing or impossible)
     if running and marked:

@@ -16,7 +16,7 @@ from vodpoller.simulator.service import serve
 @click.option("--port", default=0, show_default=True, help="The port to listen on; 0 takes a free one.")
 @click.option("--events", default=0, show_default=True, help="Generated events in the queue at the start.")
 @click.option("--rate", default=0.0, show_default=True, help="Events per second that are born while it runs.")
-@click.option("--feed", default=0, show_default=True, help="How many --rate brings in all; 0 for no end.")
+@click.option("--feed", default=0, show_default=True, help="Total number of events that --rate brings; 0 for no end.")
 @click.option(
     "--events-file", type=click.Path(path_type=Path), help="Bodies to serve, one a line, passed on as they are."
 )

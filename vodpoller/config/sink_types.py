@@ -32,7 +32,7 @@ def load_sink_class(point: EntryPoint) -> type[Sink[Any]]:
         isinstance(config, type) and issubclass(config, SinkConfig)
     ):
         raise UnusableSinkError(
-            f"the sink type {quoted(point.name)} is no sink: {point.value} must be a vodpoller.sinks.Sink"
+            f"the sink type {quoted(point.name)} is not a sink: {point.value} must be a vodpoller.sinks.Sink"
             " with a Config (ask those who made the package)"
         )
     return sink_class

@@ -130,7 +130,7 @@ class Validation:
             )
             return None
         if not re.fullmatch(NAME_PATTERN, name) or len(name) > NAME_MAX_LENGTH:
-            self._problems.add(where, f"is no name for a sink ({NAME_RULE})")
+            self._problems.add(where, f"is not a name for a sink ({NAME_RULE})")
         type_name = table.get("type")
         place = (*where, "type")
         if "type" not in table:

@@ -260,7 +260,7 @@ def check_jmespath(expression: str) -> None:
 
 def _jmespath_problem(expression: str, position: int, what: str) -> str:
     return (
-        f"{quoted(expression)} is no JMESPath expression: column {position + 1}: {what}"
+        f"{quoted(expression)} is not a JMESPath expression: column {position + 1}: {what}"
         " (text stands in 'single quotes', numbers in `backticks`, as in Definition == `10`)"
     )
 
@@ -285,7 +285,7 @@ def toml_problem(error: ValueError | RecursionError, text: str) -> str:
     """
     found = _TOML_MESSAGE.fullmatch(str(error))
     if found is None:
-        return "this is no TOML (a number is too long, or brackets are nested too deeply)"
+        return "this is not TOML (a number is too long, or brackets are nested too deeply)"
     lines = text.split("\n")
     line, column = (int(found["line"]), int(found["column"])) if found["line"] else (len(lines), len(lines[-1]) + 1)
     message = found["message"]
@@ -299,7 +299,7 @@ _TOML_MESSAGE: Final = re.compile(
     r"(?P<message>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
 )
 _TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
-    "Invalid value": ("this is no value", 'text stands in quotes; numbers, true and false do not: name = "main"'),
+    "Invalid value": ("this is not a value", 'text stands in quotes; numbers, true and false do not: name = "main"'),
     "Cannot overwrite": ("a key is given twice", "delete one of the two lines"),
     "Cannot declare": ("this table begins for the second time", "put its keys together, or write [[…]] for a list"),
     "Illegal character '\\n'": ("a text is not closed on its line", 'end it with "'),
@@ -309,7 +309,7 @@ _TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
     "Expected '=' after": ("a key has no =", "key = value"),
     "Expected newline": ("something stands behind the value", "one key = value on each line; text in quotes"),
     "Expected ']' at": ("the name of a table is not closed", "[table] or [[list of tables]]"),
-    "Invalid statement": ("this is no key", "key = value, with letters, digits, _ and - in the key"),
+    "Invalid statement": ("this is not a key", "key = value, with letters, digits, _ and - in the key"),
     "Unclosed array": ("a list is not closed", "end it with ]"),
     "Unclosed inline table": ("a table in { } is not closed on its line", "end it with }"),
 }

@@ -12,7 +12,7 @@ _TOO_DEEP = f"it is nested more than {DEPTH_MAX} levels deep"
 
 
 class UnreadableError(ValueError):
-    """The text is no answer of VOD; says why."""
+    """The text is not an answer of VOD; says why."""
 
 
 def _finite(text: str) -> float:
@@ -43,8 +43,8 @@ def decode_json(text: str) -> Any:
         text: The whole document.
 
     Raises:
-        UnreadableError: It is not JSON, nested too deeply, holds a number that no double can hold, or so many values
-            that they would fill the memory.
+        UnreadableError: It is not JSON, nested too deeply, holds a number that no double can hold, or more values than
+            the memory should be filled with.
     """
     if len(text) > _VALUES_MAX and sum(map(text.count, "[{:,")) > _VALUES_MAX:
         raise UnreadableError(f"it holds more than {_VALUES_MAX:,} values")

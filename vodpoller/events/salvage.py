@@ -175,7 +175,7 @@ def _close(text: str, at: int, to_close: str) -> tuple[int, str]:
 
 
 def _balanced_end(text: str, at: int, limit: int) -> int:
-    """The end of what is no JSON: behind the bracket that closes what it opens, `limit` at most."""
+    """The end of what is not JSON: behind the bracket that closes what it opens, `limit` at most."""
     bare = _BARE.match(text, at)
     if bare is not None:
         return bare.end()

@@ -126,7 +126,7 @@ def version_of(db: sqlite3.Connection, path: Path) -> int:
             return 2 if "dead_bytes" in columns else 1
         if tables:
             raise UnusableJournalError(
-                f"{path}: this is no journal of vodpoller but another program's database: set journal.path to a file"
+                f"{path}: this is not a journal of vodpoller but another program's database: set journal.path to a file"
                 " that does not exist yet (for example /var/lib/vodpoller/journal.db)"
             )
     return int(version)
