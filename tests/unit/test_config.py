@@ -369,7 +369,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (replaced('name = "all"', 'name = "all of it"'), "routes[0].name", ['letters, digits, ".", "_" and "-"']),
         (replaced('name = "main"', ""), "sources[0].name", ['is missing (for example: name = "main")']),
         (replaced('name = "all"', f'name = "{"a" * 65}"'), f"routes.{'a' * 65}.name", ["at most 64"]),
-        (VALID.replace("archive", '"a b"').replace('""a b""', '"a b"'), "sinks.a b", ["no name for a sink"]),
+        (VALID.replace("archive", '"a b"').replace('""a b""', '"a b"'), "sinks.a b", ["not a name for a sink"]),
         # tables that lack
         (ROUTE + SINK, "sources", ["there is none", "[[sources]]"]),
         (SOURCE + SINK, "routes", ["there is none", "[[routes]]"]),
