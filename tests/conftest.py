@@ -5,6 +5,7 @@ import pytest
 
 from tests.certificates import make_certificate
 from tests.helpers import FakeClock, log_into
+from tests.receiver import running_receiver
 from vodpoller.logs import CATALOGUE
 
 # A shell that starts something in the background lets it ignore SIGINT, and what tests start would inherit that.
@@ -74,3 +75,10 @@ def clock():
 @pytest.fixture
 def certificate(tmp_path_factory):
     return make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def receiver():
+    """A webhook's receiver, which accepts at first."""
+    with running_receiver() as running:
+        yield running

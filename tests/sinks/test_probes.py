@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import sink_context
 from tests.processes import needs
-from tests.receiver import running_receiver, until
+from tests.receiver import until
 from vodpoller.errors import ConfigError
 from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.file.sink import FileConfig, FileSink
@@ -181,12 +181,6 @@ def test_a_disk_that_is_mounted_read_only_is_named_as_such(used, tmp_path, monke
 
 def hook(url, **more):
     return WebhookConfig(type="webhook", url=url, **more)
-
-
-@pytest.fixture
-def receiver():
-    with running_receiver() as running:
-        yield running
 
 
 @contextmanager

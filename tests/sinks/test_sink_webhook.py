@@ -50,12 +50,6 @@ def no_proxies(monkeypatch):
 
 
 @pytest.fixture
-def receiver():
-    with running_receiver() as running:
-        yield running
-
-
-@pytest.fixture
 def opened():
     sinks = []
 

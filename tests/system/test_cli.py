@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.processes import SECRET_KEY, HeldPort, environment, run_command, running_system, until
+from tests.processes import SECRET_KEY, HeldPort, environment, run_command, until
 from vodpoller import __version__
 from vodpoller.cli.app import main
 from vodpoller.cli.deadletters import deadletters
@@ -18,12 +18,6 @@ from vodpoller.cli.lazy import LazyCommand
 pytestmark = pytest.mark.system
 
 EX_CONFIG = 78
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
 
 
 def assert_says_so(done, code, *phrases):

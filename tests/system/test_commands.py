@@ -46,18 +46,6 @@ MANY = 10_000
 MEMORY_MAX_KB = 100 * 1024
 
 
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def receiver():
-    with running_receiver() as running:
-        yield running
-
-
 def hook_sink(url):
     return f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\n'
 

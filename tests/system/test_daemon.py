@@ -20,7 +20,6 @@ from tests.processes import (
     bodies_of,
     canonical,
     differences,
-    running_system,
     until,
 )
 from tests.receiver import Answer, Receiver, running_receiver
@@ -32,12 +31,6 @@ pytestmark = pytest.mark.system
 
 ALL_FAULTS = "reset=0.02,http_5xx=0.02,internal_error=0.02,limit=0.02,truncated=0.02,lost=0.02,slow=0.005"
 VERIFYING = {"secret_id": SECRET_ID, "secret_key": SECRET_KEY}
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
 
 
 def hook_sink(url, more="timeout_secs = 1"):

@@ -28,7 +28,6 @@ from tests.processes import (
     cannot_run,
     differences,
     environment,
-    running_system,
     until,
 )
 from tests.receiver import Answer, Receiver, running_receiver
@@ -36,18 +35,6 @@ from tests.receiver import Answer, Receiver, running_receiver
 pytestmark = pytest.mark.system
 
 LEASE_SECS = 1.5
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def receiver():
-    with running_receiver() as running:
-        yield running
 
 
 def hook_sink(url, more="timeout_secs = 1"):

@@ -10,18 +10,12 @@ from itertools import count
 import pytest
 
 from tests.model.world import World, folder_in_memory
-from tests.processes import DaemonProcess, bodies_of, differences, environment, running_system, until
+from tests.processes import DaemonProcess, bodies_of, differences, environment, until
 from tests.receiver import SlowReceiver, running_receiver
 
 pytestmark = pytest.mark.system
 
 LEASE_SECS = 1.2
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as system:
-        yield system
 
 
 class DoomedDaemon(DaemonProcess):

@@ -28,12 +28,6 @@ LOCALES = {
 STDOUT_SINK = '[sinks.out]\ntype = "stdout"\n'
 
 
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
-
-
 def started(args, *, redirections="", under=(), cwd=None, **env):
     """A command of vodpoller, started by a shell, which can close descriptors as a cron or a container may."""
     return subprocess.Popen(

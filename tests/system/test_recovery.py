@@ -6,18 +6,12 @@ import signal
 
 import pytest
 
-from tests.processes import ServiceManager, bodies_of, canonical, differences, running_system, until
+from tests.processes import ServiceManager, bodies_of, canonical, differences, until
 from tests.system.test_kill import DoomedDaemon
 
 pytestmark = pytest.mark.system
 
 PORTION = 10_000
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
 
 
 def body(number):

@@ -11,8 +11,8 @@ from datetime import datetime
 import pytest
 
 from tests.helpers import event, log_into
-from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, running_system, until
-from tests.receiver import Answer, running_receiver
+from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, until
+from tests.receiver import Answer
 from vodpoller.journal.sqlite import Letter, SqliteJournal
 from vodpoller.telemetry import Telemetry
 
@@ -29,18 +29,6 @@ MEMBERS = [
     "reload",
     "problems",
 ]
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-def receiver():
-    with running_receiver() as running:
-        yield running
 
 
 def status_of(system, *args):

@@ -15,8 +15,8 @@ from collections import Counter
 
 import pytest
 
-from tests.processes import canonical, running_system, until
-from tests.receiver import Answer, running_receiver
+from tests.processes import canonical, until
+from tests.receiver import Answer
 
 pytestmark = pytest.mark.system
 
@@ -65,18 +65,6 @@ BODIES = {
     )
 }
 TYPES = len(BODIES)
-
-
-@pytest.fixture
-def system(tmp_path):
-    with running_system(tmp_path) as system:
-        yield system
-
-
-@pytest.fixture
-def receiver():
-    with running_receiver() as receiver:
-        yield receiver
 
 
 def set_up(system, receiver, *, lease_secs=LEASE_SECS, source='unrouted = "dead_letter"', **options):
