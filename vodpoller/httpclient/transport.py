@@ -25,9 +25,10 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ProtocolError
 
+from vodpoller.errors import ConfigError
 from vodpoller.httpclient.address import Environment, port_of, proxy_parts
 from vodpoller.httpclient.connection import BoundedConnection, Connection, Deadline, Reach, TlsConnection
-from vodpoller.httpclient.trust import Roots
+from vodpoller.httpclient.trust import Roots, RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes
 
 _NEW_CONNECTION: Final = 0
@@ -111,13 +112,19 @@ class DeadlineAdapter(HTTPAdapter):
         """
         self._roots.context()
 
-    def reread_roots(self) -> None:
+    def reread_roots(self, key: str) -> None:
         """Read what vouches for certificates again, for all connections that are used from now on.
 
+        Args:
+            key: The configuration's, for the message.
+
         Raises:
-            RootsError: It cannot be read; what was read before stays in use.
+            ConfigError: It cannot be read; what was read before stays in use.
         """
-        self._roots.reread()
+        try:
+            self._roots.reread()
+        except RootsError as error:
+            raise ConfigError([f"{key}: {error}; what was read before stays in use"]) from None
         self.close()
         self.proxy_manager.clear()
 

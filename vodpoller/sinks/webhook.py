@@ -224,10 +224,7 @@ class WebhookSink(Sink[WebhookConfig]):
         Raises:
             ConfigError: It cannot be read; what was read before stays in use.
         """
-        try:
-            self._adapter.reread_roots()
-        except RootsError as error:
-            raise ConfigError([f"sinks.{self.name}.ca_file: {error}; what was read before stays in use"]) from None
+        self._adapter.reread_roots(f"sinks.{self.name}.ca_file")
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when their answer is in."""

@@ -22,7 +22,6 @@ from urllib3.exceptions import DecodeError
 
 from vodpoller import __version__
 from vodpoller.errors import (
-    ConfigError,
     OperatorError,
     RefusedHandlesError,
     StoppingError,
@@ -314,10 +313,7 @@ class VodClient:
         Raises:
             ConfigError: It cannot be read; what was read before stays in use.
         """
-        try:
-            self._adapter.reread_roots()
-        except RootsError as error:
-            raise ConfigError([f"api.ca_file: {error}; what was read before stays in use"]) from None
+        self._adapter.reread_roots("api.ca_file")
 
     def close(self) -> None:
         """Close the connections. A call that is under way may fail."""
