@@ -705,19 +705,25 @@ def test_after_a_rename_lines_follow_the_old_file_until_it_is_reopened(opened, p
     assert sink.position() == Position(inode=path.stat().st_ino, offset_bytes=len(line(3)))
 
 
-def test_reopening_during_an_append_waits_for_its_end(opened, path, tmp_path, files, monkeypatch):
-    sink = opened()
+def held_in_its_write(sink, files, monkeypatch):
+    """A thread that delivers, and is in its write until the event that comes with it is set."""
     in_write, go_on = threading.Event(), threading.Event()
 
-    def slow_write(fd, data):
+    def held_write(fd, data):
         in_write.set()
         assert go_on.wait(10)
         return os.write(fd, data)
 
-    monkeypatch.setattr(files, "write", slow_write)
+    monkeypatch.setattr(files, "write", held_write)
     delivering = threading.Thread(target=sink.deliver, args=([event(1)], 5.0))
     delivering.start()
     assert in_write.wait(10)
+    return delivering, go_on
+
+
+def test_reopening_during_an_append_waits_for_its_end(opened, path, tmp_path, files, monkeypatch):
+    sink = opened()
+    delivering, go_on = held_in_its_write(sink, files, monkeypatch)
     rotated = path.rename(tmp_path / "events.jsonl.1")
     sink.reopen()
     assert not path.exists()
@@ -971,17 +977,7 @@ def test_delivery_goes_on_after_recovery(restarted, path):
 def test_closing_does_not_wait_for_a_write_that_hangs(opened, files, monkeypatch):
     monkeypatch.setattr("vodpoller.sinks.file.sink._CLOSE_WAIT_SECS", 0.05)
     sink = opened()
-    in_write, go_on = threading.Event(), threading.Event()
-
-    def hanging_write(fd, data):
-        in_write.set()
-        assert go_on.wait(10)
-        return os.write(fd, data)
-
-    monkeypatch.setattr(files, "write", hanging_write)
-    delivering = threading.Thread(target=sink.deliver, args=([event(1)], 5.0))
-    delivering.start()
-    assert in_write.wait(10)
+    delivering, go_on = held_in_its_write(sink, files, monkeypatch)
     sink.close()
     assert delivering.is_alive()
     go_on.set()
