@@ -13,13 +13,13 @@ from vodpoller.journal import place as place_module
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
+    ClaimedEvent,
     Journal,
     Known,
     Letter,
     Portion,
     Position,
     Pulled,
-    StoredEvent,
 )
 from vodpoller.journal.operator import Filter, Letters
 from vodpoller.journal.sqlite import SqliteJournal
@@ -485,7 +485,7 @@ def test_a_stored_event_has_its_age(journal, clock, age_secs):
     journal.store([letter(1, attempts=3)])
     clock.advance(age_secs)
     (claimed,) = journal.claim_due("it", 1)
-    assert claimed == StoredEvent(row=claimed.row, event=event(1), sink="it", attempts=3, age_secs=age_secs)
+    assert claimed == ClaimedEvent(row=claimed.row, event=event(1), sink="it", attempts=3, age_secs=age_secs)
 
 
 @pytest.mark.parametrize("back_secs", [60.0, 10 * 365 * 86_400.0])

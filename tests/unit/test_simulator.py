@@ -37,7 +37,7 @@ from vodpoller.logs import CATALOGUE, make_logger
 from vodpoller.simulator.api import SlidingSecond
 from vodpoller.simulator.bodies import EventGenerator
 from vodpoller.simulator.options import FAULTS, SimulatorOptions, parse_faults
-from vodpoller.simulator.queue import EventQueue, RefusedHandlesError, StaleHandlesError
+from vodpoller.simulator.queue import EventQueue, ForgottenHandlesError, StaleHandlesError
 from vodpoller.simulator.service import Simulator
 
 SECRET_ID, SECRET_KEY = "AKIDsimulated", "a-key-of-no-worth"
@@ -265,7 +265,7 @@ def refused_of(queue, handles, *, atomic=True):
     """The handles that a confirm is told are refused."""
     try:
         queue.confirm(handles, atomic=atomic)
-    except RefusedHandlesError as error:
+    except ForgottenHandlesError as error:
         return list(error.handles)
     return []
 
@@ -332,7 +332,7 @@ def test_a_refused_handle_does_to_the_others_what_a_stale_one_does(atomic, confi
     queue = queue_of(Clock(), forget_confirms=1)
     queue.generate(4)
     handles = handles_of(taken(queue))
-    with pytest.raises(StaleHandlesError if with_stale else RefusedHandlesError) as error:
+    with pytest.raises(StaleHandlesError if with_stale else ForgottenHandlesError) as error:
         queue.confirm([*handles, *["no-handle"] * with_stale], atomic=atomic)
     assert error.value.handles == (("no-handle",) if with_stale else (handles[0],))
     assert queue.confirmed == confirmed
@@ -437,7 +437,7 @@ def test_every_event_is_confirmed_or_leased_or_visible_whatever_happens(script, 
                     queue.confirm(chosen, atomic=step == "confirm")
                 except StaleHandlesError:
                     assert step != "confirm" or queue.confirmed == before
-                except RefusedHandlesError as error:
+                except ForgottenHandlesError as error:
                     assert step != "confirm" or queue.confirmed == before
                     refused.update(error.handles)
         assert conserved(queue.stats())

@@ -10,7 +10,7 @@ from vodpoller.delivery.in_flight import Delivery, InFlight, State
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import StorageError
 from vodpoller.events.snapshots import event_fields
-from vodpoller.journal.contract import Journal, Known, StoredEvent
+from vodpoller.journal.contract import ClaimedEvent, Journal, Known
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry
 
@@ -90,7 +90,7 @@ class Retrier:
         finally:
             self._journal.release(not_taken)
 
-    def _due(self, worker: Worker) -> Sequence[StoredEvent]:
+    def _due(self, worker: Worker) -> Sequence[ClaimedEvent]:
         room = min(worker.room(), BATCH_ROWS)
         try:
             return self._journal.claim_due(worker.name, room) if room else ()
@@ -103,7 +103,7 @@ class Retrier:
         except StorageError:  # then it cannot be told what is still to be delivered
             return {}
 
-    def _delivery(self, row: StoredEvent, claimed_at: float) -> Delivery:
+    def _delivery(self, row: ClaimedEvent, claimed_at: float) -> Delivery:
         return Delivery(
             row.event,
             row.sink,
@@ -111,7 +111,7 @@ class Retrier:
             on_complete=lambda delivery, result: self._completed(row, claimed_at, delivery, result),
         )
 
-    def _completed(self, row: StoredEvent, claimed_at: float, delivery: Delivery, result: SinkResult) -> None:
+    def _completed(self, row: ClaimedEvent, claimed_at: float, delivery: Delivery, result: SinkResult) -> None:
         try:
             age_secs = row.age_secs + self._monotonic() - claimed_at
             self._write_down(row, age_secs, delivery, result)
@@ -119,7 +119,7 @@ class Retrier:
             self._journal.release([row])
             raise
 
-    def _write_down(self, row: StoredEvent, age_secs: float, delivery: Delivery, result: SinkResult) -> None:
+    def _write_down(self, row: ClaimedEvent, age_secs: float, delivery: Delivery, result: SinkResult) -> None:
         """What came of a claimed row; each way ends the claim: that of an accepted one has ended when it was."""
         match result.outcome:
             case Outcome.DELIVERED:
@@ -142,7 +142,7 @@ class Retrier:
             case _:
                 assert_never(result.outcome)
 
-    def _failed(self, row: StoredEvent, age_secs: float, delivery: Delivery, result: SinkResult) -> None:
+    def _failed(self, row: ClaimedEvent, age_secs: float, delivery: Delivery, result: SinkResult) -> None:
         if age_secs >= self._give_up_after_secs[row.sink]:
             self._bury(row, delivery, Reason.GAVE_UP, result.why)
             return
@@ -150,7 +150,7 @@ class Retrier:
         wait_secs = max(RETRY_BACKOFF.secs(attempts), result.retry_after_secs or 0.0)
         self._journal.reschedule(row, attempts=attempts, due_in_secs=wait_secs, error=result.why)
 
-    def _bury(self, row: StoredEvent, delivery: Delivery, reason: Reason, error: str) -> None:
+    def _bury(self, row: ClaimedEvent, delivery: Delivery, reason: Reason, error: str) -> None:
         try:
             self._journal.bury(row, attempts=row.attempts + delivery.attempts, reason=reason, error=error)
         except StorageError:  # the journal has said so; it stays pending, and comes to this again

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from vodpoller.events.event import restore_event
-from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, DUE_HORIZON_SECS, StoredEvent
+from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, DUE_HORIZON_SECS, ClaimedEvent
 from vodpoller.journal.statements import KEYS_PER_QUERY, LETTERS_BYTES
 from vodpoller.journal.unwritten import Pair, Unwritten
 
@@ -26,9 +26,9 @@ class Claims:
         self._unwritten = unwritten
         self._claiming = threading.Lock()
         self._lock = threading.Lock()
-        self._claims: dict[Pair, StoredEvent] = {}
+        self._claims: dict[Pair, ClaimedEvent] = {}
 
-    def claim_due(self, sink: str, limit: int, *, now: float) -> tuple[list[StoredEvent], list[tuple[int]]]:
+    def claim_due(self, sink: str, limit: int, *, now: float) -> tuple[list[ClaimedEvent], list[tuple[int]]]:
         """Claim pending events that are due, as `journal.contract.Journal.claim_due` says.
 
         Args:
@@ -66,9 +66,9 @@ class Claims:
         )
         return [row for row, key in due if key not in held][:limit]
 
-    def _read_due(self, sink: str, now: float, rows: Sequence[int]) -> tuple[list[StoredEvent], list[tuple[int]]]:
+    def _read_due(self, sink: str, now: float, rows: Sequence[int]) -> tuple[list[ClaimedEvent], list[tuple[int]]]:
         """The stored events of these numbers, and the numbers of those that the ledger has."""
-        found: list[StoredEvent] = []
+        found: list[ClaimedEvent] = []
         accepted: list[tuple[int]] = []
         for first in range(0, len(rows), KEYS_PER_QUERY):
             portion = rows[first : first + KEYS_PER_QUERY]
@@ -86,10 +86,10 @@ class Claims:
                     continue
                 event = restore_event(body=body, key=key, event_type=event_type, source=source, sub_app_id=sub_app_id)
                 age_secs = max(now - stored_at, 0.0)
-                found.append(StoredEvent(row=row, event=event, sink=sink, attempts=attempts, age_secs=age_secs))
+                found.append(ClaimedEvent(row=row, event=event, sink=sink, attempts=attempts, age_secs=age_secs))
         return found, accepted
 
-    def release(self, claimed: Iterable[StoredEvent]) -> None:
+    def release(self, claimed: Iterable[ClaimedEvent]) -> None:
         """End claims; one that has ended is ignored."""
         with self._lock:
             for stored in claimed:

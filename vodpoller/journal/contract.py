@@ -101,7 +101,7 @@ class Letter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredEvent:
+class ClaimedEvent:
     """A pending event that its claimant, and no other, may deliver now.
 
     Args:
@@ -236,7 +236,7 @@ class Journal(Protocol):
             StorageError: None is stored: VOD must keep them all.
         """
 
-    def claim_due(self, sink: str, limit: int) -> Sequence[StoredEvent]:
+    def claim_due(self, sink: str, limit: int) -> Sequence[ClaimedEvent]:
         """Claim pending events of a sink whose delay is over, the longest overdue first.
 
         What is claimed is not given again, here or to another claimant, until the claim ends: by `release`,
@@ -251,10 +251,10 @@ class Journal(Protocol):
             StorageError: It cannot be read, or what is delivered now could not be remembered. Nothing is claimed.
         """
 
-    def release(self, claimed: Iterable[StoredEvent]) -> None:
+    def release(self, claimed: Iterable[ClaimedEvent]) -> None:
         """End claims and change nothing else: the events are due. Never raises; a claim that has ended is ignored."""
 
-    def reschedule(self, claimed: StoredEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
+    def reschedule(self, claimed: ClaimedEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
         """Have a claimed event tried again later; never raises. Written by the next `flush` at the latest.
 
         The claim ends when this is written, so that it is not given before its delay is over; or, as if released, when
@@ -267,7 +267,7 @@ class Journal(Protocol):
             error: What the last attempt said; None to keep what was said before.
         """
 
-    def bury(self, claimed: StoredEvent, *, attempts: int, reason: str, error: str) -> None:
+    def bury(self, claimed: ClaimedEvent, *, attempts: int, reason: str, error: str) -> None:
         """Make a claimed event a dead letter, even beyond the room of dead letters; the claim ends in any case.
 
         When this returns it would survive a loss of power. One that the operator deleted or moved is left alone.

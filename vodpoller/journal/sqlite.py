@@ -21,6 +21,7 @@ from vodpoller.journal.condition import Condition
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
+    ClaimedEvent,
     Journal,
     Known,
     Letter,
@@ -28,7 +29,6 @@ from vodpoller.journal.contract import (
     Position,
     Pulled,
     StoredCount,
-    StoredEvent,
 )
 from vodpoller.journal.group_commit import GroupCommit
 from vodpoller.journal.opening import Connect, open_journal
@@ -314,7 +314,7 @@ class SqliteJournal(Journal):
         self._telemetry.repeated("error", "journal.failed", cause=message, path=str(self._path), **error.fields())
         return error
 
-    def claim_due(self, sink: str, limit: int) -> list[StoredEvent]:
+    def claim_due(self, sink: str, limit: int) -> list[ClaimedEvent]:
         if self._condition.corrupt:  # what would be delivered now could not be remembered
             raise StorageError(self._condition.corrupt)
         found, accepted = self._claims.claim_due(sink, limit, now=self._wall())
@@ -322,10 +322,10 @@ class SqliteJournal(Journal):
             self.commits.defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
         return found
 
-    def release(self, claimed: Iterable[StoredEvent]) -> None:
+    def release(self, claimed: Iterable[ClaimedEvent]) -> None:
         self._claims.release(claimed)
 
-    def reschedule(self, claimed: StoredEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
+    def reschedule(self, claimed: ClaimedEvent, *, attempts: int, due_in_secs: float, error: str | None) -> None:
         due_at = self._wall() + min(due_in_secs, DUE_HORIZON_SECS)
         values = (attempts, due_at, None if error is None else short_text(error), claimed.row)
         self.commits.defer(
@@ -335,7 +335,7 @@ class SqliteJournal(Journal):
             on_end=lambda: self._claims.release((claimed,)),
         )
 
-    def bury(self, claimed: StoredEvent, *, attempts: int, reason: str, error: str) -> None:
+    def bury(self, claimed: ClaimedEvent, *, attempts: int, reason: str, error: str) -> None:
         values = (attempts, reason, short_text(error), claimed.row)
         try:
             self.commits.write(

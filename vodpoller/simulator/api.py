@@ -33,7 +33,7 @@ from vodpoller.simulator.options import (
     is_whole,
     parse_faults,
 )
-from vodpoller.simulator.queue import EventQueue, LedgerRow, RefusedHandlesError, StaleHandlesError
+from vodpoller.simulator.queue import EventQueue, ForgottenHandlesError, LedgerRow, StaleHandlesError
 from vodpoller.simulator.server import REASONS, Connection, Request
 from vodpoller.simulator.signature import verify
 
@@ -282,7 +282,7 @@ class Api:
         except StaleHandlesError as error:
             self._counts["confirms_stale"] += 1
             raise ApiError("InvalidParameterValue.EventHandle", f"{error}.") from error
-        except RefusedHandlesError as error:
+        except ForgottenHandlesError as error:
             raise ApiError("InvalidParameterValue", f"{error}.") from error
         self._counts["confirms"] += 1
 

@@ -29,7 +29,7 @@ class StaleHandlesError(VodpollerError):
         self.handles = tuple(handles)
 
 
-class RefusedHandlesError(VodpollerError):
+class ForgottenHandlesError(VodpollerError):
     """A confirm named handles that are refused on purpose (`forget_confirms`), and no stale ones.
 
     Args:
@@ -205,7 +205,7 @@ class EventQueue:
 
         Raises:
             StaleHandlesError: Some handles are stale.
-            RefusedHandlesError: Some handles are refused on purpose.
+            ForgottenHandlesError: Some handles are refused on purpose.
         """
         self.expire()
         leased = [handle for handle in dict.fromkeys(handles) if handle in self._leased]
@@ -218,7 +218,7 @@ class EventQueue:
         if stale:
             raise StaleHandlesError(stale)
         if refused:
-            raise RefusedHandlesError(refused)
+            raise ForgottenHandlesError(refused)
 
     def _is_refused(self, handle: str) -> bool:
         """Whether it is refused until its lease is over: decided when it is first asked for."""
