@@ -10,15 +10,6 @@ from vodpoller.events.event import make_event
 from vodpoller.sinks.contract import Sink, SinkContext
 
 
-def until(condition, *, secs=10.0, what="it did not come true in time"):
-    """Poll for something that is about to come true; returns what the condition said."""
-    ends_at = time.monotonic() + secs
-    while not (value := condition()):
-        assert time.monotonic() < ends_at, what
-        time.sleep(0.002)
-    return value
-
-
 class FakeClock:
     """A clock that stands still until a test, or somebody who sleeps, moves it."""
 

@@ -16,22 +16,11 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.polling import until
+
 ROOT = Path(__file__).resolve().parent.parent
 SECRET_ID = "AKIDwholedaemon"
 SECRET_KEY = "the-key-of-the-whole-daemon-tests"
-
-
-def until(condition, *, secs=15.0, every_secs=0.05, what="it did not come true in time"):
-    """Poll for something that is about to come true.
-
-    Returns:
-        What the condition said, which is true.
-    """
-    ends_at = time.monotonic() + secs
-    while not (value := condition()):
-        assert time.monotonic() < ends_at, what() if callable(what) else what
-        time.sleep(every_secs)
-    return value
 
 
 def cannot_run(reason):

@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -88,7 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = self.headers.get("Content-Length")
+        body = self.rfile.read(int(length or 0))
+        if (self.command == "POST" and length is None) or len(body) < int(length or 0):
+            self.close_connection = True  # it was cut off: the client has died amid it
+            return
         received = Received(self.command, self.path, dict(self.headers), body, self.client_address)
         with self.server.lock:
             answer = self.server.answer_to(received)
@@ -128,14 +131,6 @@ def running_receiver(receiver=None):
         thread.join()
         receiver.hang_up()
         receiver.server_close()
-
-
-def until(condition, *, secs=10.0):
-    """Poll for a condition that is about to come true."""
-    ends_at = time.monotonic() + secs
-    while not condition():
-        assert time.monotonic() < ends_at, "it did not come true in time"
-        time.sleep(0.005)
 
 
 # --- servers that are none ---

@@ -21,7 +21,8 @@ from tests.benchmarks.measuring import (
     watch,
 )
 from tests.benchmarks.report import Table, megabytes, milliseconds, number, percent
-from tests.processes import run_command, running_system, until
+from tests.polling import until
+from tests.processes import run_command, running_system
 
 QUOTA_REQUESTS_PER_SEC = 100
 QUOTA_EVENTS_PER_SEC = 16 * QUOTA_REQUESTS_PER_SEC

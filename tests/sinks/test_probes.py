@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 import pytest
 
 from tests.helpers import sink_context
+from tests.polling import until
 from tests.processes import needs
-from tests.receiver import until
 from vodpoller.errors import ConfigError
 from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.file.sink import FileConfig, FileSink

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.helpers import sink_context
-from tests.receiver import until
+from tests.polling import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import make_event, restore_event
 from vodpoller.sinks.exec import ExecConfig, ExecSink

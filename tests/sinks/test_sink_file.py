@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.helpers import named, sink_context
-from tests.receiver import until
+from tests.polling import until
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import event_key, make_event, restore_event
 from vodpoller.journal.contract import Position

@@ -13,6 +13,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from tests.certificates import make_certificate
 from tests.helpers import sink_context
+from tests.polling import until
 from tests.receiver import (
     Answer,
     Receiver,
@@ -23,7 +24,6 @@ from tests.receiver import (
     read_request,
     reads_slowly,
     running_receiver,
-    until,
 )
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, RejectedError, TransientError

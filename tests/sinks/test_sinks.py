@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import pytest
 
-from tests.receiver import Answer, Receiver, running_receiver, until
+from tests.polling import until
+from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller.events.event import make_event
 from vodpoller.events.snapshots import SNAPSHOT_EVENT_TYPE
 from vodpoller.sinks.file.appending import Files

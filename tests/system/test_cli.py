@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from tests.processes import SECRET_KEY, HeldPort, environment, run_command, until
+from tests.polling import until
+from tests.processes import SECRET_KEY, HeldPort, environment, run_command
 from vodpoller import __version__
 from vodpoller.cli.app import main
 from vodpoller.cli.deadletters import deadletters

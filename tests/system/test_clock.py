@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.processes import ROOT, SECRET_ID, SECRET_KEY, System, until
+from tests.polling import until
+from tests.processes import ROOT, SECRET_ID, SECRET_KEY, System
 from tests.receiver import Answer, running_receiver
 from vodpoller.events.identity import has_own_id
 

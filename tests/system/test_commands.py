@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import event, log_into
+from tests.polling import until
 from tests.processes import (
     ROOT,
     SECRET_ID,
@@ -31,7 +32,6 @@ from tests.processes import (
     environment,
     run_command,
     running_system,
-    until,
 )
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller.journal.contract import Letter

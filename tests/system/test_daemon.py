@@ -12,16 +12,8 @@ from collections import Counter
 import pytest
 
 from tests import shapes
-from tests.processes import (
-    SECRET_ID,
-    SECRET_KEY,
-    HeldPort,
-    ServiceManager,
-    bodies_of,
-    canonical,
-    differences,
-    until,
-)
+from tests.polling import until
+from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, bodies_of, canonical, differences
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import daemon as daemon_module
 from vodpoller.config.load import load

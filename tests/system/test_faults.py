@@ -19,17 +19,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.processes import (
-    ROOT,
-    SECRET_ID,
-    DaemonProcess,
-    HeldPort,
-    bodies_of,
-    cannot_run,
-    differences,
-    environment,
-    until,
-)
+from tests.polling import until
+from tests.processes import ROOT, SECRET_ID, DaemonProcess, HeldPort, bodies_of, cannot_run, differences, environment
 from tests.receiver import Answer, Receiver, running_receiver
 
 pytestmark = pytest.mark.system

@@ -10,7 +10,8 @@ from itertools import count
 import pytest
 
 from tests.model.world import World, folder_in_memory
-from tests.processes import DaemonProcess, bodies_of, differences, environment, until
+from tests.polling import until
+from tests.processes import DaemonProcess, bodies_of, differences, environment
 from tests.receiver import SlowReceiver, running_receiver
 
 pytestmark = pytest.mark.system

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ServiceManager, cannot_run, environment, running_system, until
+from tests.polling import until
+from tests.processes import ServiceManager, cannot_run, environment, running_system
 
 pytestmark = pytest.mark.system
 

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from tests.processes import ServiceManager, bodies_of, canonical, differences, until
+from tests.polling import until
+from tests.processes import ServiceManager, bodies_of, canonical, differences
 from tests.system.test_kill import DoomedDaemon
 
 pytestmark = pytest.mark.system

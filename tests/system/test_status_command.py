@@ -11,7 +11,8 @@ from datetime import datetime
 import pytest
 
 from tests.helpers import event, log_into
-from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command, until
+from tests.polling import until
+from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, run_command
 from tests.receiver import Answer
 from vodpoller.journal.sqlite import Letter, SqliteJournal
 from vodpoller.telemetry import Telemetry

@@ -15,7 +15,8 @@ from collections import Counter
 
 import pytest
 
-from tests.processes import canonical, until
+from tests.polling import until
+from tests.processes import canonical
 from tests.receiver import Answer
 
 pytestmark = pytest.mark.system

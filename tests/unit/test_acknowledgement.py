@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from tests.helpers import event, until
+from tests.helpers import event
+from tests.polling import until
 from tests.unit.test_pipeline import Line, Route, Source
 from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.errors import RefusedHandlesError

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import named, until
+from tests.helpers import named
+from tests.polling import until
 from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
 from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness

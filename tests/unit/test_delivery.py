@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send, until
+from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send
+from tests.polling import until
 from vodpoller.backoff import Backoff
 from vodpoller.clock import timestamp
 from vodpoller.delivery.breaker import Breaker

@@ -13,6 +13,7 @@ import pytest
 import requests
 from urllib3.exceptions import HTTPError
 
+from tests.polling import until
 from tests.receiver import (
     Answer,
     Receiver,
@@ -23,7 +24,6 @@ from tests.receiver import (
     read_request,
     reads_slowly,
     running_receiver,
-    until,
 )
 from vodpoller.httpclient.address import Environment, environment_of, host_header, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, was_repeated

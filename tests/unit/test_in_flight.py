@@ -3,7 +3,8 @@ import time
 
 import pytest
 
-from tests.helpers import event, until
+from tests.helpers import event
+from tests.polling import until
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import FakeClock, event, log_into, named, until
+from tests.helpers import FakeClock, event, log_into, named
+from tests.polling import until
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import wal as wal_module
 from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Known, Letter, Position

@@ -3,7 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from tests.helpers import FakeClock, MemorySink, event, named, until
+from tests.helpers import FakeClock, MemorySink, event, named
+from tests.polling import until
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight
 from vodpoller.delivery.retrier import Retrier
 from vodpoller.delivery.worker import Worker

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import pytest
 
-from tests.helpers import MemorySink, event, named, until
+from tests.helpers import MemorySink, event, named
+from tests.polling import until
 from vodpoller.batch import Batch
 from vodpoller.delivery.in_flight import DeliveryWait, InFlight
 from vodpoller.delivery.worker import Worker

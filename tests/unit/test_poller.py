@@ -6,7 +6,8 @@ from queue import Queue
 
 import pytest
 
-from tests.helpers import FakeClock, named, until
+from tests.helpers import FakeClock, named
+from tests.polling import until
 from vodpoller.delivery.in_flight import WaitEnd
 from vodpoller.errors import OperatorError, StoppingError, ThrottledError, TransientError
 from vodpoller.events.event import Lease

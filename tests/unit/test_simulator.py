@@ -31,6 +31,7 @@ from tencentcloud.vod.v20180717 import models
 from tencentcloud.vod.v20180717.vod_client import VodClient
 
 import vodpoller
+from tests.polling import until
 from tests.processes import environment
 from vodpoller.cli.app import main
 from vodpoller.logs import CATALOGUE, make_logger
@@ -115,13 +116,6 @@ def handles_of(events):
 
 def bodies(count):
     return [json.dumps({"EventType": "Numbered", "Numbered": {"N": number}}) for number in range(count)]
-
-
-def until(condition, what):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.002)
 
 
 def conserved(stats):
@@ -691,7 +685,7 @@ def test_the_quota_holds_over_a_sliding_second_for_each_action(run, client):
     stats = simulator.stats()
     assert (stats["refused_by_limit"], stats["pulls"]) == (2, 3)
     assert stats["peak_requests_per_sec"] == {"PullEvents": 5, "ConfirmEvents": 1}
-    until(lambda: code_of(api.call("PullEvents")) is None, "the quota comes back")
+    until(lambda: code_of(api.call("PullEvents")) is None, what="the quota comes back")
 
 
 @pytest.mark.parametrize(("confirms", "allowed"), [(2, 2), (0, 6)])
@@ -831,7 +825,7 @@ def test_pulls_that_hang_get_what_is_fed_at_once_the_longest_waiting_first(run, 
         thread = threading.Thread(target=pull, args=(name, client(simulator)))
         thread.start()
         threads.append(thread)
-        until(lambda: simulator.stats()["pulls_hanging_now"] == len(threads), "the pull hangs")
+        until(lambda: simulator.stats()["pulls_hanging_now"] == len(threads), what="the pull hangs")
     for number, thread in enumerate(threads):
         simulator.feed(bodies(1))
         thread.join(10)
@@ -845,8 +839,8 @@ def test_a_client_that_leaves_while_its_pull_hangs_takes_no_event(run, client):
     head = "POST / HTTP/1.1\r\nX-TC-Action: PullEvents\r\nX-TC-Version: 2018-07-17\r\nContent-Length: 2\r\n\r\n{}"
     with socket.create_connection((host, int(port))) as leaving:
         leaving.sendall(head.encode())
-        until(lambda: simulator.stats()["pulls_hanging_now"] == 1, "the pull hangs")
-    until(lambda: simulator.stats()["pulls_abandoned"] == 1, "the pull is given up")
+        until(lambda: simulator.stats()["pulls_hanging_now"] == 1, what="the pull hangs")
+    until(lambda: simulator.stats()["pulls_abandoned"] == 1, what="the pull is given up")
     simulator.feed(bodies(3))
     assert simulator.stats()["visible"] == 3
     assert len(client(simulator).pull()) == 3
@@ -1067,13 +1061,13 @@ def test_the_lines_of_a_file_end_a_rate_without_a_total(run, tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(bodies(5)))
     simulator = run(rate=500.0, events_file=path)
-    until(lambda: not simulator.stats()["feeding"], "the file is at its end")
+    until(lambda: not simulator.stats()["feeding"], what="the file is at its end")
     assert simulator.stats()["fed"] == 5
 
 
 def test_a_rate_without_a_total_goes_on(run):
     simulator = run(rate=1000.0)
-    until(lambda: simulator.stats()["fed"] > 100, "events are born")
+    until(lambda: simulator.stats()["fed"] > 100, what="events are born")
     assert simulator.stats()["feeding"]
 
 
@@ -1249,7 +1243,7 @@ def test_requests_in_pieces_in_one_piece_and_with_100_continue_are_served(run):
     request = b"POST /_feed HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
     with socket.create_connection((host, int(port)), timeout=10) as peer, peer.makefile("rb") as answers:
         peer.sendall(request[:30])
-        until(lambda: simulator.stats()["connections_now"] == 1, "the first piece is there")
+        until(lambda: simulator.stats()["connections_now"] == 1, what="the first piece is there")
         peer.sendall(request[30:] + request + request)
         for _ in range(3):
             assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
@@ -1281,7 +1275,7 @@ def test_a_stopped_simulator_cuts_its_connections_and_still_tells_what_happened(
 
     thread = threading.Thread(target=pull)
     thread.start()
-    until(lambda: simulator.stats()["pulls_hanging_now"] == 1, "the pull hangs")
+    until(lambda: simulator.stats()["pulls_hanging_now"] == 1, what="the pull hangs")
     simulator.stop()
     simulator.stop()
     thread.join(10)
