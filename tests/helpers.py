@@ -7,6 +7,7 @@ import structlog
 
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, WaitEnd
 from vodpoller.events.event import make_event
+from vodpoller.logs import EACH
 from vodpoller.sinks.contract import Sink, SinkContext
 
 
@@ -27,7 +28,7 @@ def log_into(lines, level="debug"):
     """A logger that keeps its lines as dicts."""
 
     def keep(_logger, method, line):
-        lines.append({**line, "level": method})
+        lines.extend({**line, **fields, "level": method} for fields in line.pop(EACH, ({},)))
         raise structlog.DropEvent
 
     return structlog.wrap_logger(

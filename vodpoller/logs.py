@@ -9,8 +9,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, Final, Literal, Protocol, TextIO
 
@@ -30,6 +30,8 @@ PATIENCE_SECS: Final = 1.0
 REMEMBERED_CAUSES: Final = 1000
 REMEMBERED_CHARS: Final = 500  # of each
 _OF_SEVERAL_LINES: Final = frozenset({"exception", "stack"})
+# A field that stands for several lines: each of its mappings has the fields of one, beside those that all have.
+EACH: Final = "each"
 
 CATALOGUE: Final[Mapping[str, str]] = {
     "api.answered": "a call to VOD ended (debug)",
@@ -121,33 +123,13 @@ class LineLogger:
             self._outlet: Outlet | None = Outlet(stream.fileno())
         except (OSError, ValueError):
             self._outlet = None
-        self._here = threading.local()
         self._lock = threading.Lock()
         self._owed = b""  # the rest of what was begun: nothing else may be written before it
         self._dropped_lines = 0
         self._is_stuck = False
 
-    def msg(self, line: bytes) -> None:
-        """Write one line, or drop it. Nothing that happens to the reader stops the daemon."""
-        kept: list[bytes] | None = getattr(self._here, "kept", None)
-        if kept is None:
-            self._write([line])
-        else:
-            kept.append(line)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What this thread logs until the end of the `with` is written then, in one write."""
-        kept: list[bytes] = []
-        self._here.kept = kept
-        try:
-            yield
-        finally:
-            self._here.kept = None
-            if kept:
-                self._write(kept)
-
-    def _write(self, lines: Sequence[bytes]) -> None:
+    def msg(self, *lines: bytes) -> None:
+        """Write lines in one write, or drop them. Nothing that happens to the reader stops the daemon."""
         with self._lock:
             if self._outlet is None:
                 with suppress(OSError, ValueError):
@@ -228,7 +210,7 @@ def cleared(value: Any, searched: Sequence[str]) -> Any:
 
 
 class _Renderer:
-    """Makes a line of an entry, without what must not be in it.
+    """Makes a line of an entry, or several if it has `EACH`, without what must not be in them.
 
     Args:
         priorities: Whether lines begin with sd-daemon's `<priority>`.
@@ -242,7 +224,8 @@ class _Renderer:
         self._searched: list[str] = []
         self._forms: tuple[bytes, ...] = ()
 
-    def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> bytes:
+    def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> tuple[Sequence[bytes], EventDict]:
+        """As structlog calls it, last of all: arguments for `LineLogger.msg`."""
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
         # What every line has comes first, for the eyes of an operator who tails them.
         head = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")}
@@ -251,18 +234,22 @@ class _Renderer:
             self._searched = searched_for(known)
             self._forms = tuple(form for secret in self._searched for form in _forms_of(secret))
             self._known = known
-        return prefix + self._line(head, dict(event_dict)) + b"\n"
+        each = event_dict.pop(EACH, ({},))
+        fields = [{**event_dict, **its_own} for its_own in each]
+        return [prefix + line + b"\n" for line in self._lines(head, fields)], {}
 
-    def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
+    def _lines(self, head: dict[str, Any], each: Sequence[dict[str, Any]]) -> Iterable[bytes]:
         raise NotImplementedError
 
 
 class _Json(_Renderer):
-    def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
-        line = _encode(head | fields)
-        if any(form in line for form in self._forms):
-            line = _encode(head | cleared(fields, self._searched))  # before a cut, which may leave half of a secret
-        return line if len(line) <= LINE_MAX_BYTES - 8 else _shortened(line)
+    def _lines(self, head: dict[str, Any], each: Sequence[dict[str, Any]]) -> Iterable[bytes]:
+        lines = [_encode({**head, **fields}) for fields in each]
+        together = b"".join(lines)  # looking through them one by one takes as long as all else
+        if any(form in together for form in self._forms):
+            # Before a cut, which may leave half of a secret.
+            lines = [_encode({**head, **cleared(fields, self._searched)}) for fields in each]
+        return (line if len(line) <= LINE_MAX_BYTES - 8 else _shortened(line) for line in lines)
 
 
 class _Console(_Renderer):
@@ -272,6 +259,9 @@ class _Console(_Renderer):
         self._render = structlog.dev.ConsoleRenderer(
             colors=colors, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
         )
+
+    def _lines(self, head: dict[str, Any], each: Sequence[dict[str, Any]]) -> Iterable[bytes]:
+        return (self._line(head, fields) for fields in each)
 
     def _line(self, head: dict[str, Any], fields: dict[str, Any]) -> bytes:
         shown = {name: _shown(name, value) for name, value in cleared(fields, self._searched).items()}
@@ -401,7 +391,8 @@ def make_logger(
         entry: Any = {"event": "log.dropped", "dropped_lines": dropped_lines}
         for processor in processors:
             entry = processor(None, "warning", entry)
-        return bytes(entry)
+        (line,), _ = entry
+        return bytes(line)
 
     log: Logger = structlog.wrap_logger(
         LineLogger(stream, told=told),

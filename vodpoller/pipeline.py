@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from vodpoller.batch import Batch, Source
 from vodpoller.delivery.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
@@ -373,26 +373,12 @@ class Pipeline:
         with self._counting:
             self.unconfirmed_events += sum(not item.is_acknowledged for item in items)
         self._telemetry.add(_numbers(items, batch.source.name))
-        with self._telemetry.together():
-            for item in items:
-                self._say_settled(item, batch, now)
-
-    def _say_settled(self, item: _Item, batch: Batch, now: float) -> None:
-        self._telemetry.log.info(
-            "event.settled",
-            **event_fields(item.event),
-            routes=item.routes,
-            sinks={sink: {"outcome": it.outcome.value, "reason": it.reason.value} for sink, it in item.results.items()},
-            settlement=item.verdict.settlement.value,
-            reason=item.verdict.reason.value,
-            confirmed=item.is_confirmed,
-            **_confirm_fields(item),
-            pull_request_id=batch.request_id,
-            duration_secs=round(now - batch.received_at, 4),
-            lease_left_secs=round(batch.lease.ends_at - now, 3),
-            redelivered=item.redelivered,
-            **_failed_snapshots(item.event),
-        )
+        of_batch = {
+            "pull_request_id": batch.request_id,
+            "duration_secs": round(now - batch.received_at, 4),
+            "lease_left_secs": round(batch.lease.ends_at - now, 3),
+        }
+        self._telemetry.settled([_settled_fields(item, of_batch) for item in items])
 
 
 def _numbers(items: Iterable[_Item], source: str) -> Counter[tuple[Count, Labels]]:
@@ -458,6 +444,22 @@ def _letter(event: Event, sink: str, result: SinkResult) -> Letter:
         attempts=result.attempts,
         due_in_secs=max(STORED_RETRY_SECS, result.retry_after_secs or 0.0),
     )
+
+
+def _settled_fields(item: _Item, of_batch: Mapping[str, Any]) -> dict[str, Any]:
+    """An event's line."""
+    return {
+        **event_fields(item.event),
+        "routes": item.routes,
+        "sinks": {sink: {"outcome": it.outcome.value, "reason": it.reason.value} for sink, it in item.results.items()},
+        "settlement": item.verdict.settlement.value,
+        "reason": item.verdict.reason.value,
+        "confirmed": item.is_confirmed,
+        **_confirm_fields(item),
+        **of_batch,
+        "redelivered": item.redelivered,
+        **_failed_snapshots(item.event),
+    }
 
 
 def _confirm_fields(item: _Item) -> dict[str, str]:

@@ -7,12 +7,11 @@ README), so that whatever shows numbers reads them here and counts nothing itsel
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from vodpoller.logs import Level, LineLogger, Logger, Repeats
+from vodpoller.logs import EACH, Level, Logger, Repeats
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -49,12 +48,6 @@ class Telemetry:
         """The view of one part of the daemon: its causes of repeated lines are its own."""
         return Scope(self, Repeats(self.log, monotonic=self._monotonic))
 
-    def together(self) -> AbstractContextManager[None]:
-        """What this thread logs until the end of the `with` is written then, in one write."""
-        # structlog documents this attribute for code that wraps its loggers ("BoundLoggerBase").
-        logger = getattr(self.log, "_logger", None)
-        return logger.together() if isinstance(logger, LineLogger) else nullcontext()
-
     def add(self, numbers: Mapping[tuple[Count, Labels], int]) -> None:
         """Count several things at once."""
         with self._lock:
@@ -84,9 +77,14 @@ class Scope:
         self._repeats = repeats
         self.log = telemetry.log
 
-    def together(self) -> AbstractContextManager[None]:
-        """As `Telemetry.together`."""
-        return self._telemetry.together()
+    def settled(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Log what became of a batch's events: rendered together and written in one write.
+
+        Args:
+            lines: The fields of each event's line.
+        """
+        if lines:
+            self.log.info("event.settled", **{EACH: lines})
 
     def repeated(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
         """Log what may repeat: once per cause, then again with a number after some minutes.

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import vodpoller
 from tests.helpers import log_into, named
 from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, Repeats, make_logger, printable
+from vodpoller.outlet import Outlet
 from vodpoller.telemetry import Telemetry
 
 SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
@@ -680,31 +681,40 @@ def _read_what_is_there(fd):
         return b""
 
 
-def test_what_belongs_together_is_written_in_one_write(pipe):
+def test_the_lines_of_a_batch_are_written_in_one_write(pipe, monkeypatch):
+    stream, _ = pipe
+    written = []
+    monkeypatch.setattr(Outlet, "write_some", lambda _outlet, data, _secs: written.append(data) or len(data))
+    scope = Telemetry(make_logger(stream, log_format="json")).scope()
+    scope.settled([{"number": number} for number in range(3)])
+    scope.settled([])
+    (data,) = written
+    assert [json.loads(line)["number"] for line in data.splitlines()] == [0, 1, 2]
+    assert {json.loads(line)["event"] for line in data.splitlines()} == {"event.settled"}
+
+
+def test_each_line_of_a_batch_is_cleared_and_cut_on_its_own(pipe):
     stream, read = pipe
-    telemetry = Telemetry(make_logger(stream, log_format="json"))
-    with telemetry.together():
-        for number in range(3):
-            telemetry.log.info("event.settled", number=number)
-        thread = threading.Thread(target=lambda: telemetry.log.info("daemon.started"))
-        thread.start()
-        thread.join()
-        assert [json.loads(line)["event"] for line in read().splitlines()] == ["daemon.started"]
-    assert [json.loads(line)["number"] for line in read().splitlines()] == [0, 1, 2]
+    log = make_logger(stream, log_format="json", secrets=lambda: ["a long secret"])
+    Telemetry(log).scope().settled([{"why": "a long secret"}, {"why": "x" * 20_000}, {"why": "a word"}])
+    secret, long, plain = (json.loads(line) for line in read().splitlines())
+    assert (secret["why"], plain["why"]) == ("[secret]", "a word")
+    assert long["truncated"] is True
+    assert "truncated" not in secret | plain
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError()])
-def test_what_was_said_before_an_error_is_written(pipe, error):
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_the_lines_of_a_batch_have_the_form_of_single_ones(pipe, log_format):
     stream, read = pipe
-    telemetry = Telemetry(make_logger(stream, log_format="json"))
+    log = make_logger(stream, log_format=log_format)
+    log.info("event.settled", number=7)
+    Telemetry(log).scope().settled([{"number": 7}])
+    single, one_of_several = (re.sub(rb"\d{4}-\d\d-\d\dT[\d:.]+Z", b"", line) for line in read().splitlines())
+    assert single == one_of_several
+    assert b"7" in single
 
-    def say_and_fail():
-        with telemetry.together():
-            telemetry.log.info("event.settled")
-            raise error
 
-    with pytest.raises(type(error)):
-        say_and_fail()
-    assert json.loads(read())["event"] == "event.settled"
-    telemetry.log.info("daemon.started")
-    assert json.loads(read())["event"] == "daemon.started"
+def test_lines_of_a_batch_below_the_level_are_not_written(pipe):
+    stream, read = pipe
+    Telemetry(make_logger(stream, level="warning", log_format="json")).scope().settled([{"number": 1}])
+    assert read() == b""
