@@ -202,10 +202,14 @@ class System:
         for process in reversed(self._running):
             process.stop() if isinstance(process, SimulatorProcess) else process.kill()
 
+    def kill_at_end(self, process):
+        """Leave no process behind that a test has started itself."""
+        self._running.append(process)
+
     def simulator(self, **options):
         defaults = {"poll_secs": 0.5, "visibility_secs": 3, "requests_per_sec": 0, "keep_bodies": True}
         simulator = SimulatorProcess(self.folder / "simulator.err", **(defaults | options))
-        self._running.append(simulator)
+        self.kill_at_end(simulator)
         return simulator
 
     def configure(
@@ -253,7 +257,7 @@ class System:
         """Start the daemon on the configuration that was written; waits until it says that it has."""
         self._logs += 1
         daemon = DaemonProcess(self.config_path, self.folder / (log_name or f"daemon{self._logs}.log"), **env)
-        self._running.append(daemon)
+        self.kill_at_end(daemon)
         if started:
             daemon.await_log("daemon.started")
         return daemon

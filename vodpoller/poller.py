@@ -101,6 +101,7 @@ class Poller:
         liveness: Told what each puller is doing.
         monotonic: The clock, in seconds.
         wall: The clock of `last_pull_at`, in seconds since 1970.
+        wait: Waits on a condition, whose lock is held, for at most so many seconds: a pause between pulls.
 
     Attributes:
         last_pull_at: When VOD last answered a pull; 0 for never.
@@ -123,6 +124,7 @@ class Poller:
         liveness: Liveness,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        wait: Callable[[threading.Condition, float], object] = threading.Condition.wait,
     ) -> None:
         self._source = source
         self._vod = vod
@@ -135,6 +137,7 @@ class Poller:
         self._liveness = liveness
         self._monotonic = monotonic
         self._wall = wall
+        self._wait = wait
         self._lock = threading.Lock()
         self._permit_granted = threading.Condition(self._lock)
         self._pause_over = threading.Condition(self._lock)
@@ -252,7 +255,7 @@ class Poller:
             wait_secs = self._not_before - self._monotonic()
             if wait_secs <= 0 and self._may_pull():
                 return True
-            self._pause_over.wait(wait_secs if wait_secs > 0 else PAUSE_CHECK_SECS)
+            self._wait(self._pause_over, wait_secs if wait_secs > 0 else PAUSE_CHECK_SECS)
         self._pulling -= 1
         return False
 

@@ -204,7 +204,7 @@ def the_journal_is_full_for_a_moment(world):
 
 def a_sink_is_slower_than_the_lease(world):
     world.pull()
-    while not any(world._running.values()):
+    while not any(world.running.values()):
         world.stage.step(world.stage.ready()[0])
     slow = [actor for actor in world.stage.actors if actor.name.startswith("sink")]
     for _ in range(2):
@@ -349,7 +349,7 @@ def world():
 def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_comes_first(world, first, steps):
     world.queue.feed("Plain")
     world.pull()
-    while not world._running.total():
+    while not world.running.total():
         world.stage.step(world.stage.ready()[0])
     world.advance(26)
     for _ in range(steps):
@@ -362,7 +362,7 @@ def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_c
     world.stage.run()
     assert len(world.plain_accepted) == 1
     world.journal.flush()
-    assert world._rows("letters") == [], "it would be delivered again when the ledger has forgotten it"
+    assert world.rows("letters") == [], "it would be delivered again when the ledger has forgotten it"
     world.advance(700)
     world.run_dry()
     world.check_end()
@@ -372,7 +372,7 @@ def test_an_event_that_comes_again_while_its_delivery_runs_joins_it(world):
     world.queue.feed("Plain")
     world.journal_is_broken = True  # so that it is not stored, which would settle it as well
     world.pull()
-    while not world._running.total():
+    while not world.running.total():
         world.stage.step(world.stage.ready()[0])
     (slow,) = [actor for actor in world.stage.named("sink-plain") if actor.ready()]
     world.advance(31)
@@ -407,12 +407,12 @@ def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
 def test_a_late_success_that_cannot_be_written_down_is_known_when_the_stored_event_is_due(world):
     world.queue.feed("Plain")
     world.pull()
-    while not world._running.total():
+    while not world.running.total():
         world.stage.step(world.stage.ready()[0])
     world.advance(26)
     while pullers := [actor for actor in world.stage.ready() if actor.name == "puller"]:
         world.stage.step(pullers[0])
-    assert len(world._rows("letters")) == 1
+    assert len(world.rows("letters")) == 1
     world.journal_is_broken = True
     world.stage.run()
     world.advance(10)
@@ -433,7 +433,7 @@ def test_content_that_repeats_after_ten_minutes_is_a_new_event_and_a_crash_does_
     world.pull()
     while len(world.archived()) < 2:
         world.stage.step(world.stage.ready()[0])
-    assert world._rows("ledger", "confirmed_at") != [(None,)], "it should die before the ledger has its row"
+    assert world.rows("ledger", "confirmed_at") != [(None,)], "it should die before the ledger has its row"
     world.crash()
     world.start()
     world.stage.run()

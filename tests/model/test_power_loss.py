@@ -124,7 +124,7 @@ def booted_from(image, plain_accepted, dead_world, *, renamed):
 
 def not_held(world):
     """The events that VOD forgot, each with a sink that neither has it nor will get it from the journal."""
-    archived, letters = world.archived(), set(world._rows("letters"))
+    archived, letters = world.archived(), set(world.rows("letters"))
     has = {"file": archived, "plain": world.plain_accepted, "": []}
     return [
         (event.number, sink)

@@ -432,7 +432,7 @@ class World:
         self.lines = []
         self.crashes = 0
         self.rotations = 0
-        self._running = Counter()
+        self.running = Counter()
         self.journal = self.sink = self.pipeline = self.retrier = None
         self.is_up = False
 
@@ -582,7 +582,7 @@ class World:
         """kill -9: no actor moves again, and only what is in files is left."""
         self.crashes += 1
         self.stage.kill()
-        self._running.clear()
+        self.running.clear()
         self._let_go()
         self.excused |= set(self.plain_accepted) - self._ledger("plain")
 
@@ -594,9 +594,7 @@ class World:
         if self.sink is not None:
             self.sink.close()
         if self.journal is not None:
-            self.journal.commits.db.close()
-            self.journal._reader.close()
-            os.close(self.journal._lock_fd)
+            self.journal.abandon()
         self.journal = self.sink = self.pipeline = self.retrier = None
         self.is_up = False
 
@@ -621,15 +619,15 @@ class World:
             self.keep_up()
             self.stage.run()
             self.advance(11)
-        raise AssertionError(f"it does not come to an end: {self.queue.events}, {self._rows('letters')}")
+        raise AssertionError(f"it does not come to an end: {self.queue.events}, {self.rows('letters')}")
 
     def _is_settled(self):
-        pending = self._rows("letters WHERE state = 'pending'")
+        pending = self.rows("letters WHERE state = 'pending'")
         return not pending and all(event.confirmed for event in self.queue.events)
 
     # --- what can be seen from outside ---
 
-    def _rows(self, what, columns="key, sink"):
+    def rows(self, what, columns="key, sink"):
         if not self.journal_path.exists():
             return []
         db = sqlite3.connect(self.journal_path, timeout=1)
@@ -641,7 +639,7 @@ class World:
             db.close()
 
     def _ledger(self, sink):
-        return {key for key, name in self._rows("ledger") if name == sink}
+        return {key for key, name in self.rows("ledger") if name == sink}
 
     def archived(self, *, only_synced=False):
         """The keys of the whole lines, of rotated files, too."""
@@ -664,7 +662,7 @@ class World:
         if event.content is CAST:
             self._check_confirm_of_a_cast()
             return
-        letters, ledger = set(self._rows("letters")), set(self._rows("ledger"))
+        letters, ledger = set(self.rows("letters")), set(self.rows("ledger"))
         archived = self.archived(only_synced=True)
         has = {"file": event.key in archived, "plain": event.key in self.plain_accepted, "": False}
         for sink in event.sinks:
@@ -676,7 +674,7 @@ class World:
 
     def _check_confirm_of_a_cast(self):
         confirmed = 1 + sum(event.content is CAST and event.confirmed for event in self.queue.events)
-        stored = Counter(sink for _, sink in self._rows("letters WHERE event_type = 'Cast'"))
+        stored = Counter(sink for _, sink in self.rows("letters WHERE event_type = 'Cast'"))
         held = {"file": self.archived(only_synced=True).count(CAST_KEY), "plain": len(self.plain_casts)}
         for sink, number in held.items():
             if number + stored[sink] < confirmed:
@@ -696,7 +694,7 @@ class World:
     def check_end(self):
         """After everything has settled: each event is at each of its sinks, or a dead letter."""
         self.check()
-        dead = set(self._rows("letters WHERE state = 'dead'"))
+        dead = set(self.rows("letters WHERE state = 'dead'"))
         archived = set(self.archived())
         for event in self.queue.events:
             if event.content is CAST:
@@ -728,14 +726,14 @@ class _Delivering:
 
     def __enter__(self):
         world = self._world
-        running = [pair for pair in self._pairs if world._running[pair]]
+        running = [pair for pair in self._pairs if world.running[pair]]
         if running:
             world.violations.append(f"delivered twice at once: {running}")
         since = world.wall() - 600
-        known = set(world._rows(f"ledger WHERE confirmed_at IS NULL OR confirmed_at > {since}"))
+        known = set(world.rows(f"ledger WHERE confirmed_at IS NULL OR confirmed_at > {since}"))
         if known & set(self._pairs):
             world.violations.append(f"delivered although the ledger has it: {known & set(self._pairs)}")
-        world._running.update(self._pairs)
+        world.running.update(self._pairs)
 
     def __exit__(self, *_exception):
-        self._world._running.subtract(self._pairs)
+        self._world.running.subtract(self._pairs)

@@ -473,7 +473,7 @@ class _PipedDaemon(DaemonProcess):
 def _started(system, before):
     command = [*before, sys.executable, "-m", "vodpoller", "run", "-c", str(system.config_path)]
     daemon = _PipedDaemon(command, system.folder / "daemon.log")
-    system._running.append(daemon)
+    system.kill_at_end(daemon)
     daemon.await_log("daemon.started")
     return daemon
 

@@ -44,7 +44,7 @@ def bodies(count, *, first):
 def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None):
     """Run the daemon until its failpoint has killed it; feeding brings one more write, sync, confirm."""
     daemon = DoomedDaemon(system.config_path, system.folder / f"{failpoint.replace(':', '-')}.log", failpoint)
-    system._running.append(daemon)
+    system.kill_at_end(daemon)
     meanwhile(daemon)
 
     def has_died():

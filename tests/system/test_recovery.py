@@ -46,7 +46,7 @@ def test_a_recovery_that_is_killed_goes_on_where_it_was_and_doubles_nothing(syst
     system.configure(simulator.url)
     fill(system.archive, range(3 * PORTION + 5))
     doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", f"recover:{when}")
-    system._running.append(doomed)
+    system.kill_at_end(doomed)
     until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
     assert doomed.process.returncode == -signal.SIGKILL
     simulator.feed(*(body(number) for number in (0, PORTION - 1, PORTION, 2 * PORTION, 3 * PORTION + 4)))
@@ -65,7 +65,7 @@ def test_foreign_bytes_and_a_kill_lose_nothing_and_double_nothing(system, foreig
     system.configure(simulator.url, lease_secs=1.2)
     simulator.feed(*map(body, range(10)))
     doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", failpoint)
-    system._running.append(doomed)
+    system.kill_at_end(doomed)
     until(lambda: len(system.lines()) == 10, secs=30, what=doomed.tail)
     with system.archive.open("ab") as file:
         file.write(foreign)
@@ -90,7 +90,7 @@ def test_a_file_that_is_emptied_while_it_runs_gets_what_comes_then_once(system, 
     simulator.feed(*map(body, range(5)))
     # Killed between the lines after the cut and their ledger rows: at the old mark there is the end of a line again.
     doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", "ledger:before:2")
-    system._running.append(doomed)
+    system.kill_at_end(doomed)
     until(simulator.all_confirmed, secs=30, what=doomed.tail)
     os.truncate(system.archive, rest_bytes)
     simulator.feed(*map(body, range(5, 9)), *map(body, range(1, 9)))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,17 +38,26 @@ def path(tmp_path):
     return tmp_path / "journal.db"
 
 
+def connect_without_waiting(path, factory=sqlite3.Connection):
+    """What is locked is known to be: no caller need wait for it."""
+    return sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False, factory=factory)
+
+
 @pytest.fixture
 def opened(path, log, wall):
     """Opens journals, one after the other, and closes what is still open."""
     journals = []
 
     def open_one(**more):
-        settings = {"max_bytes": 10**9, "ledger_days": 14, "telemetry": Telemetry(log), "wall": wall, **more}
+        settings = {
+            "max_bytes": 10**9,
+            "ledger_days": 14,
+            "telemetry": Telemetry(log),
+            "wall": wall,
+            "connect": connect_without_waiting,
+            **more,
+        }
         journals.append(SqliteJournal(path, **settings))
-        # What is locked is known to be: no caller need wait for it.
-        for connection in (journals[-1].commits.db, journals[-1]._reader):
-            connection.execute("PRAGMA busy_timeout = 0")
         return journals[-1]
 
     yield open_one
@@ -587,18 +597,22 @@ def test_an_acceptance_that_cannot_be_written_is_known_all_the_same_and_written_
     assert len(named(lines, "journal.failed")) == len(named(lines, "journal.recovered")) == 1
 
 
-def test_a_pair_that_goes_from_memory_to_the_file_is_known_at_every_moment(journal, path, monkeypatch):
+def test_a_pair_that_goes_from_memory_to_the_file_is_known_at_every_moment(opened, path):
+    after_reading = []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            found = super().execute(statement, *values)
+            for act in after_reading if "FROM ledger WHERE key IN" in statement else ():
+                act()
+            return found
+
+    journal = opened(connect=partial(connect_without_waiting, factory=Connection))
     with Locked(path):
         accept(journal, 1)
-    read = journal._known
-
-    def read_and_flush(keys):
-        found = read(keys)
-        journal.flush()
-        return found
-
-    monkeypatch.setattr(journal, "_known", read_and_flush)
+    after_reading.append(journal.flush)
     assert known(journal, 1) is Known.ACCEPTED
+    assert rows(path, "SELECT count(*) FROM ledger") == [(1,)]
 
 
 def test_what_was_in_memory_is_written_at_the_close(journal, path):

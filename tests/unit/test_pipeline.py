@@ -1,4 +1,5 @@
 import re
+import sqlite3
 import threading
 import time
 from contextlib import closing
@@ -78,8 +79,9 @@ class Line:
         self.vod = FakeVod()
         self.in_flight = InFlight()
         self.ahead_secs = 0.0
+        self.journal_path = tmp_path / "journal.db"
         self.journal = SqliteJournal(
-            tmp_path / "journal.db",
+            self.journal_path,
             max_bytes=10**7,
             ledger_days=14,
             telemetry=Telemetry(log),
@@ -106,6 +108,10 @@ class Line:
 
     def monotonic(self):
         return time.monotonic() + self.ahead_secs
+
+    def rows(self, query):
+        with closing(sqlite3.connect(self.journal_path)) as db:
+            return db.execute(query).fetchall()
 
     @cached_property
     def pipeline(self):
@@ -302,7 +308,7 @@ def test_a_success_that_comes_while_the_event_is_being_stored_leaves_no_row(line
 def test_a_wait_that_a_sink_asked_for_is_stored_with_the_event(line):
     line.sinks["a"].fail_always(TransientError("busy", retry_after_secs=600.0))
     one(line)
-    assert line.journal._reader.execute("SELECT due_at - stored_at FROM letters").fetchall() == [(600.0,)]
+    assert line.rows("SELECT due_at - stored_at FROM letters") == [(600.0,)]
 
 
 def test_an_error_that_nobody_foresaw_leaves_no_pair_on_its_way_for_ever(line, monkeypatch):
@@ -572,8 +578,10 @@ def test_a_handle_that_is_refused_after_a_lost_answer_is_said_to_be_so(line, lin
     (said,) = named(lines, "event.settled")
     assert (said["confirm_result"], said["confirmed"]) == ("refused_after_lost", False)
     line.journal.flush()
-    rows = line.journal._reader.execute("SELECT confirmed_at IS NOT NULL FROM ledger").fetchall()
-    assert rows == [(1,), (1,)]  # VOD has forgotten it: an equal event in ten minutes is a new one
+    assert line.rows("SELECT confirmed_at IS NOT NULL FROM ledger") == [
+        (1,),
+        (1,),
+    ]  # VOD has forgotten it: an equal event in ten minutes is a new one
     assert line.pipeline.unconfirmed_events == 0
 
 
@@ -622,7 +630,7 @@ def test_a_handle_whose_events_may_all_be_confirmed_is_confirmed_once(line):
 
 
 def stored(line, columns="reason, error"):
-    return line.journal._reader.execute(f"SELECT {columns} FROM letters ORDER BY id").fetchall()
+    return line.rows(f"SELECT {columns} FROM letters ORDER BY id")
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ class FakePipeline:
         if isinstance(self.here.after, Exception):
             raise self.here.after
         if self.here.after:
-            wait._min_wait_secs = self.min_wait_secs
+            wait.min_wait_secs = self.min_wait_secs
             wait.add(1)
             with self.lock:
                 self.delivering.append(wait)
@@ -114,7 +114,7 @@ class Bench:
         self.pulls = Pulls()
         self.pollers = []
 
-    def poller(self, pipeline=None, *, clock=time.monotonic, start=True, **settings):
+    def poller(self, pipeline=None, *, clock=time.monotonic, start=True, wait=threading.Condition.wait, **settings):
         pipeline = pipeline or FakePipeline(clock)
 
         def on_operator_error():
@@ -131,6 +131,7 @@ class Bench:
             telemetry=Telemetry(self.log),
             liveness=self.liveness,
             monotonic=clock,
+            wait=wait,
         )
         self.pollers.append((poller, pipeline))
         if start:
@@ -208,24 +209,19 @@ def test_empty_answers_that_did_not_hang_start_a_second_apart(bench):
     clock = FakeClock()
     pipeline = FakePipeline(clock)
     pipeline.automatic = lambda: (0, 0.01, None, False)
-    poller, _ = bench.poller(pipeline, clock=clock, start=False)
-    pass_time_in_pauses(poller, clock)
-    poller.tick()
+    bench.poller(pipeline, clock=clock, wait=on(clock))
     until(lambda: len(pipeline.pulls_at) >= 10)
     assert all(later - earlier >= 1.0 for earlier, later in pairwise(pipeline.pulls_at))
 
 
-def pass_time_in_pauses(poller, clock):
+def on(clock):
     """A pause takes its time on the fake clock and none on the wall."""
 
-    def wait(secs):
+    def wait(condition, secs):
         clock.advance(secs)
-        # Lets go of the lock for a moment, as waiting does.
-        poller._lock.release()
-        time.sleep(0.0005)
-        poller._lock.acquire()
+        condition.wait(0.0005)  # lets go of the lock for a moment
 
-    poller._pause_over.wait = wait
+    return wait
 
 
 # --- backlog ----------------------------------------------------------------------------------------------------------
@@ -243,7 +239,7 @@ def test_pulls_grow_with_the_backlog_to_the_pullers_there_are_and_no_further(ben
         pipeline.answer(16, hung_secs=0.0, after=None)
     assert settles(lambda: (len(pipeline.pulls_at) > 40, pipeline.pulling), (True, 4))
     assert pipeline.most_pulling == 4
-    assert len(poller._pullers) == 4
+    assert sum(thread.name.startswith(f"puller-{poller.name}-") for thread in threading.enumerate()) == 4
 
 
 def test_pulls_shrink_to_one_when_the_backlog_is_gone(bench):
@@ -280,7 +276,7 @@ def test_where_every_puller_waits_for_a_sink_the_longest_waiting_goes_on(bench):
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
     first = pipeline.delivering[0]
-    until(lambda: 0 < first._min_wait_ends_at < time.monotonic())
+    until(lambda: first.has_waited_enough)
     pipeline.min_wait_secs = 20
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.interrupted)
@@ -333,9 +329,7 @@ def failing(bench, error, *, number=12, max_concurrent_pulls=3):
     clock = FakeClock()
     pipeline = FakePipeline(clock)
     pipeline.automatic = lambda: error
-    poller, _ = bench.poller(pipeline, clock=clock, start=False, max_concurrent_pulls=max_concurrent_pulls)
-    pass_time_in_pauses(poller, clock)
-    poller.tick()
+    poller, _ = bench.poller(pipeline, clock=clock, wait=on(clock), max_concurrent_pulls=max_concurrent_pulls)
     until(lambda: len(pipeline.pulls_at) >= number)
     return poller, [at - pipeline.pulls_at[0] for at in pipeline.pulls_at[:number]]
 
@@ -395,7 +389,7 @@ def test_a_failure_that_repeats_is_few_lines(bench, lines):
     assert len(named(lines, "pull.failed")) <= 2
 
 
-def test_pullers_that_fail_together_have_failed_once(bench):
+def test_pullers_that_fail_together_have_failed_once(bench, lines):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(10):
         pipeline.answer(16, hung_secs=0.0, after=None)
@@ -404,7 +398,12 @@ def test_pullers_that_fail_together_have_failed_once(bench):
     for _ in range(4):
         pipeline.fail(TransientError("down"))
     assert settles(lambda: pipeline.pulling, 1)
-    assert poller._failures == 1
+    pipeline.fail(TransientError("down"))
+    until(lambda: poller.status().next_pull_at is not None)
+    poller.wake()
+    pipeline.answer()
+    until(lambda: named(lines, "pull.recovered"))
+    assert named(lines, "pull.recovered")[0]["failures"] == 2, "the four together, and the one after them"
 
 
 def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
@@ -413,7 +412,7 @@ def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
     until(lambda: len(pipeline.pulls_at) == 2)
     assert isinstance(poller.problem, TransientError)
     pipeline.fail(TransientError("down"))
-    until(lambda: poller._failures == 2)
+    until(lambda: poller.status().next_pull_at is not None)
     poller.wake()
     until(lambda: len(pipeline.pulls_at) == 3)
     pipeline.answer(1, hung_secs=2.0, after=None)

@@ -9,6 +9,7 @@ import pytest
 from requests import PreparedRequest, Request
 from tencentcloud.common import abstract_client
 from tencentcloud.common.credential import Credential
+from tencentcloud.common.exception.tencent_cloud_sdk_exception import TencentCloudSDKException
 from tencentcloud.common.http.request import ApiRequest
 from tencentcloud.common.profile.client_profile import ClientProfile
 from tencentcloud.common.profile.http_profile import HttpProfile
@@ -70,8 +71,8 @@ def official_request(case, monkeypatch):
         request = getattr(models, f"{case.action}Request")()
         for name, value in case.params:
             setattr(request, name, list(value) if isinstance(value, tuple) else value)
-        with pytest.raises(ConnectionError):
-            client.call(case.action, request._serialize())
+        with pytest.raises(TencentCloudSDKException, match="ConnectionError"):
+            getattr(client, case.action)(request)
     return sent[0]
 
 

@@ -500,7 +500,7 @@ def sdk(stack):
         endpoint = simulator.url.removeprefix("http://")
         profile = ClientProfile(httpProfile=HttpProfile(endpoint=endpoint, protocol="http", reqTimeout=10))
         made = VodClient(Credential(secret_id, secret_key, token), "", profile)
-        stack.callback(made.request.conn._session.close)
+        stack.callback(made.request.conn._session.close)  # noqa: SLF001, RUF100
         return made
 
     return connect

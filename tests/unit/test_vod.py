@@ -143,7 +143,7 @@ class Loopback:
     def _serve(self, connection):
         with connection, connection.makefile("rb") as stream:
             try:
-                while (request := self._read(stream)) is not None:
+                while (request := self.read(stream)) is not None:
                     with self._lock:
                         self.requests.append(request)
                         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
@@ -156,7 +156,7 @@ class Loopback:
                 self.broken_off.set()
 
     @staticmethod
-    def _read(stream):
+    def read(stream):
         first = stream.readline()
         if not first:
             return None
@@ -695,7 +695,7 @@ def test_a_proxy_that_refuses_the_tunnel_is_transient_and_readable(client_of, mo
         return False
 
     with serving(refuses) as proxy:
-        proxy._read = lambda stream: stream.readline() or None  # CONNECT has no body
+        proxy.read = lambda stream: stream.readline() or None  # CONNECT has no body
         monkeypatch.setenv("https_proxy", proxy.url)
         client = client_of("https://vod.example")
         with pytest.raises(TransientError, match="407"):

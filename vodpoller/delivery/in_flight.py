@@ -55,11 +55,14 @@ class DeliveryWait:
     Args:
         min_wait_secs: It waits that long whatever else there is to do.
         should_yield: Called once `min_wait_secs` have passed. True ends the wait so that this thread can pull again.
+
+    Attributes:
+        min_wait_secs: As above, for the next wait.
     """
 
     def __init__(self, *, min_wait_secs: float = 0.25, should_yield: Callable[[], bool] = lambda: False) -> None:
         self._condition = threading.Condition()
-        self._min_wait_secs = min_wait_secs
+        self.min_wait_secs = min_wait_secs
         self._should_yield = should_yield
         self._missing = 0
         self._min_wait_ends_at = 0.0
@@ -82,6 +85,11 @@ class DeliveryWait:
         """Whether a thread has begun to wait, and not everything is done."""
         return self._min_wait_ends_at > 0 and self._missing > 0
 
+    @property
+    def has_waited_enough(self) -> bool:
+        """Whether a thread waits, and its minimum wait is over."""
+        return 0 < self._min_wait_ends_at <= time.monotonic()
+
     def interrupt(self, *, stopping: bool = False) -> bool:
         """End the wait early.
 
@@ -95,7 +103,7 @@ class DeliveryWait:
         with self._condition:
             if self._interrupted or (self._missing <= 0 and not stopping):
                 return False
-            if not stopping and not 0 < self._min_wait_ends_at <= time.monotonic():
+            if not stopping and not self.has_waited_enough:
                 return False
             self._interrupted = WaitEnd.STOPPING if stopping else WaitEnd.NEEDED
             self._condition.notify_all()
@@ -108,7 +116,7 @@ class DeliveryWait:
             Why the wait ended.
         """
         with self._condition:
-            min_wait_secs = max(min(timeout_secs, self._min_wait_secs), 0)
+            min_wait_secs = max(min(timeout_secs, self.min_wait_secs), 0)
             self._min_wait_ends_at = time.monotonic() + min_wait_secs
             try:
                 if not self._condition.wait_for(self._is_over, min_wait_secs):

@@ -136,6 +136,10 @@ class SqliteJournal(Journal):
 
     def close(self) -> None:
         self.flush()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file at once: what is not written yet is lost, as at a kill."""
         with self.commits.lock, self._read_lock:
             self.commits.db.close()
             self._reader.close()
