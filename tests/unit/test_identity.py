@@ -1,3 +1,5 @@
+from math import inf
+
 import pytest
 
 from tests.helpers import event
@@ -97,12 +99,18 @@ def test_each_time_it_comes_its_lease_begins_anew(scene):
     assert scene.bring(1, sent=160, answered=161) == old
 
 
-def test_the_oldest_are_taken_first_and_what_is_too_many_is_new(scene):
+def test_those_first_brought_are_taken_first_and_what_is_too_many_is_new(scene):
     first = scene.bring(1, sent=100)
     second = scene.bring(1, sent=101)
     found = scene.bring(3, sent=140)
     assert found[:2] == [*first, *second]
     assert len(set(found)) == 3
+
+
+def test_the_one_is_taken_whose_last_lease_ended_first(scene):
+    first, second = scene.bring(1, sent=100), scene.bring(1, sent=101)
+    assert scene.bring(1, sent=130, answered=131) == first
+    assert scene.bring(1, sent=165) == second, "it would be proved gone by an answer that leaves the other to come"
 
 
 def test_what_was_acknowledged_never_comes_again(scene):
@@ -152,7 +160,7 @@ def test_an_empty_answer_of_another_source_proves_nothing(scene):
 @pytest.mark.parametrize(("sent", "proves"), [(34.9, False), (35.0, True)])
 def test_after_the_start_it_proves_nothing_while_an_answer_may_have_gone_astray(scene, sent, proves):
     scene.occurrences.add(
-        Occurrence(key=b"old", content_key=b"c", source=SOURCE, lease_ends_at=-5.0, leased_until=None)
+        Occurrence(key=b"old", content_key=b"c", source=SOURCE, lease_ends_at=-5.0, leased_until=-inf)
     )
     scene.empty(sent=sent)
     assert (scene.bring(1, sent=40) != [b"old"]) is proves
@@ -191,14 +199,14 @@ def test_what_is_proved_is_for_good_when_no_pull_is_outstanding_from_then(scene)
 
 def test_what_came_before_the_start_is_taken_when_its_lease_is_over(scene):
     """Two seconds early: the wall clock may be behind."""
-    scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=12.0, leased_until=None))
+    scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=12.0, leased_until=-inf))
     assert scene.bring(1, sent=5, answered=9.9) != [b"old"]
     assert scene.bring(1, sent=6, answered=10.0) == [b"old"]
 
 
 def test_a_lease_from_before_the_start_lasts_no_longer_than_any(scene):
     """The wall clock by which it is known may have been set back."""
-    scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=1e9, leased_until=None))
+    scene.occurrences.add(Occurrence(key=b"old", content_key=b"c", source="x", lease_ends_at=1e9, leased_until=-inf))
     assert scene.bring(1, sent=0, answered=0.1) == [b"old"]
 
 

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from operator import attrgetter
 from typing import Any, Final
 
 _SALT_BYTES: Final = 16
@@ -57,14 +58,15 @@ class Occurrence:
         content_key: What it has in common with all events of equal content.
         source: The name of the source that last brought it.
         lease_ends_at: Monotonic time, in seconds, from which VOD may bring it again.
-        leased_until: Monotonic time until which it may be leased, in seconds; None if it was brought before the start.
+        leased_until: Monotonic time until which it may be leased, in seconds; minus infinity if it was brought before
+            the start.
     """
 
     key: bytes
     content_key: bytes
     source: str
     lease_ends_at: float
-    leased_until: float | None
+    leased_until: float
 
     def was_over_at(self, time: float) -> bool:
         """Whether its lease had certainly ended.
@@ -72,7 +74,7 @@ class Occurrence:
         Args:
             time: Monotonic time, in seconds, after one lease of the start; minus infinity is before all.
         """
-        return time > -inf if self.leased_until is None else self.leased_until <= time
+        return self.leased_until <= time > -inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +171,16 @@ class Occurrences:
             gone_before = self._pulls_of(source).gone_before(sent_at, lease_secs)
             old = {
                 content_key: iter(
-                    [
-                        it
-                        for it in self._by_content.get(content_key, {}).values()
-                        if self._lease_ends_at(it, lease_secs) <= answered_at and not it.was_over_at(gone_before)
-                    ]
+                    sorted(
+                        (
+                            it
+                            for it in self._by_content.get(content_key, {}).values()
+                            if self._lease_ends_at(it, lease_secs) <= answered_at and not it.was_over_at(gone_before)
+                        ),
+                        # Of equal ones it does not matter which is which, but one that is not taken may be proved gone
+                        # before its event comes: so the one of which that would happen first.
+                        key=attrgetter("leased_until"),
+                    )
                 )
                 for content_key in set(content_keys)
             }
@@ -190,12 +197,12 @@ class Occurrences:
 
     def _make(self, content_key: bytes, source: str) -> Occurrence:
         key = hashlib.sha256(content_key + self._draw(_SALT_BYTES)).digest()
-        occurrence = Occurrence(key=key, content_key=content_key, source=source, lease_ends_at=0.0, leased_until=None)
+        occurrence = Occurrence(key=key, content_key=content_key, source=source, lease_ends_at=0.0, leased_until=-inf)
         self._add(occurrence)
         return occurrence
 
     def _lease_ends_at(self, occurrence: Occurrence, lease_secs: float) -> float:
-        if occurrence.leased_until is not None:
+        if occurrence.leased_until > -inf:
             return occurrence.lease_ends_at
         # A lease from before the start is known by the wall clock, which may have been set back. To take an occurrence
         # too early does no harm: no thread holds its handle any more, and what comes later is a new one then.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,7 +131,7 @@ class SqliteJournal(Journal):
                     content_key=content_key,
                     source=source,
                     lease_ends_at=lease_ends_at + to_monotonic,
-                    leased_until=None,
+                    leased_until=-inf,
                 )
             )
 
