@@ -2,6 +2,7 @@ import signal
 import sys
 
 import pytest
+from hypothesis import settings
 
 from tests.certificates import make_certificate
 from tests.helpers import FakeClock, log_into
@@ -11,6 +12,11 @@ from vodpoller.logs import CATALOGUE
 # A shell that starts something in the background lets it ignore SIGINT, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# `--hypothesis-profile thorough` takes an hour, with each order of steps that the models know; see tests/README.md.
+settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile("quick")
 
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 

@@ -6,16 +6,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
+from tests import warm
 from tests.polling import until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,16 +49,20 @@ def canonical(text):
     return json.dumps(json.loads(text, strict=False), sort_keys=True)
 
 
-def run_command(*args, timeout_secs=30, **env):
-    """One command of vodpoller, from its start to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "vodpoller", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout_secs,
-        env=environment(**env),
-    )
+def run_command(*args, module="vodpoller", answer="", timeout_secs=30, **env):
+    """One command of vodpoller, from its start to its end; `answer` is what its standard input has."""
+    with ExitStack() as open_files:
+        stdin, stdout, stderr = (open_files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        stdin.write(answer)
+        stdin.seek(0)
+        process = warm.start(module, args, env=environment(**env), stdin=stdin, stdout=stdout, stderr=stderr)
+        try:
+            code = process.wait(timeout_secs)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(args, code, stdout.read(), stderr.read())
 
 
 class SimulatorProcess:
@@ -70,14 +75,13 @@ class SimulatorProcess:
             if value is not True:
                 args.append(str(value))
         with errors_path.open("ab") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "vodpoller", "simulate", *args],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment(),
-            )
-        self.url = self.process.stdout.readline().strip()
+            reading, writing = os.pipe()
+            self._output = open(reading)  # noqa: PTH123, SIM115 - a descriptor, open as long as the process
+            with open(writing, "wb") as output:  # noqa: PTH123 - as above
+                self.process = warm.start(
+                    "vodpoller", ["simulate", *args], stdout=output, stderr=errors, env=environment()
+                )
+        self.url = self._output.readline().strip()
         assert self.url.startswith("http://"), errors_path.read_text()
         self._session = requests.Session()
         self._session.trust_env = False
@@ -113,7 +117,7 @@ class SimulatorProcess:
         self._session.close()
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        self._output.close()
 
 
 class DaemonProcess:
@@ -130,12 +134,8 @@ class DaemonProcess:
         self.log_path = log_path
         module = "tests.failpoints" if failpoint else "vodpoller"
         with log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, "run", "-c", str(config_path)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env=environment(FAILPOINT=failpoint or "", **env),
+            self.process = warm.start(
+                module, ["run", "-c", config_path], stderr=log, env=environment(FAILPOINT=failpoint or "", **env)
             )
 
     def log(self, event=None):

@@ -4,11 +4,10 @@ What VOD and the network may do happens at random, at times that no test chooses
 lose their answers, confirms are lost on the way there or back, or refused, and the process is killed. Each event must
 be delivered under a key of its own, and under one only.
 
-`VODPOLLER_IDENTITY_EXAMPLES` is the number of orders that are tried.
+The profile of hypothesis has the number of orders that are tried.
 """
 
 import heapq
-import os
 import random
 import shutil
 from collections import Counter
@@ -18,25 +17,23 @@ from itertools import count
 from math import inf
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, log_into
+from tests.model.sampling import IS_THOROUGH
 from tests.model.world import folder_in_memory
 from vodpoller.events.event import event_key
 from vodpoller.journal.contract import Known, Pulled
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
-EXAMPLES = int(os.environ.get("VODPOLLER_IDENTITY_EXAMPLES", "60"))
 LEASE_SECS = 30.0
 RESERVE_SECS = 5.0
 PULL_TIMEOUT_SECS = 10.0
 SINK = "it"
 MODEL = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize="VODPOLLER_IDENTITY_EXAMPLES" not in os.environ,
+    derandomize=not IS_THOROUGH,
     suppress_health_check=list(HealthCheck),
     database=None,
 )
@@ -369,6 +366,7 @@ CIRCUMSTANCES = st.builds(
 
 @MODEL
 @given(seed=st.integers(0, 2**32), circumstances=CIRCUMSTANCES)
+@example(seed=5, circumstances=Circumstances(contents=1, pullers=5, gap_secs=2.0, refused=0.3))
 def test_without_a_kill_nothing_is_swallowed_and_nothing_doubled(seed, circumstances):
     found = tell(seed, circumstances, births=60)
     assert found.doubled == 0, found

@@ -1,19 +1,16 @@
 """The guarantees, checked against a model of VOD's queue: whatever fails, and wherever the process dies."""
 
-import os
-
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.model.sampling import IS_THOROUGH, STRIDE
 from tests.model.world import SINKS_OF, World, folder_in_memory
-
-EXAMPLES = int(os.environ.get("VODPOLLER_MODEL_EXAMPLES", "60"))
 
 
 class Consumer(RuleBasedStateMachine):
-    """Events, faults, time and crashes in any order. `VODPOLLER_MODEL_EXAMPLES` is the number of orders."""
+    """Events, faults, time and crashes in any order. The profile of hypothesis has the number of orders."""
 
     def __init__(self):
         super().__init__()
@@ -145,10 +142,8 @@ class Consumer(RuleBasedStateMachine):
 
 
 Consumer.TestCase.settings = settings(
-    max_examples=EXAMPLES,
     stateful_step_count=40,
-    deadline=None,
-    derandomize="VODPOLLER_MODEL_EXAMPLES" not in os.environ,
+    derandomize=not IS_THOROUGH,
     suppress_health_check=list(HealthCheck),
     database=None,
 )
@@ -267,11 +262,11 @@ def equal_events_come_again_since_their_confirm_failed(world):
     ],
 )
 def test_a_crash_at_any_step_loses_nothing_and_doubles_nothing(story, atomic, renamed, last_first):
-    steps, crashed = 0, True
+    step, crashed = 1 + len(story.__name__) % STRIDE, True
     while crashed:
-        steps += 1
-        crashed = tell(story, atomic=atomic, renamed=renamed, last_first=last_first, dies_after=steps)
-    assert steps > 10
+        crashed = tell(story, atomic=atomic, renamed=renamed, last_first=last_first, dies_after=step)
+        step += STRIDE
+    assert step > 10
 
 
 class DiesError(Exception):

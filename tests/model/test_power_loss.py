@@ -1,7 +1,10 @@
 """What was confirmed is on disk: whatever a loss of power leaves of what was never synced."""
 
+from itertools import islice
+
 import pytest
 
+from tests.model.sampling import STRIDE
 from tests.model.world import World, folder_in_memory
 
 FULL = 2
@@ -211,7 +214,7 @@ def test_after_a_loss_of_power_what_was_confirmed_is_held_and_no_line_is_torn_or
         finally:
             dead_world.end()
         assert len(disk.images) > 30
-        for image, plain_accepted in disk.images.items():
+        for image, plain_accepted in islice(disk.images.items(), len(story.__name__) % STRIDE, None, STRIDE):
             world = booted_from(image, plain_accepted, dead_world, renamed=renamed)
             try:
                 assert world.is_up, f"it does not start again with the file {image[0]!r}"

@@ -7,7 +7,7 @@ import pytest
 from cloudevents.core.bindings import http
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import sink_context
@@ -100,7 +100,6 @@ def test_what_no_attribute_may_hold_is_replaced(event_type, wanted):
     assert decode_json(document.decode())["data"] == sent.content
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=())), st.text(st.characters(exclude_categories=())))
 def test_any_text_makes_valid_attributes(event_type, file_id):
     sent = event(EventType=event_type, FileUploadEvent={"FileId": file_id})

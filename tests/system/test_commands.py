@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.as_nobody import NOBODY
 from tests.helpers import event, log_into
 from tests.polling import until
 from tests.processes import (
@@ -41,7 +42,7 @@ from vodpoller.telemetry import Telemetry
 pytestmark = pytest.mark.system
 
 EX_CONFIG = 78
-NOBODY = 65534
+
 MANY = 10_000
 MEMORY_MAX_KB = 100 * 1024
 
@@ -729,15 +730,7 @@ def test_dead_letters_of_a_script_that_rejects_go_to_the_file_that_takes_its_pla
 
 
 def purge(system, *args, answer=""):
-    return subprocess.run(
-        [sys.executable, "-m", "vodpoller", "deadletters", "purge", "-c", str(system.config_path), *args],
-        input=answer,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-        env=environment(),
-    )
+    return run_command("deadletters", "purge", "-c", system.config_path, *args, answer=answer)
 
 
 @pytest.mark.parametrize("answer", ["n\n", "\n", ""])
@@ -980,37 +973,12 @@ def outsider():
             yield running
 
 
-# The interpreter may lie where no other user may look, so what is needed of it is read before the rights are given up.
-AS_NOBODY = f"""
-import codecs, concurrent.futures.thread, importlib, os, pkgutil
-import rich.progress, rich.table
-import vodpoller
-for module in pkgutil.walk_packages(vodpoller.__path__, "vodpoller."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
-vodpoller.sinks.registry.available_sinks()
-for encoding in ("ascii", "idna", "latin-1", "utf-8-sig"):
-    codecs.lookup(encoding)
-os.setgroups([])
-os.setgid({NOBODY})
-os.setuid({NOBODY})
-vodpoller.cli.app.main()
-"""
-
-
 def as_nobody(system, *args, key_mode=0o644, **env):
     if os.geteuid() != 0:
         cannot_run("only root can act as another user")
     system.config_path.chmod(0o644)
     system.key_path.chmod(key_mode)
-    return subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, *args, "-c", str(system.config_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-        env=environment(**env),
-    )
+    return run_command(*args, "-c", system.config_path, module="tests.as_nobody", **env)
 
 
 @pytest.mark.parametrize("command", ["run", "check"])

@@ -3,35 +3,18 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import count
 
 import pytest
 
 from tests.model.world import World, folder_in_memory
 from tests.polling import until
-from tests.processes import DaemonProcess, bodies_of, differences, environment
+from tests.processes import bodies_of, differences
 from tests.receiver import SlowReceiver, running_receiver
 
 pytestmark = pytest.mark.system
 
 LEASE_SECS = 1.2
-
-
-class DoomedDaemon(DaemonProcess):
-    """The daemon with a failpoint."""
-
-    def __init__(self, config_path, log_path, failpoint):
-        self.log_path = log_path
-        with log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.failpoints", "run", "-c", str(config_path)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env=environment(FAILPOINT=failpoint),
-            )
 
 
 def bodies(count, *, first):
@@ -43,8 +26,7 @@ def bodies(count, *, first):
 
 def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None):
     """Run the daemon until its failpoint has killed it; feeding brings one more write, sync, confirm."""
-    daemon = DoomedDaemon(system.config_path, system.folder / f"{failpoint.replace(':', '-')}.log", failpoint)
-    system.kill_at_end(daemon)
+    daemon = system.daemon(started=False, failpoint=failpoint)
     meanwhile(daemon)
 
     def has_died():

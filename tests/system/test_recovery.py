@@ -8,7 +8,6 @@ import pytest
 
 from tests.polling import until
 from tests.processes import ServiceManager, bodies_of, canonical, differences
-from tests.system.test_kill import DoomedDaemon
 
 pytestmark = pytest.mark.system
 
@@ -45,8 +44,7 @@ def test_a_recovery_that_is_killed_goes_on_where_it_was_and_doubles_nothing(syst
     simulator = system.simulator()
     system.configure(simulator.url)
     fill(system.archive, range(3 * PORTION + 5))
-    doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", f"recover:{when}")
-    system.kill_at_end(doomed)
+    doomed = system.daemon(started=False, failpoint=f"recover:{when}")
     until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
     assert doomed.process.returncode == -signal.SIGKILL
     simulator.feed(*(body(number) for number in (0, PORTION - 1, PORTION, 2 * PORTION, 3 * PORTION + 4)))
@@ -64,8 +62,7 @@ def test_foreign_bytes_and_a_kill_lose_nothing_and_double_nothing(system, foreig
     simulator = system.simulator(visibility_secs=1.2, poll_secs=0.2)
     system.configure(simulator.url, lease_secs=1.2)
     simulator.feed(*map(body, range(10)))
-    doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", failpoint)
-    system.kill_at_end(doomed)
+    doomed = system.daemon(started=False, failpoint=failpoint)
     until(lambda: len(system.lines()) == 10, secs=30, what=doomed.tail)
     with system.archive.open("ab") as file:
         file.write(foreign)
@@ -89,8 +86,7 @@ def test_a_file_that_is_emptied_while_it_runs_gets_what_comes_then_once(system, 
     system.configure(simulator.url, lease_secs=1.2)
     simulator.feed(*map(body, range(5)))
     # Killed between the lines after the cut and their ledger rows: at the old mark there is the end of a line again.
-    doomed = DoomedDaemon(system.config_path, system.folder / "doomed.log", "ledger:before:2")
-    system.kill_at_end(doomed)
+    doomed = system.daemon(started=False, failpoint="ledger:before:2")
     until(simulator.all_confirmed, secs=30, what=doomed.tail)
     os.truncate(system.archive, rest_bytes)
     simulator.feed(*map(body, range(5, 9)), *map(body, range(1, 9)))

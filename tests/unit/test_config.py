@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
@@ -600,7 +600,6 @@ PLACES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
 @given(place=st.sampled_from(PLACES), value=ANYTHING)
 def test_whatever_stands_in_the_file_is_taken_or_a_problem(place, value):
     data = tomllib.loads(VALID + "[api]\n[credentials]\n[journal]\n[log]")

@@ -723,7 +723,7 @@ BATCH = st.tuples(
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     slots_per_sec=st.sampled_from([5, 5, 20, 100]),
     reserve_secs=st.sampled_from([0.0, 0.3]),

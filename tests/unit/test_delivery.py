@@ -2,7 +2,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send
@@ -17,12 +17,9 @@ from vodpoller.liveness import Liveness
 from vodpoller.settlement import Reason
 from vodpoller.telemetry import Telemetry
 
-unhurried = settings(deadline=None)
-
 # --- backoff ----------------------------------------------------------------------------------------------------------
 
 
-@unhurried
 @given(st.integers(1, 20_000))
 def test_a_wait_lies_between_half_of_the_exponential_and_all_of_it(attempt):
     full_secs = min(2.0 * 2 ** min(attempt - 1, 20), 60.0)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock, event, log_into, named
@@ -649,7 +649,6 @@ def test_the_mark_stays_below_what_is_in_memory_only(journal, path):
     assert journal.position("it") == at(300)
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.lists(st.sampled_from(["accept", "accept locked", "flush", "flush locked"]), max_size=12))
 def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("marks") / "journal.db"

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import vodpoller
@@ -147,7 +147,6 @@ nasty = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), nasty, max_size=30), st.booleans())
 def test_whatever_is_logged_a_line_is_json_and_no_longer_than_a_line_may_be(fields, has_error):
     reserved = {"event", "level", "timestamp", "exc_info", "exception", "stack_info"}

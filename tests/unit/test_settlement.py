@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vodpoller.settlement import (
@@ -39,7 +39,6 @@ def test_an_event_without_any_result_is_never_settled(on_failure):
         settle([], on_failure=on_failure)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([*FAILURES, *SUCCESSES, ALREADY_STORED]), min_size=1), st.sampled_from(["store", "leave"])
 )
@@ -54,7 +53,6 @@ def test_only_what_sinks_or_the_journal_hold_is_confirmed(results, on_failure):
     assert verdict.may_confirm == (verdict.settlement is not Settlement.LEAVE)
 
 
-@settings(deadline=None)
 @given(st.permutations([*FAILURES, *SUCCESSES, ALREADY_STORED]), st.integers(1, 12))
 def test_the_reason_of_an_event_is_the_worst_of_its_sinks(results, number):
     some = results[:number]
