@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from tests import benchmarks
+from tests.benchmarks.effort import Effort
 from tests.benchmarks.report import machine
-from tests.benchmarks.rows import ROWS, Effort
+from tests.benchmarks.rows import ROWS
 
 
 def rows_of(text):
@@ -32,7 +33,17 @@ def effort_of(options, folder):
     if options.full:
         effort = dataclasses.replace(effort, backlogs=(*effort.backlogs, 1_000_000))
     if options.quick:
-        effort = Effort(folder=folder, secs=1, warm_secs=0.5, idle_secs=3, pulls=(1, 16), backlogs=(1000,), starts=1)
+        effort = Effort(
+            folder=folder,
+            secs=1,
+            warm_secs=0.5,
+            idle_secs=3,
+            pulls=(1, 16),
+            backlogs=(1000,),
+            stored_backlog=1000,
+            stored_events=1000,
+            starts=1,
+        )
     if options.secs is not None:
         effort = dataclasses.replace(effort, secs=options.secs)
     return dataclasses.replace(effort, repeats=options.repeats, baseline=options.baseline)

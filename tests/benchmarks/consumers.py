@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,35 @@ class Vodpoller:
             sinks=self.sinks.replace("{archive}", system.archive_sink),
         )
         if self.program is None:
-            yield system.daemon().process
+            daemon = system.daemon()
+            try:
+                yield daemon.process
+            finally:
+                daemon.kill()
             return
         # Without the path to this checkout: the other program must import its own modules.
         command = (self.program, "run", "-c", system.config_path)
         with started(*command, errors_path=system.folder / "daemon1.log", PYTHONPATH="") as process:
             yield process
+
+    def command(self, *args):
+        """One of its commands, from its start to its end; in seconds.
+
+        Args:
+            args: Of the command line.
+        """
+        program = [sys.executable, "-m", "vodpoller"] if self.program is None else [self.program]
+        path = {} if self.program is None else {"PYTHONPATH": ""}
+        began = time.monotonic()
+        subprocess.run(
+            [*map(str, (*program, *args))],
+            check=True,
+            timeout=600,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment(**path),
+        )
+        return time.monotonic() - began
 
 
 @dataclass(frozen=True, kw_only=True)

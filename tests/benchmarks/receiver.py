@@ -1,20 +1,50 @@
 """A webhook's receiver that answers every POST after a while, on any number of connections. A program of its own.
 
-Prints its URL. One thread: waiting costs it nothing, so that it is not what is measured.
+Prints its URL. One thread: waiting costs it nothing, so that it is not what is measured. A GET tells, as JSON, what
+came so far.
 """
 
 import argparse
 import asyncio
+import json
 import re
+import time
 from contextlib import suppress
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+_ID = re.compile(rb"webhook-id: *(\w+)", re.IGNORECASE)
 _ANSWER = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
+class Came:
+    """What came so far."""
+
+    def __init__(self):
+        self._requests = 0
+        self._ids = set()
+        self._first_at = self._last_at = 0.0
+
+    def note(self, head):
+        self._requests += 1
+        self._ids.add(bytes.fromhex(_ID.search(head)[1].decode()))
+        self._last_at = time.time()
+        self._first_at = self._first_at or self._last_at
+
+    def answer(self):
+        told = {
+            "requests": self._requests,
+            "events": len(self._ids),
+            "first_at": self._first_at,
+            "last_at": self._last_at,
+        }
+        body = json.dumps(told).encode()
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 class Connection(asyncio.Protocol):
-    def __init__(self, answer_secs):
+    def __init__(self, answer_secs, came):
         self._answer_secs = answer_secs
+        self._came = came
         self._buffer = b""
         self._transport = None
 
@@ -24,8 +54,12 @@ class Connection(asyncio.Protocol):
     def data_received(self, data):
         self._buffer += data
         head, gap, body = self._buffer.partition(b"\r\n\r\n")
-        if gap and len(body) >= int(_LENGTH.search(head)[1]):
+        if gap and head.startswith(b"GET "):
             self._buffer = b""
+            self._transport.write(self._came.answer())
+        elif gap and len(body) >= int(_LENGTH.search(head)[1]):
+            self._buffer = b""
+            self._came.note(head)
             asyncio.get_running_loop().call_later(self._answer_secs, self._answer)
 
     def _answer(self):
@@ -34,8 +68,9 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(answer_secs):
+    came = Came()
     server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(answer_secs), "127.0.0.1", 0, backlog=1024
+        lambda: Connection(answer_secs, came), "127.0.0.1", 0, backlog=1024
     )
     async with server:
         print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/callback", flush=True)  # noqa: T201 - for the parent

@@ -1,15 +1,15 @@
 """What is measured: a function a row, all in `ROWS` by the names that the command takes. Each returns tables."""
 
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.benchmarks import stored
 from tests.benchmarks.consumers import RawClient, SdkLoop, Vodpoller, webhook_receiver
+from tests.benchmarks.effort import fresh_system, in_turns, say, versions
 from tests.benchmarks.measuring import (
     Latency,
     Tail,
@@ -22,39 +22,12 @@ from tests.benchmarks.measuring import (
 )
 from tests.benchmarks.report import Table, megabytes, milliseconds, number, percent
 from tests.polling import until
-from tests.processes import run_command, running_system
+from tests.processes import run_command
 
 QUOTA_REQUESTS_PER_SEC = 100
 QUOTA_EVENTS_PER_SEC = 16 * QUOTA_REQUESTS_PER_SEC
 UNLIMITED = 10_000.0
 LOOPS = (SdkLoop(threads=1), SdkLoop(threads=16))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """How much is measured.
-
-    Args:
-        folder: Where the files of all consumers are: its disk is part of what is measured.
-        secs: How long each window of the steady state is.
-        warm_secs: How long after the first confirm it begins.
-        idle_secs: The same for the row of that name.
-        pulls: The values of `max_concurrent_pulls` to try.
-        backlogs: The backlogs to drain.
-        starts: How often `run` is started.
-        repeats: How often each comparison is made, in turns; the one of the median CPU time per event counts.
-        baseline: The `vodpoller` of another version, which is then measured in turns with this one; None for none.
-    """
-
-    folder: Path
-    secs: float = 10.0
-    warm_secs: float = 2.0
-    idle_secs: float = 30.0
-    pulls: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    backlogs: tuple[int, ...] = (1000, 10_000, 100_000, 200_000)
-    starts: int = 3
-    repeats: int = 1
-    baseline: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +112,6 @@ def _line(one, load, loop):
 # --- measuring one consumer -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def fresh_system(effort):
-    with tempfile.TemporaryDirectory(dir=effort.folder) as folder, running_system(Path(folder)) as system:
-        yield system
-
-
-def say(text):
-    sys.stderr.write(text + "\n")
-
-
 def measure(effort, load, consumer):
     """A fresh simulator, the consumer on it, and a window of its steady state."""
     say(f"  {consumer.label} ...")
@@ -175,22 +138,12 @@ def measure(effort, load, consumer):
 
 
 def compare(effort, title, load, consumers):
-    consumers = [version for consumer in consumers for version in _versions(effort, consumer)]
-    return [table_of(title, load, [_median(runs) for runs in _in_turns(effort, load, consumers)])]
+    consumers = [version for consumer in consumers for version in versions(effort, consumer)]
+    return [table_of(title, load, [_median(runs) for runs in _measured(effort, load, consumers)])]
 
 
-def _in_turns(effort, load, consumers):
-    """All measurements of each consumer."""
-    # In turns: what else the machine does changes with the minute, and must hit all of them alike.
-    rounds = [[measure(effort, load, consumer) for consumer in consumers] for _ in range(effort.repeats)]
-    return list(zip(*rounds, strict=True))
-
-
-def _versions(effort, consumer):
-    """The consumer, and if it is vodpoller, the baseline in the same configuration."""
-    if effort.baseline is None or not isinstance(consumer, Vodpoller):
-        return [consumer]
-    return [consumer, replace(consumer, program=effort.baseline, label=f"{consumer.label}, baseline")]
+def _measured(effort, load, consumers):
+    return in_turns(effort, consumers, lambda consumer: measure(effort, load, consumer))
 
 
 def _median(measurements):
@@ -272,8 +225,8 @@ def confirm(effort):
 
 def _confirm_table(effort, title, load):
     say(title)
-    consumers = _versions(effort, Vodpoller())
-    of_each = _in_turns(effort, load, consumers)
+    consumers = versions(effort, Vodpoller())
+    of_each = _measured(effort, load, consumers)
     lines = [
         _confirm_line(f"{run.label}, run {number_of_round}", [run])
         for number_of_round, runs in enumerate(zip(*of_each, strict=True), 1)
@@ -441,7 +394,7 @@ def pulls(effort):
     return [Table("Throughput against `max_concurrent_pulls`, 50 ms round trip", heads, lines)]
 
 
-def backlog(effort):
+def drain(effort):
     heads = (
         "events at the start",
         "events/s until all are confirmed",
@@ -511,5 +464,8 @@ ROWS = {
     "idle": idle,
     "start": start,
     "pulls": pulls,
-    "backlog": backlog,
+    "drain": drain,
+    "backlog": stored.backlog,
+    "stored": stored.stored,
+    "recover": stored.recover,
 }
