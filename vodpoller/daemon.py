@@ -389,11 +389,16 @@ class Daemon:
             self._status_socket.close()
         if all(ended):
             self._mark()
+            self._retrier.stop()
             self._journal.close()
         else:  # a thread that hangs may still write to it; but what waits must not be lost with it
-            flushing = threading.Thread(target=self._journal.flush, name="flush", daemon=True)
+            flushing = threading.Thread(target=self._write_last, name="flush", daemon=True)
             flushing.start()
             flushing.join(max(ends_at - time.monotonic(), LAST_CHANCE_SECS))
         self._vod.close()
         self._log.info("daemon.stopped", events=self.settled_events)
         return 0
+
+    def _write_last(self) -> None:
+        self._retrier.stop()
+        self._journal.flush()

@@ -15,6 +15,7 @@ from vodpoller.process import Signals
 from vodpoller.vod.client import VodClient
 
 ONCE_TRIES: Final = 3
+PROGRESS_SECS: Final = 0.1
 
 
 class Once:
@@ -25,7 +26,7 @@ class Once:
         pipeline: Processes what was pulled.
         journal: Holds what is due.
         in_flight: The table that all workers share; they are running.
-        retrier: Submits what is due.
+        retrier: Delivers what is due.
         signals: What may ask for the end.
         log: Destination of log lines.
     """
@@ -87,9 +88,10 @@ class Once:
             self._journal.flush()
             # Asked first: what is on its way hides what is due behind it, and may have arrived a moment later.
             was_idle = not len(self._in_flight)
-            submitted = self._retrier.submit_due()
+            goes_on = self._retrier.run(PROGRESS_SECS)
             if progress is not None:
                 progress(self._retrier.delivered)
-            if was_idle and not submitted:
+            if was_idle and not goes_on:
                 return
-            time.sleep(0.02)
+            if not goes_on:
+                time.sleep(0.02)

@@ -86,6 +86,15 @@ class Scope:
         if lines:
             self.log.info("event.settled", **{EACH: lines})
 
+    def delivered_at_last(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Log stored events that sinks have accepted, the same way.
+
+        Args:
+            lines: The fields of each event's line.
+        """
+        if lines:
+            self.log.info("pending.delivered", **{EACH: lines})
+
     def repeated(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
         """Log what may repeat: once per cause, then again with a number after some minutes.
 

@@ -1,7 +1,6 @@
 """All that is periodic: ticks of the pollers, retrying, pruning, counting. Alone with APScheduler."""
 
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -50,7 +49,7 @@ class Upkeep:
 
     Args:
         journal: Flushed, pruned and counted.
-        retrier: Submits what is due.
+        retrier: Delivers what is due.
         pollers: With the interval of their ticks, in seconds.
         sinks: Names of the configured sinks.
         telemetry: Destination of log lines.
@@ -100,7 +99,8 @@ class Upkeep:
             job.modify(next_run_time=datetime.now(UTC))
 
     def stop(self) -> None:
-        """Start no task any more; one that runs is not awaited."""
+        """Start no task any more, and no retry; one that runs is not awaited."""
+        self._retrier.stop_claiming()
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
 
@@ -127,10 +127,8 @@ class Upkeep:
 
     def _keep_up(self) -> None:
         self._journal.flush()
-        # One portion per second would be little if ten thousand are replayed; a quick sink gets the next one at once.
-        ends_at = time.monotonic() + UPKEEP_SECS / 2
-        while self._retrier.submit_due() and self._scheduler.running and time.monotonic() < ends_at:
-            time.sleep(0.02)
+        while self._retrier.run(UPKEEP_SECS):
+            self._journal.flush()
 
     def _count(self) -> None:
         try:

@@ -509,7 +509,9 @@ class World:
             give_up_after_secs={"file": 604_800.0, "plain": 604_800.0},
             telemetry=Telemetry(log),
             monotonic=self.clock,
+            gather_secs=0,
         )
+        self.stage.start("results", self._write_results)
         for worker in workers.values():
             worker.start()
         self.is_up = True
@@ -555,6 +557,13 @@ class World:
             self.retrier.submit_due()
 
         self.stage.start("upkeep", upkeep)
+
+    def _write_results(self):
+        """What the scheduler does beside that, until the end."""
+        retrier = self.retrier
+        while True:
+            self.stage.pause(lambda: retrier.results)
+            retrier.write_results(0)
 
     def prune(self):
         self.stage.start("prune", self.journal.prune)

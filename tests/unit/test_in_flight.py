@@ -235,6 +235,19 @@ def test_what_nothing_waits_for_is_the_workers_once_it_is_submitted():
     assert in_flight.start([submitted, not_submitted]) == [submitted]
     in_flight.complete([submitted], DELIVERED)
     assert told == [submitted]
+
+
+def test_what_is_handed_back_is_on_its_way_until_it_is_forgotten():
+    in_flight, told, wait = InFlight(), [], DeliveryWait()
+    delivery = make(on_complete=lambda _delivery, result: told.append(result))
+    with in_flight.claim([delivery], None), in_flight.claim([make()], wait) as claims:
+        assert claims[0].joined
+        in_flight.complete([delivery], DELIVERED)
+        assert told == [DELIVERED]
+        assert not is_complete(wait)
+        assert len(in_flight) == 1
+        in_flight.forget([delivery])
+        assert is_complete(wait)
     assert len(in_flight) == 0
 
 
@@ -249,6 +262,7 @@ def test_a_callback_that_fails_keeps_no_other_from_being_told_and_nothing_on_its
         with pytest.raises(type(error)):
             in_flight.complete(wanted, DELIVERED)
         assert told == [2]
+        in_flight.forget(wanted[1:])
         assert is_complete(wait)
         assert len(in_flight) == 0
 

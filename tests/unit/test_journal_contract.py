@@ -13,6 +13,7 @@ from vodpoller.journal import place as place_module
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
+    Burial,
     ClaimedEvent,
     Journal,
     Known,
@@ -189,7 +190,7 @@ def test_a_pair_is_known_through_its_life(journal, clock):
     assert known(journal, sink="other") is None
     (claimed,) = journal.claim_due("it", 1)
     assert known(journal) is Known.PENDING
-    journal.bury(claimed, attempts=1, reason="rejected", error="no")
+    journal.bury([Burial(claimed=claimed, attempts=1, reason="rejected", error="no")])
     assert known(journal) is Known.DEAD
     accept(journal, 0)
     assert known(journal) is Known.ACCEPTED
@@ -422,7 +423,7 @@ def test_an_event_that_gives_up_becomes_a_dead_letter_beyond_the_half(place):
     journal.store([dead(number) for number in range(5)])
     journal.store([letter(number) for number in range(20, 25)])
     for claimed in journal.claim_due("it", 10):
-        journal.bury(claimed, attempts=9, reason="gave_up", error="no")
+        journal.bury([Burial(claimed=claimed, attempts=9, reason="gave_up", error="no")])
     assert journal.counts() == {("it", "dead"): 10}
     with pytest.raises(JournalFullError):
         journal.store([dead(50)])
@@ -463,7 +464,7 @@ def test_no_text_keeps_an_event_from_being_stored(journal, text):
     journal.store([Letter(event=strange, sink="it", dead=False, reason="sink_failed", error=text)])
     (claimed,) = journal.claim_due("it", 1)
     assert claimed.event.body == strange.body
-    journal.bury(claimed, attempts=1, reason="gave_up", error=text)
+    journal.bury([Burial(claimed=claimed, attempts=1, reason="gave_up", error=text)])
     assert journal.counts() == {("it", "dead"): 1}
 
 
@@ -555,7 +556,7 @@ def test_a_claim_that_has_ended_does_not_end_the_next_one(journal, clock, how):
         journal.reschedule(first, attempts=1, due_in_secs=0, error=None)
         journal.flush()
     elif how == "bury":
-        journal.bury(first, attempts=1, reason="gave_up", error="no")
+        journal.bury([Burial(claimed=first, attempts=1, reason="gave_up", error="no")])
     else:
         accept(journal, 1)
     second = claim(journal)
@@ -618,9 +619,9 @@ def test_a_delay_is_kept_up_to_a_quarter_of_an_hour(journal, clock, how):
 def test_what_cannot_be_buried_is_pending_and_due(place, journal):
     journal.store([letter(1)])
     with place.unwritable(), pytest.raises(StorageError):
-        journal.bury(claim(journal)[1], attempts=1, reason="rejected", error="no")
+        journal.bury([Burial(claimed=claim(journal)[1], attempts=1, reason="rejected", error="no")])
     assert journal.counts() == {("it", "pending"): 1}
-    journal.bury(claim(journal)[1], attempts=1, reason="gave_up", error="no")
+    journal.bury([Burial(claimed=claim(journal)[1], attempts=1, reason="gave_up", error="no")])
     assert journal.counts() == {("it", "dead"): 1}
     assert claim(journal) == {}
 
@@ -641,7 +642,7 @@ def test_what_the_operator_deleted_stays_deleted_and_is_stored_anew(place, journ
             journal.reschedule(claimed[1], attempts=9, due_in_secs=600, error="late")
             journal.flush()
         case "bury":
-            journal.bury(claimed[1], attempts=9, reason="gave_up", error="late")
+            journal.bury([Burial(claimed=claimed[1], attempts=9, reason="gave_up", error="late")])
         case _:
             accept(journal, 1)
     again = claim(journal)
@@ -999,7 +1000,7 @@ RAISING = {
     "counts": lambda journal, _: journal.counts(),
     "recover": lambda journal, _: journal.recover("it", portion(1000, to=9)),
     "store": lambda journal, _: journal.store([letter(1000)]),
-    "bury": lambda journal, claimed: journal.bury(claimed, attempts=1, reason="gave_up", error="no"),
+    "bury": lambda journal, claimed: journal.bury([Burial(claimed=claimed, attempts=1, reason="gave_up", error="no")]),
 }
 SILENT = {
     "answered_empty": lambda journal, _: journal.answered_empty(pulled()),

@@ -54,11 +54,22 @@ class Bench:
         """What happens every second, and what comes of it."""
         self.journal.flush()
         submitted = self.retrier.submit_due()
-        until(lambda: len(self.in_flight) == 0)
-        # The outcome is written down after the pair has left the table.
-        until(lambda: not self.worker._busy)
-        self.journal.flush()
+        self.settle()
         return submitted
+
+    def settle(self):
+        """All that is under way comes to its end, and that is written."""
+        self.land()
+        self.journal.flush()
+
+    def land(self):
+        """All that is under way comes to its end."""
+
+        def is_idle():
+            self.retrier.write_results(0)
+            return len(self.in_flight) == 0
+
+        until(is_idle)
 
     def known(self, number):
         return self.journal.known([(event(number).key, "it")]).get((event(number).key, "it"))
@@ -205,7 +216,7 @@ def test_rows_whose_delivery_still_runs_are_not_submitted_twice(bench):
     bench.wall.advance(1000)
     assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
     bench.sink.gate.set()
-    until(lambda: len(bench.in_flight) == 0)
+    bench.settle()
     assert len(bench.sink.calls) == 1
 
 
@@ -243,7 +254,7 @@ def test_half_of_the_queue_is_left_for_fresh_events(bench):
     bench.store(*range(50))
     assert bench.retrier.submit_due() == 10
     bench.sink.gate.set()
-    until(lambda: len(bench.in_flight) == 0)
+    bench.settle()
 
 
 class CannotBegin:
@@ -283,7 +294,7 @@ def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench,
         patched.setattr(place, where, broken)
         with pytest.raises(type(error)):
             bench.retrier.submit_due()
-    until(lambda: len(bench.in_flight) == 0)
+    bench.settle()
     bench.go()  # they are due still: nothing was written of them
     assert bench.journal.counts() == {}
     assert sorted(bench.sink.accepted) == sorted(event(number).key for number in range(5))
@@ -308,10 +319,12 @@ def test_an_error_in_writing_down_what_came_of_a_row_keeps_it_from_no_next_try(
             assert bench.retrier.submit_due() == 1
             patched.setattr(bench.retrier, "_monotonic", broken)
             bench.sink.gate.set()
-            until(lambda: len(bench.in_flight) == 0)
+            with pytest.raises(type(error)):
+                bench.settle()
         else:
             patched.setattr(bench.journal, failing, broken)
-            bench.go()
+            with pytest.raises(type(error)):
+                bench.go()
     bench.monotonic.advance(60)
     bench.wall.advance(60)
     bench.go()
@@ -327,8 +340,7 @@ def test_a_row_goes_on_ageing_while_it_is_delivered(bench, secs, lines):
     assert bench.retrier.submit_due() == 1
     bench.monotonic.advance(secs)
     bench.sink.gate.set()
-    until(lambda: len(bench.in_flight) == 0)
-    bench.journal.flush()
+    bench.settle()
     assert bench.known(1) is (Known.DEAD if secs == GIVE_UP_SECS else Known.PENDING)
     bench.monotonic.advance(60)
     bench.wall.advance(1000)
@@ -342,7 +354,7 @@ def test_a_row_is_not_tried_again_before_what_came_of_it_is_written(bench, answe
     bench.store(1)
     bench.sink.fail_always(answer)
     assert bench.retrier.submit_due() == 1
-    until(lambda: len(bench.in_flight) == 0 and not bench.worker._busy)
+    bench.land()
     assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
     bench.journal.flush()
     assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]

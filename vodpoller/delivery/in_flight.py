@@ -12,12 +12,14 @@ How an event changes threads:
     reads the results
     leaves the `with` ------------->  what does not run and has no other waiter is released: DONE, without a result
 
-A second puller that wants a pair which is not DONE joins the delivery that is there, and waits for it with its own
-deadline. The retrier claims without waiting: its deliveries are the worker's from `submit` on, and `on_complete`,
-called in the sink's thread, tells it the result.
+A second puller that wants a pair which is in the table joins the delivery that is there, and waits for it with its own
+deadline. The retrier claims without waiting: its deliveries are the worker's from `submit` on. `on_complete`, called in
+the sink's thread, hands each of them back with its result, and it stays in the table, where others may wait for it,
+until the retrier has written that result down and calls `forget()`.
 
 Every field of a `Delivery` that changes has one writer: `state`, `result` and `waits` are written here, under the
-table's lock; `attempts`, `error`, `alone` and `holder` by the thread of the sink that has taken the delivery.
+table's lock; `attempts`, `error`, `alone`, `is_entered` and `holder` by the thread of the sink that has taken the
+delivery.
 """
 
 import threading
@@ -140,8 +142,9 @@ class Delivery:
         event: The event.
         sink: The sink's name.
         deadline: Monotonic time until which a failed attempt is repeated; None for one attempt only.
-        on_complete: Called in the worker's thread with the result, before the pair can be claimed anew. With it the
-            delivery is the worker's once it is submitted, also if nothing waits for it.
+        on_complete: Called in the worker's thread with the result. The pair cannot be claimed anew before
+            `InFlight.forget`. With it the delivery is the worker's once
+            it is submitted, also if nothing waits for it.
 
     Attributes:
         state: How far it is.
@@ -150,6 +153,7 @@ class Delivery:
         attempts: Number of attempts that failed.
         error: Of the last attempt that failed.
         alone: It goes to the sink in a call of its own.
+        is_entered: Its success is in the ledger.
         holder: The thread of the sink that has taken it; None if none has.
     """
 
@@ -160,6 +164,7 @@ class Delivery:
         "error",
         "event",
         "holder",
+        "is_entered",
         "on_complete",
         "result",
         "sink",
@@ -185,6 +190,7 @@ class Delivery:
         self.attempts = 0
         self.error: Exception | None = None
         self.alone = False
+        self.is_entered = False
         self.holder: int | None = None
 
 
@@ -287,28 +293,32 @@ class InFlight:
     def complete(self, deliveries: Sequence[Delivery], result: SinkResult) -> None:
         """Make a result known to all who wait, waking each of them once. The first result of a delivery counts.
 
+        What has `on_complete` is handed back to it instead, and stays in the table.
+
         Raises:
-            Exception: What an `on_complete` raised; all others were called, and all deliveries are done.
+            Exception: What an `on_complete` raised; all others were called, and its delivery is forgotten.
         """
         with self._lock:
             done = [delivery for delivery in deliveries if delivery.state is not State.DONE]
             for delivery in done:
                 delivery.state, delivery.result = State.DONE, result
         failure: Exception | None = None
-        try:
-            # Before the pair can be claimed anew: the next claimant must see what these write.
-            for delivery in done:
-                try:
-                    if delivery.on_complete is not None:
-                        delivery.on_complete(delivery, result)
-                except Exception as error:  # noqa: BLE001 - one must not keep the others from being told
-                    failure = error
-        finally:
-            self._forget(done)
+        left: list[Delivery] = []
+        for delivery in done:
+            try:
+                if delivery.on_complete is None:
+                    left.append(delivery)
+                else:
+                    delivery.on_complete(delivery, result)
+            except Exception as error:  # noqa: BLE001 - one must not keep the others from being told
+                left.append(delivery)
+                failure = error
+        self.forget(left)
         if failure is not None:
             raise failure
 
-    def _forget(self, done: Sequence[Delivery]) -> None:
+    def forget(self, done: Sequence[Delivery]) -> None:
+        """These pairs can be claimed anew: what came of them is written. Who waits for them is woken."""
         waiting: dict[DeliveryWait, int] = {}
         with self._lock:
             for delivery in done:

@@ -349,7 +349,7 @@ class Worker:
             self._liveness.end()
         accepted = [delivery for index, delivery in enumerate(batch) if index not in failures]
         if accepted:
-            self._ledger.accept(self.name, [delivery.event.key for delivery in accepted], self._position())
+            self._enter(accepted)
             with self._condition:
                 closed = self._breaker.succeeded()
             if closed:
@@ -359,8 +359,17 @@ class Worker:
             self._in_flight.complete(accepted, DELIVERED)
         return failures
 
-    def _position(self) -> Position | None:
-        return None if self._recoverable is None else self._recoverable.position()
+    def _enter(self, accepted: Sequence[Delivery]) -> None:
+        """Write down what the sink has, unless the retrier does so, which enters many together.
+
+        What goes to a file is entered in the order in which it stands there, since the mark goes along.
+        """
+        position = None if self._recoverable is None else self._recoverable.position()
+        entered = [delivery for delivery in accepted if delivery.on_complete is None or position is not None]
+        if entered:
+            self._ledger.accept(self.name, [delivery.event.key for delivery in entered], position)
+            for delivery in entered:
+                delivery.is_entered = True
 
     def _not_accepted(self, delivery: Delivery, error: Exception, *, counts: bool) -> None:
         delivery.attempts += 1

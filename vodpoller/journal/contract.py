@@ -120,6 +120,23 @@ class ClaimedEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Burial:
+    """A claimed event that is to be a dead letter.
+
+    Args:
+        claimed: As `claim_due` gave it.
+        attempts: Number of attempts so far.
+        reason: One word for filters; see `vodpoller.settlement.Reason`.
+        error: What the last attempt said.
+    """
+
+    claimed: ClaimedEvent
+    attempts: int
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCount:
     """How much is stored for one sink in one state.
 
@@ -267,13 +284,13 @@ class Journal(Protocol):
             error: What the last attempt said; None to keep what was said before.
         """
 
-    def bury(self, claimed: ClaimedEvent, *, attempts: int, reason: str, error: str) -> None:
-        """Make a claimed event a dead letter, even beyond the room of dead letters; the claim ends in any case.
+    def bury(self, burials: Sequence[Burial]) -> None:
+        """Make claimed events dead letters, even beyond the room of dead letters; their claims end in any case.
 
-        When this returns it would survive a loss of power. One that the operator deleted or moved is left alone.
+        When this returns they would survive a loss of power. What the operator deleted or moved is left alone.
 
         Raises:
-            StorageError: It is pending and due, as if released.
+            StorageError: All of them are pending and due, as if released.
         """
 
     def mark_removed(self, sinks: Collection[str]) -> None:

@@ -22,6 +22,7 @@ from vodpoller.journal.condition import Condition
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
+    Burial,
     ClaimedEvent,
     Journal,
     Known,
@@ -340,17 +341,17 @@ class SqliteJournal(Journal):
             on_end=lambda: self._claims.release((claimed,)),
         )
 
-    def bury(self, claimed: ClaimedEvent, *, attempts: int, reason: str, error: str) -> None:
-        values = (attempts, reason, short_text(error), claimed.row)
+    def bury(self, burials: Sequence[Burial]) -> None:
+        values = [(it.attempts, it.reason, short_text(it.error), it.claimed.row) for it in burials]
         try:
             self.commits.write(
-                lambda db: db.execute(
+                lambda db: db.executemany(
                     "UPDATE letters SET state = 'dead', attempts = ?, reason = ?, error = ? WHERE id = ?", values
                 ),
                 durable=True,
             )
         finally:
-            self.release((claimed,))
+            self.release(it.claimed for it in burials)
 
     def mark_removed(self, sinks: Collection[str]) -> None:
         self.commits.write(partial(mark_removed, sinks), durable=False)
