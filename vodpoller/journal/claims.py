@@ -4,12 +4,12 @@ They are in memory: the lock beside the file makes this process the only claiman
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vodpoller.events.event import restore_event
 from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, DUE_HORIZON_SECS, ClaimedEvent
-from vodpoller.journal.statements import KEYS_PER_QUERY, LETTERS_BYTES
+from vodpoller.journal.statements import LETTERS_BYTES
 from vodpoller.journal.unwritten import Pair, Unwritten
 
 
@@ -46,44 +46,36 @@ class Claims:
             # Memory before the file: what leaves memory after this was written before, and what is read sees that.
             # Claims before what is unwritten: a pair that is accepted meanwhile is there before its claim ends.
             with self._lock:
-                held = {key for key, of in self._claims if of == sink}
-            held |= self._unwritten.keys_of(sink)
-            free = self._due_rows(sink, now, limit, held)
-            found, accepted = self._read_due(sink, now, free)
+                held = {key: stored.row for (key, of), stored in self._claims.items() if of == sink}
+            unwritten = self._unwritten.keys_of(sink)
+            found, accepted = self._read_due(sink, now, limit, held, unwritten)
             with self._lock:
                 self._claims |= {(stored.event.key, sink): stored for stored in found}
         return found, accepted
 
-    def _due_rows(self, sink: str, now: float, limit: int, held: Collection[bytes]) -> list[int]:
-        """The numbers of what is due and not held; their bodies are read later, those of what is held never."""
+    def _read_due(
+        self, sink: str, now: float, limit: int, held: Mapping[bytes, int], unwritten: set[bytes]
+    ) -> tuple[list[ClaimedEvent], list[tuple[int]]]:
+        """What is due and not held; and the numbers of those that the ledger has."""
         if limit <= 0 or not self._read(LETTERS_BYTES, ())[0][0]:
-            return []
+            return [], []
         due = self._read(
+            "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("
+            " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
+            " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
             # A due time beyond any delay was set by a clock that was wrong: it has come as well.
-            "SELECT id, key FROM letters WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?)"
-            " ORDER BY due_at, id LIMIT ?",
-            (sink, now, now + DUE_HORIZON_SECS + 60, limit + len(held)),
+            " FROM letters WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?)"
+            # In the text: there may be more of them than a statement can have parameters.
+            f" AND id NOT IN ({','.join(map(str, held.values()))}) ORDER BY due_at, id LIMIT ?",
+            (now - CONFIRMED_KEPT_SECS, sink, now, now + DUE_HORIZON_SECS + 60, limit + len(unwritten)),
         )
-        return [row for row, key in due if key not in held][:limit]
-
-    def _read_due(self, sink: str, now: float, rows: Sequence[int]) -> tuple[list[ClaimedEvent], list[tuple[int]]]:
-        """The stored events of these numbers, and the numbers of those that the ledger has."""
+        not_to_give = held.keys() | unwritten  # what is held may be stored anew since then, as another row
         found: list[ClaimedEvent] = []
         accepted: list[tuple[int]] = []
-        for first in range(0, len(rows), KEYS_PER_QUERY):
-            portion = rows[first : first + KEYS_PER_QUERY]
-            marks = ",".join("?" * len(portion))
-            read = self._read(
-                "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("
-                " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
-                " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
-                f" FROM letters WHERE id IN ({marks}) AND state = 'pending' AND sink = ? ORDER BY due_at, id",
-                (now - CONFIRMED_KEPT_SECS, *portion, sink),
-            )
-            for row, key, attempts, stored_at, source, sub_app_id, event_type, body, is_accepted in read:
-                if is_accepted:
-                    accepted.append((row,))
-                    continue
+        for row, key, attempts, stored_at, source, sub_app_id, event_type, body, is_accepted in due:
+            if is_accepted:
+                accepted.append((row,))
+            elif key not in not_to_give and len(found) < limit:
                 event = restore_event(body=body, key=key, event_type=event_type, source=source, sub_app_id=sub_app_id)
                 age_secs = max(now - stored_at, 0.0)
                 found.append(ClaimedEvent(row=row, event=event, sink=sink, attempts=attempts, age_secs=age_secs))

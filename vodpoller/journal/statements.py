@@ -56,14 +56,22 @@ def insert_accepted(
         portion = rows[first : first + _ROWS_A_STATEMENT]
         values = ",".join(["(?, ?, ?, NULL)"] * len(portion))
         db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])
-    if stored:
-        db.executemany(
-            "UPDATE ledger SET confirmed_at = accepted_at WHERE key = ? AND sink = ? AND EXISTS"
-            " (SELECT 1 FROM letters WHERE letters.key = ledger.key AND letters.sink = ledger.sink AND confirmed)",
-            [(key, sink) for key in stored],
-        )
-        db.executemany("DELETE FROM letters WHERE key = ? AND sink = ?", [(key, sink) for key in stored])
+    for first in range(0, len(stored), KEYS_PER_QUERY):
+        _delete_accepted(db, sink, stored[first : first + KEYS_PER_QUERY])
     set_position(db, sink, position)
+
+
+def _delete_accepted(db: sqlite3.Connection, sink: str, keys: Sequence[bytes]) -> None:
+    """Delete what is stored for accepted pairs; if VOD has forgotten the event, their rows in the ledger say so."""
+    # Filled up with the last one, so that there are few texts to be compiled.
+    filled = [*keys, *[keys[-1]] * (2 ** (len(keys) - 1).bit_length() - len(keys))]
+    of_keys = f"sink = ? AND key IN ({','.join('?' * len(filled))})"
+    db.execute(
+        "UPDATE ledger SET confirmed_at = accepted_at WHERE (key, sink) IN"
+        f" (SELECT key, sink FROM letters WHERE {of_keys} AND confirmed)",
+        (sink, *filled),
+    )
+    db.execute(f"DELETE FROM letters WHERE {of_keys}", (sink, *filled))
 
 
 def insert_recovered(db: sqlite3.Connection, sink: str, keys: Sequence[bytes], now: float) -> None:
