@@ -77,7 +77,7 @@ class Vodpoller:
             sinks=self.sinks.replace("{archive}", system.archive_sink),
         )
         if self.program is None:
-            daemon = system.daemon()
+            daemon = system.daemon(started=False)  # recovery may come first, and take its time
             try:
                 yield daemon.process
             finally:
