@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 
 from vodpoller.cli.app import main
+from vodpoller.delivery.in_flight import InFlight
+from vodpoller.delivery.retrier import Retrier
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.file.sink import FileSink
@@ -27,6 +29,10 @@ STEPS = {
     "store": (SqliteJournal, "store"),
     "recover": (SqliteJournal, "recover"),
     "confirm": (VodClient, "confirm"),
+    "claim": (SqliteJournal, "claim_due"),
+    "bury": (SqliteJournal, "bury"),
+    "results": (Retrier, "write_results"),
+    "forget": (InFlight, "forget"),
 }
 
 

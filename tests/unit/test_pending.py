@@ -1,12 +1,13 @@
 import sqlite3
+import threading
 from itertools import pairwise
 
 import pytest
 
 from tests.helpers import FakeClock, MemorySink, event, named
 from tests.polling import until
-from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight
-from vodpoller.delivery.retrier import Retrier
+from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight, WaitEnd
+from vodpoller.delivery.retrier import GATHER_SECS, Retrier
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import RejectedError, StorageError, TransientError
 from vodpoller.journal.contract import Known, Letter
@@ -24,27 +25,36 @@ class Bench:
         self.journal = SqliteJournal(
             tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, telemetry=Telemetry(log), wall=self.wall
         )
+        self._log = log
         self.in_flight = InFlight()
         self.sink = MemorySink()
-        self.worker = Worker(
-            name="it",
-            sink=self.sink,
+        self.worker = self.worker_of("it", self.sink)
+        self.worker.start()
+        self.retrier = self.retrier_that_gathers(GATHER_SECS)
+
+    def worker_of(self, name, sink):
+        return Worker(
+            name=name,
+            sink=sink,
             ledger=self.journal,
             in_flight=self.in_flight,
             queue_max_events=20,
             breaker_failures=3,
-            telemetry=Telemetry(log),
+            telemetry=Telemetry(self._log),
             liveness=Liveness(),
             monotonic=self.monotonic,
         )
-        self.worker.start()
-        self.retrier = Retrier(
+
+    def retrier_that_gathers(self, secs, **workers):
+        workers = {"it": self.worker, **workers}
+        return Retrier(
             journal=self.journal,
-            workers={"it": self.worker},
+            workers=workers,
             in_flight=self.in_flight,
-            give_up_after_secs={"it": GIVE_UP_SECS},
-            telemetry=Telemetry(log),
+            give_up_after_secs=dict.fromkeys(workers, GIVE_UP_SECS),
+            telemetry=Telemetry(self._log),
             monotonic=self.monotonic,
+            gather_secs=secs,
         )
 
     def store(self, *numbers, sink="it"):
@@ -375,3 +385,144 @@ def test_a_dead_letter_is_said_only_if_it_is_written(bench, monkeypatch, lines):
     bench.wall.advance(1000)
     bench.go()
     assert len(named(lines, "event.dead")) == 1
+
+
+# --- portions ---------------------------------------------------------------------------------------------------------
+
+
+class CountedConnection:
+    """The connection that writes, with the number of its transactions."""
+
+    def __init__(self, connection):
+        self._connection = connection
+        self.commits = 0
+
+    def execute(self, sql, *parameters):
+        self.commits += sql == "COMMIT"
+        return self._connection.execute(sql, *parameters)
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+
+def fails_some(events):
+    """The first three events: taken, rejected, failed; and so on."""
+    number = int(events[0].content["FileUploadEvent"]["FileId"]) % 3
+    if number:
+        raise RejectedError("no") if number == 1 else TransientError("down")
+
+
+def test_more_than_the_queue_holds_is_delivered_without_a_lap_between_portions(bench):
+    bench.store(*range(100))
+    assert bench.retrier.run(60) is False
+    assert len(bench.sink.accepted) == 100
+    assert bench.journal.counts() == {}
+
+
+def test_stored_events_go_out_in_the_order_in_which_they_are_due(bench):
+    for number in (3, 1, 4, 0, 2):
+        bench.wall.advance(1)
+        bench.store(number)
+    for number in range(10, 70):
+        bench.store(number)
+    bench.wall.advance(1)
+    bench.retrier.run(60)
+    assert bench.sink.accepted == [event(number).key for number in (3, 1, 4, 0, 2, *range(10, 70))]
+
+
+def test_what_is_delivered_while_others_come_is_written_in_one_transaction(bench):
+    counted = bench.journal.commits.db = CountedConnection(bench.journal.commits.db)
+    bench.retrier = bench.retrier_that_gathers(60)
+    bench.store(*range(9))
+    before = counted.commits
+    bench.retrier.run(60)
+    assert counted.commits == before + 1
+    assert len(bench.sink.accepted) == 9
+
+
+def test_an_event_is_under_way_until_what_came_of_it_is_written(bench):
+    bench.store(1)
+    bench.retrier.submit_due()
+    until(lambda: bench.retrier.results)
+    wait = DeliveryWait()
+    with bench.in_flight.claim([Delivery(event(1), "it", deadline=None)], wait) as claims:
+        assert claims[0].joined
+        assert bench.known(1) is Known.PENDING
+        bench.retrier.write_results(0)
+        assert wait.wait(0) is WaitEnd.COMPLETE
+        assert bench.known(1) is Known.ACCEPTED
+    assert len(bench.sink.calls) == 1
+
+
+def test_a_portion_that_finds_the_disk_full_loses_and_repeats_nothing(bench, monkeypatch, lines):
+    bench.retrier = bench.retrier_that_gathers(60)
+    bench.store(0, 1, 2)
+    bench.sink.behaviour = fails_some
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.journal.commits, "db", CannotBegin(sqlite3.OperationalError("disk is full")))
+        bench.retrier.run(60)
+        assert [bench.known(number) for number in (0, 1, 2)] == [Known.ACCEPTED, Known.PENDING, Known.PENDING]
+        assert not bench.journal.is_writable
+        assert len(bench.sink.calls) == 3
+        # What failed is held until that can be written; what was rejected is due.
+        (due,) = bench.journal.claim_due("it", 9)
+        assert due.event == event(1)
+        bench.journal.release([due])
+    assert bench.rows("state") == [("pending",)] * 3
+    bench.journal.flush()
+    assert bench.journal.is_writable
+    assert bench.rows("state, attempts") == [("pending", 0), ("pending", 1)]
+    assert named(lines, "event.dead") == []
+
+
+def test_a_sink_that_hangs_keeps_no_other_from_its_stored_events(bench):
+    hanging = MemorySink()
+    hanging.gate.clear()
+    worker = bench.worker_of("hangs", hanging)
+    worker.start()
+    try:
+        bench.retrier = bench.retrier_that_gathers(GATHER_SECS, hangs=worker)
+        bench.store(*range(40), sink="hangs")
+        bench.store(*range(100))
+
+        def has_all():
+            assert bench.retrier.run(0.05) is True
+            return len(bench.sink.accepted) == 100
+
+        until(has_all)
+        assert bench.journal.counts() == {("hangs", "pending"): 40}
+        hanging.gate.set()
+        assert bench.retrier.run(60) is False
+        assert len(hanging.accepted) == 40
+    finally:
+        hanging.gate.set()
+        worker.stop()
+        assert worker.join(10)
+
+
+def test_a_stop_writes_what_was_handed_back_and_leaves_the_rest_pending(bench):
+    bench.store(*range(30))
+    bench.sink.gate.clear()
+    bench.retrier.submit_due()
+    until(lambda: bench.sink.running)
+    bench.retrier.stop_claiming()
+    bench.worker.stop()
+    bench.sink.gate.set()
+    assert bench.worker.join(10)
+    bench.retrier.stop()
+    assert bench.journal.counts() == {("it", "pending"): 29}
+    assert bench.known(0) is Known.ACCEPTED
+    assert bench.retrier.run(60) is False
+    assert bench.retrier.submit_due() == 0
+
+
+def test_a_stop_ends_a_run_that_waits_for_a_sink_that_hangs(bench):
+    bench.store(1)
+    bench.sink.gate.clear()
+    running = threading.Thread(target=bench.retrier.run, args=(600,))
+    running.start()
+    until(lambda: bench.sink.running)
+    bench.retrier.stop()
+    running.join(10)
+    assert not running.is_alive()
+    assert bench.known(1) is Known.PENDING

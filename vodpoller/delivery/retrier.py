@@ -115,7 +115,8 @@ class Retrier:
             self.submit_due()
             while self._goes_on() and (left_secs := ends_at - time.monotonic()) > 0:
                 self.write_results(left_secs)
-                self.submit_due()
+                if self._journal.is_writable:  # else what cannot be buried would be delivered again at once
+                    self.submit_due()
             return self._goes_on()
 
     def _goes_on(self) -> bool:
