@@ -59,16 +59,19 @@ class Claims:
         """What is due and not held; and the numbers of those that the ledger has."""
         if limit <= 0 or not self._read(LETTERS_BYTES, ())[0][0]:
             return [], []
-        due = self._read(
-            "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("
-            " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
-            " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
-            # A due time beyond any delay was set by a clock that was wrong: it has come as well.
-            " FROM letters WHERE state = 'pending' AND sink = ? AND (due_at <= ? OR due_at > ?)"
-            # In the text: there may be more of them than a statement can have parameters.
-            f" AND id NOT IN ({','.join(map(str, held.values()))}) ORDER BY due_at, id LIMIT ?",
-            (now - CONFIRMED_KEPT_SECS, sink, now, now + DUE_HORIZON_SECS + 60, limit + len(unwritten)),
-        )
+        due: list[Any] = []
+        # A due time beyond any delay was set by a clock that was wrong: it has come as well. Two ranges of the index:
+        # to ask for both at once would be to look at all that is pending.
+        for condition, moment in (("<=", now), (">", now + DUE_HORIZON_SECS + 60)):
+            due += self._read(
+                "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("
+                " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
+                " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
+                f" FROM letters WHERE state = 'pending' AND sink = ? AND due_at {condition} ?"
+                # In the text: there may be more of them than a statement can have parameters.
+                f" AND id NOT IN ({','.join(map(str, held.values()))}) ORDER BY due_at, id LIMIT ?",
+                (now - CONFIRMED_KEPT_SECS, sink, moment, limit + len(unwritten) - len(due)),
+            )
         not_to_give = held.keys() | unwritten  # what is held may be stored anew since then, as another row
         found: list[ClaimedEvent] = []
         accepted: list[tuple[int]] = []
