@@ -299,6 +299,17 @@ def test_what_stands_in_for_an_event_is_committed_with_a_full_sync(journal):
     assert levels == [2, 1]
 
 
+def test_how_a_commit_syncs_is_told_only_when_it_changes(journal):
+    said = []
+    journal.commits.db.set_trace_callback(said.append)
+    for durable in (True, False, False, True):
+        journal.commits.write(lambda _db: None, durable=durable)
+    journal.commits.db.set_trace_callback(None)
+    assert [sql for sql in said if sql.startswith("PRAGMA")] == [
+        f"PRAGMA synchronous = {level}" for level in ("FULL", "NORMAL", "FULL")
+    ]
+
+
 @pytest.mark.parametrize("how", ["store", "bury"])
 def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     journal.store([letter(1)])

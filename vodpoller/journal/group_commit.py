@@ -56,6 +56,7 @@ class GroupCommit:
         self._on_failure = on_failure
         self._queue: list[_Write] = []
         self._queue_lock = threading.Lock()
+        self._is_full: bool | None = None  # what the connection was told last of how it syncs
 
     @property
     def waiting(self) -> int:
@@ -117,7 +118,9 @@ class GroupCommit:
         has_begun = False
         try:
             durable = any(write.durable for write in batch)
-            self.db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
+            if durable != self._is_full:
+                self.db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
+                self._is_full = durable
             self.db.execute("BEGIN IMMEDIATE")
             has_begun = True
             for write in batch:

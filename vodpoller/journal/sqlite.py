@@ -275,7 +275,7 @@ class SqliteJournal(Journal):
                 (now, *keys),
             )
             if letters_bytes(db):
-                db.executemany("UPDATE letters SET confirmed = 1 WHERE key = ?", [(key,) for key in keys])
+                db.execute(f"UPDATE letters SET confirmed = 1 WHERE key IN ({marks})", keys)
             acknowledge(occurrences, db)
 
         self.commits.defer(work)
