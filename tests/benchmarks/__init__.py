@@ -6,6 +6,8 @@
     python -m tests.benchmarks --repeats 3                    medians, where the machine is not still
     python -m tests.benchmarks --rows confirm --secs 30 --repeats 2 --baseline ../other/.venv/bin/vodpoller
                                                               beside another version, in turns, on one simulator
+    python -m tests.benchmarks --rows backlog,stored,recover --repeats 3 --baseline ../other/.venv/bin/vodpoller
+                                                              what is stored already: delivered, looked at, recovered
     python -m tests.benchmarks --quick                        seconds instead of minutes: shows that it works, no more
 
 The last two columns say whether to believe a line: the simulator must be far from a whole core, and nothing else may
@@ -25,8 +27,13 @@ the simulator's ledger, of the events that were born within the measurement. Whe
 born long before, so there is no latency to tell.
 
 `--baseline` names the program of another version, from the environment of a checkout of its own (`git worktree add`).
-It gets the same configuration, on the simulator of this version. The row `confirm` prints the ratios to it.
+It gets the same configuration, on the simulator of this version. The rows `confirm` and `backlog` print the ratios.
 
-`rows.py` says what is measured, `consumers.py` starts the processes, `measuring.py` reads the numbers, `report.py`
-writes them down; `sdk_loop.py`, `raw_client.py` and `receiver.py` are programs of their own.
+A journal that is full at the start is made as version 0.1 left it, so that every version can open it; the start that
+counts is the one after it was brought along. Events per second of the row `backlog` are from the receiver's first
+request to its last, its CPU from the daemon's first delivery until the journal is empty.
+
+`rows.py` and `stored.py` say what is measured, `effort.py` how much of it; `consumers.py` starts the processes,
+`measuring.py` reads the numbers, `report.py` writes them down; `sdk_loop.py`, `raw_client.py` and `receiver.py` are
+programs of their own.
 """

@@ -36,11 +36,28 @@ def test_a_baseline_that_is_not_a_program_is_refused(program):
     assert f"{program} is not a program" in ended.stderr
 
 
-def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(tmp_path):
+@pytest.fixture
+def other_version(tmp_path):
+    """The program of another checkout's environment; it is this version."""
     program = tmp_path / "vodpoller"
     program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m vodpoller "$@"\n')
     program.chmod(0o755)
-    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "0.5", "--baseline", program)
+    return program
+
+
+def test_the_rows_of_what_is_stored_measure_the_baseline_in_turns(other_version):
+    ended = run_benchmarks("--quick", "--rows", "backlog,stored,recover", "--baseline", other_version)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
+    assert [line[0] for line in lines] == ["| vodpoller", "| vodpoller, baseline"] * 3
+    backlog, of_baseline = lines[:2]
+    assert float(backlog[1].replace(",", "")) > 0
+    assert [line[4] for line in lines[:2]] == ["0", "0"]  # sent twice
+    assert of_baseline[5:] == ["1.00", "1.00 |"]
+
+
+def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(other_version):
+    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "0.5", "--baseline", other_version)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
     labels = ["run 1", "baseline, run 1", "all runs", "baseline, all runs"]
