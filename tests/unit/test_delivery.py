@@ -351,7 +351,7 @@ def test_so_many_calls_run_at_once_as_the_sink_says(bench):
 def test_threads_come_as_they_are_needed(bench):
     worker = bench.worker(MemorySink(concurrency=96))
     bench.deliver(worker, 1)
-    assert len(worker._threads) == 1
+    assert sum(thread.name.startswith(f"sink-{worker.name}-") for thread in threading.enumerate()) == 1
 
 
 def test_where_no_more_threads_are_to_be_had_those_there_are_do_the_work(bench, monkeypatch):
@@ -523,7 +523,7 @@ def test_what_waits_for_a_repetition_when_the_breaker_opens_is_not_hammered(benc
     worker = bench.worker(MemorySink(), breaker_failures=2)
     worker.sink.fail_always(TransientError("down"))
     first, sent = bench.send(worker, 1, deadline_in_secs=10)
-    until(lambda: worker._delayed)
+    until(lambda: worker.sink.calls and worker.status().queued)
     assert bench.deliver(worker, 2, deadline_in_secs=10) == [Reason.SINK_FAILED]
     assert sent.wait(10)
     assert reasons(first)[0] in (Reason.SINK_DOWN, Reason.SINK_FAILED)
@@ -635,15 +635,15 @@ def test_nothing_stays_on_its_way_if_the_ledger_fails(bench, error):
 def test_what_was_queued_again_is_not_the_business_of_the_thread_that_had_it(bench, monkeypatch):
     worker = bench.worker(MemorySink(concurrency=2, batch_events=2))
     hold_first(bench, worker)
-    give_back, slow = worker._give_back, [True]
+    queued, slow = bench.in_flight.queued, [True]
 
-    def late(taken):
-        if slow and len(taken) == 2:  # the thread that had the batch: another one has its events by now
+    def late(deliveries):
+        queued(deliveries)
+        if slow and threading.current_thread().name.startswith("sink-"):  # it had the batch, and queued it again
             slow.clear()
             until(lambda: keys(1) in worker.sink.calls)
-        give_back(taken)
 
-    monkeypatch.setattr(worker, "_give_back", late)
+    monkeypatch.setattr(bench.in_flight, "queued", late)
     poison = rejecting(1)
 
     def behave(events):

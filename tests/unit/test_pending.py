@@ -1,5 +1,6 @@
 import sqlite3
 import threading
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -20,10 +21,11 @@ GIVE_UP_SECS = 7 * 86_400.0
 
 class Bench:
     def __init__(self, tmp_path, log):
+        self._path = tmp_path / "journal.db"
         self.wall = FakeClock(1_800_000_000.0)
         self.monotonic = FakeClock()
         self.journal = SqliteJournal(
-            tmp_path / "journal.db", max_bytes=10**7, ledger_days=14, telemetry=Telemetry(log), wall=self.wall
+            self._path, max_bytes=10**7, ledger_days=14, telemetry=Telemetry(log), wall=self.wall
         )
         self._log = log
         self.in_flight = InFlight()
@@ -85,7 +87,8 @@ class Bench:
         return self.journal.known([(event(number).key, "it")]).get((event(number).key, "it"))
 
     def rows(self, columns):
-        return self.journal._reader.execute(f"SELECT {columns} FROM letters ORDER BY id").fetchall()
+        with closing(sqlite3.connect(self._path)) as db:
+            return db.execute(f"SELECT {columns} FROM letters ORDER BY id").fetchall()
 
     def close(self):
         self.sink.gate.set()
