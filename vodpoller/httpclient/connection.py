@@ -6,9 +6,7 @@ was certain (RFC 9112, sections 6.3 and 9.3).
 
 import errno
 import http.client
-import io
 import ipaddress
-import re
 import socket
 import ssl
 import threading
@@ -16,14 +14,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.response import HTTPResponse
 
-from vodpoller.httpclient.words import ForbiddenAddressError, UnforeseenAnswerError
+from vodpoller.httpclient.answer import HttpAnswer, Incoming
+from vodpoller.httpclient.deadline import Deadline
+from vodpoller.httpclient.words import ForbiddenAddressError
 
 _T = TypeVar("_T")
 
@@ -33,34 +32,6 @@ _PIECE_BYTES: Final = 1 << 14
 IDLE_MAX_SECS: Final = 30.0
 # What a peer that does not even acknowledge a request on a connection that was idle gets of the time to connect.
 _SILENCE_SHARE: Final = 1 / 3
-_INTERIM_MAX: Final = 20
-
-
-class Deadline(float):
-    """A timeout that knows when it ends: requests and urllib3 hand it on to the connection as the number that it is."""
-
-    __slots__ = ("_ends_at", "_monotonic")
-
-    _ends_at: float
-    _monotonic: Callable[[], float]
-
-    def __new__(cls, secs: float, monotonic: Callable[[], float]) -> Self:
-        """It begins now."""
-        made = super().__new__(cls, secs)
-        made._ends_at = monotonic() + secs
-        made._monotonic = monotonic
-        return made
-
-    def left_secs(self) -> float:
-        """How long it may still take.
-
-        Raises:
-            TimeoutError: No time is left.
-        """
-        left_secs = self._ends_at - self._monotonic()
-        if left_secs <= 0:
-            raise TimeoutError("the time of the call is over")
-        return left_secs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +53,7 @@ class BoundedConnection(HTTPConnection):
     def __init__(self, reach: Reach, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reach = reach
-        self._answer: _Answer | None = None
+        self._answer: Incoming | None = None
         self._response: http.client.HTTPResponse | None = None
         self.idle_since: float | None = None
 
@@ -153,8 +124,8 @@ class BoundedConnection(HTTPConnection):
         self, sock: socket.socket, *args: Any, **kwargs: Any
     ) -> http.client.HTTPResponse:
         """Called by http.client for each answer, also a proxy's to CONNECT."""
-        self._answer = _Answer(sock, cast("Deadline", self.timeout))
-        self._response = _HttpAnswer(cast("socket.socket", self._answer), *args, **kwargs)
+        self._answer = Incoming(sock, cast("Deadline", self.timeout))
+        self._response = HttpAnswer(cast("socket.socket", self._answer), *args, **kwargs)
         return self._response
 
     def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in urllib3
@@ -216,98 +187,6 @@ class Connection(BoundedConnection):
 
 class TlsConnection(Connection, HTTPSConnection):
     """The same, encrypted."""
-
-
-class _Answer(io.RawIOBase):
-    """What a socket brings in while there is time. Stands in the socket's place for http.client.
-
-    Attributes:
-        has_begun: Whether any byte came.
-        at_end: Whether the other side has closed the connection.
-        left_over: Whether bytes came that are not of the answer; known when it is closed.
-    """
-
-    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
-        super().__init__()
-        self._sock = sock
-        self._deadline = deadline
-        self._holder = sock.makefile("rb", buffering=0)  # the socket is open until this is closed, too
-        self._ended = False
-        self.at_end = False
-        self.has_begun = False
-        self.left_over = False
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return _Reader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._ended:
-            return 0
-        self._sock.settimeout(self._deadline.left_secs())
-        number = self._sock.recv_into(buffer)
-        self.has_begun = self.has_begun or number > 0
-        self.at_end = number == 0
-        return number
-
-    def end(self, reader: io.BufferedReader) -> None:
-        """Bring in no more; what the reader still holds is left over."""
-        self._ended = True
-        self.left_over = bool(reader.peek(1))
-
-    def close(self) -> None:
-        self._holder.close()
-        super().close()
-
-
-class _Reader(io.BufferedReader):
-    """http.client closes it when the answer is read to its end."""
-
-    def close(self) -> None:
-        if not self.closed:
-            cast("_Answer", self.raw).end(self)
-        super().close()
-
-
-class _HttpAnswer(http.client.HTTPResponse):
-    """An answer as http.client reads it, but behind any interim one, and only trusted as far as its end is certain."""
-
-    def _read_status(self) -> tuple[str, int, str]:
-        """RFC 9110, section 15.2: any number of interim answers (1xx) may come first; http.client knows 100 only."""
-        for _ in range(1 + _INTERIM_MAX):
-            version, status, reason = super()._read_status()  # type: ignore[misc] # missing in the stubs
-            if status >= HTTPStatus.OK:
-                return version, status, reason
-            if status == HTTPStatus.SWITCHING_PROTOCOLS:
-                raise UnforeseenAnswerError("wants to switch to another protocol (101), which was not asked for")
-            http.client.parse_headers(self.fp)
-        raise UnforeseenAnswerError(f"sent more than {_INTERIM_MAX} interim answers (1xx)")
-
-    def begin(self) -> None:
-        super().begin()
-        if cast("_Answer", self.fp.raw).at_end:  # http.client takes that for the head's end
-            raise http.client.IncompleteRead(b"")
-        self.will_close = self.will_close or not self._ends_for_certain()
-
-    def _ends_for_certain(self) -> bool:
-        """RFC 9112, section 6.3: what does not say in one clear way where it ends must be the connection's last."""
-        lengths = self.headers.get_all("Content-Length", [])
-        is_coded = "Transfer-Encoding" in self.headers
-        if self.headers.defects or self.headers.get_payload():  # lines that are no headers
-            return False
-        if is_coded:
-            return self.chunked and not lengths and self.status != HTTPStatus.NO_CONTENT
-        if self.status == HTTPStatus.NO_CONTENT:
-            return all(length.strip() == "0" for length in lengths)
-        return len(lengths) <= 1 and all(re.fullmatch("[0-9]+", length.strip()) for length in lengths)
-
-    def _read_next_chunk_size(self) -> int:
-        size: int = super()._read_next_chunk_size()  # type: ignore[misc] # missing in the stubs
-        if size < 0:
-            raise UnforeseenAnswerError(f"sent a chunk of {size} bytes")
-        return size
 
 
 def _is_address(host: str) -> bool:

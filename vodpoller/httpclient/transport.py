@@ -27,7 +27,8 @@ from urllib3.exceptions import HTTPError, ProtocolError
 
 from vodpoller.errors import ConfigError
 from vodpoller.httpclient.address import Environment, port_of, proxy_parts
-from vodpoller.httpclient.connection import BoundedConnection, Connection, Deadline, Reach, TlsConnection
+from vodpoller.httpclient.connection import BoundedConnection, Connection, Reach, TlsConnection
+from vodpoller.httpclient.deadline import Deadline
 from vodpoller.httpclient.trust import Roots, RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes
 
