@@ -5,7 +5,6 @@ was certain (RFC 9112, sections 6.3 and 9.3).
 """
 
 import errno
-import http.client
 import ipaddress
 import socket
 import ssl
@@ -18,7 +17,6 @@ from typing import Any, Final, TypeVar, cast
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
-from urllib3.response import HTTPResponse
 
 from vodpoller.httpclient.answer import HttpAnswer, Incoming
 from vodpoller.httpclient.deadline import Deadline
@@ -27,7 +25,7 @@ from vodpoller.httpclient.words import ForbiddenAddressError
 _T = TypeVar("_T")
 
 # What is sent at once: no more than one record of TLS, since Python starts the timeout anew with each of them.
-_PIECE_BYTES: Final = 1 << 14
+PIECE_BYTES: Final = 1 << 14
 # Less than what firewalls and load balancers forget connections after: those of the large clouds after 60 s to 350 s.
 IDLE_MAX_SECS: Final = 30.0
 # What a peer that does not even acknowledge a request on a connection that was idle gets of the time to connect.
@@ -53,8 +51,7 @@ class BoundedConnection(HTTPConnection):
     def __init__(self, reach: Reach, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reach = reach
-        self._answer: Incoming | None = None
-        self._response: http.client.HTTPResponse | None = None
+        self._answer: HttpAnswer | None = None
         self.idle_since: float | None = None
 
     def left_secs(self) -> float:
@@ -70,12 +67,12 @@ class BoundedConnection(HTTPConnection):
     @property
     def has_heard(self) -> bool:
         """Whether a byte of the answer to its last request came."""
-        return self._answer is not None and self._answer.has_begun
+        return self._answer is not None and self._answer.incoming.has_begun
 
     def rest(self) -> None:
         """No call uses it from now on. It closes if anything came behind the answer, even the connection's end."""
         self.idle_since = self._reach.monotonic()
-        if self._answer is not None and self._answer.left_over:
+        if self._answer is None or self._answer.will_close or self._answer.incoming.left_over:
             self.close()
             return
         try:
@@ -108,37 +105,36 @@ class BoundedConnection(HTTPConnection):
 
     def send(self, data: Any) -> None:
         """As in http.client, piece by piece."""
-        if self.sock is None:
-            self.connect()
         rest = memoryview(data)
         while rest:
             self.sock.settimeout(self.left_secs())
-            super().send(rest[:_PIECE_BYTES])
-            rest = rest[_PIECE_BYTES:]
+            self.sock.sendall(rest[:PIECE_BYTES])
+            rest = rest[PIECE_BYTES:]
 
     def _tunnel(self) -> None:
         super()._tunnel()
         self.sock.settimeout(self.left_secs())
 
     def response_class(  # type: ignore[override] # http.client only calls it
-        self, sock: socket.socket, *args: Any, **kwargs: Any
-    ) -> http.client.HTTPResponse:
-        """Called by http.client for each answer, also a proxy's to CONNECT."""
-        self._answer = Incoming(sock, cast("Deadline", self.timeout))
-        self._response = HttpAnswer(cast("socket.socket", self._answer), *args, **kwargs)
-        return self._response
+        self, sock: socket.socket, *, method: str | None
+    ) -> HttpAnswer:
+        """Called by http.client for a proxy's answer to CONNECT."""
+        self._answer = HttpAnswer(Incoming(sock, cast("Deadline", self.timeout)), method)
+        return self._answer
 
-    def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in urllib3
-        """As in urllib3."""
+    def read_head(self, method: str | None) -> HttpAnswer:
+        """The answer to the request that was sent, its body not read.
+
+        Args:
+            method: Of the request.
+        """
+        answer = self.response_class(self.sock, method=method)
         try:
-            return super().getresponse()
+            answer.begin()
         except BaseException:
-            # urllib3 leaves one open whose Content-Length it does not like.
-            if self._response is not None:
-                self._response.close()
-            if self._answer is not None:
-                self._answer.close()
+            answer.close()
             raise
+        return answer
 
 
 class Connection(BoundedConnection):

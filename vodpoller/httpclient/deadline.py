@@ -5,7 +5,7 @@ from typing import Self
 
 
 class Deadline(float):
-    """A timeout that knows when it ends: requests and urllib3 hand it on to the connection as the number that it is."""
+    """A timeout that knows when it ends: urllib3 takes it for the number that it is."""
 
     __slots__ = ("_ends_at", "_monotonic")
 

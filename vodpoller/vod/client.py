@@ -33,7 +33,7 @@ from vodpoller.events.codec import UnreadableError, encode_json
 from vodpoller.events.event import Lease, Malformed, PulledEvent, read_event
 from vodpoller.events.salvage import salvage_events
 from vodpoller.httpclient.address import environment_of, host_and_port
-from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
+from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, Transport
 from vodpoller.httpclient.trust import RootsError
 from vodpoller.httpclient.words import UnusableProxyError, causes, failure_text, http_date
 from vodpoller.logs import Logger
@@ -124,7 +124,7 @@ class VodClient:
         ca_file: PEM with what vouches for VOD's certificate; None is what the environment says, or the public CAs.
         key_renewal: What a person must do so that another key is used once it is in place of the present one.
         log: Where to.
-        resolve: In place of `socket.getaddrinfo`.
+        transport: Sends the requests; a `DeadlineAdapter` with `ca_file` unless told otherwise.
         monotonic: The clock of leases and timeouts, in seconds.
         wall: Unix time, in seconds.
         sleep: Waits that number of seconds.
@@ -144,7 +144,7 @@ class VodClient:
         ca_file: Path | None = None,
         key_renewal: str = "send SIGHUP",
         log: Logger,
-        resolve: Callable[..., list[Any]] | None = None,
+        transport: Transport | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -162,7 +162,7 @@ class VodClient:
         self._url = requests.Request("POST", endpoint).prepare().url or endpoint
         # Asking the environment at each request would cost as much again as the request.
         self._environment = environment_of(self._url)
-        self._adapter = DeadlineAdapter(connections=_CONNECTIONS, ca_file=ca_file, resolve=resolve, monotonic=monotonic)
+        self._transport = transport or DeadlineAdapter(connections=_CONNECTIONS, ca_file=ca_file, monotonic=monotonic)
         self._where = host_and_port(self._url)
 
         self._pulls_stopped = False
@@ -313,11 +313,11 @@ class VodClient:
         Raises:
             ConfigError: It cannot be read; what was read before stays in use.
         """
-        self._adapter.reread_roots("api.ca_file")
+        self._transport.reread_roots("api.ca_file")
 
     def close(self) -> None:
         """Close the connections. A call that is under way may fail."""
-        self._adapter.close()
+        self._transport.close()
 
     # --- one exchange -------------------------------------------------------------------------------------------------
 
@@ -390,7 +390,9 @@ class VodClient:
 
     def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> Answer:
         try:
-            response = self._adapter.send_within(prepared, self._environment, timeout_secs, connect_secs=_CONNECT_SECS)
+            response = self._transport.send_within(
+                prepared, self._environment, timeout_secs, connect_secs=_CONNECT_SECS
+            )
         # Not chained: what these exceptions quote may be the token, or a proxy's password.
         except CALL_ERRORS as error:
             raise self._unanswered(error, timeout_secs) from None

@@ -1,0 +1,138 @@
+"""One request and its answer, on a connection of a pool.
+
+What requests' adapter and urllib3's `urlopen` do beside that is not wanted here, and costs more than what is.
+"""
+
+import http.client
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from requests import PreparedRequest
+from urllib3 import HTTPResponse
+from urllib3.exceptions import HTTPError
+
+from vodpoller.httpclient.connection import PIECE_BYTES, BoundedConnection
+from vodpoller.httpclient.deadline import Deadline
+from vodpoller.httpclient.pool import Pool
+
+_FIRST_LINE: Final = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.1")
+# RFC 9110, section 5.5: neither a line's end, nor any other control character but the tab.
+_FIELD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~\x80-\xff]*")
+
+
+class Exchanged(HTTPResponse):
+    """An answer whose body is not read yet. Reading it to its end gives its connection back to the pool.
+
+    Attributes:
+        is_repeated: Whether the request was sent twice.
+    """
+
+    is_repeated = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """How requests to a URL are sent.
+
+    Args:
+        pool: Has connections to its host, or to a proxy.
+        tunnels: Whether the proxy is to make a tunnel to the host.
+        target: What its requests ask for.
+        headers: What each request says if it says nothing else.
+    """
+
+    pool: Pool
+    tunnels: bool
+    target: str
+    headers: Mapping[str, str]
+
+
+def exchange(route: Route, request: PreparedRequest, connect: Deadline, whole: Deadline) -> Exchanged:
+    """Send a request and read the head of its answer.
+
+    If a connection that was idle breaks before a byte of the answer came, the request is sent again on a new one.
+
+    Args:
+        route: Of its URL.
+        request: Its body, if it has one, is bytes.
+        connect: For the part until the request is sent.
+        whole: For all of it; reading the body keeps to it, too.
+
+    Raises:
+        ValueError: The request holds a character that cannot be sent.
+        urllib3.exceptions.HTTPError: There is no answer.
+        http.client.HTTPException: The same.
+        OSError: The same.
+    """
+    pieces = _pieces(route, request)
+    connection = route.pool.take()
+    was_idle = not connection.is_closed
+    try:
+        return _ask(route, connection, request.method, pieces, connect, whole)
+    except (HTTPError, http.client.HTTPException, OSError):
+        if not was_idle or connection.has_heard or not connection.has_time:
+            raise
+    answer = _ask(route, route.pool.take(is_new=True), request.method, pieces, connect, whole)
+    answer.is_repeated = True
+    return answer
+
+
+def _ask(
+    route: Route,
+    connection: BoundedConnection,
+    method: str | None,
+    pieces: tuple[bytes, ...],
+    connect: Deadline,
+    whole: Deadline,
+) -> Exchanged:
+    try:
+        connection.timeout = connect
+        if connection.is_closed:
+            route.pool.open(connection, tunnels=route.tunnels)
+        else:
+            connection.wake()
+        with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may have come before
+            for piece in pieces:
+                connection.send(piece)
+        connection.timeout = whole
+        answer = connection.read_head(method)
+        return Exchanged(
+            body=answer,
+            headers=answer.headers,
+            status=answer.status,
+            version=answer.version,
+            reason=answer.reason,
+            preload_content=False,
+            decode_content=False,
+            original_response=answer,
+            pool=route.pool,
+            connection=connection,
+            request_method=method,
+        )
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _pieces(route: Route, request: PreparedRequest) -> tuple[bytes, ...]:
+    """Head and body; in one piece if they fit into one."""
+    head = _head(route, request)
+    body = request.body
+    if not body:
+        return (head,)
+    if not isinstance(body, bytes):
+        raise TypeError(f"the body of a request is bytes, not {type(body).__name__}")
+    return (head + body,) if len(head) + len(body) <= PIECE_BYTES else (head, body)
+
+
+def _head(route: Route, request: PreparedRequest) -> bytes:
+    given = request.headers
+    first_line = f"{request.method} {route.target} HTTP/1.1"
+    fields = [f"{name}: {value}" for name, value in route.headers.items() if name not in given]
+    fields += [f"{name}: {value}" for name, value in given.items()]
+    if not _FIRST_LINE.fullmatch(first_line) or not all(map(_FIELD.fullmatch, fields)):
+        raise ValueError("the request holds a character that cannot be sent in its head")
+    return "\r\n".join((first_line, *fields, "", "")).encode("latin-1")
