@@ -30,7 +30,7 @@ from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, was_rep
 from vodpoller.httpclient.words import ForbiddenAddressError, causes, failure_text, retry_after_secs
 
 SLACK_SECS = 1.5
-BARE = Environment(proxies={}, proxy="")
+BARE = Environment(proxy="")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
@@ -194,7 +194,7 @@ def test_a_tls_handshake_that_never_ends_costs_no_more_than_the_time_limit(adapt
 
 def test_a_tunnel_that_never_opens_costs_no_more_than_the_time_limit(adapter_of):
     with raw_server(drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")) as proxy:
-        environment = Environment(proxies={"https": proxy}, proxy=proxy)
+        environment = Environment(proxy=proxy)
         assert failure_of(adapter_of(), "https://app.example/", environment=environment)
 
 
@@ -308,7 +308,7 @@ def test_of_several_addresses_the_permitted_ones_are_used(adapter_of):
 def test_the_address_of_a_proxy_is_not_asked_for(adapter_of):
     with running_receiver() as proxy:
         address = f"http://127.0.0.1:{proxy.server_port}"
-        environment = Environment(proxies={"http": address}, proxy=address)
+        environment = Environment(proxy=address)
         call(adapter_of(permits=lambda address: False), "http://app.invalid/", environment=environment)
         assert proxy.received[0].path == "http://app.invalid/"
 
@@ -401,7 +401,7 @@ def test_interim_answers_without_end_and_a_switch_end_the_connection(adapter_of,
 def test_an_interim_answer_of_a_proxy_is_not_its_answer(adapter_of):
     script = Script(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 407 Login\r\nContent-Length: 0\r\n\r\n")
     with raw_server(script) as proxy:
-        environment = Environment(proxies={"https": proxy}, proxy=proxy)
+        environment = Environment(proxy=proxy)
         said = failure_of(adapter_of(), "https://app.example/", 5.0, environment=environment)
     assert said.startswith("is behind a proxy that answered 407 Proxy Authentication Required (it wants a login")
 

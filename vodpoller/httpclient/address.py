@@ -1,7 +1,6 @@
 """Addresses: what of them may be shown, and by which proxy they are reached."""
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
@@ -20,12 +19,10 @@ class Environment:
     """What the environment says of calls to an address.
 
     Args:
-        proxies: By scheme, as requests takes them.
         proxy: The proxy by which the address is reached; empty if there is none.
         problem: Why no call can be made; empty if there is no reason.
     """
 
-    proxies: Mapping[str, str]
     proxy: str
     problem: str = ""
 
@@ -38,9 +35,8 @@ def environment_of(url: str) -> Environment:
     """
     with requests.Session() as session:
         found = session.merge_environment_settings(url, {}, stream=True, verify=True, cert=None)
-    proxies = dict(found["proxies"])
-    proxy = select_proxy(url, proxies) or ""
-    return Environment(proxies=proxies, proxy=proxy, problem=_problem_of(proxy, urlsplit(url).scheme))
+    proxy = select_proxy(url, dict(found["proxies"])) or ""
+    return Environment(proxy=proxy, problem=_problem_of(proxy, urlsplit(url).scheme))
 
 
 def _problem_of(proxy: str, scheme: str) -> str:

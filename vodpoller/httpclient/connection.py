@@ -70,19 +70,23 @@ class BoundedConnection(HTTPConnection):
         return self._answer is not None and self._answer.incoming.has_begun
 
     def rest(self) -> None:
-        """No call uses it from now on. It closes if anything came behind the answer, even the connection's end."""
+        """No call uses it from now on. It closes if it cannot be trusted with another one."""
         self.idle_since = self._reach.monotonic()
-        if self._answer is None or self._answer.will_close or self._answer.incoming.left_over:
+        if self._answer is None or self._answer.will_close or self._answer.incoming.left_over or self._holds_more():
             self.close()
-            return
+
+    def _holds_more(self) -> bool:
+        """Whether TLS has read more than the answer. The pool sees what is not read yet, even the connection's end."""
+        if not isinstance(self, HTTPSConnection):
+            return False
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
-            return
+            return False
         except OSError:
             pass
-        self.close()
+        return True
 
     def is_stale(self) -> bool:
         """Whether it has been idle for so long that what is in between may have forgotten it."""

@@ -162,7 +162,6 @@ class DeadlineAdapter:
         """
         if environment.problem:
             raise UnusableProxyError(environment.problem)
-        url = str(request.url)
         try:
             route = self._route(request, environment)  # before the time begins: the first time, it reads certificates
             whole = Deadline(timeout_secs, self._monotonic)
@@ -172,7 +171,7 @@ class DeadlineAdapter:
             raise
         except (HTTPError, http.client.HTTPException, OSError) as error:
             raise _as_requests_says(error, request) from error
-        return _response(url, request, answer)
+        return _Response(request, answer)
 
     def connect_within(self, url: str, environment: Environment, timeout_secs: float) -> None:
         """Make the connection that a request would use, TLS included, and close it. Nothing is sent.
@@ -251,16 +250,20 @@ class DeadlineAdapter:
         return manager
 
 
-def _response(url: str, request: requests.PreparedRequest, answer: Exchanged) -> requests.Response:
-    """Requests' own way to make one looks for cookies and a charset, which nothing here wants."""
-    response = requests.Response()
-    response.status_code = answer.status
-    response.reason = str(answer.reason)
-    response.headers = cast("Any", answer.headers)
-    response.url = url
-    response.request = request
-    response.raw = answer
-    return response
+class _Response(requests.Response):
+    """What of requests' answer is used here; the rest, such as a jar for cookies, is not made."""
+
+    def __init__(self, request: requests.PreparedRequest, answer: Exchanged) -> None:
+        self.request = request
+        self.url = str(request.url)
+        self.status_code = answer.status
+        self.reason = str(answer.reason)
+        self.headers = cast("Any", answer.headers)
+        self.raw = answer
+
+    def close(self) -> None:
+        self.raw.close()
+        self.raw.release_conn()
 
 
 def _as_requests_says(error: Exception, request: requests.PreparedRequest) -> requests.RequestException:
