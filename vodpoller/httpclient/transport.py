@@ -155,7 +155,6 @@ class DeadlineAdapter:
 
         Raises:
             requests.RequestException: There is none. `failure_text` says why.
-            urllib3.exceptions.HTTPError: The same.
             RootsError: What vouches for certificates cannot be read.
             UnusableProxyError: The environment names one.
             ValueError: A header cannot be sent, or there was no time.
@@ -167,7 +166,7 @@ class DeadlineAdapter:
             whole = Deadline(timeout_secs, self._monotonic)
             connect = whole if connect_secs is None else Deadline(min(connect_secs, timeout_secs), self._monotonic)
             answer = exchange(route, request, connect, whole)
-        except RootsError:
+        except (RootsError, requests.RequestException):
             raise
         except (HTTPError, http.client.HTTPException, OSError) as error:
             raise _as_requests_says(error, request) from error
@@ -184,8 +183,8 @@ class DeadlineAdapter:
             timeout_secs: More than 0.
 
         Raises:
-            requests.RequestException: As `send_within`.
-            urllib3.exceptions.HTTPError: As `send_within`.
+            urllib3.exceptions.HTTPError: It cannot be made. `failure_text` says why.
+            OSError: The same.
             RootsError: As `send_within`.
             UnusableProxyError: As `send_within`.
         """
