@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.benchmarks import stored
+from tests.benchmarks import http_calls, stored
 from tests.benchmarks.consumers import RawClient, SdkLoop, Vodpoller, webhook_receiver
 from tests.benchmarks.effort import fresh_system, in_turns, say, versions
 from tests.benchmarks.measuring import (
@@ -451,6 +451,17 @@ def _draining_secs(simulator, events):
     return last - first
 
 
+def http(effort):
+    say("  calls ...")
+    baseline = effort.baseline and effort.baseline.with_name("python")
+    with fresh_system(effort) as system:
+        simulator = system.simulator(requests_per_sec=0)
+        found = http_calls.compared(f"{simulator.url}/", int(300 * effort.secs), baseline)
+    session_us = found["requests.Session"]
+    lines = [[label, number(us), number(us / session_us, 2)] for label, us in found.items()]
+    return [Table("A call over a kept connection", ("by", "CPU µs", "to requests.Session"), lines)]
+
+
 ROWS = {
     "quota": quota,
     "round-trip": round_trip,
@@ -459,6 +470,7 @@ ROWS = {
     "paced": paced,
     "confirm": confirm,
     "paced-unlimited": paced_unlimited,
+    "http": http,
     "webhook": webhook,
     "slow-sink": slow_sink,
     "idle": idle,

@@ -81,3 +81,12 @@ def test_one_quick_row_prints_the_machine_and_a_table_with_a_line_for_each_consu
     assert {len(line) for line in lines} == {len(lines[0])}
     events_per_sec = [float(line[1].replace(",", "")) for line in lines[2:]]
     assert min(events_per_sec) > 0
+
+
+def test_the_row_of_calls_sets_ours_beside_those_of_a_session():
+    ended = run_benchmarks("--quick", "--rows", "http", "--secs", "0.1")
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [line[0] for line in lines] == ["vodpoller", "requests.Session"]
+    assert lines[1][2] == "1.00"
+    assert all(float(line[1].replace(",", "")) > 0 for line in lines)
