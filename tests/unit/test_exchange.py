@@ -115,6 +115,14 @@ def test_host_and_encoding_are_said_once(adapter_of, given, host, encoding):
     assert lines[-2:] == ["", "body"]
 
 
+def test_a_body_is_never_sent_without_its_length(adapter_of):
+    with running_receiver() as receiver:
+        request = prepared(receiver.url, b"body")
+        del request.headers["Content-Length"]
+        assert call(adapter_of(), request) == (204, False)
+        assert receiver.received[0].body == b"body"
+
+
 @pytest.mark.parametrize(("size", "sends"), [(0, 1), (1, 1), (10_000, 1), (PIECE_BYTES, 2)])
 def test_head_and_body_are_one_send_if_they_fit_into_a_piece(adapter_of, monkeypatch, size, sends):
     sent = []
@@ -194,11 +202,21 @@ def test_closing_ends_idle_connections(adapter_of):
         until(lambda: ended == [b""])
 
 
-def test_an_answer_that_is_not_read_ends_its_connection(adapter_of):
-    with raw_server(scripted(OK, OK)) as url:
+@pytest.mark.parametrize("let_go", [lambda response: response.close(), lambda response: response.raw.release_conn()])
+def test_an_answer_that_is_not_read_ends_its_connection(adapter_of, let_go):
+    connections = []
+    script = scripted(OK, OK)
+
+    def serve(connection, stopping):
+        connections.append(connection)
+        script(connection, stopping)
+
+    with raw_server(serve) as url:
         adapter = adapter_of()
-        adapter.send_within(prepared(url), DIRECT, 5.0).close()
+        let_go(adapter.send_within(prepared(url), DIRECT, 5.0))
         assert call(adapter, prepared(url)) == (200, False)
+        adapter.close()
+    assert len(connections) == 2
 
 
 # --- proxies ---

@@ -72,7 +72,9 @@ class BoundedConnection(HTTPConnection):
     def rest(self) -> None:
         """No call uses it from now on. It closes if it cannot be trusted with another one."""
         self.idle_since = self._reach.monotonic()
-        if self._answer is None or self._answer.will_close or self._answer.incoming.left_over or self._holds_more():
+        answer = self._answer
+        is_over = answer is not None and answer.isclosed() and not answer.will_close and not answer.incoming.left_over
+        if not is_over or self._holds_more():
             self.close()
 
     def _holds_more(self) -> bool:

@@ -119,19 +119,17 @@ def _ask(
 
 def _pieces(route: Route, request: PreparedRequest) -> tuple[bytes, ...]:
     """Head and body; in one piece if they fit into one."""
-    head = _head(route, request)
-    body = request.body
-    if not body:
-        return (head,)
+    body = request.body or b""
     if not isinstance(body, bytes):
         raise TypeError(f"the body of a request is bytes, not {type(body).__name__}")
+    head = _head(request, route.target, {**route.headers, "Content-Length": str(len(body))} if body else route.headers)
     return (head + body,) if len(head) + len(body) <= PIECE_BYTES else (head, body)
 
 
-def _head(route: Route, request: PreparedRequest) -> bytes:
+def _head(request: PreparedRequest, target: str, defaults: Mapping[str, str]) -> bytes:
     given = request.headers
-    first_line = f"{request.method} {route.target} HTTP/1.1"
-    fields = [f"{name}: {value}" for name, value in route.headers.items() if name not in given]
+    first_line = f"{request.method} {target} HTTP/1.1"
+    fields = [f"{name}: {value}" for name, value in defaults.items() if name not in given]
     fields += [f"{name}: {value}" for name, value in given.items()]
     if not _FIRST_LINE.fullmatch(first_line) or not all(map(_FIELD.fullmatch, fields)):
         raise ValueError("the request holds a character that cannot be sent in its head")
