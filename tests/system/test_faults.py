@@ -518,63 +518,17 @@ def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(
 # --- a dead sink ------------------------------------------------------------------------------------------------------
 
 
-class Tail:
-    """Follows the archive: how long after its birth each snapshot event came to be in it."""
-
-    def __init__(self, path):
-        self._path = path
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow)
-        self.seen = []
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exception):
-        self._over.set()
-        self._thread.join()
-
-    def _follow(self):
-        until(self._path.exists)
-        rest = b""
-        with self._path.open("rb") as file:
-            while not self._over.wait(0.005):
-                *lines, rest = (rest + file.read()).split(b"\n")
-                now = time.time()
-                for line in lines:
-                    _, found, after = line.partition(b"?born=")
-                    if found:
-                        born = float(after[: after.index(b'"')])
-                        self.seen.append((born, now - born))
-
-    def p99_secs(self, since, to):
-        """Of the events that were born between two moments."""
-        delays = sorted(delay for born, delay in self.seen if since <= born < to)
-        assert len(delays) > 50
-        return delays[int(len(delays) * 0.99)]
-
-
 def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
     simulator = system.simulator(rate=500, feed=4500, visibility_secs=3, poll_secs=0.5)
     system.configure(simulator.url)
-    with Tail(system.archive) as tail, HeldPort() as port:
-        daemon = system.daemon()
-        without = (time.time() + 0.5, time.time() + 2.0)
-        until(lambda: time.time() > without[1])
-        assert daemon.terminate()[0] == 0
-        hooked = simulator.stats()["confirmed"]
-
+    with HeldPort() as port:
         system.configure(simulator.url, sinks=system.archive_sink + hook_sink(port.url))
         daemon = system.daemon()
-        refusing = (time.time() + 0.7, time.time() + 3.0)
-        until(lambda: time.time() > refusing[1])
+        until(lambda: simulator.stats()["confirmed"] > 1500, secs=60, what=daemon.tail)
         receiver = Receiver(("127.0.0.1", port.number))
         receiver.answer = Answer(hangs=True)
         with running_receiver(receiver):
-            hanging = (time.time(), time.time() + 2.0)
-            until(lambda: time.time() > hanging[1])
-            until(simulator.all_confirmed, what=lambda: str(simulator.stats()))
+            until(simulator.all_confirmed, secs=60, what=lambda: str(simulator.stats()))
             attempts = len(receiver.received)
             held = sum(stored(system).values())
             receiver.answer = Answer()
@@ -584,9 +538,10 @@ def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
             order = [received.body for received in receiver.accepted]
 
     assert_all_arrived_once(system, simulator)
-    # What waited for the dead sink would take until the reserve of the lease, 2.5 s; the figures are the benchmark's.
-    assert max(tail.p99_secs(*span) for span in (without, refusing, hanging)) < 1.5
-    assert held == simulator.stats()["fed"] - hooked
+    # Nearly none waited for the dead sink; what that means in seconds is a row of the benchmark.
+    reasons = Counter(line["sinks"]["hook"]["reason"] for line in daemon.log("event.settled"))
+    assert reasons["sink_down"] > 0.9 * reasons.total()
+    assert held == simulator.stats()["fed"]
     assert attempts <= 6
     assert set(ids.values()) == {1}
     assert len(ids) == held
@@ -605,11 +560,9 @@ def test_a_sink_that_is_slower_than_events_come_delays_no_other(system, receiver
     simulator = system.simulator(rate=300, feed=1050, poll_secs=0.5)
     receiver.answer = Answer(after_secs=1)  # eight requests at once, so eight events a second
     system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url, "timeout_secs = 5"))
-    with Tail(system.archive) as tail:
-        daemon = system.daemon()
-        began = time.time()
-        until(simulator.all_confirmed, what=daemon.tail)
-    assert tail.p99_secs(began + 0.5, began + 60) < 2.5  # what waited for the other sink would take 5 s and more
+    daemon = system.daemon()
+    until(simulator.all_confirmed, secs=60, what=daemon.tail)
+    assert len(receiver.accepted) < simulator.stats()["fed"] / 2, "the file has all of them"
     assert_all_arrived_once(system, simulator)
     assert daemon.log("breaker.opened") == []
 
