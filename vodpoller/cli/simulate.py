@@ -42,10 +42,23 @@ from vodpoller.simulator.service import serve
 )
 @click.option("--sub-app-id", type=int, help="The only SubAppId that exists.  [default: any]")
 @click.option(
+    "--mode",
+    type=click.Choice(["PULL", "PUSH"]),
+    default="PULL",
+    show_default=True,
+    help="What DescribeEventConfig says: reliable callbacks, or normal ones, with which pulls bring nothing.",
+)
+@click.option(
+    "--events-off",
+    metavar="TYPE",
+    multiple=True,
+    help="DescribeEventConfig says that this is switched off: NewFileUpload, FileDeleted or PersistenceComplete.",
+)
+@click.option(
     "--deny",
     metavar="ACTION",
     multiple=True,
-    help="The key has no right to PullEvents or ConfirmEvents: UnauthorizedOperation. May be repeated.",
+    help="The key has no right to this action: UnauthorizedOperation. May be repeated.",
 )
 @click.option("--secret-id", help="Verify signatures: the SecretId.  [default: verify nothing]")
 @click.option("--secret-key", help="The SecretKey that belongs to it.")
@@ -54,7 +67,8 @@ from vodpoller.simulator.service import serve
     "--faults",
     default="",
     help="Probabilities, as in reset=0.02,confirm.lost=0.1: reset, http_5xx, internal_error and limit keep a request"
-    " from being carried out; truncated, slow and lost spoil the answer. Also as pull.NAME and confirm.NAME.",
+    " from being carried out; truncated, slow and lost spoil the answer. Also of one action: pull.NAME,"
+    " confirm.NAME, config.NAME, state.NAME.",
 )
 @click.option("--slow-secs", default=3.0, show_default=True, help="What the fault `slow` adds.")
 @click.option(

@@ -1,4 +1,4 @@
-"""What each request to the API gets: pulls and confirms as VOD answers them.
+"""What each request to the API gets, as VOD answers it: pulls, confirms, and questions about the application.
 
 Faults come first, then signature and rights, then the quota, then the parameters.
 """
@@ -27,6 +27,7 @@ from vodpoller.simulator.options import (
     ACTIONS,
     CONTROLLABLE,
     HANDLES_MAX,
+    SWITCHES,
     Fault,
     SimulatorOptions,
     faults_by_action,
@@ -41,7 +42,10 @@ _VERSION: Final = "2018-07-17"
 _PARAMETERS: Final[Mapping[str, frozenset[str]]] = {
     "PullEvents": frozenset({"SubAppId", "ExtInfo"}),
     "ConfirmEvents": frozenset({"SubAppId", "ExtInfo", "EventHandles"}),
+    "DescribeEventConfig": frozenset({"SubAppId"}),
+    "DescribeEventsState": frozenset({"SubAppId"}),
 }
+_STATE_REQUESTS_PER_SEC: Final = 20.0  # of DescribeEventsState (product/266/57589)
 _EMPTY_FORMS: Final[Mapping[str, bytes]] = {
     "null": b'"EventSet":null,',
     "error": b'"Error":{"Code":"ResourceNotFound","Message":"no event"},',
@@ -233,6 +237,8 @@ class Api:
         quota = self._options.requests_per_sec
         if action == "ConfirmEvents" and self._options.confirms_per_sec is not None:
             quota = self._options.confirms_per_sec
+        if action == "DescribeEventsState":
+            quota = min(quota, _STATE_REQUESTS_PER_SEC)
         if not quota:
             return
         now = time.monotonic()
@@ -260,11 +266,23 @@ class Api:
         return parameters
 
     def _carry_out(self, call: _Call, parameters: Mapping[str, Any]) -> None:
-        if call.action == "PullEvents":
-            self._pull(call)
-            return
-        self._confirm(parameters)
-        self._reply(call, b"")
+        match call.action:
+            case "PullEvents":
+                self._pull(call)
+            case "ConfirmEvents":
+                self._confirm(parameters)
+                self._reply(call, b"")
+            case "DescribeEventConfig":
+                self._reply(call, self._event_config())
+            case _:
+                self._queue.expire()
+                self._reply(call, b'"CountOfEventsToPull":%d,' % self._queue.visible)
+
+    def _event_config(self) -> bytes:
+        off = self._options.events_off
+        switches = {member: "OFF" if event_type in off else "ON" for event_type, member in SWITCHES.items()}
+        members = {"Mode": self._options.mode, "NotificationUrl": "", **switches}
+        return orjson.dumps(members)[1:-1] + b","
 
     def _confirm(self, parameters: Mapping[str, Any]) -> None:
         options = self._options
@@ -292,7 +310,7 @@ class Api:
         if call.connection.closed:
             self._counts["pulls_abandoned"] += 1
             return
-        elements = self._queue.take(self._options.batch)
+        elements = self._queue.take(self._options.batch) if self._gives_events else []
         if elements:
             self._give(call, elements)
         elif self._options.poll_secs:
@@ -301,6 +319,10 @@ class Api:
             call.connection.on_lost = partial(self._abandon, call)
         else:
             self._give_nothing(call)
+
+    @property
+    def _gives_events(self) -> bool:
+        return self._options.mode == "PULL"
 
     def _give(self, call: _Call, elements: Sequence[bytes]) -> None:
         self._watch_leases()
@@ -329,7 +351,7 @@ class Api:
 
     def _wake(self) -> None:
         """Events may have become visible: give them to the pulls that have hung the longest."""
-        while self._hanging and self._queue.visible:
+        while self._gives_events and self._hanging and self._queue.visible:
             call = next(iter(self._hanging))
             self._unhang(call)
             if call.connection.closed:
@@ -399,6 +421,7 @@ class Api:
             values["faults"] = parse_faults(values["faults"])
         self._options = dataclasses.replace(self._options, **values)
         self._faults = faults_by_action(self._options.faults)
+        self._wake()  # the mode may be another
 
     def ledger(self, *, start: int, count: int | None, bodies: bool) -> list[LedgerRow]:
         """See `EventQueue.ledger`."""

@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 
 Empty = Literal["null", "error", "list", "absent", "mixed"]
 Stale = Literal["atomic", "per_handle"]
+Mode = Literal["PULL", "PUSH"]
 Fault = Literal["reset", "http_5xx", "internal_error", "limit", "truncated", "slow", "lost"]
 
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
@@ -18,7 +19,9 @@ CONTROLLABLE: Final = frozenset(
         "confirms_per_sec",
         "deny",
         "empty",
+        "events_off",
         "faults",
+        "mode",
         "poll_secs",
         "refuse_confirms_of",
         "requests_per_sec",
@@ -33,11 +36,22 @@ CONTROLLABLE: Final = frozenset(
 )
 
 HANDLES_MAX: Final = 16  # in one call, and events in one answer
-ACTIONS: Final[Mapping[str, str]] = {"PullEvents": "pull", "ConfirmEvents": "confirm"}
+ACTIONS: Final[Mapping[str, str]] = {
+    "PullEvents": "pull",
+    "ConfirmEvents": "confirm",
+    "DescribeEventConfig": "config",
+    "DescribeEventsState": "state",
+}
+# The event types that `DescribeEventConfig` tells of, each with the member that says whether VOD sends it.
+SWITCHES: Final[Mapping[str, str]] = {
+    "NewFileUpload": "UploadMediaCompleteEventSwitch",
+    "FileDeleted": "DeleteMediaCompleteEventSwitch",
+    "PersistenceComplete": "PersistenceCompleteEventSwitch",
+}
 
 _SECS: Final = ("rate", "poll_secs", "visibility_secs", "requests_per_sec", "rtt_secs", "slow_secs")
 _COUNTS: Final = ("events", "feed", "forget_confirms", "port")
-_CHOICES: Final = {"empty": get_args(Empty), "stale": get_args(Stale)}
+_CHOICES: Final = {"empty": get_args(Empty), "mode": get_args(Mode), "stale": get_args(Stale)}
 _TEXTS: Final = ("secret_id", "secret_key", "token")
 
 
@@ -70,13 +84,17 @@ class SimulatorOptions:
         stale: What a confirm with a handle that is stale or refused does besides failing: nothing ("atomic"), or it
             confirms the other handles ("per_handle"). Tencent does not document which.
         sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
+        mode: What `DescribeEventConfig` says of the application: "PULL", reliable callbacks; or "PUSH", normal ones.
+            While it is "PUSH" pulls bring nothing, and events that are born wait.
+        events_off: The types of `SWITCHES` that `DescribeEventConfig` says are switched off. Events that are fed come
+            all the same.
         deny: The actions that the key has no right to: they are answered with `UnauthorizedOperation`.
         refuse_confirms_of: The SubAppIds whose confirms are refused with `InvalidParameterValue`, whatever their
             handles, while their pulls bring events: as if each confirm named another application than the pull.
         faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
-            "confirm.lost". `reset`, `http_5xx`, `internal_error` and `limit` keep the request from being carried out;
-            with `truncated`, `slow` and `lost` it is carried out, and the answer is cut off, late by `slow_secs`, or
-            never sent.
+            "confirm.lost", "config.limit", "state.slow". `reset`, `http_5xx`, `internal_error` and `limit` keep the
+            request from being carried out; with `truncated`, `slow` and `lost` it is carried out, and the answer is cut
+            off, late by `slow_secs`, or never sent.
         slow_secs: What the fault `slow` adds.
         seed: Of everything random and of the generated events' ids. None takes a new one, so that no two runs bring the
             same events.
@@ -110,6 +128,8 @@ class SimulatorOptions:
     empty: Empty = "null"
     stale: Stale = "atomic"
     sub_app_id: int | None = None
+    mode: Mode = "PULL"
+    events_off: Sequence[str] = ()
     deny: Sequence[str] = ()
     refuse_confirms_of: Sequence[int] = ()
     faults: Mapping[str, float] = field(default_factory=dict)
@@ -168,8 +188,13 @@ def _is_action(value: object) -> bool:
     return isinstance(value, str) and value in ACTIONS
 
 
+def _is_switched(value: object) -> bool:
+    return isinstance(value, str) and value in SWITCHES
+
+
 _LISTS: Final[tuple[tuple[str, Callable[[object], bool], str], ...]] = (
     ("deny", _is_action, f"one of {', '.join(ACTIONS)}"),
+    ("events_off", _is_switched, f"one of {', '.join(SWITCHES)}"),
     ("refuse_confirms_of", is_whole, "a whole number"),
 )
 
@@ -181,7 +206,8 @@ def _check_faults(faults: object) -> None:
         action, _, fault = str(name).rpartition(".")
         if fault not in FAULTS or action not in ("", *ACTIONS.values()):
             known = ", ".join(FAULTS)
-            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as pull.NAME and confirm.NAME")
+            narrowed = ", ".join(f"{prefix}.NAME" for prefix in ACTIONS.values())
+            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as {narrowed}")
         if not _is_number(probability) or not 0 <= probability <= 1:
             raise ValueError(f"faults: {name}: {probability!r} is not a probability from 0 to 1")
 

@@ -1,9 +1,9 @@
 """The VOD event API on loopback: what a consumer can be tried, tested and measured against without an account.
 
-It answers `PullEvents` and `ConfirmEvents` (version 2018-07-17) as Tencent Cloud documents them (product/266/34183 and
-266/34184, signature v3 in product/266/38490): long polls, leases, new handles at each redelivery, quotas and errors.
-Signatures are verified by code of its own, so that agreement with a client means something. The faults of networks and
-services can be switched on, each with its probability.
+It answers `PullEvents`, `ConfirmEvents`, `DescribeEventConfig` and `DescribeEventsState` (version 2018-07-17) as
+Tencent Cloud documents them (product/266/34183, 266/34184, 266/57589; signature v3 in product/266/38490): long polls,
+leases, new handles at each redelivery, quotas and errors. Signatures are verified by code of its own, so that agreement
+with a client means something. The faults of networks and services can be switched on, each with its probability.
 
 `Simulator` serves it from a background thread, `serve` from the main thread of a command.
 """
