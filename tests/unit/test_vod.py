@@ -21,12 +21,16 @@ from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
 
 from tests.certificates import make_certificate
+from tests.helpers import FakeClock
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, ThrottledError, TransientError
 from vodpoller.httpclient.transport import DeadlineAdapter
 from vodpoller.logs import CATALOGUE
-from vodpoller.vod.answers import Pull
+from vodpoller.simulator.options import SimulatorOptions
+from vodpoller.simulator.service import Simulator
+from vodpoller.vod.answers import Pull, is_missing_right
+from vodpoller.vod.application import EventConfig
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
@@ -597,6 +601,82 @@ def test_a_confirm_without_sub_app_id_has_none(vod, client_of):
     vod.post(URL, json=response_of())
     client_of().confirm(None, ["h1"])
     assert json.loads(vod.calls[0].request.body) == {"EventHandles": ["h1"]}
+
+
+# --- questions about an application -----------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "DescribeEventConfig": lambda client: client.event_config(15),
+    "DescribeEventsState": lambda client: client.waiting_events(15),
+}
+
+
+@pytest.mark.parametrize(
+    "code", ["UnauthorizedOperation", "AuthFailure.UnauthorizedOperation", "UnauthorizedOperation.X"]
+)
+@pytest.mark.parametrize("action", QUESTIONS)
+def test_a_question_without_its_right_is_told_which_right_it_needs(vod, client_of, action, code):
+    vod.post(URL, json=error_of(code))
+    with pytest.raises(OperatorError) as caught:
+        QUESTIONS[action](client_of())
+    assert is_missing_right(caught.value)
+    assert caught.value.advice == f"in CAM, grant vod:{action} to the owner of the key"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("AuthFailure.SignatureFailure", OperatorError),
+        ("InternalError", TransientError),
+        ("RequestLimitExceeded", ThrottledError),
+    ],
+)
+@pytest.mark.parametrize("action", QUESTIONS)
+def test_another_refusal_of_a_question_is_not_a_missing_right(vod, client_of, action, code, kind):
+    vod.post(URL, json=error_of(code))
+    with pytest.raises(kind) as caught:
+        QUESTIONS[action](client_of())
+    assert not is_missing_right(caught.value)
+    assert caught.value.request_id == "r-1"
+
+
+@pytest.mark.parametrize("number", [None, "5", -1, True, 1.5])
+def test_a_backlog_that_is_not_a_number_is_transient(vod, client_of, number):
+    vod.post(URL, json=response_of(CountOfEventsToPull=number))
+    with pytest.raises(TransientError, match="CountOfEventsToPull is not a number of events"):
+        client_of().waiting_events(None)
+
+
+@pytest.mark.parametrize(
+    "members", [{}, {"Mode": None, "NotificationUrl": None, "DeleteMediaCompleteEventSwitch": None}]
+)
+def test_what_an_answer_leaves_out_is_not_switched_off(vod, client_of, members):
+    vod.post(URL, json=response_of(**members))
+    assert client_of().event_config(None) == EventConfig(mode="", notification_url="", off=(), request_id="r-1")
+
+
+@pytest.mark.parametrize("action", QUESTIONS)
+def test_a_question_is_one_signed_request(vod, client_of, action):
+    vod.post(URL, json=response_of(CountOfEventsToPull=3))
+    QUESTIONS[action](client_of())
+    (call,) = vod.calls
+    assert json.loads(call.request.body) == {"SubAppId": 15}
+    assert call.request.headers["X-TC-Action"] == action
+    assert call.request.headers["Authorization"].startswith("TC3-HMAC-SHA256 Credential=AKIDexample/")
+
+
+def test_the_quota_of_the_backlog_is_kept_to(client_of):
+    clock = FakeClock()
+    with Simulator(SimulatorOptions(requests_per_sec=0, mode="PUSH", events_off=["FileDeleted"])) as simulator:
+        client = client_of(simulator.url, requests_per_sec=100, monotonic=clock, sleep=clock.advance)
+        began = clock.now
+        assert {client.waiting_events(None) for _ in range(41)} == {0}
+        assert clock.now - began == pytest.approx(2.0, abs=0.15)
+        config = client.event_config(None)
+        assert (config.mode, config.off) == ("PUSH", ("FileDeleted",))
+
+
+# --- credentials, and what is sent ------------------------------------------------------------------------------------
 
 
 def test_credentials_are_asked_at_each_request(vod, client_of):

@@ -137,7 +137,7 @@ def refusal_in(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
     """The error for an answer with an error code.
 
     Args:
-        action: `PULL` or `CONFIRM`.
+        action: The API's name of it.
         answer: To a request of that action.
         key_renewal: What a person must do so that another key is used once it is in place of the present one.
     """
@@ -151,9 +151,18 @@ def refusal_in(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
     if action == CONFIRM and _is_about_handles(code, said):
         return RefusedHandlesError(message, error_code=code, request_id=request_id)
     if code.startswith(_FOR_OPERATORS):
-        advice = _advice(code, said, key_renewal)
+        advice = _advice(action, code, said, key_renewal)
         return OperatorError(message, advice=advice, error_code=code, request_id=request_id)
     return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
+
+
+def is_missing_right(error: VodpollerError) -> bool:
+    """Whether VOD says that the key may not call the action, and nothing worse.
+
+    Args:
+        error: As `refusal_in` makes it.
+    """
+    return error.error_code.startswith(_NOT_ALLOWED)
 
 
 def is_throttling(answer: Answer) -> bool:
@@ -273,6 +282,9 @@ def _names_sub_app(text: str) -> bool:
     return "subappid" in text.lower()
 
 
+# The key is right, and its owner lacks the right to the action.
+_NOT_ALLOWED: Final = ("UnauthorizedOperation", "AuthFailure.UnauthorizedOperation")
+
 # Codes that begin so will not go away by themselves.
 _FOR_OPERATORS: Final = (
     "ActionOffline",
@@ -296,7 +308,7 @@ _FOR_OPERATORS: Final = (
 )
 
 _NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
-_RIGHTS: Final = "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owner of the key"
+_RIGHTS: Final = "in CAM, grant {rights} to the owner of the key"
 
 # The first that fits; what comes last fits all.
 _ADVICE: Final = (
@@ -320,8 +332,9 @@ _SUB_APP: Final = (
 )
 
 
-def _advice(code: str, message: str, key_renewal: str) -> str:
+def _advice(action: str, code: str, message: str, key_renewal: str) -> str:
     if _names_sub_app(code + message) or code.startswith(("InvalidParameter", "MissingParameter", "4000")):
         return _SUB_APP
     advice = next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
-    return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal)
+    rights = f"vod:{PULL} and vod:{CONFIRM}" if action in (PULL, CONFIRM) else f"vod:{action}"
+    return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal, rights=rights)

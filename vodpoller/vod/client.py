@@ -1,4 +1,6 @@
-"""The VOD event API: one request, one answer, whose meaning is in `answers`. The caller decides what to try again.
+"""The VOD event API: one request, one answer, whose meaning is in `answers` and `application`.
+
+The caller decides what to try again.
 
 Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184) and "Request
 structure", and from what public consumers of the API have met.
@@ -10,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -54,6 +57,14 @@ from vodpoller.vod.answers import (
     too_large_answer,
     unusable_answer,
 )
+from vodpoller.vod.application import (
+    EVENT_CONFIG,
+    EVENTS_STATE,
+    STATE_REQUESTS_PER_SEC,
+    EventConfig,
+    event_config_in,
+    waiting_events_in,
+)
 from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Tc3Auth
@@ -65,6 +76,13 @@ _CHUNK_BYTES: Final = 64 * 1024
 _CONNECT_SECS: Final = 5.0
 _CONNECTIONS: Final = 64
 _CLOCK_OFF_SECS: Final = 60.0
+# What VOD allows of each action per second, where that is less than the account's quota may be.
+_QUOTAS: Final[Mapping[str, float]] = {
+    PULL: inf,
+    CONFIRM: inf,
+    EVENT_CONFIG: inf,
+    EVENTS_STATE: STATE_REQUESTS_PER_SEC,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +125,7 @@ class ApiSettings(Protocol):
 
 
 class VodClient:
-    """Pulls and confirms events. Every call is one signed request and one answer, from any thread.
+    """Pulls and confirms events, and asks about them. Every call is one signed request and one answer, from any thread.
 
     The one exception: a request that is refused because this machine's clock is wrong is sent again, once, with the
     server's time.
@@ -118,7 +136,7 @@ class VodClient:
         credentials: Asked at each request.
         requests_per_sec: The account's quota for each API action.
         timeout_secs: For a pull, from the name lookup to the answer's last byte. VOD lets an empty pull hang for 5 s
-            and recommends 10.
+            and recommends 10. The same for questions about an application.
         confirm_timeout_secs: The same for a confirm.
         lease_secs: How long a pull's handles can be confirmed.
         ca_file: PEM with what vouches for VOD's certificate; None is what the environment says, or the public CAs.
@@ -170,13 +188,13 @@ class VodClient:
         self._clock_offset_secs = 0.0
         self._last_date: tuple[str | None, float] | None = None
         self._sign = Tc3Auth(credentials, wall=lambda: wall() + self._clock_offset_secs)
-        self._pull, self._confirm = (
+        self._pull, self._confirm, self._event_config, self._events_state = (
             _Action(
                 name=name,
                 headers=_headers(name, region),
-                limiter=RateLimiter(requests_per_sec, monotonic=monotonic, sleep=sleep),
+                limiter=RateLimiter(min(requests_per_sec, quota), monotonic=monotonic, sleep=sleep),
             )
-            for name in (PULL, CONFIRM)
+            for name, quota in _QUOTAS.items()
         )
 
     @classmethod
@@ -218,8 +236,7 @@ class VodClient:
                 and no event in its beginning is whole.
             StoppingError: `stop_pulling` was called before the request was sent.
         """
-        body = orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
-        answer = self._ask(self._pull, body, timeout_secs=self._timeout_secs, has_slot=False)
+        answer = self._ask(self._pull, _named(sub_app_id), timeout_secs=self._timeout_secs, has_slot=False)
         items: Sequence[PulledEvent | Malformed]
         if answer.error_code is not None:
             if not is_empty_queue(answer):
@@ -291,6 +308,32 @@ class VodClient:
         response_of(answer)
         return answer.request_id
 
+    def event_config(self, sub_app_id: int | None) -> EventConfig:
+        """Ask how an application sends its events.
+
+        Args:
+            sub_app_id: Tencent's SubAppId, None for an account without.
+
+        Raises:
+            ThrottledError: The quota is used up, or leaves no slot within `timeout_secs`.
+            TransientError: Nothing usable came.
+            OperatorError: Credentials, rights or configuration are wrong; `is_missing_right` tells the rights apart.
+        """
+        return event_config_in(self._told(self._event_config, sub_app_id))
+
+    def waiting_events(self, sub_app_id: int | None) -> int:
+        """Ask for the number of events that wait to be pulled; it is up to 3 minutes old, so nothing may depend on it.
+
+        Args:
+            sub_app_id: Tencent's SubAppId, None for an account without.
+
+        Raises:
+            ThrottledError: As `event_config`, and so are the others.
+            TransientError: See above.
+            OperatorError: See above.
+        """
+        return waiting_events_in(self._told(self._events_state, sub_app_id))
+
     @property
     def skew_secs(self) -> float | None:
         """What must be added to this machine's clock to get VOD's, by the date of its last answer; None without."""
@@ -320,6 +363,13 @@ class VodClient:
         self._transport.close()
 
     # --- one exchange -------------------------------------------------------------------------------------------------
+
+    def _told(self, action: _Action, sub_app_id: int | None) -> Answer:
+        """What VOD says to a question about an application; one that it refuses is an error."""
+        answer = self._ask(action, _named(sub_app_id), timeout_secs=self._timeout_secs, has_slot=False)
+        if answer.error_code is not None:
+            raise refusal_in(action.name, answer, self._key_renewal)
+        return answer
 
     def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> Answer:
         offset_secs = self._clock_offset_secs
@@ -467,6 +517,11 @@ class VodClient:
         else:
             self._log.warning("answer.salvaged", **fields)
         return items
+
+
+def _named(sub_app_id: int | None) -> bytes:
+    """The body of a request that says no more than which application is meant."""
+    return orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
 
 
 def _headers(action: str, region: str) -> dict[str, str]:
