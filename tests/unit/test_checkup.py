@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.receiver import raw_server, read_request
-from vodpoller.checkup import check_connections
+from vodpoller.checkup.checks import check_connections
 from vodpoller.config.load import from_dict
 
 REFUSED = b'{"Response":{"Error":{"Code":"UnauthorizedOperation","Message":"no"}%b}}'

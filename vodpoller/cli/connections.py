@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from vodpoller.checkup import check_connections
+from vodpoller.checkup.checks import check_connections
 from vodpoller.cli.output import make_console, make_log
 from vodpoller.config.model import Config
 from vodpoller.logs import printable

@@ -1,0 +1,42 @@
+"""All checks, one after the other."""
+
+from collections.abc import Iterator
+
+from vodpoller.checkup.finding import Finding
+from vodpoller.checkup.storage import check_journal, check_stored
+from vodpoller.checkup.vod import check_clock, check_source
+from vodpoller.config.model import Config
+from vodpoller.errors import ConfigError
+from vodpoller.logs import Logger
+from vodpoller.sinks.contract import SinkContext
+from vodpoller.vod.client import VodClient
+
+
+def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
+    """Try key, clock and rights of each source, each sink, and the journal. Consumes no event, writes nothing.
+
+    Args:
+        config: Valid.
+        log: For the client's own lines.
+    """
+    vod = VodClient.configured(
+        # No lease runs out meanwhile, so an answer may take longer than the daemon would wait for it.
+        config.api.model_copy(update={"confirm_timeout_secs": config.api.timeout_secs}),
+        credentials=config.credentials,
+        key_renewal=config.key_renewal,
+        log=log,
+    )
+    try:
+        for source in config.sources:
+            yield check_source(vod, source)
+        yield check_clock(vod)
+    finally:
+        vod.close()
+    for name, sink_class in config.sink_classes.items():
+        context = SinkContext(log=log.bind(sink=name))
+        try:
+            yield Finding(what=f"sink {name}", good=True, text=sink_class.probe(name, config.sinks[name], context))
+        except ConfigError as error:
+            yield Finding(what=f"sink {name}", good=False, text=str(error))
+    yield check_journal(config.journal.path)
+    yield from check_stored(config)

@@ -1,0 +1,56 @@
+"""Checks of the journal, and of what is stored in it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vodpoller.checkup.finding import Finding
+from vodpoller.config.model import Config
+from vodpoller.errors import JournalError, UnusableJournalError
+from vodpoller.journal.operator import Letters
+from vodpoller.journal.place import problem_of_place
+
+
+def check_journal(path: Path) -> Finding:
+    """Whether the journal can be written, or made."""
+    if not_a_file := problem_of_place(path):
+        return Finding(what="journal", good=False, text=not_a_file)
+    # os.path says False if a folder on the way may not be entered, and pathlib raises.
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    is_there = folder == path.parent and os.path.lexists(path)
+    problem = None
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):  # noqa: PTH112 - see above
+        # SQLite keeps files of its own beside the journal, so this matters even if the journal is there.
+        problem = folder
+    elif is_there and (os.path.isdir(path) or not os.access(path, os.R_OK | os.W_OK)):  # noqa: PTH112 - see above
+        problem = path
+    if problem is None:
+        return Finding(what="journal", good=True, text=f"{path} can be {'written' if is_there else 'made'}")
+    return Finding(
+        what="journal",
+        good=False,
+        text=f"{problem} cannot be written by this user: give it to the user that runs vodpoller, or set journal.path",
+    )
+
+
+def check_stored(config: Config) -> Iterator[Finding]:
+    """What is stored for sinks that are gone: nothing but a person brings it on. What cannot be read is skipped."""
+    try:
+        with Letters(config.journal.path, makes_files=False) as letters:
+            backlogs = letters.backlogs()
+    except UnusableJournalError as error:
+        yield Finding(what="stored events", good=False, text=str(error))
+        return
+    except JournalError:  # there is none yet, or this user may not read it, which the line before tells
+        return
+    for backlog in backlogs:
+        if backlog.sink and backlog.sink not in config.sinks:
+            option = "--pending " if backlog.state == "pending" else ""
+            what = "pending events" if backlog.state == "pending" else "dead letters"
+            yield Finding(
+                what="stored events",
+                good=False,
+                text=f"{backlog.events:,} {what} are of the sink {backlog.sink}, which the configuration no longer has:"
+                f" bring it back, or `vodpoller deadletters replay {option}--sink {backlog.sink} --to SINK`, or"
+                f" `vodpoller deadletters purge {option}--sink {backlog.sink}`",
+            )
