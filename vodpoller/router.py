@@ -1,8 +1,9 @@
 """Which sinks get an event."""
 
 import fnmatch
+import json
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -61,6 +62,26 @@ class Routed:
         return not (self.sinks or self.failed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What one route makes of an event.
+
+    Args:
+        route: Its name.
+        sinks: The sinks that it names.
+        why_not: Why it does not take the event, for a person; empty if it takes it.
+    """
+
+    route: str
+    sinks: tuple[str, ...]
+    why_not: str
+
+    @property
+    def takes(self) -> bool:
+        """Whether the event goes to its sinks."""
+        return not self.why_not
+
+
 class _Compiled:
     def __init__(self, route: Route) -> None:
         self.name = route.name
@@ -81,11 +102,28 @@ class _Compiled:
         """Whether `where` holds. JMESPath takes null, false, "", [] and {} for false, and 0 for true."""
         if self.where is None:
             return True
+        found = self._found_in(event)
+        return found not in _FALSE and found is not False
+
+    def _found_in(self, event: Event) -> Any:
+        """What `where` finds."""
         try:
-            found = self.where.search(event.content)
+            return self.where.search(event.content)
         except Exception as error:  # whatever an expression does with strange content concerns this event only
             raise RejectedError(f"route {self.name}: `where` cannot be evaluated on this event: {error}") from error
-        return found not in _FALSE and found is not False
+
+    def why_not(self, event: Event) -> str:
+        """Why it does not take an event, empty if it does."""
+        if not self.is_of(event.source):
+            return f"it takes events of other sources only: {', '.join(sorted(self._sources or ()))}"
+        if not self.covers(event.source, event.type):
+            return f"its event_types do not match: {', '.join(self.globs)}"
+        try:
+            if self.wants(event):
+                return ""
+            return f"its `where` does not hold: {self.where.expression} is {json.dumps(self._found_in(event))}"
+        except RejectedError as error:
+            return f"{str(error).removeprefix(f'route {self.name}: ')}, so that its sinks reject it"
 
 
 class Router:
@@ -105,6 +143,20 @@ class Router:
         """Where the event goes."""
         candidates, constant = self._candidates.get((event.source, event.type)) or self._find(event.source, event.type)
         return constant if constant is not None else _evaluate(candidates, event)
+
+    def judge(self, event: Event) -> Iterator[Judgement]:
+        """What each route makes of the event, in the configuration's order, for a person; `route` decides the same."""
+        for route in self._routes:
+            yield Judgement(route=route.name, sinks=route.sinks, why_not=route.why_not(event))
+
+    def routes_for(self, source: str, event_type: str) -> list[str]:
+        """The names of the routes that take events of a type, as far as their `where` lets them.
+
+        Args:
+            source: Name of the source that such events come from.
+            event_type: The type.
+        """
+        return [route.name for route in self._routes if route.covers(source, event_type)]
 
     def similar_routed(self, source: str, event_type: str) -> str | None:
         """The pattern that was probably meant to take a type that no route takes: a mistyped or outdated one.

@@ -2,6 +2,8 @@ import tracemalloc
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers import event
 from vodpoller.router import Router
@@ -147,3 +149,63 @@ def test_types_of_megabytes_are_not_kept():
     finally:
         tracemalloc.stop()
     assert kept_bytes < 1_000_000
+
+
+# --- what a person is told --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "why_not"),
+    [
+        (Route(sources=("b", "a")), "it takes events of other sources only: a, b"),
+        (Route(sources=("a",), event_types=("Other",)), "it takes events of other sources only: a"),
+        (Route(event_types=("Other", "N?")), "its event_types do not match: Other, N?"),
+        (Route(where="Missing"), "its `where` does not hold: Missing is null"),
+        (Route(where="`false`"), "its `where` does not hold: `false` is false"),
+        (Route(where="Missing || ''"), "its `where` does not hold: Missing || '' is \"\""),
+        (Route(where="length(Missing)"), "`where` cannot be evaluated on this event: In function length(), "),
+        (Route(), ""),
+        (Route(sources=("main",), event_types=("New*",), where="EventType"), ""),
+    ],
+)
+def test_a_route_says_why_it_does_not_take_an_event(route, why_not):
+    (judgement,) = Router([route]).judge(event())
+    assert judgement.why_not.startswith(why_not)
+    assert judgement.takes == (why_not == "")
+    assert judgement.sinks == route.sinks
+
+
+ROUTES = st.builds(
+    Route,
+    sinks=st.sampled_from([("a",), ("b",), ("a", "b")]),
+    event_types=st.sampled_from([None, ("New*",), ("Other",), ("*",)]),
+    sources=st.sampled_from([None, ("main",), ("second",)]),
+    where=st.sampled_from([None, "Wanted", "length(Wanted)", "!Wanted"]),
+    name=st.sampled_from(["r", "s", "t"]),
+)
+
+
+@given(
+    routes=st.lists(ROUTES, max_size=5),
+    source=st.sampled_from(["main", "second"]),
+    event_type=st.sampled_from(["NewFileUpload", "Other", "Third"]),
+    wanted=st.sampled_from([None, 0, "", "x", [], [1]]),
+)
+def test_what_a_person_is_told_is_what_happens(routes, source, event_type, wanted):
+    router = Router(routes)
+    given_event = event(source=source, event_type=event_type, Wanted=wanted)
+    routed = router.route(given_event)
+    judged = list(router.judge(given_event))
+    assert routed.routes == tuple(judgement.route for judgement in judged if judgement.takes)
+    assert routed.sinks == tuple(dict.fromkeys(sink for it in judged if it.takes for sink in it.sinks))
+    assert {judgement.route for judgement in judged if judgement.takes} <= {*router.routes_for(source, event_type)}
+
+
+def test_the_routes_for_a_type_are_named_whatever_their_where():
+    routes = [
+        Route(name="one", event_types=("File*",), where="Missing"),
+        Route(name="two", event_types=("Other",)),
+        Route(name="three", sources=("second",)),
+        Route(name="four"),
+    ]
+    assert Router(routes).routes_for("main", "FileDeleted") == ["one", "four"]
