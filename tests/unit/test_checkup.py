@@ -1,12 +1,16 @@
 """`check --connect` says what it found of the API."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.receiver import raw_server, read_request
 from vodpoller.checkup.checks import check_connections
+from vodpoller.checkup.finding import Finding, Level, worst_first
 from vodpoller.config.load import from_dict
+from vodpoller.simulator.options import SimulatorOptions
+from vodpoller.simulator.service import Simulator
 
 REFUSED = b'{"Response":{"Error":{"Code":"UnauthorizedOperation","Message":"no"}%b}}'
 
@@ -21,13 +25,16 @@ def answers(body, *headers):
     return serve
 
 
-def found_at(url, tmp_path, log, **credentials):
+ALL = {"name": "all"}
+
+
+def findings_at(url, tmp_path, log, *, routes=(ALL,), sources=({"name": "main", "unrouted": "confirm"},)):
     config = from_dict(
         {
             "api": {"endpoint": url, "timeout_secs": 5},
-            "credentials": {"secret_id": "AKIDexample", "secret_key": "the-secret-key", **credentials},
-            "sources": [{"name": "main"}],
-            "routes": [{"name": "all", "sinks": ["archive"]}],
+            "credentials": {"secret_id": "AKIDexample", "secret_key": "the-secret-key"},
+            "sources": list(sources),
+            "routes": [{"sinks": ["archive"], **route} for route in routes],
             "sinks": {"archive": {"type": "file", "path": str(tmp_path / "events.jsonl")}},
             "journal": {"path": str(tmp_path / "journal.db")},
         },
@@ -35,17 +42,28 @@ def found_at(url, tmp_path, log, **credentials):
         base=Path(),
         env={},
     )
-    return {finding.what: finding for finding in check_connections(config, log)}
+    return list(check_connections(config, log))
+
+
+def found_at(url, tmp_path, log, **changes):
+    return {finding.what: finding for finding in findings_at(url, tmp_path, log, **changes)}
+
+
+@pytest.fixture
+def vod():
+    with Simulator(SimulatorOptions(requests_per_sec=0, poll_secs=0.0)) as simulator:
+        yield simulator
 
 
 @pytest.mark.parametrize(
     ("member", "says"),
-    [(b"", "grant vod:"), (b',"RequestId":""', "grant vod:"), (b',"RequestId":"r-1"', "(RequestId r-1)")],
+    [(b"", "was refused"), (b',"RequestId":""', "was refused"), (b',"RequestId":"r-1"', "(RequestId r-1)")],
 )
 def test_a_request_id_is_shown_if_there_is_one(tmp_path, log, member, says):
     with raw_server(answers(REFUSED % member)) as url:
         found = found_at(url, tmp_path, log)["source main"]
-    assert not found.good
+    assert found.level is Level.PROBLEM
+    assert found.remedy == "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owner of the key"
     assert says in found.text
     assert ("RequestId" in found.text) == ("r-1" in found.text)
 
@@ -54,7 +72,7 @@ def test_a_request_id_is_shown_if_there_is_one(tmp_path, log, member, says):
 def test_an_answer_without_a_date_is_told_from_none(tmp_path, log, headers):
     with raw_server(answers(REFUSED % b"", *headers)) as url:
         clock = found_at(url, tmp_path, log)["clock"]
-    assert not clock.good
+    assert clock.level is Level.WARNING
     assert clock.text.startswith("not compared: the answer has no Date that can be read")
 
 
@@ -64,3 +82,135 @@ def test_what_cannot_be_reached_is_told_by_its_name_alone(tmp_path, log):
     assert "_Connection" not in found["source main"].text
     assert "RequestId" not in found["source main"].text
     assert found["clock"].text == "not compared: VOD did not answer"
+
+
+def test_what_cannot_be_reached_is_asked_once(tmp_path, log):
+    found = found_at("http://127.0.0.1:1", tmp_path, log)
+    assert not {"callback of main", "queue of main"} & {*found}
+
+
+# --- what VOD says of the application ---------------------------------------------------------------------------------
+
+
+def of_callback(found):
+    return [(finding.level, finding.text, finding.remedy) for finding in found if finding.what == "callback of main"]
+
+
+def test_normal_callbacks_are_a_problem_with_what_to_do(tmp_path, log, vod):
+    vod.control(mode="PUSH", events_off=["NewFileUpload"])
+    found = findings_at(vod.url, tmp_path, log)
+    ((level, text, remedy),) = of_callback(found)
+    assert level is Level.PROBLEM
+    assert text.startswith("reliable callbacks are off for this application: VOD sends its events by normal callbacks")
+    assert remedy.startswith("VOD console, Callback settings: choose the reliable callback.")
+    assert [finding.what for finding in found if finding.level is Level.PROBLEM] == ["callback of main"]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://user:secret-1@app.example/secret-2?secret-3=1", " to app.example:443 "),
+        ("http://[::1", " events by normal"),
+        ("nonsense", " events by normal"),
+    ],
+)
+def test_of_a_receivers_address_only_the_host_is_shown(tmp_path, log, url, shown):
+    answer = {"Response": {"Mode": "PUSH", "NotificationUrl": url, "RequestId": "r-1"}}
+    with raw_server(answers(json.dumps(answer).encode())) as vod_url:
+        ((_, text, _),) = of_callback(findings_at(vod_url, tmp_path, log))
+    assert shown in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("mode", ["PIPE", None, 7])
+def test_a_mode_that_is_not_known_is_no_problem(tmp_path, log, mode):
+    answer = {"Response": {"Mode": mode, "CountOfEventsToPull": 0, "RequestId": "r-1"}}
+    with raw_server(answers(json.dumps(answer).encode())) as url:
+        (level, text, _), *_ = of_callback(findings_at(url, tmp_path, log))
+    assert level is Level.INFORMATION
+    assert text.startswith("VOD names no mode of callbacks that is known here")
+
+
+def test_a_switch_that_is_off_is_a_warning_if_a_route_names_the_type(tmp_path, log, vod):
+    vod.control(events_off=["FileDeleted", "PersistenceComplete"])
+    routes = (
+        {"name": "gone", "event_types": ["FileDel*"]},
+        {"name": "too", "event_types": ["FileDeleted"], "where": "x"},
+    )
+    on, off = of_callback(findings_at(vod.url, tmp_path, log, routes=routes))[:2]
+    assert on[:2] == (Level.GOOD, "reliable callbacks are on")
+    assert off[0] is Level.WARNING
+    assert off[1].startswith("FileDeleted is switched off, ")
+    assert "gone, too" in off[1]
+
+
+@pytest.mark.parametrize("event_types", [None, ["*"]])
+def test_a_switch_that_is_off_is_a_note_if_a_route_takes_everything(tmp_path, log, vod, event_types):
+    vod.control(events_off=["FileDeleted"])
+    route = ALL if event_types is None else {**ALL, "event_types": event_types}
+    _, off, unseen = of_callback(findings_at(vod.url, tmp_path, log, routes=[route]))
+    assert off[:2] == (Level.INFORMATION, "FileDeleted is switched off: no event of this type comes")
+    assert unseen[1].endswith("console only: all types but NewFileUpload, FileDeleted, PersistenceComplete")
+
+
+def test_a_switch_of_a_type_that_no_route_wants_is_not_told(tmp_path, log, vod):
+    vod.control(events_off=["FileDeleted"])
+    sources = ({"name": "main", "unrouted": "confirm"}, {"name": "second", "sub_app_id": 2, "unrouted": "confirm"})
+    routes = (
+        {"name": "uploads", "event_types": ["NewFileUpload"]},
+        {"name": "other", "event_types": ["FileDeleted"], "sources": ["second"]},
+    )
+    found = findings_at(vod.url, tmp_path, log, routes=routes, sources=sources)
+    assert [level for level, *_ in of_callback(found)] == [Level.GOOD]
+    assert [finding.what for finding in found if finding.level is Level.WARNING] == ["callback of second"]
+
+
+def test_types_that_only_the_console_shows_are_said_to_be_so(tmp_path, log, vod):
+    routes = (
+        {"name": "snapshots", "event_types": ["CreateSnapshot*", "NewFileUpload"]},
+        {"name": "again", "event_types": ["CreateSnapshot*", "PullComplete"]},
+    )
+    _, unseen = of_callback(findings_at(vod.url, tmp_path, log, routes=routes))
+    assert unseen[0] is Level.INFORMATION
+    assert unseen[1].endswith("in its console only: CreateSnapshot*, PullComplete")
+
+
+@pytest.mark.parametrize(
+    ("action", "what"), [("DescribeEventConfig", "callback of main"), ("DescribeEventsState", "queue of main")]
+)
+def test_a_right_that_is_missing_is_a_note_that_names_it(tmp_path, log, vod, action, what):
+    vod.control(deny=[action])
+    found = findings_at(vod.url, tmp_path, log)
+    (finding,) = [finding for finding in found if finding.what == what]
+    assert finding.level is Level.INFORMATION
+    assert f"vod:{action}" in finding.remedy
+    assert Level.PROBLEM not in {finding.level for finding in found}
+
+
+def test_without_the_right_to_confirm_the_rest_is_asked_all_the_same(tmp_path, log, vod):
+    vod.control(deny=["ConfirmEvents"], mode="PUSH")
+    found = findings_at(vod.url, tmp_path, log)
+    assert [finding.what for finding in found if finding.level is Level.PROBLEM] == ["source main", "callback of main"]
+
+
+@pytest.mark.parametrize("fault", ["internal_error", "reset"])
+def test_a_question_that_fails_is_a_warning(tmp_path, log, vod, fault):
+    vod.control(faults={f"config.{fault}": 1, f"state.{fault}": 1})
+    found = findings_at(vod.url, tmp_path, log)
+    levels = {finding.what: finding.level for finding in found}
+    assert levels["callback of main"] is levels["queue of main"] is Level.WARNING
+    assert levels["source main"] is Level.GOOD
+
+
+@pytest.mark.parametrize(("events", "level"), [(0, Level.GOOD), (1234, Level.INFORMATION)])
+def test_what_waits_is_counted_and_never_a_problem(tmp_path, log, vod, events, level):
+    vod.feed(["{}"] * events)
+    queue = found_at(vod.url, tmp_path, log)["queue of main"]
+    assert queue.level is level
+    assert queue.text.startswith("1,234 events wait at VOD" if events else "no event waits at VOD")
+
+
+def test_the_worst_finding_is_the_first():
+    levels = [Level.GOOD, Level.WARNING, Level.PROBLEM, Level.INFORMATION, Level.PROBLEM, Level.GOOD]
+    found = [Finding(what=str(number), level=level, text="") for number, level in enumerate(levels)]
+    assert [finding.what for finding in worst_first(found)] == ["2", "4", "1", "3", "0", "5"]

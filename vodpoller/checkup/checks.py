@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vodpoller.checkup.finding import Finding
+from vodpoller.checkup.finding import Finding, Level
 from vodpoller.checkup.storage import check_journal, check_stored
 from vodpoller.checkup.vod import check_clock, check_source
 from vodpoller.config.model import Config
@@ -13,7 +13,7 @@ from vodpoller.vod.client import VodClient
 
 
 def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
-    """Try key, clock and rights of each source, each sink, and the journal. Consumes no event, writes nothing.
+    """Try all that the daemon needs: sources at VOD, the clock, the sinks, the journal. Consumes and writes nothing.
 
     Args:
         config: Valid.
@@ -28,15 +28,16 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
     )
     try:
         for source in config.sources:
-            yield check_source(vod, source)
+            yield from check_source(vod, source, config.routes)
         yield check_clock(vod)
     finally:
         vod.close()
     for name, sink_class in config.sink_classes.items():
         context = SinkContext(log=log.bind(sink=name))
         try:
-            yield Finding(what=f"sink {name}", good=True, text=sink_class.probe(name, config.sinks[name], context))
+            said = sink_class.probe(name, config.sinks[name], context)
+            yield Finding(what=f"sink {name}", level=Level.GOOD, text=said)
         except ConfigError as error:
-            yield Finding(what=f"sink {name}", good=False, text=str(error))
+            yield Finding(what=f"sink {name}", level=Level.PROBLEM, text=str(error))
     yield check_journal(config.journal.path)
     yield from check_stored(config)

@@ -1,6 +1,20 @@
 """What came of a check."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
+
+
+class Level(Enum):
+    """What a finding means, the worst first."""
+
+    PROBLEM = "problem"
+    """It keeps events from flowing."""
+    WARNING = "warning"
+    """Events flow, and something is probably not meant so or will not last."""
+    INFORMATION = "information"
+    """Worth knowing, and nothing has to be done."""
+    GOOD = "good"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8,11 +22,19 @@ class Finding:
     """What came of one check.
 
     Args:
-        what: What was looked at.
-        good: Whether the daemon can work with it.
-        text: What was found; if it is not good, what to do.
+        what: What was looked at, and where.
+        level: What it means.
+        text: What was found.
+        remedy: What to do; empty if there is nothing to do, or the text says it.
     """
 
     what: str
-    good: bool
+    level: Level
     text: str
+    remedy: str = ""
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings by their level; those of one level stay in their order."""
+    order = list(Level)
+    return sorted(findings, key=lambda finding: order.index(finding.level))

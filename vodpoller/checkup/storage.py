@@ -4,17 +4,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vodpoller.checkup.finding import Finding
+from vodpoller.checkup.finding import Finding, Level
 from vodpoller.config.model import Config
 from vodpoller.errors import JournalError, UnusableJournalError
-from vodpoller.journal.operator import Letters
+from vodpoller.journal.operator import Backlog, Letters
 from vodpoller.journal.place import problem_of_place
 
 
 def check_journal(path: Path) -> Finding:
     """Whether the journal can be written, or made."""
     if not_a_file := problem_of_place(path):
-        return Finding(what="journal", good=False, text=not_a_file)
+        return Finding(what="journal", level=Level.PROBLEM, text=not_a_file)
     # os.path says False if a folder on the way may not be entered, and pathlib raises.
     folder = next(parent for parent in path.parents if os.path.lexists(parent))
     is_there = folder == path.parent and os.path.lexists(path)
@@ -25,11 +25,12 @@ def check_journal(path: Path) -> Finding:
     elif is_there and (os.path.isdir(path) or not os.access(path, os.R_OK | os.W_OK)):  # noqa: PTH112 - see above
         problem = path
     if problem is None:
-        return Finding(what="journal", good=True, text=f"{path} can be {'written' if is_there else 'made'}")
+        return Finding(what="journal", level=Level.GOOD, text=f"{path} can be {'written' if is_there else 'made'}")
     return Finding(
         what="journal",
-        good=False,
-        text=f"{problem} cannot be written by this user: give it to the user that runs vodpoller, or set journal.path",
+        level=Level.PROBLEM,
+        text=f"{problem} cannot be written by this user",
+        remedy="give it to the user that runs vodpoller, or set journal.path",
     )
 
 
@@ -39,18 +40,23 @@ def check_stored(config: Config) -> Iterator[Finding]:
         with Letters(config.journal.path, makes_files=False) as letters:
             backlogs = letters.backlogs()
     except UnusableJournalError as error:
-        yield Finding(what="stored events", good=False, text=str(error))
+        yield Finding(what="stored events", level=Level.PROBLEM, text=str(error))
         return
     except JournalError:  # there is none yet, or this user may not read it, which the line before tells
         return
     for backlog in backlogs:
         if backlog.sink and backlog.sink not in config.sinks:
-            option = "--pending " if backlog.state == "pending" else ""
-            what = "pending events" if backlog.state == "pending" else "dead letters"
-            yield Finding(
-                what="stored events",
-                good=False,
-                text=f"{backlog.events:,} {what} are of the sink {backlog.sink}, which the configuration no longer has:"
-                f" bring it back, or `vodpoller deadletters replay {option}--sink {backlog.sink} --to SINK`, or"
-                f" `vodpoller deadletters purge {option}--sink {backlog.sink}`",
-            )
+            yield _of_removed_sink(backlog)
+
+
+def _of_removed_sink(backlog: Backlog) -> Finding:
+    is_pending = backlog.state == "pending"
+    option = "--pending " if is_pending else ""
+    what = "pending events" if is_pending else "dead letters"
+    return Finding(
+        what="stored events",
+        level=Level.PROBLEM if is_pending else Level.WARNING,
+        text=f"{backlog.events:,} {what} are of the sink {backlog.sink}, which the configuration no longer has",
+        remedy=f"bring it back, or `vodpoller deadletters replay {option}--sink {backlog.sink} --to SINK`, or"
+        f" `vodpoller deadletters purge {option}--sink {backlog.sink}`",
+    )

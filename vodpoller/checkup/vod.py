@@ -1,34 +1,178 @@
-"""Checks of VOD: key, rights, clock."""
+"""Checks of VOD: key and right to confirm, how callbacks are set, what waits, and the clock."""
 
+from collections.abc import Iterator, Sequence
 from typing import Final
+from urllib.parse import urlsplit
 
-from vodpoller.checkup.finding import Finding
-from vodpoller.config.tables import Source
+from vodpoller.checkup.finding import Finding, Level
+from vodpoller.config.tables import Route, Source
 from vodpoller.errors import OperatorError, RefusedHandlesError, VodpollerError
+from vodpoller.httpclient.address import host_and_port
+from vodpoller.router import Router
+from vodpoller.vod.answers import is_missing_right
+from vodpoller.vod.application import EVENT_CONFIG, EVENTS_STATE, SWITCHED_TYPES, EventConfig
 from vodpoller.vod.client import VodClient
 
 CLOCK_TOLERANCE_SECS: Final = 60.0
 IMPOSSIBLE_HANDLE: Final = "vodpoller-check"
 _NO_ANSWER: Final = "VOD did not answer"
+_CONSOLE: Final = "VOD console, Callback settings"
 
 
-def check_source(vod: VodClient, source: Source) -> Finding:
-    """Confirm a handle that cannot exist: VOD says that it is wrong only if key, rights and SubAppId are right."""
-    what = f"source {source.name}"
+def check_source(vod: VodClient, source: Source, routes: Sequence[Route]) -> Iterator[Finding]:
+    """Ask VOD about a source, as far as its key goes.
+
+    Args:
+        vod: Asked.
+        source: Its SubAppId.
+        routes: All of the configuration.
+    """
+    error = _error_of_confirm(vod, source)
+    yield _of_key(source, error)
+    if isinstance(error, RefusedHandlesError | None) or is_missing_right(error):
+        yield from _check_callback(vod, source, routes)
+        yield _check_backlog(vod, source)
+
+
+def _error_of_confirm(vod: VodClient, source: Source) -> VodpollerError | None:
+    """Confirm a handle that cannot exist: VOD says that it is wrong only if key, right and SubAppId are right."""
     try:
         vod.confirm(source.sub_app_id, [IMPOSSIBLE_HANDLE])
-    except RefusedHandlesError as error:
-        return Finding(what=what, good=True, text=f"VOD takes the key and lets it confirm{_said_in(error)}")
-    except OperatorError as error:
-        return Finding(what=what, good=False, text=f"{error}{_said_in(error)}")
     except VodpollerError as error:
-        hint = "" if error.request_id else " (is api.endpoint right, and this machine online?)"
-        return Finding(what=what, good=False, text=f"{error}{_said_in(error)}{hint}")
-    return Finding(what=what, good=True, text="VOD takes the key and lets it confirm")
+        return error
+    return None
+
+
+def _of_key(source: Source, error: VodpollerError | None) -> Finding:
+    what = f"source {source.name}"
+    match error:
+        case None | RefusedHandlesError():
+            said = _said_in(error) if error else ""
+            text = f"VOD takes the key and lets it confirm{said}; the right to pull is not tried, as that takes events"
+            return Finding(what=what, level=Level.GOOD, text=text)
+        case OperatorError():
+            return Finding(
+                what=what, level=Level.PROBLEM, text=f"{error.message}{_said_in(error)}", remedy=error.advice
+            )
+        case _:
+            remedy = "" if error.request_id else "is api.endpoint right, and this machine online?"
+            return Finding(what=what, level=Level.PROBLEM, text=f"{error}{_said_in(error)}", remedy=remedy)
 
 
 def _said_in(error: VodpollerError) -> str:
     return f" (RequestId {error.request_id})" if error.request_id else ""
+
+
+# --- how callbacks are set --------------------------------------------------------------------------------------------
+
+
+def _check_callback(vod: VodClient, source: Source, routes: Sequence[Route]) -> Iterator[Finding]:
+    what = f"callback of {source.name}"
+    try:
+        config = vod.event_config(source.sub_app_id)
+    except VodpollerError as error:
+        yield _unasked(what, EVENT_CONFIG, "how callbacks are set", error)
+        return
+    yield _of_mode(what, config)
+    if config.mode != "PUSH":
+        yield from _of_types(what, source, routes, config)
+
+
+def _of_mode(what: str, config: EventConfig) -> Finding:
+    match config.mode:
+        case "PULL":
+            return Finding(what=what, level=Level.GOOD, text="reliable callbacks are on")
+        case "PUSH":
+            return Finding(
+                what=what,
+                level=Level.PROBLEM,
+                text="reliable callbacks are off for this application: VOD sends its events"
+                f"{_receiver_of(config)} by normal callbacks, and none can be pulled",
+                remedy=f"{_CONSOLE}: choose the reliable callback. The normal ones end with it, so see first that their"
+                " receiver is no longer needed; or does sub_app_id name another application than is meant?",
+            )
+        case other:
+            return Finding(
+                what=what,
+                level=Level.INFORMATION,
+                text=f"VOD names no mode of callbacks that is known here ({other[:40]!r})",
+                remedy=f"{_CONSOLE}: is the reliable callback chosen?",
+            )
+
+
+def _receiver_of(config: EventConfig) -> str:
+    """Where normal callbacks go; the rest of the address may be a secret."""
+    try:
+        return f" to {host_and_port(config.notification_url)}" if urlsplit(config.notification_url).hostname else ""
+    except ValueError:
+        return ""
+
+
+def _of_types(what: str, source: Source, routes: Sequence[Route], config: EventConfig) -> Iterator[Finding]:
+    """What VOD says of the types that the routes want, and what it does not say."""
+    of_source = [route for route in routes if route.sources is None or source.name in route.sources]
+    named = [route for route in of_source if route.event_types and "*" not in route.event_types]
+    for event_type in config.off:
+        wanting = Router(named).routes_for(source.name, event_type)
+        if wanting:
+            yield Finding(
+                what=what,
+                level=Level.WARNING,
+                text=f"{event_type} is switched off, so that no event of this type comes; the routes"
+                f" {', '.join(wanting)} want it",
+                remedy=f"{_CONSOLE}: switch it on; or take the type out of these routes",
+            )
+        elif len(named) < len(of_source):
+            yield Finding(
+                what=what,
+                level=Level.INFORMATION,
+                text=f"{event_type} is switched off: no event of this type comes",
+            )
+    globs = [glob for route in named for glob in route.event_types or ()]
+    unseen = [glob for glob in dict.fromkeys(globs) if glob not in SWITCHED_TYPES]
+    if len(named) < len(of_source):
+        unseen.append(f"{'all other types' if unseen else 'all types'} but {', '.join(SWITCHED_TYPES)}")
+    if unseen:
+        yield Finding(
+            what=what,
+            level=Level.INFORMATION,
+            text=f"whether VOD sends these can be seen in its console only: {', '.join(unseen)}",
+            remedy=f"if they do not come, tick them in the {_CONSOLE}",
+        )
+
+
+# --- what waits -------------------------------------------------------------------------------------------------------
+
+
+def _check_backlog(vod: VodClient, source: Source) -> Finding:
+    what = f"queue of {source.name}"
+    try:
+        waiting = vod.waiting_events(source.sub_app_id)
+    except VodpollerError as error:
+        return _unasked(what, EVENTS_STATE, "how many events wait", error)
+    if not waiting:
+        return Finding(what=what, level=Level.GOOD, text="no event waits at VOD, by its count of the last 3 minutes")
+    return Finding(
+        what=what,
+        level=Level.INFORMATION,
+        text=f"{waiting:,} events wait at VOD, by its count of the last 3 minutes. If vodpoller is stopped, it begins"
+        " with these when it starts; VOD keeps an event for 4 days",
+        remedy="if it runs and the number grows, see `vodpoller status`: a sink or the quota is too slow",
+    )
+
+
+def _unasked(what: str, action: str, about: str, error: VodpollerError) -> Finding:
+    if is_missing_right(error):
+        return Finding(
+            what=what,
+            level=Level.INFORMATION,
+            text=f"not looked at: the key may not ask {about}",
+            remedy=f"to have this checked, allow vod:{action} in CAM, too; vodpoller runs without it",
+        )
+    return Finding(what=what, level=Level.WARNING, text=f"not looked at: {error}{_said_in(error)}")
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
 
 
 def check_clock(vod: VodClient) -> Finding:
@@ -36,10 +180,13 @@ def check_clock(vod: VodClient) -> Finding:
     skew_secs = vod.skew_secs
     if skew_secs is None:
         why = "the answer has no Date that can be read (does a proxy take it out?)" if vod.has_answered else _NO_ANSWER
-        return Finding(what="clock", good=False, text=f"not compared: {why}")
+        return Finding(what="clock", level=Level.WARNING, text=f"not compared: {why}")
     text = f"this machine's clock is {abs(skew_secs):.0f} s {'behind' if skew_secs > 0 else 'ahead of'} VOD's"
     if abs(skew_secs) <= CLOCK_TOLERANCE_SECS:
-        return Finding(what="clock", good=True, text=text)
+        return Finding(what="clock", level=Level.GOOD, text=text)
     return Finding(
-        what="clock", good=False, text=f"{text}: synchronize it (NTP). The daemon signs with VOD's time until then"
+        what="clock",
+        level=Level.WARNING,
+        text=f"{text}; vodpoller signs with VOD's time until that is mended",
+        remedy="synchronize it (NTP)",
     )

@@ -1,25 +1,58 @@
 """The table of `vodpoller check --connect`."""
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
+
 from rich.table import Table
 from rich.text import Text
 
 from vodpoller.checkup.checks import check_connections
+from vodpoller.checkup.finding import Finding, Level, worst_first
 from vodpoller.cli.output import make_console, make_log
 from vodpoller.config.model import Config
 from vodpoller.logs import printable
 
+_VERDICTS: Final[Mapping[Level, tuple[str, str]]] = {
+    Level.PROBLEM: ("PROBLEM", "bold red"),
+    Level.WARNING: ("warning", "yellow"),
+    Level.INFORMATION: ("note", ""),
+    Level.GOOD: ("good", "green"),
+}
+
 
 def show_connections(config: Config) -> bool:
-    """Try everything that the daemon needs, and print the results. Returns whether all of it works.
+    """Try everything that the daemon needs, and print the results. Returns whether events can flow.
 
     Args:
         config: Valid.
     """
-    table = Table("what", "", "found")
-    good = True
-    for finding in check_connections(config, make_log(config)):
-        verdict = Text("good", style="green") if finding.good else Text("BAD", style="bold red")
-        table.add_row(finding.what, verdict, printable(finding.text))
-        good = good and finding.good
-    make_console().print(table)
-    return good
+    findings = worst_first(check_connections(config, make_log(config)))
+    table = Table()
+    for name in ("what", "", "found"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.what, Text(*_VERDICTS[finding.level]), _said(finding))
+    levels = Counter(finding.level for finding in findings)
+    console = make_console()
+    console.print(table)
+    console.print(_summary(levels), soft_wrap=True)
+    return not levels[Level.PROBLEM]
+
+
+def _said(finding: Finding) -> str:
+    """What was found and, on a line of its own, what to do."""
+    return printable(finding.text) + (f"\n-> {printable(finding.remedy)}" if finding.remedy else "")
+
+
+def _summary(levels: Mapping[Level, int]) -> str:
+    """What all findings together say, for a person who reads no more than this line."""
+    problems, warnings = levels.get(Level.PROBLEM, 0), levels.get(Level.WARNING, 0)
+    if problems:
+        said = "1 problem keeps" if problems == 1 else f"{problems} problems keep"
+        said += " events from flowing"
+    else:
+        said = "Nothing that was looked at keeps events from flowing"
+    if warnings:
+        said += f"; {warnings} warning{'' if warnings == 1 else 's'}"
+    return f"{said}."
