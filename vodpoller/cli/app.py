@@ -38,6 +38,11 @@ COMMANDS: Final = (
         "once", "vodpoller.cli.run:once", "Pull until the first empty answer, deliver what is due, and end: for cron."
     ),
     LazyCommand(
+        "route",
+        "vodpoller.cli.route:route",
+        "Say which routes take an event, which sinks get it, and why the other routes do not take it.",
+    ),
+    LazyCommand(
         "run",
         "vodpoller.cli.run:run",
         "Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again.",

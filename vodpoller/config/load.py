@@ -7,7 +7,7 @@ from typing import Any
 
 from vodpoller.config.credentials import find_credentials, key_renewal
 from vodpoller.config.draft import Draft, Problems
-from vodpoller.config.model import Config
+from vodpoller.config.model import Config, Routing
 from vodpoller.config.permissions import exposed_secrets, warn_of_readers
 from vodpoller.config.reading import read_file, replace_variables
 from vodpoller.config.references import check_references, find_coverage
@@ -56,18 +56,57 @@ def from_dict(
     Raises:
         ConfigError: The data cannot be used. The error holds all problems.
     """
+    draft = _draft_of(data, base=base, env=env)
+    config = _config_of(draft, needs_key=needs_key, for_unit=for_unit)
+    if config is None:
+        raise _error_of(draft, where)
+    return config
+
+
+def load_routing(path: Path, *, env: Mapping[str, str]) -> Routing:
+    """Read of the file only where events go, so that neither secrets nor anything that sinks need has to be there.
+
+    Args:
+        path: As for `load`.
+        env: As for `load`.
+
+    Raises:
+        ConfigError: This part of the file cannot be used. The error holds all its problems.
+    """
+    data = read_file(path)
+    sinks = data.get("sinks", {})
+    part: dict[str, Any] = {name: data[name] for name in ("sources", "routes") if name in data}
+    # Of the sinks, routes need the names.
+    part["sinks"] = {name: {} for name in sinks} if isinstance(sinks, dict) else sinks
+    draft = _draft_of(part, base=path.parent, env=env)
+    validation = Validation(draft)
+    sources, routes = _sources_and_routes(validation)
+    check_references(draft, sinks={}, journal=None, api=None)
+    find_coverage(draft)
+    if draft.problems.found:
+        raise _error_of(draft, str(path))
+    return Routing(sources=sources, routes=routes)
+
+
+def _draft_of(data: Mapping[str, Any], *, base: Path, env: Mapping[str, str]) -> Draft:
     directory = env.get("CREDENTIALS_DIRECTORY")
     problems = Problems()
-    draft = Draft(
+    return Draft(
         data=replace_variables(data, env=env, problems=problems),
         env=env,
         surroundings=Surroundings(base=base, credentials_directory=Path(directory) if directory else None),
         problems=problems,
     )
-    config = _config_of(draft, needs_key=needs_key, for_unit=for_unit)
-    if config is None:
-        raise ConfigError([f"{where}: {problem}" for problem in draft.lines(problems)])
-    return config
+
+
+def _error_of(draft: Draft, where: str) -> ConfigError:
+    return ConfigError([f"{where}: {problem}" for problem in draft.lines(draft.problems)])
+
+
+def _sources_and_routes(validation: Validation) -> tuple[tuple[Source, ...], tuple[Route, ...]]:
+    sources = validation.items("sources", Source, '[[sources]] with name = "main"')
+    routes = validation.items("routes", Route, '[[routes]] with name = "all" and sinks = ["archive"]')
+    return tuple(sources), tuple(routes)
 
 
 def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | None:
@@ -76,8 +115,7 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
     validation.check_tables()
     api = validation.table("api", Api, lambda table: _with_region(table, draft.env))
     credentials = find_credentials(draft, validation, needs_key=needs_key)
-    sources = validation.items("sources", Source, '[[sources]] with name = "main"')
-    routes = validation.items("routes", Route, '[[routes]] with name = "all" and sinks = ["archive"]')
+    sources, routes = _sources_and_routes(validation)
     sinks, sink_classes = validation.sinks()
     journal = validation.table("journal", Journal)
     log = validation.table("log", Log)
@@ -93,8 +131,8 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
     return Config(
         api=api,
         credentials=credentials,
-        sources=tuple(sources),
-        routes=tuple(routes),
+        sources=sources,
+        routes=routes,
         sinks=sinks,
         sink_classes=sink_classes,
         journal=journal,

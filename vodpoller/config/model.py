@@ -12,6 +12,19 @@ from vodpoller.vod.credentials import StaticCredentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """The part of a configuration that says where events go.
+
+    Args:
+        sources: At least one.
+        routes: At least one; they name existing sources and sinks only.
+    """
+
+    sources: tuple[Source, ...]
+    routes: tuple[Route, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole configuration, valid by itself and in its cross references.
 

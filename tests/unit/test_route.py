@@ -1,0 +1,183 @@
+"""`vodpoller route` says where events go, and touches nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vodpoller.cli.app import main
+from vodpoller.cli.exits import EXIT_CONFIG
+from vodpoller.config.load import load_routing
+from vodpoller.router import Router
+
+SAMPLE = Path(__file__).parents[1] / "samples" / "reliable-callback.json"
+UPLOAD = '{"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": "5285890784246869930"}}'
+DELETED = '{"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["5285890784246869930"]}}'
+CONFIG = """
+[[sources]]
+name = "main"
+sub_app_id = 15
+unrouted = "dead_letter"
+
+[[routes]]
+name = "snapshots"
+event_types = ["CreateSnapshotByTimeOffsetComplete"]
+sinks = ["archive", "hook"]
+
+[[routes]]
+name = "uploads"
+event_types = ["NewFile*"]
+where = "FileUploadEvent.FileId == '5285890784246869930'"
+sinks = ["hook"]
+
+[sinks.archive]
+type = "file"
+path = "/proc/no/such/place"
+
+[sinks.hook]
+type = "webhook"
+url = "https://app.example/${NOT_SET}"
+secret_file = "no-such-secret"
+"""
+SECOND = '[[sources]]\nname = "second"\nsub_app_id = 2\nunrouted = "confirm"\n'
+
+
+@pytest.fixture
+def run(tmp_path):
+    def invoke(*args, config=CONFIG, given=None):
+        path = tmp_path / "config.toml"
+        path.write_text(config)
+        return CliRunner().invoke(main, ["route", "-c", str(path), *map(str, args)], input=given)
+
+    return invoke
+
+
+def judged(done):
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "cannot be read: Expecting property name"),
+        (f"{UPLOAD}\n{{\n", ", line 2: cannot be read: "),
+        (f"[{UPLOAD}, 7]", ", event 2: cannot be read: an event is a JSON object"),
+        ("\udcff", "cannot be read: it is not UTF-8 text"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_ends_with_1(run, tmp_path, text, says):
+    path = tmp_path / "events.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    done = run("--json", path, SAMPLE)
+    assert done.exit_code == 1
+    assert f"vodpoller: {path}" in done.stderr
+    assert says in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["event_type"] == "CreateSnapshotByTimeOffsetComplete"
+
+
+def test_a_file_that_is_not_there_ends_with_1(run, tmp_path):
+    done = run(tmp_path / "none.json")
+    assert done.exit_code == 1
+    assert "none.json: cannot be read: no such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ('sinks = ["hook"]', 'routes.uploads.sinks: there is no sink "hok"'),
+        ('unrouted = "dead_letter"', "sources.main.unrouted: is missing"),
+        ("where = \"FileUploadEvent.FileId == '5285890784246869930'\"", "routes.uploads.where"),
+    ],
+)
+def test_routes_that_cannot_be_used_end_with_78(run, wrong, says):
+    right = {"sinks": 'sinks = ["hok"]', "unrouted": "", "where": 'where = "a b"'}[wrong.partition(" ")[0]]
+    done = run(SAMPLE, config=CONFIG.replace(wrong, right))
+    assert done.exit_code == EXIT_CONFIG
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [([], "say which source they come from"), (["--source", "mian"], "no source of the configuration is 'mian'")],
+)
+def test_a_source_that_is_not_clear_is_asked_for(run, args, says):
+    done = run(*args, SAMPLE, config=CONFIG + SECOND)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert "main, second" in done.stderr
+
+
+def test_without_an_event_it_wants_one(run):
+    assert run().exit_code == 2
+
+
+def test_an_empty_answer_is_said_to_be_so(run):
+    done = run("-", given='{"Response": {"EventSet": null}}')
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "-: an answer without an event" in done.stderr
+
+
+def test_each_route_is_told_with_its_reason(run):
+    assert run("-", given=UPLOAD.replace("930", "931")).stdout.splitlines()[2:] == [
+        "  route snapshots does not: its event_types do not match: CreateSnapshotByTimeOffsetComplete",
+        "  route uploads does not: its `where` does not hold: FileUploadEvent.FileId == '5285890784246869930' is false",
+        "  no route takes it, so it becomes a dead letter",
+    ]
+
+
+def test_a_mistyped_pattern_is_proposed(run):
+    done = run("-", given=DELETED, config=CONFIG.replace("NewFile*", "FileDelete"))
+    assert "no route takes it, so it becomes a dead letter (was FileDelete to take it?)" in done.stdout
+
+
+def test_a_where_that_fails_is_a_dead_letter_of_its_sinks(run):
+    done = run("-", given=UPLOAD, config=CONFIG.replace("FileUploadEvent.FileId == '5285890784246869930'", "length(A)"))
+    assert "route uploads does not: `where` cannot be evaluated on this event" in done.stdout
+    assert "  sink hook rejects it: a dead letter" in done.stdout
+    assert "no route takes it" not in done.stdout
+
+
+def test_what_goes_where_is_told_for_a_person_and_for_programs(run):
+    done = run(SAMPLE)
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"{SAMPLE}, event 1: CreateSnapshotByTimeOffsetComplete\n  key: ")
+    assert done.stdout.endswith("  goes to: archive, hook\n")
+    (found,) = judged(run("--json", SAMPLE))
+    assert found["routes"] == [
+        {"name": "snapshots", "takes": True, "why_not": None},
+        {
+            "name": "uploads",
+            "takes": False,
+            "why_not": "its event_types do not match: NewFile*",
+        },
+    ]
+    assert found["sinks"] == ["archive", "hook"]
+    assert len(bytes.fromhex(found["key"])) == 32
+
+
+def test_the_key_is_that_of_the_sources_application(run):
+    keys = {
+        judged(run("--json", "--source", name, SAMPLE, config=CONFIG + SECOND))[0]["key"] for name in ("main", "second")
+    }
+    assert len(keys) == 2
+
+
+def test_an_event_without_an_id_of_its_own_has_no_key_yet(run):
+    (found,) = judged(run("--json", "-", given=DELETED))
+    assert found["key"] is None
+    assert "key: a new one at each arrival, as it has no id of its own" in run("-", given=DELETED).stdout
+
+
+def test_a_terminal_gets_no_commands_from_an_event(run):
+    done = run("-", given='{"EventType": "A\\u001b[2J"}')
+    assert "\x1b" not in done.stdout
+
+
+def test_what_is_read_for_it_are_the_daemons_own_routes(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    routing = load_routing(path, env={})
+    assert [source.sub_app_id for source in routing.sources] == [15]
+    assert Router(routing.routes).routes_for("main", "NewFileUpload") == ["uploads"]
