@@ -259,8 +259,11 @@ def test_a_secret_that_others_can_read_too_is_no_warning(mode, uid, units, tmp_p
 
 
 @needs_root
-@pytest.mark.parametrize("unit", ["vodpoller.service", "vodpoller.service.d/override.conf"])
-def test_a_secret_that_the_unit_loads_is_no_warning(unit, units, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["vodpoller.service", "vodpoller@.service", "vodpoller@live.service"])
+@pytest.mark.parametrize("part", ["", ".d/override.conf"])
+def test_a_secret_that_the_unit_loads_is_no_warning(name, part, units, tmp_path, monkeypatch):
+    unit = f"{name}{part}"
+    (units / unit).parent.mkdir(exist_ok=True)
     (units / unit).write_text("[Service]\nLoadCredential=hook_secret:/etc/vodpoller/hook_secret\n")
     assert warnings_of_root("hook_secret", tmp_path, 0o600, monkeypatch) == ()
     assert len(warnings_of_root(str(tmp_path / "hook_secret"), tmp_path, 0o600, monkeypatch)) == 1

@@ -1,4 +1,4 @@
-"""systemd/vodpoller.service: what it promises, and that systemd itself finds nothing wrong with it."""
+"""systemd/: what the units promise, and that systemd itself finds nothing wrong with them."""
 
 import ipaddress
 import os
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd" / "vodpoller.service"
 JOB = UNIT.with_name("once.conf")
 TIMER = UNIT.with_name("vodpoller.timer")
+INSTANCES = UNIT.with_name("vodpoller@.service")
 SECS = {"": 1, "s": 1, "sec": 1, "min": 60}
 
 
@@ -240,6 +241,60 @@ def test_the_timer_starts_the_unit_of_its_name_every_5_minutes():
 @pytest.mark.parametrize("path", [JOB, TIMER], ids=lambda path: path.name)
 def test_the_readme_installs_what_the_job_needs(path):
     assert f" systemd/{path.name} /etc/systemd/system/" in (ROOT / "systemd" / "README.md").read_text()
+
+
+# --- several instances ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def instances():
+    return parsed(INSTANCES.read_text())
+
+
+@pytest.mark.parametrize("name", ["ExecStart", "StateDirectory", "LoadCredential"])
+def test_an_instance_shares_nothing_with_another(instances, name):
+    assert all("%i" in value for value in instances["Service", name])
+
+
+def test_the_folder_of_an_instance_is_not_inside_that_of_the_service(unit, instances):
+    (of_service,), (of_instance,) = unit["Service", "StateDirectory"], instances["Service", "StateDirectory"]
+    assert of_instance == f"{of_service}-%i"
+
+
+def test_all_else_of_an_instance_is_as_in_the_service(unit, instances):
+    """A change of one unit belongs into the other, too."""
+    text = INSTANCES.read_text()
+    for of_instance, of_service in (
+        ("vodpoller %i,", "vodpoller,"),
+        ("/etc/vodpoller/%i.toml", "/etc/vodpoller/config.toml"),
+        ("/etc/vodpoller/%i/", "/etc/vodpoller/"),
+        ("=vodpoller-%i\n", "=vodpoller\n"),
+    ):
+        assert of_instance in text
+        text = text.replace(of_instance, of_service)
+    assert parsed(text) == unit
+    assert [*parsed(text)] == [*unit]
+
+
+def test_the_readme_says_where_an_instance_has_its_things(instances):
+    readme = (ROOT / "systemd" / "README.md").read_text()
+    (state,) = instances["Service", "StateDirectory"]
+    assert f"/var/lib/{state.replace('%i', 'NAME')}/journal.db" in readme
+    for credential in instances["Service", "LoadCredential"]:
+        assert credential.partition(":")[2].replace("%i", "NAME") in readme
+    assert f" systemd/{INSTANCES.name} /etc/systemd/system/" in readme
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("edit", "said"), [(lambda text: text, ""), (lambda text: text.replace("\nKill", "\nUnKill"), "UnKill")]
+)
+def test_systemd_judges_the_unit_of_an_instance(tmp_path, edit, said):
+    path = tmp_path / INSTANCES.name.replace("@", "@one")
+    path.write_text(edit(with_stub(INSTANCES.read_text())))
+    checked = systemd_analyze("verify", "--recursive-errors=yes", str(path))
+    assert said in checked.stderr
+    assert (checked.stderr == "") == (said == "")
 
 
 # --- systemd's own judgement ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,9 +71,13 @@ def _is_of_root_only(path: Path) -> bool:
 
 
 def _loaded_credentials() -> set[str]:
-    """The names that the installed unit loads with LoadCredential=, drop-ins included."""
+    """The names that the installed units load with LoadCredential=, instances and drop-ins included."""
     loaded: set[str] = set()
-    for path in (UNITS / "vodpoller.service", *UNITS.glob("vodpoller.service.d/*.conf")):
+    units = (
+        UNITS.glob(f"vodpoller{ending}")
+        for ending in (".service", "@*.service", ".service.d/*.conf", "@*.service.d/*.conf")
+    )
+    for path in chain.from_iterable(units):
         with suppress(OSError):
             loaded.update(_LOAD_CREDENTIAL.findall(path.read_text(errors="replace")))
     return loaded
