@@ -114,7 +114,9 @@ def test_every_reason_has_its_row_in_its_order(page, name, values) -> None:
 
 
 def test_every_command_line_option_of_the_pages_exists() -> None:
-    for command in sorted(set(re.findall(r"\bvodpoller (run|once|check|route|status|schema|demo|simulate)\b", TEXT))):
+    for command in sorted(
+        set(re.findall(r"\bvodpoller (run|once|check|route|status|schema|example|demo|simulate)\b", TEXT))
+    ):
         options = CliRunner().invoke(main, [command, "--help"]).output
         for line in re.findall(rf"vodpoller {command}( [^\n`]*)", TEXT):
             for option in re.findall(r"(?<= )(--[a-z-]+)", line):

@@ -35,6 +35,11 @@ COMMANDS: Final = (
         "See it work: the whole daemon against the built-in simulator, in less than 10 seconds, without an account.",
     ),
     LazyCommand(
+        "example",
+        "vodpoller.cli.example:example",
+        "Print an example file: a configuration, a unit, and what else runs or watches vodpoller.",
+    ),
+    LazyCommand(
         "once", "vodpoller.cli.run:once", "Pull until the first empty answer, deliver what is due, and end: for cron."
     ),
     LazyCommand(

@@ -1,0 +1,44 @@
+"""The files that `vodpoller example NAME` prints: one file in this folder and one entry below for each.
+
+Those that have their place elsewhere in the repository are links here, so that there is one copy of each, which a wheel
+and an editable installation have alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One file.
+
+    Args:
+        file: Its name in this folder.
+        about: What it is and where it goes, as part of a sentence.
+    """
+
+    file: str
+    about: str
+
+    def read(self) -> bytes:
+        """The file as it is."""
+        return files(__name__).joinpath(self.file).read_bytes()
+
+
+EXAMPLES: Final[Mapping[str, Example]] = {
+    "config": Example(
+        file="config.example.toml", about="the configuration, with every key explained; for /etc/vodpoller/config.toml"
+    ),
+    "containerfile": Example(
+        file="Containerfile", about="an image of vodpoller, to be built in the folder of its sources"
+    ),
+    "logrotate": Example(
+        file="vodpoller.logrotate", about="rotates the files of sinks; for /etc/logrotate.d/vodpoller"
+    ),
+    "unit": Example(file="vodpoller.service", about="the service; for /etc/systemd/system/vodpoller.service"),
+    "unit@": Example(
+        file="vodpoller@.service", about="several services on one machine; for /etc/systemd/system/vodpoller@.service"
+    ),
+}
