@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -266,7 +267,8 @@ def test_a_certificate_that_nobody_vouches_for_is_a_problem(tls_receiver):
 def test_a_certificate_of_the_environments_ca_bundle_is_trusted(tls_receiver, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")), sink_context())
-    assert text == f"127.0.0.1:{tls_receiver.server_port} accepts connections, its certificate is trusted"
+    said = f"127.0.0.1:{tls_receiver.server_port} accepts connections, its certificate is trusted, and valid until "
+    assert re.fullmatch(re.escape(said) + r"20\d\d-\d\d-\d\d \(1 day\)", text)
     assert tls_receiver.received == []
 
 

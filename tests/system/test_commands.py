@@ -1093,7 +1093,7 @@ def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system
     found = connect(system, 0)
 
     looked_at = ["source main", "callback of main", "queue of main", "clock"]
-    assert {*found} == {*looked_at, "sink archive", "sink hook", "sink script", "journal"}
+    assert {*found} == {*looked_at, "sink archive", "sink hook", "sink script", "journal", "files"}
     assert {what: verdict for what, (verdict, _) in found.items() if verdict != "good"} == {
         "queue of main": "note",
         "callback of main": "note",
@@ -1450,7 +1450,8 @@ def test_check_shows_where_events_go_and_where_the_key_is(system, tmp_path):
     assert "  sink hook: webhook, app.example:8443\n" in done.stdout
     assert "  sink script: exec, /bin/true\n" in done.stdout
     assert f"  sink images: download, {tmp_path}/{{file_id}}/{{index}}\n" in done.stdout
-    assert f"  key: secret_id from the configuration, secret_key from {system.key_path}\n" in done.stdout
+    key = f"secret_id from the configuration, secret_key from {system.key_path}"
+    assert f"  key: {key}; after a change of it, restart the daemon\n" in done.stdout
     assert "hunter2" not in done.stdout
 
 

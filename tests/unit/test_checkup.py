@@ -9,8 +9,10 @@ from tests.receiver import raw_server, read_request
 from vodpoller.checkup.checks import check_connections
 from vodpoller.checkup.finding import Finding, Level, worst_first
 from vodpoller.config.load import from_dict
+from vodpoller.errors import TransientError
 from vodpoller.simulator.options import SimulatorOptions
 from vodpoller.simulator.service import Simulator
+from vodpoller.sinks.file.sink import FileSink
 
 REFUSED = b'{"Response":{"Error":{"Code":"UnauthorizedOperation","Message":"no"}%b}}'
 
@@ -214,3 +216,16 @@ def test_the_worst_finding_is_the_first():
     levels = [Level.GOOD, Level.WARNING, Level.PROBLEM, Level.INFORMATION, Level.PROBLEM, Level.GOOD]
     found = [Finding(what=str(number), level=level, text="") for number, level in enumerate(levels)]
     assert [finding.what for finding in worst_first(found)] == ["2", "4", "1", "3", "0", "5"]
+
+
+# --- sinks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_that_fails_in_passing_hides_no_other_finding(tmp_path, log, vod, monkeypatch):
+    def probe(*_arguments):
+        raise TransientError("the disk is full")
+
+    monkeypatch.setattr(FileSink, "probe", probe)
+    found = found_at(vod.url, tmp_path, log)
+    assert (found["sink archive"].level, found["sink archive"].text) == (Level.PROBLEM, "the disk is full")
+    assert found["journal"].level is Level.GOOD

@@ -157,6 +157,14 @@ def test_what_goes_where_is_told_for_a_person_and_for_programs(run):
     assert len(bytes.fromhex(found["key"])) == 32
 
 
+def test_nothing_is_made_or_changed(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = CONFIG.replace("/proc/no/such/place", str(tmp_path / "events.jsonl"))
+    text += f'[journal]\npath = "{tmp_path}/state/journal.db"\n'
+    assert run(SAMPLE, config=text).exit_code == 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["config.toml"]
+
+
 def test_the_key_is_that_of_the_sources_application(run):
     keys = {
         judged(run("--json", "--source", name, SAMPLE, config=CONFIG + SECOND))[0]["key"] for name in ("main", "second")

@@ -1,12 +1,16 @@
 """All checks, one after the other."""
 
+import os
+import time
 from collections.abc import Iterator
 
+from vodpoller.checkup.certificates import check_ca_files, check_endpoint
+from vodpoller.checkup.files import check_files
 from vodpoller.checkup.finding import Finding, Level
 from vodpoller.checkup.storage import check_journal, check_stored
 from vodpoller.checkup.vod import check_clock, check_source
 from vodpoller.config.model import Config
-from vodpoller.errors import ConfigError
+from vodpoller.errors import VodpollerError
 from vodpoller.logs import Logger
 from vodpoller.sinks.contract import SinkContext
 from vodpoller.vod.client import VodClient
@@ -30,6 +34,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         for source in config.sources:
             yield from check_source(vod, source, config.routes)
         yield check_clock(vod)
+        yield from check_endpoint(vod, time.time())
     finally:
         vod.close()
     for name, sink_class in config.sink_classes.items():
@@ -37,7 +42,9 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         try:
             said = sink_class.probe(name, config.sinks[name], context)
             yield Finding(what=f"sink {name}", level=Level.GOOD, text=said)
-        except ConfigError as error:
+        except VodpollerError as error:
             yield Finding(what=f"sink {name}", level=Level.PROBLEM, text=str(error))
     yield check_journal(config.journal.path)
     yield from check_stored(config)
+    yield from check_files(config, as_root=os.geteuid() == 0)
+    yield from check_ca_files(config, time.time())

@@ -75,7 +75,9 @@ def _check_callback(vod: VodClient, source: Source, routes: Sequence[Route]) -> 
         return
     yield _of_mode(what, config)
     if config.mode != "PUSH":
-        yield from _of_types(what, source, routes, config)
+        wanted = _Wanted(source, routes)
+        yield from _of_switches(what, wanted, config)
+        yield from _of_console_only(what, wanted)
 
 
 def _of_mode(what: str, config: EventConfig) -> Finding:
@@ -108,29 +110,47 @@ def _receiver_of(config: EventConfig) -> str:
         return ""
 
 
-def _of_types(what: str, source: Source, routes: Sequence[Route], config: EventConfig) -> Iterator[Finding]:
-    """What VOD says of the types that the routes want, and what it does not say."""
-    of_source = [route for route in routes if route.sources is None or source.name in route.sources]
-    named = [route for route in of_source if route.event_types and "*" not in route.event_types]
+class _Wanted:
+    """The types that the routes of one source want.
+
+    Args:
+        source: The source.
+        routes: All of the configuration.
+    """
+
+    def __init__(self, source: Source, routes: Sequence[Route]) -> None:
+        self._source = source
+        of_source = [route for route in routes if route.sources is None or source.name in route.sources]
+        self._naming = [route for route in of_source if route.event_types and "*" not in route.event_types]
+        self.globs = list(dict.fromkeys(glob for route in self._naming for glob in route.event_types or ()))
+        self.everything = len(self._naming) < len(of_source)
+
+    def by_name(self, event_type: str) -> list[str]:
+        """The routes that want a type in particular, and not because they take everything."""
+        return Router(self._naming).routes_for(self._source.name, event_type)
+
+
+def _of_switches(what: str, wanted: _Wanted, config: EventConfig) -> Iterator[Finding]:
+    """Types that are switched off although a route wants them."""
     for event_type in config.off:
-        wanting = Router(named).routes_for(source.name, event_type)
+        wanting = wanted.by_name(event_type)
         if wanting:
             yield Finding(
                 what=what,
                 level=Level.WARNING,
-                text=f"{event_type} is switched off, so that no event of this type comes; the routes"
-                f" {', '.join(wanting)} want it",
+                text=f"{event_type} is switched off, so that no event of this type comes; routes that want it:"
+                f" {', '.join(wanting)}",
                 remedy=f"{_CONSOLE}: switch it on; or take the type out of these routes",
             )
-        elif len(named) < len(of_source):
-            yield Finding(
-                what=what,
-                level=Level.INFORMATION,
-                text=f"{event_type} is switched off: no event of this type comes",
-            )
-    globs = [glob for route in named for glob in route.event_types or ()]
-    unseen = [glob for glob in dict.fromkeys(globs) if glob not in SWITCHED_TYPES]
-    if len(named) < len(of_source):
+        elif wanted.everything:
+            text = f"{event_type} is switched off: no event of this type comes"
+            yield Finding(what=what, level=Level.INFORMATION, text=text)
+
+
+def _of_console_only(what: str, wanted: _Wanted) -> Iterator[Finding]:
+    """The wanted types of which VOD does not tell whether it sends them."""
+    unseen = [glob for glob in wanted.globs if glob not in SWITCHED_TYPES]
+    if wanted.everything:
         unseen.append(f"{'all other types' if unseen else 'all types'} but {', '.join(SWITCHED_TYPES)}")
     if unseen:
         yield Finding(
@@ -149,7 +169,7 @@ def _check_backlog(vod: VodClient, source: Source) -> Finding:
     try:
         waiting = vod.waiting_events(source.sub_app_id)
     except VodpollerError as error:
-        return _unasked(what, EVENTS_STATE, "how many events wait", error)
+        return _unasked(what, EVENTS_STATE, "for the number of events that wait", error)
     if not waiting:
         return Finding(what=what, level=Level.GOOD, text="no event waits at VOD, by its count of the last 3 minutes")
     return Finding(

@@ -12,7 +12,7 @@ from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
 @click.command()
 @config_option
 @click.option("--connect", is_flag=True, help="Also try key, clock and rights at VOD, every sink and the journal.")
-@click.option("--strict", is_flag=True, help="Exit code 78 if there is a warning.")
+@click.option("--strict", is_flag=True, help="Exit code 78 if there is a warning about the configuration.")
 def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
     config = load_config(config_path, for_unit=True)
@@ -31,8 +31,8 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     for name, sink in config.sinks.items():
         place = sink.place()
         click.echo(f"  sink {name}: {sink.type}{f', {place}' if place else ''}")
-    origins = config.credentials.origins.items()
-    click.echo(f"  key: {', '.join(f'{name} from {origin}' for name, origin in origins)}")
+    origins = ", ".join(f"{name} from {origin}" for name, origin in config.credentials.origins.items())
+    click.echo(f"  key: {origins}; after a change of it, {config.key_renewal}")
     works = True
     if connect:
         from vodpoller.cli.connections import show_connections  # noqa: PLC0415 - without --connect, requests is not needed

@@ -172,7 +172,7 @@ class DeadlineAdapter:
             raise _as_requests_says(error, request) from error
         return _Response(request, answer)
 
-    def connect_within(self, url: str, environment: Environment, timeout_secs: float) -> None:
+    def connect_within(self, url: str, environment: Environment, timeout_secs: float) -> float | None:
         """Make the connection that a request would use, TLS included, and close it. Nothing is sent.
 
         If a proxy is in between, the connection ends there.
@@ -181,6 +181,9 @@ class DeadlineAdapter:
             url: Where a request would go.
             environment: Of the URL.
             timeout_secs: More than 0.
+
+        Returns:
+            When the certificate of the other side ends, in seconds since 1970; None if there is none.
 
         Raises:
             urllib3.exceptions.HTTPError: It cannot be made. `failure_text` says why.
@@ -199,6 +202,7 @@ class DeadlineAdapter:
         try:
             connection.timeout = Deadline(timeout_secs, self._monotonic)
             connection.connect()
+            return _end_of_certificate(connection.sock)
         finally:
             connection.close()
 
@@ -280,3 +284,8 @@ def _as_requests_says(error: Exception, request: requests.PreparedRequest) -> re
         case _:
             kind = requests.ConnectionError
     return kind(error, request=request)
+
+
+def _end_of_certificate(sock: Any) -> float | None:
+    certificate = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"])) if certificate else None

@@ -4,11 +4,13 @@ import os
 import ssl
 import threading
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, Field
 
+_DAY_SECS: Final = 86_400
 _NO_PEM: Final = "NO_CERTIFICATE_OR_CRL_FOUND"
 _PEM_HELP: Final = (
     "it must hold certificates in PEM, each between BEGIN CERTIFICATE and END CERTIFICATE;"
@@ -82,6 +84,17 @@ class Roots:
 
         _load_file(context, DEFAULT_CA_BUNDLE_PATH, "the list of public CAs is ")
         return context
+
+
+def days_until(ends_at: float, now: float) -> int:
+    """The number of whole days that are left; negative if it is over. Both in seconds since 1970."""
+    return int((ends_at - now) // _DAY_SECS)
+
+
+def validity(ends_at: float, now: float) -> str:
+    """Until when a certificate is valid, as part of a sentence. Both in seconds since 1970."""
+    days = days_until(ends_at, now)
+    return f"valid until {datetime.fromtimestamp(ends_at, UTC).date()} ({days} day{'' if days == 1 else 's'})"
 
 
 def _load_file(context: ssl.SSLContext, path: str, named: str) -> None:

@@ -24,7 +24,7 @@ from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import Event
 from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
-from vodpoller.httpclient.trust import CaFile, RootsError
+from vodpoller.httpclient.trust import CaFile, RootsError, validity
 from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
@@ -235,15 +235,17 @@ class WebhookSink(Sink[WebhookConfig]):
         url, proxy = self.config.url, self._environment.proxy
         where = f"the proxy {host_and_port(proxy)}" if proxy else self._where
         try:
-            self._adapter.connect_within(url, self._environment, self.timeout_secs)
+            ends_at = self._adapter.connect_within(url, self._environment, self.timeout_secs)
         # Not chained, as in `deliver`.
         except CALL_ERRORS as error:
             said = self._without_secrets(failure_text(error, self.timeout_secs))
             raise ConfigError([f"sinks.{self.name}.url: {where} {said}"]) from None
         if proxy:
             return f"{where} accepts connections (what is behind it was not tried)"
-        trusted = ", its certificate is trusted" if urlsplit(url).scheme == "https" else ""
-        return f"{where} accepts connections{trusted}"
+        if ends_at is None:
+            return f"{where} accepts connections"
+        valid = validity(ends_at, self.context.wall())
+        return f"{where} accepts connections, its certificate is trusted, and {valid}"
 
     # --- asking ---
 

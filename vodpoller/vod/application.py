@@ -1,4 +1,4 @@
-"""What VOD says of an application besides its events: how it sends them, and how many wait.
+"""What VOD says of an application besides its events: how it sends them, and the number of those that wait.
 
 Facts are from Tencent Cloud's API documents "DescribeEventConfig" and "DescribeEventsState" (product/266/57589), and
 from the descriptions in tencentcloud-sdk-python-vod 3.1.194.

@@ -346,6 +346,23 @@ class VodClient:
         """Whether any answer came, with or without a date."""
         return self._last_date is not None
 
+    def certificate_ends_at(self) -> float | None:
+        """Connect to the endpoint, and ask nothing. Without TLS, or behind a proxy, not even that.
+
+        Returns:
+            When the certificate that it shows ends, in seconds since 1970; None if it was not asked for one.
+
+        Raises:
+            TransientError: It cannot be reached, or its certificate is not trusted.
+            OperatorError: The configuration or the environment is wrong.
+        """
+        if self._environment.proxy or not self._url.startswith("https:"):
+            return None
+        try:
+            return self._adapter.connect_within(self._url, self._environment, self._timeout_secs)
+        except CALL_ERRORS as error:  # not chained, as in `_sent`
+            raise self._unanswered(error, self._timeout_secs) from None
+
     def stop_pulling(self) -> None:
         """Send no further pull, also of those that wait for a slot."""
         self._pulls_stopped = True
