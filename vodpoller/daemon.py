@@ -1,8 +1,6 @@
-"""The composition root: builds everything from the configuration, drives what is periodic, and ends it in order."""
+"""What runs with one configuration: built from it, started, looked at, and ended in order."""
 
-import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +19,7 @@ from vodpoller.errors import StorageError
 from vodpoller.journal.contract import Journal
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
-from vodpoller.logs import Logger, cleared, searched_for
+from vodpoller.logs import cleared, searched_for
 from vodpoller.once import Once
 from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
 from vodpoller.pipeline import Pipeline
@@ -31,15 +29,12 @@ from vodpoller.router import Router
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink
 from vodpoller.status import JournalStatus, Status, StoredStatus
-from vodpoller.status_socket import StatusSocket, socket_path
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.upkeep import Upkeep
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.confirmer import Confirmer
 
-HEARTBEAT_SECS: Final = 5.0
-BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not one too few
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
 CONFIRM_SECS: Final = 2.0
@@ -47,14 +42,14 @@ LAST_CHANCE_SECS: Final = 0.2
 
 
 class Daemon:
-    """All of vodpoller, open and ready to run.
+    """All that one configuration describes, open and ready to run.
 
     Args:
         config: Valid.
-        log: Destination of log lines.
+        telemetry: Destination of log lines and counts.
         notifier: The service manager, if there is one.
-        signals: What asks the daemon to end or to reload, maybe before it is open; None for its own, caught when it
-            runs.
+        signals: What asks for the end, maybe before the daemon is open; None for its own, caught when it runs.
+        clock: The process's, in seconds since 1970; None for one of its own.
 
     Raises:
         ConfigError: A sink cannot be opened.
@@ -63,17 +58,24 @@ class Daemon:
         StoppingError: A signal asked for the end meanwhile. What was opened is closed.
     """
 
-    def __init__(self, config: Config, *, log: Logger, notifier: Notifier, signals: Signals | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        telemetry: Telemetry,
+        notifier: Notifier,
+        signals: Signals | None = None,
+        clock: SteadyClock | None = None,
+    ) -> None:
         self._config = config
-        self._log = log
-        self._telemetry = telemetry = Telemetry(log)
+        self._log = log = telemetry.log
+        self._telemetry = telemetry
         self._scope = telemetry.scope()
         self._notifier = notifier
         self._liveness = Liveness()
         self._signals = signals or Signals()
-        self._clock = SteadyClock()
+        self._clock = clock or SteadyClock()
         self._started_at = self._clock()
-        self._status_socket: StatusSocket | None = None
         self._journal: Journal = SqliteJournal(
             config.journal.path,
             max_bytes=config.journal.max_bytes,
@@ -166,32 +168,21 @@ class Daemon:
 
     # --- running ------------------------------------------------------------------------------------------------------
 
-    def run(self, *, until: Callable[[], bool] | None = None) -> int:
-        """Run until a signal asks for the end.
-
-        Args:
-            until: Asked every tenth of a second: whether to end without a signal.
-
-        Returns:
-            The exit code.
-        """
-        self._signals.catch()
-        self._open_status_socket()
-        self._start()
-        beat_secs = min(HEARTBEAT_SECS, (self._notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
-        longest_secs = beat_secs if until is None else 0.1
-        next_beat = 0.0
-        while until is None or not until():
-            if time.monotonic() >= next_beat:
-                self._beat()
-                next_beat = time.monotonic() + beat_secs
-            received = self._signals.next(min(max(next_beat - time.monotonic(), 0), longest_secs))
-            if received is signal.SIGHUP:
-                self._reload()
-            elif received is not None:
-                self._log.info("daemon.stopping", signal=received.name)
-                break
-        return self._stop()
+    def start(self) -> None:
+        """Begin to pull and to deliver, in threads."""
+        self._warn()
+        with suppress(StorageError):  # the journal has said so
+            self._journal.mark_removed(self._workers)
+        for worker in self._workers.values():
+            worker.start()
+        self._started_at = self._clock()
+        self._upkeep.start()
+        self._log.info(
+            "daemon.started",
+            sources=[poller.name for poller in self._pollers],
+            sinks=list(self._workers),
+            endpoint=self._config.api.endpoint,
+        )
 
     def run_once(self, *, max_secs: float = 0.0, progress: Callable[[int], None] | None = None) -> bool:
         """Take what is there and end: pull until the first empty answer, deliver what is due.
@@ -224,7 +215,9 @@ class Daemon:
             pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
         except StorageError:  # the journal has said so; what it holds cannot be told
             pending = -1
-        self._stop()
+        self._notifier.stopping()
+        self.stop()
+        self._log.info("daemon.stopped", events=self.settled_events)
         return all(drained) and not self._pipeline.unconfirmed_events and not pending
 
     def counts(self) -> Mapping[tuple[str, str], int]:
@@ -249,46 +242,26 @@ class Daemon:
         for warning in self._config.warnings:
             self._log.warning("config.warning", message=warning)
 
-    def _start(self) -> None:
-        self._warn()
-        with suppress(StorageError):  # the journal has said so
-            self._journal.mark_removed(self._workers)
-        for worker in self._workers.values():
-            worker.start()
-        self._started_at = self._clock()
-        self._upkeep.start()
-        self._log.info(
-            "daemon.started",
-            sources=[poller.name for poller in self._pollers],
-            sinks=list(self._workers),
-            endpoint=self._config.api.endpoint,
-        )
-        self._notifier.ready()
-
-    def _beat(self) -> None:
-        self._notice_clock_step()
-        self._mark()
+    def is_alive(self) -> bool:
+        """Whether no thread is overdue; says of each one that is."""
         overdue = self._liveness.overdue(OVERDUE_SECS)
         for step, secs in overdue.items():
             self._scope.repeated("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
-        if not overdue:
-            self._notifier.alive()
-        # This must not wait for a disk that hangs, so it says of the journal what is known.
-        self._notifier.status(self._cleared(self._snapshot(self._upkeep.stored, self._known_of_journal()).as_line()))
+        return not overdue
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
         """Record the times of the last pull and confirm for a `vodpoller status` that finds no daemon."""
         last_pull_at = max(poller.last_pull_at for poller in self._pollers)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
                 self._journal.mark(name, self._clock() - at)
 
-    def _notice_clock_step(self) -> None:
-        """See to it that nothing ages or waits by a jump of the wall clock."""
-        step_secs = self._clock.adopt()
-        if not step_secs:
-            return
-        self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
+    def shift(self, step_secs: float) -> None:
+        """See to it that nothing ages or waits by a jump of the wall clock.
+
+        Args:
+            step_secs: By how much it was set.
+        """
         self._started_at += step_secs
         self._journal.shift(step_secs)
         self._upkeep.run_all_now()
@@ -305,6 +278,12 @@ class Daemon:
             journal = replace(journal, writable=False, error=journal.error or str(error))
         return self._snapshot(stored, replace(journal, last_confirm_at=self._pipeline.last_confirm_at or None))
 
+    def known_status(self) -> Status:
+        """The same, of what is known: this does not wait for a disk that hangs."""
+        trouble = self._journal.trouble
+        journal = JournalStatus(path=str(self._config.journal.path), writable=not trouble, error=trouble)
+        return self._snapshot(self._upkeep.stored, journal)
+
     def _snapshot(self, stored: Sequence[StoredStatus], journal: JournalStatus) -> Status:
         return Status(
             pid=os.getpid(),
@@ -318,30 +297,14 @@ class Daemon:
             journal=journal,
         )
 
-    def _known_of_journal(self) -> JournalStatus:
-        trouble = self._journal.trouble
-        return JournalStatus(path=str(self._config.journal.path), writable=not trouble, error=trouble)
-
-    def _open_status_socket(self) -> None:
-        path = socket_path(self._config.journal.path)
-        try:
-            self._status_socket = StatusSocket(path, self._answer, log=self._log)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the system has no more threads
-            self._log.warning("status.unavailable", path=str(path), error_message=str(error))
-
-    def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        if request.get("command") != "status":
-            return {"error": f"this vodpoller ({__version__}) knows no command {request.get('command')!r}"}
-        answer: Mapping[str, Any] = self._cleared(self.status().as_json(strict=bool(request.get("strict"))))
-        return answer
-
-    def _cleared(self, value: Any) -> Any:
-        """Without secrets, which what a receiver or VOD said may repeat."""
+    def cleared(self, value: Any) -> Any:
+        """The value without secrets, which what a receiver or VOD said may repeat."""
         return cleared(value, searched_for(secret.get() for secret in self._config.secrets()))
 
-    # --- signals ------------------------------------------------------------------------------------------------------
+    # --- what an operator may have changed ---------------------------------------------------------------------------
 
-    def _reload(self) -> None:
+    def refresh(self) -> None:
+        """Read secrets and certificates again, open files again, end the waiting after failures."""
         self._reread(self._config.secrets())
         reopened = [("api", self._vod.reopen), *((name, sink.reopen) for name, sink in self._sinks.items())]
         for name, reopen in reopened:
@@ -352,7 +315,6 @@ class Daemon:
                 self._scope.repeated("error", "task.failed", cause=task, task=task, exc_info=error)
         for poller in self._pollers:
             poller.wake()
-        self._log.info("daemon.reloaded")
 
     def _reread_credentials(self) -> None:
         self._reread(self._config.credentials.secrets())
@@ -366,10 +328,9 @@ class Daemon:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def _stop(self) -> int:
+    def stop(self) -> None:
         """Settle what was pulled, close what is open. A thread that hangs does not hold the exit."""
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
-        self._notifier.stopping()
         self._upkeep.stop()
         self._vod.stop_pulling()
         for poller in self._pollers:
@@ -385,10 +346,8 @@ class Daemon:
         for worker in self._workers.values():
             worker.stop()
         close_sinks(self._sinks, self._workers, ends_at=ends_at, log=self._log)
-        if self._status_socket is not None:
-            self._status_socket.close()
         if all(ended):
-            self._mark()
+            self.mark()
             self._retrier.stop()
             self._journal.close()
         else:  # a thread that hangs may still write to it; but what waits must not be lost with it
@@ -396,8 +355,6 @@ class Daemon:
             flushing.start()
             flushing.join(max(ends_at - time.monotonic(), LAST_CHANCE_SECS))
         self._vod.close()
-        self._log.info("daemon.stopped", events=self.settled_events)
-        return 0
 
     def _write_last(self) -> None:
         self._retrier.stop()

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vodpoller.config.load import load
-from vodpoller.daemon import Daemon
 from vodpoller.journal.operator import Filter, Letters
 from vodpoller.logs import make_logger
+from vodpoller.service import Service
 from vodpoller.simulator.options import SimulatorOptions
 from vodpoller.simulator.service import Simulator
 from vodpoller.systemd import Notifier
@@ -135,10 +135,10 @@ def run_demo(folder: Path | None) -> int:
         narrator = _Narrator(console)
         log = make_logger(narrator, log_format="json")
         path = _write_configuration(folder, simulator.url)
-        daemon = Daemon(load(path, env={}), log=log, notifier=Notifier(""))
+        service = Service(load(path, env={}), log=log, notifier=Notifier(""))
         simulator.feed([BROKEN])
         ends_at = time.monotonic() + LIMIT_SECS
-        daemon.run(until=lambda: _is_done(simulator, narrator) or time.monotonic() > ends_at)
+        service.run(until=lambda: _is_done(simulator, narrator) or time.monotonic() > ends_at)
         return _close(console, simulator.stats(), path, redelivered=narrator.redelivered)
 
 

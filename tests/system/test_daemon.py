@@ -16,6 +16,7 @@ from tests.polling import until
 from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, ServiceManager, bodies_of, canonical, differences
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import daemon as daemon_module
+from vodpoller import service as service_module
 from vodpoller.config.load import load
 from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, make_logger
 
@@ -601,16 +602,16 @@ class Manager:
 
 def test_the_watchdog_is_fed_until_a_thread_hangs_and_again_when_it_is_back(system, plugin, monkeypatch):
     monkeypatch.syspath_prepend(plugin)
-    monkeypatch.setattr(daemon_module, "HEARTBEAT_SECS", 0.05)
+    monkeypatch.setattr(service_module, "HEARTBEAT_SECS", 0.05)
     monkeypatch.setattr(daemon_module, "OVERDUE_SECS", 0.5)
     simulator = system.simulator()
     system.configure(simulator.url, sinks='[sinks.never]\ntype = "never"\n', more="[daemon]\nshutdown_secs = 6")
     manager, over = Manager(), threading.Event()
     with (system.folder / "in-process.log").open("w") as log_file:
-        daemon = daemon_module.Daemon(
+        service = service_module.Service(
             load(system.config_path, env={}), log=make_logger(log_file, log_format="json"), notifier=manager
         )
-        thread = threading.Thread(target=daemon.run, kwargs={"until": over.is_set})
+        thread = threading.Thread(target=service.run, kwargs={"until": over.is_set})
         thread.start()
         try:
             until(lambda: manager.feedings >= 5)

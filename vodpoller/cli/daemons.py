@@ -1,7 +1,8 @@
 """Opening the daemon, for the commands that run it."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE, end
@@ -11,23 +12,39 @@ from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
 from vodpoller.errors import ConfigError, JournalError, StoppingError, StorageError, UnusableJournalError
 from vodpoller.process import Signals
+from vodpoller.service import Service
 from vodpoller.systemd import Notifier
+from vodpoller.telemetry import Telemetry
 
 
-def open_daemon(
-    config: Config, *, signals: Signals | None = None, exit_code_if_stopped: int = EXIT_FAILURE, quiet: bool = False
-) -> Daemon:
-    """Open the daemon, or exit: with a message, or because a signal asked for it meanwhile.
+def open_service(config: Config, signals: Signals) -> Service:
+    """Open the daemon as a service, or exit: with a message, or because a signal asked for it meanwhile.
+
+    Args:
+        config: Valid.
+        signals: The signals that were received.
+    """
+    with _exit_if_it_fails(exit_code_if_stopped=0), _given_to_owner(config):
+        return Service(config, log=make_log(config), notifier=Notifier.of(os.environ), signals=signals)
+
+
+def open_daemon(config: Config, *, signals: Signals | None = None, quiet: bool = False) -> Daemon:
+    """Open the daemon for one round, or exit: with a message, or because a signal asked for it meanwhile.
 
     Args:
         config: Valid.
         signals: The signals that were received, None if the command does not handle them.
-        exit_code_if_stopped: The exit code if a signal asked for the end.
         quiet: As for `make_log`.
     """
+    with _exit_if_it_fails(exit_code_if_stopped=EXIT_FAILURE), _given_to_owner(config):
+        telemetry = Telemetry(make_log(config, quiet=quiet))
+        return Daemon(config, telemetry=telemetry, notifier=Notifier.of(os.environ), signals=signals)
+
+
+@contextmanager
+def _exit_if_it_fails(*, exit_code_if_stopped: int) -> Iterator[None]:
     try:
-        log = make_log(config, quiet=quiet)
-        return Daemon(config, log=log, notifier=Notifier.of(os.environ), signals=signals)
+        yield
     except StoppingError:
         end(exit_code_if_stopped)
     except ConfigError as error:
@@ -36,12 +53,18 @@ def open_daemon(
         fail([str(error)], EXIT_CONFIG)
     except (JournalError, StorageError) as error:
         fail([str(error)], EXIT_FAILURE)
+
+
+@contextmanager
+def _given_to_owner(config: Config) -> Iterator[None]:
+    """Give the files that root creates to the owner of their folder: the daemon runs as another user."""
+    try:
+        yield
     finally:
         _give_to_owner(config)
 
 
 def _give_to_owner(config: Config) -> None:
-    """Give the files that root creates to the owner of their folder: the daemon runs as another user."""
     if os.geteuid() != 0:
         return
     claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}

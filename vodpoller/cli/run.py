@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from vodpoller.cli.configuration import config_option, load_config
-from vodpoller.cli.daemons import open_daemon
+from vodpoller.cli.daemons import open_daemon, open_service
 from vodpoller.cli.exits import EXIT_FAILURE, end
 from vodpoller.process import Signals
 
@@ -21,11 +21,11 @@ GC_THRESHOLD: Final = 20_000
 def run(signals: Signals, config_path: Path) -> None:
     """Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again."""
     faulthandler.enable()
-    daemon = open_daemon(load_config(config_path), signals=signals, exit_code_if_stopped=0)
+    service = open_service(load_config(config_path), signals)
     # The objects of the start stay; those of an event are freed by reference counting. There is little to collect.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
-    end(daemon.run())
+    end(service.run())
 
 
 @click.command()
