@@ -4,12 +4,13 @@ import stat
 import threading
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from tests.helpers import named
 from vodpoller import status_socket
-from vodpoller.status_socket import StatusSocket, ask, socket_path
+from vodpoller.status_socket import StatusSocket, ask, socket_of_process, socket_path
 
 
 @pytest.fixture(params=["short", "d" * 100 + "/" + "n" * 60])
@@ -23,8 +24,8 @@ def path(request, tmp_path):
 def listen(path, log):
     opened = []
 
-    def start(answer=lambda request: {"asked": request}):
-        opened.append(StatusSocket(path, answer, log=log))
+    def start(answer=lambda request: {"asked": request}, **more):
+        opened.append(StatusSocket(path, answer, log=log, **more))
         return opened[-1]
 
     yield start
@@ -157,3 +158,55 @@ def test_a_bug_in_the_answer_is_logged_and_ends_nothing(listen, path, lines):
 def test_where_it_cannot_be_made_that_is_an_error(tmp_path, log):
     with pytest.raises(OSError, match=r"No such file|not a directory"):
         StatusSocket(tmp_path / "missing" / "journal.db.sock", dict, log=log)
+
+
+# --- what is answered later -------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_takes_long_holds_up_no_other(listen, path):
+    askers, answers = SimpleQueue(), []
+    listen(later={"slow": askers.put})
+    asking = threading.Thread(target=lambda: answers.append(ask(path, {"command": "slow"}, timeout_secs=30)))
+    asking.start()
+    asker = askers.get(timeout=10)
+    assert ask(path, {"command": "quick"}, timeout_secs=10) == {"asked": {"command": "quick"}}
+    assert answers == []
+    asker.answer({"done": 1})
+    asking.join()
+    assert answers == [{"done": 1}]
+
+
+def test_a_client_that_has_gone_away_fails_no_later_answer(listen, path):
+    askers = SimpleQueue()
+    listen(later={"slow": askers.put})
+    with pytest.raises(TimeoutError):
+        ask(path, {"command": "slow"}, timeout_secs=0.2)
+    askers.get(timeout=10).answer({"done": "x" * 1_000_000})
+    assert ask(path, {}, timeout_secs=10) == {"asked": {}}
+
+
+# --- without its path -------------------------------------------------------------------------------------------------
+
+
+def test_a_socket_that_listens_already_is_taken_over(listen, path):
+    passed_on = socket.socket(socket.AF_UNIX)
+    with in_folder_of(path) as name:
+        passed_on.bind(name)
+    passed_on.listen()
+    listen(listening=passed_on)
+    assert ask(path, {"again": 1}, timeout_secs=5) == {"asked": {"again": 1}}
+
+
+def test_the_socket_of_a_process_is_found(tmp_path, log):
+    path = socket_path(tmp_path / "journal.db")
+    assert socket_of_process(os.getpid()) != path
+    listening = StatusSocket(path, dict, log=log)
+    try:
+        assert socket_of_process(os.getpid()) == path
+    finally:
+        listening.close()
+
+
+@pytest.mark.parametrize("pid", [2**22 + 1])
+def test_of_a_process_that_cannot_be_seen_no_socket_is_found(pid):
+    assert socket_of_process(pid) is None
