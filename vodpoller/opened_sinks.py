@@ -115,7 +115,9 @@ def end_if_stopping(signals: Signals) -> None:
         raise StoppingError("a signal asked for the end before the start was done")
 
 
-def close_sinks(sinks: Mapping[str, Sink[Any]], workers: Mapping[str, Worker], *, ends_at: float, log: Logger) -> None:
+def close_sinks(
+    sinks: Mapping[str, Sink[Any]], workers: Mapping[str, Worker], *, ends_at: float, log: Logger
+) -> list[str]:
     """Close every sink, also one with a thread that hangs: closing it ends what it has started.
 
     Args:
@@ -124,21 +126,29 @@ def close_sinks(sinks: Mapping[str, Sink[Any]], workers: Mapping[str, Worker], *
         ends_at: Monotonic time, in seconds, until which it may take. What closing has not ended by then, the end
             of the process does.
         log: Destination of log lines.
+
+    Returns:
+        The names of those that have a thread which has not ended.
     """
-    closing = []
+    closing = {}
     for name, worker in workers.items():
         if not worker.join(max(ends_at - CLOSE_SECS - time.monotonic(), 0.0)):
             log.warning("sink.stuck", sink=name)
         thread = threading.Thread(target=_close, args=(sinks[name],), name=f"close-{name}", daemon=True)
         try:
             thread.start()
-            closing.append(thread)
+            closing[name] = thread
         except RuntimeError:  # the system has no more threads
             _close(sinks[name])
-    for thread in closing:
+    for thread in closing.values():
         thread.join(max(ends_at - time.monotonic(), 0.0))
     for worker in workers.values():
         worker.join(max(ends_at - time.monotonic(), 0.0))  # what was accepted at last is entered in the ledger
+    return [
+        name
+        for name, worker in workers.items()
+        if not worker.join(0.0) or (name in closing and closing[name].is_alive())
+    ]
 
 
 def _close_all(sinks: Mapping[str, Sink[Any]]) -> None:

@@ -1,6 +1,7 @@
 """All that is periodic: ticks of the pollers, retrying, pruning, counting. Alone with APScheduler."""
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -76,6 +77,9 @@ class Upkeep:
         self._telemetry = telemetry.scope()
         self._wall = wall
         self.stored: Sequence[StoredStatus] = ()
+        self._task_ended = threading.Condition()
+        self._running_tasks = 0
+        self._stopping = False
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
             executors={"default": ThreadPoolExecutor(max_workers=2)},
@@ -99,10 +103,21 @@ class Upkeep:
             job.modify(next_run_time=datetime.now(UTC))
 
     def stop(self) -> None:
-        """Start no task any more, and no retry; one that runs is not awaited."""
+        """Start no task any more, and no retry; `join` waits for the tasks that run."""
         self._retrier.stop_claiming()
+        with self._task_ended:
+            self._stopping = True
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
+
+    def join(self, timeout_secs: float) -> bool:
+        """Wait for the tasks that run.
+
+        Returns:
+            Whether all have ended.
+        """
+        with self._task_ended:
+            return self._task_ended.wait_for(lambda: not self._running_tasks, max(timeout_secs, 0))
 
     def counted(self) -> list[StoredStatus]:
         """What is stored now, by sink and state.
@@ -120,10 +135,18 @@ class Upkeep:
         self._scheduler.add_job(partial(self._run_task, name, task), _Every(every_secs), id=name)
 
     def _run_task(self, name: str, task: Callable[[], object]) -> None:
+        with self._task_ended:
+            if self._stopping:
+                return
+            self._running_tasks += 1
         try:
             task()
         except Exception as error:  # noqa: BLE001 - it runs again at its next time
             self._telemetry.repeated("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
+        finally:
+            with self._task_ended:
+                self._running_tasks -= 1
+                self._task_ended.notify_all()
 
     def _keep_up(self) -> None:
         self._journal.flush()
