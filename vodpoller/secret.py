@@ -95,6 +95,16 @@ class Secret:
         self._problem_in = problem_in
         return problem_in(self._value)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both come from the same file, whatever it held when; without a file, whether they are the same."""
+        return isinstance(other, Secret) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> tuple[Path | None, str]:
+        return (self._path, "" if self._path else self._value)
+
     def __repr__(self) -> str:
         return "Secret(***)"
 

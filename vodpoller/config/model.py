@@ -1,7 +1,7 @@
 """The result of reading a configuration: frozen, valid by itself and in its cross references."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vodpoller.config.tables import Api, Daemon, Journal, Log, Route, Source
@@ -28,6 +28,8 @@ class Routing:
 class Config:
     """The whole configuration, valid by itself and in its cross references.
 
+    Two are equal if they say the same. What the files hold that they name, and the warnings, do not matter.
+
     Args:
         api: As in the file, as are `journal`, `log`, `daemon`.
         credentials: The API key.
@@ -52,7 +54,7 @@ class Config:
     daemon: Daemon
     coverage: Mapping[str, bool]
     key_renewal: str = "send SIGHUP"
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def all_warnings(self) -> list[str]:
         """`warnings`, and one for each secret that is too short to be hidden in log lines."""
