@@ -46,7 +46,7 @@ def is_stdout_closed() -> bool:
 
 
 class Signals:
-    """What signals ask of the daemon. SIGTERM and SIGINT ask it to end, SIGHUP to read files and secrets again.
+    """What signals ask of the daemon. SIGTERM and SIGINT ask it to end, SIGHUP to reload.
 
     Handlers only note what came, so it can be caught long before there is a daemon to ask. A second request to end
     ends the process at once, with 128 and the signal's number.
@@ -81,6 +81,10 @@ class Signals:
             return signal.Signals(self._received.get(timeout=timeout_secs))
         except Empty:
             return None
+
+    def reload(self) -> None:
+        """Ask as SIGHUP does. From any thread."""
+        self._received.put(signal.SIGHUP)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in ENDING:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 
@@ -41,8 +42,12 @@ class Notifier:
             pass
 
     def ready(self) -> None:
-        """Start-up is finished."""
+        """The start, or a reload, is over."""
         self.notify("READY=1")
+
+    def reloading(self) -> None:
+        """A reload has begun; `ready` says that it is over. The time tells it from an earlier one."""
+        self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         """Shutdown has begun."""

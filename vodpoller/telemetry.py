@@ -44,6 +44,14 @@ class Telemetry:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[Count, Labels]] = Counter()
 
+    def log_to(self, log: Logger) -> None:
+        """Have what gets its scope from now on write to another log.
+
+        Args:
+            log: Where to.
+        """
+        self.log = log
+
     def scope(self) -> "Scope":
         """The view of one part of the daemon: its causes of repeated lines are its own."""
         return Scope(self, Repeats(self.log, monotonic=self._monotonic))

@@ -1,6 +1,7 @@
 import os
 import socket
 import threading
+import time
 import uuid
 
 import pytest
@@ -47,6 +48,17 @@ def test_each_state_is_one_datagram(manager, method, datagram):
     address, listening = manager
     getattr(Notifier(address), method)()
     assert received(listening) == datagram
+
+
+def test_a_reload_says_when_it_began(manager):
+    address, listening = manager
+    before = time.monotonic_ns() // 1000
+    Notifier(address).reloading()
+    state, began = received(listening).split(b"\n")
+    assert state == b"RELOADING=1"
+    name, _, usec = began.partition(b"=")
+    assert name == b"MONOTONIC_USEC"
+    assert before <= int(usec) <= time.monotonic_ns() // 1000
 
 
 @pytest.mark.parametrize(
