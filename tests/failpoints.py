@@ -33,6 +33,8 @@ STEPS = {
     "bury": (SqliteJournal, "bury"),
     "results": (Retrier, "write_results"),
     "forget": (InFlight, "forget"),
+    "open-journal": (SqliteJournal, "__init__"),
+    "close-journal": (SqliteJournal, "close"),
 }
 
 

@@ -19,7 +19,6 @@ from vodpoller.errors import StorageError
 from vodpoller.journal.contract import Journal
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
-from vodpoller.logs import cleared, searched_for
 from vodpoller.once import Once
 from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
 from vodpoller.pipeline import Pipeline
@@ -297,10 +296,6 @@ class Daemon:
             journal=journal,
         )
 
-    def cleared(self, value: Any) -> Any:
-        """The value without secrets, which what a receiver or VOD said may repeat."""
-        return cleared(value, searched_for(secret.get() for secret in self._config.secrets()))
-
     # --- what an operator may have changed ---------------------------------------------------------------------------
 
     def refresh(self) -> None:
@@ -328,8 +323,12 @@ class Daemon:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Settle what was pulled, close what is open. A thread that hangs does not hold the exit."""
+    def stop(self) -> list[str]:
+        """Settle what was pulled, close what is open, within `shutdown_secs`, also if a thread hangs.
+
+        Returns:
+            What has a thread that has not ended: what it uses is not free.
+        """
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
         self._upkeep.stop()
         self._vod.stop_pulling()
@@ -345,16 +344,20 @@ class Daemon:
             ended = [poller.join(ends_at - 1 - time.monotonic()) for poller in self._pollers]
         for worker in self._workers.values():
             worker.stop()
-        close_sinks(self._sinks, self._workers, ends_at=ends_at, log=self._log)
-        if all(ended):
-            self.mark()
-            self._retrier.stop()
-            self._journal.close()
-        else:  # a thread that hangs may still write to it; but what waits must not be lost with it
+        stuck = [f"source {it.name}" for it, has_ended in zip(self._pollers, ended, strict=True) if not has_ended]
+        stuck_sinks = close_sinks(self._sinks, self._workers, ends_at=ends_at, log=self._log)
+        if not self._upkeep.join(ends_at - time.monotonic()):
+            stuck.append("upkeep")
+        if stuck:  # a thread that hangs may still write to the journal; but what waits must not be lost with it
             flushing = threading.Thread(target=self._write_last, name="flush", daemon=True)
             flushing.start()
             flushing.join(max(ends_at - time.monotonic(), LAST_CHANCE_SECS))
+        else:
+            self.mark()
+            self._retrier.stop()
+            self._journal.close()
         self._vod.close()
+        return [*stuck, *(f"sink {name}" for name in stuck_sinks)]
 
     def _write_last(self) -> None:
         self._retrier.stop()

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, Final
@@ -133,9 +134,14 @@ def run_demo(folder: Path | None) -> int:
     )
     with Simulator(options) as simulator:
         narrator = _Narrator(console)
-        log = make_logger(narrator, log_format="json")
         path = _write_configuration(folder, simulator.url)
-        service = Service(load(path, env={}), log=log, notifier=Notifier(""))
+        read = partial(load, path, env={})
+        service = Service(
+            read(),
+            read=read,
+            make_log=lambda _config: make_logger(narrator, log_format="json"),
+            notifier=Notifier(""),
+        )
         simulator.feed([BROKEN])
         ends_at = time.monotonic() + LIMIT_SECS
         service.run(until=lambda: _is_done(simulator, narrator) or time.monotonic() > ends_at)

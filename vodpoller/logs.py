@@ -43,7 +43,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "config.warning": "the configuration can be used, but something in it is probably not meant",
     "confirm.failed": "some handles could not be confirmed within their lease; VOD brings the events again",
     "confirm.refused": "VOD refuses handles that are well inside their lease: is the SubAppId right?",
-    "daemon.reloaded": "SIGHUP: files were reopened, secrets read again, waiting ended",
+    "daemon.reloaded": "files were reopened, secrets read again, waiting ended; a changed configuration was taken",
     "daemon.started": "configuration, journal and sinks are open and events are being pulled",
     "daemon.stopped": "everything that was pulled is settled; the process ends",
     "daemon.stopping": "a signal asked the daemon to stop; no new pull starts",
@@ -67,6 +67,7 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "pull.recovered": "pulling works again",
     "puller.failed": "a thread that pulls met an unforeseen error; what it held comes again",
     "recovery.progress": "a long file is being read, to find what was written and not entered before a crash",
+    "reload.failed": "the changed configuration cannot be used, as the line says; the former one runs on",
     "secret.unreadable": "a secret's file could not be read again; the last value stays in use",
     "simulator.answered": "the simulator answered a request of its API (debug)",
     "sink.stuck": "a sink has not come back from a call long after its deadline",
@@ -113,12 +114,11 @@ class LineLogger:
 
     Args:
         stream: Destination; its descriptor is written directly. One without (a captured stderr) is written itself.
-        told: Renders the line that tells the number of dropped lines.
     """
 
-    def __init__(self, stream: TextIO, *, told: Callable[[int], bytes] = lambda _dropped_lines: b"") -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._told = told
+        self._told: Callable[[int], bytes] = lambda _dropped_lines: b""
         try:
             self._outlet: Outlet | None = Outlet(stream.fileno())
         except (OSError, ValueError):
@@ -127,6 +127,14 @@ class LineLogger:
         self._owed = b""  # the rest of what was begun: nothing else may be written before it
         self._dropped_lines = 0
         self._is_stuck = False
+
+    def tell_by(self, told: Callable[[int], bytes]) -> None:
+        """Have the number of dropped lines told.
+
+        Args:
+            told: Renders the line that tells it.
+        """
+        self._told = told
 
     def msg(self, *lines: bytes) -> None:
         """Write lines in one write, or drop them. Nothing that happens to the reader stops the daemon."""
@@ -362,6 +370,7 @@ def make_logger(
     log_format: Literal["json", "console"] | None = None,
     secrets: Callable[[], Iterable[str]] = tuple,
     journald_stream: str = "",
+    lines: LineLogger | None = None,
 ) -> Logger:
     """The logger of the process, and the same form for the lines of libraries and for warnings.
 
@@ -372,6 +381,7 @@ def make_logger(
         secrets: What must not be in any value of a line, whatever happens; asked at each line. Those of fewer than
             `SEARCHED_MIN_CHARACTERS` characters are not looked for: they are parts of ordinary words.
         journald_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
+        lines: What writes to the stream already; None for a new one. A line that it has begun stays whole.
     """
     chosen = log_format or ("console" if stream.isatty() else "json")
     priorities = is_journald(stream, journald_stream)
@@ -394,8 +404,10 @@ def make_logger(
         (line,), _ = entry
         return bytes(line)
 
+    lines = lines or LineLogger(stream)
+    lines.tell_by(told)
     log: Logger = structlog.wrap_logger(
-        LineLogger(stream, told=told),
+        lines,
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,

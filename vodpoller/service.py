@@ -1,23 +1,40 @@
-"""What belongs to the process: signals, the status socket, the watchdog, log, counts; and the daemon that it runs."""
+"""What belongs to the process: signals, the status socket, the watchdog, log, counts; and the daemon that it runs.
 
+A reload puts another daemon in the place of the one that runs: `Service._reload` is the place to start reading.
+"""
+
+import gc
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol, TypeVar
 
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
 from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
-from vodpoller.logs import Logger
+from vodpoller.errors import ConfigError, StoppingError, VodpollerError
+from vodpoller.handover import Handover, execute_anew
+from vodpoller.logs import Logger, cleared, searched_for
+from vodpoller.opened_sinks import end_if_stopping
 from vodpoller.process import Signals
-from vodpoller.status_socket import StatusSocket, socket_path
+from vodpoller.reload import check_successor, problems_of_journal
+from vodpoller.status import ReloadStatus, Status
+from vodpoller.status_socket import Asker, StatusSocket, socket_path
 from vodpoller.systemd import Notifier
-from vodpoller.telemetry import Telemetry
+from vodpoller.telemetry import Count, Telemetry
 
 HEARTBEAT_SECS: Final = 5.0
 BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not one too few
+BESIDE_BEAT_SECS: Final = 0.5  # so soon a signal is noticed while something runs beside the main thread
+BEYOND_STOP_SECS: Final = 2.0  # what closing files may take after a stop, before it counts as hung
+
+T = TypeVar("T")
 
 
 class Build(Protocol):
@@ -34,11 +51,14 @@ class Service:
 
     Args:
         config: Valid.
-        log: Destination of log lines.
+        read: Reads the configuration again; raises what `config.load.load` does.
+        make_log: The log that a configuration describes. All of them write to one place.
         notifier: The service manager, if there is one.
         signals: What asks for the end or for a reload, maybe before there is a daemon; None for its own, caught when
             it runs.
         build: Opens the daemon.
+        handover: What the process passed on to itself when it executed itself anew.
+        execute: Executes it anew.
 
     Raises:
         ConfigError, JournalError, StorageError, StoppingError: As of the daemon, which cannot be opened.
@@ -48,29 +68,37 @@ class Service:
         self,
         config: Config,
         *,
-        log: Logger,
+        read: Callable[[], Config],
+        make_log: Callable[[Config], Logger],
         notifier: Notifier,
         signals: Signals | None = None,
         build: Build = Daemon,
+        handover: Handover | None = None,
+        execute: Callable[[Handover, Signals], NoReturn] = execute_anew,
     ) -> None:
         self._config = config
-        self._log = log
-        self._telemetry = Telemetry(log)
+        self._read = read
+        self._make_log = make_log
+        self._log = make_log(config)
+        self._telemetry = Telemetry(self._log)
         self._notifier = notifier
         self._signals = signals or Signals()
         self._clock = SteadyClock()
         self._build = build
+        self._execute = execute
+        self._beat_secs = min(HEARTBEAT_SECS, (notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
+        self._exit_code = 0
+        self._end_reason = "a signal asked for the end meanwhile"
         self._status_socket: StatusSocket | None = None
-        self._daemon = self._built(config)
-
-    def _built(self, config: Config) -> Daemon:
-        return self._build(
-            config,
-            telemetry=self._telemetry,
-            notifier=self._notifier,
-            signals=self._signals,
-            clock=self._clock,
-        )
+        self._askers_lock = threading.Lock()
+        handover = handover or Handover()
+        self._left_behind = handover.stuck
+        self._inherited = handover.listeners()
+        self._askers = [Asker(connection) for connection in handover.askers()]
+        self._reloaded = ReloadStatus()
+        self._last_status: Status | None = None  # while there is no daemon, or none that can be asked
+        self._daemon: Daemon | None = self._built(config)
+        self._started_at = self._clock()
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -84,61 +112,315 @@ class Service:
             The exit code.
         """
         self._signals.catch()
-        self._open_status_socket()
-        self._daemon.start()
-        self._notifier.ready()
-        beat_secs = min(HEARTBEAT_SECS, (self._notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
-        longest_secs = beat_secs if until is None else 0.1
+        if self._daemon is not None:
+            self._begin(self._daemon)
+        longest_secs = self._beat_secs if until is None else 0.1
         next_beat = 0.0
-        while until is None or not until():
+        while self._daemon is not None and (until is None or not until()):
             if time.monotonic() >= next_beat:
-                self._beat()
-                next_beat = time.monotonic() + beat_secs
+                self._beat(self._daemon)
+                next_beat = time.monotonic() + self._beat_secs
             received = self._signals.next(min(max(next_beat - time.monotonic(), 0), longest_secs))
             if received is signal.SIGHUP:
-                self._reload()
+                self._reload(self._daemon)
+                next_beat = 0.0  # `systemctl status` shows at once how it went
             elif received is not None:
                 self._log.info("daemon.stopping", signal=received.name)
                 break
-        return self._stop()
+        return self._end()
 
-    def _beat(self) -> None:
-        self._notice_clock_step()
-        self._daemon.mark()
-        if self._daemon.is_alive():
-            self._notifier.alive()
-        self._notifier.status(self._daemon.cleared(self._daemon.known_status().as_line()))
+    def _begin(self, daemon: Daemon) -> None:
+        """Start what the constructor has opened."""
+        self._open_status_socket()
+        while self._inherited:
+            self._inherited.popitem()[1].close()  # where nothing listens any more
+        daemon.start()
+        self._started_at = self._clock()
+        self._reloaded = ReloadStatus(last_success_at=self._started_at)
+        self._notifier.ready()
+        if self._left_behind:
+            answer = self._done(changed=True, stuck=self._left_behind)
+            for asker in self._taken_askers():
+                asker.answer(answer)
 
-    def _notice_clock_step(self) -> None:
+    def _beat(self, daemon: Daemon) -> None:
         step_secs = self._clock.adopt()
         if step_secs:
             self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
-            self._daemon.shift(step_secs)
+            self._started_at += step_secs
+            daemon.shift(step_secs)
+        daemon.mark()
+        if daemon.is_alive():
+            self._notifier.alive()
+        self._notifier.status(self._cleared(self._of_process(daemon.known_status()).as_line()))
 
-    def _reload(self) -> None:
-        self._daemon.refresh()
-        self._log.info("daemon.reloaded")
-
-    def _stop(self) -> int:
+    def _end(self) -> int:
         self._notifier.stopping()
-        self._daemon.stop()
+        if self._daemon is not None:
+            self._take_down(self._daemon).stop()
+        for asker in self._taken_askers():
+            asker.answer({"result": "ended", "problems": [self._end_reason]})
         if self._status_socket is not None:
             self._status_socket.close()
-        self._log.info("daemon.stopped", events=self._daemon.settled_events)
-        return 0
+        self._log.info("daemon.stopped", events=self._telemetry.total(Count.EVENTS_SETTLED))
+        return self._exit_code
+
+    # --- reload -------------------------------------------------------------------------------------------------------
+
+    def _reload(self, daemon: Daemon) -> None:
+        """Take what the configuration's file says now, or say why not. Files and secrets are read anew in any case."""
+        askers = self._taken_askers()
+        self._notifier.reloading()
+        self._reloaded = replace(self._reloaded, under_way=True)
+        daemon.refresh()
+        try:
+            changed = self._renew(daemon, askers)
+        except StoppingError:
+            self._give_back(askers)
+            return
+        except ConfigError as error:
+            answer = self._refused(error.problems)
+        else:
+            answer = self._done(changed=changed)
+        if self._daemon is not None:
+            self._notifier.ready()
+        for asker in askers:
+            asker.answer(answer)
+
+    def _renew(self, daemon: Daemon, askers: Sequence[Asker]) -> bool:
+        """Put what the file says in the place of what runs.
+
+        Args:
+            daemon: What runs.
+            askers: Who is told if the process executes itself anew.
+
+        Returns:
+            Whether it says another thing than before.
+
+        Raises:
+            ConfigError: It cannot be used. What ran before runs, or nothing if that cannot be had again either.
+            StoppingError: A signal asked for the end.
+        """
+        new = self._beside(self._read_and_check, name="reload", beat=lambda: self._beat_unless_stopping(daemon))
+        former = self._config
+        if new == former:
+            return False
+        self._stop(daemon, askers)
+        try:
+            self._follow(former, new)
+        except StoppingError:
+            raise
+        except Exception as error:
+            self._run_again(former)
+            raise ConfigError(_problems_in(error)) from error
+        self._settle_memory()
+        return True
+
+    def _read_and_check(self) -> Config:
+        try:
+            new = self._read()
+            if new != self._config:
+                check_successor(new, self._config, self._log)
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._log.error("task.failed", task="reload", exc_info=True)
+            raise ConfigError(_problems_in(error)) from error
+        return new
+
+    def _follow(self, former: Config, new: Config) -> None:
+        end_if_stopping(self._signals)
+        if problems := list(problems_of_journal(new, former)):  # what the stop itself has stored
+            raise ConfigError(problems)
+        self._run(new)
+
+    def _stop(self, daemon: Daemon, askers: Sequence[Asker]) -> None:
+        """Stop what runs. If a thread does not end, neither this process's program goes on."""
+        ends_at = time.monotonic() + self._config.daemon.shutdown_secs + BEYOND_STOP_SECS
+        self._take_down(daemon)
+
+        def beat() -> None:
+            self._notifier.alive()
+            if time.monotonic() > ends_at:
+                self._go_on_anew(["closing the journal"], askers)
+
+        if stuck := self._beside(daemon.stop, name="stop", beat=beat):
+            self._go_on_anew(stuck, askers)
+
+    def _take_down(self, daemon: Daemon) -> Daemon:
+        """From now on it is not asked any more how it is."""
+        self._last_status = self._of_process(daemon.known_status())
+        self._daemon = None
+        return daemon
+
+    def _go_on_anew(self, stuck: Sequence[str], askers: Sequence[Asker]) -> NoReturn:
+        listening = {} if self._status_socket is None else {str(self._status_socket.path): self._status_socket.fileno()}
+        with self._askers_lock:
+            asking = [asker.fileno() for asker in (*askers, *self._askers)]
+        try:
+            self._execute(Handover(stuck=stuck, asking=asking, listening=listening), self._signals)
+        except OSError as error:
+            self._exit_code = 1
+            self._end_reason = f"{', '.join(stuck)}: a thread hung, and the program cannot be executed anew: {error}"
+            self._log.error("reload.failed", problems=[self._end_reason])
+            raise StoppingError(self._end_reason) from error
+
+    def _run(self, config: Config) -> None:
+        """Build and start what a configuration describes.
+
+        Raises:
+            Exception: It cannot be had; nothing of it is left open.
+        """
+        self._telemetry.log_to(self._make_log(config))
+        self._notifier.alive()
+        daemon = self._built(config)
+        try:
+            daemon.start()
+        except BaseException:
+            daemon.stop()
+            raise
+        self._config, self._log, self._daemon = config, self._telemetry.log, daemon
+        self._last_status = None
+        self._open_status_socket()
+
+    def _run_again(self, former: Config) -> None:
+        """After a configuration could not be built: have the former one again, or end."""
+        try:
+            self._run(former)
+        except StoppingError:
+            raise
+        except VodpollerError as error:
+            self._exit_code = 1
+            self._log.error("reload.failed", problems=["the former configuration: " + it for it in _problems_in(error)])
+
+    def _built(self, config: Config) -> Daemon:
+        return self._build(
+            config,
+            telemetry=self._telemetry,
+            notifier=self._notifier,
+            signals=self._signals,
+            clock=self._clock,
+        )
+
+    def _done(self, *, changed: bool, stuck: Sequence[str] = ()) -> Mapping[str, Any]:
+        """Say that a reload is done. Returns the answer to those who asked."""
+        now = self._clock()
+        self._reloaded = ReloadStatus(at=now, last_success_at=now)
+        self._log.info("daemon.reloaded", changed=changed, **({"executed_anew_for": list(stuck)} if stuck else {}))
+        return {"result": "done", "changed": changed, "stuck": list(stuck), "problems": []}
+
+    def _refused(self, problems: Sequence[str]) -> Mapping[str, Any]:
+        """Say that a reload was refused, and why. Returns the answer to those who asked."""
+        self._reloaded = replace(
+            self._reloaded, successful=False, at=self._clock(), under_way=False, problems=tuple(problems)
+        )
+        self._log.error("reload.failed", problems=list(problems))
+        answer: Mapping[str, Any] = self._cleared(
+            {"result": "ended" if self._daemon is None else "refused", "problems": list(problems)}
+        )
+        return answer
+
+    # --- beside the main thread ---------------------------------------------------------------------------------------
+
+    def _beside(self, task: Callable[[], T], *, name: str, beat: Callable[[], None]) -> T:
+        """Run a task in a thread of its own, and the beat meanwhile.
+
+        Args:
+            task: What may take seconds.
+            name: Of the thread.
+            beat: Called again and again; what it raises ends the waiting.
+
+        Returns:
+            What the task returns; what it raises is raised.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        try:
+            future = thread.submit(task)
+            while not wait([future], min(self._beat_secs, BESIDE_BEAT_SECS)).done:
+                beat()
+            return future.result()
+        finally:
+            thread.shutdown(wait=False)
+
+    def _beat_unless_stopping(self, daemon: Daemon) -> None:
+        end_if_stopping(self._signals)
+        self._beat(daemon)
+
+    def _settle_memory(self) -> None:
+        """What the former configuration left is freed; what the new one has made stays, and is not looked at again."""
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     # --- the status socket --------------------------------------------------------------------------------------------
 
     def _open_status_socket(self) -> None:
+        """Listen where the configuration says, if that is not done already."""
         path = socket_path(self._config.journal.path)
+        if self._status_socket is not None:
+            if self._status_socket.path == path:
+                return
+            self._status_socket.close()
+            self._status_socket = None
         try:
-            self._status_socket = StatusSocket(path, self._answer, log=self._log)
+            self._status_socket = self._status_socket_at(path)
         except (OSError, RuntimeError) as error:  # RuntimeError: the system has no more threads
             self._log.warning("status.unavailable", path=str(path), error_message=str(error))
+
+    def _status_socket_at(self, path: Path) -> StatusSocket:
+        return StatusSocket(
+            path,
+            self._answer,
+            later={"reload": self._ask_for_reload},
+            listening=self._inherited.pop(str(path), None),
+            log=self._log,
+        )
 
     def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if request.get("command") != "status":
             return {"error": f"this vodpoller ({__version__}) knows no command {request.get('command')!r}"}
-        strict = bool(request.get("strict"))
-        answer: Mapping[str, Any] = self._daemon.cleared(self._daemon.status().as_json(strict=strict))
+        answer: Mapping[str, Any] = self._cleared(self._status().as_json(strict=bool(request.get("strict"))))
         return answer
+
+    def _status(self) -> Status:
+        daemon = self._daemon
+        if daemon is not None:
+            try:
+                status = self._of_process(daemon.status())
+            except Exception:
+                if self._daemon is daemon:
+                    raise
+            else:
+                if self._daemon is daemon:
+                    return status
+        last = self._last_status  # the daemon was stopped, maybe while it was asked
+        if last is None:
+            raise StoppingError("there is another daemon since")
+        return replace(last, at=self._clock())
+
+    def _of_process(self, status: Status) -> Status:
+        """With what the process knows besides."""
+        reloaded = replace(self._reloaded, built_at=status.started_at)
+        return replace(status, started_at=self._started_at, reload=reloaded)
+
+    def _cleared(self, value: Any) -> Any:
+        """Without secrets, which what a receiver or VOD said may repeat."""
+        return cleared(value, searched_for(secret.get() for secret in self._config.secrets()))
+
+    def _ask_for_reload(self, asker: Asker) -> None:
+        with self._askers_lock:
+            self._askers.append(asker)
+        self._signals.reload()
+
+    def _taken_askers(self) -> list[Asker]:
+        with self._askers_lock:
+            askers, self._askers = self._askers, []
+        return askers
+
+    def _give_back(self, askers: Sequence[Asker]) -> None:
+        with self._askers_lock:
+            self._askers += askers
+
+
+def _problems_in(error: Exception) -> Sequence[str]:
+    return error.problems if isinstance(error, ConfigError) else (str(error) or repr(error),)

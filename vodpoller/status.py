@@ -102,11 +102,32 @@ class JournalStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReloadStatus:
+    """How the last reload went. Times are in seconds since 1970.
+
+    Args:
+        successful: Whether what the file says was taken; at the start it was.
+        at: When the last reload ended; None for never.
+        last_success_at: When what the file says was last taken, at the start or by a reload.
+        built_at: When what runs now began to pull.
+        under_way: Whether there is one at this moment: then all the rest is of the moment when it began.
+        problems: Why the last one was refused.
+    """
+
+    successful: bool = True
+    at: float | None = None
+    last_success_at: float = 0.0
+    built_at: float = 0.0
+    under_way: bool = False
+    problems: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """Something that keeps events from flowing.
 
     Args:
-        what: What it concerns: "daemon", "journal", "source NAME", "sink NAME".
+        what: What it concerns: "daemon", "configuration", "journal", "source NAME", "sink NAME".
         cause: What is wrong.
         remedy: What to do.
     """
@@ -126,7 +147,7 @@ class Status:
     Args:
         pid: Its process id.
         version: Of vodpoller.
-        started_at: When it began to pull, in seconds since 1970.
+        started_at: When it first began to pull, in seconds since 1970.
         at: The moment, in seconds since 1970.
         settled_events: Number of events that were settled so far.
         sources: In the configuration's order.
@@ -134,7 +155,7 @@ class Status:
         stored: What is stored, by sink and state.
         journal: How the journal is.
         credentials: Empty until keys can renew themselves.
-        reload: Empty until there is a reload.
+        reload: How the last reload went.
     """
 
     pid: int
@@ -147,7 +168,7 @@ class Status:
     stored: Sequence[StoredStatus]
     journal: JournalStatus
     credentials: Mapping[str, Any] = field(default_factory=dict)
-    reload: Mapping[str, Any] = field(default_factory=dict)
+    reload: ReloadStatus = field(default_factory=ReloadStatus)
 
     def problems(self, *, strict: bool = False) -> list[Problem]:
         """What keeps events from flowing, the cause of others first.
@@ -155,7 +176,12 @@ class Status:
         Args:
             strict: Dead letters count too.
         """
-        found = [*self._journal_problems(), *self._source_problems(), *self._sink_problems()]
+        found = [
+            *self._journal_problems(),
+            *self._source_problems(),
+            *self._sink_problems(),
+            *self._reload_problems(),
+        ]
         return [*found, *_dead_letters(self.stored)] if strict else found
 
     def _journal_problems(self) -> Iterator[Problem]:
@@ -168,15 +194,25 @@ class Status:
                 "vodpoller; until then events stay with VOD, up to 4 days",
             )
 
+    def _reload_problems(self) -> Iterator[Problem]:
+        if not self.reload.successful and self.reload.at is not None:
+            yield Problem(
+                what="configuration",
+                cause=f"the reload at {timestamp(self.reload.at)} was refused, and the former configuration runs on: "
+                + "; ".join(self.reload.problems),
+                remedy="Correct it (`vodpoller check` tries it), then `vodpoller reload`",
+            )
+
     def _source_problems(self) -> Iterator[Problem]:
+        started_at = max(self.started_at, self.reload.built_at)
         for source in self.sources:
-            pulled_at = source.last_pull_at or self.started_at
+            pulled_at = source.last_pull_at or started_at
             silent_secs = self.at - pulled_at
             is_silent = silent_secs >= (PULL_SECS if source.last_pull_at else FIRST_PULL_SECS)
             has_only_failed = source.failing_since is not None and source.last_pull_at is None
             if not (is_silent or has_only_failed):
                 continue
-            since = timestamp(pulled_at) if source.last_pull_at else f"the start at {timestamp(self.started_at)}"
+            since = timestamp(pulled_at) if source.last_pull_at else f"the start at {timestamp(started_at)}"
             ids = f" (RequestId {source.request_id})" if source.request_id else ""
             yield Problem(
                 what=f"source {source.name}",
@@ -206,6 +242,7 @@ class Status:
             for state in ("pending", "dead")
         }
         said = [
+            "" if self.reload.successful else "the last reload was refused",
             *pulling,
             f"sinks down: {down}" if down else "",
             "" if self.journal.writable else "the journal cannot be written",

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -608,8 +609,9 @@ def test_the_watchdog_is_fed_until_a_thread_hangs_and_again_when_it_is_back(syst
     system.configure(simulator.url, sinks='[sinks.never]\ntype = "never"\n', more="[daemon]\nshutdown_secs = 6")
     manager, over = Manager(), threading.Event()
     with (system.folder / "in-process.log").open("w") as log_file:
+        read = partial(load, system.config_path, env={})
         service = service_module.Service(
-            load(system.config_path, env={}), log=make_logger(log_file, log_format="json"), notifier=manager
+            read(), read=read, make_log=lambda _: make_logger(log_file, log_format="json"), notifier=manager
         )
         thread = threading.Thread(target=service.run, kwargs={"until": over.is_set})
         thread.start()

@@ -85,7 +85,15 @@ def test_all_well_is_exit_0_with_a_young_pull(system):
     assert seconds_between(source["last_pull_at"], said["at"]) < 10
     assert (source["error"], sink["down_since"]) == ("", None)
     assert said["journal"]["writable"] is True
-    assert (said["stored"], said["credentials"], said["reload"]) == ([], {}, {})
+    assert (said["stored"], said["credentials"]) == ([], {})
+    assert said["reload"] == {
+        "successful": True,
+        "at": None,
+        "last_success_at": said["started_at"],
+        "built_at": said["started_at"],
+        "under_way": False,
+        "problems": [],
+    }
     done = run_command("status", "-c", system.config_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "PROBLEM" not in done.stdout

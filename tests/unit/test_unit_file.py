@@ -59,7 +59,7 @@ def systemd_analyze(*words):
 
 def with_stub(text):
     """The unit as it can be verified on a machine where vodpoller is not installed."""
-    return re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE)
+    return re.sub(r"^(ExecStart|ExecReload)=\S+", r"\1=/bin/true", text, flags=re.MULTILINE)
 
 
 # --- what makes a failure worse ---------------------------------------------------------------------------------------
@@ -136,8 +136,9 @@ def test_systemd_waits_until_it_is_ready(unit):
     assert unit["Service", "Type"] == ["notify"]
 
 
-def test_reload_is_sighup(unit):
-    assert unit["Service", "ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+def test_reload_asks_the_daemon_so_that_it_fails_if_the_configuration_is_refused(unit):
+    (run,) = unit["Service", "ExecStart"]
+    assert unit["Service", "ExecReload"] == [run.replace(" run ", " reload ")]
 
 
 def test_it_has_a_user_and_a_state_directory_of_its_own(unit):

@@ -43,15 +43,16 @@ COMMANDS: Final = (
         "once", "vodpoller.cli.run:once", "Pull until the first empty answer, deliver what is due, and end: for cron."
     ),
     LazyCommand(
+        "reload",
+        "vodpoller.cli.reload:reload",
+        "Have the running daemon take its configuration anew, or say what is wrong with it.",
+    ),
+    LazyCommand(
         "route",
         "vodpoller.cli.route:route",
         "Say which routes take an event, which sinks get it, and why the other routes do not take it.",
     ),
-    LazyCommand(
-        "run",
-        "vodpoller.cli.run:run",
-        "Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again.",
-    ),
+    LazyCommand("run", "vodpoller.cli.run:run", "Run the daemon until SIGTERM or SIGINT; SIGHUP reloads."),
     LazyCommand("schema", "vodpoller.cli.schema:schema", "Print the JSON Schema of the configuration, for editors."),
     LazyCommand(
         "simulate",

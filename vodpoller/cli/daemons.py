@@ -1,31 +1,53 @@
 """Opening the daemon, for the commands that run it."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from vodpoller.cli.configuration import load_config
 from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE, end
 from vodpoller.cli.failure import fail
 from vodpoller.cli.output import make_log
+from vodpoller.config.load import load
 from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
 from vodpoller.errors import ConfigError, JournalError, StoppingError, StorageError, UnusableJournalError
+from vodpoller.handover import Handover
+from vodpoller.logs import LineLogger
 from vodpoller.process import Signals
 from vodpoller.service import Service
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Telemetry
 
 
-def open_service(config: Config, signals: Signals) -> Service:
+def open_service(path: Path, signals: Signals) -> Service:
     """Open the daemon as a service, or exit: with a message, or because a signal asked for it meanwhile.
 
     Args:
-        config: Valid.
+        path: Its configuration.
         signals: The signals that were received.
     """
-    with _exit_if_it_fails(exit_code_if_stopped=0), _given_to_owner(config):
-        return Service(config, log=make_log(config), notifier=Notifier.of(os.environ), signals=signals)
+    handover = Handover.of(os.environ)
+    lines = LineLogger(sys.stderr)
+    with _exit_if_it_fails(exit_code_if_stopped=0):
+        return Service(
+            load_config(path),
+            read=partial(load, path, env=os.environ),
+            make_log=partial(make_log, lines=lines),
+            notifier=Notifier.of(os.environ),
+            signals=signals,
+            build=_build,
+            handover=handover,
+        )
+
+
+def _build(config: Config, **parts: Any) -> Daemon:
+    with _given_to_owner(config):
+        return Daemon(config, **parts)
 
 
 def open_daemon(config: Config, *, signals: Signals | None = None, quiet: bool = False) -> Daemon:

@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Console
 
 from vodpoller.config.model import Config
-from vodpoller.logs import Logger, make_logger
+from vodpoller.logs import LineLogger, Logger, make_logger
 
 PIPED_WIDTH: Final = 200
 
@@ -23,12 +23,13 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else PIPED_WIDTH, markup=False, highlight=False)
 
 
-def make_log(config: Config, *, quiet: bool = False) -> Logger:
+def make_log(config: Config, *, quiet: bool = False, lines: LineLogger | None = None) -> Logger:
     """The log on stderr.
 
     Args:
         config: Its level, its format, and the secrets that it hides.
         quiet: Leave out the line of each event, because a bar shows the progress.
+        lines: As for `make_logger`.
     """
     return make_logger(
         sys.stderr,
@@ -36,6 +37,7 @@ def make_log(config: Config, *, quiet: bool = False) -> Logger:
         log_format=config.log.format,
         secrets=lambda: [secret.get() for secret in config.secrets()],
         journald_stream=os.environ.get("JOURNAL_STREAM", ""),
+        lines=lines,
     )
 
 

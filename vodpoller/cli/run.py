@@ -19,9 +19,9 @@ GC_THRESHOLD: Final = 20_000
 @config_option
 @click.pass_obj
 def run(signals: Signals, config_path: Path) -> None:
-    """Run the daemon until SIGTERM or SIGINT; SIGHUP reopens files and reads secrets again."""
+    """Run the daemon until SIGTERM or SIGINT; SIGHUP reloads."""
     faulthandler.enable()
-    service = open_service(load_config(config_path), signals)
+    service = open_service(config_path, signals)
     # The objects of the start stay; those of an event are freed by reference counting. There is little to collect.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)

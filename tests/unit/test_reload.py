@@ -1,0 +1,175 @@
+"""What speaks against a configuration before anything is stopped, and what leads to a daemon whose file is broken."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import log_into
+from vodpoller import reload as reload_module
+from vodpoller.config.glance import glance_at
+from vodpoller.config.load import from_dict, load
+from vodpoller.config.tables import Daemon, Journal
+from vodpoller.errors import ConfigError
+from vodpoller.reload import check_successor
+from vodpoller.secret import Secret
+from vodpoller.sinks.contract import Sink, SinkConfig
+
+LOG = log_into([])
+
+
+class ProbedSink(Sink):
+    Config = SinkConfig
+
+    def deliver(self, events, timeout_secs):
+        pass
+
+
+def config_with(folder, probes):
+    """A configuration with a sink for each of the probes."""
+    data = {
+        "credentials": {"secret_id": "an-id-of-a-key", "secret_key": "the-key-of-the-id"},
+        "sources": [{"name": "main"}],
+        "routes": [{"name": "all", "sinks": [*probes]}],
+        "sinks": {name: {"type": "exec", "command": ["/bin/true"]} for name in probes},
+        "journal": {"path": str(folder / "journal.db")},
+    }
+    classes = {name: type("It", (ProbedSink,), {"probe": staticmethod(probe)}) for name, probe in probes.items()}
+    return replace(from_dict(data, where="config.toml", base=folder, env={}), sink_classes=classes)
+
+
+def fails(error):
+    def probe(*_arguments):
+        raise error
+
+    return probe
+
+
+def works(*_arguments):
+    return "it is there"
+
+
+# --- the sinks --------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_the_probes_say_is_said(tmp_path):
+    errors = [ConfigError(["sinks.a: closed", "sinks.a: empty"]), OSError(13, "Permission denied"), ValueError()]
+    probes = {name: fails(error) for name, error in zip("abc", errors, strict=True)}
+    config = config_with(tmp_path, {**probes, "d": works})
+    with pytest.raises(ConfigError) as refused:
+        check_successor(config, config, LOG)
+    assert refused.value.problems == (
+        "sinks.a: closed",
+        "sinks.a: empty",
+        "sinks.b: [Errno 13] Permission denied",
+        "sinks.c: ValueError()",
+    )
+
+
+def test_a_probe_that_hangs_holds_nothing_up_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(reload_module, "PROBES_SECS", 0.2)
+    over = threading.Event()
+    config = config_with(tmp_path, {"slow": lambda *_arguments: over.wait(60), "quick": works})
+    try:
+        with pytest.raises(ConfigError, match=r"^sinks\.slow: whether it can be reached is not known after 0\.2 s$"):
+            check_successor(config, config, LOG)
+    finally:
+        over.set()
+
+
+def test_probes_run_at_the_same_time(tmp_path):
+    meeting = threading.Barrier(20, timeout=15)
+    config = config_with(tmp_path, {f"s{number}": lambda *_arguments: meeting.wait() for number in range(20)})
+    check_successor(config, config, LOG)
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def test_another_spelling_is_not_another_journal(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    running = config_with(tmp_path, {"a": works})
+    new = replace(running, journal=Journal(path=tmp_path / "link" / "journal.db"))
+    check_successor(new, running, LOG)
+
+
+# --- the same or another ----------------------------------------------------------------------------------------------
+
+TEXT = """
+[credentials]
+secret_id = "an-id-of-a-key"
+secret_key_file = "key"
+[[sources]]
+name = "main"
+[[routes]]
+name = "all"
+sinks = ["hook"]
+[sinks.hook]
+type = "webhook"
+url = "https://a.example/"
+secret = "whsec_c2lnbmluZ3NlY3JldG9mdGhld2ViaG9va3Rlc3Q="
+"""
+
+
+def loaded(folder, text=TEXT, key="the-key-of-the-id"):
+    (folder / "key").write_text(key)
+    path = folder / "config.toml"
+    path.write_text(text)
+    return load(path, env={})
+
+
+def test_what_a_secrets_file_holds_makes_no_other_configuration(tmp_path):
+    assert loaded(tmp_path) == loaded(tmp_path, key="another-key-of-the-id")
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now"),
+    [
+        ('"main"', '"other"'),
+        ("whsec_c2ln", "whsec_c2lo"),
+        ('"key"', '"./other"'),
+        ("a.example", "b.example"),
+        ('name = "all"', 'name = "all"\nsources = ["main"]'),
+        ('type = "webhook"', 'type = "webhook"\nconcurrency = 3'),
+        ("[[sources]]", "[log]\nlevel = 'debug'\n[[sources]]"),
+    ],
+)
+def test_anything_else_makes_another_configuration(tmp_path, was, is_now):
+    (tmp_path / "other").write_text("the-key-of-the-id")
+    assert loaded(tmp_path) != loaded(tmp_path, TEXT.replace(was, is_now))
+
+
+def test_equal_secrets_have_the_same_hash(tmp_path):
+    (tmp_path / "key").write_text("a")
+    first = Secret(path=tmp_path / "key")
+    (tmp_path / "key").write_text("b")
+    assert len({first, Secret(path=tmp_path / "key"), Secret(value="b"), Secret(value="b")}) == 2
+
+
+# --- what leads to the daemon -----------------------------------------------------------------------------------------
+
+JOURNAL = '[journal]\npath = "${WHERE}/j.db"\n'
+FOUND = Path("/x/j.db")
+DEFAULT = Journal().path
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "shutdown_secs"),
+    [
+        (f"{JOURNAL}[daemon]\nshutdown_secs = 3\n", FOUND, 3),
+        (f"[api\n{JOURNAL}  [daemon]\nshutdown_secs = 3\n[[sources]\n", FOUND, 3),
+        (f"{JOURNAL}[daemon]\nshutdown_secs = 'soon'\n", FOUND, Daemon().shutdown_secs),
+        (f'x = "\n{JOURNAL}', FOUND, Daemon().shutdown_secs),
+        ('[journal]\npath = "half\n', DEFAULT, Daemon().shutdown_secs),
+        ("journal = 3\n", DEFAULT, Daemon().shutdown_secs),
+        ("", DEFAULT, Daemon().shutdown_secs),
+        (None, DEFAULT, Daemon().shutdown_secs),
+    ],
+)
+def test_a_broken_file_still_leads_to_its_journal(tmp_path, text, path, shutdown_secs):
+    file = tmp_path / "config.toml"
+    if text is not None:
+        file.write_text(text)
+    journal, daemon = glance_at(file, env={"WHERE": "/x"})
+    assert (journal.path, daemon.shutdown_secs) == (path, shutdown_secs)

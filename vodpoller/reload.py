@@ -1,0 +1,75 @@
+"""Whether a configuration may take the place of the one that runs: looked at before anything is stopped."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Final
+
+from vodpoller.config.model import Config
+from vodpoller.errors import ConfigError, JournalError
+from vodpoller.journal.operator import Letters
+from vodpoller.logs import Logger
+from vodpoller.sinks.contract import SinkContext
+
+PROBES_SECS: Final = 20.0
+PROBES_AT_ONCE: Final = 32
+
+
+def check_successor(new: Config, running: Config, log: Logger) -> None:
+    """Look for what speaks against a configuration. It is valid, and another than the one that runs.
+
+    Args:
+        new: The configuration.
+        running: The one whose place it would take.
+        log: For the lines of what is tried.
+
+    Raises:
+        ConfigError: Something does; it holds all that does.
+    """
+    problems = [*problems_of_journal(new, running), *_problems_of_sinks(new, log)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def problems_of_journal(new: Config, running: Config) -> Iterator[str]:
+    """What is stored would stay behind, unseen, if the journal were another: that is the one thing that may not be.
+
+    Args:
+        new: The configuration.
+        running: The one whose place it would take.
+    """
+    path = running.journal.path
+    if os.path.realpath(path) == os.path.realpath(new.journal.path):
+        return
+    remedy = f"`vodpoller deadletters list` and `list --pending` show them; until there are none, keep path = {path}"
+    try:
+        with Letters(path, makes_files=False) as letters:
+            stored = sum(backlog.events for backlog in letters.backlogs())
+    except JournalError as error:
+        yield f"journal.path: cannot be changed: whether events are stored in {path} cannot be read: {error}"
+    else:
+        if stored:
+            yield f"journal.path: cannot be changed while {stored:,} events are stored in {path} ({remedy})"
+
+
+def _problems_of_sinks(config: Config, log: Logger) -> Iterator[str]:
+    """Try all sinks at once, for a limited time."""
+    probes = ThreadPoolExecutor(PROBES_AT_ONCE, thread_name_prefix="probe")
+    try:
+        tried = {name: probes.submit(_probe, config, name, log) for name in config.sinks}
+        wait(tried.values(), PROBES_SECS)
+        for name, probe in tried.items():
+            yield from _problems_of_probe(name, probe)
+    finally:
+        probes.shutdown(wait=False, cancel_futures=True)
+
+
+def _probe(config: Config, name: str, log: Logger) -> None:
+    config.sink_classes[name].probe(name, config.sinks[name], SinkContext(log=log.bind(sink=name)))
+
+
+def _problems_of_probe(name: str, probe: Future[Any]) -> Iterator[str]:
+    if not probe.done():
+        yield f"sinks.{name}: whether it can be reached is not known after {PROBES_SECS:g} s"
+    elif error := probe.exception():
+        yield from error.problems if isinstance(error, ConfigError) else [f"sinks.{name}: {str(error) or repr(error)}"]
