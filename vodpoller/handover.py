@@ -25,11 +25,13 @@ class Handover:
 
     Args:
         stuck: What had a thread that did not end; empty if there is nothing to pass on.
+        journal: The path of the journal that it had; empty as above.
         asking: Descriptors of connections whose clients wait for the end of the reload.
         listening: Descriptors of sockets that listen, each with its name.
     """
 
     stuck: Sequence[str] = ()
+    journal: str = ""
     asking: Sequence[int] = ()
     listening: Mapping[str, int] = field(default_factory=dict)
 

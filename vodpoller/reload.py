@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any, Final
 
 from vodpoller.config.model import Config
@@ -26,19 +27,18 @@ def check_successor(new: Config, running: Config, log: Logger) -> None:
     Raises:
         ConfigError: Something does; it holds all that does.
     """
-    problems = [*problems_of_journal(new, running), *_problems_of_sinks(new, log)]
+    problems = [*problems_of_journal(new, running.journal.path), *_problems_of_sinks(new, log)]
     if problems:
         raise ConfigError(problems)
 
 
-def problems_of_journal(new: Config, running: Config) -> Iterator[str]:
+def problems_of_journal(new: Config, path: Path) -> Iterator[str]:
     """What is stored would stay behind, unseen, if the journal were another: that is the one thing that may not be.
 
     Args:
         new: The configuration.
-        running: The one whose place it would take.
+        path: The journal of the one whose place it would take.
     """
-    path = running.journal.path
     if os.path.realpath(path) == os.path.realpath(new.journal.path):
         return
     remedy = f"`vodpoller deadletters list` and `list --pending` show them; until there are none, keep path = {path}"

@@ -76,6 +76,12 @@ class Service:
         handover: Handover | None = None,
         execute: Callable[[Handover, Signals], NoReturn] = execute_anew,
     ) -> None:
+        handover = handover or Handover()
+        self._left_behind = handover.stuck
+        self._inherited = handover.listeners()
+        self._problems_left = list(problems_of_journal(config, Path(handover.journal))) if handover.journal else []
+        if self._problems_left:
+            config = replace(config, journal=config.journal.model_copy(update={"path": Path(handover.journal)}))
         self._config = config
         self._read = read
         self._make_log = make_log
@@ -91,14 +97,11 @@ class Service:
         self._end_reason = "a signal asked for the end meanwhile"
         self._status_socket: StatusSocket | None = None
         self._askers_lock = threading.Lock()
-        handover = handover or Handover()
-        self._left_behind = handover.stuck
-        self._inherited = handover.listeners()
         self._askers = [Asker(connection) for connection in handover.askers()]
         self._reloaded = ReloadStatus()
-        self._last_status: Status | None = None  # while there is no daemon, or none that can be asked
         self._daemon: Daemon | None = self._built(config)
         self._started_at = self._clock()
+        self._last_status = self._of_process(self._daemon.known_status())  # of the last one that was stopped
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -139,7 +142,8 @@ class Service:
         self._reloaded = ReloadStatus(last_success_at=self._started_at)
         self._notifier.ready()
         if self._left_behind:
-            answer = self._done(changed=True, stuck=self._left_behind)
+            problems = self._problems_left
+            answer = self._refused(problems) if problems else self._done(changed=True, stuck=self._left_behind)
             for asker in self._taken_askers():
                 asker.answer(answer)
 
@@ -230,12 +234,12 @@ class Service:
 
     def _follow(self, former: Config, new: Config) -> None:
         end_if_stopping(self._signals)
-        if problems := list(problems_of_journal(new, former)):  # what the stop itself has stored
+        if problems := list(problems_of_journal(new, former.journal.path)):  # what the stop itself has stored
             raise ConfigError(problems)
         self._run(new)
 
     def _stop(self, daemon: Daemon, askers: Sequence[Asker]) -> None:
-        """Stop what runs. If a thread does not end, neither this process's program goes on."""
+        """Stop what runs. If a thread does not end, the process executes itself anew."""
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs + BEYOND_STOP_SECS
         self._take_down(daemon)
 
@@ -258,7 +262,8 @@ class Service:
         with self._askers_lock:
             asking = [asker.fileno() for asker in (*askers, *self._askers)]
         try:
-            self._execute(Handover(stuck=stuck, asking=asking, listening=listening), self._signals)
+            journal = str(self._config.journal.path)
+            self._execute(Handover(stuck=stuck, journal=journal, asking=asking, listening=listening), self._signals)
         except OSError as error:
             self._exit_code = 1
             self._end_reason = f"{', '.join(stuck)}: a thread hung, and the program cannot be executed anew: {error}"
@@ -280,7 +285,6 @@ class Service:
             daemon.stop()
             raise
         self._config, self._log, self._daemon = config, self._telemetry.log, daemon
-        self._last_status = None
         self._open_status_socket()
 
     def _run_again(self, former: Config) -> None:
@@ -384,19 +388,15 @@ class Service:
 
     def _status(self) -> Status:
         daemon = self._daemon
-        if daemon is not None:
-            try:
-                status = self._of_process(daemon.status())
-            except Exception:
-                if self._daemon is daemon:
-                    raise
-            else:
-                if self._daemon is daemon:
-                    return status
-        last = self._last_status  # the daemon was stopped, maybe while it was asked
-        if last is None:
-            raise StoppingError("there is another daemon since")
-        return replace(last, at=self._clock())
+        try:
+            status = None if daemon is None else self._of_process(daemon.status())
+        except Exception:
+            if self._daemon is daemon:
+                raise
+            status = None
+        if status is None or self._daemon is not daemon:  # it was stopped, maybe while it was asked
+            return replace(self._last_status, at=self._clock())
+        return status
 
     def _of_process(self, status: Status) -> Status:
         """With what the process knows besides."""

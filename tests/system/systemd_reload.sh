@@ -29,6 +29,7 @@ until_true() { # SECS COMMAND...
     done
     fail "not within $secs s: $*"
 }
+now_ms() { date +%s%3N; }
 main_pid() { systemctl show -p MainPID --value "$UNIT"; }
 lines_in() { cat "$@" 2>/dev/null | wc -l; }
 has_lines() { [ "$(lines_in "$2")" -ge "$1" ]; }
@@ -78,7 +79,9 @@ until_true 30 stats fed
 # --- a changed route under 200 events per second ---
 configure "$STATE/journal.db" "$(file_sink before)"
 systemctl daemon-reload
+began=$(now_ms)
 systemctl start "$UNIT"
+start_ms=$(($(now_ms) - began))
 pid=$(main_pid)
 until_true 30 has_lines 200 "$STATE/before.jsonl"
 configure "$STATE/journal.db" "$(file_sink after)"
@@ -128,14 +131,16 @@ printf '{"EventType":"NewFileUpload","FileUploadEvent":{"FileId":"last"}}\n' |
     curl -s --data-binary @- "http://127.0.0.1:$PORT/_feed" >/dev/null
 until_true 60 all_confirmed
 configure "$STATE/other.db" "$(file_sink last)" "$never"
-began=$(date +%s%N)
+began=$(now_ms)
 systemctl reload "$UNIT" || fail "the reload with a sink that hangs was refused"
-took_ms=$((($(date +%s%N) - began) / 1000000))
+took_ms=$(($(now_ms) - began))
+# Beyond the stop: starting the command and the program again. A busy machine takes longer for both, as for the start.
+beyond_ms=$((start_ms > 1700 ? 3 * start_ms : 5000))
 [ "$(main_pid)" = "$pid" ] || fail "another process runs"
-[ "$took_ms" -le $(((SHUTDOWN_SECS + 5) * 1000)) ] || fail "it took $took_ms ms"
+[ "$took_ms" -le $((SHUTDOWN_SECS * 1000 + beyond_ms)) ] || fail "it took $took_ms ms, and a start $start_ms ms"
 [ "$(systemctl show -p NRestarts --value "$UNIT")" = 0 ] || fail "systemd has restarted it"
 [ "$(systemctl is-active "$UNIT")" = active ] || fail "it is $(systemctl is-active "$UNIT")"
-good "with a sink that hangs it took $took_ms ms (shutdown_secs = $SHUTDOWN_SECS), and the process is the same"
+good "with a sink that hangs it took $took_ms ms (shutdown_secs = $SHUTDOWN_SECS, a start $start_ms ms), and the process is the same"
 
 systemctl stop "$UNIT"
 good "all of it"

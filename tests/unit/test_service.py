@@ -312,6 +312,7 @@ def test_a_thread_that_hangs_is_left_behind_and_the_askers_are_passed_on(running
     running.reload()
     (handover,) = running.executed
     assert handover.stuck == ["sink archive"]
+    assert handover.journal == str(running.config.journal.path)
     assert len(handover.asking) == 1
     assert list(handover.listening) == [str(socket_path(running.config.journal.path))]
     assert "build other" not in running.done
@@ -358,6 +359,23 @@ def test_who_asked_before_the_process_was_executed_anew_is_told(tmp_path, lines)
         asker.settimeout(5)
         assert b'"stuck": ["sink never"]' in asker.recv(1000)
     assert named(lines, "daemon.reloaded")[0]["executed_anew_for"] == ["sink never"]
+
+
+def test_a_process_that_was_executed_anew_keeps_a_journal_with_stored_events(tmp_path, lines):
+    running = Running(tmp_path, lines)
+    store_one(running.config)
+    service = Service(
+        config_in(tmp_path, journal="other.db"),
+        read=lambda: running.config,
+        make_log=lambda config: log_into(lines),
+        notifier=running.notifier,
+        signals=running.signals,
+        build=running._build,
+        handover=Handover(stuck=["sink never"], journal=str(running.config.journal.path)),
+    )
+    service.run(until=lambda: True)
+    assert "1 events are stored" in named(lines, "reload.failed")[0]["problems"][0]
+    assert running.built[0].status().journal.path == str(running.config.journal.path)
 
 
 def test_what_was_passed_on_is_in_no_childs_environment():
