@@ -262,9 +262,10 @@ def sizes(daemon):
 
 
 @pytest.mark.timeout(400)
-def test_fifty_reloads_leave_no_thread_and_no_descriptor(system):
+def test_fifty_reloads_leave_no_thread_and_no_descriptor(system, receiver):
     simulator = system.simulator(poll_secs=0.05)
     others = '[sinks.out]\ntype = "stdout"\n[sinks.run]\ntype = "exec"\ncommand = ["/bin/true"]\n'
+    others += f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\n'
     system.configure(simulator.url, sinks=system.archive_sink + others)
     daemon = system.daemon()
 

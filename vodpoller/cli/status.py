@@ -35,7 +35,7 @@ def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
     """Say whether events flow, and if not why: what the running daemon says, or the journal if none runs.
 
     Exit code 0: all is well. 1: no daemon runs, a source cannot be pulled, a sink is down, the journal cannot be
-    written, or events are stored for a sink that the configuration no longer has.
+    written, events are stored for a sink that the configuration no longer has, or the last reload was refused.
     """
     config = load_config(config_path, needs_key=False)
     report = _ask_status(config, strict=strict)

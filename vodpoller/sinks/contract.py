@@ -142,10 +142,10 @@ class Sink(ABC, Generic[ConfigT]):
         """
 
     def reopen(self) -> None:
-        """SIGHUP: open files again, read secrets again. Called from another thread than `deliver`."""
+        """A reload: open files again, read secrets again. Called from another thread than `deliver`."""
 
     def close(self) -> None:
-        """The last call."""
+        """The last call. What the sink holds is free then: after a reload another one may need it in this process."""
 
 
 @runtime_checkable
