@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.helpers import log_into
 from vodpoller import reload as reload_module
+from vodpoller.cli import reload as reload_command
+from vodpoller.cli.app import main
 from vodpoller.config.glance import glance_at
 from vodpoller.config.load import from_dict, load
 from vodpoller.config.tables import Daemon, Journal
@@ -15,6 +18,7 @@ from vodpoller.errors import ConfigError
 from vodpoller.reload import check_successor
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink, SinkConfig
+from vodpoller.status_socket import StatusSocket, socket_path
 
 LOG = log_into([])
 
@@ -173,3 +177,55 @@ def test_a_broken_file_still_leads_to_its_journal(tmp_path, text, path, shutdown
         file.write_text(text)
     journal, daemon = glance_at(file, env={"WHERE": "/x"})
     assert (journal.path, daemon.shutdown_secs) == (path, shutdown_secs)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path, log):
+    """The command, beside a daemon that answers as it is told; None answers nothing."""
+    path = tmp_path / "config.toml"
+    path.write_text(f'[journal]\npath = "{tmp_path}/j.db"\n[daemon]\nshutdown_secs = 1.0\n')
+
+    def run(answer):
+        askers = []
+
+        def take(asker):
+            askers.append(asker)
+            if answer is not None:
+                asker.answer(answer)
+
+        listening = StatusSocket(socket_path(tmp_path / "j.db"), dict, later={"reload": take}, log=log)
+        try:
+            return CliRunner().invoke(main, ["reload", "-c", str(path)])
+        finally:
+            listening.close()
+            for asker in askers:
+                asker.answer({})
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("answer", "exit_code", "said"),
+    [
+        ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "runs on with the former"]),
+        ({"result": "ended", "problems": ["a: b"]}, 1, ["a: b"]),
+        ({"error": "this vodpoller (0.1.0) knows no command 'reload'"}, 1, ["knows no command"]),
+        ({"result": "done", "changed": True, "stuck": []}, 0, ["with the new configuration"]),
+        ({"result": "done", "changed": False, "stuck": []}, 0, ["the configuration is the same"]),
+        ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself anew", "sink a"]),
+    ],
+)
+def test_the_command_says_what_the_daemon_says(command, answer, exit_code, said):
+    done = command(answer)
+    assert done.exit_code == exit_code
+    assert [words for words in said if words not in done.output] == []
+
+
+def test_a_daemon_that_does_not_answer_in_time_is_exit_1(command, monkeypatch):
+    monkeypatch.setattr(reload_command, "BEYOND_STOP_SECS", -0.9)
+    done = command(None)
+    assert done.exit_code == 1
+    assert "did not say how it went" in done.output
