@@ -49,6 +49,9 @@ class Build(Protocol):
 class Service:
     """The process, open and ready to run.
 
+    The thread that runs it writes all of its fields. The thread of the status socket reads what it needs for an answer
+    (the daemon, or the last status of one that was stopped, and how the last reload went) and adds to the askers.
+
     Args:
         config: Valid.
         read: Reads the configuration again; raises what `config.load.load` does.

@@ -1,5 +1,6 @@
 """A reload of a whole daemon: by the command, by SIGHUP, refused, with a thread that hangs, and killed amid it."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -164,6 +165,24 @@ def test_what_cannot_be_used_is_refused_before_anything_is_stopped(system, sinks
     simulator.feed(numbered(1))
     until(simulator.all_confirmed)
     assert len(system.lines()) == 1
+
+
+def test_what_only_building_finds_brings_the_former_configuration_back(system):
+    simulator = system.simulator()
+    system.configure(simulator.url)
+    daemon = system.daemon()
+    system.configure(simulator.url, sinks=file_sink(system, "taken"))
+    with (system.folder / "taken.jsonl.lock").open("w") as lock:  # a probe only says so: it may be the daemon itself
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = reload(system)
+    assert done.returncode == 78
+    assert "another process writes to" in done.stderr
+    assert len(daemon.await_log("daemon.started", number=2)) == 2
+    simulator.feed(numbered(1))
+    until(simulator.all_confirmed)
+    assert len(system.lines()) == 1
+    assert reload(system).returncode == 0
+    assert daemon.terminate()[0] == 0
 
 
 def test_the_journal_may_change_once_nothing_is_stored_in_it(system):
