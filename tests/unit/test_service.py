@@ -306,7 +306,7 @@ def test_the_journal_stays_if_what_is_stored_cannot_be_told(running, tmp_path):
 # --- a thread that hangs ----------------------------------------------------------------------------------------------
 
 
-def test_a_thread_that_hangs_is_left_behind_and_the_askers_are_passed_on(running, tmp_path):
+def test_a_thread_that_hangs_is_left_behind_and_askers_passed_on(running, tmp_path):
     running.built[0].stuck = ["sink archive"]
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
@@ -342,7 +342,7 @@ def test_if_the_program_cannot_be_executed_it_ends_with_1(running, tmp_path):
     assert running.ends_with() == 1
 
 
-def test_who_asked_before_the_process_was_executed_anew_is_told(tmp_path, lines):
+def test_what_asked_before_executing_anew_is_told(tmp_path, lines):
     asker, connection = socket.socketpair()
     with closing(asker):
         running = Running(tmp_path, lines)
@@ -361,7 +361,7 @@ def test_who_asked_before_the_process_was_executed_anew_is_told(tmp_path, lines)
     assert named(lines, "daemon.reloaded")[0]["executed_anew_for"] == ["sink never"]
 
 
-def test_a_process_that_was_executed_anew_keeps_a_journal_with_stored_events(tmp_path, lines):
+def test_executed_anew_it_keeps_a_journal_with_stored_events(tmp_path, lines):
     running = Running(tmp_path, lines)
     store_one(running.config)
     service = Service(
@@ -411,7 +411,7 @@ def test_a_signal_while_it_stops_builds_nothing(running, tmp_path):
     assert running.done == ["refresh archive", "stop archive"]
 
 
-def test_a_signal_while_it_builds_does_not_bring_the_former_one_back(running, tmp_path):
+def test_a_signal_while_it_builds_brings_nothing_back(running, tmp_path):
     running.next_config = config_in(tmp_path, sink="other")
     running.at_build = lambda daemon: None
 
@@ -455,7 +455,7 @@ def test_counts_live_over_a_reload(running, tmp_path):
     assert running.status()["settled_events"] == 5
 
 
-def test_a_reload_that_is_done_ends_the_problem_of_one_that_was_refused(running, tmp_path):
+def test_a_reload_that_is_done_ends_the_problem_of_the_last(running, tmp_path):
     running.next_config = ConfigError(["wrong"])
     running.reload()
     running.next_config = config_in(tmp_path, sink="other")
