@@ -67,7 +67,7 @@ class StubDaemon:
     """In the place of what runs with one configuration; notes what is done with it."""
 
     def __init__(self, config, done, telemetry):
-        self._config, self._done, self._telemetry = config, done, telemetry
+        self._config, self._done, self.telemetry = config, done, telemetry
         self.stuck = []
         self.while_stopping = lambda: None
         self.start_error = None
@@ -90,7 +90,7 @@ class StubDaemon:
 
     def status(self):
         journal = JournalStatus(path=str(self._config.journal.path), writable=True)
-        settled = self._telemetry.total(Count.EVENTS_SETTLED)
+        settled = self.telemetry.total(Count.EVENTS_SETTLED)
         return Status(
             pid=1,
             version="1",
@@ -146,7 +146,7 @@ class Running:
             make_log=lambda config: log_into(self.lines),
             notifier=self.notifier,
             signals=self.signals,
-            build=self._build,
+            build=self.build,
             execute=self._execute,
         )
         self._thread.start()
@@ -166,7 +166,7 @@ class Running:
             raise self.next_config
         return self.next_config() if callable(self.next_config) else self.next_config
 
-    def _build(self, config, *, telemetry, notifier, signals, clock):
+    def build(self, config, *, telemetry, notifier, signals, clock):
         name = next(iter(config.sinks))
         errors = self.build_errors.get(name)
         self.done.append(f"build {name}")
@@ -352,7 +352,7 @@ def test_what_asked_before_executing_anew_is_told(tmp_path, lines):
             make_log=lambda config: log_into(lines),
             notifier=running.notifier,
             signals=running.signals,
-            build=running._build,
+            build=running.build,
             handover=Handover(stuck=["sink never"], asking=[connection.detach()]),
         )
         service.run(until=lambda: True)
@@ -370,7 +370,7 @@ def test_executed_anew_it_keeps_a_journal_with_stored_events(tmp_path, lines):
         make_log=lambda config: log_into(lines),
         notifier=running.notifier,
         signals=running.signals,
-        build=running._build,
+        build=running.build,
         handover=Handover(stuck=["sink never"], journal=str(running.config.journal.path)),
     )
     service.run(until=lambda: True)
@@ -449,7 +449,7 @@ def test_another_configuration_takes_the_place_of_the_former(running, tmp_path, 
 
 
 def test_counts_live_over_a_reload(running, tmp_path):
-    running.built[0]._telemetry.scope().count(Count.EVENTS_SETTLED, 5)
+    running.built[0].telemetry.scope().count(Count.EVENTS_SETTLED, 5)
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
     assert running.status()["settled_events"] == 5

@@ -65,6 +65,9 @@ class Transport(Protocol):
     ) -> requests.Response:
         """As `DeadlineAdapter.send_within`."""
 
+    def connect_within(self, url: str, environment: Environment, timeout_secs: float) -> float | None:
+        """As `DeadlineAdapter.connect_within`."""
+
     def reread_roots(self, key: str) -> None:
         """As `DeadlineAdapter.reread_roots`."""
 

@@ -359,7 +359,7 @@ class VodClient:
         if self._environment.proxy or not self._url.startswith("https:"):
             return None
         try:
-            return self._adapter.connect_within(self._url, self._environment, self._timeout_secs)
+            return self._transport.connect_within(self._url, self._environment, self._timeout_secs)
         except CALL_ERRORS as error:  # not chained, as in `_sent`
             raise self._unanswered(error, self._timeout_secs) from None
 
