@@ -44,6 +44,14 @@ class ThrottledError(TransientError):
     """Try again, and slower: the account's request quota is used up."""
 
 
+class NoAnswerError(TransientError):
+    """Try again: no answer came."""
+
+
+class ForeignAnswerError(TransientError):
+    """Try again: HTTP says that it failed, and what answered is not VOD's own."""
+
+
 class OperatorError(VodpollerError):
     """A person must act (credentials, rights, SubAppId): say so loudly, back off for long, never exit over it.
 

@@ -114,6 +114,9 @@ class LineLogger:
 
     Args:
         stream: Destination; its descriptor is written directly. One without (a captured stderr) is written itself.
+
+    Attributes:
+        dropped_lines: Number of lines that were dropped so far.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -125,7 +128,8 @@ class LineLogger:
             self._outlet = None
         self._lock = threading.Lock()
         self._owed = b""  # the rest of what was begun: nothing else may be written before it
-        self._dropped_lines = 0
+        self._dropped_lines = 0  # that were not told yet
+        self.dropped_lines = 0
         self._is_stuck = False
 
     def tell_by(self, told: Callable[[int], bytes]) -> None:
@@ -145,6 +149,7 @@ class LineLogger:
                 return
             if self._is_stuck or not self._catch_up(self._outlet):
                 self._dropped_lines += len(lines)
+                self.dropped_lines += len(lines)
                 return
             self._owed += b"".join(lines)
             if not self._flush(self._outlet, PATIENCE_SECS):

@@ -14,6 +14,7 @@ from vodpoller.errors import JournalFullError, StorageError
 from vodpoller.events.event import Event, Malformed, PulledEvent
 from vodpoller.events.identity import has_own_id
 from vodpoller.events.snapshots import event_fields, has_failed_snapshots, snapshots_of
+from vodpoller.events.types import documented_or_other
 from vodpoller.journal.contract import Journal, Known, Letter
 from vodpoller.router import Router
 from vodpoller.settlement import (
@@ -29,7 +30,7 @@ from vodpoller.settlement import (
     settle_malformed,
     settle_unrouted,
 )
-from vodpoller.telemetry import Count, Labels, Telemetry
+from vodpoller.telemetry import NO_SINK, Count, Duration, Labels, Telemetry
 from vodpoller.vod.confirm_queue import HANDLES_A_CALL
 from vodpoller.vod.confirmation import UNKNOWN, Confirmation
 from vodpoller.vod.confirmer import Confirmer
@@ -372,22 +373,33 @@ class Pipeline:
         now = self._monotonic()
         with self._counting:
             self.unconfirmed_events += sum(not item.is_acknowledged for item in items)
-        self._telemetry.add(_numbers(items, batch.source.name))
+        of_source = ("source", batch.source.name)
+        self._telemetry.add(_numbers(items, of_source, is_over=now >= batch.lease.ends_at))
+        self._telemetry.measure(Duration.EVENT_SETTLE, (of_source,), now - batch.received_at, len(items))
         of_batch = {
             "pull_request_id": batch.request_id,
             "duration_secs": round(now - batch.received_at, 4),
             "lease_left_secs": round(batch.lease.ends_at - now, 3),
         }
-        self._telemetry.settled([_settled_fields(item, of_batch) for item in items])
+        lines = [_settled_fields(item, of_batch) for item in items]
+        self._telemetry.settled(lines)
+        self._telemetry.remember(self._wall(), lines)
 
 
-def _numbers(items: Iterable[_Item], source: str) -> Counter[tuple[Count, Labels]]:
-    """What a batch adds to what is counted."""
-    of_source = ("source", source)
+def _numbers(items: Iterable[_Item], of_source: tuple[str, str], *, is_over: bool) -> Counter[tuple[Count, Labels]]:
+    """What a batch adds to what is counted.
+
+    Args:
+        items: Its events.
+        of_source: The label.
+        is_over: Whether the batch's lease is over.
+    """
     numbers: Counter[tuple[Count, Labels]] = Counter()
     for item in items:
         verdict = item.verdict
-        numbers[Count.EVENTS_RECEIVED, (of_source,)] += 1
+        numbers[Count.EVENTS_RECEIVED, (("event_type", documented_or_other(item.event.type)), of_source)] += 1
+        if is_over and verdict.may_confirm and not item.is_acknowledged:
+            numbers[Count.LEASES_EXPIRED, (of_source,)] += 1
         if item.redelivered:
             numbers[Count.EVENTS_REDELIVERED, (of_source,)] += 1
         settled = (("reason", verdict.reason.value), ("settlement", verdict.settlement.value), of_source)
@@ -395,7 +407,7 @@ def _numbers(items: Iterable[_Item], source: str) -> Counter[tuple[Count, Labels
         for sink, result in item.results.items():
             numbers[Count.SINK_DELIVERIES, (("outcome", _delivery_outcome(result, verdict)), ("sink", sink))] += 1
         for letter in item.dead_letters:
-            numbers[Count.DEAD_LETTERS_CREATED, (("reason", letter.reason), ("sink", letter.sink))] += 1
+            numbers[Count.DEAD_LETTERS_CREATED, (("reason", letter.reason), ("sink", letter.sink or NO_SINK))] += 1
     return numbers
 
 

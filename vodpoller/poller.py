@@ -14,9 +14,9 @@ from vodpoller.errors import OperatorError, StoppingError, ThrottledError, Trans
 from vodpoller.journal.contract import Pulled
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
-from vodpoller.status import SourceStatus
+from vodpoller.status import PullError, SourceStatus
 from vodpoller.telemetry import Count, Telemetry
-from vodpoller.vod.answers import Pull
+from vodpoller.vod.answers import Pull, pull_error_code
 
 HUNG_SECS: Final = 1.0
 FULL_EVENTS: Final = 16
@@ -152,6 +152,7 @@ class Poller:
         self._failed_pulls = 0
         self._said = False
         self._problem: VodpollerError | None = None
+        self._last_error: PullError | None = None
         self._failing_since: float | None = None
         self.last_pull_at = 0.0
         self._stopping = False
@@ -186,6 +187,7 @@ class Poller:
                 error_code=problem.error_code if problem else "",
                 request_id=problem.request_id if problem else "",
                 remedy=remedy,
+                last_error=self._last_error,
             )
 
     def tick(self) -> None:
@@ -367,6 +369,7 @@ class Poller:
 
     def _failed(self, error: Exception) -> None:
         self._telemetry.count(Count.PULLS, source=self.name, result="failed")
+        self._telemetry.count(Count.PULL_ERRORS, source=self.name, code=pull_error_code(error))
         now = self._monotonic()
         with self._lock:
             self._pulling -= 1
@@ -378,6 +381,12 @@ class Poller:
                 self._grant(1)
             retry_in_secs = round(self._not_before - now, 1)
             self._problem = error if isinstance(error, VodpollerError) else TransientError(repr(error))
+            self._last_error = PullError(
+                at=self._wall(),
+                message=str(self._problem),
+                error_code=self._problem.error_code,
+                request_id=self._problem.request_id,
+            )
             self._failing_since = self._failing_since or self._wall()
             lasts = self._failed_pulls >= LASTING_FAILURES
         self._say_failed(error, retry_in_secs, lasts=lasts)

@@ -14,6 +14,23 @@ PULL_SECS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PullError:
+    """A pull that failed.
+
+    Args:
+        at: When, in seconds since 1970.
+        message: What it failed with.
+        error_code: Tencent's code, empty if there is none.
+        request_id: Tencent's RequestId, empty if there is none.
+    """
+
+    at: float
+    message: str
+    error_code: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceStatus:
     """How pulling goes at one source. Times are in seconds since 1970.
 
@@ -27,6 +44,7 @@ class SourceStatus:
         error_code: Tencent's code of that error, empty if there is none.
         request_id: Tencent's RequestId of that error, empty if there is none.
         remedy: What to do about it.
+        last_error: The last pull that failed, also if pulling works again; None if none did since the start.
     """
 
     name: str
@@ -38,6 +56,7 @@ class SourceStatus:
     error_code: str = ""
     request_id: str = ""
     remedy: str = ""
+    last_error: PullError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +70,8 @@ class SinkStatus:
         next_try_at: When it is tried next; None if nothing keeps events from it.
         error: What its last failed attempt said, if it is down or paused.
         queued: Number of deliveries that wait in its queue.
+        queue_max_events: Number of deliveries that may wait in it.
+        last_success_at: When it last accepted something; None if it did not since the start.
     """
 
     name: str
@@ -59,6 +80,8 @@ class SinkStatus:
     next_try_at: float | None = None
     error: str = ""
     queued: int = 0
+    queue_max_events: int = 0
+    last_success_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
@@ -12,16 +14,17 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 
 from vodpoller.delivery.retrier import Retrier
-from vodpoller.errors import StorageError
+from vodpoller.errors import StorageError, VodpollerError
 from vodpoller.journal.contract import Journal
 from vodpoller.poller import Poller
 from vodpoller.status import StoredStatus
-from vodpoller.telemetry import Telemetry
+from vodpoller.telemetry import Gauge, Labels, Telemetry, sink_label
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
 PRUNE_SHARE: Final = 1 / 32  # all of the ledger is looked at every 160 s
 COUNT_SECS: Final = 30.0
+QUEUES_SECS: Final = 60.0
 
 
 class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
@@ -55,6 +58,8 @@ class Upkeep:
         sinks: Names of the configured sinks.
         telemetry: Destination of log lines.
         wall: The clock, in seconds since 1970.
+        queues: By a source's name, asks VOD for the number of events that wait for it; None if nothing shows what is
+            measured now and then.
 
     Attributes:
         stored: What is stored, as it was counted last.
@@ -69,6 +74,7 @@ class Upkeep:
         sinks: Collection[str],
         telemetry: Telemetry,
         wall: Callable[[], float],
+        queues: Mapping[str, Callable[[], int]] | None = None,
     ) -> None:
         self._journal = journal
         self._retrier = retrier
@@ -76,6 +82,7 @@ class Upkeep:
         self._sinks = sinks
         self._telemetry = telemetry.scope()
         self._wall = wall
+        self._queues = queues
         self.stored: Sequence[StoredStatus] = ()
         self._task_ended = threading.Condition()
         self._running_tasks = 0
@@ -95,6 +102,9 @@ class Upkeep:
         self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
         self._periodically("prune", partial(self._journal.prune, PRUNE_SHARE), PRUNE_SECS)
         self._periodically("count", self._count, COUNT_SECS)
+        if self._queues is not None:
+            self._periodically("measure", self._measure, COUNT_SECS)
+            self._periodically("count queues", partial(self._count_queues, self._queues), QUEUES_SECS)
         self._scheduler.start()
 
     def run_all_now(self) -> None:
@@ -152,6 +162,25 @@ class Upkeep:
         self._journal.flush()
         while self._retrier.run(UPKEEP_SECS):
             self._journal.flush()
+
+    def _measure(self) -> None:
+        self._telemetry.sample()
+        try:
+            dead_letters, taken_bytes = self._journal.dead_letters(), self._journal.stored_bytes()
+        except StorageError:  # the journal has said so
+            return
+        numbers: Counter[Labels] = Counter()
+        for (sink, reason), number in dead_letters.items():
+            numbers[("reason", reason), ("sink", sink_label(sink, self._sinks))] += number
+        self._telemetry.set(Gauge.DEAD_LETTERS, numbers)
+        self._telemetry.set(Gauge.JOURNAL_SIZE, {(): taken_bytes})
+
+    def _count_queues(self, queues: Mapping[str, Callable[[], int]]) -> None:
+        waiting: dict[Labels, int] = {}
+        for source, ask in queues.items():
+            with suppress(VodpollerError):  # the key may lack the right to ask: then it is not known
+                waiting[("source", source),] = ask()
+        self._telemetry.set(Gauge.QUEUE_EVENTS, waiting)
 
     def _count(self) -> None:
         try:

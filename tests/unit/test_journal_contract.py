@@ -971,6 +971,19 @@ def test_what_is_stored_is_counted_with_the_age_of_the_oldest(journal, clock):
     assert found == {("it", "pending"): (2, 65.0), ("", "dead"): (1, 5.0)}
 
 
+def test_dead_letters_are_counted_by_sink_and_reason(journal):
+    journal.store([letter(1), letter(2, dead=True), letter(3, sink="", dead=True, reason="malformed")])
+    assert journal.dead_letters() == {("it", "sink_failed"): 1, ("", "malformed"): 1}
+
+
+def test_the_room_that_is_taken_grows_with_what_is_stored(journal):
+    sizes = [journal.stored_bytes()]
+    for number in (1, 2):
+        journal.store([letter(number)])
+        sizes.append(journal.stored_bytes())
+    assert sizes[0] == 0 < sizes[1] < sizes[2]
+
+
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
 def test_a_journal_that_is_broken_says_so(place, how):
     assert place.open().status().writable
@@ -993,6 +1006,8 @@ def test_a_pending_event_of_a_sink_that_is_no_more_says_so_until_the_sink_is_bac
 RAISING = {
     "identify": lambda journal, _: identify(journal),
     "stored": lambda journal, _: journal.stored(),
+    "dead_letters": lambda journal, _: journal.dead_letters(),
+    "stored_bytes": lambda journal, _: journal.stored_bytes(),
     "mark_removed": lambda journal, _: journal.mark_removed(["other"]),
     "known": lambda journal, _: known(journal),
     "position": lambda journal, _: journal.position("it"),

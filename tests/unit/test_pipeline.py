@@ -30,7 +30,7 @@ from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
 from vodpoller.router import Router
-from vodpoller.telemetry import Count, Telemetry
+from vodpoller.telemetry import Count, Duration, Telemetry
 from vodpoller.vod.confirmer import Confirmer
 
 
@@ -535,7 +535,40 @@ def test_events_are_counted_by_many_pullers_at_once(line):
         outcome: line.telemetry.total(Count.SINK_DELIVERIES, outcome=outcome) for outcome in ("delivered", "known")
     }
     assert sum(outcomes.values()) == 320
+    settled = line.telemetry.numbers().durations[Duration.EVENT_SETTLE, (("source", "main"),)]
+    assert sum(settled.numbers) == 160
     assert line.pipeline.last_confirm_at > 0
+
+
+def test_an_undocumented_type_is_counted_under_another_name(line):
+    line.routes = [Route(sinks=("a",))]
+    line.process(("h1", event(1)), ("h2", event(2, event_type="InventedByAnEvent")), ("h3", event(3, event_type="")))
+    types = {
+        label: line.telemetry.total(Count.EVENTS_RECEIVED, event_type=label) for label in ("NewFileUpload", "other")
+    }
+    assert types == {"NewFileUpload": 1, "other": 2}
+    assert line.telemetry.total(Count.EVENTS_RECEIVED) == 3
+
+
+@pytest.mark.parametrize(("lease_secs", "expired"), [(0.0, 1), (30.0, 0)])
+def test_an_event_whose_lease_ended_unconfirmed_is_counted(line, lease_secs, expired):
+    line.vod.refusal = OperatorError("no right", error_code="UnauthorizedOperation")
+    line.process(("h1", event(1)), lease_secs=lease_secs)
+    assert line.telemetry.total(Count.LEASES_EXPIRED, source="main") == expired
+
+
+def test_an_event_that_is_left_on_purpose_has_no_expired_lease(line):
+    line.process(("h1", event(1, event_type="Other")), source=Source(unrouted="leave"), lease_secs=0.0)
+    assert line.telemetry.total(Count.LEASES_EXPIRED) == 0
+
+
+def test_the_fates_of_the_last_events_are_kept_with_short_texts(line, lines):
+    long = event(1, FileUploadEvent={"FileId": "f" * 1_000_000, "TaskId": "t"})
+    line.process(("h1", long))
+    ((_, kept),) = line.telemetry.recent()
+    assert (kept["file_id"], kept["task_id"], kept["reason"]) == ("f" * 200, "t", "delivered")
+    (said,) = named(lines, "event.settled")
+    assert len(said["file_id"]) == 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import pytest
 from tests.helpers import FakeClock, named
 from tests.polling import until
 from vodpoller.delivery.in_flight import WaitEnd
-from vodpoller.errors import OperatorError, StoppingError, ThrottledError, TransientError
+from vodpoller.errors import NoAnswerError, OperatorError, StoppingError, ThrottledError, TransientError
 from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.poller import Poller
-from vodpoller.telemetry import Telemetry
+from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod.answers import Pull
 
 
@@ -108,6 +108,7 @@ class Pulls:
 class Bench:
     def __init__(self, log):
         self.log = log
+        self.telemetry = Telemetry(log)
         self.liveness = Liveness()
         self.may_pull = True
         self.operator_errors = 0
@@ -128,7 +129,7 @@ class Bench:
             may_pull=lambda: self.may_pull,
             on_operator_error=on_operator_error,
             cycle_secs=50.0,
-            telemetry=Telemetry(self.log),
+            telemetry=self.telemetry,
             liveness=self.liveness,
             monotonic=clock,
             wait=wait,
@@ -368,6 +369,26 @@ def test_its_status_tells_cause_and_remedy_apart(bench, error, cause, remedy):
     assert status.error == cause
     assert status.remedy.startswith(remedy)
     assert bool(status.remedy) == bool(remedy)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NoAnswerError("refused the connection"), "connection"),
+        (OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound", request_id="r-7"), "auth"),
+    ],
+)
+def test_a_failed_pull_is_counted_by_its_kind_and_remembered_after_it_passed(bench, error, code):
+    poller, pipeline = bench.poller(clock=FakeClock())
+    pipeline.fail(error)
+    until(lambda: poller.problem)
+    poller.wake()
+    pipeline.answer()
+    until(lambda: poller.problem is None)
+    last = poller.status().last_error
+    assert (last.message, last.error_code, last.request_id) == (str(error), error.error_code, error.request_id)
+    assert bench.telemetry.total(Count.PULL_ERRORS, source="main", code=code) == 1
+    assert bench.telemetry.total(Count.PULL_ERRORS) == 1
 
 
 def test_retry_after_is_honoured(bench):

@@ -24,12 +24,20 @@ from tests.certificates import make_certificate
 from tests.helpers import FakeClock
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller import __version__
-from vodpoller.errors import ConfigError, OperatorError, RefusedHandlesError, ThrottledError, TransientError
+from vodpoller.errors import (
+    ConfigError,
+    ForeignAnswerError,
+    OperatorError,
+    RefusedHandlesError,
+    ThrottledError,
+    TransientError,
+    VodpollerError,
+)
 from vodpoller.httpclient.transport import DeadlineAdapter
 from vodpoller.logs import CATALOGUE
 from vodpoller.simulator.options import SimulatorOptions
 from vodpoller.simulator.service import Simulator
-from vodpoller.vod.answers import Pull, is_missing_right
+from vodpoller.vod.answers import PULL_ERROR_CODES, Pull, is_missing_right, pull_error_code
 from vodpoller.vod.application import EventConfig
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.credentials import Credentials
@@ -390,15 +398,15 @@ def test_an_error_counts_before_the_events_beside_it(vod, client_of):
 @pytest.mark.parametrize(
     ("status", "kind", "says"),
     [
-        (500, TransientError, "fault"),
-        (502, TransientError, "fault"),
-        (503, TransientError, "fault"),
+        (500, ForeignAnswerError, "fault"),
+        (502, ForeignAnswerError, "fault"),
+        (503, ForeignAnswerError, "fault"),
         (429, ThrottledError, "fewer"),
-        (403, TransientError, "firewall"),
-        (407, TransientError, "login"),
-        (404, TransientError, "api.endpoint"),
-        (204, TransientError, "api.endpoint"),
-        (301, TransientError, "redirects"),
+        (403, ForeignAnswerError, "firewall"),
+        (407, ForeignAnswerError, "login"),
+        (404, ForeignAnswerError, "api.endpoint"),
+        (204, ForeignAnswerError, "api.endpoint"),
+        (301, ForeignAnswerError, "redirects"),
     ],
 )
 @pytest.mark.parametrize("body", [b"", b"<html>teapot</html>", b'{"Response":{}}', answer_of(element(1))])
@@ -465,7 +473,66 @@ def test_what_is_no_answer_of_vod_is_transient(vod, client_of, body):
     for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
         with pytest.raises(TransientError, match="cannot be used") as caught:
             call()
-        assert type(caught.value) is TransientError
+        assert pull_error_code(caught.value) == "unusable"
+
+
+@pytest.mark.parametrize(
+    ("answer", "counted"),
+    [
+        ({"json": error_of("RequestLimitExceeded.UinLimitExceeded")}, "request_limit"),
+        ({"status": 429}, "request_limit"),
+        ({"json": error_of("AuthFailure.SignatureExpire")}, "clock"),
+        ({"json": error_of("AuthFailure.SignatureFailure")}, "auth"),
+        ({"json": error_of("AuthFailure.UnauthorizedOperation")}, "unauthorized"),
+        ({"json": error_of("UnauthorizedOperation")}, "unauthorized"),
+        ({"json": error_of("ResourceNotFound.UserNotExist")}, "not_found"),
+        ({"json": error_of("FailedOperation.InvalidVodUser")}, "not_found"),
+        ({"json": error_of("InvalidParameterValue.SubAppId")}, "parameter"),
+        ({"json": error_of("MissingParameter")}, "parameter"),
+        ({"json": error_of("InternalError")}, "internal"),
+        ({"json": error_of("SomethingNew")}, "internal"),
+        ({"status": 502, "body": "<html>"}, "http"),
+        ({"status": 302}, "http"),
+        ({"body": requests.ConnectionError("reset")}, "connection"),
+        ({"body": requests.ReadTimeout("late")}, "connection"),
+        ({"body": "x" * 9_000_000}, "unusable"),
+        ({"body": "no JSON"}, "unusable"),
+    ],
+)
+def test_each_failed_pull_is_counted_under_one_of_a_few_names(vod, client_of, answer, counted):
+    vod.post(URL, **answer)
+    with pytest.raises(VodpollerError) as caught:
+        client_of().pull("main", None)
+    assert pull_error_code(caught.value) == counted
+    assert counted in PULL_ERROR_CODES
+
+
+def test_an_unforeseen_error_of_a_pull_has_a_name_too():
+    assert pull_error_code(ValueError("a bug")) == "unusable"
+
+
+@pytest.mark.parametrize(("sub_app_id", "asked"), [(None, {}), (7, {"SubAppId": 7})])
+def test_the_number_of_waiting_events_is_asked_for_by_source(vod, client_of, sub_app_id, asked):
+    call = vod.post(URL, json=response_of(CountOfEventsToPull=1234))
+    assert client_of().describe_events_state(sub_app_id) == 1234
+    assert call.calls[0].request.headers["X-TC-Action"] == "DescribeEventsState"
+    assert json.loads(call.calls[0].request.body) == asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (error_of("UnauthorizedOperation"), OperatorError),
+        (error_of("InternalError"), TransientError),
+        (response_of(), TransientError),
+        (response_of(CountOfEventsToPull="7"), TransientError),
+        (response_of(CountOfEventsToPull=True), TransientError),
+    ],
+)
+def test_a_number_that_vod_does_not_tell_is_an_error(vod, client_of, answer, error):
+    vod.post(URL, json=answer)
+    with pytest.raises(error):
+        client_of().describe_events_state(None)
 
 
 @pytest.mark.parametrize("event_set", [{}, {"EventHandle": "h"}, "text", 7, True])

@@ -19,7 +19,7 @@ from vodpoller.liveness import Liveness
 from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
 from vodpoller.sinks.contract import Recoverable, Sink
 from vodpoller.status import SinkStatus
-from vodpoller.telemetry import Count, Telemetry
+from vodpoller.telemetry import Count, Duration, Telemetry
 
 
 class Ledger(Protocol):
@@ -68,6 +68,7 @@ class Worker:
         self._in_flight = in_flight
         self._queue_max_events = queue_max_events
         self._telemetry = telemetry.scope()
+        self._labels = (("sink", name),)
         self._liveness = liveness
         self._monotonic = monotonic
         self._wall = wall
@@ -77,6 +78,7 @@ class Worker:
         self._sequence = count()
         self._breaker = Breaker(failures=breaker_failures, monotonic=monotonic)
         self._down_since = 0.0
+        self._last_success_at: float | None = None
         self._paused_until = 0.0
         self._last_error = ""
         self._stopping = False
@@ -124,6 +126,8 @@ class Worker:
                 next_try_at=wall + waits_secs if is_held else None,
                 error=self._last_error if is_held else "",
                 queued=len(self._queue) + len(self._delayed),
+                queue_max_events=self._queue_max_events,
+                last_success_at=self._last_success_at,
             )
 
     def room(self) -> int:
@@ -336,6 +340,7 @@ class Worker:
         timeout_secs = self.sink.timeout_secs
         self._liveness.begin(f"sink {self.name}", timeout_secs)
         failures: Mapping[int, Exception] = {}
+        began_at = self._monotonic()
         try:
             self.sink.deliver([delivery.event for delivery in batch], timeout_secs)
         except PartialFailureError as error:
@@ -347,11 +352,13 @@ class Worker:
             failures = dict.fromkeys(range(len(batch)), cause)
         finally:
             self._liveness.end()
+            self._telemetry.measure(Duration.SINK_DELIVERY, self._labels, self._monotonic() - began_at)
         accepted = [delivery for index, delivery in enumerate(batch) if index not in failures]
         if accepted:
             self._enter(accepted)
             with self._condition:
                 closed = self._breaker.succeeded()
+                self._last_success_at = self._wall()
             if closed:
                 self._telemetry.reset()
                 self._telemetry.log.info("breaker.closed", sink=self.name)

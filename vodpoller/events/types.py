@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+OTHER: Final = "other"
+
 # From the description of `EventContent` (Tencent Cloud's API document "Data structures", product/266/31773), as of
 # tencentcloud-sdk-python-vod 3.1.194: its `EventType`, and the types that its other members name.
 DOCUMENTED_EVENT_TYPES: Final = frozenset(
@@ -65,6 +67,11 @@ _SHORTEST_PART: Final = 4
 _SIMILAR: Final = 0.7  # of 1, by difflib's measure
 _NO_LETTER: Final = re.compile("[^a-z0-9]+")
 _ENDINGS: Final = re.compile(r"(completed?|finish(ed)?|done)?(events?)?$")  # nearly all have them: they say nothing
+
+
+def documented_or_other(event_type: str) -> str:
+    """The type if Tencent documents it, else "other": one of a closed set, for the labels of metrics."""
+    return event_type if event_type in DOCUMENTED_EVENT_TYPES else OTHER
 
 
 def matches_documented(glob: str) -> bool:

@@ -319,6 +319,20 @@ class Journal(Protocol):
             StorageError: It cannot be read.
         """
 
+    def dead_letters(self) -> Mapping[tuple[str, str], int]:
+        """Number of dead letters by (sink, reason).
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+
+    def stored_bytes(self) -> int:
+        """What stored events take, of the room that they may take.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+
     @property
     def trouble(self) -> str:
         """Why it cannot be written, as far as that is known without writing; empty if nothing speaks against it."""

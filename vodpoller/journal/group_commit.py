@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -44,16 +45,24 @@ class GroupCommit:
         db: The connection that writes.
         on_failure: Called with the error of each write that a caller waited for, and of one that shows that the file
             is corrupt.
+        on_commit: Called with the time that each transaction took, in seconds.
 
     Attributes:
         db: The connection, to be used only while `lock` is held.
         lock: Held during each transaction.
     """
 
-    def __init__(self, db: sqlite3.Connection, *, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        *,
+        on_failure: Callable[[Exception], None],
+        on_commit: Callable[[float], None] = lambda _secs: None,
+    ) -> None:
         self.db = db
         self.lock = threading.Lock()
         self._on_failure = on_failure
+        self._on_commit = on_commit
         self._queue: list[_Write] = []
         self._queue_lock = threading.Lock()
         self._is_full: bool | None = None  # what the connection was told last of how it syncs
@@ -116,6 +125,7 @@ class GroupCommit:
     def _commit(self, batch: Sequence[_Write]) -> bool:
         """False if one of several may be at fault; a file that is locked by others fails all, once."""
         has_begun = False
+        began_at = time.monotonic()
         try:
             durable = any(write.durable for write in batch)
             if durable != self._is_full:
@@ -134,6 +144,7 @@ class GroupCommit:
             for write in batch:
                 write.error, write.done = error, True
             return not has_begun
+        self._on_commit(time.monotonic() - began_at)
         for write in batch:
             write.error, write.done = None, True
         return True

@@ -58,7 +58,7 @@ from vodpoller.journal.statements import (
 from vodpoller.journal.unwritten import Unwritten
 from vodpoller.journal.wal import Wal
 from vodpoller.status import JournalStatus
-from vodpoller.telemetry import Telemetry
+from vodpoller.telemetry import Duration, Telemetry
 
 SLICES: Final = 256
 
@@ -114,7 +114,11 @@ class SqliteJournal(Journal):
         self._lock_fd, self._reader = opened.lock_fd, opened.reader
         self._load_occurrences(opened.occurrences)
         self._condition = Condition(path, self._telemetry)
-        self.commits = GroupCommit(opened.writer, on_failure=self._condition.note_failure)
+        self.commits = GroupCommit(
+            opened.writer,
+            on_failure=self._condition.note_failure,
+            on_commit=partial(self._telemetry.measure, Duration.JOURNAL_COMMIT, ()),
+        )
         self._wal = Wal(
             path,
             commits=self.commits,
@@ -369,6 +373,14 @@ class SqliteJournal(Journal):
             StoredCount(sink=sink, state=state, events=number, oldest_secs=now - at) for sink, state, number, at in rows
         ]
 
+    def dead_letters(self) -> dict[tuple[str, str], int]:
+        rows = self._read("SELECT sink, reason, count(*) FROM letters WHERE state = 'dead' GROUP BY sink, reason")
+        return {(sink, reason): number for sink, reason, number in rows}
+
+    def stored_bytes(self) -> int:
+        ((taken_bytes,),) = self._read(LETTERS_BYTES)
+        return int(taken_bytes)
+
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._reading(), self._read_lock:
             return self._reader.execute(query, values).fetchall()
@@ -405,7 +417,7 @@ class SqliteJournal(Journal):
         self.flush(even_if_nothing_waits=True)
         error, remedy, taken_bytes = self.trouble, self._condition.remedy, 0
         try:
-            ((taken_bytes,),) = self._read(LETTERS_BYTES)
+            taken_bytes = self.stored_bytes()
         except StorageError as failure:
             error = error or str(failure)
         if not error and self._lacked_bytes > self._max_bytes - taken_bytes:

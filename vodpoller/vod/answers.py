@@ -11,7 +11,15 @@ from typing import Any, Final
 
 import requests
 
-from vodpoller.errors import OperatorError, RefusedHandlesError, ThrottledError, TransientError, VodpollerError
+from vodpoller.errors import (
+    ForeignAnswerError,
+    NoAnswerError,
+    OperatorError,
+    RefusedHandlesError,
+    ThrottledError,
+    TransientError,
+    VodpollerError,
+)
 from vodpoller.events.codec import UnreadableError, decode_json
 from vodpoller.events.event import Lease, Malformed, PulledEvent
 from vodpoller.httpclient.address import shown_url
@@ -22,6 +30,7 @@ ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
 EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
 PULL: Final = "PullEvents"
 CONFIRM: Final = "ConfirmEvents"
+DESCRIBE_STATE: Final = "DescribeEventsState"
 
 _EXCERPT_CHARS: Final = 100
 _MESSAGE_CHARS: Final = 300
@@ -220,6 +229,18 @@ def event_set(answer: Answer) -> list[Any]:
     return elements
 
 
+def count_in(answer: Answer) -> int:
+    """`CountOfEventsToPull` in an answer without an error code.
+
+    Raises:
+        TransientError: There is none.
+    """
+    number = response_of(answer).get("CountOfEventsToPull")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise unusable_answer(answer, "it has no CountOfEventsToPull")
+    return number
+
+
 def check_number(events: int, answer: Answer) -> None:
     """Refuse an answer with more events than VOD ever sends: none of them was delivered, so nothing is lost.
 
@@ -236,7 +257,7 @@ def check_number(events: int, answer: Answer) -> None:
 def _http_failure(answer: Answer) -> TransientError:
     """The error for an answer that is not VOD's own, or whose body says nothing."""
     status = answer.status
-    kind: type[TransientError] = TransientError
+    kind: type[TransientError] = ForeignAnswerError
     location = ""
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         kind, what = ThrottledError, "something before VOD asks for fewer requests"
@@ -306,6 +327,43 @@ _FOR_OPERATORS: Final = (
     "UnsupportedRegion",
     "4000",
 )
+
+# What a failed pull is counted under, by how the code begins; the first that fits.
+_COUNTED_UNDER: Final = (
+    ("RequestLimitExceeded", "request_limit"),
+    ("AuthFailure.SignatureExpire", "clock"),
+    ("AuthFailure.UnauthorizedOperation", "unauthorized"),
+    ("AuthFailure", "auth"),
+    ("Unauthorized", "unauthorized"),
+    ("Ip", "unauthorized"),
+    ("ResourceNotFound", "not_found"),
+    ("FailedOperation.Invalid", "not_found"),
+    ("Invalid", "parameter"),
+    ("Missing", "parameter"),
+    ("No", "parameter"),
+    ("Un", "parameter"),
+    ("ActionOffline", "parameter"),
+    ("4000", "parameter"),
+    (ANSWER_TOO_LARGE, "unusable"),
+    ("", "internal"),
+)
+PULL_ERROR_CODES: Final = (*dict.fromkeys(code for _, code in _COUNTED_UNDER), "http", "connection")
+
+
+def pull_error_code(error: Exception) -> str:
+    """What a failed pull is counted under: one of `PULL_ERROR_CODES`."""
+    match error:
+        case ThrottledError():
+            return "request_limit"
+        case VodpollerError() if error.error_code:
+            return next(code for prefix, code in _COUNTED_UNDER if error.error_code.startswith(prefix))
+        case ForeignAnswerError():
+            return "http"
+        case NoAnswerError() | OperatorError():  # of the latter: no request can be sent
+            return "connection"
+        case _:
+            return "unusable"
+
 
 _NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
 _RIGHTS: Final = "in CAM, grant {rights} to the owner of the key"

@@ -25,6 +25,7 @@ from urllib3.exceptions import DecodeError
 
 from vodpoller import __version__
 from vodpoller.errors import (
+    NoAnswerError,
     OperatorError,
     RefusedHandlesError,
     StoppingError,
@@ -43,11 +44,13 @@ from vodpoller.logs import Logger
 from vodpoller.vod.answers import (
     ANSWER_TOO_LARGE,
     CONFIRM,
+    DESCRIBE_STATE,
     EVENTS_MAX,
     PULL,
     Answer,
     Pull,
     check_number,
+    count_in,
     event_set,
     is_empty_queue,
     is_throttling,
@@ -490,8 +493,8 @@ class VodClient:
         said = f"{self._where} {failure_text(error, timeout_secs)}"
         if isinstance(error, requests.Timeout):
             whence = f": {said}" if isinstance(error, requests.ConnectTimeout) else f" from {self._where}"
-            return TransientError(f"no answer within {timeout_secs:.1f} s{whence}")
-        return TransientError(
+            return NoAnswerError(f"no answer within {timeout_secs:.1f} s{whence}")
+        return NoAnswerError(
             f"VOD cannot be asked: {said} (if this lasts: is api.endpoint right, and does it get through DNS, firewall"
             " and proxy?)"
         )
