@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any, Final
 
 import click
@@ -13,7 +12,7 @@ from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
 from vodpoller.cli.failure import fail
 from vodpoller.config.model import Config
 from vodpoller.errors import JournalError, UnusableJournalError
-from vodpoller.journal.operator import REASONS, Filter, Letters
+from vodpoller.journal.operator import REASONS, Filter, Letters, time_since
 
 LETTER_ID: Final = click.IntRange(1, 2**63 - 1)
 _REASONS_OF_BOTH: Final = tuple(dict.fromkeys((*REASONS["dead"], *REASONS["pending"])))
@@ -73,21 +72,12 @@ def filter_of(options: Mapping[str, Any], *, ids: Sequence[int] = ()) -> Filter:
         raise click.BadParameter(
             f"{what} never have the reason {reason!r} but {', '.join(REASONS[state])} ({other})", param_hint="--reason"
         )
-    since = _time(options["since"]) if options["since"] else None
+    try:
+        since = time_since(options["since"], time.time()) if options["since"] else None
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--since") from error
     named = {name: options[name] for name in ("sink", "event_type", "reason", "file_id", "task_id")}
     return Filter(state=state, ids=ids, since=since, **named)
-
-
-def _time(text: str) -> float:
-    """A time or an age, in seconds since 1970."""
-    units = {"m": 60, "h": 3600, "d": 86_400}
-    try:
-        if text[:-1].isdecimal() and text[-1] in units:
-            return time.time() - int(text[:-1]) * units[text[-1]]
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError) as error:
-        problem = f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)"
-        raise click.BadParameter(problem, param_hint="--since") from error
 
 
 def say_missing(letters: Letters, ids: Sequence[int], *, pending: bool, also_pending: bool = False) -> bool:

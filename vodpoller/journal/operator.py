@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -50,6 +51,25 @@ REASONS: Final[Mapping[str, Sequence[str]]] = {
 _COLUMNS: Final = (
     "id, key, sink, state, reason, error, attempts, stored_at, due_at, source, sub_app_id, event_type, confirmed, body"
 )
+
+
+def time_since(text: str, now: float) -> float:
+    """A time as a person gives it, in seconds since 1970.
+
+    Args:
+        text: A time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d).
+        now: In seconds since 1970.
+
+    Raises:
+        ValueError: It is neither; the message says so.
+    """
+    units = {"m": 60, "h": 3600, "d": 86_400}
+    try:
+        if text[:-1].isdecimal() and text[-1] in units:
+            return now - int(text[:-1]) * units[text[-1]]
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{text!r} is neither a time (2026-11-23T08:00) nor an age (90m, 12h, 3d)") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
