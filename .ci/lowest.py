@@ -25,4 +25,5 @@ def lowest(requirement: str) -> str:
 
 if __name__ == "__main__":
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    sys.stdout.writelines(f"{lowest(requirement)}\n" for requirement in project["dependencies"])
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["listener"]]
+    sys.stdout.writelines(f"{lowest(requirement)}\n" for requirement in requirements)

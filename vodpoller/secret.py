@@ -4,10 +4,11 @@ import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -46,15 +47,17 @@ class Secret:
     Args:
         value: The secret itself; None where it is in a file.
         path: The file that holds it. Line ends around it do not count.
+        is_first_line: Only the file's first line is it.
 
     Raises:
         OSError: The file cannot be read, or is empty.
         UnicodeDecodeError: The file is not UTF-8.
     """
 
-    def __init__(self, *, value: str | None = None, path: Path | None = None) -> None:
+    def __init__(self, *, value: str | None = None, path: Path | None = None, is_first_line: bool = False) -> None:
         self._value = (value or "").strip("\r\n")
         self._path = path
+        self._is_first_line = is_first_line
         self._problem_in: Callable[[str], str] = lambda _value: ""
         self.reread()
 
@@ -77,6 +80,8 @@ class Secret:
         if self._path is None:
             return
         value = self._path.read_text(encoding="utf-8").strip("\r\n")
+        if self._is_first_line:
+            value = value.partition("\n")[0].rstrip("\r")
         if not value:
             raise OSError(errno.ENODATA, "it is empty", str(self._path))
         if problem := self._problem_in(value):
@@ -153,6 +158,11 @@ class HasSecrets(BaseModel):
         return {**data, **files}
 
     @classmethod
+    def secret_file_keys(cls) -> Iterator[str]:
+        """The fields that name files with secrets."""
+        return (f"{key}_file" for key in cls.secret_keys())
+
+    @classmethod
     def secret_keys(cls) -> Iterator[str]:
         """The fields that hold secrets and have a `_file` twin."""
         for key, field in cls.model_fields.items():
@@ -191,12 +201,24 @@ def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
             raise _problem("", "must be text in quotes")
 
 
-def _secret_from_file(given: _InFile, surroundings: Surroundings) -> Secret:
+def _secret_of_name(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, str):
+        return value
+    surroundings = info.context if isinstance(info.context, Surroundings) else Surroundings()
+    given = _InFile(info.field_name or "", value, both=False)
+    return _secret_from_file(given, surroundings, is_first_line=True)
+
+
+SecretFile = Annotated[Secret, BeforeValidator(_secret_of_name)]
+"""A secret of which the configuration has the file's name only; it is the file's first line."""
+
+
+def _secret_from_file(given: _InFile, surroundings: Surroundings, *, is_first_line: bool = False) -> Secret:
     if not given.name:
         raise _problem(given.key, "is empty (give the name of the file that holds the secret)")
     path = surroundings.locate(given.name)
     try:
-        return Secret(path=path)
+        return Secret(path=path, is_first_line=is_first_line)
     except OSError as error:
         why = error.strerror or type(error).__name__
     except UnicodeDecodeError:  # its own message would show bytes of the secret

@@ -1068,6 +1068,7 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
         for twin in [key for key in table if f"{key}_file" in table]:
             (folder / table[f"{twin}_file"]).write_text(WEBHOOK_SECRET)
             del table[twin if files else f"{twin}_file"]
+    (folder / data["listener"]["password_file"]).write_text(WEBHOOK_SECRET)
     return data
 
 

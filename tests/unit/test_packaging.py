@@ -32,7 +32,7 @@ def test_a_requirement_without_a_lower_bound_in_front_is_an_error(requirement):
         lowest(requirement)
 
 
-@pytest.mark.parametrize("requirement", PROJECT["dependencies"])
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["listener"]])
 def test_every_dependency_has_a_lower_bound_to_test_with(requirement):
     assert lowest(requirement)
 

@@ -11,7 +11,7 @@ from vodpoller.config.model import Config, Routing
 from vodpoller.config.permissions import exposed_secrets, warn_of_readers
 from vodpoller.config.reading import read_file, replace_variables
 from vodpoller.config.references import check_references, find_coverage
-from vodpoller.config.tables import Api, Daemon, Journal, Log, Route, Source
+from vodpoller.config.tables import Api, Daemon, Journal, Listener, Log, Route, Source
 from vodpoller.config.validation import Validation
 from vodpoller.errors import ConfigError
 from vodpoller.secret import Surroundings
@@ -120,13 +120,14 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
     journal = validation.table("journal", Journal)
     log = validation.table("log", Log)
     daemon = validation.table("daemon", Daemon)
-    check_references(draft, sinks=sinks, journal=journal, api=api)
+    listener = validation.table("listener", Listener)
+    check_references(draft, sinks=sinks, journal=journal, api=api, listener=listener)
     if for_unit:
         warn_of_readers(draft, sink_classes)
     coverage = find_coverage(draft)
     if draft.problems.found:
         return None
-    if not (api and credentials and journal and log and daemon):
+    if not (api and credentials and journal and log and daemon and listener):
         raise AssertionError("a table is missing without a problem that says so")
     return Config(
         api=api,
@@ -138,6 +139,7 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
         journal=journal,
         log=log,
         daemon=daemon,
+        listener=listener,
         coverage=coverage,
         key_renewal=key_renewal(credentials, draft.surroundings),
         warnings=tuple(draft.lines(draft.warnings)),

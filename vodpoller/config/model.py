@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vodpoller.config.tables import Api, Daemon, Journal, Log, Route, Source
+from vodpoller.config.tables import Api, Daemon, Journal, Listener, Log, Route, Source
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink, SinkConfig
@@ -31,7 +31,7 @@ class Config:
     Two are equal if they say the same. What the files hold that they name, and the warnings, do not matter.
 
     Args:
-        api: As in the file, as are `journal`, `log`, `daemon`.
+        api: As in the file, as are `journal`, `log`, `daemon`, `listener`.
         credentials: The API key.
         sources: At least one.
         routes: At least one; they name existing sources and sinks only.
@@ -52,6 +52,7 @@ class Config:
     journal: Journal
     log: Log
     daemon: Daemon
+    listener: Listener
     coverage: Mapping[str, bool]
     key_renewal: str = "send SIGHUP"
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -70,4 +71,4 @@ class Config:
     def secrets(self) -> tuple[Secret, ...]:
         """All secrets: they must not be shown, and SIGHUP reads them again."""
         of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
-        return (*self.credentials.secrets(), *of_sinks)
+        return (*self.credentials.secrets(), *of_sinks, *self.listener.secrets())

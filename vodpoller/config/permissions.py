@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from vodpoller.config.draft import Draft, Location
 from vodpoller.config.sink_types import config_of
-from vodpoller.config.tables import CredentialsTable
+from vodpoller.config.tables import CredentialsTable, Listener
 from vodpoller.secret import HasSecrets
 from vodpoller.sinks.contract import Sink
 
@@ -36,14 +36,15 @@ def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -
     if os.geteuid() != 0:
         return
     tables: dict[Location, tuple[Any, type[HasSecrets]]] = {
-        ("credentials",): (draft.data.get("credentials", {}), CredentialsTable)
+        ("credentials",): (draft.data.get("credentials", {}), CredentialsTable),
+        ("listener",): (draft.data.get("listener", {}), Listener),
     }
     for name, sink_class in sink_classes.items():
         tables["sinks", name] = (draft.data["sinks"][name], config_of(sink_class))
     for where, (table, model) in tables.items():
-        for key in model.secret_keys():
-            place = (*where, f"{key}_file")
-            file_name = table.get(place[-1]) if isinstance(table, dict) else None
+        for key in model.secret_file_keys():
+            place = (*where, key)
+            file_name = table.get(key) if isinstance(table, dict) else None
             if isinstance(file_name, str) and not draft.problems.concern(place):
                 _check_reader(draft, place, file_name)
 

@@ -6,14 +6,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vodpoller.config.draft import Draft, Location, texts_in
-from vodpoller.config.tables import LEASE_SECS, Api, Journal, is_loopback
+from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener, is_loopback
 from vodpoller.config.wording import LISTS, quoted, quoted_all, suggestion
 from vodpoller.events.types import matches_documented, nearest_documented
 from vodpoller.sinks.contract import SinkConfig
 
 
 def check_references(
-    draft: Draft, *, sinks: Mapping[str, SinkConfig], journal: Journal | None, api: Api | None
+    draft: Draft,
+    *,
+    sinks: Mapping[str, SinkConfig],
+    journal: Journal | None,
+    api: Api | None,
+    listener: Listener | None,
 ) -> None:
     """Add a problem for everything that does not fit together.
 
@@ -22,6 +27,7 @@ def check_references(
         sinks: The sinks whose own tables are valid.
         journal: None if it is not valid.
         api: None if it is not valid.
+        listener: None if it is not valid.
     """
     _check_names(draft)
     _check_sub_app_ids(draft)
@@ -29,6 +35,7 @@ def check_references(
     _check_event_types(draft)
     _check_claims(draft, sinks, journal)
     _check_lease(draft, api)
+    _check_hosts(draft, listener)
 
 
 def _check_names(draft: Draft) -> None:
@@ -109,6 +116,15 @@ def _check_lease(draft: Draft, api: Api | None) -> None:
             ("api", "lease_secs"),
             f"{api.lease_secs:g} is more than the {LEASE_SECS:g} s after which VOD hands events out again, which"
             " nothing can extend: a later confirm fails (leave it out; only a simulator has another value)",
+        )
+
+
+def _check_hosts(draft: Draft, listener: Listener | None) -> None:
+    if listener is not None and listener.is_wildcard and not listener.hosts:
+        draft.warnings.add(
+            ("listener", "hosts"),
+            "is missing, and the address stands for all of this machine's: only requests from this machine will be"
+            ' answered, apart from the two probes (name the hosts by which it is asked: hosts = ["vod.example"])',
         )
 
 

@@ -1,7 +1,8 @@
 """The tables of the file: their keys, defaults and bounds, one model for each table."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
@@ -9,18 +10,23 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from vodpoller.config.wording import NAME_MAX_LENGTH, NAME_PATTERN, check_jmespath, quoted
+from vodpoller.config.wording import NAME_MAX_LENGTH, NAME_PATTERN, check_jmespath, missing_modules, quoted, quoted_all
 from vodpoller.httpclient.trust import CaFile
 from vodpoller.logs import Level
-from vodpoller.secret import HasSecrets, Secret
+from vodpoller.secret import HasSecrets, Secret, SecretFile
 from vodpoller.sinks.contract import SinkConfig
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 # VOD's lease is 30 s. If the lease of a simulator is shorter, the two defaults that must fit into it shrink with it.
 LEASE_SECS: Final = 30.0
 _RESERVE_SECS: Final = 5.0
 _CONFIRM_TIMEOUT_SECS: Final = 2.0
+
+LISTENER_MODULES: Final = ("waitress", "prometheus_client", "jinja2")
+_PASSWORD_MIN_CHARACTERS: Final = 8
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_MAX_LENGTH)]
 
@@ -278,6 +284,99 @@ class Daemon(BaseModel):
     )
 
 
+class Listener(HasSecrets):
+    """`[listener]`: metrics, probes and the status page over HTTP; needs `pip install 'vodpoller[listener]'`."""
+
+    model_config = _STRICT
+
+    address: str | None = Field(
+        default=None,
+        description="Where it listens: HOST:PORT, an IPv6 address in square brackets. Left out: there is no listener.",
+        examples=["127.0.0.1:9464"],
+    )
+    password_file: SecretFile | None = Field(
+        default=None,
+        description="The file whose first line is the password, 8 characters at least; the user's name is `vodpoller`."
+        " The two probes need no password. Left out: nothing needs one, and the page shows no bodies.",
+        examples=["listener_password"],
+    )
+    unauthenticated: bool = Field(
+        default=False,
+        validate_default=True,
+        description="Whether other machines may ask without a password. Needed for an `address` that they can reach,"
+        " unless there is a `password_file`.",
+    )
+    hosts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="The names and addresses, without ports, by which it is asked; the two probes answer to any."
+        " Left out: the host of `address`, `localhost`, `127.0.0.1` and `[::1]`.",
+        examples=[["vod.example"]],
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        example = "for example 127.0.0.1:9464 or [::1]:9464"
+        try:
+            parts = urlsplit(f"//{value}")
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if not (host and port) or parts.netloc != value or "@" in value or value.endswith(":"):
+            raise ValueError(f"is not an address with a port from 1 to 65535 ({example})")
+        if missing := missing_modules(LISTENER_MODULES):
+            raise ValueError(
+                f"needs packages that are not installed: {quoted_all(missing)} (pip install 'vodpoller[listener]')"
+            )
+        return value
+
+    @field_validator("password_file")
+    @classmethod
+    def _is_long_enough(cls, value: Secret | None) -> Secret | None:
+        if value is not None and (problem := value.restrict(_problem_in_password)):
+            raise ValueError(f"{value.path} {problem}")
+        return value
+
+    @field_validator("unauthenticated")
+    @classmethod
+    def _is_protected(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001 - pydantic's way to call it
+        address = info.data.get("address")
+        has_password = info.data.get("password_file") is not None or "password_file" not in info.data
+        if address and not (value or has_password or is_loopback(host_of(address))):
+            raise ValueError(
+                "is false, there is no password_file, and other machines can reach the address (give password_file; or"
+                " unauthenticated = true, if all who can reach it may see what it shows; or an address of this machine"
+                " only, such as 127.0.0.1:9464)"
+            )
+        return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for host in value or ():
+            if not _HOST.fullmatch(host):
+                raise ValueError(f'{quoted(host)} is not a host without a port (for example "vod.example" or "[::1]")')
+        return value
+
+    @classmethod
+    def secret_file_keys(cls) -> Iterator[str]:
+        """The field that names a file with a secret."""
+        return iter(("password_file",))
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it listens at every address of this machine."""
+        return self.address is not None and _is_unspecified(host_of(self.address))
+
+    def known_hosts(self) -> frozenset[str]:
+        """The hosts by which it may be asked, as a browser writes them, in lower case."""
+        own = host_of(self.address or "")
+        default = (f"[{own}]" if ":" in own else own, "localhost", "127.0.0.1", "[::1]")
+        return frozenset(host.lower() for host in self.hosts or default)
+
+
 TABLES: Final[Mapping[str, type[BaseModel]]] = {
     "api": Api,
     "credentials": CredentialsTable,
@@ -287,7 +386,31 @@ TABLES: Final[Mapping[str, type[BaseModel]]] = {
     "journal": Journal,
     "log": Log,
     "daemon": Daemon,
+    "listener": Listener,
 }
+
+
+def host_of(address: str) -> str:
+    """The host of an address with a port; of IPv6, without square brackets."""
+    return urlsplit(f"//{address}").hostname or ""
+
+
+def port_of(address: str) -> int:
+    """The port of such an address."""
+    return urlsplit(f"//{address}").port or 0
+
+
+def _is_unspecified(host: str) -> bool:
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _problem_in_password(password: str) -> str:
+    if len(password) >= _PASSWORD_MIN_CHARACTERS:
+        return ""
+    return f"has a first line of less than {_PASSWORD_MIN_CHARACTERS} characters (write a longer password)"
 
 
 def is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any, Final, get_args
 
 import jmespath
@@ -144,6 +145,11 @@ def _words_of(info: FieldInfo | None) -> str:
         else:
             found.extend(get_args(part))
     return quoted_all(words)
+
+
+def missing_modules(names: Iterable[str]) -> list[str]:
+    """Those of the modules that are not installed; none of them is imported."""
+    return [name for name in names if find_spec(name) is None]
 
 
 def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[BaseModel]]) -> str:
