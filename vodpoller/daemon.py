@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
@@ -111,6 +112,7 @@ class Daemon:
             sinks=self._workers,
             telemetry=telemetry,
             wall=self._clock,
+            queues=self._queues() if config.listener.address else None,
         )
 
     # --- building -----------------------------------------------------------------------------------------------------
@@ -164,6 +166,9 @@ class Daemon:
             liveness=self._liveness,
             wall=self._clock,
         )
+
+    def _queues(self) -> Mapping[str, Callable[[], int]]:
+        return {it.name: partial(self._vod.waiting_events, it.sub_app_id) for it in self._config.sources}
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -241,9 +246,13 @@ class Daemon:
         for warning in self._config.warnings:
             self._log.warning("config.warning", message=warning)
 
+    def overdue(self) -> Mapping[str, float]:
+        """What threads are at for longer than they should be, and by how many seconds."""
+        return self._liveness.overdue(OVERDUE_SECS)
+
     def is_alive(self) -> bool:
         """Whether no thread is overdue; says of each one that is."""
-        overdue = self._liveness.overdue(OVERDUE_SECS)
+        overdue = self.overdue()
         for step, secs in overdue.items():
             self._scope.repeated("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
         return not overdue
@@ -280,8 +289,18 @@ class Daemon:
     def known_status(self) -> Status:
         """The same, of what is known: this does not wait for a disk that hangs."""
         trouble = self._journal.trouble
-        journal = JournalStatus(path=str(self._config.journal.path), writable=not trouble, error=trouble)
+        journal = JournalStatus(
+            path=str(self._config.journal.path),
+            writable=not trouble,
+            error=trouble,
+            limit_bytes=self._config.journal.max_bytes,
+        )
         return self._snapshot(self._upkeep.stored, journal)
+
+    @property
+    def clock_offset_secs(self) -> float | None:
+        """How far VOD's clock is ahead of this machine's; None if no answer has said so."""
+        return self._vod.skew_secs
 
     def _snapshot(self, stored: Sequence[StoredStatus], journal: JournalStatus) -> Status:
         return Status(

@@ -59,6 +59,8 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
+    "listener.failed": "the listener cannot listen; it tries again, and events are delivered as before",
+    "listener.started": "metrics, probes and the status page are served",
     "log.dropped": "the log was not read for a while: this number of lines was dropped instead of holding the daemon",
     "library.logged": "a library's own log line or warning",
     "pending.delivered": "a stored event was delivered at last",

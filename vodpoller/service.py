@@ -20,6 +20,8 @@ from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
 from vodpoller.errors import ConfigError, StoppingError, VodpollerError
 from vodpoller.handover import Handover, execute_anew
+from vodpoller.listener.view import Access, View
+from vodpoller.listening import Listening
 from vodpoller.logs import Logger, cleared, searched_for
 from vodpoller.opened_sinks import end_if_stopping
 from vodpoller.process import Signals
@@ -49,7 +51,7 @@ class Build(Protocol):
 class Service:
     """The process, open and ready to run.
 
-    The thread that runs it writes all of its fields. The thread of the status socket reads what it needs for an answer
+    The thread that runs it writes all of its fields. The threads of the status socket and of the listener read what they need for an answer
     (the daemon, or the last status of one that was stopped, and how the last reload went) and adds to the askers.
 
     Args:
@@ -99,6 +101,8 @@ class Service:
         self._exit_code = 0
         self._end_reason = "a signal asked for the end meanwhile"
         self._status_socket: StatusSocket | None = None
+        self._listening = Listening(self._view, telemetry=self._telemetry, inherited=self._inherited)
+        self._is_ready = False
         self._askers_lock = threading.Lock()
         self._askers = [Asker(connection) for connection in handover.askers()]
         self._reloaded = ReloadStatus()
@@ -138,11 +142,13 @@ class Service:
     def _begin(self, daemon: Daemon) -> None:
         """Start what the constructor has opened."""
         self._open_status_socket()
+        self._listening.follow(self._config.listener.address)
         while self._inherited:
             self._inherited.popitem()[1].close()  # where nothing listens any more
         daemon.start()
         self._started_at = self._clock()
         self._reloaded = ReloadStatus(last_success_at=self._started_at)
+        self._is_ready = True
         self._notifier.ready()
         if self._left_behind:
             problems = self._problems_left
@@ -163,12 +169,14 @@ class Service:
 
     def _end(self) -> int:
         self._notifier.stopping()
+        self._is_ready = False
         if self._daemon is not None:
             self._take_down(self._daemon).stop()
         for asker in self._taken_askers():
             asker.answer({"result": "ended", "problems": [self._end_reason]})
         if self._status_socket is not None:
             self._status_socket.close()
+        self._listening.close()
         self._log.info("daemon.stopped", events=self._telemetry.total(Count.EVENTS_SETTLED))
         return self._exit_code
 
@@ -261,7 +269,9 @@ class Service:
         return daemon
 
     def _go_on_anew(self, stuck: Sequence[str], askers: Sequence[Asker]) -> NoReturn:
-        listening = {} if self._status_socket is None else {str(self._status_socket.path): self._status_socket.fileno()}
+        listening = self._listening.handed_over()
+        if self._status_socket is not None:
+            listening[str(self._status_socket.path)] = self._status_socket.fileno()
         with self._askers_lock:
             asking = [asker.fileno() for asker in (*askers, *self._askers)]
         try:
@@ -289,6 +299,7 @@ class Service:
             raise
         self._config, self._log, self._daemon = config, self._telemetry.log, daemon
         self._open_status_socket()
+        self._listening.follow(config.listener.address)
 
     def _run_again(self, former: Config) -> None:
         """After a configuration could not be built: have the former one again, or end."""
@@ -388,6 +399,21 @@ class Service:
             return {"error": f"this vodpoller ({__version__}) knows no command {request.get('command')!r}"}
         answer: Mapping[str, Any] = self._cleared(self._status().as_json(strict=bool(request.get("strict"))))
         return answer
+
+    def _view(self) -> View:
+        """What the listener shows; asked in its threads."""
+        daemon, settings = self._daemon, self._config.listener
+        return View(
+            access=Access(hosts=settings.known_hosts(), password=settings.password_file),
+            telemetry=self._telemetry,
+            journal_path=self._config.journal.path,
+            is_ready=lambda: daemon is not None and self._is_ready,
+            overdue=lambda: {} if daemon is None else daemon.overdue(),
+            known=lambda: self._last_status if daemon is None else self._of_process(daemon.known_status()),
+            report=lambda: self._answer({"command": "status"}),
+            cleared=self._cleared,
+            clock_offset_secs=lambda: None if daemon is None else daemon.clock_offset_secs,
+        )
 
     def _status(self) -> Status:
         daemon = self._daemon

@@ -28,7 +28,8 @@ SINKS = ROOT / "vodpoller" / "sinks" / "README.md"
 TESTS = ROOT / "tests" / "README.md"
 OPERATING = ROOT / "systemd" / "README.md"
 CHINESE = OPERATING.with_suffix(".zh.md")
-PAGES = (README, KEYS, SINKS, TESTS, OPERATING, CHINESE)
+LISTENER = ROOT / "vodpoller" / "listener" / "README.md"
+PAGES = (README, KEYS, SINKS, LISTENER, TESTS, OPERATING, CHINESE)
 TEXT = "\n".join(page.read_text() for page in PAGES)
 HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 

@@ -1,0 +1,312 @@
+"""The listener, asked over real sockets: who may ask, what each path answers, and what clients can do to it."""
+
+import json
+import socket
+import threading
+from contextlib import ExitStack, closing
+
+import pytest
+
+from tests.helpers import named
+from tests.listening import Client, Shown, running_listener
+from tests.polling import until
+from vodpoller.listener.server import BODY_MAX_BYTES, HEAD_MAX_BYTES, Listener, listen
+
+PATHS = ["/", "/metrics", "/status.json", "/healthz", "/readyz"]
+GUARDED = ["/", "/metrics", "/status.json", "/nothing"]
+PROBES = ["/healthz", "/readyz"]
+PASSWORD = "correct horse, battery"
+
+
+@pytest.fixture
+def shown():
+    return Shown()
+
+
+@pytest.fixture
+def client(shown):
+    with running_listener(shown) as client:
+        yield client
+
+
+# --- who may ask ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GUARDED)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1:1@evil"])
+def test_a_host_that_is_not_named_gets_nothing(client, path, host):
+    answer = client.get(path, host=host)
+    assert (answer.status, b"main" in answer.body) == (421, False)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "localhost:9464", "127.0.0.1:1"])
+def test_a_host_that_is_named_is_known_with_any_port_and_case(client, host):
+    assert client.get("/status.json", host=host).status == 200
+
+
+def test_an_address_of_ipv6_is_known_as_a_browser_writes_it(shown, client):
+    shown.hosts = ("[::1]",)
+    assert [client.get("/metrics", host=it).status for it in ("[::1]:9464", "[::1]", "[::2]", "::1")] == [
+        200,
+        200,
+        421,
+        421,
+    ]
+
+
+@pytest.mark.parametrize("path", GUARDED)
+@pytest.mark.parametrize(
+    "said", [None, "", "wrong", PASSWORD + "x", PASSWORD[:-1], f"root:{PASSWORD}", f":{PASSWORD}", "vodpoller:"]
+)
+def test_without_the_password_nothing_is_told(shown, client, path, said):
+    shown.password = PASSWORD
+    answer = client.get(path, password=said)
+    assert answer.status == 401
+    assert answer.headers["WWW-Authenticate"] == 'Basic realm="vodpoller", charset="UTF-8"'
+    assert "there are" not in answer.text
+
+
+@pytest.mark.parametrize("header", ["Basic", "Basic !!!", "Bearer dm9kcG9sbGVyOnBhc3N3b3Jk", "Basic \xff", "x" * 4000])
+def test_a_header_that_is_no_password_is_a_wrong_one(shown, client, header):
+    shown.password = PASSWORD
+    assert client.get("/metrics", Authorization=header).status == 401
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "пароль из слов", "with:colons:in it"])
+def test_with_the_password_all_is_told(shown, client, password):
+    shown.password = password
+    answers = {path: client.get(path, password=f"vodpoller:{password}").status for path in PATHS}
+    assert answers == dict.fromkeys(PATHS, 200)
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_the_probes_need_neither_host_nor_password(shown, client, path):
+    shown.password = PASSWORD
+    answer = client.get(path, host="10.0.0.7:9464")
+    assert (answer.status, answer.body) == (200, b"ok")
+
+
+@pytest.mark.parametrize("method", ["POST", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize("path", ["/", "/healthz"])
+def test_only_get_is_answered(client, path, method):
+    answer = client.get(path, method=method)
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/metrics/", "/../metrics", "/%00", "/status.json%0a"])
+def test_other_paths_are_not_found(client, path):
+    assert client.get(path).status == 404
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/nothing"])
+def test_every_answer_forbids_what_it_does_not_need(client, path):
+    headers = client.get(path).headers
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
+    assert "script" not in headers["Content-Security-Policy"]
+    assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"], headers["Cache-Control"]) == (
+        "nosniff",
+        "no-referrer",
+        "no-store",
+    )
+    assert "Server" not in headers
+
+
+# --- what is answered -------------------------------------------------------------------------------------------------
+
+
+def test_an_overdue_thread_and_only_that_is_ill_health(shown, client):
+    shown.report = lambda: 1 / 0  # the disk, VOD and sinks have nothing to do with it
+    assert client.get("/healthz").status == 200
+    shown.overdue = {"puller main": 31.0}
+    answer = client.get("/healthz")
+    assert (answer.status, answer.text) == (503, "puller main is overdue by 31 s\n")
+    assert client.get("/readyz").status == 200
+
+
+def test_it_is_ready_only_while_it_pulls(shown, client):
+    assert client.get("/readyz").status == 200
+    shown.is_ready = False
+    assert (client.get("/readyz").status, client.get("/healthz").status) == (503, 200)
+
+
+def test_between_two_builds_only_the_probes_tell_something(shown):
+    builds = []
+    with running_listener(shown, current=lambda: builds[-1] if builds else None) as client:
+        assert [client.get(path).status for path in PATHS] == [503, 503, 503, 200, 503]
+        builds.append(shown.view())
+        assert [client.get(path).status for path in PATHS] == [200] * 5
+        other = Shown(password=PASSWORD)
+        builds.append(other.view())
+        assert [client.get(path).status for path in PATHS] == [401, 401, 401, 200, 200]
+
+
+def test_the_status_is_that_of_the_command(shown, client):
+    answer = client.get("/status.json")
+    assert answer.headers["Content-Type"] == "application/json"
+    assert json.loads(answer.body) == json.loads(json.dumps(shown.status.as_json()))
+
+
+def test_an_error_is_told_to_the_log_and_not_to_the_client(shown, client):
+    shown.report = lambda: {}["missing"]
+    for _ in range(3):
+        answer = client.get("/status.json")
+        assert (answer.status, answer.text) == (500, "this request failed; the log says why\n")
+    (line,) = named(shown.lines, "task.failed")
+    assert (line["task"], type(line["exc_info"])) == ("listener", KeyError)
+
+
+def test_a_disk_that_hangs_keeps_no_probe_and_no_metrics_from_being_answered(shown, client):
+    released, asked = threading.Event(), []
+
+    def hang():
+        asked.append(1)
+        assert released.wait(20)
+        return shown.status.as_json()
+
+    shown.report = hang
+    hanging = [threading.Thread(target=client.get, args=("/status.json",)) for _ in range(2)]
+    for thread in hanging:
+        thread.start()
+    until(lambda: len(asked) == 2)
+    try:
+        assert [client.get(path).status for path in ("/", "/status.json")] == [503, 503]
+        assert [client.get(path).status for path in (*PROBES, "/metrics")] == [200, 200, 200]
+    finally:
+        released.set()
+        for thread in hanging:
+            thread.join(20)
+    shown.report = shown.status.as_json
+    assert client.get("/status.json").status == 200
+
+
+# --- what clients can do to it ----------------------------------------------------------------------------------------
+
+
+def answer_on(connection):
+    """All that comes until the other side closes."""
+    received = b""
+    while chunk := connection.recv(65536):
+        received += chunk
+    return received
+
+
+def test_a_head_beyond_the_limit_ends_the_connection(client):
+    with closing(client.connect()) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX: ".ljust(HEAD_MAX_BYTES, b"x"))
+        assert answer_on(connection).startswith(b"HTTP/1.0 431 ")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: %d\r\n\r\n" % BODY_MAX_BYTES,
+        b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % BODY_MAX_BYTES + b"x" * BODY_MAX_BYTES,
+    ],
+    ids=["told", "chunked"],
+)
+def test_a_body_beyond_the_limit_ends_the_connection(client, head):
+    with closing(client.connect()) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "request_line", [b"nonsense\r\n\r\n", b"GET /healthz\r\n\r\n\x00", b"\x16\x03\x01\x02\x00\r\n\r\n"]
+)
+def test_what_is_no_request_leaves_the_listener_as_it_was(client, request_line):
+    with closing(client.connect()) as connection:
+        connection.sendall(request_line)
+        connection.recv(65536)
+    assert client.get("/healthz").status == 200
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /healthz HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx"]
+)
+def test_a_connection_that_trickles_ends_with_its_time(shown, sent):
+    with running_listener(shown, connection_secs=0.3) as client, closing(client.connect()) as connection:
+        connection.sendall(sent)
+        connection.settimeout(0.05)
+
+        def is_ended():
+            try:
+                connection.sendall(b"y" if sent else b"")
+                return connection.recv(1) == b""
+            except TimeoutError:
+                return False
+            except ConnectionError:
+                return True
+
+        until(is_ended)
+        assert client.get("/healthz").status == 200
+
+
+class Trickling(threading.Thread):
+    """Clients that never come to the end of what they send."""
+
+    def __init__(self, connections, piece):
+        super().__init__()
+        self.connections = connections
+        self.piece = piece
+        self.ended = threading.Event()
+
+    def run(self):
+        while not self.ended.wait(0.02):
+            for connection in self.connections:
+                try:
+                    connection.sendall(self.piece)
+                except OSError:  # it was refused in the meantime
+                    continue
+
+
+def test_clients_that_trickle_heads_and_bodies_keep_nobody_waiting(client):
+    with ExitStack() as stack:
+        heads = [stack.enter_context(closing(client.connect())) for _ in range(40)]
+        bodies = [stack.enter_context(closing(client.connect())) for _ in range(10)]
+        for connection in heads:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
+        for connection in bodies:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for thread in (trickling := [Trickling(heads, b"x"), Trickling(bodies, b"400\r\n" + b"x" * 1024 + b"\r\n")]):
+            thread.start()
+        try:
+            assert [client.get(path).status for path in PATHS * 4] == [200] * 20
+        finally:
+            for thread in trickling:
+                thread.ended.set()
+                thread.join(20)
+
+
+# --- where it listens -------------------------------------------------------------------------------------------------
+
+
+def test_an_address_in_use_is_told_once_and_tried_again(shown, monkeypatch):
+    monkeypatch.setattr("vodpoller.listener.server.RETRY_SECS", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        listener = Listener(f"127.0.0.1:{port}", shown.view, telemetry=shown.telemetry)
+        (line,) = until(lambda: named(shown.lines, "listener.failed"))
+        assert (line["level"], line["address"]) == ("error", f"127.0.0.1:{port}")
+    try:
+        until(lambda: named(shown.lines, "listener.started"))
+        assert Client(port).get("/healthz").status == 200
+        assert len(named(shown.lines, "listener.failed")) == 1
+    finally:
+        listener.close()
+
+
+def test_a_closed_listener_leaves_its_address_to_others(shown):
+    with running_listener(shown) as client, closing(client.connect()):
+        assert client.get("/healthz").status == 200
+    socket.create_server(("127.0.0.1", client.port)).close()
+
+
+def test_it_listens_at_addresses_of_ipv6_too():
+    try:
+        sock = listen("[::1]:1")
+    except PermissionError:
+        pytest.skip("this user may not listen there")
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    with sock:
+        assert sock.family == socket.AF_INET6

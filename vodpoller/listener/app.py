@@ -1,0 +1,174 @@
+"""The WSGI application: which path answers what, and who may ask."""
+
+import binascii
+import hmac
+import json
+import threading
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl
+
+from vodpoller.listener.metrics import exposition
+from vodpoller.listener.page import STYLE_HASH, page
+from vodpoller.listener.view import Access, View
+from vodpoller.telemetry import Scope
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+USER: Final = "vodpoller"
+DISK_REQUESTS: Final = 2  # of the threads; the others still answer if a disk hangs
+_QUERY_FIELDS: Final = 30
+_TEXT: Final = "text/plain; charset=utf-8"
+_POLICY: Final = (
+    f"default-src 'none'; style-src '{STYLE_HASH}'; img-src data:; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'"
+)
+_HEADERS: Final = (
+    ("Content-Security-Policy", _POLICY),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a request is answered with."""
+
+    body: bytes
+    status: HTTPStatus = HTTPStatus.OK
+    content_type: str = _TEXT
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class App:
+    """Answers requests; never raises.
+
+    Args:
+        current: What is shown; None while there is nothing to show: before a start, and during a reload.
+        telemetry: Destination of log lines.
+    """
+
+    def __init__(self, current: Callable[[], View | None], telemetry: Scope) -> None:
+        self._current = current
+        self._telemetry = telemetry
+        self._may_use_disk = threading.BoundedSemaphore(DISK_REQUESTS)
+        self._paths: Mapping[str, Callable[[View, WSGIEnvironment], Answer]] = {
+            "/metrics": _metrics,
+            "/status.json": self._status,
+            "/": self._page,
+        }
+
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        """WSGI's contract (PEP 3333)."""
+        try:
+            answer = self._answer(environ)
+        except Exception as error:  # noqa: BLE001 - one request must not end the thread that serves others
+            self._telemetry.repeated("error", "task.failed", cause=repr(error), task="listener", exc_info=error)
+            answer = _said(HTTPStatus.INTERNAL_SERVER_ERROR, "this request failed; the log says why")
+        own = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body)))]
+        start_response(f"{answer.status} {answer.status.phrase}", [*own, *answer.headers.items(), *_HEADERS])
+        return [answer.body]
+
+    def _answer(self, environ: "WSGIEnvironment") -> Answer:
+        if environ["REQUEST_METHOD"] != "GET":
+            return _said(HTTPStatus.METHOD_NOT_ALLOWED, "only GET is answered", Allow="GET")
+        view, path = self._current(), environ["PATH_INFO"]
+        match path:
+            case "/healthz":
+                return _health(view)
+            case "/readyz":
+                return _readiness(view)
+        if view is None:
+            return _said(HTTPStatus.SERVICE_UNAVAILABLE, "the daemon is starting or stopping", **{"Retry-After": "1"})
+        return _refusal(view.access, environ) or self._permitted(view, path, environ)
+
+    def _permitted(self, view: View, path: str, environ: "WSGIEnvironment") -> Answer:
+        answer = self._paths.get(path)
+        if answer is None:
+            known = ", ".join(("/healthz", "/readyz", *self._paths))
+            return _said(HTTPStatus.NOT_FOUND, f"there is no such page; there are {known}")
+        return answer(view, environ)
+
+    def _status(self, view: View, _environ: "WSGIEnvironment") -> Answer:
+        return self._with_disk(lambda: Answer(body=_json(view.report()), content_type="application/json"))
+
+    def _page(self, view: View, environ: "WSGIEnvironment") -> Answer:
+        query = dict(parse_qsl(environ.get("QUERY_STRING", ""), max_num_fields=_QUERY_FIELDS))
+        return self._with_disk(lambda: Answer(body=page(view, query), content_type="text/html; charset=utf-8"))
+
+    def _with_disk(self, answer: Callable[[], Answer]) -> Answer:
+        """An answer that may have to wait for a disk: as many threads as a disk can hold are kept from it."""
+        if not self._may_use_disk.acquire(blocking=False):
+            return _said(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "others are asking at this moment; if it stays so, the disk of the journal does not answer",
+                **{"Retry-After": "1"},
+            )
+        try:
+            return answer()
+        finally:
+            self._may_use_disk.release()
+
+
+def _health(view: View | None) -> Answer:
+    """The condition of the watchdog: no thread is overdue. It says nothing of VOD, of sinks or of the disk."""
+    overdue = view.overdue() if view is not None else {}
+    if not overdue:
+        return Answer(body=b"ok")
+    said = "; ".join(f"{step} is overdue by {secs:.0f} s" for step, secs in overdue.items())
+    return _said(HTTPStatus.SERVICE_UNAVAILABLE, said)
+
+
+def _readiness(view: View | None) -> Answer:
+    if view is not None and view.is_ready():
+        return Answer(body=b"ok")
+    return _said(HTTPStatus.SERVICE_UNAVAILABLE, "the daemon is starting or stopping")
+
+
+def _refusal(access: Access, environ: "WSGIEnvironment") -> Answer | None:
+    """Why this request is not answered; None if it is."""
+    host = environ.get("HTTP_HOST", "")
+    if _without_port(host).lower() not in access.hosts:
+        return _said(HTTPStatus.MISDIRECTED_REQUEST, "this host is not one of listener.hosts")
+    if access.password is None or _has_password(access.password.get(), environ.get("HTTP_AUTHORIZATION", "")):
+        return None
+    return _said(
+        HTTPStatus.UNAUTHORIZED,
+        f"user {USER} and the password in listener.password_file",
+        **{"WWW-Authenticate": 'Basic realm="vodpoller", charset="UTF-8"'},
+    )
+
+
+def _without_port(host: str) -> str:
+    """A host as a browser writes it, without its port."""
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isascii() and port.isdecimal() else host
+
+
+def _has_password(password: str, authorization: str) -> bool:
+    """Whether the header says the password; how long that takes does not tell how much of it is right."""
+    scheme, _, encoded = authorization.partition(" ")
+    try:
+        given = b64decode(encoded.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        given = b""
+    is_right = hmac.compare_digest(given, f"{USER}:{password}".encode())
+    return is_right and scheme.lower() == "basic"
+
+
+def _metrics(view: View, environ: "WSGIEnvironment") -> Answer:
+    content_type, body = exposition(view, environ.get("HTTP_ACCEPT", ""))
+    return Answer(body=body, content_type=content_type)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _said(status: HTTPStatus, text: str, **headers: str) -> Answer:
+    return Answer(body=f"{text}\n".encode(errors="replace"), status=status, headers=headers)

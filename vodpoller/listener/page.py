@@ -1,0 +1,143 @@
+"""The status page: one page without a script, made anew at each request.
+
+Everything that comes from an event, a receiver or VOD is escaped by the template engine, shown in full visible
+characters, cut to a bounded length, and kept apart from the direction of the text around it.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any, Final
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from vodpoller.clock import timestamp
+from vodpoller.listener.stored import stored_events
+from vodpoller.listener.view import View
+from vodpoller.logs import printable
+from vodpoller.telemetry import Count, Duration, Gauge, Numbers
+
+REFRESH_SECS: Final = 10
+TEXT_CHARS: Final = 300
+_STYLE: Final = (files(__package__) / "page.css").read_text(encoding="utf-8")
+STYLE_HASH: Final = "sha256-" + base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+"""By which the Content-Security-Policy knows the page's own style, and lets no other in."""
+
+_UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def page(view: View, query: Mapping[str, str]) -> bytes:
+    """The whole page.
+
+    Args:
+        view: What is shown.
+        query: The fields of the form, and `refresh`: "off" for a page that stays as it is.
+    """
+    report = view.report()
+    lately = view.telemetry.lately()
+    stored = report["stored"]
+    shown = {
+        "report": report,
+        "sources": [_source(view, lately, it) for it in report["sources"]],
+        "sinks": [_sink(lately, it, stored) for it in report["sinks"]],
+        "removed": _removed(report),
+        "totals": {state: sum(it["events"] for it in stored if it["state"] == state) for state in ("pending", "dead")},
+        "events": [{"at": timestamp(at), **fields} for at, fields in view.telemetry.recent()],
+        "letters": stored_events(view, query),
+        "refresh_secs": 0 if query.get("refresh") == "off" else REFRESH_SECS,
+        "has_password": view.access.password is not None,
+    }
+    text = _TEMPLATE.render(style=Markup(_STYLE), **view.cleared(shown))  # noqa: S704 - the style is a file of ours
+    return text.encode(errors="replace")
+
+
+def _source(view: View, lately: Numbers, source: Mapping[str, Any]) -> Mapping[str, Any]:
+    waiting = view.telemetry.gauge(Gauge.QUEUE_EVENTS).get((("source", source["name"]),))
+    return {
+        **source,
+        "per_sec": lately.per_sec(Count.EVENTS_SETTLED, source=source["name"]),
+        "waiting": waiting,
+    }
+
+
+def _sink(lately: Numbers, sink: Mapping[str, Any], stored: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    labels = (("sink", sink["name"]),)
+    calls = lately.durations.get((Duration.SINK_DELIVERY, labels))
+    own = {it["state"]: it for it in stored if it["sink"] == sink["name"]}
+    return {
+        **sink,
+        "per_sec": lately.per_sec(Count.SINK_ATTEMPTS, sink=sink["name"], result="accepted"),
+        "p95_secs": calls.quantile_secs(0.95) if calls else None,
+        "pending": own.get("pending"),
+        "dead": own.get("dead"),
+    }
+
+
+def _removed(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What is stored for sinks that the configuration does not have, and for none."""
+    names = {sink["name"] for sink in report["sinks"]}
+    return [it for it in report["stored"] if it["sink"] not in names]
+
+
+# --- filters of the template ------------------------------------------------------------------------------------------
+
+
+def _shown(value: object, chars: int = TEXT_CHARS) -> Markup:
+    """A text of others: cut, with every character visible, apart from the direction of the text around it."""
+    text = str(value)
+    cut = printable(text[:chars]) + ("…" if len(text) > chars else "")
+    return Markup("<bdi>{}</bdi>").format(cut)
+
+
+def _with_code(value: str) -> Markup:
+    """A text with commands in backticks."""
+    parts = re.split(r"`([^`]*)`", printable(value[: 4 * TEXT_CHARS]))
+    marked = [Markup("<code>{}</code>").format(part) if at % 2 else escape(part) for at, part in enumerate(parts)]
+    return Markup("<bdi>{}</bdi>").format(Markup().join(marked))
+
+
+def _per_sec(value: float) -> str:
+    if not value:
+        return "0 /s"
+    return f"{value:,.0f} /s" if value >= 10 else f"{value:.2g} /s"  # noqa: PLR2004 - where two digits are enough
+
+
+def _secs(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.1f} s"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:  # noqa: PLR2004 - the next unit
+            return f"{value:,.0f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} GiB"
+
+
+def _ago(at: str | None) -> str:
+    """How long ago something was: a time in ISO 8601."""
+    if not at:
+        return "never"
+    secs = (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()
+    for unit_secs, unit in _UNITS:
+        if secs >= 2 * unit_secs or unit_secs == 1:
+            return f"{max(secs, 0) / unit_secs:,.0f} {unit} ago"
+    raise AssertionError("the last unit fits all")
+
+
+_ENVIRONMENT: Final = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters |= {
+    "shown": _shown,
+    "with_code": _with_code,
+    "per_sec": _per_sec,
+    "secs": _secs,
+    "bytes": _bytes,
+    "ago": _ago,
+}
+_TEMPLATE: Final = _ENVIRONMENT.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
