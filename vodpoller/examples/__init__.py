@@ -28,12 +28,14 @@ class Example:
 
 
 EXAMPLES: Final[Mapping[str, Example]] = {
+    "alerts": Example(file="alerts.yml", about="alerting rules for Prometheus; for one of its `rule_files`"),
     "config": Example(
         file="config.example.toml", about="the configuration, with every key explained; for /etc/vodpoller/config.toml"
     ),
     "containerfile": Example(
         file="Containerfile", about="an image of vodpoller, to be built in the folder of its sources"
     ),
+    "dashboard": Example(file="dashboard.json", about="a dashboard for Grafana, to be imported there"),
     "logrotate": Example(
         file="vodpoller.logrotate", about="rotates the files of sinks; for /etc/logrotate.d/vodpoller"
     ),

@@ -178,13 +178,13 @@ def _of_process(status: Status) -> Iterator[Metric]:
         "config_last_reload_successful",
         "1 if the configuration in use is the last that was asked for.",
         (),
-        {(): float(reload.get("successful", True))},
+        {(): float(reload.successful)},
     )
     yield _gauge(
         "config_last_reload_success_timestamp_seconds",
         "When the configuration in use was taken into use.",
         (),
-        {(): float(reload.get("succeeded_at") or status.started_at)},
+        {(): reload.last_success_at or status.started_at},
     )
 
 
