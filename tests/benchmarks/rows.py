@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.benchmarks import http_calls, stored
 from tests.benchmarks.consumers import RawClient, SdkLoop, Vodpoller, webhook_receiver
 from tests.benchmarks.effort import fresh_system, in_turns, say, versions
+from tests.benchmarks.listening import listener
 from tests.benchmarks.measuring import (
     Latency,
     Tail,
@@ -480,4 +481,5 @@ ROWS = {
     "backlog": stored.backlog,
     "stored": stored.stored,
     "recover": stored.recover,
+    "listener": listener,
 }

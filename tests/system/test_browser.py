@@ -72,7 +72,7 @@ def chromium():
 
 @pytest.fixture
 def shown(tmp_path):
-    """A daemon with troubles of every kind, most of them told by somebody who means harm."""
+    """A daemon with troubles of every kind, most of them told in texts that mean harm."""
     shown = Shown(journal_path=tmp_path / "journal.db", password=PASSWORD)
     journal = SqliteJournal(shown.journal_path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))
     journal.store(

@@ -130,9 +130,9 @@ def test_all_is_answered_while_all_is_well_as_the_command_does(system, port):
         client.get("/healthz")
 
 
-def test_a_vod_that_cannot_be_reached_is_no_ill_health(system, port):
-    with HeldPort() as nobody:
-        system.configure(nobody.url, more=with_listener(port))
+def test_a_vod_that_cannot_be_reached_is_not_ill_health(system, port):
+    with HeldPort() as closed:
+        system.configure(closed.url, more=with_listener(port))
         system.daemon()
         client = Client(port)
         until(lambda: problems(client))
@@ -141,7 +141,7 @@ def test_a_vod_that_cannot_be_reached_is_no_ill_health(system, port):
         assert metrics(client, "pull_errors_total")[frozenset({("source", "main"), ("code", "connection")})] >= 1
 
 
-def test_a_dead_sink_is_no_ill_health(system, port, receiver):
+def test_a_dead_sink_is_not_ill_health(system, port, receiver):
     receiver.answer = Answer(status=503)
     simulator = system.simulator(events=3)
     hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\nbreaker_failures = 1\n'
@@ -154,7 +154,7 @@ def test_a_dead_sink_is_no_ill_health(system, port, receiver):
     assert metrics(client, "sink_up") == {frozenset({("sink", "archive")}): 1, frozenset({("sink", "hook")}): 0}
 
 
-def test_a_full_disk_is_no_ill_health(system, port):
+def test_a_full_disk_is_not_ill_health(system, port):
     simulator = system.simulator()
     system.configure(simulator.url, more=with_listener(port))
     daemon = system.daemon()
@@ -230,7 +230,7 @@ def is_listening(client):
 # --- numbers and the password -----------------------------------------------------------------------------------------
 
 
-def test_outcomes_over_sinks_are_events_times_their_sinks_after_faults(system, port, receiver):
+def test_outcomes_over_sinks_are_events_times_their_sinks(system, port, receiver):
     receiver.answer = Answer(status=503)
     faults = "pull.reset=0.05,pull.http_5xx=0.05,confirm.lost=0.1,confirm.reset=0.05"
     simulator = system.simulator(events=300, faults=faults)
@@ -286,7 +286,7 @@ def test_vod_is_asked_for_its_backlog_with_a_listener_only(system, port, answer)
         assert "DescribeEventsState" not in dict(middleman.asked)
 
 
-def test_another_password_counts_after_a_sighup_and_none_is_logged(system, port):
+def test_another_password_counts_after_a_sighup(system, port):
     simulator = system.simulator()
     path = system.folder / "password"
     path.write_text("the first password\n")

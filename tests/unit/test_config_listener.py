@@ -30,7 +30,7 @@ def problem_of(tmp_path, listener):
 @pytest.mark.parametrize(
     "address", ["", "localhost", ":9464", "127.0.0.1:", "127.0.0.1:0", "::1:9464", "a@b:1", "h:1/x"]
 )
-def test_what_is_no_address_is_refused(tmp_path, address):
+def test_what_is_not_an_address_is_refused(tmp_path, address):
     assert problem_of(tmp_path, f'address = "{address}"').startswith("address: is not an address with a port")
 
 

@@ -67,7 +67,7 @@ def test_without_the_password_nothing_is_told(shown, client, path, said):
 
 
 @pytest.mark.parametrize("header", ["Basic", "Basic !!!", "Bearer dm9kcG9sbGVyOnBhc3N3b3Jk", "Basic \xff", "x" * 4000])
-def test_a_header_that_is_no_password_is_a_wrong_one(shown, client, header):
+def test_a_header_that_is_not_a_password_is_a_wrong_one(shown, client, header):
     shown.password = PASSWORD
     assert client.get("/metrics", Authorization=header).status == 401
 
@@ -155,7 +155,7 @@ def test_an_error_is_told_to_the_log_and_not_to_the_client(shown, client):
     assert (line["task"], type(line["exc_info"])) == ("listener", KeyError)
 
 
-def test_a_disk_that_hangs_keeps_no_probe_and_no_metrics_from_being_answered(shown, client):
+def test_a_disk_that_hangs_holds_up_neither_probes_nor_metrics(shown, client):
     released, asked = threading.Event(), []
 
     def hang():
@@ -213,7 +213,7 @@ def test_a_body_beyond_the_limit_ends_the_connection(client, head):
 @pytest.mark.parametrize(
     "request_line", [b"nonsense\r\n\r\n", b"GET /healthz\r\n\r\n\x00", b"\x16\x03\x01\x02\x00\r\n\r\n"]
 )
-def test_what_is_no_request_leaves_the_listener_as_it_was(client, request_line):
+def test_what_is_not_a_request_leaves_the_listener_as_it_was(client, request_line):
     with closing(client.connect()) as connection:
         connection.sendall(request_line)
         connection.recv(65536)
@@ -259,7 +259,7 @@ class Trickling(threading.Thread):
                     continue
 
 
-def test_clients_that_trickle_heads_and_bodies_keep_nobody_waiting(client):
+def test_clients_that_trickle_keep_no_other_request_waiting(client):
     with ExitStack() as stack:
         heads = [stack.enter_context(closing(client.connect())) for _ in range(40)]
         bodies = [stack.enter_context(closing(client.connect())) for _ in range(10)]
@@ -293,6 +293,18 @@ def test_an_address_in_use_is_told_once_and_tried_again(shown, monkeypatch):
         assert len(named(shown.lines, "listener.failed")) == 1
     finally:
         listener.close()
+
+
+def test_a_system_without_threads_has_no_listener_and_goes_on(shown, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        listener = Listener("127.0.0.1:1", shown.view, telemetry=shown.telemetry)
+    listener.close()
+    (line,) = named(shown.lines, "listener.failed")
+    assert line["error_message"] == "can't start new thread"
 
 
 def test_a_closed_listener_leaves_its_address_to_others(shown):

@@ -308,7 +308,7 @@ def test_a_search_that_takes_long_is_given_up_in_time(shown, monkeypatch):
     assert "None among those that were looked at in time" in page_of(shown, "?file_id=999").text
 
 
-def test_a_journal_that_cannot_be_read_leaves_the_rest_of_the_page(shown):
+def test_a_journal_that_cannot_be_read_leaves_the_rest(shown):
     shown.journal_path.write_bytes(b"this is not a database, but it is long enough to look at")
     page = page_of(shown)
     assert "Events flow" in page.text

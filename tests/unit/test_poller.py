@@ -378,7 +378,7 @@ def test_its_status_tells_cause_and_remedy_apart(bench, error, cause, remedy):
         (OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound", request_id="r-7"), "auth"),
     ],
 )
-def test_a_failed_pull_is_counted_by_its_kind_and_remembered_after_it_passed(bench, error, code):
+def test_a_failed_pull_is_counted_and_remembered(bench, error, code):
     poller, pipeline = bench.poller(clock=FakeClock())
     pipeline.fail(error)
     until(lambda: poller.problem)

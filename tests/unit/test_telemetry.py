@@ -66,7 +66,7 @@ def test_what_was_never_measured_has_no_quantile():
     assert Distribution().quantile_secs(0.95) is None
 
 
-def test_what_came_lately_is_of_the_time_since_the_last_sample_but_one(telemetry, clock):
+def test_lately_is_since_the_last_sample_but_one(telemetry, clock):
     scope = telemetry.scope()
     for number in (10, 20, 60):
         scope.count(Count.PULLS, number, source="main", result="events")
@@ -80,7 +80,7 @@ def test_what_came_lately_is_of_the_time_since_the_last_sample_but_one(telemetry
     assert sum(lately.durations[Duration.EVENT_SETTLE, OF_MAIN].numbers) == 60
 
 
-def test_what_came_lately_is_of_the_time_since_the_start_at_first(telemetry, clock):
+def test_lately_is_since_the_start_at_first(telemetry, clock):
     telemetry.scope().count(Count.JOURNAL_ERRORS, 3)
     assert telemetry.lately().per_sec(Count.JOURNAL_ERRORS) == 0.0  # no time has passed
     clock.advance(2)

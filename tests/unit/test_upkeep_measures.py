@@ -63,7 +63,7 @@ def test_dead_letters_are_measured_under_names_of_a_closed_set(start, journal, t
 
 
 @pytest.mark.parametrize("error", [OperatorError("no right"), TransientError("no answer")])
-def test_a_queue_that_vod_does_not_tell_of_has_no_number_and_hides_no_other(start, telemetry, error):
+def test_a_queue_that_is_not_told_of_hides_no_other(start, telemetry, error):
     def fail():
         raise error
 
@@ -71,7 +71,7 @@ def test_a_queue_that_vod_does_not_tell_of_has_no_number_and_hides_no_other(star
     assert until(lambda: telemetry.gauge(Gauge.QUEUE_EVENTS)) == {(("source", "main"),): 7}
 
 
-def test_without_a_listener_nothing_is_measured_and_vod_is_not_asked(start, telemetry):
+def test_without_a_listener_nothing_is_measured_or_asked(start, telemetry):
     upkeep = start(None)
     until(lambda: upkeep.stored == [])
     assert telemetry.gauge(Gauge.JOURNAL_SIZE) == telemetry.gauge(Gauge.QUEUE_EVENTS) == {}

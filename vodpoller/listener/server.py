@@ -81,12 +81,16 @@ class Listener:
         for name in ("waitress", "waitress.queue"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system has no more threads
+            self._say_failed(error)
 
     def close(self) -> None:
         """Answer nothing more; what is being answered is not awaited for long."""
         self._stopped.set()
-        self._thread.join(STOP_SECS)
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECS)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -94,10 +98,13 @@ class Listener:
                 self.socket = self.socket or listen(self.address)
                 self._serve(self.socket)
             except Exception as error:  # noqa: BLE001 - whatever it is, events must not wait for it
-                self._telemetry.repeated(
-                    "error", "listener.failed", cause=repr(error), address=self.address, error_message=str(error)
-                )
+                self._say_failed(error)
                 self._stopped.wait(RETRY_SECS)
+
+    def _say_failed(self, error: Exception) -> None:
+        self._telemetry.repeated(
+            "error", "listener.failed", cause=repr(error), address=self.address, error_message=str(error)
+        )
 
     def _serve(self, sock: socket.socket) -> None:
         channels: dict[int, Any] = {}
