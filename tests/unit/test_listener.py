@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
@@ -311,6 +312,17 @@ def test_a_closed_listener_leaves_its_address_to_others(shown):
     with running_listener(shown) as client, closing(client.connect()):
         assert client.get("/healthz").status == 200
     socket.create_server(("127.0.0.1", client.port)).close()
+
+
+def test_a_closed_listener_leaves_no_descriptor_open(shown):
+    def descriptors():
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    before = descriptors()
+    for _ in range(3):
+        with running_listener(shown) as client:
+            assert client.get("/healthz").status == 200
+    assert descriptors() == before
 
 
 def test_it_listens_at_addresses_of_ipv6_too():

@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final
 
 from waitress import wasyncore
@@ -31,6 +30,7 @@ HEAD_MAX_BYTES: Final = 16 * 1024
 BODY_MAX_BYTES: Final = 1024 * 1024
 RETRY_SECS: Final = 5.0
 STOP_SECS: Final = 2
+LOOK_SECS: Final = 0.2  # how long a stop may go unnoticed
 _IN_MEMORY_BYTES: Final = 64 * 1024  # of a body; nothing here reads one
 _OWN_DESCRIPTORS: Final = 2  # that waitress counts as connections
 
@@ -108,7 +108,7 @@ class Listener:
 
     def _serve(self, sock: socket.socket) -> None:
         channels: dict[int, Any] = {}
-        server = create_server(
+        server: Any = create_server(  # its types are those of several servers, and of a trigger without methods
             self._app,
             map=channels,
             sockets=[sock],
@@ -127,13 +127,21 @@ class Listener:
         self._telemetry.log.info("listener.started", address=self.address)
         try:
             while not self._stopped.is_set():
-                wasyncore.loop(timeout=0.5, use_poll=True, map=channels, count=1)
+                wasyncore.loop(timeout=LOOK_SECS, use_poll=True, map=channels, count=1)
                 _end_old(channels, born_before=time.time() - self._connection_secs)
         finally:
             self.socket = None
-            with suppress(OSError):
-                wasyncore.close_all(channels, ignore_all=True)
-            server.task_dispatcher.shutdown(timeout=STOP_SECS)
+            _close(server, channels)
+
+
+def _close(server: Any, channels: dict[int, Any]) -> None:
+    server.task_dispatcher.shutdown(timeout=STOP_SECS)
+    for channel in list(channels.values()):
+        if channel is not server.trigger:
+            wasyncore.dispatcher.close(channel)
+    # A thread that still answers wakes the loop by this pipe, and would write into what has its number by then.
+    if not server.task_dispatcher.threads:
+        server.trigger.close()
 
 
 def _end_old(channels: dict[int, Any], *, born_before: float) -> None:
