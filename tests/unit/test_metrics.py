@@ -1,6 +1,7 @@
 """`/metrics`: exactly the names and labels that are promised, all of them from the start, and what they say."""
 
 import re
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.listening import NOW, WELL, Shown, running_listener
+from tests.processes import needs
 from vodpoller.events.types import DOCUMENTED_EVENT_TYPES
 from vodpoller.settlement import ConfirmResult, Reason, Settlement
 from vodpoller.status import SinkStatus, SourceStatus, StoredStatus
@@ -205,6 +207,14 @@ def test_the_client_chooses_the_format(shown, accept, content_type, end):
     answer = scraped(shown, Accept=accept)
     assert answer.headers["Content-Type"].startswith(content_type)
     assert answer.text.endswith(end)
+
+
+@pytest.mark.system
+def test_prometheus_finds_nothing_wrong_with_the_metrics(shown):
+    needs("promtool")
+    text = scraped(shown).text
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_scrape_touches_no_disk(shown):
