@@ -1,4 +1,4 @@
-"""The files for other programs: they use nothing that is not there."""
+"""The alerts and the dashboard of `vodpoller.examples`: they use nothing that is not there."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_each_metric_and_label_that_is_used_is_there(samples, path, number):
         assert {*grouped, *matched} - {""} <= known, expression
 
 
-def test_the_legends_of_the_dashboard_are_of_labels_that_are_left(samples):
+def test_the_legends_of_the_dashboard_name_labels_there_are(samples):
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel["targets"]:
             names = re.findall(r"\b((?:vodpoller|process)_\w+)", target["expr"])
