@@ -214,7 +214,7 @@ def test_rates_are_those_of_the_last_time(shown):
     scope.count(Count.SINK_ATTEMPTS, 1_000_000, sink="hook", result="accepted")
     scope.measure(Duration.SINK_DELIVERY, (("sink", "hook"),), 0.2, 100)
     text = page_of(shown).text
-    assert re.search(r"up last success .*? ago [\d,]{5,} /s 2\d\d ms", text)
+    assert re.search(r"up last success .*? ago [\d,.]{5,} /s 2\d\d ms", text)
 
 
 def test_the_last_events_are_there_with_their_reasons(shown):

@@ -35,7 +35,7 @@ def check_references(
     _check_event_types(draft)
     _check_claims(draft, sinks, journal)
     _check_lease(draft, api)
-    _check_hosts(draft, listener)
+    _check_listener(draft, listener)
 
 
 def _check_names(draft: Draft) -> None:
@@ -119,8 +119,17 @@ def _check_lease(draft: Draft, api: Api | None) -> None:
         )
 
 
-def _check_hosts(draft: Draft, listener: Listener | None) -> None:
-    if listener is not None and listener.is_wildcard and not listener.hosts:
+def _check_listener(draft: Draft, listener: Listener | None) -> None:
+    if listener is None:
+        return
+    if listener.is_exposed:
+        draft.problems.add(
+            ("listener", "unauthenticated"),
+            "is false, there is no password_file, and other machines can reach the address (give password_file; or"
+            " unauthenticated = true, if all who can reach it may see what it shows; or an address of this machine"
+            " only, such as 127.0.0.1:9464)",
+        )
+    if listener.is_wildcard and not listener.hosts:
         draft.warnings.add(
             ("listener", "hosts"),
             "is missing, and the address stands for all of this machine's: only requests from this machine will be"

@@ -302,7 +302,6 @@ class Listener(HasSecrets):
     )
     unauthenticated: bool = Field(
         default=False,
-        validate_default=True,
         description="Whether other machines may ask without a password. Needed for an `address` that they can reach,"
         " unless there is a `password_file`.",
     )
@@ -339,19 +338,6 @@ class Listener(HasSecrets):
             raise ValueError(f"{value.path} {problem}")
         return value
 
-    @field_validator("unauthenticated")
-    @classmethod
-    def _is_protected(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001 - pydantic's way to call it
-        address = info.data.get("address")
-        has_password = info.data.get("password_file") is not None or "password_file" not in info.data
-        if address and not (value or has_password or is_loopback(host_of(address))):
-            raise ValueError(
-                "is false, there is no password_file, and other machines can reach the address (give password_file; or"
-                " unauthenticated = true, if all who can reach it may see what it shows; or an address of this machine"
-                " only, such as 127.0.0.1:9464)"
-            )
-        return value
-
     @field_validator("hosts")
     @classmethod
     def _are_hosts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -364,6 +350,12 @@ class Listener(HasSecrets):
     def secret_file_keys(cls) -> Iterator[str]:
         """The field that names a file with a secret."""
         return iter(("password_file",))
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other machines may ask it without a password and without leave."""
+        is_open = self.password_file is None and not self.unauthenticated
+        return self.address is not None and is_open and not is_loopback(host_of(self.address))
 
     @property
     def is_wildcard(self) -> bool:

@@ -27,6 +27,7 @@ _STYLE: Final = (files(__package__) / "page.css").read_text(encoding="utf-8")
 STYLE_HASH: Final = "sha256-" + base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 """By which the Content-Security-Policy knows the page's own style, and lets no other in."""
 
+_SIZES: Final = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -51,7 +52,7 @@ def page(view: View, query: Mapping[str, str]) -> bytes:
         "refresh_secs": 0 if query.get("refresh") == "off" else REFRESH_SECS,
         "has_password": view.access.password is not None,
     }
-    text = _TEMPLATE.render(style=Markup(_STYLE), **view.cleared(shown))  # noqa: S704 - the style is a file of ours
+    text = _TEMPLATE.render(style=_STYLE, **view.cleared(shown))
     return text.encode(errors="replace")
 
 
@@ -103,7 +104,7 @@ def _with_code(value: str) -> Markup:
 def _per_sec(value: float) -> str:
     if not value:
         return "0 /s"
-    return f"{value:,.0f} /s" if value >= 10 else f"{value:.2g} /s"  # noqa: PLR2004 - where two digits are enough
+    return f"{value:,.1f} /s" if value >= 1 else f"{60 * value:,.1f} /min"
 
 
 def _secs(value: float | None) -> str:
@@ -113,11 +114,8 @@ def _secs(value: float | None) -> str:
 
 
 def _bytes(value: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:  # noqa: PLR2004 - the next unit
-            return f"{value:,.0f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} GiB"
+    size, unit = next(((size, unit) for size, unit in _SIZES if value >= size), (1, "bytes"))
+    return f"{value / size:,.1f} {unit}" if size > 1 else f"{value:,.0f} bytes"
 
 
 def _ago(at: str | None) -> str:
