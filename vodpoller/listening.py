@@ -1,4 +1,4 @@
-"""The listener that a process has, whatever its configuration says at the moment: opened, moved, handed over, closed."""
+"""The listener of a process, which lives over reloads: opened, moved, handed over, closed."""
 
 import socket
 from collections.abc import Callable, MutableMapping

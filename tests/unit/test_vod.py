@@ -511,30 +511,6 @@ def test_an_unforeseen_error_of_a_pull_has_a_name_too():
     assert pull_error_code(ValueError("a bug")) == "unusable"
 
 
-@pytest.mark.parametrize(("sub_app_id", "asked"), [(None, {}), (7, {"SubAppId": 7})])
-def test_the_number_of_waiting_events_is_asked_for_by_source(vod, client_of, sub_app_id, asked):
-    call = vod.post(URL, json=response_of(CountOfEventsToPull=1234))
-    assert client_of().waiting_events(sub_app_id) == 1234
-    assert call.calls[0].request.headers["X-TC-Action"] == "DescribeEventsState"
-    assert json.loads(call.calls[0].request.body) == asked
-
-
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (error_of("UnauthorizedOperation"), OperatorError),
-        (error_of("InternalError"), TransientError),
-        (response_of(), TransientError),
-        (response_of(CountOfEventsToPull="7"), TransientError),
-        (response_of(CountOfEventsToPull=True), TransientError),
-    ],
-)
-def test_a_number_that_vod_does_not_tell_is_an_error(vod, client_of, answer, error):
-    vod.post(URL, json=answer)
-    with pytest.raises(error):
-        client_of().waiting_events(None)
-
-
 @pytest.mark.parametrize("event_set", [{}, {"EventHandle": "h"}, "text", 7, True])
 def test_an_event_set_that_is_no_list_is_transient(vod, client_of, event_set):
     vod.post(URL, json=response_of(EventSet=event_set))

@@ -81,7 +81,7 @@ def load_routing(path: Path, *, env: Mapping[str, str]) -> Routing:
     draft = _draft_of(part, base=path.parent, env=env)
     validation = Validation(draft)
     sources, routes = _sources_and_routes(validation)
-    check_references(draft, sinks={}, journal=None, api=None)
+    check_references(draft, sinks={}, journal=None, api=None, listener=None)
     find_coverage(draft)
     if draft.problems.found:
         raise _error_of(draft, str(path))

@@ -30,7 +30,6 @@ ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
 EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
 PULL: Final = "PullEvents"
 CONFIRM: Final = "ConfirmEvents"
-DESCRIBE_STATE: Final = "DescribeEventsState"
 
 _EXCERPT_CHARS: Final = 100
 _MESSAGE_CHARS: Final = 300
@@ -227,18 +226,6 @@ def event_set(answer: Answer) -> list[Any]:
     if not isinstance(elements, list):
         raise TransientError(f"EventSet is not a list: {answer.excerpt!r}", request_id=answer.request_id)
     return elements
-
-
-def count_in(answer: Answer) -> int:
-    """`CountOfEventsToPull` in an answer without an error code.
-
-    Raises:
-        TransientError: There is none.
-    """
-    number = response_of(answer).get("CountOfEventsToPull")
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise unusable_answer(answer, "it has no CountOfEventsToPull")
-    return number
 
 
 def check_number(events: int, answer: Answer) -> None:

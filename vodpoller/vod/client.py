@@ -44,13 +44,11 @@ from vodpoller.logs import Logger
 from vodpoller.vod.answers import (
     ANSWER_TOO_LARGE,
     CONFIRM,
-    DESCRIBE_STATE,
     EVENTS_MAX,
     PULL,
     Answer,
     Pull,
     check_number,
-    count_in,
     event_set,
     is_empty_queue,
     is_throttling,
