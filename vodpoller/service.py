@@ -51,9 +51,9 @@ class Build(Protocol):
 class Service:
     """The process, open and ready to run.
 
-    The thread that runs it writes all of its fields. The threads of the status socket and of the listener read what they
-    need for an answer (the daemon, or the last status of one that was stopped, and how the last reload went). That of
-    the status socket adds to the askers.
+    The thread that runs it writes all of its fields. Those of the status socket and of the listener read what they need
+    for an answer (the daemon, or the last status of one that was stopped, and how the last reload went), and the status
+    socket's adds to the askers.
 
     Args:
         config: Valid.
