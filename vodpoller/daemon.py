@@ -76,13 +76,7 @@ class Daemon:
         self._signals = signals or Signals()
         self._clock = clock or SteadyClock()
         self._started_at = self._clock()
-        self._journal: Journal = SqliteJournal(
-            config.journal.path,
-            max_bytes=config.journal.max_bytes,
-            ledger_days=config.journal.ledger_days,
-            telemetry=telemetry,
-            wall=self._clock,
-        )
+        self._journal = self._new_journal()
         try:
             self._sinks = open_sinks(
                 config, journal=self._journal, notifier=notifier, signals=self._signals, log=log, wall=self._clock
@@ -105,17 +99,30 @@ class Daemon:
         self._pipeline = self._new_pipeline()
         self._pollers = [self._poller(source) for source in config.sources]
         self._retrier = self._new_retrier()
-        self._upkeep = Upkeep(
-            journal=self._journal,
-            retrier=self._retrier,
-            pollers=dict(zip(self._pollers, (source.interval_secs for source in config.sources), strict=True)),
-            sinks=self._workers,
-            telemetry=telemetry,
-            wall=self._clock,
-            queues=self._queues() if config.listener.address else None,
-        )
+        self._upkeep = self._new_upkeep()
 
     # --- building -----------------------------------------------------------------------------------------------------
+
+    def _new_journal(self) -> Journal:
+        return SqliteJournal(
+            self._config.journal.path,
+            max_bytes=self._config.journal.max_bytes,
+            ledger_days=self._config.journal.ledger_days,
+            telemetry=self._telemetry,
+            wall=self._clock,
+        )
+
+    def _new_upkeep(self) -> Upkeep:
+        intervals = (source.interval_secs for source in self._config.sources)
+        return Upkeep(
+            journal=self._journal,
+            retrier=self._retrier,
+            pollers=dict(zip(self._pollers, intervals, strict=True)),
+            sinks=self._workers,
+            telemetry=self._telemetry,
+            wall=self._clock,
+            queues=self._queues() if self._config.listener.address else None,
+        )
 
     def _worker(self, name: str, sink: Sink[Any]) -> Worker:
         settings = self._config.sinks[name]
