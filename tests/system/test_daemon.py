@@ -235,9 +235,9 @@ def assert_each_accepted_once(receiver, simulator):
 
 @pytest.mark.parametrize("outage", ["refuses", "hangs"])
 def test_a_webhook_that_is_away_holds_up_nothing_and_gets_each_event_once_when_it_is_back(system, outage):
-    simulator = system.simulator()
+    simulator = system.simulator(visibility_secs=8)
     with HeldPort() as port:
-        system.configure(simulator.url, sinks=system.archive_sink + hook_sink(port.url))
+        system.configure(simulator.url, lease_secs=8, sinks=system.archive_sink + hook_sink(port.url))
         daemon = system.daemon()
         if outage == "refuses":
             feed_one_by_one(system, simulator, range(60))

@@ -20,6 +20,7 @@ from tests.receiver import Answer
 from tests.system.test_faults import Middleman
 from vodpoller.config.load import load
 from vodpoller.logs import make_logger
+from vodpoller.service import Service
 from vodpoller.systemd import Notifier
 from vodpoller.vod.client import VodClient
 
@@ -77,13 +78,13 @@ def test_without_an_address_nothing_is_imported_or_opened(system, listener):
     (system.folder / "program.py").write_text(
         "import sys\n"
         "from vodpoller.cli.app import main\n"
-        "from vodpoller.daemon import Daemon\n"
-        "run = Daemon.run\n"
-        "def run_shortly(daemon):\n"
-        "    code = run(daemon, until=lambda: True)\n"
+        "from vodpoller.service import Service\n"
+        "run = Service.run\n"
+        "def run_shortly(service):\n"
+        "    code = run(service, until=lambda: True)\n"
         f"    assert not {PACKAGES!r} & set(sys.modules), sys.modules.keys()\n"
         "    return code\n"
-        "Daemon.run = run_shortly\n"
+        "Service.run = run_shortly\n"
         "main()\n"
     )
     done = run_program(system.folder / "program.py", "run", "-c", system.config_path)
@@ -204,8 +205,9 @@ def test_a_puller_that_is_blocked_is_ill_health_until_it_is_back(system, port, m
     over = threading.Event()
     with (system.folder / "in-process.log").open("w") as log_file:
         log = make_logger(log_file, log_format="json")
-        daemon = daemon_module.Daemon(load(system.config_path, env={}), log=log, notifier=Notifier.of({}))
-        thread = threading.Thread(target=daemon.run, kwargs={"until": over.is_set})
+        config = load(system.config_path, env={})
+        service = Service(config, read=lambda: config, make_log=lambda _config: log, notifier=Notifier.of({}))
+        thread = threading.Thread(target=service.run, kwargs={"until": over.is_set})
         thread.start()
         try:
             client = Client(port)

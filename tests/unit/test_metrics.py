@@ -12,7 +12,7 @@ from tests.listening import NOW, WELL, Shown, running_listener
 from tests.processes import needs
 from vodpoller.events.types import DOCUMENTED_EVENT_TYPES
 from vodpoller.settlement import ConfirmResult, Reason, Settlement
-from vodpoller.status import SinkStatus, SourceStatus, StoredStatus
+from vodpoller.status import ReloadStatus, SinkStatus, SourceStatus, StoredStatus
 from vodpoller.telemetry import Count, Duration, Gauge
 
 PAGE = Path(__file__).parents[2] / "vodpoller" / "listener" / "README.md"
@@ -189,7 +189,7 @@ def test_what_the_status_says_is_told(shown):
 
 
 def test_a_reload_that_failed_is_told(shown):
-    shown.change(reload={"successful": False, "succeeded_at": NOW - 5})
+    shown.change(reload=ReloadStatus(successful=False, last_success_at=NOW - 5))
     found = samples(shown)
     assert found["config_last_reload_successful"] == {of(): 0}
     assert found["config_last_reload_success_timestamp_seconds"] == {of(): NOW - 5}

@@ -29,8 +29,11 @@ class StubJournal:
 
 
 class StubRetrier:
-    def submit_due(self):
-        return 0
+    def run(self, most_secs):
+        return False
+
+    def stop_claiming(self):
+        pass
 
 
 @pytest.fixture
