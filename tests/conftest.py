@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 
@@ -17,6 +18,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """For `-n auto`: tests of processes wait more than they compute."""
+    return 3 * (os.cpu_count() or 1)
+
 
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 

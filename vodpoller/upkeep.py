@@ -160,7 +160,7 @@ class Upkeep:
 
     def _keep_up(self) -> None:
         self._journal.flush()
-        while self._retrier.run(UPKEEP_SECS):
+        while self._retrier.run(UPKEEP_SECS) and not self._stopping:  # what is still under way then is the stop's
             self._journal.flush()
 
     def _measure(self) -> None:

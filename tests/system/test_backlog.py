@@ -156,8 +156,9 @@ def test_a_stop_amid_a_backlog_writes_down_what_came_of_it(system, receiver):
     for number in (1, 2):
         daemon = system.daemon()
         until(lambda number=number: len(keys_at(receiver)) > number * EVENTS, secs=60, what=daemon.tail)
-        exit_code, _ = daemon.terminate()
+        exit_code, took_secs = daemon.terminate()
         assert exit_code == 0
+        assert took_secs < 15, "it does not wait for `shutdown_secs`"
         assert pending(system) == bodies.keys() - set(keys_at(receiver))
         assert daemon.log("worker.failed") == daemon.log("task.failed") == []
     assert pending(system)

@@ -723,7 +723,9 @@ BATCH = st.tuples(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(  # each example takes a second and more
+    max_examples=settings().max_examples // 3, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     slots_per_sec=st.sampled_from([5, 5, 20, 100]),
     reserve_secs=st.sampled_from([0.0, 0.3]),
