@@ -372,6 +372,7 @@ class Daemon:
             worker.stop()
         stuck = [f"source {it.name}" for it, has_ended in zip(self._pollers, ended, strict=True) if not has_ended]
         stuck_sinks = close_sinks(self._sinks, self._workers, ends_at=ends_at, log=self._log)
+        self._retrier.end()
         if not self._upkeep.join(ends_at - time.monotonic()):
             stuck.append("upkeep")
         if stuck:  # a thread that hangs may still write to the journal; but what waits must not be lost with it

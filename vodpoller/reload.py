@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vodpoller.config.model import Config
+from vodpoller.config.tables import port_of
 from vodpoller.errors import ConfigError, JournalError
 from vodpoller.journal.operator import Letters
 from vodpoller.logs import Logger
@@ -16,18 +17,24 @@ PROBES_SECS: Final = 20.0
 PROBES_AT_ONCE: Final = 32
 
 
-def check_successor(new: Config, running: Config, log: Logger) -> None:
+def check_successor(new: Config, running: Config, log: Logger, *, trouble: str = "") -> None:
     """Look for what speaks against a configuration. It is valid, and another than the one that runs.
 
     Args:
         new: The configuration.
         running: The one whose place it would take.
         log: For the lines of what is tried.
+        trouble: Why the journal that runs cannot be written; empty if it can.
 
     Raises:
         ConfigError: Something does; it holds all that does.
     """
-    problems = [*problems_of_journal(new, running.journal.path), *_problems_of_sinks(new, log)]
+    problems = [
+        *_problems_of_trouble(new, running, trouble),
+        *problems_of_journal(new, running.journal.path),
+        *_problems_of_address(new.listener.address, running.listener.address),
+        *_problems_of_sinks(new, log),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -50,6 +57,24 @@ def problems_of_journal(new: Config, path: Path) -> Iterator[str]:
     else:
         if stored:
             yield f"journal.path: cannot be changed while {stored:,} events are stored in {path} ({remedy})"
+
+
+def _problems_of_trouble(new: Config, running: Config, trouble: str) -> Iterator[str]:
+    """A journal that cannot be written cannot be opened again either, and what waits in memory would be lost."""
+    if trouble and os.path.realpath(new.journal.path) == os.path.realpath(running.journal.path):
+        yield f"journal.path: {running.journal.path} cannot be written: {trouble} (see `vodpoller status`)"
+
+
+def _problems_of_address(new: str | None, running: str | None) -> Iterator[str]:
+    """The port that is in use here is given up before it is taken again: only another one can be tried."""
+    if new is None or (running is not None and port_of(new) == port_of(running)):
+        return
+    from vodpoller.listener.server import listen  # noqa: PLC0415 - else its packages are not needed
+
+    try:
+        listen(new).close()
+    except OSError as error:
+        yield f"listener.address: {new} cannot be listened at: {error.strerror or error}"
 
 
 def _problems_of_sinks(config: Config, log: Logger) -> Iterator[str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, TypeVar
 
@@ -102,14 +103,23 @@ class Service:
         self._exit_code = 0
         self._end_reason = "a signal asked for the end meanwhile"
         self._status_socket: StatusSocket | None = None
-        self._listening = Listening(self._view, telemetry=self._telemetry, inherited=self._inherited)
-        self._is_ready = False
+        self._listening = Listening(
+            lambda: self._view() if self._is_built else None, telemetry=self._telemetry, inherited=self._inherited
+        )
+        self._is_built = self._is_ready = False
         self._askers_lock = threading.Lock()
         self._askers = [Asker(connection) for connection in handover.askers()]
         self._reloaded = ReloadStatus()
-        self._daemon: Daemon | None = self._built(config)
+        # Building may take minutes, if a sink's file is read after a crash: the probes are answered meanwhile.
+        self._listening.follow(config.listener.address)
+        try:
+            self._daemon: Daemon | None = self._built(config)
+        except BaseException:
+            self._listening.close()
+            raise
         self._started_at = self._clock()
         self._last_status = self._of_process(self._daemon.known_status())  # of the last one that was stopped
+        self._is_built = True
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +227,8 @@ class Service:
             ConfigError: It cannot be used. What ran before runs, or nothing if that cannot be had again either.
             StoppingError: A signal asked for the end.
         """
-        new = self._beside(self._read_and_check, name="reload", beat=lambda: self._beat_unless_stopping(daemon))
+        check = partial(self._read_and_check, daemon)
+        new = self._beside(check, name="reload", beat=lambda: self._beat_unless_stopping(daemon))
         former = self._config
         if new == former:
             return False
@@ -232,11 +243,11 @@ class Service:
         self._settle_memory()
         return True
 
-    def _read_and_check(self) -> Config:
+    def _read_and_check(self, daemon: Daemon) -> Config:
         try:
             new = self._read()
             if new != self._config:
-                check_successor(new, self._config, self._log)
+                check_successor(new, self._config, self._log, trouble=daemon.known_status().journal.error)
         except ConfigError:
             raise
         except Exception as error:

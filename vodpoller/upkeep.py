@@ -89,7 +89,7 @@ class Upkeep:
         self._stopping = False
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
-            executors={"default": ThreadPoolExecutor(max_workers=2)},
+            executors={"default": ThreadPoolExecutor(max_workers=4)},  # retrying and asking VOD may hold one each
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
 
@@ -104,7 +104,8 @@ class Upkeep:
         self._periodically("count", self._count, COUNT_SECS)
         if self._queues is not None:
             self._periodically("measure", self._measure, COUNT_SECS)
-            self._periodically("count queues", partial(self._count_queues, self._queues), QUEUES_SECS)
+            asking = partial(self._count_queues, self._queues)
+            self._periodically("count queues", asking, QUEUES_SECS, is_awaited=False)
         self._scheduler.start()
 
     def run_all_now(self) -> None:
@@ -141,26 +142,30 @@ class Upkeep:
             for it in self._journal.stored()
         ]
 
-    def _periodically(self, name: str, task: Callable[[], object], every_secs: float) -> None:
-        self._scheduler.add_job(partial(self._run_task, name, task), _Every(every_secs), id=name)
+    def _periodically(
+        self, name: str, task: Callable[[], object], every_secs: float, *, is_awaited: bool = True
+    ) -> None:
+        """Run a task again and again; a stop waits for it unless it only asks VOD, which may take its time."""
+        run = partial(self._run_task, name, task, 1 if is_awaited else 0)
+        self._scheduler.add_job(run, _Every(every_secs), id=name)
 
-    def _run_task(self, name: str, task: Callable[[], object]) -> None:
+    def _run_task(self, name: str, task: Callable[[], object], awaited: int) -> None:
         with self._task_ended:
             if self._stopping:
                 return
-            self._running_tasks += 1
+            self._running_tasks += awaited
         try:
             task()
         except Exception as error:  # noqa: BLE001 - it runs again at its next time
             self._telemetry.repeated("error", "task.failed", cause=f"{name} {error!r}", task=name, exc_info=error)
         finally:
             with self._task_ended:
-                self._running_tasks -= 1
+                self._running_tasks -= awaited
                 self._task_ended.notify_all()
 
     def _keep_up(self) -> None:
         self._journal.flush()
-        while self._retrier.run(UPKEEP_SECS) and not self._stopping:  # what is still under way then is the stop's
+        while self._retrier.run(UPKEEP_SECS):
             self._journal.flush()
 
     def _measure(self) -> None:
@@ -178,9 +183,12 @@ class Upkeep:
     def _count_queues(self, queues: Mapping[str, Callable[[], int]]) -> None:
         waiting: dict[Labels, int] = {}
         for source, ask in queues.items():
+            if self._stopping:
+                return
             with suppress(VodpollerError):  # the key may lack the right to ask: then it is not known
                 waiting[("source", source),] = ask()
-        self._telemetry.set(Gauge.QUEUE_EVENTS, waiting)
+        if not self._stopping:  # else what comes after this may have said more already
+            self._telemetry.set(Gauge.QUEUE_EVENTS, waiting)
 
     def _count(self) -> None:
         try:

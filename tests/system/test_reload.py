@@ -108,6 +108,12 @@ def test_without_a_daemon_it_is_exit_1(system):
     assert "no daemon listens there" in done.stderr
 
 
+def test_a_file_that_is_missing_leads_to_no_other_daemon(system):
+    done = run_command("reload", "-c", system.folder / "mistyped.toml")
+    assert done.returncode == 78
+    assert "mistyped.toml: there is no such file" in done.stderr
+
+
 def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -131,10 +137,10 @@ def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
     until(simulator.all_confirmed)
     assert len(system.lines()) == 1
 
-    system.config_path.write_text(good)
-    done = run_command("status", "-c", system.config_path)
+    done = run_command("status", "-c", system.config_path)  # the daemon is asked although the file is broken
     assert done.returncode == 1
     assert done.stdout.startswith("PROBLEM configuration: the reload at ")
+    system.config_path.write_text(good)
     said = status_of(system)["reload"]
     assert (said["successful"], len(said["problems"])) == (False, 1)
     assert said["last_success_at"] <= said["at"]

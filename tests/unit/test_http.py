@@ -526,6 +526,21 @@ def test_a_request_on_an_idle_connection_that_breaks_is_sent_again_on_a_new_one(
     assert script.requests[1] == script.requests[2]
 
 
+def test_what_is_sent_again_has_its_own_time_to_connect(adapter_of):
+    def resets_late(connection, stopping):
+        stopping.wait(0.4)
+        resets(connection, stopping)
+
+    script = Script(OK, resets_late, OK)
+    with raw_server(script) as url:
+        adapter = adapter_of()
+        call(adapter, url)
+        request = requests.Request("POST", url).prepare()
+        with closing(adapter.send_within(request, BARE, 10.0, connect_secs=0.3)) as response:
+            assert was_repeated(response)
+        adapter.close()
+
+
 def test_all_idle_connections_that_break_cost_one_try_each(adapter_of):
     broken = threading.Event()
 

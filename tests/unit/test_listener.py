@@ -1,5 +1,6 @@
 """The listener, asked over real sockets: who may ask, what each path answers, and what clients can do to it."""
 
+import errno
 import json
 import socket
 import threading
@@ -11,7 +12,8 @@ import pytest
 from tests.helpers import named
 from tests.listening import Client, Shown, running_listener
 from tests.polling import until
-from vodpoller.listener.server import BODY_MAX_BYTES, HEAD_MAX_BYTES, Listener, listen
+from vodpoller.listener import server as server_module
+from vodpoller.listener.server import BODY_MAX_BYTES, HEAD_MAX_BYTES, LOOK_SECS, Listener, listen
 
 PATHS = ["/", "/metrics", "/status.json", "/healthz", "/readyz"]
 GUARDED = ["/", "/metrics", "/status.json", "/nothing"]
@@ -334,3 +336,17 @@ def test_it_listens_at_addresses_of_ipv6_too():
         pytest.skip(f"this machine has no IPv6: {error}")
     with sock:
         assert sock.family == socket.AF_INET6
+
+
+def test_without_descriptors_it_waits_before_it_tries_again(monkeypatch):
+    waited = []
+
+    def refuse(_sock):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with listen("127.0.0.1:0") as sock, monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "accept", refuse)
+        patched.setattr(server_module.time, "sleep", waited.append)
+        with pytest.raises(OSError, match="Too many open files"):
+            sock.accept()
+    assert waited == [LOOK_SECS]

@@ -262,6 +262,35 @@ def test_nothing_is_submitted_while_the_journal_cannot_be_read(bench, monkeypatc
     assert bench.journal.counts() == {}
 
 
+def test_nothing_is_delivered_while_the_journal_cannot_be_written(bench, monkeypatch):
+    bench.store(1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.journal.commits, "db", CannotBegin(sqlite3.OperationalError("disk is full")))
+        bench.journal.accept("it", [event(99).key], None)
+        assert not bench.journal.is_writable
+        bench.retrier.run(0.05)
+    assert bench.sink.calls == []
+    bench.journal.flush()
+    assert bench.go() == 2
+
+
+def test_calls_that_hang_keep_no_stored_event_from_idle_threads(bench):
+    sink = MemorySink(concurrency=16)
+    held, over = threading.Semaphore(12), threading.Event()
+    sink.behaviour = lambda _events: over.wait(30) if held.acquire(blocking=False) else None
+    worker = bench.worker_of("other", sink)
+    worker.start()
+    retrier = bench.retrier_that_gathers(0.0, other=worker)
+    bench.store(*range(40), sink="other")
+    try:
+        until(lambda: retrier.run(0.05) and len(sink.accepted) == 28)
+    finally:
+        over.set()
+        worker.stop()
+        assert worker.join(10)
+        retrier.stop()
+
+
 def test_half_of_the_queue_is_left_for_fresh_events(bench):
     bench.sink.gate.clear()
     bench.store(*range(50))

@@ -1,5 +1,6 @@
 """What speaks against a configuration before anything is stopped, and what leads to a daemon whose file is broken."""
 
+import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from vodpoller.cli import reload as reload_command
 from vodpoller.cli.app import main
 from vodpoller.config.glance import glance_at
 from vodpoller.config.load import from_dict, load
-from vodpoller.config.tables import Daemon, Journal
+from vodpoller.config.tables import Daemon, Journal, Listener
 from vodpoller.errors import ConfigError
 from vodpoller.reload import check_successor
 from vodpoller.secret import Secret
@@ -95,6 +96,28 @@ def test_another_spelling_is_not_another_journal(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     running = config_with(tmp_path, {"a": works})
     new = replace(running, journal=Journal(path=tmp_path / "link" / "journal.db"))
+    check_successor(new, running, LOG)
+
+
+def test_a_journal_that_cannot_be_written_is_not_given_up(tmp_path):
+    running = config_with(tmp_path, {"a": works})
+    with pytest.raises(ConfigError, match=r"^journal\.path: .* cannot be written: the disk is full"):
+        check_successor(running, running, LOG, trouble="the disk is full")
+
+
+# --- the listener -----------------------------------------------------------------------------------------------------
+
+
+def test_an_address_in_use_is_refused_and_a_free_one_is_not(tmp_path):
+    running = config_with(tmp_path, {"a": works})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        new = replace(running, listener=Listener(address=address))
+        with pytest.raises(
+            ConfigError, match=f"^listener.address: {address} cannot be listened at: Address already in"
+        ):
+            check_successor(new, running, LOG)
+        check_successor(new, new, LOG)  # it is this process's own
     check_successor(new, running, LOG)
 
 

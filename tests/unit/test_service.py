@@ -10,9 +10,12 @@ from signal import SIGHUP, SIGTERM
 import pytest
 
 from tests.helpers import event, log_into, named
+from tests.listening import Client
 from tests.polling import until
+from tests.processes import HeldPort
 from vodpoller import service as service_module
 from vodpoller.config.load import from_dict
+from vodpoller.config.tables import Listener
 from vodpoller.errors import ConfigError, JournalError, StoppingError
 from vodpoller.handover import Handover
 from vodpoller.journal.contract import Letter
@@ -110,6 +113,11 @@ class StubDaemon:
 
     def is_alive(self):
         return True
+
+    def overdue(self):
+        return {}
+
+    clock_offset_secs = None
 
 
 class StubNotifier(Notifier):
@@ -446,6 +454,22 @@ def test_another_configuration_takes_the_place_of_the_former(running, tmp_path, 
     assert named(lines, "daemon.reloaded")[0]["changed"] is True
     assert running.notifier.states() == [READY, RELOADING, READY]
     assert running.reload()["changed"] is False
+
+
+def test_probes_are_answered_while_it_builds(tmp_path, lines):
+    running = Running(tmp_path, lines)
+    answers = []
+    with HeldPort() as port:
+        running.config = replace(running.config, listener=Listener(address=f"127.0.0.1:{port.number}"))
+
+        def ask(_daemon):
+            until(lambda: named(lines, "listener.started"))
+            answers.extend(Client(port.number).get(path).status for path in ("/healthz", "/readyz", "/metrics"))
+
+        running.at_build = ask
+        with running:
+            answers.extend(Client(port.number).get(path).status for path in ("/healthz", "/readyz", "/metrics"))
+    assert answers == [200, 503, 503, 200, 200, 200]
 
 
 def test_counts_live_over_a_reload(running, tmp_path):

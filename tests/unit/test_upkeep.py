@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import log_into
 from tests.polling import until
-from vodpoller.telemetry import Telemetry
+from vodpoller.telemetry import Gauge, Telemetry
 from vodpoller.upkeep import Upkeep
 
 
@@ -27,6 +27,12 @@ class StubJournal:
     def stored(self):
         return []
 
+    def dead_letters(self):
+        return {}
+
+    def stored_bytes(self):
+        return 0
+
 
 class StubRetrier:
     def run(self, most_secs):
@@ -42,19 +48,47 @@ def journal():
 
 
 @pytest.fixture
-def upkeep(journal):
+def telemetry():
+    return Telemetry(log_into([]))
+
+
+@pytest.fixture
+def vod():
+    """Answers how many events wait, once its gate is open."""
+    return SlowVod()
+
+
+class SlowVod:
+    def __init__(self):
+        self.gate = threading.Event()
+        self.asked = 0
+
+    def waiting(self):
+        self.asked += 1
+        self.gate.wait(30)
+        return 7
+
+
+@pytest.fixture
+def upkeep(journal, telemetry, vod):
     running = Upkeep(
         journal=journal,
         retrier=StubRetrier(),
         pollers={},
         sinks=[],
-        telemetry=Telemetry(log_into([])),
+        telemetry=telemetry,
         wall=lambda: 0.0,
+        queues={"main": vod.waiting, "other": vod.waiting},
     )
     running.start()
     yield running
     journal.gate.set()
+    vod.gate.set()
     running.stop()
+
+
+def own_threads():
+    return {thread for thread in threading.enumerate() if "APScheduler" in thread.name or "ThreadPool" in thread.name}
 
 
 def test_a_task_that_runs_at_the_stop_is_awaited(upkeep, journal):
@@ -65,10 +99,23 @@ def test_a_task_that_runs_at_the_stop_is_awaited(upkeep, journal):
     assert upkeep.join(30)
 
 
-def test_its_threads_end_with_it(upkeep, journal):
+def test_a_question_to_vod_holds_no_stop_up_and_its_answer_is_late(upkeep, journal, telemetry, vod):
     journal.gate.set()
+    until(lambda: vod.asked)
+    upkeep.stop()
+    assert upkeep.join(30)
+    assert not vod.gate.is_set()
+    vod.gate.set()
+    until(lambda: not own_threads())
+    assert vod.asked == 1
+    assert telemetry.gauge(Gauge.QUEUE_EVENTS) == {}
+
+
+def test_its_threads_end_with_it(upkeep, journal, vod):
+    journal.gate.set()
+    vod.gate.set()
     until(lambda: journal.flushes)
-    own = {thread for thread in threading.enumerate() if "APScheduler" in thread.name or "ThreadPool" in thread.name}
+    own = own_threads()
     assert own
     upkeep.stop()
     until(lambda: not any(thread.is_alive() for thread in own))

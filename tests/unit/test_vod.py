@@ -880,16 +880,37 @@ def test_a_confirm_on_a_connection_that_broke_is_sent_again(client_of):
     assert server.requests[1] == server.requests[2]
 
 
-@pytest.mark.parametrize("sub_app_id", [None, 7])
-def test_a_refusal_of_a_confirm_that_was_sent_again_leaves_open_what_became_of_it(client_of, sub_app_id):
-    with serving(sends(answer_of(element(1))), sends_raw(b""), sends(REFUSED)) as server:
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("InvalidParameterValue", RefusedHandlesError),
+        ("RequestLimitExceeded", ThrottledError),
+        ("AuthFailure.SecretIdNotFound", OperatorError),
+    ],
+)
+def test_a_refusal_of_a_confirm_that_was_sent_again_leaves_open_what_became_of_it(client_of, code, kind):
+    refused = sends(json.dumps(error_of(code)).encode())
+    with serving(sends(answer_of(element(1))), sends_raw(b""), refused) as server:
         client = client_of(server.url)
         client.pull("main", None)
-        with pytest.raises(TransientError, match="the first one may have confirmed them") as caught:
-            client.confirm(sub_app_id, ["h1"])
-        assert caught.value.error_code == "InvalidParameterValue"
-        with pytest.raises(RefusedHandlesError):
-            client.confirm(sub_app_id, ["h1"])
+        with pytest.raises(TransientError, match="the first one may have been carried out") as caught:
+            client.confirm(7, ["h1"])
+        assert type(caught.value) is TransientError
+        assert caught.value.error_code == code
+        with pytest.raises(kind):
+            client.confirm(7, ["h1"])
+        client.close()
+
+
+@pytest.mark.parametrize("code", ["RequestLimitExceeded", "AuthFailure.SecretIdNotFound"])
+def test_a_refusal_of_a_pull_that_was_sent_again_does_not_say_that_it_brought_nothing(client_of, code):
+    refused = sends(json.dumps(error_of(code)).encode())
+    with serving(sends(answer_of(element(1))), sends_raw(b""), refused) as server:
+        client = client_of(server.url)
+        client.pull("main", None)
+        with pytest.raises(TransientError, match="the first one may have been carried out") as caught:
+            client.pull("main", None)
+        assert type(caught.value) is TransientError
         client.close()
 
 

@@ -32,6 +32,8 @@ def reload(config_path: Path, *, pid: int | None) -> None:
 
     Exit code 0: it is done. 78: it was refused. 1: no daemon runs, or it did not answer in time.
     """
+    if not pid and not config_path.exists():  # the default journal may be that of another daemon
+        fail([f"{config_path}: there is no such file"], EXIT_CONFIG)
     journal, daemon = glance_at(config_path, env=os.environ)
     path = (socket_of_process(pid) if pid else None) or socket_path(journal.path)
     _show(_ask_reload(path, daemon.shutdown_secs + BEYOND_STOP_SECS))

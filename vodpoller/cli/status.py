@@ -1,6 +1,7 @@
 """`vodpoller status`."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from vodpoller.cli.exits import EXIT_FAILURE
 from vodpoller.cli.failure import fail
 from vodpoller.cli.letters import open_letters
 from vodpoller.cli.output import make_console
+from vodpoller.config.glance import glance_at
 from vodpoller.config.model import Config
 from vodpoller.logs import printable
 from vodpoller.status import SilentStatus, StoredStatus
@@ -37,8 +39,11 @@ def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
     Exit code 0: all is well. 1: no daemon runs, a source cannot be pulled, a sink is down, the journal cannot be
     written, events are stored for a sink that the configuration no longer has, or the last reload was refused.
     """
-    config = load_config(config_path, needs_key=False)
-    report = _ask_status(config, strict=strict)
+    # A daemon that runs on with its former configuration is asked also if the file cannot be used any more.
+    if not config_path.exists():
+        load_config(config_path, needs_key=False)  # says so, and exits
+    answer, trouble = _ask_status(glance_at(config_path, env=os.environ)[0].path, strict=strict)
+    report = answer or _status_of_journal(load_config(config_path, needs_key=False), trouble, strict=strict)
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -47,8 +52,9 @@ def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
         sys.exit(EXIT_FAILURE)
 
 
-def _ask_status(config: Config, *, strict: bool) -> Mapping[str, Any]:
-    path = socket_path(config.journal.path)
+def _ask_status(journal_path: Path, *, strict: bool) -> tuple[Mapping[str, Any] | None, str]:
+    """What the daemon answers; if it gives no status, why not: empty if none listens."""
+    path = socket_path(journal_path)
     trouble = ""
     try:
         answer = ask(path, {"command": "status", "strict": strict}, timeout_secs=STATUS_SECS)
@@ -58,9 +64,9 @@ def _ask_status(config: Config, *, strict: bool) -> Mapping[str, Any]:
         answer, trouble = None, str(error)
     if answer is not None:
         if "problems" in answer:
-            return answer
+            return answer, ""
         trouble = str(answer.get("error", "its answer is not a status"))
-    return _status_of_journal(config, trouble, strict=strict)
+    return None, trouble
 
 
 def _status_of_journal(config: Config, trouble: str, *, strict: bool) -> Mapping[str, Any]:

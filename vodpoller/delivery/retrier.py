@@ -112,12 +112,16 @@ class Retrier:
         """
         ends_at = time.monotonic() + secs
         with self._lap:
-            self.submit_due()
+            self._submit_if_written()
             while self._goes_on() and (left_secs := ends_at - time.monotonic()) > 0:
                 self.write_results(left_secs)
-                if self._journal.is_writable:  # else what cannot be buried would be delivered again at once
-                    self.submit_due()
+                self._submit_if_written()
             return self._goes_on()
+
+    def _submit_if_written(self) -> None:
+        # Else what is delivered would be known in memory only, and what cannot be buried be delivered again at once.
+        if self._journal.is_writable:
+            self.submit_due()
 
     def _goes_on(self) -> bool:
         return bool(self._under_way) and not self._stopped
@@ -126,12 +130,16 @@ class Retrier:
         """Submit nothing any more; what is under way goes on."""
         self._claims = False
 
-    def stop(self) -> None:
-        """Write down what the workers have handed back, which have stopped; what they have not is pending."""
+    def end(self) -> None:
+        """The workers have stopped: `run` waits for nothing more of theirs."""
         self._claims = False
         with self._condition:
             self._stopped = True
             self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Write down what the workers have handed back, which have stopped; what they have not is pending."""
+        self.end()
         with self._lap:
             self.write_results(0)
 
@@ -191,9 +199,9 @@ class Retrier:
     def _due(self, worker: Worker) -> Sequence[ClaimedEvent]:
         room = min(worker.room(), BATCH_ROWS)
         with self._condition:
-            under_way = sum(delivery.sink == worker.name for delivery in self._under_way)
+            waiting = sum(it.sink == worker.name and it.state is State.QUEUED for it in self._under_way)
         # A query for each place that becomes free would cost more than a portion. A probe is one event, at its time.
-        if not room or (room < min(under_way, BATCH_ROWS) and not worker.is_open):
+        if not room or (room < min(waiting, BATCH_ROWS) and not worker.is_open):
             return ()
         try:
             return self._journal.claim_due(worker.name, room)

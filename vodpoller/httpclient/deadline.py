@@ -29,3 +29,11 @@ class Deadline(float):
         if left_secs <= 0:
             raise TimeoutError("the time of the call is over")
         return left_secs
+
+    def anew(self, whole: "Deadline") -> "Deadline":
+        """As long again from now on, but no longer than another one lasts.
+
+        Raises:
+            TimeoutError: That one is over.
+        """
+        return Deadline(min(self, whole.left_secs()), self._monotonic)

@@ -75,7 +75,7 @@ def exchange(route: Route, request: PreparedRequest, connect: Deadline, whole: D
     except (HTTPError, http.client.HTTPException, OSError):
         if not was_idle or connection.has_heard or not connection.has_time:
             raise
-    answer = _ask(route, route.pool.take(is_new=True), request.method, pieces, connect, whole)
+    answer = _ask(route, route.pool.take(is_new=True), request.method, pieces, connect.anew(whole), whole)
     answer.is_repeated = True
     return answer
 

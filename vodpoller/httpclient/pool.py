@@ -1,5 +1,6 @@
 """Pools that keep connections while they can be trusted to bring the answer to the next request, and nothing else."""
 
+import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -63,6 +64,19 @@ def pool_classes(reach: Reach) -> PoolClasses:
     }
 
 
+class _BoundedSocks(BoundedConnection):
+    """PySocks gives each of its own steps the whole time; TLS, which comes then, gets what is left of it."""
+
+    def _new_conn(self) -> socket.socket:
+        sock: socket.socket = super()._new_conn()
+        try:
+            sock.settimeout(self.left_secs())
+        except TimeoutError:
+            sock.close()
+            raise
+        return sock
+
+
 def socks_pool_classes(classes: Mapping[str, Any], reach: Reach) -> PoolClasses:
     """The pools of a proxy for SOCKS, by scheme. They connect in their own way, which needs a package of its own.
 
@@ -72,7 +86,7 @@ def socks_pool_classes(classes: Mapping[str, Any], reach: Reach) -> PoolClasses:
     """
     pools: dict[str, Callable[..., Pool]] = {}
     for scheme, pool_class in classes.items():
-        connection = type("_SocksConnection", (BoundedConnection, pool_class.ConnectionCls), {})
+        connection = type("_SocksConnection", (_BoundedSocks, pool_class.ConnectionCls), {})
         pools[scheme] = partial(_make_pool, type("_SocksPool", (Pool, pool_class), {}), partial(connection, reach))
     return pools
 

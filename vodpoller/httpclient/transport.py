@@ -11,6 +11,7 @@ A connection that was idle for long, or that breaks when it is used again, is re
 import http.client
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,7 @@ class DeadlineAdapter:
         self._pool_classes = pool_classes(self._reach)
         self._requests.poolmanager.pool_classes_by_scheme = self._pool_classes
         self._last_route: tuple[object, Route | None] = (None, None)
+        self._making_manager = threading.Lock()
 
     def check_roots(self) -> None:
         """Read what vouches for certificates now, not at the first https call.
@@ -242,18 +244,19 @@ class DeadlineAdapter:
         )
 
     def _manager_of(self, proxy: str, trust: dict[str, Any]) -> Any:
-        if proxy in self._requests.proxy_manager:
-            return self._requests.proxy_manager[proxy]
-        is_encrypted = proxy.startswith("https:")
-        manager = self._requests.proxy_manager_for(
-            proxy, **({"proxy_ssl_context": trust["ssl_context"]} if is_encrypted else {})
-        )
-        manager.pool_classes_by_scheme = (
-            socks_pool_classes(manager.pool_classes_by_scheme, self._reach)
-            if proxy.startswith("socks")
-            else self._pool_classes
-        )
-        return manager
+        with self._making_manager:  # requests shows a manager to other threads before it has our pools
+            if proxy in self._requests.proxy_manager:
+                return self._requests.proxy_manager[proxy]
+            is_encrypted = proxy.startswith("https:")
+            manager = self._requests.proxy_manager_for(
+                proxy, **({"proxy_ssl_context": trust["ssl_context"]} if is_encrypted else {})
+            )
+            manager.pool_classes_by_scheme = (
+                socks_pool_classes(manager.pool_classes_by_scheme, self._reach)
+                if proxy.startswith("socks")
+                else self._pool_classes
+            )
+            return manager
 
 
 class _Response(requests.Response):

@@ -35,7 +35,21 @@ _IN_MEMORY_BYTES: Final = 64 * 1024  # of a body; nothing here reads one
 _OWN_DESCRIPTORS: Final = 2  # that waitress counts as connections
 
 
-def listen(address: str) -> socket.socket:
+class PatientSocket(socket.socket):
+    """Waits if there is no descriptor for a connection: waitress would try again at once, until there is one."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """As `socket.accept`."""
+        try:
+            return super().accept()
+        except BlockingIOError:
+            raise
+        except OSError:
+            time.sleep(LOOK_SECS)
+            raise
+
+
+def listen(address: str) -> PatientSocket:
     """A socket that listens.
 
     Args:
@@ -46,7 +60,7 @@ def listen(address: str) -> socket.socket:
     """
     host, port = host_of(address), port_of(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    return PatientSocket(fileno=socket.create_server((host, port), family=family, backlog=CONNECTIONS).detach())
 
 
 class Listener:
@@ -72,7 +86,7 @@ class Listener:
         connection_secs: float = CONNECTION_SECS,
     ) -> None:
         self.address = address
-        self.socket = sock
+        self.socket: PatientSocket | None = None if sock is None else PatientSocket(fileno=sock.detach())
         self._telemetry = telemetry.scope()
         self._app = App(current, self._telemetry)
         self._connection_secs = connection_secs

@@ -27,7 +27,6 @@ from vodpoller import __version__
 from vodpoller.errors import (
     NoAnswerError,
     OperatorError,
-    RefusedHandlesError,
     StoppingError,
     ThrottledError,
     TransientError,
@@ -241,7 +240,7 @@ class VodClient:
         items: Sequence[PulledEvent | Malformed]
         if answer.error_code is not None:
             if not is_empty_queue(answer):
-                raise refusal_in(PULL, answer, self._key_renewal)
+                raise _refusal(PULL, answer, self._key_renewal)
             items = ()
         elif answer.status == HTTPStatus.OK and answer.unreadable:
             items = self._salvaged(answer, answer.cut or answer.unreadable, source, sub_app_id)
@@ -298,14 +297,7 @@ class VodClient:
         timeout_secs = own_secs if timeout_secs is None else min(timeout_secs, own_secs)
         answer = self._ask(self._confirm, encode_json(content), timeout_secs=timeout_secs, has_slot=True)
         if answer.error_code is not None:
-            refusal = refusal_in(CONFIRM, answer, self._key_renewal)
-            if answer.repeated and isinstance(refusal, RefusedHandlesError):
-                raise TransientError(
-                    f"{refusal} | it was sent again after the connection broke: the first one may have confirmed them",
-                    error_code=refusal.error_code,
-                    request_id=refusal.request_id,
-                )
-            raise refusal
+            raise _refusal(CONFIRM, answer, self._key_renewal)
         response_of(answer)
         return answer.request_id
 
@@ -560,3 +552,15 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DecodeError):
         return str(error.args[0])  # which encoding it is not in
     return f"VOD {failure_text(error, 0.0)}"
+
+
+def _refusal(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
+    """What an answer with an error code is; of a request that was sent twice, it says nothing of the first time."""
+    refusal = refusal_in(action, answer, key_renewal)
+    if not answer.repeated:
+        return refusal
+    return TransientError(
+        f"{refusal} | it was sent again after the connection broke: the first one may have been carried out",
+        error_code=refusal.error_code,
+        request_id=refusal.request_id,
+    )
