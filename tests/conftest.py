@@ -14,7 +14,7 @@ from vodpoller.logs import CATALOGUE
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# `--hypothesis-profile thorough` takes an hour, with each order of steps that the models know; see tests/README.md.
+# `--hypothesis-profile thorough` takes hours; see tests/README.md.
 settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("quick")

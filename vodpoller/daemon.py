@@ -122,6 +122,7 @@ class Daemon:
             telemetry=self._telemetry,
             wall=self._clock,
             queues=self._queues() if self._config.listener.address else None,
+            modes={it.name: partial(self._mode, it.sub_app_id) for it in self._config.sources},
         )
 
     def _worker(self, name: str, sink: Sink[Any]) -> Worker:
@@ -173,6 +174,9 @@ class Daemon:
             liveness=self._liveness,
             wall=self._clock,
         )
+
+    def _mode(self, sub_app_id: int | None) -> str:
+        return self._vod.event_config(sub_app_id).mode
 
     def _queues(self) -> Mapping[str, Callable[[], int]]:
         return {it.name: partial(self._vod.waiting_events, it.sub_app_id) for it in self._config.sources}
@@ -316,7 +320,7 @@ class Daemon:
             started_at=self._started_at,
             at=self._clock(),
             settled_events=self.settled_events,
-            sources=[poller.status() for poller in self._pollers],
+            sources=[replace(it.status(), is_pushed=it.name in self._upkeep.pushed) for it in self._pollers],
             sinks=[worker.status() for worker in self._workers.values()],
             stored=stored,
             journal=journal,

@@ -45,6 +45,7 @@ class SourceStatus:
         request_id: Tencent's RequestId of that error, empty if there is none.
         remedy: What to do about it.
         last_error: The last pull that failed, also if pulling works again; None if none did since the start.
+        is_pushed: Whether VOD sends the application's events to a URL: then none can be pulled.
     """
 
     name: str
@@ -57,6 +58,7 @@ class SourceStatus:
     request_id: str = ""
     remedy: str = ""
     last_error: PullError | None = None
+    is_pushed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +231,14 @@ class Status:
     def _source_problems(self) -> Iterator[Problem]:
         started_at = max(self.started_at, self.reload.built_at)
         for source in self.sources:
+            if source.is_pushed:
+                yield Problem(
+                    what=f"source {source.name}",
+                    cause="reliable callbacks are off for this application: VOD sends its events by normal callbacks,"
+                    " and none can be pulled",
+                    remedy="Choose the reliable callback in VOD's console, or correct sub_app_id;"
+                    " `vodpoller check --connect` says where",
+                )
             pulled_at = source.last_pull_at or started_at
             silent_secs = self.at - pulled_at
             is_silent = silent_secs >= (PULL_SECS if source.last_pull_at else FIRST_PULL_SECS)

@@ -25,6 +25,8 @@ PRUNE_SECS: Final = 5.0
 PRUNE_SHARE: Final = 1 / 32  # all of the ledger is looked at every 160 s
 COUNT_SECS: Final = 30.0
 QUEUES_SECS: Final = 60.0
+MODES_SECS: Final = 600.0
+MODES_FIRST_SECS: Final = 60.0
 
 
 class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
@@ -60,9 +62,11 @@ class Upkeep:
         wall: The clock, in seconds since 1970.
         queues: By a source's name, asks VOD for the number of events that wait for it; None if nothing shows what is
             measured now and then.
+        modes: By a source's name, asks VOD how it sends the application's events.
 
     Attributes:
         stored: What is stored, as it was counted last.
+        pushed: Names of the sources whose events VOD sends to a URL, so that none can be pulled.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Upkeep:
         telemetry: Telemetry,
         wall: Callable[[], float],
         queues: Mapping[str, Callable[[], int]] | None = None,
+        modes: Mapping[str, Callable[[], str]] | None = None,
     ) -> None:
         self._journal = journal
         self._retrier = retrier
@@ -83,6 +88,8 @@ class Upkeep:
         self._telemetry = telemetry.scope()
         self._wall = wall
         self._queues = queues
+        self._modes = modes or {}
+        self.pushed: Collection[str] = ()
         self.stored: Sequence[StoredStatus] = ()
         self._task_ended = threading.Condition()
         self._running_tasks = 0
@@ -106,6 +113,8 @@ class Upkeep:
             self._periodically("measure", self._measure, COUNT_SECS)
             asking = partial(self._count_queues, self._queues)
             self._periodically("count queues", asking, QUEUES_SECS, is_awaited=False)
+        # Not at once: a start asks VOD for nothing but events.
+        self._periodically("modes", self._ask_modes, MODES_SECS, is_awaited=False, first_after_secs=MODES_FIRST_SECS)
         self._scheduler.start()
 
     def run_all_now(self) -> None:
@@ -143,11 +152,18 @@ class Upkeep:
         ]
 
     def _periodically(
-        self, name: str, task: Callable[[], object], every_secs: float, *, is_awaited: bool = True
+        self,
+        name: str,
+        task: Callable[[], object],
+        every_secs: float,
+        *,
+        is_awaited: bool = True,
+        first_after_secs: float = 0.0,
     ) -> None:
         """Run a task again and again; a stop waits for it unless it only asks VOD, which may take its time."""
         run = partial(self._run_task, name, task, 1 if is_awaited else 0)
-        self._scheduler.add_job(run, _Every(every_secs), id=name)
+        first_at = datetime.now(UTC) + timedelta(seconds=first_after_secs)
+        self._scheduler.add_job(run, _Every(every_secs), id=name, next_run_time=first_at)
 
     def _run_task(self, name: str, task: Callable[[], object], awaited: int) -> None:
         with self._task_ended:
@@ -189,6 +205,16 @@ class Upkeep:
                 waiting[("source", source),] = ask()
         if not self._stopping:  # else what comes after this may have said more already
             self._telemetry.set(Gauge.QUEUE_EVENTS, waiting)
+
+    def _ask_modes(self) -> None:
+        pushed: list[str] = []
+        for source, ask in self._modes.items():
+            if self._stopping:
+                return
+            with suppress(VodpollerError):  # as above
+                if ask() == "PUSH":
+                    pushed.append(source)
+        self.pushed = pushed
 
     def _count(self) -> None:
         try:

@@ -78,6 +78,14 @@ def test_each_problem_names_cause_and_remedy(changed, what, words):
     assert all(word in str(first) for word in words), str(first)
 
 
+def test_events_that_are_pushed_are_the_first_problem():
+    status = replace(WELL, sources=[replace(WELL.sources[0], is_pushed=True)])
+    (problem,) = status.problems()
+    assert problem.what == "source main"
+    assert problem.cause.startswith("reliable callbacks are off for this application")
+    assert "check --connect" in problem.remedy
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import log_into
 from tests.polling import until
+from vodpoller.errors import OperatorError
 from vodpoller.telemetry import Gauge, Telemetry
 from vodpoller.upkeep import Upkeep
 
@@ -62,6 +63,12 @@ class SlowVod:
     def __init__(self):
         self.gate = threading.Event()
         self.asked = 0
+        self.modes = ["PUSH", "PULL", "PUSH"]
+
+    def mode(self):
+        if not self.modes:
+            raise OperatorError("not allowed")
+        return self.modes.pop(0)
 
     def waiting(self):
         self.asked += 1
@@ -79,6 +86,7 @@ def upkeep(journal, telemetry, vod):
         telemetry=telemetry,
         wall=lambda: 0.0,
         queues={"main": vod.waiting, "other": vod.waiting},
+        modes={"main": vod.mode, "other": lambda: "PULL"},
     )
     running.start()
     yield running
@@ -109,6 +117,16 @@ def test_a_question_to_vod_holds_no_stop_up_and_its_answer_is_late(upkeep, journ
     until(lambda: not own_threads())
     assert vod.asked == 1
     assert telemetry.gauge(Gauge.QUEUE_EVENTS) == {}
+
+
+def test_sources_whose_events_are_pushed_are_known(upkeep, journal, vod):
+    journal.gate.set()
+    vod.gate.set()
+    assert list(upkeep.pushed) == []
+    for known in (["main"], [], ["main"], []):  # at last, the key lacks the right to ask
+        left = len(vod.modes)
+        upkeep.run_all_now()
+        until(lambda known=known, left=left: (len(vod.modes) < left or not left) and list(upkeep.pushed) == known)
 
 
 def test_its_threads_end_with_it(upkeep, journal, vod):
