@@ -110,13 +110,8 @@ class ImageFolder:
     def store(self, parts: tuple[str, ...], body: Iterator[bytes], key: str) -> None:
         """Write to a temporary file, sync it, give it its name, sync the name."""
         with self._folder(parts[:-1], make=True) as folder:
-            self._tidy(folder, parts[:-1])
-            temporary = f".vodpoller-{secrets.token_hex(8)}.part"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o640, dir_fd=folder)
+            temporary, fd = self._temporary(folder, parts[:-1])
             try:
-                with suppress(OSError):  # a file system without locks: what is left behind stays
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells those who tidy up that it is in use
                 for chunk in body:
                     rest = memoryview(chunk)
                     while rest:
@@ -139,6 +134,17 @@ class ImageFolder:
                 raise
             finally:
                 os.close(fd)
+
+    def _temporary(self, folder: int, folders: tuple[str, ...]) -> tuple[str, int]:
+        """Name and descriptor of a new file, which is locked: that tells those who tidy up that it is in use."""
+        name = f".vodpoller-{secrets.token_hex(8)}.part"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._naming:  # until it is locked, another thread would take it for one that was left behind
+            self._tidy(folder, folders)
+            fd = os.open(name, flags, 0o640, dir_fd=folder)
+            with suppress(OSError):  # a file system without locks: what is left behind stays
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return name, fd
 
     def _remember(self, parts: tuple[str, ...], key: str) -> None:
         """Whose image a file is, for file systems that cannot hold it: its event may come again soon."""
