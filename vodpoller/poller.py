@@ -101,7 +101,7 @@ class Poller:
         liveness: Told what each puller is doing.
         monotonic: The clock, in seconds.
         wall: The clock of `last_pull_at`, in seconds since 1970.
-        wait: Waits on a condition, whose lock is held, for at most so many seconds: a pause between pulls.
+        wait: Waits on a condition, whose lock is held, for at most this number of seconds: a pause between pulls.
 
     Attributes:
         last_pull_at: When VOD last answered a pull; 0 for never.
