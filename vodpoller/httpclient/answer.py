@@ -164,6 +164,9 @@ class HttpAnswer(http.client.HTTPResponse):
         self.headers = HTTPHeaderDict((name, _unfolded(value)) for name, value in self.headers.items())
         self.will_close = True
 
+    def flush(self) -> None:
+        """Nothing is written to it. http.client flushes what it reads from, which may be freed before this is."""
+
     def _takes(self, head: re.Match[bytes]) -> bool:
         """Take a plain head, unless it says in no clear way, or in several, where the answer ends."""
         status = int(head["status"])
