@@ -11,24 +11,11 @@ from tests.polling import until
 from tests.receiver import black_hole, never_reads, raw_server, read_request, running_receiver
 from vodpoller.httpclient.address import Environment
 from vodpoller.httpclient.connection import PIECE_BYTES, BoundedConnection
-from vodpoller.httpclient.transport import DeadlineAdapter, was_repeated
+from vodpoller.httpclient.transport import was_repeated
 from vodpoller.httpclient.words import failure_text
 
 DIRECT = Environment(proxy="")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-@pytest.fixture
-def adapter_of():
-    adapters = []
-
-    def make(**more):
-        adapters.append(DeadlineAdapter(connections=2, **more))
-        return adapters[-1]
-
-    yield make
-    for adapter in adapters:
-        adapter.close()
 
 
 def prepared(url, body=b"", headers=(), method="POST"):

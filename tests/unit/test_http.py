@@ -41,19 +41,6 @@ def no_proxies(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-@pytest.fixture
-def adapter_of():
-    adapters = []
-
-    def make(**more):
-        adapters.append(DeadlineAdapter(connections=2, **more))
-        return adapters[-1]
-
-    yield make
-    for adapter in adapters:
-        adapter.close()
-
-
 def call(adapter, url, timeout_secs=5.0, *, body=None, environment=BARE, **more):
     request = requests.Request("POST", url, data=body).prepare()
     with closing(adapter.send_within(request, environment, timeout_secs, **more)) as response:
