@@ -127,7 +127,7 @@ _the_warm_process = functools.cache(_Warm)
 
 
 def _serve(requests):
-    """Fork for each request. Returns in what was forked, with the request; ends with whoever asks."""
+    """Fork for each request. Returns in what was forked, with the request; ends with the process that asks."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         head, fds, _, _ = socket.recv_fds(requests, 4, 4)

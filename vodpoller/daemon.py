@@ -258,7 +258,7 @@ class Daemon:
             self._log.warning("config.warning", message=warning)
 
     def overdue(self) -> Mapping[str, float]:
-        """What threads are at for longer than they should be, and by how many seconds."""
+        """What threads are at for longer than they should be, with the time beyond that, in seconds."""
         return self._liveness.overdue(OVERDUE_SECS)
 
     def is_alive(self) -> bool:

@@ -59,7 +59,7 @@ class RemembersPulls(Protocol):
 class _Quickest:
     """Tells answers that came at once from those that waited for an event to be born.
 
-    VOD does not say how many events are left, nor how long it held a request. What the quickest answers of the last
+    VOD tells neither the number of events that are left, nor how long it held a request. What the quickest answers of the last
     minutes took is the way there and back.
 
     Args:

@@ -3,5 +3,5 @@
 from hypothesis import settings
 
 IS_THOROUGH = settings.get_current_profile_name() == "thorough"
-# Of the steps at which a crash is tried, and of the states in which a disk may be found: each of so many.
+# Of the steps at which a crash is tried, and of the states in which a disk may be found: every STRIDE-th.
 STRIDE = 1 if IS_THOROUGH else 5

@@ -55,7 +55,7 @@ def telemetry():
 
 @pytest.fixture
 def vod():
-    """Answers how many events wait, once its gate is open."""
+    """Answers with a number of events that wait, once its gate is open."""
     return SlowVod()
 
 
