@@ -59,8 +59,8 @@ class RemembersPulls(Protocol):
 class _Quickest:
     """Tells answers that came at once from those that waited for an event to be born.
 
-    VOD tells neither the number of events that are left, nor how long it held a request. What the quickest answers of the last
-    minutes took is the way there and back.
+    VOD tells neither the number of events that are left, nor how long it held a request. What the quickest answers of
+    the last minutes took is the way there and back.
 
     Args:
         monotonic: The clock, in seconds.

@@ -411,7 +411,8 @@ def test_a_failure_that_repeats_is_few_lines(bench, lines):
 
 
 def test_pullers_that_fail_together_have_failed_once(bench, lines):
-    poller, pipeline = bench.poller(max_concurrent_pulls=4)
+    clock = FakeClock()  # so that it is together, however busy the machine is
+    _, pipeline = bench.poller(FakePipeline(clock), clock=clock, wait=on(clock), max_concurrent_pulls=4)
     for _ in range(10):
         pipeline.answer(16, hung_secs=0.0, after=None)
     until(lambda: pipeline.pulling == 4)
@@ -420,8 +421,6 @@ def test_pullers_that_fail_together_have_failed_once(bench, lines):
         pipeline.fail(TransientError("down"))
     assert settles(lambda: pipeline.pulling, 1)
     pipeline.fail(TransientError("down"))
-    until(lambda: poller.status().next_pull_at is not None)
-    poller.wake()
     pipeline.answer()
     until(lambda: named(lines, "pull.recovered"))
     assert named(lines, "pull.recovered")[0]["failures"] == 2, "the four together, and the one after them"
