@@ -170,9 +170,9 @@ class Service:
     def _beat(self, daemon: Daemon) -> None:
         step_secs = self._clock.adopt()
         if step_secs:
-            self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
+            daemon.shift(step_secs)  # first of all: until the stamps have moved along, they seem to have aged
             self._started_at += step_secs
-            daemon.shift(step_secs)
+            self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
         daemon.mark()
         if daemon.is_alive():
             self._notifier.alive()

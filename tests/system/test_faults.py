@@ -199,7 +199,7 @@ def test_what_a_slow_sink_has_not_taken_is_stored_and_confirmed_and_its_late_suc
 
 @pytest.mark.parametrize("stale", ["atomic", "per_handle"])
 def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(system, stale):
-    simulator = system.simulator(visibility_secs=2, poll_secs=0.3, stale=stale)
+    simulator = system.simulator(visibility_secs=8, poll_secs=0.3, stale=stale)
     simulator.feed(*map(numbered, range(16)))
     with Middleman(simulator.url) as middleman:
 
@@ -210,12 +210,12 @@ def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(syst
             exchange.answer(answer)
 
         middleman.meddle = spoil_the_first_answer
-        system.configure(middleman.url, lease_secs=2)
+        system.configure(middleman.url, lease_secs=8)
         daemon = system.daemon()
 
         until(lambda: simulator.stats()["confirmed"] == 15, what=daemon.tail)
         assert simulator.stats()["redeliveries"] == 0
-        until(simulator.all_confirmed, what=daemon.tail)
+        until(simulator.all_confirmed, secs=30, what=daemon.tail)
         assert daemon.terminate()[0] == 0
 
         calls = middleman.confirms()
