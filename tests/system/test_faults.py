@@ -48,6 +48,14 @@ def stored(system):
     return Counter(rows_of(system, "SELECT sink, state, reason FROM letters"))
 
 
+def failed(system):
+    """As `stored`; what was stored while an attempt ran after one that failed counts as failed."""
+    found = Counter()
+    for (sink, state, reason), number in stored(system).items():
+        found[sink, state, "sink_failed" if reason == "out_of_time" else reason] += number
+    return found
+
+
 def assert_all_arrived_once(system, simulator, archive=None):
     lines = system.lines() if archive is None else archive.read_bytes().split(b"\n")[:-1]
     assert differences(bodies_of(simulator.ledger(bodies=True)), lines) == ([], [])
@@ -672,7 +680,7 @@ def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
         until(lambda: by_exec.read_bytes().count(b"\n") == 39)
         until(
             lambda: (
-                stored(system)
+                failed(system)
                 == {
                     ("hook", "pending", "sink_failed"): 1,
                     ("hook", "dead", "rejected"): 1,
@@ -681,7 +689,7 @@ def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
                     ("command", "pending", "sink_failed"): 1,
                 }
             ),
-            what=lambda: str(stored(system)),
+            what=lambda: str(failed(system)),
         )
         forked = int((system.folder / "by_exec.pid").read_text())
         until(lambda: not is_alive(forked))
@@ -698,14 +706,6 @@ def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
 
 
 # --- giving up --------------------------------------------------------------------------------------------------------
-
-
-def failed(system):
-    """As `stored`; what was stored while an attempt ran after one that failed counts as failed."""
-    found = Counter()
-    for (sink, state, reason), number in stored(system).items():
-        found[sink, state, "sink_failed" if reason == "out_of_time" else reason] += number
-    return found
 
 
 def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system, receiver):

@@ -157,12 +157,18 @@ def bench(log):
 
 
 def settles(condition, value, *, secs=0.05):
-    """It becomes the value and stays so for a moment."""
-    until(lambda: condition() == value, what=f"it is {condition()}, not {value}")
-    ends_at = time.monotonic() + secs
-    while time.monotonic() < ends_at:
-        assert condition() == value
-        time.sleep(0.005)
+    """It comes to rest at the value: it may pass the value on its way to another, and come back."""
+    has_been_so_since = None
+
+    def rests():
+        nonlocal has_been_so_since
+        if condition() != value:
+            has_been_so_since = None
+            return False
+        has_been_so_since = has_been_so_since or time.monotonic()
+        return time.monotonic() - has_been_so_since >= secs
+
+    until(rests, what=lambda: f"it is {condition()}, not {value}")
     return True
 
 
