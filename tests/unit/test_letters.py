@@ -345,6 +345,16 @@ def test_rows_are_read_in_portions_and_each_once(journal, path, number):
         assert letters.most <= CHUNK_ROWS
 
 
+@pytest.mark.parametrize("wanted", [Filter(), Filter(sink="hook"), Filter(state="pending", since=NOW, last_id=9)])
+def test_no_portion_sorts_all_rows_anew(journal, path, wanted):
+    where, values = wanted.where()
+    query = f"EXPLAIN QUERY PLAN SELECT id FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?"
+    with closing(sqlite3.connect(path)) as db:
+        plan = " ".join(row[-1] for row in db.execute(query, (*values, 0, CHUNK_ROWS)))
+    assert "letters_of_state" in plan
+    assert "B-TREE" not in plan, "it sorts"
+
+
 @pytest.mark.parametrize("limit", [1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS, 5 * CHUNK_ROWS])
 def test_a_limit_ends_the_reading(journal, letters, limit):
     journal.store([letter(n) for n in range(2 * CHUNK_ROWS + 5)])

@@ -83,6 +83,9 @@ _STEPS: Final[Sequence[Sequence[str]]] = (
             SELECT key, key, max(source), max(stored_at), CASE WHEN max(confirmed) THEN max(stored_at) END FROM letters
             WHERE NOT body_has_own_id(body) GROUP BY key ORDER BY min(id)""",
     ),
+    # 5: commands read stored events of one state in portions, by their numbers. (A journal that was rescued from
+    # sqlite3's `.dump` may have the index and no number of a version.)
+    ("CREATE INDEX IF NOT EXISTS letters_of_state ON letters (state)",),
 )
 SCHEMA_VERSION: Final = len(_STEPS)
 
