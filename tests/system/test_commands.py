@@ -1093,7 +1093,15 @@ def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system
     found = connect(system, 0)
 
     looked_at = ["source main", "callback of main", "queue of main", "clock"]
-    assert {*found} == {*looked_at, "sink archive", "sink hook", "sink script", "journal", "files"}
+    assert {*found} == {
+        *looked_at,
+        "sink archive",
+        "sink hook",
+        "sink script",
+        "journal",
+        "files",
+        f"disk of {system.folder}",
+    }
     assert {what: verdict for what, (verdict, _) in found.items() if verdict != "good"} == {
         "queue of main": "note",
         "callback of main": "note",

@@ -11,6 +11,7 @@ import pytest
 from tests.certificates import make_certificate
 from tests.receiver import running_receiver
 from vodpoller.checkup.certificates import check_ca_files, check_endpoint
+from vodpoller.checkup.disks import check_disks
 from vodpoller.checkup.files import check_files
 from vodpoller.checkup.finding import Level
 from vodpoller.config.load import from_dict
@@ -198,3 +199,37 @@ def test_an_endpoint_without_tls_is_not_even_connected_to(log):
 def test_an_endpoint_that_cannot_be_reached_is_left_to_the_check_of_its_source(log):
     with client_at("https://127.0.0.1:1", log) as client:
         assert list(check_endpoint(client, time.time())) == []
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def disk(*, free_blocks=2**40, files=1000, free_files=1000):
+    """What a file system of blocks of 1 KiB says of itself."""
+    return lambda _: os.statvfs_result((1024, 1024, 2**41, 2**41, free_blocks, files, free_files, free_files, 0, 255))
+
+
+@pytest.mark.parametrize(
+    ("state", "lacking"), [({"free_blocks": 0}, "no space left"), ({"free_files": 0}, "no inodes left")]
+)
+def test_a_full_disk_is_a_problem(folder, state, lacking):
+    (found,) = check_disks(config_in(folder), look=disk(**state))
+    assert (found.what, found.level) == (f"disk of {folder}/state", Level.PROBLEM)
+    assert lacking in found.text
+    assert "df -h" in found.remedy
+
+
+def test_a_disk_that_ends_before_the_journal_is_a_warning(folder):
+    config = config_in(folder, journal={"path": f"{folder}/state/journal.db", "max_bytes": 2**30})
+    (found,) = check_disks(config, look=disk(free_blocks=2**19))
+    assert found.level is Level.WARNING
+    assert found.text == "it has 512 MiB left, and the journal may grow by 1023 MiB (journal.max_bytes)"
+
+
+def test_a_disk_without_a_number_of_inodes_has_room(folder):
+    (found,) = check_disks(config_in(folder), look=disk(files=0, free_files=0))
+    assert found.level is Level.GOOD
+
+
+def test_the_real_disk_is_asked(folder):
+    assert [found.what for found in check_disks(config_in(folder))] == [f"disk of {folder}/state"]

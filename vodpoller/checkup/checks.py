@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 from vodpoller.checkup.certificates import check_ca_files, check_endpoint
+from vodpoller.checkup.disks import check_disks
 from vodpoller.checkup.files import check_files
 from vodpoller.checkup.finding import Finding, Level
 from vodpoller.checkup.storage import check_journal, check_stored
@@ -46,5 +47,6 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
             yield Finding(what=f"sink {name}", level=Level.PROBLEM, text=str(error))
     yield check_journal(config.journal.path)
     yield from check_stored(config)
+    yield from check_disks(config)
     yield from check_files(config, as_root=os.geteuid() == 0)
     yield from check_ca_files(config, time.time())

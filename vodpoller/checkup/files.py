@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from vodpoller.checkup.finding import Finding, Level
+from vodpoller.checkup.places import files_of_sinks
 from vodpoller.config.model import Config
 from vodpoller.durable import existing_folder
 
 _WHAT: Final = "files"
-_FILE_CLAIM: Final = "file:"
 _BESIDE_JOURNAL: Final = ("", "-wal", "-shm", ".lock")
 _BESIDE_FILE: Final = ("", ".lock")
 
@@ -51,10 +51,8 @@ def check_files(config: Config, *, as_root: bool) -> Iterator[Finding]:
             folder may, who probably runs the daemon.
     """
     journal = Path(os.path.realpath(config.journal.path))
-    claimed = sorted({claim for sink in config.sinks.values() for claim in sink.claims()})
-    files = [Path(claim.removeprefix(_FILE_CLAIM)) for claim in claimed if claim.startswith(_FILE_CLAIM)]
     written = [*_written_at(journal, _BESIDE_JOURNAL)]
-    for file in files:
+    for file in files_of_sinks(config):
         written += _written_at(file, _BESIDE_FILE)
     written = list(dict.fromkeys(written))
     found = [
