@@ -403,7 +403,7 @@ class Service:
             self._answer,
             later={"reload": self._ask_for_reload},
             listening=self._inherited.pop(str(path), None),
-            log=self._log,
+            log=lambda: self._log,
         )
 
     def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -76,7 +76,7 @@ class StatusSocket:
         answer: Makes the answer to a request.
         later: By the command that a request names: what takes the client whose answer takes long, and answers it.
         listening: The socket that listens there already; None to make it.
-        log: Destination of log lines.
+        log: The destination of log lines, asked at each: another configuration may have another.
 
     Attributes:
         path: Where.
@@ -92,7 +92,7 @@ class StatusSocket:
         *,
         later: Mapping[str, Callable[["Asker"], None]] = MappingProxyType({}),
         listening: socket.socket | None = None,
-        log: Logger,
+        log: Callable[[], Logger],
     ) -> None:
         self.path = path
         self._answer = answer
@@ -137,7 +137,7 @@ class StatusSocket:
             except OSError:  # the client went away or sends nothing, or there are no more descriptors
                 time.sleep(0.05)
             except Exception:  # noqa: BLE001 - the next request may do better
-                self._log.error("task.failed", task="status", exc_info=True)
+                self._log().error("task.failed", task="status", exc_info=True)
 
     def _serve_one(self, connection: socket.socket) -> bool:
         """Answer one request. Returns whether it is kept, to be answered later."""

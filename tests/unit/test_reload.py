@@ -219,7 +219,7 @@ def command(tmp_path, log):
             if answer is not None:
                 asker.answer(answer)
 
-        listening = StatusSocket(socket_path(tmp_path / "j.db"), dict, later={"reload": take}, log=log)
+        listening = StatusSocket(socket_path(tmp_path / "j.db"), dict, later={"reload": take}, log=lambda: log)
         try:
             return CliRunner().invoke(main, ["reload", "-c", str(path)])
         finally:

@@ -151,7 +151,7 @@ class Running:
         self.service = Service(
             self.config,
             read=self._read,
-            make_log=lambda config: log_into(self.lines),
+            make_log=self._make_log,
             notifier=self.notifier,
             signals=self.signals,
             build=self.build,
@@ -168,6 +168,9 @@ class Running:
 
     def _run(self):
         self.exit_codes.append(self.service.run())
+
+    def _make_log(self, _config):
+        return log_into(self.lines)
 
     def _read(self):
         if isinstance(self.next_config, Exception):
@@ -470,6 +473,19 @@ def test_probes_are_answered_while_it_builds(tmp_path, lines):
         with running:
             answers.extend(Client(port.number).get(path).status for path in ("/healthz", "/readyz", "/metrics"))
     assert answers == [200, 503, 503, 200, 200, 200]
+
+
+def test_after_a_reload_the_socket_writes_to_the_new_log(running, tmp_path, lines):
+    of_new = []
+    running.lines = of_new
+    running.next_config = config_in(tmp_path, sink="other")
+    running.reload()
+    lines.clear()
+    running.built[-1].status = None
+    with pytest.raises(ConnectionError):
+        running.status()
+    assert named(of_new, "task.failed")
+    assert lines == []
 
 
 def test_counts_live_over_a_reload(running, tmp_path):

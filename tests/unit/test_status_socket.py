@@ -25,7 +25,7 @@ def listen(path, log):
     opened = []
 
     def start(answer=lambda request: {"asked": request}, **more):
-        opened.append(StatusSocket(path, answer, log=log, **more))
+        opened.append(StatusSocket(path, answer, log=lambda: log, **more))
         return opened[-1]
 
     yield start
@@ -157,7 +157,7 @@ def test_a_bug_in_the_answer_is_logged_and_ends_nothing(listen, path, lines):
 
 def test_where_it_cannot_be_made_that_is_an_error(tmp_path, log):
     with pytest.raises(OSError, match=r"No such file|not a directory"):
-        StatusSocket(tmp_path / "missing" / "journal.db.sock", dict, log=log)
+        StatusSocket(tmp_path / "missing" / "journal.db.sock", dict, log=lambda: log)
 
 
 # --- what is answered later -------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_a_socket_that_listens_already_is_taken_over(listen, path):
 def test_the_socket_of_a_process_is_found(tmp_path, log):
     path = socket_path(tmp_path / "journal.db")
     assert socket_of_process(os.getpid()) != path
-    listening = StatusSocket(path, dict, log=log)
+    listening = StatusSocket(path, dict, log=lambda: log)
     try:
         assert socket_of_process(os.getpid()) == path
     finally:
