@@ -15,7 +15,8 @@ have used much of the machine (the reader of the sink's file and a webhook's rec
 
 Each measurement has a simulator of its own, `vodpoller simulate`, and one consumer, each in its own process, and begins
 with empty files. The consumers are `vodpoller run` as it is installed (file sink with sync, ledger, dedupe, routing,
-one log line an event) and the loop: pull, append JSON lines with flush and fsync, confirm, with one thread or sixteen.
+one log line an event) and the loop: pull, append JSON lines with flush and fsync (or, beside a webhook, post each event
+by `requests.Session`), confirm, with one thread or sixteen.
 
 Between two moments of the steady state, so that the start does not count, these are read: what the simulator says was
 confirmed, asked and refused (in any second that has just passed), and the CPU time of the consumer's and of the

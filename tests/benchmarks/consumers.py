@@ -112,9 +112,15 @@ class Vodpoller:
 
 @dataclass(frozen=True, kw_only=True)
 class SdkLoop:
-    """The loop around the official SDK."""
+    """The loop around the official SDK.
+
+    Args:
+        threads: Each with a client of its own.
+        webhook: The URL that gets the events; None for the file.
+    """
 
     threads: int
+    webhook: str | None = None
 
     @property
     def label(self):
@@ -122,8 +128,9 @@ class SdkLoop:
 
     @contextmanager
     def running(self, system, url):
-        where = ("--endpoint", urlsplit(url).netloc, "--path", system.archive, "--threads", self.threads)
-        with program("sdk_loop", *where, errors_path=system.folder / "loop.err") as process:
+        to = ("--path", system.archive) if self.webhook is None else ("--url", self.webhook)
+        where = ("--endpoint", urlsplit(url).netloc, *to)
+        with program("sdk_loop", *where, "--threads", self.threads, errors_path=system.folder / "loop.err") as process:
             yield process
 
 

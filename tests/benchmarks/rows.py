@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.benchmarks import http_calls, stored
@@ -199,7 +199,11 @@ PACED = Load(options={"rate": 500})
 
 
 def paced(effort):
-    return compare(effort, "500 events/s, no round trip, 100 requests/s", PACED, [Vodpoller(), *LOOPS])
+    tables = []
+    for rate in (50, 200, 500):
+        title = f"{rate} events/s, no round trip, 100 requests/s"
+        tables += compare(effort, title, Load(options={"rate": rate}), [Vodpoller(), *LOOPS])
+    return tables
 
 
 HANG_SHARE = 0.003
@@ -297,7 +301,7 @@ def webhook(effort):
             effort,
             "Webhook that answers after 50 ms, concurrency 96; 50 ms round trip, 100 requests/s",
             load,
-            [consumer],
+            [consumer, *(replace(each, webhook=url) for each in LOOPS)],
         )
 
 
