@@ -9,7 +9,7 @@ STEP_SECS: Final = 2.0
 
 
 class SteadyClock:
-    """Seconds since 1970, going on evenly until somebody asks whether the wall clock was set.
+    """Seconds since 1970, going on evenly until `adopt` is called.
 
     The caller moves the stamps that exist along with it; until then no reader sees an hour pass in a moment.
 

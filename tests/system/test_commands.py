@@ -36,6 +36,7 @@ from tests.processes import (
 )
 from tests.receiver import Answer, Receiver, running_receiver
 from vodpoller.journal.contract import Letter
+from vodpoller.journal.schema import SCHEMA_VERSION
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
@@ -1023,6 +1024,17 @@ def test_what_root_makes_belongs_to_the_owner_of_the_folder(outsider, command):
         assert set(owners(folder).values()) == {(NOBODY, NOBODY)}
         simulator.feed('{"EventType": "FileDeleted"}')
         assert as_nobody(outsider, "once").returncode == 0
+
+
+def test_the_copy_of_an_older_journal_belongs_to_the_owner_too(outsider):
+    simulator = outsider.simulator()
+    with state_folder(outsider) as folder:
+        outsider.configure(simulator.url)
+        assert run_command("once", "-c", outsider.config_path).returncode == 0
+        with closing(sqlite3.connect(outsider.journal)) as db, db:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION - 1}")
+        assert run_command("once", "-c", outsider.config_path).returncode == 0
+        assert owners(folder)[f"journal.db.v{SCHEMA_VERSION - 1}"] == (NOBODY, NOBODY)
 
 
 def test_what_root_leaves_when_it_is_killed_belongs_to_the_owner_too(outsider):

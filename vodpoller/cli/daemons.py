@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vodpoller.cli.configuration import load_config
 from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE, end
@@ -17,11 +17,14 @@ from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
 from vodpoller.errors import ConfigError, JournalError, StoppingError, StorageError, UnusableJournalError
 from vodpoller.handover import Handover
+from vodpoller.journal.schema import SCHEMA_VERSION
 from vodpoller.logs import LineLogger
 from vodpoller.process import Signals
 from vodpoller.service import Service
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Telemetry
+
+_COPIES: Final = tuple(f".v{version}" for version in range(1, SCHEMA_VERSION))  # of journals of earlier versions
 
 
 def open_service(path: Path, signals: Signals) -> Service:
@@ -91,7 +94,7 @@ def _give_to_owner(config: Config) -> None:
         return
     claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}
     for name in [str(config.journal.path), *claimed]:
-        for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm", ".v1")):
+        for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm", *_COPIES)):
             with suppress(OSError):
                 folder, file = path.parent.stat(), path.lstat()
                 if file.st_uid == 0 and folder.st_uid != 0:
