@@ -9,17 +9,17 @@ from math import inf
 class RateLimiter:
     """Evenly spaced slots for one API action, for all threads of the process.
 
-    The slots lie 3% further apart than the quota asks for, and a thread that comes late may use slots of the recent
-    past: at most two. So no capacity is lost to late wake-ups, and no second, wherever it begins, holds more slots than
-    the quota, with room for requests that come closer together at the server than they were sent.
+    The slots lie some percent further apart than the quota asks for, and a thread that comes late may use slots of the
+    recent past: at most two. So no capacity is lost to late wake-ups, and no second, wherever it begins, holds more
+    slots than the quota, with room for requests that come closer together at the server than they were sent.
 
     Args:
         requests_per_sec: The quota.
+        spare: The share of the quota that is left unused.
         monotonic: The clock, in seconds.
         sleep: Waits that number of seconds.
     """
 
-    _AIM = 0.97
     _LATE_SLOTS = 1.9
     _RECOVERY_PER_SEC = 0.15
     _FLOOR_PER_SEC = 1.0
@@ -28,11 +28,13 @@ class RateLimiter:
         self,
         requests_per_sec: float,
         *,
+        spare: float = 0.03,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._quota = requests_per_sec
-        self._late_slots = min(self._LATE_SLOTS, (1 - self._AIM) * 2 / 3 * requests_per_sec)
+        self._aim = 1 - spare
+        self._late_slots = min(self._LATE_SLOTS, spare * 2 / 3 * requests_per_sec)
         self._monotonic = monotonic
         self._sleep = sleep
         self._lock = threading.Lock()
@@ -52,7 +54,7 @@ class RateLimiter:
         """
         with self._lock:
             now = self._monotonic()
-            gap_secs = 1 / (self._AIM * self._recovered(now))
+            gap_secs = 1 / (self._aim * self._recovered(now))
             slot_at = max(self._next_at, now - self._late_slots * gap_secs)
             wait_secs = slot_at - now
             if timeout_secs is not None and wait_secs > timeout_secs:
