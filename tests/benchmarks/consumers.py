@@ -52,6 +52,7 @@ class Vodpoller:
         requests_per_sec: Its `api.requests_per_sec`.
         max_concurrent_pulls: Of its one source; None for the default, which another version may know by another name.
         sinks: The tables of its sinks; `{archive}` stands for that of the file.
+        more: Further tables.
         label: What the report calls it.
         program: The `vodpoller` of another checkout's environment; None for this one.
     """
@@ -59,6 +60,7 @@ class Vodpoller:
     requests_per_sec: float = 100.0
     max_concurrent_pulls: int | None = None
     sinks: str = "{archive}"
+    more: str = ""
     label: str = "vodpoller"
     program: Path | None = None
 
@@ -75,6 +77,7 @@ class Vodpoller:
                 ]
             ),
             sinks=self.sinks.replace("{archive}", system.archive_sink),
+            more=self.more,
         )
         if self.program is None:
             daemon = system.daemon(started=False)  # recovery may come first, and take its time

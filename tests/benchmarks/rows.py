@@ -23,7 +23,7 @@ from tests.benchmarks.measuring import (
 )
 from tests.benchmarks.report import Table, megabytes, milliseconds, number, percent
 from tests.polling import until
-from tests.processes import run_command
+from tests.processes import HeldPort, run_command
 
 QUOTA_REQUESTS_PER_SEC = 100
 QUOTA_EVENTS_PER_SEC = 16 * QUOTA_REQUESTS_PER_SEC
@@ -413,16 +413,19 @@ def drain(effort):
         "log",
     )
     lines = [_drained(effort, number_of_events) for number_of_events in effort.backlogs]
-    return [Table("Throughput, memory and journal against backlog, no round trip, no limit", heads, lines)]
+    title = "Throughput, memory and journal against backlog, no round trip, no limit, with a listener"
+    return [Table(title, heads, lines)]
 
 
 def _drained(effort, events):
     say(f"  backlog of {events}")
-    with fresh_system(effort) as system:
+    with fresh_system(effort) as system, HeldPort() as port:
         simulator = system.simulator(
             **Load(options={"requests_per_sec": 0, "events": events}).simulator_options(effort)
         )
-        with Vodpoller(requests_per_sec=UNLIMITED).running(system, simulator.url) as process:
+        listener_table = f'[listener]\naddress = "127.0.0.1:{port.number}"\n'
+        consumer = Vodpoller(requests_per_sec=UNLIMITED, more=listener_table)
+        with consumer.running(system, simulator.url) as process:
             resident = {}
 
             def is_drained():
