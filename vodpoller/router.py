@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import jmespath
-
 from vodpoller.errors import RejectedError
 from vodpoller.events.event import Event
 from vodpoller.events.types import meant_for
+from vodpoller.expressions import EvaluationError, Expression, is_true
 
-_FALSE: Final[tuple[Any, ...]] = (None, "", [], {})
 _REMEMBERED_TYPES: Final = 1000
 _REMEMBERED_CHARS: Final = 256  # of a type; VOD's have 44 at most
 
@@ -86,7 +84,7 @@ class _Compiled:
     def __init__(self, route: Route) -> None:
         self.name = route.name
         self.sinks = tuple(route.sinks)
-        self.where: Any = jmespath.compile(route.where) if route.where else None
+        self.where = Expression(route.where) if route.where else None
         self.globs = tuple(route.event_types or ())
         self._sources = None if route.sources is None else frozenset(route.sources)
         patterns = None if route.event_types is None else [fnmatch.translate(glob) for glob in route.event_types]
@@ -99,17 +97,14 @@ class _Compiled:
         return self.is_of(source) and (self._types is None or self._types.match(event_type) is not None)
 
     def wants(self, event: Event) -> bool:
-        """Whether `where` holds. JMESPath takes null, false, "", [] and {} for false, and 0 for true."""
-        if self.where is None:
-            return True
-        found = self._found_in(event)
-        return found not in _FALSE and found is not False
+        """Whether `where` holds."""
+        return self.where is None or is_true(self._found_in(self.where, event))
 
-    def _found_in(self, event: Event) -> Any:
+    def _found_in(self, where: Expression, event: Event) -> Any:
         """What `where` finds."""
         try:
-            return self.where.search(event.content)
-        except Exception as error:  # whatever an expression does with strange content concerns this event only
+            return where.search(event.content)
+        except EvaluationError as error:
             raise RejectedError(f"route {self.name}: `where` cannot be evaluated on this event: {error}") from error
 
     def why_not(self, event: Event) -> str:
@@ -119,9 +114,9 @@ class _Compiled:
         if not self.covers(event.source, event.type):
             return f"its event_types do not match: {', '.join(self.globs)}"
         try:
-            if self.wants(event):
+            if self.where is None or is_true(found := self._found_in(self.where, event)):
                 return ""
-            return f"its `where` does not hold: {self.where.expression} is {json.dumps(self._found_in(event))}"
+            return f"its `where` does not hold: {self.where.text} is {json.dumps(found)}"
         except RejectedError as error:
             return f"{str(error).removeprefix(f'route {self.name}: ')}, so that its sinks reject it"
 

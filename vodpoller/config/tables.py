@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from vodpoller.config.wording import NAME_MAX_LENGTH, NAME_PATTERN, check_jmespath, missing_modules, quoted, quoted_all
+from vodpoller.config.wording import NAME_MAX_LENGTH, NAME_PATTERN, missing_modules, quoted, quoted_all
+from vodpoller.expressions import ExpressionText
 from vodpoller.httpclient.trust import CaFile
 from vodpoller.logs import Level
 from vodpoller.secret import HasSecrets, Secret, SecretFile
@@ -201,7 +202,7 @@ class Route(BaseModel):
     sources: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, description="The sources whose events it takes. Left out: all.", examples=[["main"]]
     )
-    where: str | None = Field(
+    where: ExpressionText | None = Field(
         default=None,
         description="A JMESPath expression that an event must satisfy, as in tccli's --filter.",
         examples=["SnapshotByTimeOffsetCompleteEvent.Definition == `10`"],
@@ -220,13 +221,6 @@ class Route(BaseModel):
                 raise ValueError(
                     f'the pattern {quoted(glob)} has a "[" without its "]" (for example "*Complete" or "[ab]*")'
                 )
-        return value
-
-    @field_validator("where")
-    @classmethod
-    def _is_jmespath(cls, value: str | None) -> str | None:
-        if value is not None:
-            check_jmespath(value)
         return value
 
 

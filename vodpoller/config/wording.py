@@ -1,16 +1,13 @@
-"""The errors of pydantic, TOML and JMESPath in plain words, for a person who writes a configuration."""
+"""The errors of pydantic and TOML in plain words, for a person who writes a configuration."""
 
 import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any, Final, get_args
 
-import jmespath
-from jmespath.exceptions import JMESPathError, LexerError, ParseError
-from jmespath.functions import Functions
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
@@ -237,49 +234,6 @@ def quoted(text: str) -> str:
 def quoted_all(texts: Iterable[str]) -> str:
     """Several texts in quotes, separated by commas."""
     return ", ".join(quoted(text) for text in texts)
-
-
-def check_jmespath(expression: str) -> None:
-    """Check that an expression of JMESPath compiles and that its functions exist.
-
-    Raises:
-        ValueError: It cannot be used; the message says where and why.
-    """
-    try:
-        parsed = jmespath.compile(expression).parsed
-    except LexerError as error:
-        raise ValueError(_jmespath_problem(expression, error.lex_position, error.message.lower())) from None
-    except ParseError as error:
-        what = (
-            "it ends too early" if error.token_value is None else f"{quoted(str(error.token_value))} cannot stand here"
-        )
-        raise ValueError(_jmespath_problem(expression, error.lex_position, what)) from None
-    except (JMESPathError, RecursionError):
-        raise ValueError("is empty or nested too deeply (leave the key out to take every event)") from None
-    for name in _functions_in(parsed):
-        if name not in Functions.FUNCTION_TABLE:
-            near = suggestion(name, Functions.FUNCTION_TABLE)
-            raise ValueError(
-                f"{quoted(expression)}: JMESPath has no function {name} ({near}its functions: https://jmespath.org)"
-            )
-
-
-def _jmespath_problem(expression: str, position: int, what: str) -> str:
-    return (
-        f"{quoted(expression)} is not a JMESPath expression: column {position + 1}: {what}"
-        " (text stands in 'single quotes', numbers in `backticks`, as in Definition == `10`)"
-    )
-
-
-def _functions_in(node: Mapping[str, Any]) -> Iterator[str]:
-    nodes: list[Any] = [node]
-    while nodes:
-        match nodes.pop():
-            case {"type": "function_expression", "value": name, "children": children}:
-                yield name
-                nodes.extend(children)
-            case {"children": children}:
-                nodes.extend(children)
 
 
 def toml_problem(error: ValueError | RecursionError, text: str) -> str:
