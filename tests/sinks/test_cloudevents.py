@@ -18,7 +18,8 @@ from vodpoller.sinks.exec import ExecConfig, ExecSink
 from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.sinks.formats import cloudevent_key, content_type, encode
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
-from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
+from vodpoller.sinks.webhook.config import WebhookConfig
+from vodpoller.sinks.webhook.sink import WebhookSink
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 

@@ -20,7 +20,8 @@ from vodpoller.errors import ConfigError
 from vodpoller.sinks.contract import Sink
 from vodpoller.sinks.file.sink import FileConfig, FileSink
 from vodpoller.sinks.stdout import StdoutConfig, StdoutSink
-from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
+from vodpoller.sinks.webhook.config import WebhookConfig
+from vodpoller.sinks.webhook.sink import WebhookSink
 
 SLACK_SECS = 1.5
 

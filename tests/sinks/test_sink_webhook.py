@@ -29,7 +29,8 @@ from vodpoller import __version__
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import make_event
 from vodpoller.secret import Secret
-from vodpoller.sinks.webhook import WebhookConfig, WebhookSink
+from vodpoller.sinks.webhook.config import WebhookConfig
+from vodpoller.sinks.webhook.sink import WebhookSink
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 OTHER_SECRET = "whsec_" + base64.b64encode(bytes(range(100, 132))).decode()

@@ -4,145 +4,31 @@ Sources: "Standard Webhooks" specification (headers, signature, secrets), RFC 91
 """
 
 import base64
-import binascii
 import hashlib
 import hmac
-import html
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from http import HTTPStatus
-from typing import Annotated, Final, Literal
-from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
-from pydantic import Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from vodpoller import __version__
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import Event
 from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
-from vodpoller.httpclient.trust import CaFile, RootsError, validity
+from vodpoller.httpclient.trust import RootsError, validity
 from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
-from vodpoller.secret import Secret
-from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
+from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.sinks.formats import content_type, encode
+from vodpoller.sinks.webhook.config import WebhookConfig
+from vodpoller.sinks.webhook.hiding import without_secrets
+from vodpoller.sinks.webhook.signing import SECRET_HELP, signing_key
 
 _REJECTING = frozenset({400, 413, 415, 422})
 _ANSWER_MAX_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
-_HIDDEN_FROM_CHARACTERS: Final = 8  # what is shorter would be found in words that are not secret
-_HIDDEN_PATH_FROM_CHARACTERS: Final = 20
-
-_SECRET_PREFIX = "whsec_"  # noqa: S105 - what every such secret starts with, not a secret
-_SECRET_BYTES = range(24, 65)  # the specification's bounds
-_SECRET_HELP = "whsec_ and base64 of 24 to 64 random bytes; `openssl rand -base64 32` makes one"  # noqa: S105 - as above
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"[!-~]([ \t!-~]*[!-~])?")
-_RESERVED_HEADERS = frozenset(
-    {
-        "accept-encoding",
-        "connection",
-        "content-encoding",
-        "content-length",
-        "content-type",
-        "expect",
-        "keep-alive",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-
-
-class WebhookConfig(SinkConfig):
-    """An HTTP receiver."""
-
-    type: Literal["webhook"] = Field(description="Each event is the body of a POST request.")
-    url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(
-        description="Where requests go: http or https. Credentials belong in `headers`.",
-        examples=["https://app.example/vod/callback"],
-    )
-    secret_file: Annotated[str, Field(max_length=4096)] | None = Field(
-        default=None, description="The file that holds the secret.", examples=["hook_secret"]
-    )
-    secret: Secret | None = Field(
-        default=None,
-        description="Signs the requests as Standard Webhooks describes: whsec_ and base64 of 24 to 64 bytes,"
-        " or that base64 alone. Left out: requests are not signed.",
-    )
-    headers: Annotated[dict[str, str], Field(max_length=50)] = Field(
-        default_factory=dict,
-        repr=False,
-        description="Sent with every request, such as Authorization. Their values are never shown.",
-    )
-    ca_file: CaFile | None = Field(
-        default=None,
-        description="PEM with the certificates that vouch for the receiver's, in place of the public CAs'. Left out:"
-        " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
-        examples=["/etc/vodpoller/ca.pem"],
-    )
-    timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
-        default=5.0, description="Time limit of a request, from the name lookup to the end of the answer."
-    )
-    concurrency: Annotated[int, Field(ge=1, le=512)] = Field(
-        default=8, description="Maximum number of requests at the same time."
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _can_be_posted_to(cls, value: str) -> str:
-        example = "for example https://app.example/vod/callback"
-        try:
-            parts = urlsplit(value)
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", value):
-            raise ValueError(f"it is not an http or https address ({example})")
-        if "@" in parts.netloc:
-            raise ValueError(
-                "it holds credentials, which would be shown in logs (put them into headers: Authorization)"
-            )
-        try:
-            requests.Request("POST", value).prepare()
-        except (requests.RequestException, ValueError):
-            raise ValueError(f"it is not an http or https address ({example})") from None
-        return value
-
-    @field_validator("secret")
-    @classmethod
-    def _can_sign(cls, value: Secret | None, info: ValidationInfo) -> Secret | None:
-        if value is not None:
-            try:
-                _signing_key(value.get())
-            except ValueError as error:
-                key = "secret_file" if info.data.get("secret_file") else ""
-                problem = {"why": f"it is not a signing secret: {error} (right: {_SECRET_HELP})", "key": key}
-                raise PydanticCustomError("vodpoller", "{why}", problem) from None
-        return value
-
-    @field_validator("headers")
-    @classmethod
-    def _can_be_sent(cls, value: dict[str, str]) -> dict[str, str]:
-        seen = set()
-        for name, content in value.items():
-            lower = name.lower()
-            if not _HEADER_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not the name of a header (letters, digits and hyphens)")
-            if lower in _RESERVED_HEADERS or lower.startswith("webhook-"):
-                raise ValueError(f"{name} is set by vodpoller itself (leave it out)")
-            if lower in seen:
-                raise ValueError(f"{name} is given twice (keep one of the two)")
-            if not _HEADER_VALUE.fullmatch(content):
-                raise ValueError(f"the value of {name} cannot be sent (printable ASCII, no blanks at either end)")
-            seen.add(lower)
-        return value
 
 
 class WebhookSink(Sink[WebhookConfig]):
@@ -269,10 +155,10 @@ class WebhookSink(Sink[WebhookConfig]):
         known, key = self._signing
         if secret != known:
             try:
-                key = _signing_key(secret)
+                key = signing_key(secret)
             except ValueError as error:
                 raise TransientError(
-                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {error} (right: {_SECRET_HELP};"
+                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {error} (right: {SECRET_HELP};"
                     " then reload)"
                 ) from None
             self._signing = (secret, key)
@@ -309,59 +195,7 @@ class WebhookSink(Sink[WebhookConfig]):
                 return ""
 
     def _without_secrets(self, text: str) -> str:
-        """A receiver may echo what it was sent."""
-        hidden = {form for value in self._secrets() for form in _forms(value) if len(form) >= _HIDDEN_FROM_CHARACTERS}
-        for form in sorted(hidden, key=len, reverse=True):
-            text = text.replace(form, "***")
-        return text
-
-    def _secrets(self) -> Iterator[str]:
-        """All that may be one: the values of headers and what is in them, the signing secret, parts of the URL."""
-        for value in self.config.headers.values():
-            yield value
-            yield from _tokens(value)
-        if self.config.secret is not None:
-            yield self.config.secret.get()
-            yield self.config.secret.get().removeprefix(_SECRET_PREFIX)
-        parts = urlsplit(self.config.url)
-        yield parts.query
-        yield from (value for _, value in parse_qsl(parts.query))
-        # Robots of chat programs have their token in the path.
-        yield from (part for part in parts.path.split("/") if len(part) >= _HIDDEN_PATH_FROM_CHARACTERS)
-
-
-def _tokens(value: str) -> Iterator[str]:
-    """The parts of a header's value that may be a secret of their own, such as TOKEN in "Bearer TOKEN"."""
-    yield from re.split(r"[\s,;=\"]+", value)
-    scheme, _, encoded = value.partition(" ")
-    if scheme.lower() == "basic":  # RFC 7617: base64 of user:password
-        try:
-            decoded = base64.b64decode(encoded, validate=True).decode(errors="replace")
-        except (binascii.Error, ValueError):
-            return
-        yield decoded
-        yield decoded.partition(":")[2]
-
-
-def _forms(value: str) -> tuple[str, ...]:
-    """As it is, and as JSON, HTML and URLs may write it."""
-    return value, value.replace("/", "\\/"), html.escape(value), quote(value, safe=""), unquote(value)
-
-
-def _signing_key(secret: str) -> bytes:
-    """The bytes that sign.
-
-    Raises:
-        ValueError: Says what is wrong with the secret without showing it.
-    """
-    text = secret.removeprefix(_SECRET_PREFIX).rstrip("=")
-    try:
-        key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError("it is not base64") from None
-    if len(key) not in _SECRET_BYTES:
-        raise ValueError(f"it is {len(key)} bytes long")
-    return key
+        return without_secrets(text, self.config)
 
 
 def _where(url: str, proxy: str) -> str:
