@@ -53,10 +53,12 @@ def sink_context(log=None, **clocks):
 class MemorySink(Sink):
     """Takes events, or does what `behaviour` does with them; waits at its gate before that."""
 
-    def __init__(self, *, concurrency=1, batch_events=1, timeout_secs=1.0):
+    def __init__(self, *, concurrency=1, batch_events=1, timeout_secs=1.0, max_per_minute=None):
         self.concurrency = concurrency
         self.batch_events = batch_events
         self.timeout_secs = timeout_secs
+        self.max_per_minute = max_per_minute
+        self.examined = lambda event: None
         self.behaviour = lambda events: None
         self.gate = threading.Event()
         self.gate.set()
@@ -66,6 +68,9 @@ class MemorySink(Sink):
         self.accepted = []
         self.running = 0
         self.most_running = 0
+
+    def examine(self, event):
+        self.examined(event)
 
     def deliver(self, events, timeout_secs):
         with self.lock:

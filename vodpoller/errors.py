@@ -79,6 +79,10 @@ class RejectedError(VodpollerError):
     """The sink will never accept this event: dead-letter it."""
 
 
+class SkippedError(VodpollerError):
+    """The sink is told by its configuration to send nothing for this event: it counts as delivered."""
+
+
 class PartialFailureError(VodpollerError):
     """A sink accepted some events of one call and not the others.
 

@@ -114,6 +114,7 @@ class SinkResult:
 
 
 DELIVERED = SinkResult(outcome=Outcome.DELIVERED, reason=Reason.DELIVERED)
+SKIPPED = SinkResult(outcome=Outcome.DELIVERED, reason=Reason.SKIPPED)
 ALREADY_DELIVERED = SinkResult(outcome=Outcome.DELIVERED, reason=Reason.ALREADY_DELIVERED)
 ALREADY_STORED = SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=Reason.ALREADY_STORED)
 

@@ -168,6 +168,7 @@ class SinkConformance:
         assert 1 <= sink.concurrency <= 512
         assert 1 <= sink.batch_events <= 10_000
         assert 0.1 <= sink.timeout_secs <= 300
+        assert sink.max_per_minute is None or sink.max_per_minute >= 1
 
     def test_a_failure_accepts_nothing_and_the_retry_delivers_once(self, harness: SinkHarness, sink: Sink[Any]) -> None:
         harness.fail()

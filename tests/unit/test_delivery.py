@@ -1,20 +1,21 @@
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import FakeClock, MemoryLedger, MemorySink, event, named, send
+from tests.helpers import FakeClock, MemoryLedger, MemorySink, Sent, event, named, send
 from tests.polling import until
 from vodpoller.backoff import Backoff
 from vodpoller.clock import timestamp
 from vodpoller.delivery.breaker import Breaker
-from vodpoller.delivery.in_flight import InFlight
+from vodpoller.delivery.in_flight import Delivery, InFlight
 from vodpoller.delivery.worker import Worker
-from vodpoller.errors import PartialFailureError, RejectedError, TransientError
+from vodpoller.errors import PartialFailureError, RejectedError, SkippedError, TransientError
 from vodpoller.liveness import Liveness
-from vodpoller.settlement import Reason
+from vodpoller.settlement import Outcome, Reason
 from vodpoller.telemetry import Telemetry
 
 # --- backoff ----------------------------------------------------------------------------------------------------------
@@ -611,6 +612,189 @@ def test_what_is_queued_when_a_pause_begins_and_cannot_wait_is_stored(bench):
     assert sent.wait(10)
     assert reasons(queued) == [Reason.SINK_PAUSED] * 2
     assert len(worker.sink.calls) == 1
+
+
+# --- a number of calls per minute -------------------------------------------------------------------------------------
+
+
+class Robot:
+    """Takes 20 messages a minute; a fake clock says when they came."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.clock = FakeClock()
+        self.came_at = []
+        self.claims = []  # what is no longer claimed is released
+        self.started_at = self.clock()
+
+    def worker(self):
+        sink = MemorySink(concurrency=4, max_per_minute=20)
+        sink.behaviour = lambda events: self.came_at.append(self.clock())
+        self.started_at = self.clock()
+        return self.bench.worker(sink, queue_max_events=1000, monotonic=self.clock, wall=self.clock)
+
+    def send(self, worker, *numbers, lease_secs=25.0):
+        wanted = [Delivery(event(number), "it", deadline=self.clock() + lease_secs) for number in numbers]
+        sent = Sent(self.bench.in_flight, wanted)
+        self.claims.append(sent)
+        worker.submit(sent.fresh)
+        return sent
+
+
+@pytest.fixture
+def robot(bench):
+    return Robot(bench)
+
+
+def test_20_a_minute_is_never_exceeded_in_5_minutes_with_a_restart(bench, robot):
+    worker, number = robot.worker(), 0
+    for second in range(1, 301):
+        if second == 150:
+            worker.stop()
+            assert worker.join(10)
+            bench.in_flight = InFlight()
+            worker = robot.worker()
+        robot.clock.advance(1.0)
+        robot.send(worker, number, number + 1, lease_secs=10_000.0)
+        number += 2
+        # The first comes a call's time limit, 1 s, and 3 s after the start, then one each 3 s.
+        of_this_run = int(robot.clock() - robot.started_at - 1) // 3
+        until(lambda due=of_this_run: sum(at > robot.started_at for at in robot.came_at) == due)
+    assert len(robot.came_at) == 99
+    assert max(sum(at <= other < at + 60 for other in robot.came_at) for at in robot.came_at) == 20
+    assert min(later - earlier for earlier, later in pairwise(robot.came_at)) == 3.0
+
+
+def test_what_would_wait_beyond_its_lease_is_stored_at_once(bench, robot):
+    worker = robot.worker()
+    sent = robot.send(worker, *range(20))
+    refused = [delivery for delivery in sent.deliveries if delivery.result]
+    assert reasons(refused) == [Reason.SINK_PAUSED] * 13  # 7 have their turn within 25 s: after 4, 7, … 22 s
+    assert [delivery.event.key for delivery in refused] == keys(*range(7, 20))
+    assert refused[0].result.retry_after_secs == 25.0
+    assert f"its turn comes at {timestamp(robot.clock() + 25.0)} (max_per_minute = 20)" in refused[0].result.why
+    assert worker.sink.calls == []
+
+
+def test_what_nobody_waits_for_any_more_takes_no_turn(bench, robot):
+    worker = robot.worker()
+    robot.send(worker, *range(7)).leave()
+    sent = robot.send(worker, *range(10, 17))
+    assert [delivery.result for delivery in sent.deliveries] == [None] * 7
+
+
+def test_few_stored_events_are_queued_before_fresh_ones(bench, robot):
+    worker = robot.worker()
+    assert worker.room() == 1
+    _, stored = bench.send(worker, 1)
+    assert worker.room() == 0
+    robot.send(worker, 2)
+    robot.clock.advance(4.0)
+    robot.send(worker, 3)
+    assert stored.wait(10)
+    assert worker.sink.accepted == keys(1)
+    assert worker.room() == 1
+
+
+def test_a_probe_has_its_turn_as_any_other_call(bench, robot):
+    worker = robot.worker()
+    worker.sink.fail_always(TransientError("down"))
+    for number in range(100):
+        robot.clock.advance(4.0)
+        assert robot.send(worker, number, lease_secs=0.1).wait(10)
+    assert worker.is_open
+    calls = len(worker.sink.calls)
+    robot.clock.advance(2.0)
+    probe = robot.send(worker, 200)
+    assert worker.sink.calls[calls:] == []
+    robot.clock.advance(2.0)
+    robot.send(worker, 201)
+    assert probe.wait(10)
+    assert worker.sink.calls[calls:] == [keys(200)]
+
+
+def test_the_pause_that_a_receiver_asked_for_moves_all_turns(bench, robot):
+    worker = robot.worker()
+    worker.sink.fail_always(TransientError("45009", retry_after_secs=15.0))
+    robot.clock.advance(4.0)
+    sent = robot.send(worker, *range(7))
+    until(lambda: worker.status().paused_until)
+    until(lambda: sum(delivery.result is not None for delivery in sent.deliveries) == 2)
+    assert reasons(sent.deliveries[-2:]) == [Reason.SINK_PAUSED] * 2
+
+
+# --- what a sink examines before it is queued -------------------------------------------------------------------------
+
+
+def test_what_is_rejected_unsent_never_counts_for_the_breaker(bench, lines):
+    worker = bench.worker(MemorySink(), breaker_failures=2)
+
+    def reject(event):
+        raise RejectedError("sinks.it.body: it cannot be evaluated")
+
+    worker.sink.examined = reject
+    deliveries, _ = bench.send(worker, *range(10))
+    assert reasons(deliveries) == [Reason.REJECTED] * 10
+    assert {delivery.result.outcome for delivery in deliveries} == {Outcome.REJECTED}
+    assert "it cannot be evaluated" in deliveries[0].result.why
+    assert not worker.is_open
+    assert worker.sink.calls == []
+    assert "it cannot be evaluated" in named(lines, "delivery.failed")[0]["error_message"]
+
+
+def test_what_is_rejected_unsent_is_so_while_the_breaker_is_open(bench, sick):
+    sick.clock.advance(1.0)
+
+    def reject(event):
+        raise RejectedError("sinks.it.body: it cannot be evaluated")
+
+    sick.sink.examined = reject
+    assert bench.deliver(sick, 4) == [Reason.REJECTED]
+    assert sick.is_open
+    assert sick.room() == 1  # the probe is still to come
+
+
+def test_an_unforeseen_error_in_examining_is_a_failure(bench, lines):
+    worker = bench.worker(MemorySink(), breaker_failures=2)
+    worker.sink.examined = lambda event: 1 / 0
+    assert bench.deliver(worker, 1, 2, 3) == [Reason.SINK_FAILED] * 3
+    assert not worker.is_open
+    assert named(lines, "delivery.failed")[0]["exc_info"]
+
+
+def test_what_is_skipped_is_delivered_without_a_call(bench):
+    worker = bench.worker(MemorySink(), queue_max_events=1)
+
+    def skip(event):
+        raise SkippedError("nothing to send")
+
+    worker.sink.examined = skip
+    deliveries, _ = bench.send(worker, *range(10))
+    assert reasons(deliveries) == [Reason.SKIPPED] * 10
+    assert {delivery.result.outcome for delivery in deliveries} == {Outcome.DELIVERED}
+    assert bench.ledger.accepted == [("it", key) for key in keys(*range(10))]
+    assert worker.sink.calls == []
+
+
+def test_skipping_neither_waits_for_a_turn_nor_closes_the_breaker(bench, sick):
+    def skip(event):
+        raise SkippedError("nothing to send")
+
+    sick.sink.examined = skip
+    assert bench.deliver(sick, 4, 5) == [Reason.SKIPPED] * 2
+    assert sick.is_open
+
+
+def test_skipping_takes_no_turn_of_others(bench, robot):
+    worker = robot.worker()
+
+    def skip_odd(it):
+        if it.key in keys(*range(1, 14, 2)):
+            raise SkippedError("nothing to send")
+
+    worker.sink.examined = skip_odd
+    sent = robot.send(worker, *range(14))
+    assert reasons(sent.deliveries) == [None, Reason.SKIPPED] * 7
 
 
 # --- what a lack of memory, or a bug, must not keep claimed -----------------------------------------------------------

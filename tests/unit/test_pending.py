@@ -10,7 +10,7 @@ from tests.polling import until
 from vodpoller.delivery.in_flight import Delivery, DeliveryWait, InFlight, WaitEnd
 from vodpoller.delivery.retrier import GATHER_SECS, Retrier
 from vodpoller.delivery.worker import Worker
-from vodpoller.errors import RejectedError, StorageError, TransientError
+from vodpoller.errors import RejectedError, SkippedError, StorageError, TransientError
 from vodpoller.journal.contract import Known, Letter
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
@@ -119,6 +119,33 @@ def test_due_rows_are_delivered_once_and_gone(bench, lines):
     said = named(lines, "pending.delivered")
     assert [(line["sink"], line["attempts"], line["age_secs"]) for line in said] == [("it", 1, 60.0)] * 2
     assert bench.retrier.delivered == 2
+
+
+def test_a_row_that_is_skipped_is_gone_and_said_to_be(bench, lines):
+    bench.store(1)
+
+    def skip(event):
+        raise SkippedError("nothing to send")
+
+    bench.sink.examined = skip
+    assert bench.go() == 1
+    assert bench.known(1) is Known.ACCEPTED
+    assert bench.journal.counts() == {}
+    assert bench.sink.calls == []
+    assert [line["reason"] for line in named(lines, "pending.delivered")] == ["skipped"]
+
+
+def test_a_row_that_is_rejected_unsent_becomes_a_dead_letter(bench, lines):
+    bench.store(1)
+
+    def reject(event):
+        raise RejectedError("sinks.it.body: it cannot be evaluated")
+
+    bench.sink.examined = reject
+    assert bench.go() == 1
+    assert bench.known(1) is Known.DEAD
+    assert bench.sink.calls == []
+    assert "cannot be evaluated" in named(lines, "event.dead")[0]["error_message"]
 
 
 def test_rows_of_other_sinks_and_dead_rows_are_left_alone(bench):

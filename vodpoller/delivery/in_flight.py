@@ -19,7 +19,7 @@ until the retrier has written that result down and calls `forget()`.
 
 Every field of a `Delivery` that changes has one writer: `state`, `result` and `waits` are written here, under the
 table's lock; `attempts`, `error`, `alone`, `is_entered` and `holder` by the thread of the sink that has taken the
-delivery.
+delivery, and before that, if the sink skips or rejects it unsent, by the thread that submits it.
 """
 
 import threading

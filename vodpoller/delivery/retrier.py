@@ -326,6 +326,7 @@ class Retrier:
 def _delivered_fields(it: _Ended) -> dict[str, Any]:
     return {
         "sink": it.row.sink,
+        "reason": it.result.reason,
         "attempts": it.attempts + 1,
         "age_secs": round(it.age_secs, 1),
         **event_fields(it.row.event),

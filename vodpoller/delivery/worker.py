@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -13,10 +14,11 @@ from vodpoller.backoff import Backoff
 from vodpoller.clock import timestamp
 from vodpoller.delivery.breaker import Breaker
 from vodpoller.delivery.in_flight import Delivery, InFlight, State
-from vodpoller.errors import PartialFailureError, RejectedError, TransientError, VodpollerError
+from vodpoller.delivery.pause import Pause
+from vodpoller.errors import PartialFailureError, RejectedError, SkippedError, TransientError, VodpollerError
 from vodpoller.journal.contract import Position
 from vodpoller.liveness import Liveness
-from vodpoller.settlement import DELIVERED, Outcome, Reason, SinkResult
+from vodpoller.settlement import DELIVERED, SKIPPED, Outcome, Reason, SinkResult
 from vodpoller.sinks.contract import Recoverable, Sink
 from vodpoller.status import SinkStatus
 from vodpoller.telemetry import Count, Duration, Telemetry
@@ -77,9 +79,9 @@ class Worker:
         self._delayed: list[tuple[float, int, Delivery]] = []
         self._sequence = count()
         self._breaker = Breaker(failures=breaker_failures, monotonic=monotonic)
+        self._pause = Pause(max_per_minute=sink.max_per_minute, call_secs=sink.timeout_secs, monotonic=monotonic)
         self._down_since = 0.0
         self._last_success_at: float | None = None
-        self._paused_until = 0.0
         self._last_error = ""
         self._stopping = False
         self._busy: set[int] = set()
@@ -116,7 +118,7 @@ class Worker:
         """How the sink is at this moment."""
         with self._condition:
             now, wall = self._monotonic(), self._wall()
-            paused_secs = self._paused_until - now
+            paused_secs = self._pause.asked_until - now
             waits_secs = max(paused_secs, self._breaker.probe_at - now if self._breaker.open else 0.0, 0.0)
             is_held = self._breaker.open or paused_secs > 0
             return SinkStatus(
@@ -136,18 +138,24 @@ class Worker:
         While the breaker is open it is one, if it is time for a probe; while the sink is paused it is none.
         """
         with self._condition:
-            if self._paused_until > self._monotonic():
+            limit = self._pause.room(sum(delivery.deadline is None for delivery in self._queue))
+            if limit is not None and limit <= 0:
                 return 0
             if self._breaker.open:
                 return 1 if self._breaker.wants_probe() else 0
-            return max(self._queue_max_events // 2 - len(self._queue) - len(self._delayed), 0)
+            room = max(self._queue_max_events // 2 - len(self._queue) - len(self._delayed), 0)
+            return room if limit is None else min(room, limit)
 
     def submit(self, deliveries: Sequence[Delivery]) -> None:
         """Take deliveries that this caller has claimed. Each comes to a result, maybe before this returns."""
         refused: dict[Reason, list[Delivery]] = {}
         taken: list[Delivery] = []
+        skipped: list[Delivery] = []
+        to_send = [delivery for delivery in deliveries if self._is_to_be_sent(delivery, skipped)]
         with self._condition:
-            for delivery in deliveries:
+            if self._pause.holds:
+                self._drop_released()
+            for delivery in to_send:
                 reason = self._why_refused(delivery)
                 if reason is None:
                     self._queue.append(delivery)
@@ -159,22 +167,47 @@ class Worker:
                 self._spawn_if_useful()
                 self._condition.notify(-(-len(self._queue) // self.sink.batch_events))
         self._refuse(refused)
+        if skipped:
+            self._ledger.accept(self.name, [delivery.event.key for delivery in skipped], None)
+            for delivery in skipped:
+                delivery.is_entered = True
+            self._in_flight.complete(skipped, SKIPPED)
+
+    def _is_to_be_sent(self, delivery: Delivery, skipped: list[Delivery]) -> bool:
+        """Have the sink examine an event before it takes a place in the queue.
+
+        Args:
+            delivery: Is complete, or in `skipped`, if it is not to be sent.
+            skipped: Gets it if the sink skips it.
+        """
+        try:
+            self.sink.examine(delivery.event)
+        except SkippedError:
+            skipped.append(delivery)
+        except Exception as error:  # noqa: BLE001 - unknown exceptions count as transient
+            self._not_sendable(delivery, error)
+        else:
+            return True
+        return False
+
+    def _not_sendable(self, delivery: Delivery, error: Exception) -> None:
+        delivery.attempts += 1
+        self._say_failed(delivery, error)
+        result = _failed(str(error) or repr(error), attempts=delivery.attempts)
+        if isinstance(error, RejectedError):
+            result = replace(result, outcome=Outcome.REJECTED, reason=Reason.REJECTED)
+        self._in_flight.complete((delivery,), result)
 
     def _why_refused(self, delivery: Delivery) -> Reason | None:
         if self._stopping:
             return Reason.STOPPING
-        if self._is_paused_for(delivery):
+        if self._pause.outlasts(delivery.deadline, len(self._queue) + len(self._delayed)):
             return Reason.SINK_PAUSED
         if self._breaker.open and not self._may_probe(delivery):
             return Reason.SINK_DOWN
         if len(self._queue) + len(self._delayed) >= self._queue_max_events:
             return Reason.QUEUE_FULL
         return None
-
-    def _is_paused_for(self, delivery: Delivery) -> bool:
-        """Whether the receiver's pause lasts longer than this delivery can wait."""
-        now = self._monotonic()
-        return self._paused_until > now and (delivery.deadline is None or self._paused_until >= delivery.deadline)
 
     def _may_probe(self, delivery: Delivery) -> bool:
         # While the breaker is open at most one delivery waits in the queue: the next probe.
@@ -190,9 +223,10 @@ class Worker:
             case Reason.SINK_DOWN:
                 why = f"the sink is down since {timestamp(self._down_since)}: {self._last_error}"
             case Reason.SINK_PAUSED:
-                retry_after_secs = max(self._paused_until - self._monotonic(), 0.0)
-                until = timestamp(self._wall() + retry_after_secs)
-                why = f"the receiver asked to be left alone until {until}: {self._last_error}"
+                with self._condition:
+                    turn_at = self._pause.turn_at(len(self._queue) + len(self._delayed))
+                    retry_after_secs = max(turn_at - self._monotonic(), 0.0)
+                    why = self._pause.why(self._last_error, timestamp(self._wall() + retry_after_secs))
             case Reason.QUEUE_FULL:
                 why = f"the sink is slower than events come: {self._queue_max_events} wait already (queue_max_events)"
             case _:
@@ -236,9 +270,14 @@ class Worker:
                     return
                 self._condition.wait(self._wait_secs())
         batch, refused = turn
-        self._refuse(refused)
-        if batch:
-            self._attempt(batch)
+        try:
+            self._refuse(refused)
+            if batch:
+                self._attempt(batch)
+        finally:
+            if batch:
+                with self._condition:
+                    self._pause.end()
 
     def _give_back(self, taken: list[Delivery]) -> None:
         """The end of one step, whatever ended it: nothing that it took is left running."""
@@ -258,37 +297,42 @@ class Worker:
         if self._stopping:
             return None
         self._requeue_due()
-        batch: list[Delivery] = []
-        refused: dict[Reason, list[Delivery]] = {}
-        is_paused = self._paused_until > self._monotonic()
-        is_probe = self._breaker.open and not is_paused
-        if is_paused or is_probe:  # what was released while it waited would keep the next probe out
-            self._queue = deque(delivery for delivery in self._queue if delivery.state is not State.DONE)
-        if is_paused:
-            refused[Reason.SINK_PAUSED] = [delivery for delivery in self._queue if self._is_paused_for(delivery)]
-        elif is_probe:
-            first_refused = 1 if self._breaker.wants_probe() else 0
-            batch, refused[Reason.SINK_DOWN] = (
-                list(islice(self._queue, first_refused)),
-                list(islice(self._queue, first_refused, None)),
-            )
-        else:
-            batch = self._next_batch()
+        batch, refused = self._choose()
         taken += batch
         for deliveries in refused.values():
             taken += deliveries
         if not taken:
             return None
         self._hold(taken)
-        if is_paused:
+        if refused:
             self._queue = deque(delivery for delivery in self._queue if delivery.state is State.QUEUED)
         else:
             for _ in taken:
                 self._queue.popleft()
         started = [delivery for delivery in batch if delivery.state is State.RUNNING]
-        if is_probe and started:
+        if started and self._breaker.open:
             self._breaker.start_probe(started[0].event.key)
+        if started:
+            self._pause.begin()
         return started, refused
+
+    def _choose(self) -> tuple[list[Delivery], dict[Reason, list[Delivery]]]:
+        """What is at the queue's head for one call, and what is not attempted now and why."""
+        if self._pause.is_asked:
+            self._drop_released()
+            queue = enumerate(self._queue)
+            paused = [delivery for ahead, delivery in queue if self._pause.outlasts(delivery.deadline, ahead)]
+            return [], {Reason.SINK_PAUSED: paused}
+        if self._breaker.open:
+            self._drop_released()
+            first_refused = 1 if self._breaker.wants_probe() else 0
+            batch = [] if self._pause.holds else list(islice(self._queue, first_refused))
+            return batch, {Reason.SINK_DOWN: list(islice(self._queue, first_refused, None))}
+        return [] if self._pause.holds else self._next_batch(), {}
+
+    def _drop_released(self) -> None:
+        """What was released while it waited would keep the next probe out, or be counted among those that wait."""
+        self._queue = deque(delivery for delivery in self._queue if delivery.state is not State.DONE)
 
     def _hold(self, taken: Sequence[Delivery]) -> None:
         """They are this thread's from now on."""
@@ -303,7 +347,7 @@ class Worker:
         now = self._monotonic()
         waits = [self._delayed[0][0] - now] if self._delayed else []
         if self._queue:  # it waits for the end of a pause
-            waits.append(self._paused_until - now)
+            waits.append(self._pause.turn_at() - now)
         return max(min(waits), 0.001) if waits else None
 
     def _requeue_due(self) -> None:
@@ -389,7 +433,7 @@ class Worker:
             self._last_error = why
             was_open = self._breaker.open
             if retry_after_secs is not None:  # it is the receiver that is overloaded, not this event
-                self._paused_until = max(self._paused_until, self._monotonic() + retry_after_secs)
+                self._pause.ask(retry_after_secs)
         self._say_failed(delivery, error)
         if counts:
             self._count_failure(delivery, why)
@@ -428,7 +472,7 @@ class Worker:
         if delivery.deadline is None:
             return False
         with self._condition:
-            due = max(self._monotonic() + self._RETRIES.secs(delivery.attempts), self._paused_until)
+            due = max(self._monotonic() + self._RETRIES.secs(delivery.attempts), self._pause.asked_until)
             if self._breaker.open or self._stopping or due >= delivery.deadline:
                 return False
             heapq.heappush(self._delayed, (due, next(self._sequence), delivery))

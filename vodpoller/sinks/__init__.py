@@ -4,7 +4,7 @@ Everything else in vodpoller is internal. The sinks that come with it are a file
 this file shows how to write one.
 """
 
-from vodpoller.errors import ConfigError, PartialFailureError, RejectedError, TransientError
+from vodpoller.errors import ConfigError, PartialFailureError, RejectedError, SkippedError, TransientError
 from vodpoller.events.event import Event
 from vodpoller.events.snapshots import Snapshot, SnapshotsTaken, file_id_of, snapshots_of, task_id_of
 from vodpoller.journal.contract import Portion, Position
@@ -26,6 +26,7 @@ __all__ = [
     "Sink",
     "SinkConfig",
     "SinkContext",
+    "SkippedError",
     "Snapshot",
     "SnapshotsTaken",
     "TransientError",

@@ -96,12 +96,14 @@ class Sink(ABC, Generic[ConfigT]):
         concurrency: Number of threads that call `deliver` at the same time.
         batch_events: Maximum number of events in one call.
         timeout_secs: The time limit that `deliver` gets, in seconds.
+        max_per_minute: Maximum number of calls in any 60 s, which are then evenly spaced; None: no limit.
     """
 
     Config: type[ConfigT]
     concurrency: int = 1
     batch_events: int = 1
     timeout_secs: float = 10.0
+    max_per_minute: int | None = None
 
     def __init__(self, name: str, config: ConfigT, context: SinkContext) -> None:
         self.name = name
@@ -126,6 +128,19 @@ class Sink(ABC, Generic[ConfigT]):
             ConfigError: It cannot be reached; says what is wrong and what to do, as at construction.
         """
         return "nothing to reach"
+
+    def examine(self, event: Event) -> None:
+        """Look at an event before it is queued for `deliver`, without sending anything.
+
+        What this raises never counts for the breaker and costs no call: the receiver is not asked.
+
+        Args:
+            event: The event.
+
+        Raises:
+            SkippedError: Nothing is to be sent for it: it counts as delivered.
+            RejectedError: It can never be sent.
+        """
 
     @abstractmethod
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:

@@ -1,0 +1,91 @@
+import heapq
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import FakeClock
+from vodpoller.delivery.pause import Pause, Spacing
+
+CALL_SECS = 5.0
+
+
+class Receiver:
+    """Notes when requests reach it, each at some moment of its call; calls begin as soon as they may."""
+
+    def __init__(self, max_per_minute, threads):
+        self.max_per_minute = max_per_minute
+        self.threads = threads
+        self.clock = FakeClock()
+        self.arrivals = []
+        self.restart()
+
+    def restart(self):
+        """The calls that run end with their process."""
+        self.ends = []
+        self.spacing = Spacing(max_per_minute=self.max_per_minute, call_secs=CALL_SECS, monotonic=self.clock)
+
+    def call(self, lasts, arrives, idle_secs):
+        self._run_until(self.clock() + idle_secs)
+        while (at := self.spacing.free_at()) > self.clock() or len(self.ends) >= self.threads:
+            self._run_until(min([max(at, self.clock()), *self.ends[:1]]))
+        self.spacing.begin()
+        heapq.heappush(self.ends, self.clock() + lasts * CALL_SECS)
+        self.arrivals.append(self.clock() + lasts * arrives * CALL_SECS)
+
+    def _run_until(self, at):
+        while self.ends and self.ends[0] <= at:
+            self.clock.now = max(self.clock(), heapq.heappop(self.ends))
+            self.spacing.end()
+        self.clock.now = max(self.clock(), at)
+
+    def most_in_a_minute(self):
+        # Floats: what is exactly 60 s apart may seem a little less.
+        return max(sum(at <= other < at + 60 - 1e-6 for other in self.arrivals) for at in self.arrivals)
+
+
+fractions = st.floats(0, 1)
+calls = st.tuples(
+    fractions, fractions, st.sampled_from([0.0, 0.0, 0.0, 1.0, 30.0]), st.sampled_from([False] * 9 + [True])
+)
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.lists(calls, min_size=1, max_size=60))
+def test_no_60_seconds_have_more_arrivals_whatever_calls_take(max_per_minute, threads, calls):
+    receiver = Receiver(max_per_minute, threads)
+    for lasts, arrives, idle_secs, restarts in calls:
+        if restarts:
+            receiver.restart()
+        receiver.call(lasts, arrives, idle_secs)
+    assert receiver.most_in_a_minute() <= max_per_minute
+
+
+def test_calls_that_are_quick_come_evenly():
+    receiver = Receiver(20, 4)
+    for _ in range(100):
+        receiver.call(0.0, 0.0, 0.0)
+    gaps = [later - earlier for earlier, later in zip(receiver.arrivals, receiver.arrivals[1:], strict=False)]
+    assert gaps == pytest.approx([3.0] * 99)
+
+
+def test_a_call_that_lasts_longer_than_a_minute_takes_one_turn():
+    clock = FakeClock()
+    spacing = Spacing(max_per_minute=2, call_secs=1.0, monotonic=clock)
+    clock.advance(600.0)
+    spacing.begin()
+    begun = []
+    for _ in range(600):
+        if spacing.free_at() <= clock():
+            spacing.begin()
+            spacing.end()
+            begun.append(clock())
+        clock.advance(1.0)
+    assert len(begun) == 10
+
+
+def test_without_a_limit_nothing_is_held():
+    pause = Pause(max_per_minute=None, call_secs=5.0, monotonic=FakeClock())
+    pause.begin()
+    pause.end()
+    assert not pause.holds
+    assert pause.room(1000) is None
