@@ -114,6 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.do_POST()
 
+    def do_PUT(self):
+        self.do_POST()
+
+    def do_PATCH(self):
+        self.do_POST()
+
     def log_message(self, *args):
         pass
 

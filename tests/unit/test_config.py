@@ -1066,7 +1066,7 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
             table["ca_file"] = DEFAULT_CA_BUNDLE_PATH
     for table in (data["credentials"], *data["sinks"].values()):
         for twin in [key for key in table if f"{key}_file" in table]:
-            (folder / table[f"{twin}_file"]).write_text(WEBHOOK_SECRET)
+            (folder / table[f"{twin}_file"]).write_text("https://app.example/" if twin == "url" else WEBHOOK_SECRET)
             del table[twin if files else f"{twin}_file"]
     (folder / data["listener"]["password_file"]).write_text(WEBHOOK_SECRET)
     return data

@@ -4,18 +4,22 @@ Source: RFC 9110 (headers).
 """
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from itertools import chain
+from typing import Annotated, Final, Literal, Self
 from urllib.parse import urlsplit
 
 import requests
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from vodpoller.expressions import ExpressionText
 from vodpoller.httpclient.trust import CaFile
-from vodpoller.secret import Secret
+from vodpoller.secret import Secret, SecretFile
 from vodpoller.sinks.contract import SinkConfig
-from vodpoller.sinks.webhook.signing import SECRET_HELP, signing_key
+from vodpoller.sinks.webhook.signing import Sign, problem_in_secret
 
+URL_MAX_CHARACTERS: Final = 2048
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[!-~]([ \t!-~]*[!-~])?")
 _RESERVED_HEADERS = frozenset(
@@ -39,23 +43,61 @@ _RESERVED_HEADERS = frozenset(
 class WebhookConfig(SinkConfig):
     """An HTTP receiver."""
 
-    type: Literal["webhook"] = Field(description="Each event is the body of a POST request.")
-    url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(
-        description="Where requests go: http or https. Credentials belong in `headers`.",
+    type: Literal["webhook"] = Field(description="Each event is the body of a request.")
+    url: Annotated[str, Field(min_length=1, max_length=URL_MAX_CHARACTERS)] | None = Field(
+        default=None,
+        description="Where requests go: http or https. Credentials belong in `headers`. This or `url_file`.",
         examples=["https://app.example/vod/callback"],
+    )
+    url_file: SecretFile | None = Field(
+        default=None,
+        description="The file whose first line is the URL, if a part of it is secret, as with chat robots. Read again"
+        " at SIGHUP.",
+        examples=["robot_url"],
+    )
+    method: Literal["POST", "PUT", "PATCH"] = Field(default="POST", description="The method of the requests.")
+    sign: Sign = Field(
+        default="standard",
+        description="How a request is signed if there is a secret: as Standard Webhooks describes, or as robots of"
+        " DingTalk or Feishu want it.",
     )
     secret_file: Annotated[str, Field(max_length=4096)] | None = Field(
         default=None, description="The file that holds the secret.", examples=["hook_secret"]
     )
     secret: Secret | None = Field(
         default=None,
-        description="Signs the requests as Standard Webhooks describes: whsec_ and base64 of 24 to 64 bytes,"
-        " or that base64 alone. Left out: requests are not signed.",
+        description="Signs the requests. For `standard`: whsec_ and base64 of 24 to 64 bytes, or that base64 alone; for"
+        " robots: what their settings show. Left out: requests are not signed.",
     )
     headers: Annotated[dict[str, str], Field(max_length=50)] = Field(
         default_factory=dict,
         repr=False,
         description="Sent with every request, such as Authorization. Their values are never shown.",
+    )
+    body: ExpressionText | None = Field(
+        default=None,
+        description="A JMESPath expression over the event; what it finds is sent in the event's place, as JSON. If it"
+        " finds null, nothing is sent, and the event counts as delivered (`skipped`). Left out: the event.",
+        examples=["{msgtype: 'text', text: {content: EventType}}"],
+    )
+    accept_when: ExpressionText | None = Field(
+        default=None,
+        description="A JMESPath expression over the JSON of a 2xx answer (over its text, if it is not JSON): the event"
+        " is accepted only if it holds. Left out: 2xx accepts.",
+        examples=["errcode == `0`"],
+    )
+    reject_when: ExpressionText | None = Field(
+        default=None,
+        description="A JMESPath expression over the JSON of any answer, as for `accept_when`: if it holds, the event"
+        " never will be taken. With it, the status 400 alone does not say that.",
+        examples=["errcode == `45002`"],
+    )
+    max_per_minute: Annotated[int, Field(ge=1, le=60_000)] | None = Field(
+        default=None,
+        description="Maximum number of requests in any 60 s, evenly spaced. What would have to wait beyond its lease is"
+        " stored (`sink_paused`). After a start the first request waits for `timeout_secs` and one spacing, so that a"
+        " restart doubles nothing.",
+        examples=[20],
     )
     ca_file: CaFile | None = Field(
         default=None,
@@ -72,35 +114,25 @@ class WebhookConfig(SinkConfig):
 
     @field_validator("url")
     @classmethod
-    def _can_be_posted_to(cls, value: str) -> str:
-        example = "for example https://app.example/vod/callback"
-        try:
-            parts = urlsplit(value)
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", value):
-            raise ValueError(f"it is not an http or https address ({example})")
-        if "@" in parts.netloc:
-            raise ValueError(
-                "it holds credentials, which would be shown in logs (put them into headers: Authorization)"
-            )
-        try:
-            requests.Request("POST", value).prepare()
-        except (requests.RequestException, ValueError):
-            raise ValueError(f"it is not an http or https address ({example})") from None
+    def _can_be_asked(cls, value: str | None) -> str | None:
+        if value is not None and (problem := _problem_in_url(value)):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("url_file")
+    @classmethod
+    def _holds_a_url(cls, value: Secret | None) -> Secret | None:
+        if value is not None and (problem := value.restrict(_problem_in_url)):
+            raise ValueError(f"{value.path}: {problem}")
         return value
 
     @field_validator("secret")
     @classmethod
     def _can_sign(cls, value: Secret | None, info: ValidationInfo) -> Secret | None:
-        if value is not None:
-            try:
-                signing_key(value.get())
-            except ValueError as error:
-                key = "secret_file" if info.data.get("secret_file") else ""
-                problem = {"why": f"it is not a signing secret: {error} (right: {SECRET_HELP})", "key": key}
-                raise PydanticCustomError("vodpoller", "{why}", problem) from None
+        sign = info.data.get("sign")
+        if value is not None and sign is not None and (problem := problem_in_secret(value.get(), sign)):
+            key = "secret_file" if info.data.get("secret_file") else "secret"
+            raise _problem(key, f"it is not a signing secret: {problem}")
         return value
 
     @field_validator("headers")
@@ -119,3 +151,63 @@ class WebhookConfig(SinkConfig):
                 raise ValueError(f"the value of {name} cannot be sent (printable ASCII, no blanks at either end)")
             seen.add(lower)
         return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.url is None and self.url_file is None:
+            example = "https://app.example/vod/callback"
+            raise _problem("url", f'is missing (for example: url = "{example}"; or url_file, if it is secret)')
+        if self.url is not None and self.url_file is not None:
+            raise _problem("url_file", "is given together with url (keep one of the two)")
+        if self.sign != "standard" and self.secret is None:
+            raise _problem("sign", f'"{self.sign}" signs with a secret, and there is none (add secret_file)')
+        if self.sign == "feishu" and self.body is None:
+            raise _problem("sign", '"feishu" puts the signature into the message, and there is no body that makes one')
+        if self.body is not None and self.format != "callback":
+            raise _problem("format", "has no effect beside body, which says what is sent (keep one of the two)")
+        return self
+
+    @property
+    def address(self) -> str:
+        """Where requests go, as of the last read."""
+        return self.url_file.get() if self.url_file is not None else self.url or ""
+
+    @property
+    def address_key(self) -> str:
+        """The key that says where requests go."""
+        return "url" if self.url_file is None else "url_file"
+
+    def place(self) -> str:
+        """As `SinkConfig.place`."""
+        return urlsplit(self.address).netloc
+
+    @classmethod
+    def secret_file_keys(cls) -> Iterator[str]:
+        """The fields that name files with secrets."""
+        return chain(("url_file",), super().secret_file_keys())
+
+
+def _problem(key: str, why: str) -> PydanticCustomError:
+    """An error that names another key than the one that is validated."""
+    return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
+
+
+def _problem_in_url(url: str) -> str:
+    """Why requests cannot be sent there, without a part of it; empty if they can."""
+    unusable = "it is not an http or https address (for example https://app.example/vod/callback)"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return unusable
+    if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", url):
+        return unusable
+    if len(url) > URL_MAX_CHARACTERS:
+        return f"it is longer than {URL_MAX_CHARACTERS} characters"
+    if "@" in parts.netloc:
+        return "it holds credentials, which would be shown in logs (put them into headers: Authorization)"
+    try:
+        requests.Request("POST", url).prepare()
+    except (requests.RequestException, ValueError):
+        return unusable
+    return ""

@@ -36,7 +36,10 @@ def _secrets(config: WebhookConfig) -> Iterator[str]:
     if config.secret is not None:
         yield config.secret.get()
         yield config.secret.get().removeprefix(SECRET_PREFIX)
-    parts = urlsplit(config.url)
+    parts = urlsplit(config.address)
+    if config.url_file is not None:
+        yield config.url_file.get()
+        yield parts.path
     yield parts.query
     yield from (value for _, value in parse_qsl(parts.query))
     # Robots of chat programs have their token in the path.

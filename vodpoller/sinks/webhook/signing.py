@@ -1,18 +1,90 @@
-"""Signatures of requests.
+"""Signatures of requests, as receivers ask for them.
 
-Source: "Standard Webhooks" specification (signature, secrets).
+Sources: "Standard Webhooks" specification (signature, secrets); DingTalk, "Custom robot access" (signature); Feishu,
+"Custom bot usage guide" (signature).
 """
 
 import base64
 import binascii
-from typing import Final
+import hashlib
+import hmac
+import re
+from typing import Final, Literal, assert_never
+from urllib.parse import quote_plus
+
+Sign = Literal["standard", "dingtalk", "feishu"]
 
 SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what every such secret starts with, not a secret
 _SECRET_BYTES: Final = range(24, 65)  # the specification's bounds
-SECRET_HELP: Final = "whsec_ and base64 of 24 to 64 random bytes; `openssl rand -base64 32` makes one"  # noqa: S105 - as above
+_PRINTABLE: Final = re.compile(r"[!-~]+")
 
 
-def signing_key(secret: str) -> bytes:
+def problem_in_secret(secret: str, sign: Sign) -> str:
+    """What is wrong with a secret, without a part of it, and what would be right; empty if nothing is.
+
+    Args:
+        secret: The secret.
+        sign: What it is for.
+    """
+    match sign:
+        case "standard":
+            try:
+                _signing_key(secret)
+            except ValueError as error:
+                right = "whsec_ and base64 of 24 to 64 random bytes; `openssl rand -base64 32` makes one"
+                return f"{error} (right: {right})"
+        case "dingtalk":
+            if not (secret.startswith("SEC") and _PRINTABLE.fullmatch(secret)):
+                return "it does not begin with SEC (right: what the robot's settings show beside its signature)"
+        case "feishu":
+            if secret.startswith(SECRET_PREFIX) or not _PRINTABLE.fullmatch(secret):
+                return "no bot has such a secret (right: what the bot's settings show beside its signature)"
+        case _:
+            assert_never(sign)
+    return ""
+
+
+def standard_signature(secret: str, *, message_id: str, timestamp: str, body: bytes) -> str:
+    """The value of the header `webhook-signature`.
+
+    Args:
+        secret: One in which there is no problem.
+        message_id: The value of `webhook-id`.
+        timestamp: The value of `webhook-timestamp`.
+        body: The request's body.
+    """
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    return f"v1,{_base64_hmac(_signing_key(secret), signed)}"
+
+
+def dingtalk_query(secret: str, now: float) -> str:
+    """What DingTalk wants at the end of the URL's query.
+
+    Args:
+        secret: One in which there is no problem.
+        now: Unix time, in seconds.
+    """
+    timestamp = str(int(now * 1000))
+    signature = _base64_hmac(secret.encode(), f"{timestamp}\n{secret}".encode())
+    return f"timestamp={timestamp}&sign={quote_plus(signature)}"
+
+
+def feishu_members(secret: str, now: float) -> dict[str, str]:
+    """What Feishu wants in the body: members of the message.
+
+    Args:
+        secret: One in which there is no problem.
+        now: Unix time, in seconds.
+    """
+    timestamp = str(int(now))
+    return {"timestamp": timestamp, "sign": _base64_hmac(f"{timestamp}\n{secret}".encode(), b"")}
+
+
+def _base64_hmac(key: bytes, message: bytes) -> str:
+    return base64.b64encode(hmac.digest(key, message, hashlib.sha256)).decode()
+
+
+def _signing_key(secret: str) -> bytes:
     """The bytes that sign.
 
     Raises:

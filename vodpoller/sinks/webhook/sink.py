@@ -1,22 +1,23 @@
-"""Events as HTTP POST requests, signed as Standard Webhooks asks for.
+"""Events as HTTP requests.
 
-Sources: "Standard Webhooks" specification (headers, signature, secrets), RFC 9110 (status codes, Retry-After).
+Sources: "Standard Webhooks" specification (headers), RFC 9110 (status codes, Retry-After).
 """
 
-import base64
-import hashlib
-import hmac
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any, Self
 from urllib.parse import urljoin, urlsplit
 
 import requests
 
 from vodpoller import __version__
-from vodpoller.errors import ConfigError, RejectedError, TransientError
+from vodpoller.errors import ConfigError, RejectedError, SkippedError, TransientError
+from vodpoller.events.codec import decode_json
 from vodpoller.events.event import Event
-from vodpoller.httpclient.address import bracketed, environment_of, host_and_port, proxy_parts, shown_url
+from vodpoller.expressions import EvaluationError, Expression, encode_found
+from vodpoller.httpclient.address import Environment, bracketed, environment_of, host_and_port, proxy_parts, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import RootsError, validity
 from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
@@ -24,20 +25,57 @@ from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.sinks.formats import content_type, encode
 from vodpoller.sinks.webhook.config import WebhookConfig
 from vodpoller.sinks.webhook.hiding import without_secrets
-from vodpoller.sinks.webhook.signing import SECRET_HELP, signing_key
+from vodpoller.sinks.webhook.signing import dingtalk_query, feishu_members, problem_in_secret, standard_signature
 
 _REJECTING = frozenset({400, 413, 415, 422})
 _ANSWER_MAX_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
 
 
-class WebhookSink(Sink[WebhookConfig]):
-    """Posts each event to a URL.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """Where requests go, and what all of them have in common.
 
-    An answer of 2xx accepts. 400, 413, 415 and 422 say that this event will never be taken; all else may pass.
-    Redirects are not followed, cookies not kept. The proxies of the environment are looked up once, what vouches for
-    certificates is read again at `reopen`. A request may be sent twice (see `DeadlineAdapter`): its `webhook-id` says
-    that it is the same.
+    Args:
+        address: As configured.
+        template: The request without a body.
+        environment: What the environment says of the address.
+    """
+
+    address: str
+    template: requests.PreparedRequest
+    environment: Environment
+
+    @classmethod
+    def of(cls, config: WebhookConfig) -> Self:
+        """Look the proxies of the environment up, and prepare what requests have in common."""
+        is_shaped = config.body is not None
+        headers = {
+            "User-Agent": f"vodpoller/{__version__}",
+            **config.headers,
+            "Content-Type": "application/json" if is_shaped else content_type(config.format),
+        }
+        return cls(
+            address=config.address,
+            template=requests.Request(config.method, config.address, headers=headers).prepare(),
+            environment=environment_of(config.address),
+        )
+
+    @property
+    def where(self) -> str:
+        """Host and port, as errors name them."""
+        where, proxy = host_and_port(self.address), self.environment.proxy
+        return f"{where} (by the proxy {bracketed(proxy_parts(proxy).hostname)})" if proxy else where
+
+
+class WebhookSink(Sink[WebhookConfig]):
+    """Sends each event, or what `body` makes of it, to a URL.
+
+    An answer of 2xx accepts, if `accept_when` holds. 400, 413, 415 and 422 say that this event will never be taken, and
+    so does `reject_when` (which takes the place of 400: robots also answer that if too much comes); all else may pass.
+    Redirects are not followed, cookies not kept. The proxies of the environment are looked up once for a URL; what
+    vouches for certificates, and the URL if it is in a file, are read again at `reopen`. A request may be sent twice
+    (see `DeadlineAdapter`): its `webhook-id` says that it is the same.
 
     Args:
         name: Of the sink.
@@ -55,26 +93,17 @@ class WebhookSink(Sink[WebhookConfig]):
         self.concurrency = config.concurrency
         self.batch_events = 1
         self.timeout_secs = config.timeout_secs
+        self.max_per_minute = config.max_per_minute
         self._closed = False
-        self._signing: tuple[str, bytes] = ("", b"")
-        headers = {
-            "User-Agent": f"vodpoller/{__version__}",
-            **config.headers,
-            "Content-Type": content_type(config.format),
-        }
-        self._template = requests.Request("POST", config.url, headers=headers).prepare()
-        self._environment = environment_of(config.url)
-        if self._environment.problem:
-            raise ConfigError([f"sinks.{name}.url: {self._environment.problem}"])
+        self._usable_secret = ""
+        self._body = Expression(config.body) if config.body else None
+        self._accept_when = Expression(config.accept_when) if config.accept_when else None
+        self._reject_when = Expression(config.reject_when) if config.reject_when else None
+        self._rejecting = _REJECTING - {HTTPStatus.BAD_REQUEST} if config.reject_when else _REJECTING
         self._adapter = DeadlineAdapter(
             connections=config.concurrency, ca_file=config.ca_file, monotonic=context.monotonic
         )
-        if urlsplit(config.url).scheme == "https":
-            try:
-                self._adapter.check_roots()
-            except RootsError as error:
-                raise ConfigError([f"sinks.{name}.url: {error}"]) from None
-        self._where = _where(config.url, self._environment.proxy)
+        self._target = self._aimed()
 
     @classmethod
     def probe(cls, name: str, config: WebhookConfig, context: SinkContext) -> str:
@@ -88,44 +117,65 @@ class WebhookSink(Sink[WebhookConfig]):
         finally:
             sink.close()
 
+    def examine(self, event: Event) -> None:
+        """Whether `body` makes something of the event that can be sent."""
+        if self._body is not None:
+            self._content(event)
+
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
-        """Post one event."""
+        """Send one event."""
         (event,) = events
+        target = self._target
         if self._closed:
-            raise TransientError(f"{self._where}: the sink is closed")
-        request = self._request(event)
+            raise TransientError(f"{target.where}: the sink is closed")
+        request = self._request(target, event)
         try:
-            response = self._adapter.send_within(request, self._environment, timeout_secs)
+            response = self._adapter.send_within(request, target.environment, timeout_secs)
+            answer = self._read(response)
         # Not chained: the texts of these exceptions hold the whole URL, whose query may be a secret.
         except CALL_ERRORS as error:
             said = self._without_secrets(failure_text(error, timeout_secs))
-            raise TransientError(f"{self._where} {said}") from None
-        answer = _read_bounded(response)
-        if not 200 <= response.status_code < 300:  # noqa: PLR2004 - RFC 9110, section 15.3: these are success
-            raise self._refusal(response, answer)
+            raise TransientError(f"{target.where} {said}") from None
+        refusal = self._refusal(target, response, answer)
+        if refusal is not None:
+            raise refusal
 
     def reopen(self) -> None:
-        """Read what vouches for certificates again.
+        """Take the URL that its file holds now, and read what vouches for certificates again.
 
         Raises:
-            ConfigError: It cannot be read; what was read before stays in use.
+            ConfigError: They cannot be used; what was read before stays in use.
         """
         self._adapter.reread_roots(f"sinks.{self.name}.ca_file")
+        if self.config.address != self._target.address:
+            self._target = self._aimed()
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when their answer is in."""
         self._closed = True
         self._adapter.close()
 
+    def _aimed(self) -> _Target:
+        key = f"sinks.{self.name}.{self.config.address_key}"
+        target = _Target.of(self.config)
+        if target.environment.problem:
+            raise ConfigError([f"{key}: {target.environment.problem}"])
+        if urlsplit(target.address).scheme == "https":
+            try:
+                self._adapter.check_roots()
+            except RootsError as error:
+                raise ConfigError([f"{key}: {error}"]) from None
+        return target
+
     def _reach(self) -> str:
-        url, proxy = self.config.url, self._environment.proxy
-        where = f"the proxy {host_and_port(proxy)}" if proxy else self._where
+        target, proxy = self._target, self._target.environment.proxy
+        where = f"the proxy {host_and_port(proxy)}" if proxy else target.where
         try:
-            ends_at = self._adapter.connect_within(url, self._environment, self.timeout_secs)
+            ends_at = self._adapter.connect_within(target.address, target.environment, self.timeout_secs)
         # Not chained, as in `deliver`.
         except CALL_ERRORS as error:
             said = self._without_secrets(failure_text(error, self.timeout_secs))
-            raise ConfigError([f"sinks.{self.name}.url: {where} {said}"]) from None
+            raise ConfigError([f"sinks.{self.name}.{self.config.address_key}: {where} {said}"]) from None
         if proxy:
             return f"{where} accepts connections (what is behind it was not tried)"
         if ends_at is None:
@@ -135,88 +185,160 @@ class WebhookSink(Sink[WebhookConfig]):
 
     # --- asking ---
 
-    def _request(self, event: Event) -> requests.PreparedRequest:
-        body = encode(event, self.config.format)
+    def _request(self, target: _Target, event: Event) -> requests.PreparedRequest:
+        body = self._content(event)
         message_id = event.key.hex()
-        timestamp = str(int(self.context.wall()))
-        request = self._template.copy()
+        now = self.context.wall()
+        timestamp = str(int(now))
+        request = target.template.copy()
         request.body = body
         request.headers["Content-Length"] = str(len(body))
         request.headers["webhook-id"] = message_id
         request.headers["webhook-timestamp"] = timestamp
-        if self.config.secret is not None:
-            signed = f"{message_id}.{timestamp}.".encode() + body
-            digest = hmac.digest(self._key(self.config.secret.get()), signed, hashlib.sha256)
-            request.headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
+        secret = self._secret()
+        if secret and self.config.sign == "standard":
+            signature = standard_signature(secret, message_id=message_id, timestamp=timestamp, body=body)
+            request.headers["webhook-signature"] = signature
+        if secret and self.config.sign == "dingtalk":
+            url = str(request.url)
+            request.url = f"{url}{'&' if urlsplit(url).query else '?'}{dingtalk_query(secret, now)}"
         return request
 
-    def _key(self, secret: str) -> bytes:
-        """The secret's bytes; the file may have been read again since the last call."""
-        known, key = self._signing
-        if secret != known:
-            try:
-                key = signing_key(secret)
-            except ValueError as error:
+    def _content(self, event: Event) -> bytes:
+        """The body of the event's request.
+
+        Raises:
+            SkippedError: Nothing is to be sent.
+            RejectedError: `body` cannot make anything of the event that could be sent.
+            TransientError: The secret cannot be used.
+        """
+        if self._body is None:
+            return encode(event, self.config.format)
+        key = f"sinks.{self.name}.body"
+        found = self._body.shape(event, key)
+        if found is None:
+            raise SkippedError(f"{key} finds null")
+        if self.config.sign == "feishu":
+            if not isinstance(found, dict):
+                raise RejectedError(f"{key}: what it finds is not an object, which a signature for Feishu goes into")
+            found = {**found, **feishu_members(self._secret(), self.context.wall())}
+        try:
+            return encode_found(found)
+        except EvaluationError as error:
+            raise RejectedError(f"{key}: {error}") from None
+
+    def _secret(self) -> str:
+        """The secret, empty if there is none; the file may have been read again since the last call."""
+        secret = self.config.secret.get() if self.config.secret is not None else ""
+        if secret != self._usable_secret:
+            if problem := problem_in_secret(secret, self.config.sign):
                 raise TransientError(
-                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {error} (right: {SECRET_HELP};"
-                    " then reload)"
-                ) from None
-            self._signing = (secret, key)
-        return key
+                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {problem}; then reload"
+                )
+            self._usable_secret = secret
+        return secret
 
     # --- saying what came of it ---
 
-    def _refusal(self, response: requests.Response, answer: bytes) -> RejectedError | TransientError:
+    def _read(self, response: requests.Response) -> bytes:
+        """The answer's body, as far as it is wanted.
+
+        Raises:
+            Exception: One of `CALL_ERRORS`: it broke off, and an expression asks what it says. If none does, the status
+                says it all, so that what fails here changes nothing any more.
+        """
+        is_judged = self._accept_when is not None or self._reject_when is not None
+        with closing(response):  # a connection whose answer was read to its end is in the pool by then and stays open
+            try:
+                body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=is_judged)
+            except CALL_ERRORS:
+                if is_judged:
+                    raise
+                return b""
+        return body
+
+    def _refusal(
+        self, target: _Target, response: requests.Response, answer: bytes
+    ) -> RejectedError | TransientError | None:
+        """What is wrong with an answer; None if it accepts."""
         status = response.status_code
-        said = f"{self._where} answered {status_text(status)}"
-        if status in _REJECTING:
-            text = " ".join(self._without_secrets(answer.decode(errors="replace")).split())[:_SHOWN_CHARACTERS]
-            return RejectedError(f"{said}: {text}" if text else said)
-        location = response.headers.get("Location")
+        said = f"{target.where} answered {status_text(status)}"
+        is_success = 200 <= status < 300  # noqa: PLR2004 - RFC 9110, section 15.3: these are success
+        try:
+            if status in self._rejecting or _holds(self._reject_when, "reject_when", answer, default=False):
+                return RejectedError(f"{said}{self._quoted(answer)}")
+            if is_success and _holds(self._accept_when, "accept_when", answer, default=True):
+                return None
+        except EvaluationError as error:
+            if is_success:
+                return TransientError(f"{said}, but sinks.{self.name}.{error}{self._quoted(answer)}")
+        wait_secs = retry_after_secs(response.headers, self.context.wall())
+        if is_success:
+            why = f"sinks.{self.name}.accept_when does not hold{self._quoted(answer)}"
+            return TransientError(f"{said}, but {why}", retry_after_secs=wait_secs)
+        return self._transient(target, response, said, wait_secs)
+
+    def _transient(
+        self, target: _Target, response: requests.Response, said: str, wait_secs: float | None
+    ) -> TransientError:
+        status, location = response.status_code, response.headers.get("Location")
         if 300 <= status < 400 and location:  # noqa: PLR2004 - RFC 9110, section 15.4: these are redirects
-            target = self._without_secrets(_target(self.config.url, location))[:_SHOWN_CHARACTERS]
+            place = self._without_secrets(_place(target.address, location))[:_SHOWN_CHARACTERS]
             return TransientError(
-                f"{said} and points to {target}: redirects are not followed"
-                f" (put the right address into sinks.{self.name}.url)"
+                f"{said} and points to {place}: redirects are not followed"
+                f" (put the right address into sinks.{self.name}.{self.config.address_key})"
             )
-        return TransientError(
-            f"{said}{self._advice(status)}", retry_after_secs=retry_after_secs(response.headers, self.context.wall())
-        )
+        return TransientError(f"{said}{self._advice(status)}", retry_after_secs=wait_secs)
 
     def _advice(self, status: int) -> str:
         match status:
             case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
                 return f" (does it expect other headers or another secret than sinks.{self.name} has?)"
             case HTTPStatus.NOT_FOUND | HTTPStatus.METHOD_NOT_ALLOWED | HTTPStatus.GONE:
-                return f" (is sinks.{self.name}.url the right address for POST?)"
+                return f" (is sinks.{self.name}.{self.config.address_key} the right address for {self.config.method}?)"
             case HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
                 return " (the proxy wants other credentials than $http_proxy or $https_proxy give)"
             case _:
                 return ""
 
+    def _quoted(self, answer: bytes) -> str:
+        text = " ".join(self._without_secrets(answer.decode(errors="replace")).split())[:_SHOWN_CHARACTERS]
+        return f": {text}" if text else ""
+
     def _without_secrets(self, text: str) -> str:
         return without_secrets(text, self.config)
 
 
-def _where(url: str, proxy: str) -> str:
-    """Host and port, as errors name them."""
-    where = host_and_port(url)
-    return f"{where} (by the proxy {bracketed(proxy_parts(proxy).hostname)})" if proxy else where
+def _holds(expression: Expression | None, key: str, answer: bytes, *, default: bool) -> bool:
+    """Whether an expression holds for an answer.
+
+    Args:
+        expression: None if it is not configured.
+        key: Its key, for the error.
+        answer: JSON, or text of another kind, which is a text for the expression.
+        default: The result if it is not configured.
+
+    Raises:
+        EvaluationError: It cannot be evaluated on this answer; begins with the key.
+    """
+    if expression is None:
+        return default
+    text = answer.decode(errors="replace").strip()
+    content: Any = text
+    try:
+        content = decode_json(text)
+    except ValueError:
+        if len(answer) >= _ANSWER_MAX_BYTES:
+            raise EvaluationError(f"{key} cannot be evaluated on an answer of over {_ANSWER_MAX_BYTES} bytes") from None
+    try:
+        return expression.holds(content)
+    except EvaluationError as error:
+        raise EvaluationError(f"{key} cannot be evaluated on the answer: {error}") from None
 
 
-def _target(url: str, location: str) -> str:
+def _place(url: str, location: str) -> str:
     """Where a redirect points."""
     try:
         return shown_url(urljoin(url, location))
     except ValueError:
         return "an address that cannot be read"
-
-
-def _read_bounded(response: requests.Response) -> bytes:
-    """The answer's body, as far as it is wanted. The status is in, so that what fails here changes nothing any more."""
-    with closing(response):  # a connection whose answer was read to its end is in the pool by then and stays open
-        try:
-            body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=False)
-        except CALL_ERRORS:
-            return b""
-    return body
