@@ -24,6 +24,7 @@ STEPS = {
     "write": (Files, "write"),
     "sync": (Files, "fdatasync"),
     "cut": (Files, "ftruncate"),
+    "rename": (Files, "rename"),
     "reopen": (FileSink, "_reopen_now"),
     "ledger": (SqliteJournal, "accept"),
     "store": (SqliteJournal, "store"),

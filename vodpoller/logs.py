@@ -54,6 +54,8 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "event.settled": "the fate of one pulled event",
     "file.changed": "another process wrote to a sink's file, or emptied it; what it wrote is kept",
     "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
+    "file.rotated": "a sink renamed its file, whose day or hour was over, and goes on in a new one",
+    "file.unrotated": "a sink's file could not be renamed although its day or hour is over; its lines go on in it",
     "image.skipped": "an image is not saved: VOD has none, or a file that may be another event's has its name",
     "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
     "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",

@@ -91,3 +91,23 @@ def test_a_clock_that_is_wrong_at_boot_and_then_corrected_changes_nothing(system
     until(simulator.all_confirmed)
     assert daemon.terminate()[0] == 0
     assert len(system.lines()) == 50, "what was delivered a moment ago must be known as such"
+
+
+def test_a_running_daemon_rotates_at_midnight_and_not_again_if_it_is_set_back(system, clock):
+    simulator = system.simulator(events=20)
+    system.configure(simulator.url, sinks=system.archive_sink + 'rotate = "daily"\n')
+    daemon = system.daemon(**clock.env)
+    until(simulator.all_confirmed)
+    for number, ahead_secs in enumerate((24 * HOUR_SECS, 0, 24 * HOUR_SECS)):
+        clock.ahead_by(ahead_secs)
+        daemon.await_log("clock.stepped", number=number + 1)
+        simulator.feed(*(body(10 * number + each) for each in range(10)))
+        until(simulator.all_confirmed)
+    assert daemon.terminate()[0] == 0
+    assert len(system.lines()) == 30
+    assert len(system.lines_of_all_files()) == 50
+    assert len(daemon.log("file.rotated")) == 1
+
+
+def body(number):
+    return json.dumps({"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": str(number)}})

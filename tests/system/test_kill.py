@@ -1,8 +1,10 @@
 """SIGKILL at each step of the daemon: into a file each event goes exactly once, whatever comes in between."""
 
 import json
+import os
 import shutil
 import signal
+import time
 from itertools import count
 
 import pytest
@@ -99,6 +101,28 @@ def test_killed_and_renamed_before_the_restart_nothing_is_torn_lost_or_doubled(s
     dies(system, failpoint)
     system.archive.rename(f"{system.archive}.1")
     assert_all_arrived_once(system, simulator)
+
+
+@pytest.mark.parametrize(
+    "failpoints",
+    [
+        ["open:before:2", "open:after:2", "rename:before:1", "rename:after:1"],
+        ["open:before:3", "open:after:3", "write:amid:1", "write:after:1", "ledger:before:1"],
+    ],
+    ids=["renaming", "in the new file"],
+)
+def test_killed_at_each_step_of_a_rotation_each_event_is_in_one_file(system, failpoints):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2)
+    system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + 'rotate = "hourly"\n')
+    for number, failpoint in enumerate(failpoints):
+        simulator.feed(*bodies(10, first=20 * number))
+        dies(system, "ledger:before:1")
+        hour = time.time() - (100 - number) * 3600
+        os.utime(system.archive, (hour, hour))
+        simulator.feed(*bodies(10, first=20 * number + 10))
+        dies(system, failpoint)
+    assert_all_arrived_once(system, simulator)
+    assert len([path for path in system.folder.glob("events.jsonl-*") if path.stat().st_size]) >= 3
 
 
 def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_is_in_the_file_once(system):

@@ -38,6 +38,10 @@ class Files:
         """As os.ftruncate."""
         os.ftruncate(fd, length_bytes)
 
+    def rename(self, path: Path, target: Path) -> None:
+        """As os.rename."""
+        path.rename(target)
+
 
 class OpenFile:
     """A file open for appending, to which we add whole, synced lines only.
@@ -70,6 +74,7 @@ class OpenFile:
             raise
         self.identity = (status.st_dev, status.st_ino)
         self.inode = status.st_ino
+        self.changed_at = status.st_mtime
         self.end_bytes = status.st_size
         self._dirty = False
 
@@ -77,6 +82,13 @@ class OpenFile:
     def unlinked(self) -> bool:
         """Whether another process removed the file: what is written to it is lost."""
         return os.fstat(self._fd).st_nlink == 0
+
+    def is_called(self, path: Path) -> bool:
+        """Whether a path names this file, and not one that another process has put there, or none."""
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            return (status.st_dev, status.st_ino) == self.identity
+        return False
 
     def look(self) -> int:
         """Look at the file before an append, and cut off what a failed one left behind.

@@ -68,8 +68,8 @@ class Recovery:
         # Rotated more than once: whatever was last written to after the marked file is read whole. A file too many
         # does no harm.
         relatives.pop(current.inode, None)
-        times = {inode: relative.changed_at_ns for inode, relative in relatives.items()}
-        younger = [inode for inode in sorted(times, key=times.__getitem__) if times[inode] >= marked.changed_at_ns]
+        younger = [inode for inode, relative in relatives.items() if relative.is_younger_than(marked)]
+        younger.sort(key=lambda inode: relatives[inode].changed_at_ns)
         return [Stretch(mark.inode, start_bytes), *(Stretch(inode, 0) for inode in younger), current]
 
     def _start_after(self, mark: Position) -> int:

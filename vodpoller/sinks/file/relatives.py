@@ -9,8 +9,8 @@ from pathlib import Path
 
 # A file that is renamed this often while it is looked for is not logrotate's.
 _RENAMES_MAX = 3
-# What logrotate puts behind a name, with and without dateext.
-_ROTATED = re.compile(r"[.-]\d+")
+# What is put behind a name by logrotate, with and without dateext, or by the sink itself.
+_ROTATED = re.compile(r"\.\d+|-(?P<date>\d+)")
 # A rotated file that was compressed has a new inode: it can neither be recognised nor read.
 _NEVER_RELATIVES = (".lock", ".gz", ".bz2", ".xz", ".zst")
 
@@ -22,12 +22,21 @@ class Relative:
     Args:
         path: Its path.
         changed_at_ns: Time of its last change.
-        is_rotated: Whether its name is one that logrotate gives, and not that of a copy that a person made.
+        is_rotated: Whether its name is one that a rotation gives, and not that of a copy that a person made.
+        date: The date that a rotation put into its name; empty if it did not.
     """
 
     path: str
     changed_at_ns: int
     is_rotated: bool
+    date: str
+
+    def is_younger_than(self, other: "Relative") -> bool:
+        """Whether lines were written to it later, or at the same time.
+
+        The time of its last change says so, or the date in its name if the clock was set back meanwhile.
+        """
+        return self.changed_at_ns >= other.changed_at_ns or (bool(other.date) and self.date > other.date)
 
 
 class Relatives:
@@ -50,8 +59,9 @@ class Relatives:
                     with suppress(FileNotFoundError):  # renamed or removed a moment ago
                         status = entry.stat(follow_symlinks=False)
                         if stat.S_ISREG(status.st_mode):
-                            is_rotated = _ROTATED.fullmatch(entry.name.removeprefix(name)) is not None
-                            found[status.st_ino] = Relative(entry.path, status.st_mtime_ns, is_rotated)
+                            rotated = _ROTATED.fullmatch(entry.name.removeprefix(name))
+                            date = rotated["date"] or "" if rotated else ""
+                            found[status.st_ino] = Relative(entry.path, status.st_mtime_ns, rotated is not None, date)
         return found
 
     def open(self, inode: int, flags: int = os.O_RDONLY) -> int | None:

@@ -1,4 +1,4 @@
-"""Events as JSON lines in a file. Rotation is left to logrotate: it renames the file, then sends SIGHUP.
+"""Events as JSON lines in a file, which logrotate renames before it sends SIGHUP, or the sink itself each day or hour.
 
 A line counts once it is written and synced. Whatever goes wrong on the way is cut off again, so that the file holds
 whole lines only, each of them once. What another process writes to it is kept, and is never on a line of ours.
@@ -25,6 +25,7 @@ from vodpoller.sinks.file.lock import Lock
 from vodpoller.sinks.file.probing import look_at, place_of, refuse_what_is_not_a_file
 from vodpoller.sinks.file.recovery import Recovery, Stretch, floor_of
 from vodpoller.sinks.file.relatives import Relatives
+from vodpoller.sinks.file.rotation import Rotate, Rotation, zone
 from vodpoller.sinks.formats import encode
 
 _BATCH_EVENTS = 1024
@@ -41,6 +42,16 @@ class FileConfig(SinkConfig):
         description="The file; relative to the working directory if it is not absolute. Missing folders are made.",
         examples=["/var/lib/vodpoller/events.jsonl"],
     )
+    rotate: Rotate = Field(
+        default="none",
+        description="`daily`, `hourly`: before the first line of another day or hour, the file is renamed to"
+        " NAME-YYYYMMDD or NAME-YYYYMMDDHH, the time of its last line. `none`: logrotate may do that.",
+    )
+    time_zone: str = Field(
+        default="UTC",
+        description="The time zone of these days and hours, by its IANA name.",
+        examples=["Asia/Shanghai"],
+    )
 
     @field_validator("path")
     @classmethod
@@ -54,6 +65,12 @@ class FileConfig(SinkConfig):
                 f'{value} is a stream, and what is in it cannot be synced (for standard output write type = "stdout"'
                 " and no path; standard error is the log's)"
             )
+        return value
+
+    @field_validator("time_zone")
+    @classmethod
+    def _names_a_time_zone(cls, value: str) -> str:
+        zone(value)
         return value
 
     def claims(self) -> frozenset[str]:
@@ -90,6 +107,7 @@ class FileSink(Sink[FileConfig]):
         self._files = files or Files()
         self._folders = Folders(self._warn, make=self._files.make_folder, sync=self._files.sync_folder)
         self._recovery = Recovery(Relatives(self._path), self._files, config.format)
+        self._rotation = Rotation(self._path, self._files, rotate=config.rotate, time_zone=config.time_zone)
         self._repeats = Repeats(context.log, monotonic=context.monotonic)
         self._lock = threading.Lock()
         self._reopen_wanted = False
@@ -101,6 +119,7 @@ class FileSink(Sink[FileConfig]):
             self._others = self._keep_others_out()
             try:
                 self._file = self._open()
+                self._rotation.begin(self._file)
             except BaseException:
                 self._others.close()
                 raise
@@ -125,12 +144,14 @@ class FileSink(Sink[FileConfig]):
         """
         data = b"".join(map(self._line, events))
         with self._lock:
+            at = self.context.wall()
             try:
-                file = self._writable_file()
+                file = self._writable_file(at)
                 self._notice(file, file.look())
                 file.append(data)
             except OSError as error:
                 raise TransientError(f"{self._path}: nothing was written: {why(error)}") from error
+            self._rotation.wrote(at)
             self._position = self._end()
             self._reopen_if_wanted()
 
@@ -206,13 +227,19 @@ class FileSink(Sink[FileConfig]):
         """Reopen if that was asked for; what fails is tried again, and reported, by the next append."""
         if self._reopen_wanted and not self._closed:
             with suppress(OSError):
-                self._reopen_now()
+                self._reopen_now(self.context.wall())
 
-    def _reopen_now(self) -> None:
+    def _reopen_now(self, at: float) -> None:
+        """Open the path again, as a new file if what it names is renamed now.
+
+        Args:
+            at: The time, in seconds since 1970.
+        """
         # Taken down first: a request that comes while this runs must not be lost.
         self._reopen_wanted = False
         try:
             self._file.cut_back()
+            self._rename_if_due(at)
             self._folders.make(self._path.parent)
             # Opened before the old one is closed, so that the new file cannot get the inode that the mark may name.
             fresh = self._open()
@@ -221,18 +248,37 @@ class FileSink(Sink[FileConfig]):
                 return
             self._file.close()
             self._file = fresh
+            self._rotation.begin(fresh)
         except BaseException:
             self._reopen_wanted = True
             raise
 
-    def _writable_file(self) -> OpenFile:
+    def _rename_if_due(self, at: float) -> None:
+        """Give the file the name of its day or hour if that is over. If that fails, its lines go on in it."""
+        target = self._rotation.due(at)
+        if target is None or not self._file.is_called(self._path):
+            return
+        try:
+            self._rotation.rename(target)
+        except OSError as error:
+            self._repeats.say(
+                "warning",
+                "file.unrotated",
+                cause=why(error),
+                path=str(self._path),
+                message=f"it could not be renamed to {target}: {why(error)}. It goes on under its own name",
+            )
+        else:
+            self.context.log.info("file.rotated", path=str(self._path), renamed_to=str(target))
+
+    def _writable_file(self, at: float) -> OpenFile:
         if self._closed:
             raise TransientError(f"{self._path}: the sink is closed")
         if not self._tail_checked:
             self._say_added(self._file.repair_end(None, was_ours=False))
             self._tail_checked = True
-        if self._reopen_wanted or self._file.unlinked:
-            self._reopen_now()
+        if self._reopen_wanted or self._file.unlinked or self._rotation.due(at):
+            self._reopen_now(at)
         return self._file
 
     def _notice(self, file: OpenFile, by_others_bytes: int) -> None:
