@@ -6,10 +6,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vodpoller.config.draft import Draft, Location, texts_in
-from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener, is_loopback
+from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener
 from vodpoller.config.wording import LISTS, quoted, quoted_all, suggestion
 from vodpoller.events.types import matches_documented, nearest_documented
 from vodpoller.sinks.contract import SinkConfig
+from vodpoller.vod.endpoint import is_loopback
 
 
 def check_references(

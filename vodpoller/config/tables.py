@@ -16,6 +16,7 @@ from vodpoller.httpclient.trust import CaFile
 from vodpoller.logs import Level
 from vodpoller.secret import HasSecrets, Secret, SecretFile
 from vodpoller.sinks.contract import SinkConfig
+from vodpoller.vod.endpoint import bare_endpoint, is_loopback
 
 _STRICT: Final = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -90,19 +91,7 @@ class Api(BaseModel):
     @field_validator("endpoint")
     @classmethod
     def _is_bare_url(cls, value: str) -> str:
-        example = "for example https://vod.tencentcloudapi.com"
-        try:
-            parts = urlsplit(value)
-            host, _ = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https"):
-            raise ValueError(f"is not an http or https address ({example})")
-        if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError(f"has more than scheme, host and port ({example})")
-        if parts.scheme == "http" and not is_loopback(host):
-            raise ValueError("is not encrypted (write https://; plain http is for a simulator on this machine only)")
-        return f"{parts.scheme}://{parts.netloc}"
+        return bare_endpoint(value, "https://vod.tencentcloudapi.com")
 
     @field_validator("confirm_reserve_secs")
     @classmethod
@@ -397,14 +386,6 @@ def _problem_in_password(password: str) -> str:
     if len(password) >= _PASSWORD_MIN_CHARACTERS:
         return ""
     return f"has a first line of less than {_PASSWORD_MIN_CHARACTERS} characters (write a longer password)"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _has_open_bracket(glob: str) -> bool:

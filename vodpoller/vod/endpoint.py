@@ -1,0 +1,39 @@
+"""The address of an API of Tencent Cloud, as a configuration gives it."""
+
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+
+def bare_endpoint(value: str, example: str) -> str:
+    """Check that an address is a URL of scheme, host and port, and that requests to it are encrypted.
+
+    Args:
+        value: As configured.
+        example: One that is right.
+
+    Returns:
+        The address without a slash at its end.
+
+    Raises:
+        ValueError: It cannot be used; the message says why.
+    """
+    try:
+        parts = urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("http", "https"):
+        raise ValueError(f"is not an http or https address (for example {example})")
+    if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"has more than scheme, host and port (for example {example})")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise ValueError("is not encrypted (write https://; plain http is for a simulator on this machine only)")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
