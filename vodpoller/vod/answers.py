@@ -355,8 +355,8 @@ def pull_error_code(error: Exception) -> str:
 _NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
 _RIGHTS: Final = "in CAM, grant {rights} to the owner of the key"
 
-# The first that fits; what comes last fits all.
-_ADVICE: Final = (
+# The first that fits, here and below.
+_ADVICE_ON_KEY: Final = (
     ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: {compare}, then {renew}"),
     ("AuthFailure.InvalidSecretId", "this is not a key of Tencent Cloud's API: {compare}, then {renew}"),
     ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then {renew}"),
@@ -365,6 +365,8 @@ _ADVICE: Final = (
     ("AuthFailure.UnauthorizedOperation", _RIGHTS),
     ("AuthFailure", "check the key in the CAM console, then {renew}"),
     ("Unauthorized", _RIGHTS),
+)
+_ADVICE: Final = (
     ("FailedOperation.Invalid", _NO_VOD_USER),
     ("ResourceNotFound.UserNotExist", _NO_VOD_USER),
     ("ResourceNotFound", "does the SubAppId exist in this account? check sub_app_id"),
@@ -380,6 +382,19 @@ _SUB_APP: Final = (
 def _advice(action: str, code: str, message: str, key_renewal: str) -> str:
     if _names_sub_app(code + message) or code.startswith(("InvalidParameter", "MissingParameter", "4000")):
         return _SUB_APP
-    advice = next(advice for prefix, advice in _ADVICE if code.startswith(prefix))
     rights = f"vod:{PULL} and vod:{CONFIRM}" if action in (PULL, CONFIRM) else f"vod:{action}"
+    return advice_on_key(code, rights, key_renewal) or next(
+        advice for prefix, advice in _ADVICE if code.startswith(prefix)
+    )
+
+
+def advice_on_key(code: str, rights: str, key_renewal: str) -> str:
+    """What to do about a refusal that is about the key, its rights or this machine's clock; empty for any other.
+
+    Args:
+        code: The error code, of any service.
+        rights: What CAM has to grant for the action, as "vod:PullEvents".
+        key_renewal: What a person must do so that another key is used once it is in place of the present one.
+    """
+    advice = next((advice for prefix, advice in _ADVICE_ON_KEY if code.startswith(prefix)), "")
     return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal, rights=rights)
