@@ -67,7 +67,8 @@ def _make_sinks(
     for name, sink_class in config.sink_classes.items():
         end_if_stopping(signals)
         try:
-            sinks[name] = sink_class(name, config.sinks[name], SinkContext(log=log.bind(sink=name), wall=wall))
+            context = SinkContext(log=log.bind(sink=name), wall=wall, credentials=config.credentials)
+            sinks[name] = sink_class(name, config.sinks[name], context)
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -90,7 +90,8 @@ def _problems_of_sinks(config: Config, log: Logger) -> Iterator[str]:
 
 
 def _probe(config: Config, name: str, log: Logger) -> None:
-    config.sink_classes[name].probe(name, config.sinks[name], SinkContext(log=log.bind(sink=name)))
+    context = SinkContext(log=log.bind(sink=name), credentials=config.credentials)
+    config.sink_classes[name].probe(name, config.sinks[name], context)
 
 
 def _problems_of_probe(name: str, probe: Future[Any]) -> Iterator[str]:

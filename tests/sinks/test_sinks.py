@@ -4,17 +4,20 @@ import errno
 import hashlib
 import os
 import threading
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
 
 from tests.polling import until
 from tests.receiver import Answer, Receiver, running_receiver
+from tests.tencent_api import SECRET_ID, SECRET_KEY, TencentApi
 from vodpoller.events.event import make_event
 from vodpoller.events.snapshots import SNAPSHOT_EVENT_TYPE
 from vodpoller.sinks.file.appending import Files
 from vodpoller.sinks.registry import available_sinks
 from vodpoller.testing import SinkHarness, event, sink_conformance, vod_simulator
+from vodpoller.vod.credentials import Credentials
 
 __all__ = ["vod_simulator"]  # a fixture
 
@@ -259,6 +262,46 @@ class DownloadHarness(SinkHarness):
         self.running.__exit__(None, None, None)
 
 
+class TencentHarness(SinkHarness):
+    sink_type = "tencent"
+    cannot = MappingProxyType({"refuse": "it takes one event at a time"})
+
+    def __init__(self, tmp_path):
+        super().__init__(tmp_path)
+        self.running = running_receiver(TencentApi())
+        self.api = self.running.__enter__()
+
+    def build(self, context):
+        config = self.sink_class.Config(
+            type="tencent",
+            service="eb",
+            version="2021-04-16",
+            action="PutEvents",
+            params="{Event: @}",
+            endpoint=self.api.endpoint,
+            requests_per_sec=10_000.0,
+        )
+        return self.sink_class("it", config, replace(context, credentials=lambda: Credentials(SECRET_ID, SECRET_KEY)))
+
+    def accept(self):
+        self.api.answer, self.api.refuse_with = None, None
+
+    def fail(self):
+        self.api.refuse_with = "InternalError"
+
+    def reject(self):
+        self.api.refuse_with = "InvalidParameterValue"
+
+    def hang(self):
+        self.api.answer = Answer(hangs=True)
+
+    def delivered(self, count):
+        return [call.body.removeprefix(b'{"Event":').removesuffix(b"}") for call in self.api.calls]
+
+    def close(self):
+        self.running.__exit__(None, None, None)
+
+
 @pytest.fixture(autouse=True)
 def no_proxies(monkeypatch):
     for name in ("http_proxy", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
@@ -270,12 +313,13 @@ TestDownload = sink_conformance(DownloadHarness)
 TestExec = pytest.mark.system(sink_conformance(ExecHarness))
 TestFile = sink_conformance(FileHarness)
 TestStdout = sink_conformance(StdoutHarness)
+TestTencent = sink_conformance(TencentHarness)
 TestWebhook = sink_conformance(WebhookHarness)
 
 
 def test_each_installed_sink_passes_the_suite():
     """One that has no harness here needs one."""
-    assert set(available_sinks()) == {"download", "exec", "file", "stdout", "webhook"}
+    assert set(available_sinks()) == {"download", "exec", "file", "stdout", "tencent", "webhook"}
 
 
 def test_the_simulator_of_a_test_answers_and_its_queue_is_empty(vod_simulator):

@@ -39,7 +39,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
     finally:
         vod.close()
     for name, sink_class in config.sink_classes.items():
-        context = SinkContext(log=log.bind(sink=name))
+        context = SinkContext(log=log.bind(sink=name), credentials=config.credentials)
         try:
             said = sink_class.probe(name, config.sinks[name], context)
             yield Finding(what=f"sink {name}", level=Level.GOOD, text=said)

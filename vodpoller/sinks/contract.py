@@ -15,6 +15,7 @@ from vodpoller.journal.contract import Portion, Position
 from vodpoller.logs import Logger
 from vodpoller.secret import HasSecrets
 from vodpoller.sinks.formats import Format
+from vodpoller.vod.credentials import Credentials
 
 
 class SinkConfig(HasSecrets):
@@ -72,11 +73,14 @@ class SinkContext:
             what happened, which begins with the sink's type: `log.warning("rows.locked", path=...)`.
         monotonic: The clock of waits and time limits, in seconds.
         wall: The clock of what a person reads, in seconds since 1970.
+        credentials: Gives Tencent Cloud's API key as it is at this moment, to be asked for each request and never
+            shown; None where nothing calls for one.
     """
 
     log: Logger
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
+    credentials: Callable[[], Credentials] | None = None
 
 
 class Sink(ABC, Generic[ConfigT]):
