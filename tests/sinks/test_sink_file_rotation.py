@@ -22,6 +22,11 @@ class FailingFiles(Files):
 
     def __init__(self):
         self.failing = set()
+        self.steps = []
+
+    def sync_folder(self, path):
+        self._step("sync folder")
+        super().sync_folder(path)
 
     def open(self, path, flags):
         self._step("claim" if flags & os.O_EXCL else "open")
@@ -36,6 +41,7 @@ class FailingFiles(Files):
         return super().write(fd, data)
 
     def _step(self, name):
+        self.steps.append(name)
         if name in self.failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -176,6 +182,25 @@ def test_an_append_that_failed_after_a_rename_is_in_one_file(opened, write, file
     with pytest.raises(TransientError):
         write(sink, 2, "2026-11-26T12:00:00")
     assert sink.position() == mark
+    files.failing = set()
+    write(sink, 2, "2026-11-26T12:00:00")
+    assert numbers_in(tmp_path) == {"-20261125": [1], "": [2]}
+
+
+def test_the_new_name_is_synced_before_the_old_one_is_another_file_s(opened, write, files):
+    sink = opened()
+    write(sink, 1, "2026-11-25T12:00:00")
+    files.steps.clear()
+    write(sink, 2, "2026-11-26T12:00:00")
+    assert files.steps == ["claim", "rename", "sync folder", "open", "sync folder", "write"]
+
+
+def test_a_new_name_that_cannot_be_synced_is_tried_again(opened, write, files, tmp_path):
+    sink = opened()
+    write(sink, 1, "2026-11-25T12:00:00")
+    files.failing = {"sync folder"}
+    with pytest.raises(TransientError):
+        write(sink, 2, "2026-11-26T12:00:00")
     files.failing = set()
     write(sink, 2, "2026-11-26T12:00:00")
     assert numbers_in(tmp_path) == {"-20261125": [1], "": [2]}

@@ -270,6 +270,8 @@ class FileSink(Sink[FileConfig]):
             )
         else:
             self.context.log.info("file.rotated", path=str(self._path), renamed_to=str(target))
+            # Before its own name is another file's: a loss of power must not leave it without one.
+            self._folders.sync(self._path.parent)
 
     def _writable_file(self, at: float) -> OpenFile:
         if self._closed:
