@@ -243,8 +243,9 @@ class TencentSink(Sink[TencentConfig]):
         offset_secs = server_time - self.context.wall()
         if abs(offset_secs - used_offset_secs) <= _CLOCK_OFF_SECS:
             return False
-        self._offset_secs = offset_secs
-        self.context.log.warning("clock.corrected", skew_secs=round(offset_secs, 1), request_id=answer.request_id)
+        if self._offset_secs == used_offset_secs:  # else another thread has done it meanwhile
+            self._offset_secs = offset_secs
+            self.context.log.warning("clock.corrected", skew_secs=round(offset_secs, 1), request_id=answer.request_id)
         return True
 
     def _time(self) -> float:
