@@ -187,7 +187,7 @@ def test_an_append_that_failed_after_a_rename_is_in_one_file(opened, write, file
     assert numbers_in(tmp_path) == {"-20261125": [1], "": [2]}
 
 
-def test_the_new_name_is_synced_before_the_old_one_is_another_file_s(opened, write, files):
+def test_the_new_name_is_synced_before_a_new_file_is_made(opened, write, files):
     sink = opened()
     write(sink, 1, "2026-11-25T12:00:00")
     files.steps.clear()

@@ -171,7 +171,7 @@ def test_without_a_slot_of_the_quota_in_time_nothing_is_sent(opened, api):
         ("", TransientError, "an error without a code"),
     ],
 )
-def test_a_refusal_is_of_the_event_only_if_it_is_of_its_parameters(opened, api, code, kind, says):
+def test_only_a_refusal_of_the_parameters_rejects_the_event(opened, api, code, kind, says):
     api.refuse_with = code
     error = failure_of(opened())
     assert type(error) is kind
@@ -238,7 +238,7 @@ def test_a_token_that_no_header_can_hold_is_an_error_without_it(opened, api):
 
 @pytest.mark.parametrize("service", ["eb", "scf", "vod"])
 @pytest.mark.parametrize("token", ["", "a-token/with+all=="])
-def test_a_call_is_signed_for_its_service_with_the_key_of_the_moment(opened, api, service, token):
+def test_a_call_is_signed_for_its_service_with_the_present_key(opened, api, service, token):
     api.service, api.key = service, (SECRET_ID, SECRET_KEY, token or None)
     sink = opened(lambda: Credentials(SECRET_ID, SECRET_KEY, token), service=service, region="ap-guangzhou")
     sink.deliver([event(1)], 5.0)
@@ -270,7 +270,7 @@ def test_a_key_that_is_renewed_is_used_by_the_next_call(opened, api):
 
 
 @pytest.mark.parametrize("off_secs", [-7200, 7200])
-def test_with_a_wrong_clock_the_server_s_time_is_used_from_then_on(opened, api, lines, off_secs):
+def test_with_a_wrong_clock_the_server_s_time_is_used(opened, api, lines, off_secs):
     sink = opened(clocks={"wall": lambda: time.time() + off_secs})
     sink.deliver([event(1)], 5.0)
     sink.deliver([event(2)], 5.0)
@@ -280,7 +280,7 @@ def test_with_a_wrong_clock_the_server_s_time_is_used_from_then_on(opened, api, 
     assert said["skew_secs"] == pytest.approx(-off_secs, abs=60)
 
 
-def test_a_signature_that_is_refused_with_the_right_time_is_not_sent_again(opened, api):
+def test_a_signature_refused_at_the_right_time_is_not_sent_again(opened, api):
     api.refuse_with = "AuthFailure.SignatureExpire"
     assert failure_of(opened()).error_code == "AuthFailure.SignatureExpire"
     assert len(api.received) == 1

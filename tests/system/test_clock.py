@@ -93,7 +93,7 @@ def test_a_clock_that_is_wrong_at_boot_and_then_corrected_changes_nothing(system
     assert len(system.lines()) == 50, "what was delivered a moment ago must be known as such"
 
 
-def test_a_running_daemon_rotates_at_midnight_and_not_again_if_it_is_set_back(system, clock):
+def test_at_midnight_set_back_and_again_a_daemon_rotates_once(system, clock):
     simulator = system.simulator(events=20)
     system.configure(simulator.url, sinks=system.archive_sink + 'rotate = "daily"\n')
     daemon = system.daemon(**clock.env)

@@ -111,7 +111,7 @@ def test_killed_and_renamed_before_the_restart_nothing_is_torn_lost_or_doubled(s
     ],
     ids=["renaming", "in the new file"],
 )
-def test_killed_at_each_step_of_a_rotation_each_event_is_in_one_file(system, failpoints):
+def test_killed_at_each_step_of_a_rotation_an_event_is_there_once(system, failpoints):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2)
     system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + 'rotate = "hourly"\n')
     for number, failpoint in enumerate(failpoints):
