@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tests.helpers import FakeClock, event, named, sink_context
 from tests.receiver import Answer, black_hole, running_receiver
 from tests.tencent_api import SECRET_ID, SECRET_KEY, TencentApi
-from vodpoller.errors import ConfigError, RejectedError, ThrottledError, TransientError
+from vodpoller.errors import ConfigError, RejectedError, SkippedError, ThrottledError, TransientError
 from vodpoller.events.event import restore_event
 from vodpoller.sinks.tencent import TencentConfig, TencentSink
 from vodpoller.vod.credentials import Credentials
@@ -110,8 +110,7 @@ def test_more_threads_than_the_quota_can_use_are_not_started(opened):
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ("Nothing", "it makes null, and the parameters of an action are an object"),
-        ("EventType", "it makes a text"),
+        ("EventType", "it makes a text, and the parameters of an action are an object"),
         ("[EventType]", "it makes a list"),
         ("`1`", "it makes a number"),
         ("`true`", "it makes a boolean"),
@@ -127,6 +126,13 @@ def test_an_event_without_parameters_is_rejected_and_not_sent(opened, api, param
         sink.examine(event(1))
     assert str(error).startswith("sinks.bus.params: ")
     assert says in str(error)
+    assert not api.received
+
+
+def test_for_an_event_of_which_params_make_null_nothing_is_sent(opened, api):
+    sink = opened(params="Nothing")
+    with pytest.raises(SkippedError, match="finds null"):
+        sink.examine(event(1))
     assert not api.received
 
 

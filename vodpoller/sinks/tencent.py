@@ -16,7 +16,15 @@ import requests
 from pydantic import Field, ValidationInfo, field_validator
 
 from vodpoller import __version__
-from vodpoller.errors import ConfigError, NoAnswerError, RejectedError, ThrottledError, TransientError, VodpollerError
+from vodpoller.errors import (
+    ConfigError,
+    NoAnswerError,
+    RejectedError,
+    SkippedError,
+    ThrottledError,
+    TransientError,
+    VodpollerError,
+)
 from vodpoller.events.codec import decode_json
 from vodpoller.events.event import Event
 from vodpoller.expressions import EvaluationError, Expression, ExpressionText, encode_found
@@ -56,7 +64,7 @@ class TencentConfig(SinkConfig):
     )
     params: ExpressionText = Field(
         description="JMESPath over the event, in the form that `format` says: makes the object of the action's"
-        " parameters.",
+        " parameters. If it makes null, nothing is sent, and the event counts as delivered (`skipped`).",
         examples=["{EventBusId: 'eb-12345678', EventList: [{Source: 'vod', Type: EventType, Data: to_string(@)}]}"],
     )
     region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = Field(
@@ -154,7 +162,7 @@ class TencentSink(Sink[TencentConfig]):
             sink.close()
 
     def examine(self, event: Event) -> None:
-        """Raise a RejectedError if the event has no parameters that can be sent. Nothing is sent to find out."""
+        """Raise what `_body_of` does, if nothing can or is to be sent for the event. Nothing is sent to find out."""
         self._body_of(event)
 
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
@@ -212,12 +220,15 @@ class TencentSink(Sink[TencentConfig]):
         """The parameters, as JSON.
 
         Raises:
+            SkippedError: Nothing is to be sent.
             RejectedError: The expression makes none of this event.
         """
         key = f"sinks.{self.name}.params"
         if self.config.format == "cloudevents" and event.content:
             event = replace(event, content=decode_json(encode(event, "cloudevents").decode()))
         params = self._expression.shape(event, key)
+        if params is None:
+            raise SkippedError(f"{key} finds null")
         if not isinstance(params, dict):
             raise RejectedError(
                 f"{key}: of this event it makes {_kind_of(params)}, and the parameters of an action are an object"
@@ -323,8 +334,6 @@ def _retry_after_secs(answer: Answer) -> float | None:
 def _kind_of(found: Any) -> str:
     """What JSON calls a value."""
     match found:
-        case None:
-            return "null"
         case bool():
             return "a boolean"
         case int() | float():
