@@ -144,8 +144,9 @@ def running_receiver(receiver=None):
 
 @contextmanager
 def raw_server(serve):
-    """A server that does with each connection what no HTTP server would."""
+    """A server that does with each connection what no HTTP server would. At its end it awaits no client."""
     stopping = threading.Event()
+    connections = []
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.settimeout(0.05)
 
@@ -155,6 +156,7 @@ def raw_server(serve):
                     connection, _ = listening.accept()
                 except TimeoutError:
                     continue
+                connections.append(connection)
                 with connection:
                     connection.settimeout(5)
                     with suppress(OSError):
@@ -166,6 +168,9 @@ def raw_server(serve):
             yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         finally:
             stopping.set()
+            for connection in connections:
+                with suppress(OSError):  # it has ended already
+                    connection.shutdown(socket.SHUT_RDWR)
             thread.join()
 
 

@@ -14,12 +14,17 @@ from tests.listening import Client, Shown, running_listener
 from tests.polling import until
 from tests.processes import cannot_run
 from vodpoller.listener import server as server_module
-from vodpoller.listener.server import BODY_MAX_BYTES, HEAD_MAX_BYTES, LOOK_SECS, Listener, listen
+from vodpoller.listener.server import BODY_MAX_BYTES, HEAD_MAX_BYTES, Listener, listen
 
 PATHS = ["/", "/metrics", "/status.json", "/healthz", "/readyz"]
 GUARDED = ["/", "/metrics", "/status.json", "/nothing"]
 PROBES = ["/healthz", "/readyz"]
 PASSWORD = "correct horse, battery"
+
+
+@pytest.fixture(autouse=True)
+def quick_end(monkeypatch):
+    monkeypatch.setattr(server_module, "LOOK_SECS", 0.02)
 
 
 @pytest.fixture
@@ -348,4 +353,4 @@ def test_without_descriptors_it_waits_before_it_tries_again(monkeypatch):
         patched.setattr(server_module.time, "sleep", waited.append)
         with pytest.raises(OSError, match="Too many open files"):
             sock.accept()
-    assert waited == [LOOK_SECS]
+    assert waited == [server_module.LOOK_SECS]
