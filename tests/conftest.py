@@ -1,7 +1,10 @@
+import functools
 import os
 import signal
 import sys
+from pathlib import Path
 
+import certifi
 import pytest
 from hypothesis import settings
 
@@ -9,10 +12,17 @@ from tests.certificates import make_certificate
 from tests.helpers import FakeClock, log_into
 from tests.receiver import running_receiver
 from vodpoller.logs import CATALOGUE
+from vodpoller.sinks import registry
 
 # A shell that starts something in the background lets it ignore SIGINT, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Without bytecode each worker compiles all modules of tests anew, which takes 8 s of CPU time. If the environment
+# forbids it beside the modules, it goes elsewhere. Processes that tests start keep to what is forbidden.
+if sys.dont_write_bytecode:
+    sys.pycache_prefix = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode = False
 
 # `--hypothesis-profile thorough` takes hours; see tests/README.md.
 settings.register_profile("quick", max_examples=25, deadline=None)
@@ -60,6 +70,19 @@ def pytest_runtest_protocol(item):
         return (yield)
     finally:
         guard.forbids = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once(tmp_path_factory):
+    """What hundreds of tests would read, each for some of its time: one public CA stands for all of them, and the sinks
+    that are installed stay the same."""
+    end = "-----END CERTIFICATE-----\n"
+    one = tmp_path_factory.mktemp("roots") / "one.pem"
+    one.write_text(Path(certifi.where()).read_text(encoding="utf-8").partition(end)[0] + end, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("requests.utils.DEFAULT_CA_BUNDLE_PATH", str(one))
+        patched.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        yield
 
 
 @pytest.fixture(autouse=True)

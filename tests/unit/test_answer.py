@@ -28,7 +28,7 @@ class Pieces:
     """In a socket's place: brings in the given pieces, and then nothing more."""
 
     def __init__(self, *pieces):
-        self.pieces = [piece for piece in pieces if piece]
+        self.pieces = [piece for piece in reversed(pieces) if piece]
         self.received = 0
 
     def settimeout(self, _secs):
@@ -37,9 +37,10 @@ class Pieces:
     def recv(self, number):
         if not self.pieces:
             return b""
-        piece, self.pieces[0] = self.pieces[0][:number], self.pieces[0][number:]
-        if not self.pieces[0]:
-            del self.pieces[0]
+        piece = self.pieces.pop()
+        if len(piece) > number:
+            self.pieces.append(piece[number:])
+            piece = piece[:number]
         self.received += len(piece)
         return piece
 
