@@ -49,13 +49,25 @@ def canonical(text):
     return json.dumps(json.loads(text, strict=False), sort_keys=True)
 
 
-def run_command(*args, module="vodpoller", answer="", timeout_secs=30, **env):
-    """One command of vodpoller, from its start to its end; `answer` is what its standard input has."""
+def run_command(*args, module="vodpoller", answer="", timeout_secs=30, closed=(), **env):
+    """One command of vodpoller, from its start to its end.
+
+    Args:
+        args: Its arguments.
+        module: What `python -m` is told.
+        answer: What its standard input has.
+        timeout_secs: How long it may take.
+        closed: The descriptors, of 0 to 2, that are closed when it starts.
+        env: Changes of its environment.
+    """
     with ExitStack() as open_files:
         stdin, stdout, stderr = (open_files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
         stdin.write(answer)
         stdin.seek(0)
-        process = warm.start(module, args, env=environment(**env), stdin=stdin, stdout=stdout, stderr=stderr)
+        streams = [warm.CLOSED if fd in closed else stream for fd, stream in enumerate((stdin, stdout, stderr))]
+        process = warm.start(
+            module, args, env=environment(**env), stdin=streams[0], stdout=streams[1], stderr=streams[2]
+        )
         try:
             code = process.wait(timeout_secs)
         finally:

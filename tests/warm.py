@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE_THE_FIRST_LINE = ("PYTHON", "LC_", "LANG")
+CLOSED = -4  # beside subprocess.PIPE, STDOUT and DEVNULL
 
 
 class WarmProcess:
@@ -71,19 +72,22 @@ def start(module, args, *, env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVN
         module: One that has been imported, or is quick to.
         args: Its arguments.
         env: Its whole environment.
-        stdin: A file, or `subprocess.DEVNULL`.
+        stdin: A file, `subprocess.DEVNULL`, or CLOSED.
         stdout: As stdin.
         stderr: As stdin.
     """
     command = [sys.executable, "-m", module, *map(str, args)]
     warm = _the_warm_process()
+    asked = (stdin, stdout, stderr)
     if _before_the_first_line(env) != _before_the_first_line(warm.env):
+        assert CLOSED not in asked, "only what is forked can be started with a closed stream"
         return subprocess.Popen(command, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
     sys.audit("subprocess.Popen", sys.executable, command, None, env)
     ours, theirs = socket.socketpair()
     with open(os.devnull, "r+b") as devnull, theirs:  # noqa: PTH123 - for a descriptor
-        streams = [devnull if stream == subprocess.DEVNULL else stream for stream in (stdin, stdout, stderr)]
-        request = {"module": module, "args": command[2:], "env": env, "folder": str(Path.cwd())}
+        streams = [devnull if stream in (subprocess.DEVNULL, CLOSED) else stream for stream in asked]
+        closed = [number for number, stream in enumerate(asked) if stream == CLOSED]
+        request = {"module": module, "args": command[2:], "env": env, "folder": str(Path.cwd()), "closed": closed}
         warm.ask(request, [theirs.fileno(), *(stream.fileno() for stream in streams)])
     return WarmProcess(ours)
 
@@ -155,8 +159,13 @@ def _start(request, fds):
         os.write(control, b"%d\n" % os.waitstatus_to_exitcode(status))
         os._exit(0)
     for number, (fd, name) in enumerate(zip(streams, ("stdin", "stdout", "stderr"), strict=True)):
-        os.dup2(fd, number)
-        _open_stream(name, number)
+        if number in request["closed"]:
+            os.close(number)
+            setattr(sys, name, None)  # as the interpreter does
+            setattr(sys, f"__{name}__", None)
+        else:
+            os.dup2(fd, number)
+            _open_stream(name, number)
     os.closerange(3, 256)
     os.chdir(request["folder"])
     os.environ.clear()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.benchmarks.__main__ import main
 from tests.processes import ROOT, environment
 
 pytestmark = pytest.mark.system
@@ -22,18 +23,29 @@ def run_benchmarks(*args):
     )
 
 
-def test_a_row_that_does_not_exist_is_refused_with_the_names_of_those_that_do():
-    ended = run_benchmarks("--rows", "nonsense")
-    assert ended.returncode == 2
-    assert "there is no row 'nonsense'" in ended.stderr
-    assert "paced" in ended.stderr
+@pytest.fixture
+def refusal_of(monkeypatch, capsys):
+    """What is said of arguments that are refused."""
+
+    def say(*args):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return say
+
+
+def test_a_row_that_does_not_exist_is_refused_with_the_names_of_those_that_do(refusal_of):
+    said = refusal_of("--rows", "nonsense")
+    assert "there is no row 'nonsense'" in said
+    assert "paced" in said
 
 
 @pytest.mark.parametrize("program", ["no/such/program", "README.md"])
-def test_a_baseline_that_is_not_a_program_is_refused(program):
-    ended = run_benchmarks("--baseline", program)
-    assert ended.returncode == 2
-    assert f"{program} is not a program" in ended.stderr
+def test_a_baseline_that_is_not_a_program_is_refused(refusal_of, program):
+    assert f"{program} is not a program" in refusal_of("--baseline", program)
 
 
 @pytest.fixture
@@ -62,7 +74,7 @@ def test_the_row_of_a_large_journal_has_seconds_for_each_step():
 
 
 def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(other_version):
-    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "1", "--baseline", other_version)
+    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "0.5", "--baseline", other_version)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
     labels = ["run 1", "baseline, run 1", "all runs", "baseline, all runs"]

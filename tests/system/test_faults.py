@@ -310,7 +310,7 @@ def test_a_wrong_sub_app_id_is_named_and_asked_seldom_until_it_is_right(system):
 )
 def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_other(system, code, noticed):
     refused = system.simulator(events=1000, visibility_secs=30)
-    other = system.simulator(rate=100, visibility_secs=30)
+    other = system.simulator(rate=40, visibility_secs=30)
     confirms, pulls = [], []
     with Middleman(other.url) as middleman:
 
@@ -527,18 +527,18 @@ def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(
 
 
 def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
-    simulator = system.simulator(rate=500, feed=4500, visibility_secs=3, poll_secs=0.5)
-    system.configure(simulator.url)
+    simulator = system.simulator(rate=500, feed=2000, poll_secs=0.5)
     with HeldPort() as port:
         system.configure(simulator.url, sinks=system.archive_sink + hook_sink(port.url))
         daemon = system.daemon()
-        until(lambda: simulator.stats()["confirmed"] > 1500, secs=60, what=daemon.tail)
+        until(lambda: simulator.stats()["confirmed"] > 700, secs=60, what=daemon.tail)
         receiver = Receiver(("127.0.0.1", port.number))
         receiver.answer = Answer(hangs=True)
         with running_receiver(receiver):
             until(simulator.all_confirmed, secs=60, what=lambda: str(simulator.stats()))
             attempts = len(receiver.received)
-            held = sum(stored(system).values())
+            # On a busy machine a puller may store for the file, too, since it is needed for the next pull.
+            held = sum(number for (sink, _, _), number in stored(system).items() if sink == "hook")
             receiver.answer = Answer()
             until(lambda: not stored(system), secs=60, every_secs=0.2, what=daemon.tail)
             assert daemon.terminate()[0] == 0
