@@ -26,7 +26,6 @@ from vodpoller.pipeline import Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router
-from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink
 from vodpoller.status import JournalStatus, Status, StoredStatus
 from vodpoller.systemd import Notifier
@@ -330,7 +329,10 @@ class Daemon:
 
     def refresh(self) -> None:
         """Read secrets and certificates again, open files again, end the waiting after failures."""
-        self._reread(self._config.secrets())
+        self._reread_credentials()
+        for table in (*self._config.sinks.values(), self._config.listener):
+            for secret in table.secrets():
+                self._reread(secret.reread)
         reopened = [("api", self._vod.reopen), *((name, sink.reopen) for name, sink in self._sinks.items())]
         for name, reopen in reopened:
             try:
@@ -342,14 +344,13 @@ class Daemon:
             poller.wake()
 
     def _reread_credentials(self) -> None:
-        self._reread(self._config.credentials.secrets())
+        self._reread(self._config.credentials.reread)
 
-    def _reread(self, secrets: tuple[Secret, ...]) -> None:
-        for secret in secrets:
-            try:
-                secret.reread()
-            except (OSError, UnicodeDecodeError) as error:
-                self._scope.repeated("warning", "secret.unreadable", cause=str(error), error_message=str(error))
+    def _reread(self, reread: Callable[[], None]) -> None:
+        try:
+            reread()
+        except (OSError, UnicodeDecodeError) as error:
+            self._scope.repeated("warning", "secret.unreadable", cause=str(error), error_message=str(error))
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """Secrets: read from the configuration or from a file, read again on SIGHUP, never shown."""
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Final, get_args
 
 from pydantic import (
     BaseModel,
@@ -18,6 +19,8 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+FORMER_MAX: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,8 @@ class Secret:
         self._path = path
         self._is_first_line = is_first_line
         self._problem_in: Callable[[str], str] = lambda _value: ""
-        self.reread()
+        self._former: deque[str] = deque(maxlen=FORMER_MAX)
+        self._value = self.read()
 
     @property
     def path(self) -> Path | None:
@@ -70,15 +74,28 @@ class Secret:
         """The value as of the last read."""
         return self._value
 
+    def known(self) -> tuple[str, ...]:
+        """The value and the last ones before it: a request that is under way may still carry those."""
+        return (self._value, *self._former)
+
     def reread(self) -> None:
-        """Read the file again, where there is one. The last value stays where that fails.
+        """Read the file again, if there is one. The last value stays if that fails.
+
+        Raises:
+            OSError: As `read`.
+            UnicodeDecodeError: As `read`.
+        """
+        self.take(self.read())
+
+    def read(self) -> str:
+        """What the file holds now, or the value if there is none. The value stays what it was.
 
         Raises:
             OSError: The file cannot be read, is empty, or holds what `restrict` is to refuse.
             UnicodeDecodeError: The file is not UTF-8.
         """
         if self._path is None:
-            return
+            return self._value
         value = self._path.read_text(encoding="utf-8").strip("\r\n")
         if self._is_first_line:
             value = value.partition("\n")[0].rstrip("\r")
@@ -86,7 +103,17 @@ class Secret:
             raise OSError(errno.ENODATA, "it is empty", str(self._path))
         if problem := self._problem_in(value):
             raise OSError(errno.EINVAL, problem, str(self._path))
-        self._value = value
+        return value
+
+    def take(self, value: str) -> None:
+        """Have another value from now on.
+
+        Args:
+            value: What `read` returned.
+        """
+        if value != self._value:
+            self._former.appendleft(self._value)
+            self._value = value
 
     def restrict(self, problem_in: Callable[[str], str]) -> str:
         """Have what is read later refused where it cannot be right.

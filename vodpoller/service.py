@@ -446,7 +446,7 @@ class Service:
 
     def _cleared(self, value: Any) -> Any:
         """Without secrets, which what a receiver or VOD said may repeat."""
-        return cleared(value, searched_for(secret.get() for secret in self._config.secrets()))
+        return cleared(value, searched_for(self._config.hidden()))
 
     def _ask_for_reload(self, asker: Asker) -> None:
         with self._askers_lock:

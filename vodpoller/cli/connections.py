@@ -11,7 +11,7 @@ from vodpoller.checkup.checks import check_connections
 from vodpoller.checkup.finding import Finding, Level, worst_first
 from vodpoller.cli.output import make_console, make_log
 from vodpoller.config.model import Config
-from vodpoller.logs import printable
+from vodpoller.logs import cleared, printable, searched_for
 
 _VERDICTS: Final[Mapping[Level, tuple[str, str]]] = {
     Level.PROBLEM: ("PROBLEM", "bold red"),
@@ -28,11 +28,12 @@ def show_connections(config: Config) -> bool:
         config: Valid.
     """
     findings = worst_first(check_connections(config, make_log(config)))
+    searched = searched_for(config.hidden())  # what VOD or a receiver said may repeat a secret
     table = Table()
     for name in ("what", "", "found"):
         table.add_column(name, overflow="fold")
     for finding in findings:
-        table.add_row(finding.what, Text(*_VERDICTS[finding.level]), _said(finding))
+        table.add_row(finding.what, Text(*_VERDICTS[finding.level]), cleared(_said(finding), searched))
     levels = Counter(finding.level for finding in findings)
     console = make_console()
     console.print(table)

@@ -35,7 +35,7 @@ def make_log(config: Config, *, quiet: bool = False, lines: LineLogger | None = 
         sys.stderr,
         level="warning" if quiet and config.log.level == "info" else config.log.level,
         log_format=config.log.format,
-        secrets=lambda: [secret.get() for secret in config.secrets()],
+        secrets=config.hidden,
         journald_stream=os.environ.get("JOURNAL_STREAM", ""),
         lines=lines,
     )

@@ -1,6 +1,7 @@
 """The API key, wherever it is: in the file, under `$CREDENTIALS_DIRECTORY`, or in the environment."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,12 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
         for key, place in {**places, "token": token_place}.items()
         if place
     }
-    return StaticCredentials(secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins)
+    found_key = StaticCredentials(
+        secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins
+    )
+    with suppress(OSError, UnicodeDecodeError):  # each could be read a moment ago
+        found_key.reread()  # the files were read one by one, and may have been swapped in between
+    return found_key
 
 
 def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:

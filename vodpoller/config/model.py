@@ -72,3 +72,7 @@ class Config:
         """All secrets: they must not be shown, and SIGHUP reads them again."""
         of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
         return (*self.credentials.secrets(), *of_sinks, *self.listener.secrets())
+
+    def hidden(self) -> list[str]:
+        """What must be in no line and no answer: the secrets' values, and the last ones before these."""
+        return [value for secret in self.secrets() for value in secret.known()]

@@ -4,10 +4,15 @@ A provider is a callable that returns the `Credentials` of this moment. It is ca
 block: id, key and token are one value, which is renewed elsewhere and swapped as one.
 """
 
-from collections.abc import Mapping
+import errno
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from vodpoller.secret import Secret
+
+REREADINGS_MAX: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class Credentials:
     token: str = field(default="", repr=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StaticCredentials:
     """The provider of a key that the configuration, a file or the environment holds.
 
@@ -40,15 +45,41 @@ class StaticCredentials:
     secret_key: Secret
     token: Secret | None
     origins: Mapping[str, str] = field(default_factory=dict)
+    _current: Credentials = field(init=False, repr=False, compare=False)
+    _rereading: threading.Lock = field(init=False, repr=False, compare=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._swap([secret.get() for secret in self.secrets()])
 
     def __call__(self) -> Credentials:
         """What the secrets were when they were last read."""
-        return Credentials(
-            secret_id=self.secret_id.get(),
-            secret_key=self.secret_key.get(),
-            token=self.token.get() if self.token else "",
-        )
+        return self._current
 
     def secrets(self) -> tuple[Secret, ...]:
         """Those that there are: what must not be shown, and what is read again."""
         return tuple(secret for secret in (self.secret_id, self.secret_key, self.token) if secret is not None)
+
+    def reread(self) -> None:
+        """Read the files again, as one: all of them are taken, or none.
+
+        Several files may be swapped between the reading of one and of the next, as Kubernetes does with the symbolic
+        link of their folder. So they are read until they hold the same twice in a row.
+
+        Raises:
+            OSError: One cannot be read, is empty, holds what no key has, or they go on changing.
+            UnicodeDecodeError: One is not UTF-8.
+        """
+        with self._rereading:
+            before: list[str] = []
+            for _ in range(REREADINGS_MAX):
+                values = [secret.read() for secret in self.secrets()]
+                if values == before:
+                    self._swap(values)
+                    return
+                before = values
+        raise OSError(errno.EAGAIN, "the files of the API key go on changing while they are read")
+
+    def _swap(self, values: Sequence[str]) -> None:
+        for secret, value in zip(self.secrets(), values, strict=True):
+            secret.take(value)  # first of all: from now on it is hidden in log lines
+        self._current = Credentials(*values)
