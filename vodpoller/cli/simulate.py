@@ -64,6 +64,11 @@ from vodpoller.simulator.service import serve
 @click.option("--secret-key", help="The SecretKey that belongs to it.")
 @click.option("--token", help="The temporary token that requests must carry.")
 @click.option(
+    "--credential-secs",
+    default=0.0,
+    help="Serve the metadata service and STS, too; temporary keys live so long, and requests must be signed with one.",
+)
+@click.option(
     "--faults",
     default="",
     help="Probabilities, as in reset=0.02,confirm.lost=0.1: reset, http_5xx, internal_error and limit keep a request"

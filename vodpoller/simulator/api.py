@@ -23,6 +23,7 @@ from vodpoller.simulator.bodies import EventGenerator
 from vodpoller.simulator.control import answer_control
 from vodpoller.simulator.errors import ApiError
 from vodpoller.simulator.feeding import Feeder
+from vodpoller.simulator.issuing import ASSUME_ROLE, METADATA_PATH, STS_VERSION, Issuing
 from vodpoller.simulator.options import (
     ACTIONS,
     CONTROLLABLE,
@@ -36,7 +37,7 @@ from vodpoller.simulator.options import (
 )
 from vodpoller.simulator.queue import EventQueue, ForgottenHandlesError, LedgerRow, StaleHandlesError
 from vodpoller.simulator.server import REASONS, Connection, Request
-from vodpoller.simulator.signature import verify
+from vodpoller.simulator.signature import Key, verify
 
 _VERSION: Final = "2018-07-17"
 _PARAMETERS: Final[Mapping[str, frozenset[str]]] = {
@@ -108,6 +109,7 @@ class Api:
             keep_bodies=options.keep_bodies,
             wall_offset_secs=time.time() - time.monotonic(),
         )
+        self._issuing = Issuing(self._random)
         self._date_second = 0
         self._date = b""
         self._empties = 0
@@ -168,6 +170,10 @@ class Api:
 
     def handle(self, request: Request, connection: Connection) -> None:
         """Answer a request on its connection, now or later."""
+        life_secs = self._options.credential_secs
+        if life_secs and request.method == "GET" and request.target.startswith(METADATA_PATH):
+            self._issuing.answer_metadata(request.target, connection, life_secs=life_secs, now=self._now())
+            return
         if request.method != "POST" or request.target != "/":
             answer_control(self, request, connection)
             return
@@ -189,7 +195,8 @@ class Api:
         return None
 
     def _serve(self, call: _Call) -> None:
-        self._requests[call.action if call.action in ACTIONS else "other"] += 1
+        is_known = call.action in ACTIONS or (call.action == ASSUME_ROLE and self._options.credential_secs)
+        self._requests[call.action if is_known else "other"] += 1
         if call.action in ACTIONS:
             self._arrived[call.action].add(time.monotonic())
         if call.fault == "reset":
@@ -203,6 +210,9 @@ class Api:
             return
         try:
             _fail_on_purpose(call.fault)
+            if call.action == ASSUME_ROLE and self._options.credential_secs:
+                self._reply(call, self._assume_role(call))
+                return
             self._authorize(call)
             self._limit(call.action)
             self._carry_out(call, self._parameters(call))
@@ -210,28 +220,43 @@ class Api:
             self._errors[error.code] += 1
             self._reply(call, _error(error.code, str(error)), code=error.code)
 
+    def _assume_role(self, call: _Call) -> bytes:
+        options = self._options
+        if call.request.headers.get("x-tc-version") != STS_VERSION:
+            raise ApiError("NoSuchVersion", f"The version of STS is {STS_VERSION}.")
+        if options.secret_id is not None:
+            self._verify(call.request, key_of=self._lasting_key_of, service="sts")
+        parameters = _object_in(call.request)
+        return self._issuing.assume_role(parameters, life_secs=options.credential_secs, now=self._now())
+
     def _authorize(self, call: _Call) -> None:
         options, headers = self._options, call.request.headers
-        needed = ["X-TC-Action", "X-TC-Version"]
-        if options.secret_id is not None:
-            needed += ["X-TC-Timestamp", "Authorization"]
-        for name in needed:
+        for name in ("X-TC-Action", "X-TC-Version"):
             if name.lower() not in headers:
                 raise ApiError("MissingParameter", f"The request lacks the header {name}.")
         if call.action not in ACTIONS:
             raise ApiError("InvalidAction", f"The simulator knows {', '.join(ACTIONS)}, not {call.action}.")
         if headers["x-tc-version"] != _VERSION:
             raise ApiError("NoSuchVersion", f"The version of this API is {_VERSION}.")
-        if options.secret_id is not None and options.secret_key is not None:
-            verify(
-                call.request,
-                secret_id=options.secret_id,
-                secret_key=options.secret_key,
-                token=options.token,
-                now=self._now(),
-            )
+        if options.secret_id is not None or options.credential_secs:
+            self._verify(call.request, key_of=self._key_of, service="vod")
         if call.action in options.deny:
             raise ApiError("UnauthorizedOperation", f"The key has no right to vod:{call.action}.")
+
+    def _verify(self, request: Request, *, key_of: Callable[[str], Key | None], service: str) -> None:
+        for name in ("X-TC-Timestamp", "Authorization"):
+            if name.lower() not in request.headers:
+                raise ApiError("MissingParameter", f"The request lacks the header {name}.")
+        verify(request, key_of=key_of, now=self._now(), service=service)
+
+    def _key_of(self, secret_id: str) -> Key | None:
+        return self._lasting_key_of(secret_id) or self._issuing.key_of(secret_id)
+
+    def _lasting_key_of(self, secret_id: str) -> Key | None:
+        options = self._options
+        if options.secret_key is None or secret_id != options.secret_id:
+            return None
+        return Key(secret_key=options.secret_key, token=options.token)
 
     def _limit(self, action: str) -> None:
         quota = self._options.requests_per_sec
@@ -248,12 +273,7 @@ class Api:
         self._accepted[action].add(now)
 
     def _parameters(self, call: _Call) -> dict[str, Any]:
-        try:
-            parameters = orjson.loads(call.request.body)
-        except ValueError:
-            parameters = None
-        if not isinstance(parameters, dict):
-            raise ApiError("InvalidParameter", "The body is not a JSON object.")
+        parameters = _object_in(call.request)
         if unknown := sorted(parameters.keys() - _PARAMETERS[call.action]):
             raise ApiError("UnknownParameter", f"{call.action} has no parameter {unknown[0]}.")
         sub_app_id = parameters.get("SubAppId")
@@ -436,6 +456,7 @@ class Api:
             "errors": dict(self._errors),
             "faults": dict(self._faulted),
             "bad_requests": self.bad_requests,
+            "credentials_issued": self._issuing.issued,
             "peak_requests_per_sec": {action: arrived.peak for action, arrived in self._arrived.items()},
             "connections_now": len(self.connections),
             "feeding": self._feeder.is_feeding,
@@ -444,6 +465,16 @@ class Api:
 
 
 _COUNTED: Final = ("pulls", "pulls_empty", "pulls_abandoned", "confirms", "confirms_stale", "refused_by_limit")
+
+
+def _object_in(request: Request) -> dict[str, Any]:
+    try:
+        content = orjson.loads(request.body)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ApiError("InvalidParameter", "The body is not a JSON object.")
+    return content
 
 
 def _fail_on_purpose(fault: Fault | None) -> None:

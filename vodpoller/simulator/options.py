@@ -17,6 +17,7 @@ CONTROLLABLE: Final = frozenset(
         "batch",
         "clock_skew_secs",
         "confirms_per_sec",
+        "credential_secs",
         "deny",
         "empty",
         "events_off",
@@ -49,7 +50,7 @@ SWITCHES: Final[Mapping[str, str]] = {
     "PersistenceComplete": "PersistenceCompleteEventSwitch",
 }
 
-_SECS: Final = ("rate", "poll_secs", "visibility_secs", "requests_per_sec", "rtt_secs", "slow_secs")
+_SECS: Final = ("credential_secs", "rate", "poll_secs", "visibility_secs", "requests_per_sec", "rtt_secs", "slow_secs")
 _COUNTS: Final = ("events", "feed", "forget_confirms", "port")
 _CHOICES: Final = {"empty": get_args(Empty), "mode": get_args(Mode), "stale": get_args(Stale)}
 _TEXTS: Final = ("secret_id", "secret_key", "token")
@@ -76,6 +77,9 @@ class SimulatorOptions:
             verified.
         secret_key: The SecretKey that belongs to it.
         token: The temporary token that signed requests must carry; None for none.
+        credential_secs: The life of temporary keys, which a metadata service and AssumeRole of STS hand out at the
+            same address; 0 for none. Requests to VOD must be signed with one of them, or with `secret_id`; AssumeRole
+            with `secret_id`, if it is given.
         requests_per_sec: The quota of each action over any second that has just passed; 0 for no limit. 100 at VOD.
         confirms_per_sec: The quota of ConfirmEvents; None for `requests_per_sec`.
         rtt_secs: The round trip that each API request takes: half of it passes before it is looked at, half after.
@@ -122,6 +126,7 @@ class SimulatorOptions:
     secret_id: str | None = None
     secret_key: str | None = None
     token: str | None = None
+    credential_secs: float = 0.0
     requests_per_sec: float = 100
     confirms_per_sec: float | None = None
     rtt_secs: float = 0.0

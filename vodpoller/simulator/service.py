@@ -125,6 +125,7 @@ class Simulator:
             `pulls` that were answered, `pulls_empty` among them, `pulls_abandoned` by their clients while they hung,
             `pulls_hanging_now`; `confirms` that succeeded and `confirms_stale`; `refused_by_limit`; `requests` by
             action, `errors` by code, `faults` by action and name, `bad_requests` that were not HTTP/1.1;
+            `credentials_issued`, temporary keys;
             `peak_requests_per_sec` by action, over any second, refused ones included; `connections_now`; `feeding`:
             whether `rate` still brings events; `fed`, divided into `confirmed`, `outstanding` (leased) and `visible`;
             `redeliveries`; `confirms_forgotten`: handles that `forget_confirms` refused, each counted once; percentiles

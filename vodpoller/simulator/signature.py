@@ -6,7 +6,10 @@ So that the simulator and the client agree only if both do as Tencent Cloud's do
 import hashlib
 import hmac
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from typing import Final
 
 from vodpoller.simulator.errors import ApiError
@@ -20,15 +23,29 @@ _AUTHORIZATION: Final = re.compile(
 _PORT: Final = re.compile(r":[0-9]+\Z")
 
 
-def verify(request: Request, *, secret_id: str, secret_key: str, token: str | None, now: float) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What belongs to a SecretId.
+
+    Args:
+        secret_key: Its SecretKey.
+        token: Its token; None if it needs none.
+        ends_at: Until when it is good: Unix time, in seconds.
+    """
+
+    secret_key: str
+    token: str | None = None
+    ends_at: float = inf
+
+
+def verify(request: Request, *, key_of: Callable[[str], Key | None], now: float, service: str = "vod") -> None:
     """Check a request's TC3-HMAC-SHA256 signature as the documents of signature v3 (product/266/38490) describe it.
 
     Args:
         request: With the headers `X-TC-Timestamp` and `Authorization`.
-        secret_id: The only one that exists.
-        secret_key: That of `secret_id`.
-        token: That of `secret_id`; None if it needs none.
+        key_of: What belongs to a SecretId; None if it does not exist.
         now: Unix time, in seconds.
+        service: The product that is asked.
 
     Raises:
         ApiError: With the code that Tencent gives the failure.
@@ -38,7 +55,8 @@ def verify(request: Request, *, secret_id: str, secret_key: str, token: str | No
     claim = _AUTHORIZATION.fullmatch(headers["authorization"])
     if claim is None:
         raise ApiError("AuthFailure.InvalidAuthorization", "The Authorization header is not that of signature v3.")
-    if claim["id"] != secret_id:
+    owned = key_of(claim["id"])
+    if owned is None:
         raise ApiError("AuthFailure.SecretIdNotFound", "There is no such SecretId.")
     if not DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
         raise ApiError("AuthFailure.SignatureExpire", f"X-TC-Timestamp is more than {_SIGNATURE_SECS} s off.")
@@ -47,23 +65,31 @@ def verify(request: Request, *, secret_id: str, secret_key: str, token: str | No
     if not {"content-type", "host"} <= set(names) <= set(headers) or names != sorted(names):
         raise failure
     date = datetime.fromtimestamp(int(timestamp), UTC).strftime("%Y-%m-%d")
-    if (claim["date"], claim["service"]) != (date, "vod"):
+    if (claim["date"], claim["service"]) != (date, service):
         raise failure
+    if not _is_signed(request, claim, owned.secret_key, service):
+        raise failure
+    if owned.token is not None and headers.get("x-tc-token") != owned.token:
+        raise ApiError("AuthFailure.TokenFailure", "X-TC-Token is not the token of this SecretId.")
+    if now >= owned.ends_at:
+        raise ApiError("AuthFailure.TokenFailure", "The token has expired.")
+
+
+def _is_signed(request: Request, claim: re.Match[str], secret_key: str, service: str) -> bool:
+    headers, date = request.headers, claim["date"]
     key = b"TC3" + secret_key.encode()
-    for part in (date, "vod", "tc3_request"):
+    for part in (date, service, "tc3_request"):
         key = hmac.digest(key, part.encode(), "sha256")
+    digest = hashlib.sha256(request.body).hexdigest()
     # VOD's host never has a port, so that the document leaves open what is signed of one: Python's SDK signs the whole
     # header, that of Node.js leaves the port out.
     for host in {headers["host"], _PORT.sub("", headers["host"])}:
         values = {**headers, "host": host}
-        signed = "".join(f"{name}:{values[name].lower()}\n" for name in names)
-        digest = hashlib.sha256(request.body).hexdigest()
+        signed = "".join(f"{name}:{values[name].lower()}\n" for name in claim["headers"].split(";"))
         canonical = "\n".join(("POST", "/", "", signed, claim["headers"], digest))
         canonical_digest = hashlib.sha256(canonical.encode("latin-1")).hexdigest()
-        text = "\n".join(("TC3-HMAC-SHA256", timestamp, f"{date}/vod/tc3_request", canonical_digest))
+        scope = f"{date}/{service}/tc3_request"
+        text = "\n".join(("TC3-HMAC-SHA256", headers["x-tc-timestamp"], scope, canonical_digest))
         if hmac.compare_digest(hmac.digest(key, text.encode(), "sha256").hex(), claim["signature"]):
-            break
-    else:
-        raise failure
-    if token is not None and headers.get("x-tc-token") != token:
-        raise ApiError("AuthFailure.TokenFailure", "X-TC-Token is not the token of this SecretId.")
+            return True
+    return False

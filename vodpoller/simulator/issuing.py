@@ -1,0 +1,98 @@
+"""Temporary keys of a role: the metadata service of a CVM, and AssumeRole of STS.
+
+The documents are "Instance role" (product/213/47668) and "AssumeRole" (product/1312/48197).
+"""
+
+import time
+from collections.abc import Mapping
+from random import Random
+from typing import Any, Final
+
+import orjson
+
+from vodpoller.simulator.errors import ApiError
+from vodpoller.simulator.server import Connection
+from vodpoller.simulator.signature import Key
+
+ASSUME_ROLE: Final = "AssumeRole"
+STS_VERSION: Final = "2018-08-13"
+METADATA_PATH: Final = "/latest/meta-data/cam/security-credentials/"
+ROLE: Final = "simulated-role"
+
+_KEPT: Final = 1000
+_PARAMETERS: Final = frozenset(
+    {"RoleArn", "RoleSessionName", "DurationSeconds", "Policy", "ExternalId", "Tags", "SourceIdentity"}
+)
+
+
+class Issuing:
+    """Hands out keys, and knows those that it handed out.
+
+    Args:
+        random: What they are made of.
+
+    Attributes:
+        issued: Their number.
+    """
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._keys: dict[str, Key] = {}
+        self.issued = 0
+
+    def key_of(self, secret_id: str) -> Key | None:
+        """What belongs to a SecretId that was handed out."""
+        return self._keys.get(secret_id)
+
+    def answer_metadata(self, target: str, connection: Connection, *, life_secs: float, now: float) -> None:
+        """Answer a request to the metadata service.
+
+        Args:
+            target: Begins with `METADATA_PATH`.
+            connection: The one that it came on.
+            life_secs: Of a key.
+            now: Unix time, in seconds.
+        """
+        match target.removeprefix(METADATA_PATH):
+            case "":
+                connection.send(ROLE.encode(), content_type=b"text/plain")
+            case name if name == ROLE:
+                key, ends_at = self._issue(life_secs, now)
+                members = {"ExpiredTime": ends_at, "Expiration": _iso(ends_at), "Code": "Success"}
+                connection.send(orjson.dumps({**key, **members}))
+            case _:
+                connection.send(b"not found", status=404, content_type=b"text/plain")
+
+    def assume_role(self, parameters: Mapping[str, Any], *, life_secs: float, now: float) -> bytes:
+        """Hand out a key of a role; returns the members of the answer.
+
+        Args:
+            parameters: Of the request.
+            life_secs: Of the key, whatever was asked for.
+            now: Unix time, in seconds.
+
+        Raises:
+            ApiError: The parameters are not those of AssumeRole.
+        """
+        if unknown := sorted(parameters.keys() - _PARAMETERS):
+            raise ApiError("UnknownParameter", f"{ASSUME_ROLE} has no parameter {unknown[0]}.")
+        for name in ("RoleArn", "RoleSessionName"):
+            if not isinstance(parameters.get(name), str):
+                raise ApiError("MissingParameter", f"{name} is missing.")
+        key, ends_at = self._issue(life_secs, now)
+        return orjson.dumps({"Credentials": key, "ExpiredTime": ends_at, "Expiration": _iso(ends_at)})[1:-1] + b","
+
+    def _issue(self, life_secs: float, now: float) -> tuple[dict[str, str], int]:
+        self.issued += 1
+        ends_at = int(now + life_secs)
+        names = ("TmpSecretId", "TmpSecretKey", "Token")
+        made = {name: f"sim{name}{self._random.getrandbits(160):040x}" for name in names}
+        key = Key(secret_key=made["TmpSecretKey"], token=made["Token"], ends_at=ends_at)
+        self._keys[made["TmpSecretId"]] = key
+        if len(self._keys) > _KEPT:
+            del self._keys[next(iter(self._keys))]
+        return made, ends_at
+
+
+def _iso(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
