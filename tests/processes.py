@@ -234,6 +234,7 @@ class System:
         sinks=None,
         routes=None,
         secret_key=SECRET_KEY,
+        credentials=None,
         more="",
     ):
         """Write the configuration: by default all events go to a file.
@@ -246,6 +247,7 @@ class System:
             sinks: The tables of the sinks; None for a file, named archive.
             routes: The tables of the routes; None for one to each of the sinks.
             secret_key: What is in the key's file.
+            credentials: The lines of [credentials]; None for a given key.
             more: Further tables.
         """
         sinks = self.archive_sink if sinks is None else sinks
@@ -253,9 +255,10 @@ class System:
         names = [name for name in names if "." not in name]
         routes = f'[[routes]]\nname = "all"\nsinks = {json.dumps(names)}\n' if routes is None else routes
         self.key_path.write_text(secret_key + "\n")
+        given_key = f'secret_id = "{SECRET_ID}"\nsecret_key_file = "{self.key_path}"\n'
         self.config_path.write_text(
             f'[api]\nendpoint = "{url}"\nlease_secs = {lease_secs}\n{api}\n'
-            f'[credentials]\nsecret_id = "{SECRET_ID}"\nsecret_key_file = "{self.key_path}"\n'
+            f"[credentials]\n{given_key if credentials is None else credentials}\n"
             f'[[sources]]\nname = "main"\n{source}\n{routes}\n{sinks}\n'
             f'[journal]\npath = "{self.journal}"\n{more}\n'
         )

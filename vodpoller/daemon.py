@@ -27,12 +27,13 @@ from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router
 from vodpoller.sinks.contract import Sink
-from vodpoller.status import JournalStatus, Status, StoredStatus
+from vodpoller.status import CredentialsStatus, JournalStatus, Status, StoredStatus
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.upkeep import Upkeep
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.confirmer import Confirmer
+from vodpoller.vod.refresher import Refresher, issuer_of
 
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
@@ -86,8 +87,13 @@ class Daemon:
             raise
         self._in_flight = InFlight()
         self._workers = {name: self._worker(name, sink) for name, sink in self._sinks.items()}
+        self._refresher = self._new_refresher()
         self._vod = VodClient.configured(
-            config.api, credentials=config.credentials, key_renewal=config.key_renewal, log=log
+            config.api,
+            credentials=self._refresher or config.credentials,
+            key_renewal=config.key_renewal,
+            on_refused_token=self._refresher.refused if self._refresher else None,
+            log=log,
         )
         self._confirmer = Confirmer(
             vod=self._vod,
@@ -108,6 +114,24 @@ class Daemon:
             max_bytes=self._config.journal.max_bytes,
             ledger_days=self._config.journal.ledger_days,
             telemetry=self._telemetry,
+            wall=self._clock,
+        )
+
+    def _new_refresher(self) -> Refresher | None:
+        config = self._config
+        if config.role is None:
+            return None
+        provider, issuer = issuer_of(
+            config.role, key=config.credentials, key_renewal=config.key_renewal, ca_file=config.api.ca_file
+        )
+        return Refresher(
+            issuer,
+            provider=provider,
+            keys=config.issued,
+            telemetry=self._telemetry,
+            on_operator_error=self._reread_credentials,
+            on_recovered=self._go_on,
+            liveness=self._liveness,
             wall=self._clock,
         )
 
@@ -187,6 +211,8 @@ class Daemon:
         self._warn()
         with suppress(StorageError):  # the journal has said so
             self._journal.mark_removed(self._workers)
+        if self._refresher is not None:
+            self._refresher.start()
         for worker in self._workers.values():
             worker.start()
         self._started_at = self._clock()
@@ -212,6 +238,8 @@ class Daemon:
         self._signals.catch()
         if max_secs:
             self._warn()
+            if self._refresher is not None:
+                self._refresher.start()
         for worker in self._workers.values():
             worker.start()
         once = Once(
@@ -323,6 +351,7 @@ class Daemon:
             sinks=[worker.status() for worker in self._workers.values()],
             stored=stored,
             journal=journal,
+            credentials=self._refresher.status() if self._refresher else CredentialsStatus(),
         )
 
     # --- what an operator may have changed ---------------------------------------------------------------------------
@@ -333,15 +362,22 @@ class Daemon:
         for table in (*self._config.sinks.values(), self._config.listener):
             for secret in table.secrets():
                 self._reread(secret.reread)
-        reopened = [("api", self._vod.reopen), *((name, sink.reopen) for name, sink in self._sinks.items())]
+        of_role = [("credentials", self._refresher.reopen)] if self._refresher else []
+        reopened = [("api", self._vod.reopen), *of_role, *((name, sink.reopen) for name, sink in self._sinks.items())]
         for name, reopen in reopened:
             try:
                 reopen()
             except Exception as error:  # noqa: BLE001 - a sink that cannot reopen fails at its next delivery
                 task = f"reopen {name}"
                 self._scope.repeated("error", "task.failed", cause=task, task=task, exc_info=error)
+        if self._refresher is not None:
+            self._refresher.wake()
         for poller in self._pollers:
             poller.wake()
+
+    def _go_on(self) -> None:
+        for poller in self._pollers:
+            poller.go_on()
 
     def _reread_credentials(self) -> None:
         self._reread(self._config.credentials.reread)
@@ -388,6 +424,8 @@ class Daemon:
             self.mark()
             self._retrier.stop()
             self._journal.close()
+        if self._refresher is not None:
+            self._refresher.stop()
         self._vod.close()
         return [*stuck, *(f"sink {name}" for name in stuck_sinks)]
 

@@ -4,6 +4,9 @@ Every error may carry what Tencent Cloud answered: its `error_code` and the `req
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+NO_KEY_RETRY_SECS: Final = 1.0  # a renewal that succeeds ends the waiting sooner
 
 
 class VodpollerError(Exception):
@@ -50,6 +53,10 @@ class NoAnswerError(TransientError):
 
 class ForeignAnswerError(TransientError):
     """Try again: HTTP says that it failed, and what answered is not VOD's own."""
+
+
+class NoKeyError(TransientError):
+    """Try again: the temporary key has ended or was refused, and a new one is asked for. Nothing was carried out."""
 
 
 class OperatorError(VodpollerError):

@@ -10,7 +10,14 @@ from vodpoller.backoff import Backoff
 from vodpoller.batch import Batch
 from vodpoller.batch import Source as PulledSource
 from vodpoller.delivery.in_flight import DeliveryWait
-from vodpoller.errors import OperatorError, StoppingError, ThrottledError, TransientError, VodpollerError
+from vodpoller.errors import (
+    NoKeyError,
+    OperatorError,
+    StoppingError,
+    ThrottledError,
+    TransientError,
+    VodpollerError,
+)
 from vodpoller.journal.contract import Pulled
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
@@ -197,12 +204,16 @@ class Poller:
             self._grant(0 if self._pulling + self._permits else 1)
 
     def wake(self) -> None:
-        """End the waiting after failures: the cause may be gone."""
+        """End the waiting after failures, as an operator asks: the cause may be gone."""
+        self.go_on()
+        self._telemetry.reset()  # the operator who asked wants to hear whether it helped
+
+    def go_on(self) -> None:
+        """End the waiting after failures: there is a key again."""
         with self._lock:
             self._not_before = 0.0
             self._failures = 0
             self._pause_over.notify_all()
-        self._telemetry.reset()  # the operator who asked wants to hear whether it helped
 
     def stop(self) -> None:
         """Start no new pull. A pull that is under way is awaited: dropping it would strand what it brings."""
@@ -419,4 +430,4 @@ class Poller:
 
 def _may_have_brought_events(error: Exception) -> bool:
     """Whether VOD may have handed out events to a pull that failed: not if it was not sent, or VOD refused it."""
-    return not isinstance(error, ThrottledError | OperatorError)
+    return not isinstance(error, ThrottledError | NoKeyError | OperatorError)

@@ -257,6 +257,7 @@ class Service:
 
     def _follow(self, former: Config, new: Config) -> None:
         end_if_stopping(self._signals)
+        new = new.keeping(former)
         if problems := list(problems_of_journal(new, former.journal.path)):  # what the stop itself has stored
             raise ConfigError(problems)
         self._run(new)

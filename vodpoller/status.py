@@ -3,7 +3,7 @@
 Making the snapshot asks the parts of the daemon; everything here is values in, values out.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from vodpoller.clock import timestamp
 
 FIRST_PULL_SECS: Final = 10.0
 PULL_SECS: Final = 60.0
+RENEWAL_SECS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,29 @@ class JournalStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialsStatus:
+    """How the API key is. Times are in seconds since 1970.
+
+    Args:
+        provider: `credentials.provider`.
+        role: Of what the temporary key is; empty if there is none.
+        expires_at: When the temporary key ends; None if there is none.
+        is_usable: Whether requests can be signed.
+        failing_since: When renewing began to fail without a success since; None while it works.
+        error: What the last renewal failed with; empty while it works.
+        remedy: What to do about it; empty if that follows from the error.
+    """
+
+    provider: str = "static"
+    role: str = ""
+    expires_at: float | None = None
+    is_usable: bool = True
+    failing_since: float | None = None
+    error: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadStatus:
     """How the last reload went. Times are in seconds since 1970.
 
@@ -179,7 +203,7 @@ class Status:
         sinks: In the configuration's order.
         stored: What is stored, by sink and state.
         journal: How the journal is.
-        credentials: Empty until keys can renew themselves.
+        credentials: How the API key is.
         reload: How the last reload went.
     """
 
@@ -192,7 +216,7 @@ class Status:
     sinks: Sequence[SinkStatus]
     stored: Sequence[StoredStatus]
     journal: JournalStatus
-    credentials: Mapping[str, Any] = field(default_factory=dict)
+    credentials: CredentialsStatus = field(default_factory=CredentialsStatus)
     reload: ReloadStatus = field(default_factory=ReloadStatus)
 
     def problems(self, *, strict: bool = False) -> list[Problem]:
@@ -203,6 +227,7 @@ class Status:
         """
         found = [
             *self._journal_problems(),
+            *self._credentials_problems(),
             *self._source_problems(),
             *self._sink_problems(),
             *self._reload_problems(),
@@ -218,6 +243,17 @@ class Status:
                 or f"Make room on the disk of {self.journal.path}, or give the file back to the user that runs "
                 "vodpoller; until then events stay with VOD, up to 4 days",
             )
+
+    def _credentials_problems(self) -> Iterator[Problem]:
+        key = self.credentials
+        if key.failing_since is None or self.at - key.failing_since < RENEWAL_SECS <= (key.expires_at or 0) - self.at:
+            return
+        until = f"the temporary key ends at {timestamp(key.expires_at)}" if key.expires_at else "there is no key yet"
+        yield Problem(
+            what="credentials",
+            cause=f"renewing has failed since {timestamp(key.failing_since)}, and {until}: {key.error}",
+            remedy=key.remedy or f"`vodpoller check --connect` tries provider = {key.provider}",
+        )
 
     def _reload_problems(self) -> Iterator[Problem]:
         if not self.reload.successful and self.reload.at is not None:

@@ -39,6 +39,7 @@ class Count(StrEnum):
     SINK_ATTEMPTS = "sink_attempts_total"  # sink, result = accepted | rejected | failed
     DEAD_LETTERS_CREATED = "dead_letters_created_total"  # sink, reason
     JOURNAL_ERRORS = "journal_errors_total"
+    CREDENTIALS_REFRESHES = "credentials_refreshes_total"  # result = ok | failed
 
 
 class Duration(StrEnum):

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.listening import NOW, Shown, running_listener
 from tests.processes import needs
-from vodpoller.status import StoredStatus
+from vodpoller.status import CredentialsStatus, StoredStatus
 from vodpoller.telemetry import Gauge
 
 EXAMPLES = Path(__file__).parents[2] / "vodpoller" / "examples"
@@ -23,7 +23,10 @@ RULES_TEST = Path(__file__).parents[1] / "data" / "alerts-test.yml"
 def samples():
     """By the name of each sample of `/metrics`, the labels that it has."""
     shown = Shown(clock_offset_secs=0.0)
-    shown.change(stored=[StoredStatus(sink="hook", state="pending", events=1, oldest_at=NOW)])
+    shown.change(
+        stored=[StoredStatus(sink="hook", state="pending", events=1, oldest_at=NOW)],
+        credentials=CredentialsStatus(provider="cvm_role", expires_at=NOW),
+    )
     shown.telemetry.set(Gauge.QUEUE_EVENTS, {(("source", "main"),): 1})
     with running_listener(shown) as client:
         families = text_string_to_metric_families(client.get("/metrics").text)
@@ -39,7 +42,7 @@ def expressions(path):
     return [target["expr"] for panel in panels for target in panel["targets"]]
 
 
-@pytest.mark.parametrize(("path", "number"), [(ALERTS, 8), (DASHBOARD, 30)], ids=["alerts", "dashboard"])
+@pytest.mark.parametrize(("path", "number"), [(ALERTS, 9), (DASHBOARD, 30)], ids=["alerts", "dashboard"])
 def test_each_metric_and_label_that_is_used_is_there(samples, path, number):
     found = expressions(path)
     assert len(found) >= number
@@ -76,7 +79,7 @@ def test_prometheus_takes_the_alerts():
     needs("promtool")
     done = subprocess.run(["promtool", "check", "rules", ALERTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 rules found" in done.stdout
+    assert "9 rules found" in done.stdout
 
 
 @pytest.mark.system

@@ -16,6 +16,7 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from vodpoller.config import load as config
 from vodpoller.config import permissions, validation
+from vodpoller.config.credentials import KEYS_OF_A_GIVEN_KEY, KEYS_OF_ROLES
 from vodpoller.config.model import Config
 from vodpoller.config.schema import json_schema
 from vodpoller.config.tables import TABLES
@@ -23,6 +24,7 @@ from vodpoller.errors import ConfigError
 from vodpoller.secret import HasSecrets, Secret
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.registry import available_sinks
+from vodpoller.vod.credentials import Credentials, CvmRole, IssuedKey
 
 ENV = {"TENCENTCLOUD_SECRET_ID": "AKIDfromenv", "TENCENTCLOUD_SECRET_KEY": "keyfromenv"}
 WEBHOOK_SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIz"
@@ -711,6 +713,74 @@ def test_the_key_comes_from_the_environment_where_the_file_leaves_it_out(tmp_pat
     assert key_of(loaded) == ("AKIDfromenv", "keyfromenv", "tokenfromenv")
 
 
+CVM_ROLE = '[credentials]\nprovider = "cvm_role"\n'
+ASSUME_ROLE = '[credentials]\nprovider = "assume_role"\nrole_arn = "qcs::cam::uin/1:roleName/r"\n'
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "said"),
+    [
+        (CVM_ROLE + 'secret_id = "a-secret-id"', "secret_id", '"static" or "assume_role", and here it is "cvm_role"'),
+        (CVM_ROLE + 'secret_key_file = "gone"', "secret_key_file", '"static" or "assume_role"'),
+        (CVM_ROLE + "duration_secs = 7200", "duration_secs", 'provider = "assume_role"'),
+        (ASSUME_ROLE + 'role = "r"', "role", 'provider = "cvm_role", and here it is "assume_role"'),
+        ('[credentials]\nrole_arn = "qcs::cam::uin/1:roleName/r"', "role_arn", 'here it is "static"'),
+        ('[credentials]\nmetadata_endpoint = "http://m"', "metadata_endpoint", 'provider = "cvm_role"'),
+        ('[credentials]\nprovider = "cvm_roll"', "provider", 'did you mean "cvm_role"?'),
+        ("[credentials]\nprovider = 5", "provider", "is a whole number"),
+        (CVM_ROLE + 'role = "a/b"', "role", "characters that do not belong here"),
+        (CVM_ROLE + 'metadata_endpoint = "http://m/latest"', "metadata_endpoint", "more than scheme, host and port"),
+        (CVM_ROLE + 'rolle = "r"', "rolle", "did you mean role?"),
+        ('[credentials]\nprovider = "assume_role"', "role_arn", "TENCENTCLOUD_ROLE_ARN"),
+        ('[credentials]\nprovider = "assume_role"\nrole_arn = "r"', "role_arn", "for example"),
+        (ASSUME_ROLE + "duration_secs = 899", "duration_secs", "at least 900"),
+        (ASSUME_ROLE + "duration_secs = 43201", "duration_secs", "at most 43200"),
+        (ASSUME_ROLE + 'sts_endpoint = "http://sts.example"', "sts_endpoint", "is not encrypted"),
+    ],
+)
+def test_a_key_that_does_not_fit_the_provider_is_a_problem(tmp_path, table, key, said):
+    (problem,) = problems_of(VALID + table, tmp_path)
+    assert problem.startswith(f"credentials.{key}: ")
+    assert said in problem
+    assert "a-secret-id" not in problem
+
+
+def test_an_assumed_role_needs_a_lasting_key(tmp_path):
+    problems = problems_of(VALID + ASSUME_ROLE, tmp_path, {})
+    assert [problem.split(": ")[0] for problem in problems] == ["credentials.secret_id", "credentials.secret_key"]
+
+
+def test_the_role_of_a_machine_needs_no_key_and_looks_for_none(tmp_path):
+    loaded = load(VALID + CVM_ROLE, tmp_path, {})
+    assert loaded.role == CvmRole(role="", metadata_endpoint="http://metadata.tencentyun.com")
+    assert loaded.all_warnings() == list(loaded.warnings)
+    assert load(VALID + CVM_ROLE, tmp_path).credentials.secret_key.get() == ""
+
+
+def test_an_assumed_role_may_be_named_by_the_environment(tmp_path):
+    variables = {"TENCENTCLOUD_ROLE_ARN": "qcs::cam::uin/2:roleName/e", "TENCENTCLOUD_ROLE_SESSION_NAME": "env"}
+    text = VALID + '[credentials]\nprovider = "assume_role"\n'
+    role = load(text, tmp_path, {**ENV, **variables}).role
+    assert (role.role_arn, role.role_session_name) == ("qcs::cam::uin/2:roleName/e", "env")
+    role = load(VALID + ASSUME_ROLE, tmp_path, {**ENV, **variables}).role
+    assert role.role_arn == "qcs::cam::uin/1:roleName/r"
+
+
+def test_commands_that_do_not_call_vod_need_neither_key_nor_role(tmp_path):
+    text = VALID + '[credentials]\nprovider = "assume_role"\n'
+    (tmp_path / "config.toml").write_text(text)
+    assert config.load(tmp_path / "config.toml", env={}, needs_key=False).sources
+
+
+def test_a_reload_keeps_the_temporary_key_of_the_same_role_only(tmp_path):
+    former, same, other = (load(VALID + text, tmp_path) for text in (CVM_ROLE, CVM_ROLE, ASSUME_ROLE))
+    key = IssuedKey(credentials=Credentials("tmp-id", "tmp-key", "tmp-token"), role="r", life_secs=9, ends_at=9)
+    former.issued.take(key)
+    assert same.keeping(former).issued.in_use is key
+    assert other.keeping(former).issued.in_use is None
+    assert {"tmp-id", "tmp-key", "tmp-token"} <= set(other.keeping(former).hidden())
+
+
 def test_the_credentials_directory_goes_before_the_environment_and_its_token_with_it(tmp_path):
     folder = tmp_path / "credentials"
     folder.mkdir()
@@ -1079,8 +1149,12 @@ def test_the_example_is_valid_as_it_stands():
 
 
 @pytest.mark.parametrize("files", [True, False])
-def test_the_example_is_valid_with_every_optional_line(tmp_path, files):
+@pytest.mark.parametrize("provider", ["static", *KEYS_OF_ROLES])
+def test_the_example_is_valid_with_every_optional_line(tmp_path, files, provider):
     data = example_with_everything(files=files, folder=tmp_path)
+    allowed = {*KEYS_OF_ROLES.get(provider, ()), *(() if provider == "cvm_role" else KEYS_OF_A_GIVEN_KEY)}
+    table = {key: value for key, value in data["credentials"].items() if key in allowed}
+    data["credentials"] = {**table, "provider": provider}
     names = re.findall(r"\$\{([A-Z_]+)\}", EXAMPLE.read_text(encoding="utf-8"))
     env = dict.fromkeys(names, WEBHOOK_SECRET)
     loaded = config.from_dict(data, where="example", base=tmp_path, env=env)

@@ -12,7 +12,7 @@ from tests.listening import NOW, WELL, Shown, running_listener
 from tests.processes import needs
 from vodpoller.events.types import DOCUMENTED_EVENT_TYPES
 from vodpoller.settlement import ConfirmResult, Reason, Settlement
-from vodpoller.status import ReloadStatus, SinkStatus, SourceStatus, StoredStatus
+from vodpoller.status import CredentialsStatus, ReloadStatus, SinkStatus, SourceStatus, StoredStatus
 from vodpoller.telemetry import Count, Duration, Gauge
 
 PAGE = Path(__file__).parents[2] / "vodpoller" / "listener" / "README.md"
@@ -48,6 +48,8 @@ PROMISED = {
     "journal_limit_bytes": "",
     "journal_errors_total": "",
     "journal_commit_duration_seconds": "",
+    "credentials_expiry_timestamp_seconds": "",
+    "credentials_refreshes_total": "result",
     "clock_offset_seconds": "",
     "log_lines_dropped_total": "",
 }
@@ -78,7 +80,10 @@ def of(**labels):
 def shown():
     """Everything that can be known is known, so that every metric has a sample."""
     shown = Shown(clock_offset_secs=-0.5)
-    shown.change(stored=[StoredStatus(sink="hook", state="pending", events=3, oldest_at=NOW - 60)])
+    shown.change(
+        stored=[StoredStatus(sink="hook", state="pending", events=3, oldest_at=NOW - 60)],
+        credentials=CredentialsStatus(provider="cvm_role", role="role r", expires_at=NOW + 3600),
+    )
     shown.telemetry.set(Gauge.QUEUE_EVENTS, {(("source", "main"),): 12})
     return shown
 

@@ -9,12 +9,14 @@ from vodpoller.checkup.disks import check_disks
 from vodpoller.checkup.files import check_files
 from vodpoller.checkup.finding import Finding, Level
 from vodpoller.checkup.storage import check_journal, check_stored
-from vodpoller.checkup.vod import check_clock, check_source
+from vodpoller.checkup.vod import check_clock, check_role, check_source
 from vodpoller.config.model import Config
 from vodpoller.errors import VodpollerError
 from vodpoller.logs import Logger
 from vodpoller.sinks.contract import SinkContext
+from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import VodClient
+from vodpoller.vod.refresher import Refresher, issuer_of
 
 
 def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
@@ -24,20 +26,25 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         config: Valid.
         log: For the client's own lines.
     """
+    refresher = _refresher_of(config, log)
+    if refresher is not None:
+        yield check_role(refresher)
     vod = VodClient.configured(
         # No lease runs out meanwhile, so an answer may take longer than the daemon would wait for it.
         config.api.model_copy(update={"confirm_timeout_secs": config.api.timeout_secs}),
-        credentials=config.credentials,
+        credentials=refresher or config.credentials,
         key_renewal=config.key_renewal,
         log=log,
     )
     try:
-        for source in config.sources:
+        for source in config.sources if refresher is None or refresher.status().is_usable else ():
             yield from check_source(vod, source, config.routes)
         yield check_clock(vod)
         yield from check_endpoint(vod, time.time())
     finally:
         vod.close()
+        if refresher is not None:
+            refresher.stop()
     for name, sink_class in config.sink_classes.items():
         context = SinkContext(log=log.bind(sink=name), credentials=config.credentials)
         try:
@@ -50,3 +57,12 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
     yield from check_disks(config)
     yield from check_files(config, as_root=os.geteuid() == 0)
     yield from check_ca_files(config, time.time())
+
+
+def _refresher_of(config: Config, log: Logger) -> Refresher | None:
+    if config.role is None:
+        return None
+    provider, issuer = issuer_of(
+        config.role, key=config.credentials, key_renewal=config.key_renewal, ca_file=config.api.ca_file
+    )
+    return Refresher(issuer, provider=provider, keys=config.issued, telemetry=Telemetry(log))

@@ -1,22 +1,43 @@
 """Checks of VOD: key and right to confirm, how callbacks are set, what waits, and the clock."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
 from vodpoller.checkup.finding import Finding, Level
+from vodpoller.clock import timestamp
 from vodpoller.config.tables import Route, Source
-from vodpoller.errors import OperatorError, RefusedHandlesError, VodpollerError
+from vodpoller.errors import NoKeyError, OperatorError, RefusedHandlesError, VodpollerError
 from vodpoller.httpclient.address import host_and_port
 from vodpoller.router import Router
 from vodpoller.vod.answers import is_missing_right
 from vodpoller.vod.application import EVENT_CONFIG, EVENTS_STATE, SWITCHED_TYPES, EventConfig
 from vodpoller.vod.client import VodClient
+from vodpoller.vod.refresher import Refresher
 
 CLOCK_TOLERANCE_SECS: Final = 60.0
 IMPOSSIBLE_HANDLE: Final = "vodpoller-check"
 _NO_ANSWER: Final = "VOD did not answer"
 _CONSOLE: Final = "VOD console, Callback settings"
+
+
+def check_role(refresher: Refresher) -> Finding:
+    """Ask for the temporary key of the role.
+
+    Args:
+        refresher: Was not asked so far.
+    """
+    with suppress(NoKeyError):
+        refresher()
+    key = refresher.status()
+    if key.expires_at is None:
+        return Finding(what="credentials", level=Level.PROBLEM, text=key.error, remedy=key.remedy)
+    return Finding(
+        what="credentials",
+        level=Level.GOOD,
+        text=f"{key.role}: a key until {timestamp(key.expires_at)}, renewed by itself (provider {key.provider})",
+    )
 
 
 def check_source(vod: VodClient, source: Source, routes: Sequence[Route]) -> Iterator[Finding]:

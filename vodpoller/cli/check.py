@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import assert_never
 
 import click
 
 from vodpoller.cli.configuration import config_option, load_config
 from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
+from vodpoller.config.model import Config
+from vodpoller.vod.credentials import AssumedRole, CvmRole
 
 
 @click.command()
@@ -31,8 +34,7 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     for name, sink in config.sinks.items():
         place = sink.place()
         click.echo(f"  sink {name}: {sink.type}{f', {place}' if place else ''}")
-    origins = ", ".join(f"{name} from {origin}" for name, origin in config.credentials.origins.items())
-    click.echo(f"  key: {origins}; after a change of it, {config.key_renewal}")
+    click.echo(f"  key: {_key_of(config)}")
     works = True
     if connect:
         from vodpoller.cli.connections import show_connections  # noqa: PLC0415 - without --connect, requests is not needed
@@ -42,3 +44,18 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
         sys.exit(EXIT_CONFIG)
     if not works:
         sys.exit(EXIT_FAILURE)
+
+
+def _key_of(config: Config) -> str:
+    """Where the key is from, and what makes the daemon use another one."""
+    origins = ", ".join(f"{name} from {origin}" for name, origin in config.credentials.origins.items())
+    given = f"{origins}; after a change of it, {config.key_renewal}"
+    match config.role:
+        case None:
+            return given
+        case CvmRole():
+            return f"{config.role}; it is renewed by itself"
+        case AssumedRole():
+            return f"{config.role}; it is renewed by itself. The lasting key: {given}"
+        case _:
+            assert_never(config.role)

@@ -151,6 +151,9 @@ def _print_parts(console: Console, report: Mapping[str, Any]) -> None:
             state = f"paused until {row['paused_until']}" if row["paused_until"] else "accepts"
         queued, next_try = f"{row['queued']:,}", row["next_try_at"] or ""
         sinks.add_row(printable(row["name"]), state, queued, next_try, printable(row["error"]))
+    key = report.get("credentials") or {}
+    if key.get("expires_at"):
+        console.print(f"key of {printable(key['role'])}, until {key['expires_at']}", soft_wrap=True)
     for table in (sources, sinks):
         for column in table.columns:
             column.overflow = "fold"

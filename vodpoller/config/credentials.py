@@ -2,19 +2,46 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vodpoller.config.draft import Draft
 from vodpoller.config.tables import CredentialsTable
 from vodpoller.config.validation import Validation
-from vodpoller.config.wording import problem_in_key
+from vodpoller.config.wording import problem_in_key, quoted
 from vodpoller.secret import Secret, Surroundings
-from vodpoller.vod.credentials import StaticCredentials
+from vodpoller.vod.credentials import AssumedRole, CvmRole, Role, StaticCredentials
+
+KEYS_OF_ROLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "cvm_role": ("role", "metadata_endpoint"),
+    "assume_role": (
+        "role_arn",
+        "role_session_name",
+        "duration_secs",
+        "external_id",
+        "sts_endpoint",
+        "sts_region",
+    ),
+}
+KEYS_OF_A_GIVEN_KEY: Final = ("secret_id", "secret_id_file", "secret_key", "secret_key_file", "token", "token_file")
 
 
-def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> StaticCredentials | None:
-    """Find the API key. None if there is a problem with it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What signs requests.
+
+    Args:
+        key: The API key that is given; an empty one if there is none and none is needed.
+        role: Whose temporary keys are used in its place; None if it is used itself.
+    """
+
+    key: StaticCredentials
+    role: Role | None = None
+
+
+def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> Found | None:
+    """Find the API key, and the role if there is one. None if there is a problem with them.
 
     Args:
         draft: The table and the environment.
@@ -26,12 +53,85 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
         validation.table("credentials", CredentialsTable)
         return None
     found = {key: value for key, value in table.items() if value is not None}  # a caller's dict may hold None
+    provider = found.get("provider", "static")
+    if provider not in ("static", *KEYS_OF_ROLES):
+        validation.validated(CredentialsTable, found, ("credentials",))
+        return None
+    _refuse_keys_of_others(draft, provider, found)
+    if provider == "assume_role":
+        found = {**_from_environment(draft.env), **found}
+        if needs_key and "role_arn" not in found:
+            draft.problems.add(
+                ("credentials", "role_arn"),
+                "is missing (for example qcs::cam::uin/100000000001:roleName/vodpoller; or set the variable"
+                " TENCENTCLOUD_ROLE_ARN)",
+            )
+    if provider != "cvm_role":
+        return _with_key(draft, validation, found, provider, needs_key=needs_key)
+    valid = validation.validated(CredentialsTable, found, ("credentials",))
+    return Found(key=_no_key(), role=_role_of(valid)) if valid else None
+
+
+def _refuse_keys_of_others(draft: Draft, provider: str, table: Mapping[str, Any]) -> None:
+    owners: dict[str, tuple[str, ...]] = {key: (name,) for name, keys in KEYS_OF_ROLES.items() for key in keys}
+    owners |= dict.fromkeys(KEYS_OF_A_GIVEN_KEY, ("static", "assume_role"))
+    for key in table:
+        if provider not in owners.get(key, (provider,)):
+            whose = " or ".join(quoted(name) for name in owners[key])
+            draft.problems.add(
+                ("credentials", key),
+                f"belongs to provider = {whose}, and here it is {quoted(provider)} (take the key out, or correct"
+                " provider)",
+            )
+
+
+def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    """What tccli takes from the environment, too."""
+    names = {"role_arn": "TENCENTCLOUD_ROLE_ARN", "role_session_name": "TENCENTCLOUD_ROLE_SESSION_NAME"}
+    return {key: value for key, name in names.items() if (value := env.get(name))}
+
+
+def _no_key() -> StaticCredentials:
+    return StaticCredentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
+
+
+def _role_of(valid: CredentialsTable) -> Role | None:
+    match valid.provider:
+        case "static":
+            return None
+        case "cvm_role":
+            return CvmRole(role=valid.role or "", metadata_endpoint=valid.metadata_endpoint)
+        case "assume_role":
+            return AssumedRole(
+                role_arn=valid.role_arn or "",
+                role_session_name=valid.role_session_name,
+                duration_secs=valid.duration_secs,
+                external_id=valid.external_id or "",
+                sts_endpoint=valid.sts_endpoint,
+                sts_region=valid.sts_region,
+            )
+
+
+def _with_key(
+    draft: Draft, validation: Validation, found: dict[str, Any], provider: str, *, needs_key: bool
+) -> Found | None:
+    """The same, for a provider that needs a given key.
+
+    Args:
+        draft: As above.
+        validation: As above.
+        found: The table; gets what it leaves out.
+        provider: Whose keys it may have.
+        needs_key: As above.
+    """
     given = dict(found)
     places = {key: _find_credential(draft, key, found) for key in ("secret_id", "secret_key")}
     # A token belongs to one key: a token found in another place would make a permanent key invalid.
     token_place = _find_credential(draft, "token", found, only=places["secret_key"])
-    if not needs_key and None in places.values():
-        return StaticCredentials(secret_id=Secret(value=""), secret_key=Secret(value=""), token=None)
+    is_missing = None in places.values()
+    if is_missing and not needs_key:
+        valid = validation.validated(CredentialsTable, {"provider": provider}, ("credentials",))
+        return Found(key=_no_key(), role=_role_of(valid)) if valid else None
     for key, place in places.items():
         if place is None:
             draft.problems.add(
@@ -41,7 +141,7 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
             )
     valid = validation.validated(CredentialsTable, found, ("credentials",))
     for key, secret in valid.named_secrets() if valid else ():
-        _check_key(draft, key, secret, from_environment=key in found and key not in table)
+        _check_key(draft, key, secret, from_environment=key in found and key not in given)
     if valid is None or valid.secret_id is None or valid.secret_key is None:
         return None
     origins = {
@@ -54,7 +154,7 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
     )
     with suppress(OSError, UnicodeDecodeError):  # each could be read a moment ago
         found_key.reread()  # the files were read one by one, and may have been swapped in between
-    return found_key
+    return Found(key=found_key, role=_role_of(valid))
 
 
 def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:

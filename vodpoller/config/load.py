@@ -131,7 +131,8 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
         raise AssertionError("a table is missing without a problem that says so")
     return Config(
         api=api,
-        credentials=credentials,
+        credentials=credentials.key,
+        role=credentials.role,
         sources=sources,
         routes=routes,
         sinks=sinks,
@@ -141,7 +142,7 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
         daemon=daemon,
         listener=listener,
         coverage=coverage,
-        key_renewal=key_renewal(credentials, draft.surroundings),
+        key_renewal=key_renewal(credentials.key, draft.surroundings),
         warnings=tuple(draft.lines(draft.warnings)),
     )
 

@@ -1,14 +1,14 @@
 """The result of reading a configuration: frozen, valid by itself and in its cross references."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vodpoller.config.tables import Api, Daemon, Journal, Listener, Log, Route, Source
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink, SinkConfig
-from vodpoller.vod.credentials import StaticCredentials
+from vodpoller.vod.credentials import IssuedKeys, Role, StaticCredentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,9 @@ class Config:
 
     Args:
         api: As in the file, as are `journal`, `log`, `daemon`, `listener`.
-        credentials: The API key.
+        credentials: The API key that is given; an empty one if `role` needs none.
+        role: Whose temporary keys are used in its place; None if it is used itself.
+        issued: These keys.
         sources: At least one.
         routes: At least one; they name existing sources and sinks only.
         sinks: The configuration of each sink by its name; each is of its class's own `Config`.
@@ -55,6 +57,8 @@ class Config:
     listener: Listener
     coverage: Mapping[str, bool]
     key_renewal: str = "send SIGHUP"
+    role: Role | None = None
+    issued: IssuedKeys = field(default_factory=IssuedKeys, compare=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def all_warnings(self) -> list[str]:
@@ -75,4 +79,15 @@ class Config:
 
     def hidden(self) -> list[str]:
         """What must be in no line and no answer: the secrets' values, and the last ones before these."""
-        return [value for secret in self.secrets() for value in secret.known()]
+        return [*(value for secret in self.secrets() for value in secret.known()), *self.issued.known()]
+
+    def keeping(self, former: "Config") -> "Config":
+        """The same, with the temporary keys that another one has, which are good here if the role is the same.
+
+        Args:
+            former: The configuration that ran so far.
+        """
+        keys = former.issued
+        if (self.role, self.credentials) != (former.role, former.credentials):
+            keys.in_use = None  # they stay hidden
+        return replace(self, issued=keys)

@@ -120,6 +120,12 @@ class CredentialsTable(HasSecrets):
 
     model_config = _STRICT
 
+    provider: Literal["static", "cvm_role", "assume_role"] = Field(
+        default="static",
+        description="Where the key is from: `static` is one that is given here, in files or in the environment;"
+        " `cvm_role` a temporary one of this machine's role; `assume_role` a temporary one of a role that a given key"
+        " may assume. Temporary keys are renewed by themselves.",
+    )
     secret_id: Secret | None = Field(default=None, description="The SecretId of the API key.")
     secret_id_file: str | None = Field(
         default=None,
@@ -141,6 +147,46 @@ class CredentialsTable(HasSecrets):
         " as `token` beside it or as $TENCENTCLOUD_TOKEN.",
         examples=["token"],
     )
+    role: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,128}$")] | None = Field(
+        default=None,
+        description="`cvm_role`: the name of the role. Left out: the metadata service is asked.",
+        examples=["vodpoller"],
+    )
+    metadata_endpoint: str = Field(
+        default="http://metadata.tencentyun.com",
+        description="`cvm_role`: where the metadata service is. No proxy is used for it.",
+    )
+    role_arn: Annotated[str, Field(pattern=r"^qcs::cam::[\w/:+=,.@-]+$", max_length=512)] | None = Field(
+        default=None,
+        description="`assume_role`: the role. Left out: $TENCENTCLOUD_ROLE_ARN.",
+        examples=["qcs::cam::uin/100000000001:roleName/vodpoller"],
+    )
+    role_session_name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{2,128}$")] = Field(
+        default="vodpoller", description="`assume_role`: what the account's audit shows."
+    )
+    duration_secs: Annotated[int, Field(ge=900, le=43200)] = Field(
+        default=7200, description="`assume_role`: the life of a temporary key; the role may allow less."
+    )
+    external_id: Annotated[str, Field(pattern=r"^[\w+=,.@:/-]{2,128}$")] | None = Field(
+        default=None, description="`assume_role`: what the role's trust asks for.", examples=["partner-42"]
+    )
+    sts_endpoint: str = Field(
+        default="https://sts.tencentcloudapi.com",
+        description="`assume_role`: where STS is. `api.ca_file` is used for it, too.",
+    )
+    sts_region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = Field(
+        default="ap-guangzhou", description="`assume_role`: the region that requests to STS name."
+    )
+
+    @field_validator("metadata_endpoint")
+    @classmethod
+    def _is_metadata_service(cls, value: str) -> str:
+        return bare_endpoint(value, "http://metadata.tencentyun.com", may_be_plain=True)
+
+    @field_validator("sts_endpoint")
+    @classmethod
+    def _is_sts(cls, value: str) -> str:
+        return bare_endpoint(value, "https://sts.tencentcloudapi.com")
 
 
 class Source(BaseModel):

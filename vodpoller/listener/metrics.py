@@ -72,6 +72,7 @@ _COUNTS: Final[Mapping[Count, tuple[str, Mapping[str, Sequence[str]]]]] = {
     ),
     Count.DEAD_LETTERS_CREATED: ("Events that became dead letters.", {_STORED_SINK: (), "reason": REASONS["dead"]}),
     Count.JOURNAL_ERRORS: ("Reads and writes of the journal that failed.", {}),
+    Count.CREDENTIALS_REFRESHES: ("Renewals of the temporary API key.", {"result": ("ok", "failed")}),
 }
 _DURATIONS: Final[Mapping[Duration, tuple[str, Sequence[str]]]] = {
     Duration.EVENT_SETTLE: ("From the answer that brought an event until it was settled and confirmed.", (_SOURCE,)),
@@ -134,6 +135,7 @@ class _Collector(Collector):
         yield from _of_sources(status)
         yield from _of_sinks(status)
         yield from _of_journal(status)
+        yield _of_credentials(status)
         yield from self._gauges(names)
 
     def _gauges(self, names: _Names) -> Iterator[Metric]:
@@ -243,6 +245,16 @@ def _of_journal(status: Status) -> Iterator[Metric]:
         "What stored events may take (`journal.max_bytes`).",
         (),
         {(): status.journal.limit_bytes},
+    )
+
+
+def _of_credentials(status: Status) -> Metric:
+    expires_at = status.credentials.expires_at
+    return _gauge(
+        "credentials_expiry_timestamp_seconds",
+        "When the temporary API key ends. Absent if there is none.",
+        (),
+        {} if expires_at is None else {(): expires_at},
     )
 
 

@@ -14,6 +14,7 @@ import requests
 from vodpoller.errors import (
     ForeignAnswerError,
     NoAnswerError,
+    NoKeyError,
     OperatorError,
     RefusedHandlesError,
     ThrottledError,
@@ -162,6 +163,11 @@ def refusal_in(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
         advice = _advice(action, code, said, key_renewal)
         return OperatorError(message, advice=advice, error_code=code, request_id=request_id)
     return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
+
+
+def is_refused_token(answer: Answer) -> bool:
+    """Whether VOD refuses the token of a temporary key: it has ended, or was revoked."""
+    return answer.error_code == "AuthFailure.TokenFailure"
 
 
 def is_missing_right(error: VodpollerError) -> bool:
@@ -342,6 +348,8 @@ def pull_error_code(error: Exception) -> str:
     match error:
         case ThrottledError():
             return "request_limit"
+        case NoKeyError():
+            return "auth"
         case VodpollerError() if error.error_code:
             return next(code for prefix, code in _COUNTED_UNDER if error.error_code.startswith(prefix))
         case ForeignAnswerError():

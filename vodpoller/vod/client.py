@@ -25,7 +25,9 @@ from urllib3.exceptions import DecodeError
 
 from vodpoller import __version__
 from vodpoller.errors import (
+    NO_KEY_RETRY_SECS,
     NoAnswerError,
+    NoKeyError,
     OperatorError,
     StoppingError,
     ThrottledError,
@@ -50,6 +52,7 @@ from vodpoller.vod.answers import (
     check_number,
     event_set,
     is_empty_queue,
+    is_refused_token,
     is_throttling,
     refusal_in,
     response_of,
@@ -143,6 +146,8 @@ class VodClient:
         lease_secs: How long a pull's handles can be confirmed.
         ca_file: PEM with what vouches for VOD's certificate; None is what the environment says, or the public CAs.
         key_renewal: What a person must do so that another key is used once it is in place of the present one.
+        on_refused_token: Told the token of a temporary key that VOD refuses, and returns at once: another key will come
+            by itself. None if it will not.
         log: Where to.
         transport: Sends the requests; a `DeadlineAdapter` with `ca_file` unless told otherwise.
         monotonic: The clock of leases and timeouts, in seconds.
@@ -163,6 +168,7 @@ class VodClient:
         lease_secs: float = 30.0,
         ca_file: Path | None = None,
         key_renewal: str = "send SIGHUP",
+        on_refused_token: Callable[[str], None] | None = None,
         log: Logger,
         transport: Transport | None = None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -174,6 +180,7 @@ class VodClient:
         self._confirm_timeout_secs = confirm_timeout_secs
         self._lease_secs = lease_secs
         self._key_renewal = key_renewal
+        self._on_refused_token = on_refused_token
         self._log = log
         self._monotonic = monotonic
         self._wall = wall
@@ -201,7 +208,13 @@ class VodClient:
 
     @classmethod
     def configured(
-        cls, api: ApiSettings, *, credentials: Callable[[], Credentials], key_renewal: str, log: Logger
+        cls,
+        api: ApiSettings,
+        *,
+        credentials: Callable[[], Credentials],
+        key_renewal: str,
+        on_refused_token: Callable[[str], None] | None = None,
+        log: Logger,
     ) -> Self:
         """The client that a configuration describes.
 
@@ -209,6 +222,7 @@ class VodClient:
             api: The table `[api]`.
             credentials: Asked at each request.
             key_renewal: What a person must do so that another key is used once it is in place of the present one.
+            on_refused_token: As of the client.
             log: Where to.
         """
         return cls(
@@ -221,6 +235,7 @@ class VodClient:
             lease_secs=api.lease_secs,
             ca_file=api.ca_file,
             key_renewal=key_renewal,
+            on_refused_token=on_refused_token,
             log=log,
         )
 
@@ -439,6 +454,14 @@ class VodClient:
         )
         if is_throttling(answer):
             action.limiter.throttled()
+        if self._on_refused_token is not None and is_refused_token(answer):
+            self._on_refused_token(prepared.headers["X-TC-Token"])
+            raise NoKeyError(
+                f"{action.name} was refused with {answer.error_code}: {answer.error_message}; a new key is asked for",
+                retry_after_secs=NO_KEY_RETRY_SECS,
+                error_code=answer.error_code or "",
+                request_id=answer.request_id,
+            )
         return answer
 
     def _prepare(self, action: _Action, body: bytes) -> PreparedRequest:

@@ -23,6 +23,7 @@ import tenacity
 
 from vodpoller.errors import (
     LeaseLostError,
+    NoKeyError,
     OperatorError,
     RefusedHandlesError,
     ThrottledError,
@@ -336,7 +337,7 @@ class Confirmer:
                     ) from error
                 raise
             except TransientError as error:
-                maybe_done = maybe_done or not isinstance(error, ThrottledError)
+                maybe_done = maybe_done or not isinstance(error, ThrottledError | NoKeyError)
                 last = error
                 raise
 

@@ -4,12 +4,13 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 
-def bare_endpoint(value: str, example: str) -> str:
+def bare_endpoint(value: str, example: str, *, may_be_plain: bool = False) -> str:
     """Check that an address is a URL of scheme, host and port, and that requests to it are encrypted.
 
     Args:
         value: As configured.
         example: One that is right.
+        may_be_plain: Whether it may be plain http on another machine.
 
     Returns:
         The address without a slash at its end.
@@ -26,7 +27,7 @@ def bare_endpoint(value: str, example: str) -> str:
         raise ValueError(f"is not an http or https address (for example {example})")
     if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(f"has more than scheme, host and port (for example {example})")
-    if parts.scheme == "http" and not is_loopback(host):
+    if parts.scheme == "http" and not (may_be_plain or is_loopback(host)):
         raise ValueError("is not encrypted (write https://; plain http is for a simulator on this machine only)")
     return f"{parts.scheme}://{parts.netloc}"
 

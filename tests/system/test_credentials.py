@@ -1,0 +1,137 @@
+"""Temporary keys over a whole run: renewed under load, kept through every fault of their issuer, and never shown."""
+
+import contextlib
+import json
+import re
+import signal
+import time
+from itertools import count
+
+import pytest
+import requests
+
+from tests.expiring_keys import credentials_of, run
+from tests.polling import until
+from tests.processes import run_command
+from tests.receiver import Answer, Receiver, running_receiver
+
+pytestmark = pytest.mark.system
+
+
+class Issuer(Receiver):
+    """A metadata service that hands out keys of the simulator, or what a test has in its place; notes all secrets."""
+
+    def __init__(self, simulator):
+        super().__init__()
+        self.simulator = simulator
+        self.is_good = True
+        self.secrets = []
+        self.numbers = count()
+
+    def answer_to(self, received):
+        if not self.is_good:
+            return self.answer
+        found = requests.get(self.simulator.url + received.path, timeout=10)
+        if found.headers["Content-Type"] == "application/json":
+            self.secrets += [found.json()[name] for name in ("TmpSecretId", "TmpSecretKey", "Token")]
+        return Answer(status=200, body=found.content)
+
+    @property
+    def base(self):
+        return self.url.removesuffix("/callback")
+
+
+@pytest.fixture
+def started(system):
+    """Starts a simulator, an issuer in front of it and a daemon."""
+    with contextlib.ExitStack() as opened:
+
+        def start(*, life_secs, **env):
+            simulator = system.simulator(credential_secs=life_secs, rate=20, visibility_secs=30, poll_secs=0.5)
+            issuer = opened.enter_context(running_receiver(Issuer(simulator)))
+            system.configure(
+                simulator.url,
+                lease_secs=30,
+                credentials=credentials_of("cvm_role", issuer.base) + 'role = "simulated-role"',
+                more='[log]\nlevel = "debug"',
+            )
+            return simulator, issuer, system.daemon(**env)
+
+        yield start
+
+
+def ended_key():
+    key = {"TmpSecretId": "lied-id-0001", "TmpSecretKey": "lied-key-0001", "Token": "lied-token-0001"}
+    return {**key, "Code": "Success", "ExpiredTime": int(time.time()) - 5}
+
+
+FAULTS = [
+    Answer(status=500, body=b"broken"),
+    Answer(status=302, headers={"Location": "http://127.0.0.1:1/"}),
+    Answer(status=200, body=b'{"TmpSecretKey":"half-of-a-key'),
+    Answer(status=200, body=json.dumps(ended_key()).encode()),
+    Answer(hangs=True),
+]
+
+
+def test_pulls_go_on_with_the_last_key_while_its_issuer_fails(started):
+    simulator, issuer, daemon = started(life_secs=600, http_proxy="http://127.0.0.1:1", no_proxy="127.0.0.1")
+    daemon.await_log("credentials.refreshed")
+    issuer.is_good = False
+    for number, answer in enumerate(FAULTS, 1):
+        issuer.answer = answer
+        daemon.signal(signal.SIGHUP)  # renews at once, and says a cause again
+        daemon.await_log("credentials.failed", number=number, secs=30)
+    pulls = simulator.stats()["pulls"]
+    until(lambda: simulator.stats()["pulls"] > pulls + 3)
+    issuer.is_good = True
+    daemon.await_log("credentials.refreshed", number=2, secs=70)
+    said = {line["error_message"] for line in daemon.log("credentials.failed")}
+    assert len(said) == len(FAULTS)
+    assert daemon.log("pull.failed") == []
+    assert simulator.stats()["errors"] == {}
+    assert re.search("half-of-a-key|lied-", daemon.log_path.read_text()) is None
+
+
+def test_pulls_that_stopped_for_want_of_a_key_go_on_when_there_is_one(started, system):
+    simulator, issuer, daemon = started(life_secs=5)
+    daemon.await_log("credentials.refreshed")
+    issuer.is_good, issuer.answer = False, Answer(status=500)
+    expiring, *_ = daemon.await_log("credentials.expiring", secs=30)
+    assert expiring["level"] == "error"
+    daemon.await_log("pull.failed", secs=30, where=lambda line: "the temporary key has ended" in line["error_message"])
+    asked = run_command("status", "-c", system.config_path, "--json")
+    problems = json.loads(asked.stdout)["problems"]
+    assert problems[0]["what"] == "credentials"
+    issuer.is_good = True
+    pulled = simulator.stats()["pulls"]
+    until(lambda: simulator.stats()["pulls"] > pulled + 3, secs=90, what=daemon.tail)
+    assert simulator.stats()["errors"] == {}  # no key was used after its end
+
+
+@pytest.mark.parametrize("provider", ["cvm_role", "assume_role"])
+def test_keys_expire_under_load_and_no_pull_fails(system, provider):
+    found = run(system, provider=provider, rate=100, life_secs=6, expiries=2)
+    assert found["exit_code"] == 0
+    assert found["keys_issued"] > 2
+    assert found["failed_pulls"].keys() <= {"RequestLimitExceeded"}  # two clocks judge the quota
+    assert found["arrived_twice"] == found["confirmed_and_missing"] == 0
+    assert found["arrived"] > 500
+
+
+def test_no_secret_of_a_key_is_shown_anywhere(started, system):
+    _, issuer, daemon = started(life_secs=4)
+    daemon.await_log("credentials.refreshed", number=3, secs=30)
+    shown = [run_command(*command, "-c", system.config_path) for command in (["check"], ["check", "--connect"])]
+    shown += [run_command("status", "-c", system.config_path, *more) for more in ([], ["--json"])]
+    assert "role simulated-role of this machine: a key until" in shown[1].stdout
+    status = json.loads(shown[3].stdout)["credentials"]
+    assert (status["provider"], status["role"]) == ("cvm_role", "role simulated-role of this machine")
+    issuer.is_good, issuer.answer = False, Answer(status=200, body=json.dumps(issuer.secrets).encode())
+    daemon.await_log("credentials.failed", secs=30)
+    daemon.await_log("pull.failed", secs=30)
+    daemon.terminate()
+    everything = daemon.log_path.read_text() + "".join(it.stdout + it.stderr for it in shown)
+    assert len(issuer.secrets) >= 12
+    assert [secret for secret in issuer.secrets if secret in everything] == []
+    assert re.search(r"simTmp|simToken", everything) is None

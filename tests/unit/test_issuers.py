@@ -1,0 +1,293 @@
+"""The metadata service and STS, whatever they answer."""
+
+import json
+import time
+from contextlib import closing
+from email.utils import formatdate
+
+import pytest
+
+from tests.receiver import Answer, Receiver, black_hole, raw_server, read_request, running_receiver
+from vodpoller.errors import NoAnswerError, OperatorError, TransientError
+from vodpoller.secret import Secret
+from vodpoller.simulator.issuing import ROLE
+from vodpoller.simulator.options import SimulatorOptions
+from vodpoller.simulator.service import Simulator
+from vodpoller.vod.credentials import AssumedRole, CvmRole, StaticCredentials
+from vodpoller.vod.issuers import LIFE_MAX_SECS, METADATA_SECS, MetadataService, Sts
+
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+ROLE_ARN = "qcs::cam::uin/1:roleName/r"
+KEY = {"TmpSecretId": "tmp-id-of-test", "TmpSecretKey": "tmp-key-of-test", "Token": "tmp-token-of-test"}
+LASTING = {"secret_id": "AKIDsimulated", "secret_key": "a-key-of-no-worth"}
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch):
+    for name in (*PROXY_VARIABLES, *map(str.upper, PROXY_VARIABLES)):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def receiver():
+    with running_receiver(Receiver()) as running:
+        yield running
+
+
+def base_of(receiver):
+    return receiver.url.removesuffix("/callback")
+
+
+def metadata(url, role="r", **settings):
+    return MetadataService(CvmRole(role=role, metadata_endpoint=url.rstrip("/")), **settings)
+
+
+def sts(url, *, external_id="", secret_key=LASTING["secret_key"], **settings):
+    role = AssumedRole(
+        role_arn=ROLE_ARN,
+        role_session_name="vodpoller",
+        duration_secs=7200,
+        external_id=external_id,
+        sts_endpoint=url.rstrip("/"),
+        sts_region="ap-guangzhou",
+    )
+    key = StaticCredentials(
+        secret_id=Secret(value=LASTING["secret_id"]), secret_key=Secret(value=secret_key), token=None
+    )
+    return Sts(role, key=key, key_renewal="send SIGHUP", **settings)
+
+
+def of_metadata(**changes):
+    return json.dumps({**KEY, "ExpiredTime": time.time() + 100, "Code": "Success", **changes}).encode()
+
+
+def of_sts(key=KEY, **changes):
+    response = {"Credentials": key, "ExpiredTime": time.time() + 100, "RequestId": "r-1", **changes}
+    return json.dumps({"Response": response}).encode()
+
+
+def problem_of(issuer, kind=TransientError):
+    with closing(issuer), pytest.raises(kind) as caught:
+        issuer()
+    shown = f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
+    assert not [part for part in ("tmp-", "-of-test", LASTING["secret_key"]) if part in shown], shown
+    return str(caught.value)
+
+
+# --- answers that are none --------------------------------------------------------------------------------------------
+
+GARBAGE = [
+    (b"", "it is not JSON"),
+    (b"\xff\xfe tmp-key-of-test", "it is not text"),
+    (b'{"TmpSecretKey":"tmp-key-of-test', "it is not JSON"),
+    (b"[1]", "it is not an object"),
+    (b'{"TmpSecretKey":"tmp-key-of-test"}' + b" " * 70_000, "far too long"),
+]
+
+
+@pytest.mark.parametrize(("body", "said"), GARBAGE)
+def test_garbage_is_not_quoted_as_it_may_hold_half_a_key(receiver, body, said):
+    receiver.answer = Answer(status=200, body=body)
+    for issuer in (metadata(base_of(receiver)), sts(base_of(receiver))):
+        message = problem_of(issuer)
+        assert said in message or "too long" in said
+
+
+BAD_KEYS = [
+    ({"Token": None}, "it lacks a part of the key"),
+    ({"Token": ""}, "it lacks a part of the key"),
+    ({"TmpSecretId": "tmp-id\r\nX-Other: 1"}, "it lacks a part of the key"),
+    ({"TmpSecretKey": ["tmp-key-of-test"]}, "it lacks a part of the key"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD_KEYS)
+def test_a_key_without_all_its_parts_is_not_taken(receiver, changes, said):
+    receiver.answer = Answer(status=200, body=of_metadata(**changes))
+    assert said in problem_of(metadata(base_of(receiver)))
+    receiver.answer = Answer(status=200, body=of_sts({**KEY, **changes}))
+    assert said in problem_of(sts(base_of(receiver)))
+
+
+@pytest.mark.parametrize(
+    ("ends_at", "said"),
+    [
+        (None, "does not say when the key ends"),
+        ("soon", "does not say when the key ends"),
+        (True, "does not say when the key ends"),
+        (0, "has ended"),
+        pytest.param(-(10**400), "has ended", id="long ago"),
+    ],
+)
+def test_an_end_that_is_none_or_over_is_a_failure(receiver, ends_at, said):
+    receiver.answer = Answer(status=200, body=of_metadata(ExpiredTime=ends_at))
+    assert said in problem_of(metadata(base_of(receiver)))
+    receiver.answer = Answer(status=200, body=of_sts(ExpiredTime=ends_at))
+    assert said in problem_of(sts(base_of(receiver)))
+
+
+@pytest.mark.parametrize("ends_at", [time.time() * 1000, 10**400], ids=["milliseconds", "never"])
+def test_an_end_that_is_too_far_away_is_not_believed(receiver, ends_at):
+    receiver.answer = Answer(status=200, body=of_metadata(ExpiredTime=ends_at))
+    with closing(metadata(base_of(receiver))) as issuer:
+        assert issuer().life_secs == LIFE_MAX_SECS
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 401, 403, 500, 503])
+def test_other_answers_than_200_say_their_status(receiver, status):
+    receiver.answer = Answer(status=status, headers={"Location": "http://127.0.0.1:1/"}, body=of_metadata())
+    for issuer in (metadata(base_of(receiver)), sts(base_of(receiver))):
+        message = problem_of(issuer)
+        assert f"answered {status}" in message
+        assert ("not followed" in message) == (status < 400)
+    assert len(receiver.received) == 2
+
+
+def test_a_code_of_the_metadata_service_is_told(receiver):
+    receiver.answer = Answer(status=200, body=of_metadata(Code="InternalError"))
+    assert "gave no key of role r: InternalError" in problem_of(metadata(base_of(receiver)))
+    receiver.answer = Answer(status=200, body=of_metadata(Code="tmp-key-of-test"))
+    assert "an answer without a code" in problem_of(metadata(base_of(receiver)))
+
+
+@pytest.mark.parametrize("body", [b"", b"\n"])
+def test_a_machine_without_a_role_is_for_a_person(receiver, body):
+    receiver.answer = Answer(status=200 if body else 404, body=body)
+    assert "bind one to the instance" in problem_of(metadata(base_of(receiver), role=""), OperatorError)
+
+
+def test_a_role_that_the_machine_does_not_have_is_for_a_person(receiver):
+    receiver.answer = Answer(status=404)
+    assert "correct credentials.role" in problem_of(metadata(base_of(receiver)), OperatorError)
+
+
+def test_a_page_in_place_of_the_roles_name_is_no_role(receiver):
+    receiver.answer = Answer(status=200, body=b"<html><body>log in</body></html>")
+    assert "not the name of a role" in problem_of(metadata(base_of(receiver), role=""))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("UnauthorizedOperation", OperatorError),
+        ("ResourceNotFound.RoleNotFound", OperatorError),
+        ("AuthFailure.SignatureFailure", OperatorError),
+        ("RequestLimitExceeded", TransientError),
+        ("InternalError.SystemError", TransientError),
+        ("tmp-key-of-test", TransientError),
+    ],
+)
+def test_what_sts_refuses_is_for_a_person_or_passes(receiver, code, kind):
+    receiver.answer = Answer(status=200, body=of_sts(Error={"Code": code, "Message": "no"}))
+    message = problem_of(sts(base_of(receiver)), kind)
+    assert ("trust" in message) == (kind is OperatorError)
+
+
+# --- no answer --------------------------------------------------------------------------------------------------------
+
+
+def test_a_metadata_service_that_hangs_is_given_up_within_two_seconds(receiver):
+    receiver.answer = Answer(hangs=True)
+    began = time.monotonic()
+    assert "did not answer within 2 s" in problem_of(metadata(base_of(receiver)), NoAnswerError)
+    assert time.monotonic() - began >= METADATA_SECS
+
+
+def test_two_calls_share_the_two_seconds():
+    def slow(connection, _stopping):
+        read_request(connection)
+        times[0] += 2.5
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nr")
+
+    times = [0.0]
+    with raw_server(slow) as url:
+        assert "did not answer within 2 s" in problem_of(metadata(url, role="", monotonic=lambda: times[0]))
+
+
+def test_an_address_where_nothing_answers(receiver):
+    with black_hole() as port:
+        assert "127.0.0.1" in problem_of(metadata(f"http://127.0.0.1:{port}"), NoAnswerError)
+    with raw_server(lambda connection, _stopping: None) as url:
+        assert "without a whole answer" in problem_of(metadata(url), NoAnswerError)
+    assert "refused the connection" in problem_of(metadata(url), NoAnswerError)
+    assert "refused the connection" in problem_of(sts(url), NoAnswerError)
+
+
+def test_the_metadata_service_is_never_asked_through_a_proxy(receiver, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, base_of(receiver))
+    receiver.answer = Answer(status=200, body=of_metadata())
+    with raw_server(lambda connection, _stopping: None) as url:
+        problem_of(metadata(url), NoAnswerError)
+    assert receiver.received == []
+
+
+def test_sts_is_asked_through_the_proxy_of_the_environment(receiver, monkeypatch):
+    monkeypatch.setenv("http_proxy", base_of(receiver))
+    receiver.answer = Answer(status=200, body=of_sts())
+    with closing(sts("http://sts.invalid")) as issuer:
+        assert issuer().credentials.token == KEY["Token"]
+    (asked,) = receiver.received
+    assert asked.headers["Host"] == "sts.invalid"
+
+
+# --- answers that are good --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["", ROLE])
+def test_the_role_of_the_machine_is_asked_for_if_it_is_not_given(role):
+    with Simulator(SimulatorOptions(credential_secs=60)) as simulator, closing(metadata(simulator.url, role)) as issuer:
+        issued = issuer()
+    assert issued.role == f"role {ROLE} of this machine"
+    assert 55 < issued.life_secs < 60
+
+
+def test_sts_takes_the_signature_of_the_lasting_key():
+    options = SimulatorOptions(credential_secs=60, **LASTING)
+    with Simulator(options) as simulator:
+        with closing(sts(simulator.url, external_id="partner")) as issuer:
+            assert issuer().role == f"role {ROLE_ARN}"
+        message = problem_of(sts(simulator.url, secret_key="another-key"), OperatorError)
+        assert "AuthFailure.SignatureFailure" in message
+        assert "send SIGHUP" in message
+
+
+@pytest.mark.parametrize("skew_secs", [-3600.0, 3600.0])
+def test_a_life_is_that_of_the_issuers_clock(skew_secs):
+    options = SimulatorOptions(credential_secs=60, clock_skew_secs=skew_secs, **LASTING)
+    with Simulator(options) as simulator:
+        for issuer in (metadata(simulator.url, ROLE), sts(simulator.url)):
+            with closing(issuer):
+                assert 55 < issuer().life_secs < 60
+
+
+def test_without_a_date_this_machines_clock_counts(receiver):
+    body = of_metadata(ExpiredTime=1_000_100)
+    with (
+        raw_server(
+            lambda connection, _stopping: (
+                read_request(connection),
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+                ),
+            )
+        ) as url,
+        closing(metadata(url, wall=lambda: 1_000_000.0)) as issuer,
+    ):
+        assert issuer().life_secs == 100
+
+
+def test_a_request_to_sts_names_role_life_and_external_id(receiver):
+    receiver.answer = Answer(status=200, body=of_sts(), headers={"Date": formatdate(time.time(), usegmt=True)})
+    with closing(sts(base_of(receiver), external_id="partner")) as issuer:
+        issuer()
+    (asked,) = receiver.received
+    assert json.loads(asked.body) == {
+        "RoleArn": ROLE_ARN,
+        "RoleSessionName": "vodpoller",
+        "DurationSeconds": 7200,
+        "ExternalId": "partner",
+    }
+    assert (asked.headers["X-TC-Action"], asked.headers["X-TC-Version"]) == ("AssumeRole", "2018-08-13")
+    assert asked.headers["X-TC-Region"] == "ap-guangzhou"
+    assert "/sts/tc3_request" in asked.headers["Authorization"]

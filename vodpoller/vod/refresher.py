@@ -1,0 +1,298 @@
+"""The temporary key of a role: renewed beside the requests, which never wait for that.
+
+`Refresher.step` does what is due and says when it wants to be called again; a thread of its own calls it.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Final, assert_never
+
+from vodpoller.backoff import Backoff
+from vodpoller.errors import NO_KEY_RETRY_SECS, NoKeyError, OperatorError, TransientError, VodpollerError
+from vodpoller.liveness import Liveness
+from vodpoller.status import CredentialsStatus
+from vodpoller.telemetry import Count, Telemetry
+from vodpoller.vod.credentials import AssumedRole, Credentials, CvmRole, IssuedKey, IssuedKeys, Role, StaticCredentials
+from vodpoller.vod.issuers import Issuer, MetadataService, Sts
+
+RENEWAL_SHARE: Final = 2 / 3  # of a key's life
+JITTER_SHARE: Final = 0.1  # of its life, before that: not all machines ask at once
+EXPIRING_SHARE: Final = 1 / 6  # what is left of its life when a failing renewal becomes urgent
+RENEWAL_MIN_SECS: Final = 1.0
+OVERDUE_SECS: Final = 30.0  # of an attempt, which takes 10 s at most
+
+
+def renewal_secs(life_secs: float, draw: float) -> float:
+    """How long to wait with the renewal of a key.
+
+    Args:
+        life_secs: For how long it is good.
+        draw: At random, 0 to 1.
+    """
+    return max(life_secs * (RENEWAL_SHARE - JITTER_SHARE * draw), RENEWAL_MIN_SECS)
+
+
+class Refresher:
+    """Provides the temporary key of a role, and renews it.
+
+    A key that was handed out stays in use until it ends, whatever becomes of its renewal. The requests' threads read
+    the key in use, which is replaced whole, and may move the next attempt forward (`refused`); all else is written by
+    the one thread that holds `_attempting`.
+
+    Args:
+        issuer: Hands out keys.
+        provider: `credentials.provider`, for lines and the status.
+        keys: The key in use, and what is hidden; it may hold a key of the time before a reload.
+        telemetry: Destination of log lines and counts.
+        on_operator_error: Called if a renewal failed in a way that only a person can mend: read the lasting key again.
+        on_recovered: Called if requests failed for want of a key, and there is one now.
+        liveness: Told of each attempt.
+        monotonic: The clock, in seconds.
+        wall: The clock of what a person sees, in seconds since 1970.
+        draw: A number from 0 to 1, at random.
+    """
+
+    _BACKOFF = Backoff(first_secs=1.0, most_secs=60.0)
+
+    def __init__(
+        self,
+        issuer: Issuer,
+        *,
+        provider: str,
+        keys: IssuedKeys,
+        telemetry: Telemetry,
+        on_operator_error: Callable[[], None] = lambda: None,
+        on_recovered: Callable[[], None] = lambda: None,
+        liveness: Liveness | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        draw: Callable[[], float] | None = None,
+    ) -> None:
+        self._issuer = issuer
+        self._provider = provider
+        self._keys = keys
+        self._telemetry = telemetry.scope()
+        self._on_operator_error = on_operator_error
+        self._on_recovered = on_recovered
+        self._liveness = liveness or Liveness()
+        self._monotonic = monotonic
+        self._wall = wall
+        self._draw = draw or SystemRandom().random
+        self._attempting = threading.Lock()
+        self._has_tried = keys.in_use is not None
+        self._due_at = self._attempted_at = monotonic()
+        self._failures = 0
+        self._problem: VodpollerError | None = None
+        self._failing_since: float | None = None
+        self._said_expiring: IssuedKey | None = None
+        self._refusing = threading.Lock()
+        self._refused_token = ""
+        self._refusals = 0
+        self._woken = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    # --- what requests ask --------------------------------------------------------------------------------------------
+
+    def __call__(self) -> Credentials:
+        """The key of this moment. Waits only if none was ever asked for: for the end of the first attempt.
+
+        Raises:
+            NoKeyError: There is none, or it has ended.
+        """
+        if not self._has_tried:
+            with self._attempting:
+                if not self._has_tried:
+                    self._attempt()
+        in_use, problem = self._keys.in_use, self._problem
+        if in_use is not None and self._monotonic() < in_use.ends_at:
+            return in_use.credentials
+        state = "there is no temporary key yet" if in_use is None else "the temporary key has ended"
+        why = f", and no new one came: {problem}" if problem else ""
+        raise NoKeyError(f"nothing was sent: {state}{why}", retry_after_secs=NO_KEY_RETRY_SECS)
+
+    def refused(self, token: str) -> None:
+        """VOD refuses the token: renew now, unless it is another one by now. Returns at once.
+
+        Args:
+            token: Of the refused request.
+        """
+        with self._refusing:
+            in_use = self._keys.in_use
+            if in_use is None or in_use.credentials.token != token or self._refused_token == token:
+                return
+            self._refused_token = token
+            # Keys that are refused one after the other are not asked for in a tight loop.
+            wait_secs = self._BACKOFF.secs(self._refusals) if self._refusals else 0.0
+            self._refusals += 1
+            self._due_at = min(self._due_at, self._attempted_at + wait_secs)
+        self._woken.set()
+
+    # --- renewing -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Renew from now on, in a thread."""
+        self._thread = threading.Thread(target=self._run, name="credentials", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Renew now, as an operator asks: the role may be another, or the cause of a failure gone."""
+        with self._refusing:
+            self._due_at = self._monotonic()
+        self._telemetry.reset()
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Renew no more; returns at once. An attempt that is under way ends by its time limit."""
+        self._stopping = True
+        self._woken.set()
+        self._issuer.close()
+
+    def reopen(self) -> None:
+        """As `Issuer.reopen`."""
+        self._issuer.reopen()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._woken.clear()
+            self._woken.wait(self.step())
+
+    def step(self) -> float:
+        """Do what is due.
+
+        Returns:
+            After how long there is something to do again, unless a token is refused before.
+        """
+        with self._attempting:
+            if self._monotonic() >= self._due_at and not self._stopping:
+                self._attempt()
+        urgent_at = self._say_expiring()
+        return max(min(self._due_at, urgent_at) - self._monotonic(), 0.0)
+
+    def _attempt(self) -> None:
+        self._liveness.begin("credentials", OVERDUE_SECS)
+        try:
+            issued = self._issuer()
+        except VodpollerError as error:
+            self._failed(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no new key
+            self._failed(TransientError(f"unforeseen error: {type(error).__name__}"))  # its text may quote the key
+        else:
+            if self._refused_token == issued.credentials.token:
+                self._failed(TransientError(f"the key of {issued.role} is still the one that VOD refuses"))
+            else:
+                self._succeeded(issued)
+        finally:
+            self._liveness.end()
+            self._has_tried = True
+
+    def _succeeded(self, issued: IssuedKey) -> None:
+        now = self._monotonic()
+        former = self._keys.in_use
+        with self._refusing:
+            was_missing = (self._has_tried and former is None) or (former is not None and now >= former.ends_at)
+            was_refused, self._refused_token = bool(self._refused_token), ""
+            if not was_refused:
+                self._refusals = 0
+            self._keys.take(issued)
+            self._attempted_at = now
+            self._due_at = now + renewal_secs(issued.life_secs, self._draw())
+        self._failures, self._problem, self._failing_since = 0, None, None
+        suppressed = self._telemetry.reset("renewal ")
+        self._telemetry.count(Count.CREDENTIALS_REFRESHES, result="ok")
+        is_same = former is not None and former.credentials == issued.credentials
+        fields: dict[str, Any] = {"suppressed_lines": suppressed} if suppressed else {}
+        fields |= {"role": issued.role, "provider": self._provider, "life_secs": round(issued.life_secs)}
+        if is_same:
+            self._telemetry.log.debug("credentials.refreshed", **fields)
+        else:
+            self._telemetry.log.info("credentials.refreshed", **fields)
+        if was_missing or was_refused:
+            self._on_recovered()
+
+    def _failed(self, error: VodpollerError) -> None:
+        now = self._monotonic()
+        self._failures += 1
+        wait_secs = self._BACKOFF.secs(self._failures)
+        with self._refusing:
+            self._attempted_at = now
+            self._due_at = now + wait_secs
+        self._problem = error
+        self._failing_since = self._failing_since or self._wall()
+        self._telemetry.count(Count.CREDENTIALS_REFRESHES, result="failed")
+        in_use = self._keys.in_use
+        left_secs = max(in_use.ends_at - now, 0.0) if in_use else 0.0
+        self._telemetry.repeated(
+            "error" if isinstance(error, OperatorError) or not left_secs else "warning",
+            "credentials.failed",
+            cause=f"renewal {type(error).__name__} {error.error_code or _without_numbers(str(error))}",
+            provider=self._provider,
+            left_secs=round(left_secs),
+            retry_in_secs=round(wait_secs, 1),
+            **error.fields(),
+        )
+        if isinstance(error, OperatorError):
+            self._on_operator_error()
+
+    def _say_expiring(self) -> float:
+        """Say it once of each key that is about to end and cannot be renewed. Returns when to look again."""
+        in_use, problem = self._keys.in_use, self._problem
+        if in_use is None or problem is None or self._said_expiring is in_use:
+            return self._due_at
+        left_secs = in_use.ends_at - self._monotonic()
+        urgent_secs = in_use.life_secs * EXPIRING_SHARE
+        if left_secs > urgent_secs:
+            return in_use.ends_at - urgent_secs
+        self._said_expiring = in_use
+        self._telemetry.log.error(
+            "credentials.expiring",
+            **self._known(in_use),
+            left_secs=round(max(left_secs, 0.0)),
+            error_message=str(problem),
+        )
+        return self._due_at
+
+    def _known(self, issued: IssuedKey) -> dict[str, Any]:
+        return {"provider": self._provider, "role": issued.role}
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> CredentialsStatus:
+        """How it is at this moment."""
+        in_use, problem = self._keys.in_use, self._problem
+        left_secs = 0.0 if in_use is None else in_use.ends_at - self._monotonic()
+        return CredentialsStatus(
+            provider=self._provider,
+            role="" if in_use is None else in_use.role,
+            expires_at=None if in_use is None else self._wall() + left_secs,
+            is_usable=left_secs > 0,
+            failing_since=self._failing_since if problem else None,
+            error="" if problem is None else problem.message if isinstance(problem, OperatorError) else str(problem),
+            remedy=problem.advice if isinstance(problem, OperatorError) else "",
+        )
+
+
+def _without_numbers(text: str) -> str:
+    """A text by which causes are told apart: that a key has ended 5 or 6 s ago is one cause."""
+    return "".join(char for char in text if not char.isdigit())
+
+
+def issuer_of(role: Role, *, key: StaticCredentials, key_renewal: str, ca_file: Path | None) -> tuple[str, Issuer]:
+    """What hands out the keys of a role: the name of the provider, and the issuer.
+
+    Args:
+        role: The role.
+        key: The lasting key, which assumes it.
+        key_renewal: What a person must do so that another lasting key is used.
+        ca_file: PEM with what vouches for the certificate of STS.
+    """
+    match role:
+        case CvmRole():
+            return "cvm_role", MetadataService(role)
+        case AssumedRole():
+            return "assume_role", Sts(role, key=key, key_renewal=key_renewal, ca_file=ca_file)
+        case _:
+            assert_never(role)
