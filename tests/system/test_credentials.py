@@ -53,7 +53,7 @@ def started(system):
                 simulator.url,
                 lease_secs=30,
                 credentials=credentials_of("cvm_role", issuer.base) + 'role = "simulated-role"',
-                more='[log]\nlevel = "debug"',
+                more='[log]\nlevel = "debug"\n[daemon]\nshutdown_secs = 2',
             )
             return simulator, issuer, system.daemon(**env)
 

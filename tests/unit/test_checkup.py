@@ -1,6 +1,7 @@
 """`check --connect` says what it found of the API."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,16 @@ def answers(body, *headers):
 ALL = {"name": "all"}
 
 
-def findings_at(url, tmp_path, log, *, routes=(ALL,), sources=({"name": "main", "unrouted": "confirm"},)):
+KEY = {"secret_id": "AKIDexample", "secret_key": "the-secret-key"}
+
+
+def findings_at(
+    url, tmp_path, log, *, credentials=KEY, routes=(ALL,), sources=({"name": "main", "unrouted": "confirm"},)
+):
     config = from_dict(
         {
             "api": {"endpoint": url, "timeout_secs": 5},
-            "credentials": {"secret_id": "AKIDexample", "secret_key": "the-secret-key"},
+            "credentials": credentials,
             "sources": list(sources),
             "routes": [{"sinks": ["archive"], **route} for route in routes],
             "sinks": {"archive": {"type": "file", "path": str(tmp_path / "events.jsonl")}},
@@ -55,6 +61,37 @@ def found_at(url, tmp_path, log, **changes):
 def vod():
     with Simulator(SimulatorOptions(requests_per_sec=0, poll_secs=0.0)) as simulator:
         yield simulator
+
+
+def test_a_role_without_a_key_is_a_problem_and_vod_is_not_asked(vod, tmp_path, log):
+    credentials = {"provider": "cvm_role", "role": "other", "metadata_endpoint": vod.url}
+    vod.control(credential_secs=60)
+    found = found_at(vod.url, tmp_path, log, credentials=credentials)
+    assert found["credentials"].level is Level.PROBLEM
+    assert "knows no role other" in found["credentials"].text
+    assert "correct credentials.role" in found["credentials"].remedy
+    assert "source main" not in found
+    assert vod.stats()["requests"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "role"),
+    [
+        ({"provider": "cvm_role", "metadata_endpoint": "URL"}, "role simulated-role of this machine"),
+        (
+            {"provider": "assume_role", "sts_endpoint": "URL", "role_arn": "qcs::cam::uin/1:roleName/r"} | KEY,
+            "role qcs",
+        ),
+    ],
+)
+def test_the_role_and_the_end_of_its_key_are_told(vod, tmp_path, log, changed, role):
+    vod.control(credential_secs=60)
+    credentials = {name: vod.url if value == "URL" else value for name, value in changed.items()}
+    found = found_at(vod.url, tmp_path, log, credentials=credentials)
+    assert found["credentials"].level is Level.GOOD
+    assert found["credentials"].text.startswith(role)
+    assert re.search(r"a key until 20\d\d-\d\d-\d\dT", found["credentials"].text)
+    assert found["source main"].level is Level.GOOD
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from tests.helpers import named
 from tests.polling import until
-from vodpoller.errors import OperatorError, RefusedHandlesError, StoppingError, ThrottledError, TransientError
+from vodpoller.errors import (
+    NoKeyError,
+    OperatorError,
+    RefusedHandlesError,
+    StoppingError,
+    ThrottledError,
+    TransientError,
+)
 from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.telemetry import Telemetry
@@ -209,6 +216,12 @@ def test_a_refusal_after_a_lost_answer_is_not_split_since_the_lost_one_probably_
 
 def test_a_refusal_after_throttling_is_split_since_nothing_was_carried_out(confirming):
     vod, confirmed = confirming(stale=["h5"], script=[ThrottledError("slow down")])
+    assert confirmed == frozenset(HANDLES) - {"h5"}
+    assert len(vod.calls) == 10
+
+
+def test_a_refusal_after_a_refused_token_is_split_since_nothing_was_carried_out(confirming):
+    vod, confirmed = confirming(stale=["h5"], script=[NoKeyError("the token was refused")])
     assert confirmed == frozenset(HANDLES) - {"h5"}
     assert len(vod.calls) == 10
 

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import FakeClock, named
 from tests.polling import until
 from vodpoller.delivery.in_flight import WaitEnd
-from vodpoller.errors import NoAnswerError, OperatorError, StoppingError, ThrottledError, TransientError
+from vodpoller.errors import NoAnswerError, NoKeyError, OperatorError, StoppingError, ThrottledError, TransientError
 from vodpoller.events.event import Lease
 from vodpoller.liveness import Liveness
 from vodpoller.poller import Poller
@@ -455,6 +455,7 @@ def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
         (RuntimeError("unforeseen"), [("lost", "main")]),
         (TransientError("100 MB", error_code="AnswerTooLarge"), [("lost", "main")]),
         (ThrottledError("slower", error_code="RequestLimitExceeded"), []),
+        (NoKeyError("the token was refused"), []),
         (OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound"), []),
     ],
 )
@@ -487,14 +488,15 @@ def test_an_answer_with_events_says_nothing_of_others(bench):
     assert bench.pulls.told == []
 
 
-def test_a_wake_ends_the_back_off(bench):
+@pytest.mark.parametrize("end", [Poller.wake, Poller.go_on])
+def test_a_wake_ends_the_back_off(bench, end):
     poller, pipeline = bench.poller()
-    pipeline.fail(TransientError("down", retry_after_secs=1000.0))
+    pipeline.fail(NoKeyError("down", retry_after_secs=1000.0))
     until(lambda: poller.problem)
     assert settles(lambda: len(pipeline.pulls_at), 1)
     poller.tick()
     assert settles(lambda: len(pipeline.pulls_at), 1)
-    poller.wake()
+    end(poller)
     until(lambda: len(pipeline.pulls_at) == 2)
 
 

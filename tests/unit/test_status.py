@@ -3,7 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from vodpoller.status import JournalStatus, SilentStatus, SinkStatus, SourceStatus, Status, StoredStatus
+from vodpoller.status import (
+    CredentialsStatus,
+    JournalStatus,
+    SilentStatus,
+    SinkStatus,
+    SourceStatus,
+    Status,
+    StoredStatus,
+)
 
 NOW = 1_800_000_000.0
 WELL = Status(
@@ -17,6 +25,10 @@ WELL = Status(
     stored=[StoredStatus(sink="hook", state="pending", events=3, oldest_at=NOW - 60)],
     journal=JournalStatus(path="/j.db", writable=True, limit_bytes=100),
 )
+
+
+def key(**more):
+    return CredentialsStatus(provider="cvm_role", role="role r of this machine", **more)
 
 
 def source(**more):
@@ -61,6 +73,21 @@ def test_a_daemon_that_is_well_has_no_problems():
             ["since the start", "no answer has come yet"],
         ),
         (
+            {"credentials": key(failing_since=NOW - 60, expires_at=NOW + 900, error="it hangs", remedy="Bind a role")},
+            "credentials",
+            ["since 2027-01-15T07:59:00Z", "ends at 2027-01-15T08:15:00Z", "it hangs. Bind a role"],
+        ),
+        (
+            {"credentials": key(failing_since=NOW - 1, expires_at=NOW + 59, error="it hangs")},
+            "credentials",
+            ["it hangs", "`vodpoller check --connect` tries provider = cvm_role"],
+        ),
+        (
+            {"credentials": key(failing_since=NOW - 1, error="it hangs", is_usable=False)},
+            "credentials",
+            ["there is no key yet: it hangs"],
+        ),
+        (
             {"sinks": [SinkStatus(name="hook", down_since=NOW - 90, next_try_at=NOW + 9, error="HTTP 503")]},
             "sink hook",
             ["down since 2027-01-15T07:58:30Z", "HTTP 503", "tried next at 2027-01-15T08:00:09Z", "receiver back"],
@@ -92,6 +119,8 @@ def test_events_that_are_pushed_are_the_first_problem():
         {"started_at": NOW - 9, "sources": source()},
         {"sources": source(last_pull_at=NOW - 59)},
         {"sources": source(last_pull_at=NOW - 3, failing_since=NOW - 2, error="one pull failed")},
+        {"credentials": key(failing_since=NOW - 59, expires_at=NOW + 900, error="it hangs")},
+        {"credentials": key(expires_at=NOW + 5)},
         {"sinks": [SinkStatus(name="hook", paused_until=NOW + 60, next_try_at=NOW + 60, error="HTTP 429")]},
         {"stored": [StoredStatus(sink="hook", state="dead", events=9, oldest_at=NOW)]},
         {"stored": [StoredStatus(sink="gone", state="dead", events=9, oldest_at=NOW)]},

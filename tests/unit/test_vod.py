@@ -27,6 +27,7 @@ from vodpoller import __version__
 from vodpoller.errors import (
     ConfigError,
     ForeignAnswerError,
+    NoKeyError,
     OperatorError,
     RefusedHandlesError,
     ThrottledError,
@@ -335,6 +336,29 @@ def test_an_error_at_confirm_is_named_by_what_to_do(vod, client_of, code, messag
     assert caught.value.error_code == str(code)
     assert caught.value.request_id == "r-1"
     assert len(vod.calls) == 1
+
+
+def test_a_refused_token_of_a_key_that_is_renewed_is_told_and_may_pass(vod, client_of):
+    vod.post(URL, json=error_of("AuthFailure.TokenFailure"))
+    told = []
+    client = client_of(on_refused_token=told.append)
+    for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
+        with pytest.raises(NoKeyError) as caught:
+            call()
+        assert (caught.value.error_code, caught.value.request_id) == ("AuthFailure.TokenFailure", "r-1")
+        assert pull_error_code(caught.value) == "auth"
+    assert told == [KEYS.token] * 2
+
+
+def test_without_a_key_nothing_is_sent(vod, client_of):
+    def no_key():
+        raise NoKeyError("the temporary key has ended")
+
+    client = client_of(credentials=no_key)
+    with pytest.raises(NoKeyError) as caught:
+        client.pull("main", None)
+    assert pull_error_code(caught.value) == "auth"
+    assert len(vod.calls) == 0
 
 
 @pytest.mark.parametrize("code", ["SignatureFailure", "SecretIdNotFound", "InvalidSecretId", "TokenFailure", "New"])
