@@ -11,6 +11,7 @@ import pytest
 
 from tests.polling import until
 from tests.receiver import Answer, Receiver, running_receiver
+from tests.sinks.sql_harnesses import SqliteHarness
 from tests.tencent_api import SECRET_ID, SECRET_KEY, TencentApi
 from vodpoller.events.event import make_event
 from vodpoller.events.snapshots import SNAPSHOT_EVENT_TYPE
@@ -312,14 +313,25 @@ def no_proxies(monkeypatch):
 TestDownload = sink_conformance(DownloadHarness)
 TestExec = pytest.mark.system(sink_conformance(ExecHarness))
 TestFile = sink_conformance(FileHarness)
+TestSqlite = sink_conformance(SqliteHarness)
 TestStdout = sink_conformance(StdoutHarness)
 TestTencent = sink_conformance(TencentHarness)
 TestWebhook = sink_conformance(WebhookHarness)
 
 
 def test_each_installed_sink_passes_the_suite():
-    """One that has no harness here needs one."""
-    assert set(available_sinks()) == {"download", "exec", "file", "stdout", "tencent", "webhook"}
+    """One that has no harness here, or in `test_sinks_of_servers.py`, needs one."""
+    assert set(available_sinks()) == {
+        "download",
+        "exec",
+        "file",
+        "mysql",
+        "postgresql",
+        "sqlite",
+        "stdout",
+        "tencent",
+        "webhook",
+    }
 
 
 def test_the_simulator_of_a_test_answers_and_its_queue_is_empty(vod_simulator):

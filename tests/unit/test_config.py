@@ -24,6 +24,7 @@ from vodpoller.errors import ConfigError
 from vodpoller.secret import HasSecrets, Secret
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.registry import available_sinks
+from vodpoller.sinks.sql.config import SqlConfig
 from vodpoller.vod.credentials import Credentials, CvmRole, IssuedKey
 
 ENV = {"TENCENTCLOUD_SECRET_ID": "AKIDfromenv", "TENCENTCLOUD_SECRET_KEY": "keyfromenv"}
@@ -1117,7 +1118,8 @@ def test_reading_does_not_import_what_only_some_sinks_need():
 
 # --- the example and the schema
 
-BUILT_IN = ("download", "exec", "file", "stdout", "tencent", "webhook")
+BUILT_IN = ("download", "exec", "file", "mysql", "postgresql", "sqlite", "stdout", "tencent", "webhook")
+SECRETS = {"events_dsn": "host=db.example dbname=app", "mysql_dsn": "mysql://vodpoller:hunter2@db.example/app"}
 _OPTIONAL = re.compile(r"# (?=[a-z_]+ = |\[)")
 
 
@@ -1136,7 +1138,9 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
             table["ca_file"] = DEFAULT_CA_BUNDLE_PATH
     for table in (data["credentials"], *data["sinks"].values()):
         for twin in [key for key in table if f"{key}_file" in table]:
-            (folder / table[f"{twin}_file"]).write_text("https://app.example/" if twin == "url" else WEBHOOK_SECRET)
+            name = table[f"{twin}_file"]
+            secret = "https://app.example/" if twin == "url" else SECRETS.get(name, WEBHOOK_SECRET)
+            (folder / name).write_text(secret)
             del table[twin if files else f"{twin}_file"]
     (folder / data["listener"]["password_file"]).write_text(WEBHOOK_SECRET)
     return data
@@ -1173,6 +1177,8 @@ def test_the_example_has_every_key_with_its_default(tmp_path, name):
     shown = {key: value for table in tables for key, value in table.items()}
     # What all sinks have in common is shown at the first one.
     common = set(SinkConfig.model_fields) if name in BUILT_IN and name != "file" else set()
+    if name in ("mysql", "sqlite"):  # their keys are shown at "postgresql"
+        common |= set(SqlConfig.model_fields)
     model = models()[name]
     assert set(shown) - common == set(model.model_fields) - common
     for key, field in model.model_fields.items():

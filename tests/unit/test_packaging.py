@@ -3,6 +3,7 @@
 import re
 import runpy
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,18 @@ def test_a_requirement_without_a_lower_bound_in_front_is_an_error(requirement):
         lowest(requirement)
 
 
-@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["listener"]])
+EXTRAS = {name: words for name, words in PROJECT["optional-dependencies"].items() if name not in ("dev", "test")}
+
+
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *chain(*EXTRAS.values())])
 def test_every_dependency_has_a_lower_bound_to_test_with(requirement):
     assert lowest(requirement)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_tests_have_every_extra(extra):
+    (extras,) = re.findall(r"vodpoller\[([a-z,]+)\]", " ".join(PROJECT["optional-dependencies"]["test"]))
+    assert extra in extras.split(",")
 
 
 @pytest.mark.parametrize("name", ["requests", "urllib3"])

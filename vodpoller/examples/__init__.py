@@ -39,6 +39,7 @@ EXAMPLES: Final[Mapping[str, Example]] = {
     "logrotate": Example(
         file="vodpoller.logrotate", about="rotates the files of sinks; for /etc/logrotate.d/vodpoller"
     ),
+    "sql": Example(file="tables.sql", about="the tables of the sinks postgresql, mysql and sqlite, for a database"),
     "unit": Example(file="vodpoller.service", about="the service; for /etc/systemd/system/vodpoller.service"),
     "unit@": Example(
         file="vodpoller@.service", about="several services on one machine; for /etc/systemd/system/vodpoller@.service"

@@ -1,0 +1,159 @@
+"""The keys that the sinks for databases share."""
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, Final, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from vodpoller.secret import Secret
+from vodpoller.sinks.contract import SinkConfig
+
+NAMES: Final = ("key", "source", "sub_app_id", "event_type", "file_id", "task_id", "body", "received_at")
+"""What a statement may use of an event."""
+
+_TABLE: Final = re.compile(r"[^\W\d][\w$]*(\.[^\W\d][\w$]*)?")
+_QUOTED: Final = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
+_NAMED: Final = re.compile(r":([^\W\d]\w*)")
+_FORMATTED: Final = re.compile(r"%(?:%|\((\w*)\)s)?")
+_DAY_SECS: Final = 86_400
+_INBOX_MORE_DAYS: Final = 7
+
+
+class SqlConfig(SinkConfig):
+    """What is the same for all databases."""
+
+    uses_colons: ClassVar[bool] = False
+
+    table: Annotated[str, Field(max_length=128)] = Field(
+        default="vodpoller_events",
+        description="The table that gets a row for each event: NAME or SCHEMA.NAME. `vodpoller example sql` prints it.",
+    )
+    create_table: bool = Field(
+        default=False,
+        description="Whether the table is made if it does not exist; with `statement`, the table `vodpoller_inbox`.",
+    )
+    statement: Annotated[str, Field(min_length=1, max_length=65_536)] | None = Field(
+        default=None,
+        description="A statement of your own in place of the row in `table`, run exactly once for each event, in one"
+        " transaction with a row in the table `vodpoller_inbox`. `%(name)s` (of `sqlite`, `:name`) is a value of the"
+        f" event: {', '.join(NAMES)}.",
+    )
+    inbox_days: Annotated[int, Field(ge=8, le=3650)] = Field(
+        default=30,
+        description="Number of days after which a row of the inbox is deleted, by the database's clock; at least"
+        " `give_up_after_secs` and 7 days more.",
+    )
+    timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
+        default=10.0, description="Time limit of a transaction, the connection to the database included."
+    )
+    concurrency: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=4, description="Maximum number of connections, each with a transaction of its own."
+    )
+    batch_max_events: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=64, description="Maximum number of events in one transaction."
+    )
+
+    @field_validator("table")
+    @classmethod
+    def _is_a_table(cls, value: str) -> str:
+        if not _TABLE.fullmatch(value):
+            raise ValueError("it is not the name of a table (letters, digits and _; NAME or SCHEMA.NAME)")
+        return value
+
+    @field_validator("statement")
+    @classmethod
+    def _can_be_run(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        for name in cls._names_in(value):
+            if name not in NAMES:
+                raise ValueError(f"it uses {name!r}, which an event does not have (it has: {', '.join(NAMES)})")
+        return value
+
+    @field_validator("inbox_days")
+    @classmethod
+    def _outlasts_retries(cls, value: int, info: ValidationInfo) -> int:
+        at_least = info.data.get("give_up_after_secs", 0.0) / _DAY_SECS + _INBOX_MORE_DAYS
+        if value < at_least:
+            raise ValueError(
+                f"it must be at least give_up_after_secs and {_INBOX_MORE_DAYS} days more, {at_least:g}: an event"
+                " that is tried again must still be known"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _is_one_of_the_two(self) -> Self:
+        if self.statement is not None and "table" in self.model_fields_set:
+            raise problem("table", "is given together with statement (keep one of the two)")
+        return self
+
+    @classmethod
+    def _names_in(cls, statement: str) -> Iterator[str]:
+        if cls.uses_colons:
+            yield from _NAMED.findall(_QUOTED.sub("", statement))
+            return
+        for found in _FORMATTED.finditer(statement):
+            if found[0] == "%":
+                raise ValueError("it holds a % that does not begin a value such as %(key)s (write %% for the sign)")
+            if found[1] is not None:
+                yield found[1]
+
+
+class ServerConfig(SqlConfig):
+    """What is the same for the databases that are servers."""
+
+    driver: ClassVar[str]
+    extra: ClassVar[str]
+
+    dsn_file: Annotated[str, Field(max_length=4096)] | None = Field(
+        default=None, description="The file that holds the DSN.", examples=["events_dsn"]
+    )
+    dsn: Secret | None = Field(default=None, description="Where the database is, and who logs in.")
+
+    @field_validator("type", check_fields=False)
+    @classmethod
+    def _has_its_driver(cls, value: str) -> str:
+        try:
+            import_module(cls.driver)
+        except ImportError as error:
+            raise ValueError(
+                f"it needs a package that cannot be imported: {error} (pip install 'vodpoller[{cls.extra}]')"
+            ) from None
+        return value
+
+    @field_validator("dsn")
+    @classmethod
+    def _can_be_read(cls, value: Secret | None, info: ValidationInfo) -> Secret | None:
+        if value is not None and (wrong := value.restrict(cls.problem_in)):
+            raise problem("dsn_file" if info.data.get("dsn_file") else "", wrong)
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_dsn(self) -> Self:
+        if self.dsn is None:
+            raise problem("dsn_file", "is missing (give dsn_file, or dsn: where the database is, and who logs in)")
+        return self
+
+    @classmethod
+    def problem_in(cls, dsn: str) -> str:
+        """What is wrong with a DSN, without a part of it; empty if nothing is."""
+        raise NotImplementedError
+
+    def open_dsn(self) -> str:
+        """The DSN as of the last read of its file."""
+        if self.dsn is None:
+            raise AssertionError("a configuration without DSN is not valid")
+        return self.dsn.get()
+
+
+def problem(key: str, why: str) -> PydanticCustomError:
+    """An error that names a key of the table; an empty one is the key that is validated."""
+    return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
+
+
+def plain(error: Any) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,167 @@
+"""A connection to MySQL or MariaDB through PyMySQL."""
+
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import pymysql
+from pymysql.cursors import Cursor
+
+from vodpoller.sinks.sql import verdicts
+from vodpoller.sinks.sql.mysql import MysqlAddress
+from vodpoller.sinks.sql.sessions import Values
+from vodpoller.sinks.sql.verdicts import DatabaseError
+
+# Errors whose SQLSTATE is HY000, 23000 or missing, though it is known what they mean.
+_STATES: Final = {
+    1020: verdicts.SERIALIZATION,  # the record has changed since it was read
+    1062: verdicts.UNIQUE,
+    1205: verdicts.LOCKED,  # lock wait timeout
+    1216: verdicts.FOREIGN_KEY,
+    1452: verdicts.FOREIGN_KEY,
+    1265: verdicts.TOO_LONG,  # data truncated
+    1290: verdicts.READ_ONLY,  # --read-only
+    1364: verdicts.NULL,  # the column has no default
+    1366: "22018",  # not a value of the column's type
+    1836: verdicts.READ_ONLY,
+    3024: verdicts.CANCELED,
+    3819: verdicts.CHECK,
+    4025: verdicts.CHECK,  # MariaDB
+}
+_CLIENT_ERRORS: Final = range(2000, 3000)
+
+
+def connect(address: MysqlAddress, *, secs: float, timeout_secs: float) -> "PymysqlSession":
+    """Connect and log in.
+
+    Args:
+        address: Where, and who.
+        secs: Seconds that connecting may take.
+        timeout_secs: After which the server itself is to give up waiting for a lock.
+
+    Raises:
+        DatabaseError: There is no connection.
+    """
+    locked_secs = max(int(timeout_secs), 1)
+    with _translated():
+        connection = pymysql.connect(
+            host=address.host,
+            port=address.port,
+            user=address.user,
+            password=address.password,
+            database=address.database,
+            ssl_ca=address.ssl_ca,
+            ssl_verify_identity=True if address.ssl_ca else None,
+            charset="utf8mb4",
+            # A value that does not fit is an error, and times are UTC, whatever the server's settings are.
+            init_command="SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES'), time_zone = '+00:00',"
+            f" innodb_lock_wait_timeout = {locked_secs}, lock_wait_timeout = {locked_secs}",
+            defer_connect=True,
+        )
+        sock = _connected(address, secs)
+        kept = sock.dup()
+        try:
+            connection.connect(sock)
+        except BaseException:
+            kept.close()
+            raise
+    return PymysqlSession(connection, kept)
+
+
+def _connected(address: MysqlAddress, secs: float) -> socket.socket:
+    if address.unix_socket is None:
+        sock = socket.create_connection((address.host, address.port), secs)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Half of the time: so a connection whose other end is gone leaves time for a new one.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(secs * 500))
+        return sock
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(secs)
+        sock.connect(address.unix_socket)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class PymysqlSession:
+    """One connection; see `Session`.
+
+    Args:
+        connection: Open.
+        kept: The same socket once more: the driver's own may be inside TLS, and is not to be had.
+    """
+
+    def __init__(self, connection: "pymysql.Connection[Cursor]", kept: socket.socket) -> None:
+        self._connection = connection
+        self._kept = kept
+
+    def begin(self, secs: float) -> None:
+        with _translated():
+            self._connection.begin()
+
+    def query(self, sql: str, values: Values) -> list[tuple[Any, ...]]:
+        with _translated(), self._connection.cursor() as cursor:
+            cursor.execute(sql, dict(values))
+            return list(cursor.fetchall())
+
+    def run(self, sql: str, values: Values) -> int:
+        with _translated(), self._connection.cursor() as cursor:
+            return cursor.execute(sql, dict(values))
+
+    def run_many(self, sql: str, rows: Sequence[Values]) -> None:
+        with _translated(), self._connection.cursor() as cursor:
+            cursor.executemany(sql, rows)
+
+    def check(self, sql: str) -> None:
+        text = re.sub(r"%(%|\(\w+\)s)", lambda found: "%" if found[1] == "%" else "?", sql)
+        self.run("PREPARE vodpoller_check FROM %(text)s", {"text": text})
+
+    def commit(self) -> None:
+        with _translated():
+            self._connection.commit()
+
+    def rollback(self) -> None:
+        with _translated():
+            self._connection.rollback()
+
+    def cut(self) -> None:
+        with suppress(OSError):
+            self._kept.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with suppress(pymysql.Error, OSError):
+            self._connection.close()
+        self._kept.close()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except pymysql.Error as error:
+        number, said = (*error.args, "", "")[:2]
+        text = f"{said} ({number})" if said else str(number or "the connection is closed")
+        raise DatabaseError(text, state_of(number, error.sqlstate)) from error
+    except OSError as error:
+        raise DatabaseError(str(error), verdicts.NO_ANSWER) from error
+
+
+def state_of(number: Any, sqlstate: str | None) -> str:
+    """The SQLSTATE that stands for an error.
+
+    Args:
+        number: The server's number, or the driver's: those from 2000 on, and 0, are of the connection.
+        sqlstate: As the server gave it; None if it gave none.
+    """
+    if number in _STATES:
+        return _STATES[number]
+    if sqlstate:
+        return sqlstate
+    return (
+        verdicts.GENERAL if isinstance(number, int) and number and number not in _CLIENT_ERRORS else verdicts.NO_ANSWER
+    )

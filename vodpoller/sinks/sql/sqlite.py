@@ -1,0 +1,185 @@
+"""Events as rows of a table in SQLite."""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+from urllib.parse import quote
+
+from pydantic import Field
+
+from vodpoller.sinks.sql import verdicts
+from vodpoller.sinks.sql.config import SqlConfig
+from vodpoller.sinks.sql.dialect import PRUNED_AT_ONCE, Dialect
+from vodpoller.sinks.sql.sessions import Session, Values
+from vodpoller.sinks.sql.sink import SqlSink
+from vodpoller.sinks.sql.verdicts import DatabaseError
+
+_SYNCHRONOUS_FULL: Final = 2
+
+# The beginnings of "Result and Error Codes", the longest first; what is not here says nothing of the event.
+_STATES: Final = {
+    "SQLITE_CONSTRAINT_FOREIGNKEY": verdicts.FOREIGN_KEY,
+    "SQLITE_CONSTRAINT_PRIMARYKEY": verdicts.UNIQUE,
+    "SQLITE_CONSTRAINT_UNIQUE": verdicts.UNIQUE,
+    "SQLITE_CONSTRAINT_NOTNULL": verdicts.NULL,
+    "SQLITE_CONSTRAINT": verdicts.CHECK,
+    "SQLITE_MISMATCH": "22018",
+    "SQLITE_TOOBIG": verdicts.TOO_LONG,
+    "SQLITE_BUSY": verdicts.LOCKED,
+    "SQLITE_LOCKED": verdicts.LOCKED,
+    "SQLITE_INTERRUPT": verdicts.CANCELED,
+    "SQLITE_READONLY": verdicts.READ_ONLY,
+    "SQLITE_CANTOPEN": verdicts.NO_ANSWER,
+    "SQLITE_ERROR": verdicts.GENERAL,  # also what functions and casts find wrong with a value
+}
+_SYSTEM_ERROR: Final = "58030"
+
+
+def place(name: str) -> str:
+    """The placeholder of a value."""
+    return f":{name}"
+
+
+def iso(moment: datetime) -> str:
+    """The text of a time."""
+    return moment.isoformat(timespec="microseconds")
+
+
+DIALECT: Final = Dialect(
+    name="sqlite",
+    quote='"',
+    place=place,
+    moment=iso,
+    prune="DELETE FROM vodpoller_inbox WHERE rowid IN (SELECT rowid FROM vodpoller_inbox WHERE sink = :sink AND"
+    f" accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-' || :days || ' days') LIMIT {PRUNED_AT_ONCE})",
+)
+
+
+class SqliteConfig(SqlConfig):
+    """A file of SQLite."""
+
+    uses_colons: ClassVar[bool] = True
+
+    type: Literal["sqlite"] = Field(description="Each event is a row of a table in a file of SQLite.")
+    path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="The file. It must exist, unless `create_table` is true; then its folder must.",
+        examples=["/srv/app/events.db"],
+    )
+
+
+class SqliteSink(SqlSink[SqliteConfig]):
+    """Writes rows into a file of SQLite, each commit synced."""
+
+    Config = SqliteConfig
+    dialect = DIALECT
+
+    def connect(self, secs: float) -> Session:
+        """Open the file."""
+        return _SqliteSession(self.config.path, makes_file=self.config.create_table, secs=secs)
+
+    @classmethod
+    def probe(cls, name: str, config: SqliteConfig, context: Any) -> str:
+        """As of every database; a file that is to be made is not."""
+        path = Path(config.path).absolute()
+        if config.create_table and not path.exists() and path.parent.is_dir():
+            return f"{path} will be made"
+        return super().probe(name, config.model_copy(update={"path": str(path)}), context)
+
+    def frailties(self, session: Session) -> list[str]:
+        """None: each connection has `synchronous = FULL`."""
+        return []
+
+
+class _SqliteSession:
+    """A connection to a file.
+
+    Args:
+        path: The file.
+        makes_file: Whether it is made if it does not exist.
+        secs: Time limit of the connection.
+    """
+
+    def __init__(self, path: str, *, makes_file: bool, secs: float) -> None:
+        mode = "rwc" if makes_file else "rw"
+        with _translated():
+            self._db = sqlite3.connect(
+                f"file:{quote(str(Path(path).absolute()))}?mode={mode}",
+                uri=True,
+                timeout=secs,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            self._db.execute(f"PRAGMA synchronous = {_SYNCHRONOUS_FULL}")
+            self._db.execute("PRAGMA foreign_keys = ON")
+
+    def begin(self, secs: float) -> None:
+        with _translated():
+            self._db.execute(f"PRAGMA busy_timeout = {int(secs * 1000)}")
+            self._db.execute("BEGIN IMMEDIATE")
+
+    def query(self, sql: str, values: Values) -> list[tuple[Any, ...]]:
+        with _translated():
+            return self._db.execute(sql, values).fetchall()
+
+    def run(self, sql: str, values: Values) -> int:
+        with _translated():
+            cursor = self._db.execute(sql, values)
+            cursor.fetchall()
+            return cursor.rowcount
+
+    def run_many(self, sql: str, rows: Sequence[Values]) -> None:
+        with _translated():
+            self._db.executemany(sql, rows)
+
+    def check(self, sql: str) -> None:
+        with _translated():
+            self._db.execute(f"EXPLAIN {sql}", _NoValues()).fetchall()
+
+    def commit(self) -> None:
+        with _translated():
+            self._db.execute("COMMIT")
+
+    def rollback(self) -> None:
+        with _translated():
+            if self._db.in_transaction:  # some errors have ended it
+                self._db.execute("ROLLBACK")
+
+    def cut(self) -> None:
+        with suppress(sqlite3.Error):
+            self._db.interrupt()
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+
+class _NoValues(dict[str, object]):
+    """Null, whichever value is asked for."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.ProgrammingError as error:  # of the module itself: the connection was closed
+        raise DatabaseError(str(error), verdicts.NO_ANSWER) from error
+    except sqlite3.Error as error:
+        raise DatabaseError(str(error), state_of(getattr(error, "sqlite_errorname", ""), str(error))) from error
+
+
+def state_of(name: str, text: str) -> str:
+    """The SQLSTATE that stands for an error.
+
+    Args:
+        name: Its name, such as "SQLITE_BUSY_SNAPSHOT".
+        text: Its text, which alone tells a missing table from other errors.
+    """
+    if text.startswith("no such table"):
+        return verdicts.NO_TABLE
+    return next((state for beginning, state in _STATES.items() if name.startswith(beginning)), _SYSTEM_ERROR)
