@@ -71,28 +71,40 @@ class Server:
 
     def start(self):
         """Returns when it takes connections."""
-        with (self.folder / "log").open("ab") as log:
-            self._process = self._begin(self.command(), stdout=log, stderr=log)
-        until(self.is_up, secs=PATIENCE_SECS, what=self.tail)
+        until(self._has_begun, secs=PATIENCE_SECS, what=self.tail)
+
+    def _has_begun(self):
+        # What a killed one has left may keep it from starting, for an instant.
+        if self._process is None or self._process.poll() is not None:
+            with (self.folder / "log").open("ab") as log:
+                self._process = self._begin(self.command(), stdout=log, stderr=log)
+        return self.is_up()
 
     def tail(self):
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def kill(self):
         """SIGKILL, to its helpers, too."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
     def freeze(self):
         """SIGSTOP: connections stay open, and nothing is answered."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def thaw(self):
-        os.killpg(self._process.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number):
+        pid = self._process.pid
+        helpers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for each in (pid, *map(int, helpers)):  # each helper of PostgreSQL has a process group of its own
+            with suppress(ProcessLookupError):
+                os.kill(each, number)
 
     def end(self):
         if self._process is not None:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):
                 self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -138,6 +150,11 @@ class Postgresql(Server):
     def connect(self):
         return psycopg.connect(self.dsn, autocommit=True)
 
+    def as_admin(self, sql):
+        with self.connect() as db:
+            db.execute("SET default_transaction_read_only = off")
+            db.execute(sql)
+
     def is_up(self):
         with suppress(psycopg.OperationalError):
             self.connect().close()
@@ -177,6 +194,10 @@ class Mariadb(Server):
         return pymysql.connect(
             host="127.0.0.1", port=self.port, user="app", password="hunter2", database="app", autocommit=True
         )
+
+    def as_admin(self, sql):
+        with self._as_root() as root, root.cursor() as cursor:
+            cursor.execute(sql)
 
     def is_up(self):
         if not self._listens():

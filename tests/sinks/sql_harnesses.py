@@ -72,6 +72,15 @@ class PostgresqlHarness(SinkHarness):
             " $$ BEGIN RAISE EXCEPTION 'not this one' USING ERRCODE = 'check_violation'; END $$"
         )
 
+    def run(self, sql):
+        cursor = self.db.execute(sql)
+        return cursor.fetchall() if cursor.description else []
+
+    def reconnect(self):
+        """After the server was restarted."""
+        self.db.close()
+        self.db = self.server.connect()
+
     def build(self, context):
         return self.sink_class("it", self.sink_class.Config(type="postgresql", dsn=self.server.dsn), context)
 
@@ -126,6 +135,11 @@ class MysqlHarness(SinkHarness):
         with (db or self.db).cursor() as cursor:
             cursor.execute(sql)
             return cursor.fetchall()
+
+    def reconnect(self):
+        """After the server was restarted."""
+        self.db.close()
+        self.db = self.server.connect()
 
     def build(self, context):
         return self.sink_class("it", self.sink_class.Config(type="mysql", dsn=self.server.dsn), context)
