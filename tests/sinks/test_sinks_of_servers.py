@@ -253,7 +253,7 @@ def test_the_probe_says_what_is_there_and_writes_nothing(database):
     assert (rows(database), counted(database)) == (0, 0)
 
 
-def test_the_probe_names_a_missing_table_and_a_statement_with_a_mistake(database):
+def test_the_probe_names_a_missing_table_and_a_mistake(database):
     make_counter(database)
     with pytest.raises(ConfigError, match="example sql"):
         probe(database, table="nowhere")
