@@ -137,6 +137,24 @@ class SdkLoop:
             yield process
 
 
+@dataclass(frozen=True, kw_only=True)
+class SqlLoop:
+    """The same around PostgreSQL: one INSERT and COMMIT for each event.
+
+    Args:
+        dsn: Of a database with the table.
+    """
+
+    dsn: str
+    label: ClassVar = "SDK loop, INSERT and COMMIT for each event"
+
+    @contextmanager
+    def running(self, system, url):
+        where = ("--endpoint", urlsplit(url).netloc, "--dsn", self.dsn)
+        with program("sql_loop", *where, errors_path=system.folder / "loop.err") as process:
+            yield process
+
+
 class RawClient:
     """Sockets and nothing else: shows what the simulator can do."""
 

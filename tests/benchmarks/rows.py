@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.benchmarks import http_calls, stored
-from tests.benchmarks.consumers import RawClient, SdkLoop, Vodpoller, webhook_receiver
+from tests.benchmarks.consumers import RawClient, SdkLoop, SqlLoop, Vodpoller, webhook_receiver
 from tests.benchmarks.effort import fresh_system, in_turns, say, versions
 from tests.benchmarks.listening import listener
 from tests.benchmarks.measuring import (
@@ -24,6 +24,8 @@ from tests.benchmarks.measuring import (
 from tests.benchmarks.report import Table, megabytes, milliseconds, number, percent
 from tests.polling import until
 from tests.processes import HeldPort, run_command
+from tests.sinks.servers import Postgresql, ending
+from vodpoller.sinks.sql.postgresql import DIALECT as POSTGRESQL
 
 QUOTA_REQUESTS_PER_SEC = 100
 QUOTA_EVENTS_PER_SEC = 16 * QUOTA_REQUESTS_PER_SEC
@@ -88,7 +90,7 @@ HEADS = (
 
 
 def table_of(title, load, measurements):
-    loop = next((one for one in measurements if one.label == LOOPS[0].label), None)
+    loop = next((one for one in measurements if one.label.startswith(LOOPS[0].label)), None)
     return Table(title, HEADS, [_line(one, load, loop) for one in measurements])
 
 
@@ -305,6 +307,18 @@ def webhook(effort):
         )
 
 
+def postgresql(effort):
+    load = Load(options={"rtt_secs": 0.05}, backlog_per_sec=1700)
+    with ending(Postgresql()) as server:
+        sink = f'[sinks.rows]\ntype = "postgresql"\ndsn = "{server.dsn}"\n'
+        with server.connect() as db:
+            for statement in POSTGRESQL.ddl("vodpoller_events"):
+                db.execute(statement)
+        consumers = [Vodpoller(sinks=sink), SqlLoop(dsn=server.dsn)]
+        title = "A table of PostgreSQL on the same machine; 50 ms round trip, 100 requests/s"
+        return compare(effort, title, load, consumers)
+
+
 def slow_sink(effort):
     with webhook_receiver(effort.folder, answer_secs=3600) as url:
         hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{url}"\n'
@@ -480,6 +494,7 @@ ROWS = {
     "paced-unlimited": paced_unlimited,
     "http": http,
     "webhook": webhook,
+    "postgresql": postgresql,
     "slow-sink": slow_sink,
     "idle": idle,
     "start": start,

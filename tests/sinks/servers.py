@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -124,6 +124,15 @@ class Server:
         process = self._begin(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said, _ = process.communicate(timeout=PATIENCE_SECS)
         assert process.returncode == 0, said
+
+
+@contextmanager
+def ending(server):
+    """A server of one's own that ends with the block."""
+    try:
+        yield server
+    finally:
+        server.end()
 
 
 class Postgresql(Server):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.polling import until
 from tests.processes import canonical, running_system
-from tests.sinks.servers import Mariadb, Postgresql
+from tests.sinks.servers import Mariadb, Postgresql, ending
 from vodpoller.sinks.sql.mysql import DIALECT as MYSQL
 from vodpoller.sinks.sql.postgresql import DIALECT as POSTGRESQL
 
@@ -142,19 +142,15 @@ class Trial:
 def run(database, *, events, kills, seed, folder):
     """Feed events in portions; amid each, the server or the daemon is killed."""
     kind, dialect = DATABASES[database]
-    server = kind()
     began_at = time.monotonic()
-    try:
-        with running_system(folder) as system:
-            trial = Trial(system, server, dialect, seed)
-            portion = events // (2 * kills)
-            for _ in range(kills):
-                trial.kill_server_amid(portion)
-                trial.kill_daemon_amid(portion)
-            trial.feed(events - 2 * kills * portion)
-            return trial.result(kills, began_at)
-    finally:
-        server.end()
+    with ending(kind()) as server, running_system(folder) as system:
+        trial = Trial(system, server, dialect, seed)
+        portion = events // (2 * kills)
+        for _ in range(kills):
+            trial.kill_server_amid(portion)
+            trial.kill_daemon_amid(portion)
+        trial.feed(events - 2 * kills * portion)
+        return trial.result(kills, began_at)
 
 
 def main():
