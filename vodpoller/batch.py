@@ -1,13 +1,15 @@
-"""A batch: what one pull brought, with its lease. What pulls makes it, the pipeline processes it."""
+"""A batch: what one pull or callback brought, with its lease. What receives makes it, the pipeline processes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from vodpoller.events.event import Lease, Malformed, PulledEvent
 from vodpoller.journal.contract import Pulled
 from vodpoller.settlement import OnFailure, Unrouted
 from vodpoller.vod.answers import Pull
+
+TRIES_SECS: Final = 60.0  # VOD tries a callback three times, for 5 s each, as far as is known
 
 
 class Source(Protocol):
@@ -32,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one pull brought, on its way to being confirmed.
+    """What one pull or callback brought, on its way to being confirmed.
 
     Args:
         source: Where it is from.
@@ -41,6 +43,8 @@ class Batch:
         lease: The time in which the handles can be confirmed.
         received_at: Monotonic time at which the answer was there, in seconds.
         request_id: Tencent's RequestId of the pull, empty if the answer has none.
+        began_at: Of a callback, the monotonic time at which VOD's try began, in seconds; None for a pull.
+        is_untried: No sink is tried: what it brought is stored at once.
     """
 
     source: Source
@@ -49,6 +53,8 @@ class Batch:
     lease: Lease
     received_at: float
     request_id: str
+    began_at: float | None = None
+    is_untried: bool = False
 
     @classmethod
     def of(cls, source: Source, pull: Pull, received_at: float) -> Self:
@@ -70,7 +76,8 @@ class Batch:
         """
         return Pulled(
             source=self.source.name,
-            sent_ago_secs=now - self.lease.starts_at,
+            sent_ago_secs=now - (self.lease.starts_at if self.began_at is None else self.began_at),
             answered_ago_secs=now - self.received_at,
             lease_secs=self.lease.secs,
+            tries_secs=None if self.began_at is None else TRIES_SECS,
         )

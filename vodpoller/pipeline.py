@@ -5,13 +5,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from vodpoller.batch import Batch, Source
 from vodpoller.delivery.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.events.event import Event, Malformed, PulledEvent
+from vodpoller.events.event import Event, Lease, Malformed, PulledEvent
 from vodpoller.events.identity import has_own_id
 from vodpoller.events.snapshots import event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.events.types import documented_or_other
@@ -33,11 +33,15 @@ from vodpoller.settlement import (
 from vodpoller.telemetry import NO_SINK, Count, Duration, Labels, Telemetry
 from vodpoller.vod.confirm_queue import HANDLES_A_CALL
 from vodpoller.vod.confirmation import UNKNOWN, Confirmation
-from vodpoller.vod.confirmer import Confirmer
 
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1
 _UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
+_UNTRIED: Final = SinkResult(
+    outcome=Outcome.NOT_ATTEMPTED,
+    reason=Reason.QUEUE_FULL,
+    why="max_events_in_flight of the source were on their way: it was stored without trying the sink",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +73,21 @@ class _Item:
     @property
     def is_confirmed(self) -> bool:
         return self.confirmation is not None and self.confirmation.result is ConfirmResult.CONFIRMED
+
+
+class Confirms(Protocol):
+    """Lets VOD forget events: see `vod.confirmer.Confirmer`, and for callbacks `callback.receiver`."""
+
+    def confirm(
+        self,
+        source: str,
+        sub_app_id: int | None,
+        handles: Sequence[str],
+        lease: Lease,
+        *,
+        on_acknowledged: Callable[[Sequence[str]], None],
+    ) -> Mapping[str, Confirmation]:
+        """Confirm handles; what came of each. Calls `on_acknowledged` with those that VOD does not bring again."""
 
 
 class _LeftEvents:
@@ -125,7 +144,7 @@ class Pipeline:
         workers: Mapping[str, Worker],
         in_flight: InFlight,
         journal: Journal,
-        confirmer: Confirmer,
+        confirmer: Confirms,
         confirm_reserve_secs: float,
         requests_per_sec: float,
         telemetry: Telemetry,
@@ -146,12 +165,15 @@ class Pipeline:
         self.unconfirmed_events = 0
         self.last_confirm_at = 0.0
 
-    def process(self, batch: Batch, wait: DeliveryWait) -> None:
+    def process(self, batch: Batch, wait: DeliveryWait) -> bool:
         """See a batch through. Whatever happens on the way, each of its events ends with its line.
 
         Args:
-            batch: What was pulled.
+            batch: What was pulled or received.
             wait: What this thread waits on while sinks are at work, so that others can interrupt it.
+
+        Returns:
+            Whether VOD has forgotten all of it.
         """
         items: list[_Item] = []
         try:
@@ -164,6 +186,7 @@ class Pipeline:
             self._confirm(items, batch)
         finally:
             self._finish(items, batch)
+        return all(item.is_acknowledged for item in items)
 
     # --- route ------------------------------------------------------------------------------------------------------
 
@@ -268,6 +291,9 @@ class Pipeline:
         wanted = [(item, sink) for item in items for sink in item.wanted]
         if not wanted:
             return
+        if batch.is_untried:
+            self._leave_untried(wanted)
+            return
         deliveries = [Delivery(item.event, sink, deadline=deadline) for item, sink in wanted]
         with self._in_flight.claim(deliveries, wait) as claims:
             known = self._submit_unknown([claim.delivery for claim in claims if not claim.joined])
@@ -275,6 +301,19 @@ class Pipeline:
         for (item, sink), claim in zip(wanted, claims, strict=True):
             item.results[sink] = _result_of(claim, ended)
             item.redelivered |= (item.event.key, sink) in known or (claim.joined and claim.delivery not in deliveries)
+
+    def _leave_untried(self, wanted: Sequence[tuple[_Item, str]]) -> None:
+        """Have it stored what no sink has and the journal does not hold."""
+        try:
+            known = self._journal.known((item.event.key, sink) for item, sink in wanted)
+        except StorageError as error:
+            for item, sink in wanted:
+                item.results[sink] = _unknown(error)
+            return
+        for item, sink in wanted:
+            found = known.get((item.event.key, sink))
+            item.results[sink] = _UNTRIED if found is None else _KNOWN_ALREADY[found]
+            item.redelivered |= found is not None
 
     def _submit_unknown(self, fresh: Sequence[Delivery]) -> Collection[tuple[bytes, str]]:
         """Hand over what no sink has and the journal does not hold; the rest is complete by what the journal knows.
@@ -286,18 +325,15 @@ class Pipeline:
             known = self._journal.known((delivery.event.key, delivery.sink) for delivery in fresh)
         except StorageError as error:
             # What was delivered already cannot be told: the events stay with VOD, unless they can be stored.
-            unknown = SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=Reason.JOURNAL_FAILED, why=str(error))
-            self._in_flight.complete(fresh, unknown)
+            self._in_flight.complete(fresh, _unknown(error))
             return ()
         by_sink: dict[str, list[Delivery]] = {}
         for delivery in fresh:
-            match known.get((delivery.event.key, delivery.sink)):
-                case None:
-                    by_sink.setdefault(delivery.sink, []).append(delivery)
-                case Known.ACCEPTED:
-                    self._in_flight.complete((delivery,), ALREADY_DELIVERED)
-                case Known.PENDING | Known.DEAD:
-                    self._in_flight.complete((delivery,), ALREADY_STORED)
+            found = known.get((delivery.event.key, delivery.sink))
+            if found is None:
+                by_sink.setdefault(delivery.sink, []).append(delivery)
+            else:
+                self._in_flight.complete((delivery,), _KNOWN_ALREADY[found])
         for sink, deliveries in by_sink.items():
             self._workers[sink].submit(deliveries)
         return known.keys()
@@ -409,6 +445,17 @@ def _numbers(items: Iterable[_Item], of_source: tuple[str, str], *, is_over: boo
         for letter in item.dead_letters:
             numbers[Count.DEAD_LETTERS_CREATED, (("reason", letter.reason), ("sink", letter.sink or NO_SINK))] += 1
     return numbers
+
+
+_KNOWN_ALREADY: Final[Mapping[Known, SinkResult]] = {
+    Known.ACCEPTED: ALREADY_DELIVERED,
+    Known.PENDING: ALREADY_STORED,
+    Known.DEAD: ALREADY_STORED,
+}
+
+
+def _unknown(error: StorageError) -> SinkResult:
+    return SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=Reason.JOURNAL_FAILED, why=str(error))
 
 
 def _delivery_outcome(result: SinkResult, verdict: Verdict) -> str:

@@ -217,3 +217,59 @@ def test_keys_are_made_of_content_and_chance():
     assert new is one
     assert len(one.key) == 32
     assert one.key != content_key
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+def received(scene, *, began, whole=None):
+    """A callback of the one content; returns its key."""
+    found, _ = scene.occurrences.identify(
+        [b"c"],
+        source=SOURCE,
+        sent_at=began,
+        answered_at=began if whole is None else whole,
+        lease_secs=4.0,
+        tries_secs=60.0,
+    )
+    return found[0].key
+
+
+def test_a_callback_that_comes_while_an_equal_one_is_held_is_another(scene):
+    assert received(scene, began=100) != received(scene, began=103)
+
+
+def test_a_callback_that_was_not_answered_comes_again_as_the_same(scene):
+    keys = {received(scene, began=at) for at in (100, 105, 110)}
+    assert len(keys) == 1
+
+
+def test_each_try_begins_the_minute_anew(scene):
+    assert received(scene, began=100) == received(scene, began=159) == received(scene, began=218)
+
+
+def test_a_minute_after_its_last_try_equal_content_is_another(scene):
+    assert received(scene, began=100) != received(scene, began=160)
+
+
+def test_a_callback_that_was_answered_is_over(scene):
+    first = received(scene, began=100)
+    scene.occurrences.forget([first])
+    assert received(scene, began=105) != first
+
+
+def test_a_callback_of_before_the_start_may_come_again_for_a_minute():
+    for at, is_same in ((30, True), (61, False)):
+        scene = Scene()
+        scene.occurrences.add(
+            Occurrence(key=b"k", content_key=b"c", source=SOURCE, lease_ends_at=0.0, leased_until=-inf)
+        )
+        assert (received(scene, began=at) == b"k") is is_same, at
+
+
+def test_a_clock_that_was_set_back_does_not_prolong_the_minute():
+    scene = Scene()
+    scene.occurrences.add(
+        Occurrence(key=b"k", content_key=b"c", source=SOURCE, lease_ends_at=3600.0, leased_until=-inf)
+    )
+    assert received(scene, began=61) != b"k"

@@ -14,6 +14,9 @@ was sent that brings this arrival: of two pulls that were outstanding together e
 nothing within a lease of the start, or of an answer that was lost: VOD may have handed the event out unseen, also
 after the connection broke, for as long as it holds a pull. A lease later what it proves is for good: a pull that was
 outstanding when it came has been answered or lost by then, and what that one brought is leased anew.
+
+Of a source that receives callbacks there are no empty answers: VOD tries three times, each for 5 s, so that one minute
+after its last try began VOD does not bring an occurrence any more.
 """
 
 import hashlib
@@ -151,7 +154,14 @@ class Occurrences:
             self._add(occurrence)
 
     def identify(
-        self, content_keys: Sequence[bytes], *, source: str, sent_at: float, answered_at: float, lease_secs: float
+        self,
+        content_keys: Sequence[bytes],
+        *,
+        source: str,
+        sent_at: float,
+        answered_at: float,
+        lease_secs: float,
+        tries_secs: float | None = None,
     ) -> tuple[list[Occurrence], list[Occurrence]]:
         """Say which occurrences an answer brings, and renew their leases.
 
@@ -161,6 +171,8 @@ class Occurrences:
             sent_at: Monotonic time at which the pull was sent, in seconds.
             answered_at: Monotonic time at which its answer came, in seconds.
             lease_secs: How long a lease lasts.
+            tries_secs: For a callback: VOD does not bring an occurrence again this long after its last try began. None
+                if empty answers tell what it does not have any more.
 
         Returns:
             The occurrences, in the order of the events, each once; and those among them that are new.
@@ -168,14 +180,16 @@ class Occurrences:
         found: list[Occurrence] = []
         new: list[Occurrence] = []
         with self._lock:
-            gone_before = self._pulls_of(source).gone_before(sent_at, lease_secs)
+            gone_before = -inf if tries_secs is not None else self._pulls_of(source).gone_before(sent_at, lease_secs)
             old = {
                 content_key: iter(
                     sorted(
                         (
                             it
                             for it in self._by_content.get(content_key, {}).values()
-                            if self._lease_ends_at(it, lease_secs) <= answered_at and not it.was_over_at(gone_before)
+                            if self._lease_ends_at(it, lease_secs) <= answered_at
+                            and not it.was_over_at(gone_before)
+                            and (tries_secs is None or answered_at < self._began_at(it, lease_secs) + tries_secs)
                         ),
                         # Of equal ones it does not matter which is which, but one that is not taken may be proved gone
                         # before its event comes: so the one of which that would happen first.
@@ -208,6 +222,11 @@ class Occurrences:
         # too early does no harm: no thread holds its handle any more, and what comes later is a new one then.
         ends_at = occurrence.lease_ends_at - _CLOCK_SLACK_SECS
         return ends_at if ends_at <= self._started_at + lease_secs else -inf
+
+    def _began_at(self, occurrence: Occurrence, lease_secs: float) -> float:
+        """When the callback began that brought it last; before the start, whatever the wall clock says of it."""
+        began_at = occurrence.lease_ends_at - lease_secs
+        return began_at if occurrence.leased_until > -inf else min(began_at, self._started_at)
 
     def forget(self, keys: Iterable[bytes]) -> list[bytes]:
         """VOD will not bring these again, or they were never delivered.

@@ -52,12 +52,15 @@ class Pulled:
         sent_ago_secs: How long ago its pull was sent, after any wait for the limiter.
         answered_ago_secs: How long ago it came.
         lease_secs: How long the lease lasts that began when the pull was sent.
+        tries_secs: For a callback: VOD does not bring an event again this long after its last try began. None if empty
+            answers tell what it does not have any more.
     """
 
     source: str
     sent_ago_secs: float
     answered_ago_secs: float
     lease_secs: float
+    tries_secs: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,6 +162,7 @@ class SqliteJournal(Journal):
             sent_at=now - pulled.sent_ago_secs,
             answered_at=now - pulled.answered_ago_secs,
             lease_secs=pulled.lease_secs,
+            tries_secs=pulled.tries_secs,
         )
         again = [(lease_ends_at, occurrence.key) for occurrence in found if occurrence not in new]
         if again:
