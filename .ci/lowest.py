@@ -26,6 +26,6 @@ def lowest(requirement: str) -> str:
 if __name__ == "__main__":
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    named = [requirement for extra in ("listener", "mysql", "postgresql") for requirement in extras[extra]]
+    named = [requirement for extra in ("callback", "listener", "mysql", "postgresql") for requirement in extras[extra]]
     requirements = [*project["dependencies"], *named]
     sys.stdout.writelines(f"{lowest(requirement)}\n" for requirement in requirements)

@@ -1,13 +1,14 @@
 """What runs with one configuration: built from it, started, looked at, and ended in order."""
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vodpoller import __version__
 from vodpoller.clock import SteadyClock
@@ -22,12 +23,12 @@ from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
 from vodpoller.once import Once
 from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
-from vodpoller.pipeline import Pipeline
+from vodpoller.pipeline import Confirms, Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router
 from vodpoller.sinks.contract import Sink
-from vodpoller.status import CredentialsStatus, JournalStatus, Status, StoredStatus
+from vodpoller.status import CredentialsStatus, JournalStatus, SourceStatus, Status, StoredStatus
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.upkeep import Upkeep
@@ -35,10 +36,26 @@ from vodpoller.vod.client import VodClient
 from vodpoller.vod.confirmer import Confirmer
 from vodpoller.vod.refresher import Refresher, issuer_of
 
+if TYPE_CHECKING:
+    from vodpoller.callback.receiver import Receiver
+
 OVERDUE_SECS: Final = 30.0
 LAST_SECS: Final = 5.0
 CONFIRM_SECS: Final = 2.0
 LAST_CHANCE_SECS: Final = 0.2
+
+
+class Intake(Protocol):
+    """What takes in events: pulls them, or receives them."""
+
+    def stop(self) -> None:
+        """Take in nothing more."""
+
+    def hurry(self) -> None:
+        """Let nothing wait for a sink any longer."""
+
+    def join(self, timeout_secs: float) -> bool:
+        """Wait until all that was taken in is seen through. Returns whether it is."""
 
 
 class Daemon:
@@ -50,6 +67,7 @@ class Daemon:
         notifier: The service manager, if there is one.
         signals: What asks for the end, maybe before the daemon is open; None for its own, caught when it runs.
         clock: The process's, in seconds since 1970; None for one of its own.
+        sockets: They listen for callbacks, by address; they stay open when the daemon ends.
 
     Raises:
         ConfigError: A sink cannot be opened.
@@ -66,6 +84,7 @@ class Daemon:
         notifier: Notifier,
         signals: Signals | None = None,
         clock: SteadyClock | None = None,
+        sockets: Mapping[str, socket.socket] | None = None,
     ) -> None:
         self._config = config
         self._log = log = telemetry.log
@@ -101,8 +120,9 @@ class Daemon:
             liveness=self._liveness,
             reserve_secs=config.api.confirm_reserve_secs,
         )
-        self._pipeline = self._new_pipeline()
-        self._pollers = [self._poller(source) for source in config.sources]
+        self._pipeline = self._new_pipeline(self._confirmer, config.api.confirm_reserve_secs)
+        self._pollers = [self._poller(source) for source in config.pulled]
+        self._receiver = self._new_receiver(sockets or {}) if config.callbacks and sockets else None
         self._retrier = self._new_retrier()
         self._upkeep = self._new_upkeep()
 
@@ -136,7 +156,7 @@ class Daemon:
         )
 
     def _new_upkeep(self) -> Upkeep:
-        intervals = (source.interval_secs for source in self._config.sources)
+        intervals = (source.interval_secs for source in self._config.pulled)
         return Upkeep(
             journal=self._journal,
             retrier=self._retrier,
@@ -145,7 +165,7 @@ class Daemon:
             telemetry=self._telemetry,
             wall=self._clock,
             queues=self._queues() if self._config.listener.address else None,
-            modes={it.name: partial(self._mode, it.sub_app_id) for it in self._config.sources},
+            modes={it.name: partial(self._mode, it.sub_app_id) for it in self._config.pulled},
         )
 
     def _worker(self, name: str, sink: Sink[Any]) -> Worker:
@@ -171,14 +191,14 @@ class Daemon:
             telemetry=self._telemetry,
         )
 
-    def _new_pipeline(self) -> Pipeline:
+    def _new_pipeline(self, confirmer: Confirms, reserve_secs: float) -> Pipeline:
         return Pipeline(
             router=Router(self._config.routes),
             workers=self._workers,
             in_flight=self._in_flight,
             journal=self._journal,
-            confirmer=self._confirmer,
-            confirm_reserve_secs=self._config.api.confirm_reserve_secs,
+            confirmer=confirmer,
+            confirm_reserve_secs=reserve_secs,
             requests_per_sec=self._config.api.requests_per_sec,
             telemetry=self._telemetry,
             wall=self._clock,
@@ -198,11 +218,25 @@ class Daemon:
             wall=self._clock,
         )
 
+    def _new_receiver(self, sockets: Mapping[str, socket.socket]) -> "Receiver":
+        from vodpoller.callback.receiver import RESERVE_SECS, Answers, Receiver  # noqa: PLC0415 - h11 may be missing
+
+        answers = Answers()
+        return Receiver(
+            self._config.callbacks,
+            sockets,
+            pipeline=self._new_pipeline(answers, RESERVE_SECS),
+            answers=answers,
+            telemetry=self._telemetry,
+            liveness=self._liveness,
+            wall=self._clock,
+        )
+
     def _mode(self, sub_app_id: int | None) -> str:
         return self._vod.event_config(sub_app_id).mode
 
     def _queues(self) -> Mapping[str, Callable[[], int]]:
-        return {it.name: partial(self._vod.waiting_events, it.sub_app_id) for it in self._config.sources}
+        return {it.name: partial(self._vod.waiting_events, it.sub_app_id) for it in self._config.pulled}
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -217,9 +251,11 @@ class Daemon:
             worker.start()
         self._started_at = self._clock()
         self._upkeep.start()
+        if self._receiver is not None:
+            self._receiver.start()
         self._log.info(
             "daemon.started",
-            sources=[poller.name for poller in self._pollers],
+            sources=[source.name for source in self._config.sources],
             sinks=list(self._workers),
             endpoint=self._config.api.endpoint,
         )
@@ -251,7 +287,7 @@ class Daemon:
             signals=self._signals,
             log=self._log,
         )
-        drained = [once.pull_until_empty(source, max_secs) for source in self._config.sources if max_secs]
+        drained = [once.pull_until_empty(source, max_secs) for source in self._config.pulled if max_secs]
         once.deliver_due(progress)
         try:
             pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
@@ -297,7 +333,7 @@ class Daemon:
 
     def mark(self) -> None:
         """Record the times of the last pull and confirm for a `vodpoller status` that finds no daemon."""
-        last_pull_at = max(poller.last_pull_at for poller in self._pollers)
+        last_pull_at = max((poller.last_pull_at for poller in self._pollers), default=0.0)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
                 self._journal.mark(name, self._clock() - at)
@@ -347,12 +383,20 @@ class Daemon:
             started_at=self._started_at,
             at=self._clock(),
             settled_events=self.settled_events,
-            sources=[replace(it.status(), is_pushed=it.name in self._upkeep.pushed) for it in self._pollers],
+            sources=self._sources(),
             sinks=[worker.status() for worker in self._workers.values()],
             stored=stored,
             journal=journal,
             credentials=self._refresher.status() if self._refresher else CredentialsStatus(),
         )
+
+    def _sources(self) -> list[SourceStatus]:
+        """In the configuration's order."""
+        found = [replace(it.status(), is_pushed=it.name in self._upkeep.pushed) for it in self._pollers]
+        if self._receiver is not None:
+            found += self._receiver.status()
+        order = {source.name: at for at, source in enumerate(self._config.sources)}
+        return sorted(found, key=lambda it: order[it.name])
 
     # --- what an operator may have changed ---------------------------------------------------------------------------
 
@@ -399,19 +443,10 @@ class Daemon:
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
         self._upkeep.stop()
         self._vod.stop_pulling()
-        for poller in self._pollers:
-            poller.stop()
-        ended = [poller.join(ends_at - LAST_SECS - time.monotonic()) for poller in self._pollers]
-        if not all(ended):
-            for poller in self._pollers:
-                poller.hurry()
-            ended = [poller.join(ends_at - CONFIRM_SECS - time.monotonic()) for poller in self._pollers]
-        if not all(ended):
-            self._confirmer.stop(ends_at)
-            ended = [poller.join(ends_at - 1 - time.monotonic()) for poller in self._pollers]
+        ended = self._stop_intakes(ends_at)
         for worker in self._workers.values():
             worker.stop()
-        stuck = [f"source {it.name}" for it, has_ended in zip(self._pollers, ended, strict=True) if not has_ended]
+        stuck = [name for name, has_ended in ended.items() if not has_ended]
         stuck_sinks = close_sinks(self._sinks, self._workers, ends_at=ends_at, log=self._log)
         self._retrier.end()
         if not self._upkeep.join(ends_at - time.monotonic()):
@@ -428,6 +463,38 @@ class Daemon:
             self._refresher.stop()
         self._vod.close()
         return [*stuck, *(f"sink {name}" for name in stuck_sinks)]
+
+    def _stop_intakes(self, ends_at: float) -> Mapping[str, bool]:
+        """Let no event in any more, and see those through that are.
+
+        Args:
+            ends_at: Monotonic time at which the stop ends, in seconds.
+
+        Returns:
+            By its name, whether all threads have ended of what takes in events.
+        """
+        intakes: dict[str, Intake] = {f"source {poller.name}": poller for poller in self._pollers}
+        if self._receiver is not None:
+            intakes["callbacks"] = self._receiver
+
+        def joined(until: float) -> dict[str, bool]:
+            return {name: intake.join(until - time.monotonic()) for name, intake in intakes.items()}
+
+        for intake in intakes.values():
+            intake.stop()
+        ended = joined(ends_at - LAST_SECS)
+        if not all(ended.values()):
+            for intake in intakes.values():
+                intake.hurry()
+            ended = joined(ends_at - CONFIRM_SECS)
+        if not all(ended.values()):
+            self._confirmer.stop(ends_at)
+            ended = joined(ends_at - 1)
+        if self._receiver is not None:
+            self._receiver.close()
+            # A connection that is open at last is not a reason to go on: only a thread is.
+            ended["callbacks"] = self._receiver.join(LAST_CHANCE_SECS)
+        return ended
 
     def _write_last(self) -> None:
         self._retrier.stop()

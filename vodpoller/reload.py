@@ -1,7 +1,7 @@
 """Whether a configuration may take the place of the one that runs: looked at before anything is stopped."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,9 @@ PROBES_SECS: Final = 20.0
 PROBES_AT_ONCE: Final = 32
 
 
-def check_successor(new: Config, running: Config, log: Logger, *, trouble: str = "") -> None:
+def check_successor(
+    new: Config, running: Config, log: Logger, *, trouble: str = "", of_sockets: Iterable[str] = ()
+) -> None:
     """Look for what speaks against a configuration. It is valid, and another than the one that runs.
 
     Args:
@@ -25,6 +27,7 @@ def check_successor(new: Config, running: Config, log: Logger, *, trouble: str =
         running: The one whose place it would take.
         log: For the lines of what is tried.
         trouble: Why the journal that runs cannot be written; empty if it can.
+        of_sockets: What speaks against listening where the configuration wants callbacks to come in.
 
     Raises:
         ConfigError: Something does; it holds all that does.
@@ -33,6 +36,7 @@ def check_successor(new: Config, running: Config, log: Logger, *, trouble: str =
         *_problems_of_trouble(new, running, trouble),
         *problems_of_journal(new, running.journal.path),
         *_problems_of_address(new.listener.address, running.listener.address),
+        *of_sockets,
         *_problems_of_sinks(new, log),
     ]
     if problems:

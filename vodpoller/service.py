@@ -6,6 +6,7 @@ A reload puts another daemon in the place of the one that runs: `Service._reload
 import gc
 import math
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, TypeVar
 
 from vodpoller import __version__
+from vodpoller.callback.sockets import CallbackSockets
 from vodpoller.clock import SteadyClock
 from vodpoller.config.model import Config
 from vodpoller.daemon import Daemon
@@ -44,7 +46,14 @@ class Build(Protocol):
     """Opens what a configuration describes; see `Daemon`, which is the one that is used."""
 
     def __call__(
-        self, config: Config, *, telemetry: Telemetry, notifier: Notifier, signals: Signals, clock: SteadyClock
+        self,
+        config: Config,
+        *,
+        telemetry: Telemetry,
+        notifier: Notifier,
+        signals: Signals,
+        clock: SteadyClock,
+        sockets: Mapping[str, socket.socket],
     ) -> Daemon:
         """A daemon that is open and not started."""
 
@@ -66,6 +75,7 @@ class Service:
         build: Opens the daemon.
         handover: What the process passed on to itself when it executed itself anew.
         execute: Executes it anew.
+        passed: Sockets that the service manager has opened.
 
     Raises:
         ConfigError, JournalError, StorageError, StoppingError: As of the daemon, which cannot be opened.
@@ -82,6 +92,7 @@ class Service:
         build: Build = Daemon,
         handover: Handover | None = None,
         execute: Callable[[Handover, Signals], NoReturn] = execute_anew,
+        passed: Sequence[socket.socket] = (),
     ) -> None:
         handover = handover or Handover()
         self._left_behind = handover.stuck
@@ -106,6 +117,7 @@ class Service:
         self._listening = Listening(
             lambda: self._view() if self._is_built else None, telemetry=self._telemetry, inherited=self._inherited
         )
+        self._sockets = CallbackSockets(inherited=self._inherited, passed=passed)
         self._is_built = self._is_ready = False
         self._askers_lock = threading.Lock()
         self._askers = [Asker(connection) for connection in handover.askers()]
@@ -116,6 +128,7 @@ class Service:
             self._daemon: Daemon | None = self._built(config)
         except BaseException:
             self._listening.close()
+            self._sockets.close()
             raise
         self._started_at = self._clock()
         self._last_status = self._of_process(self._daemon.known_status())  # of the last one that was stopped
@@ -154,6 +167,7 @@ class Service:
         """Start what the constructor has opened."""
         self._open_status_socket()
         self._listening.follow(self._config.listener.address)
+        self._sockets.keep(self._config.callback_addresses)
         while self._inherited:
             self._inherited.popitem()[1].close()  # where nothing listens any more
         daemon.start()
@@ -188,6 +202,7 @@ class Service:
         if self._status_socket is not None:
             self._status_socket.close()
         self._listening.close()
+        self._sockets.close()
         self._log.info("daemon.stopped", events=self._telemetry.total(Count.EVENTS_SETTLED))
         return self._exit_code
 
@@ -247,7 +262,13 @@ class Service:
         try:
             new = self._read()
             if new != self._config:
-                check_successor(new, self._config, self._log, trouble=daemon.known_status().journal.error)
+                check_successor(
+                    new,
+                    self._config,
+                    self._log,
+                    trouble=daemon.known_status().journal.error,
+                    of_sockets=self._sockets.problems(new.callback_addresses),
+                )
         except ConfigError:
             raise
         except Exception as error:
@@ -282,7 +303,7 @@ class Service:
         return daemon
 
     def _go_on_anew(self, stuck: Sequence[str], askers: Sequence[Asker]) -> NoReturn:
-        listening = self._listening.handed_over()
+        listening = self._listening.handed_over() | self._sockets.handed_over()
         if self._status_socket is not None:
             listening[str(self._status_socket.path)] = self._status_socket.fileno()
         with self._askers_lock:
@@ -313,6 +334,7 @@ class Service:
         self._config, self._log, self._daemon = config, self._telemetry.log, daemon
         self._open_status_socket()
         self._listening.follow(config.listener.address)
+        self._sockets.keep(config.callback_addresses)
 
     def _run_again(self, former: Config) -> None:
         """After a configuration could not be built: have the former one again, or end."""
@@ -331,6 +353,7 @@ class Service:
             notifier=self._notifier,
             signals=self._signals,
             clock=self._clock,
+            sockets=self._sockets.open(config.callback_addresses),
         )
 
     def _done(self, *, changed: bool, stuck: Sequence[str] = ()) -> Mapping[str, Any]:

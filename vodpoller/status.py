@@ -47,6 +47,10 @@ class SourceStatus:
         remedy: What to do about it.
         last_error: The last pull that failed, also if pulling works again; None if none did since the start.
         is_pushed: Whether VOD sends the application's events to a URL: then none can be pulled.
+        type: "pull", or "callback": then only what follows is of it.
+        last_callback_at: When the last callback was processed; None for never.
+        callbacks_in_flight: Number of callbacks that are being processed.
+        connections: Number of open connections at its address.
     """
 
     name: str
@@ -60,6 +64,10 @@ class SourceStatus:
     remedy: str = ""
     last_error: PullError | None = None
     is_pushed: bool = False
+    type: str = "pull"
+    last_callback_at: float | None = None
+    callbacks_in_flight: int = 0
+    connections: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,6 +275,8 @@ class Status:
     def _source_problems(self) -> Iterator[Problem]:
         started_at = max(self.started_at, self.reload.built_at)
         for source in self.sources:
+            if source.type == "callback":  # that nothing comes is not a problem: there may be nothing
+                continue
             if source.is_pushed:
                 yield Problem(
                     what=f"source {source.name}",
@@ -393,6 +403,8 @@ class SilentStatus:
 
 
 def _pulling(source: SourceStatus) -> str:
+    if source.type == "callback":
+        return "receiving"
     return f"cannot pull: {' | '.join(filter(None, (source.error, source.remedy)))}" if source.error else "pulling"
 
 

@@ -1,9 +1,29 @@
-"""The notify protocol of systemd (sd_notify(3)): datagrams to the socket that `$NOTIFY_SOCKET` names."""
+"""What systemd and a service say to each other: the notify protocol (sd_notify(3)), sockets that are passed on."""
 
+import fcntl
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Final
+
+_FIRST_PASSED: Final = 3  # SD_LISTEN_FDS_START
+
+
+def passed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The sockets that the service manager has opened for this process (sd_listen_fds(3)).
+
+    Args:
+        environ: Of the process. What says so is taken out: it is not for its children.
+    """
+    pid, number = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not number.isdecimal():
+        return []
+    passed = range(_FIRST_PASSED, _FIRST_PASSED + int(number))
+    for fd in passed:
+        fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    return [socket.socket(fileno=fd) for fd in passed]
 
 
 class Notifier:

@@ -16,10 +16,11 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from vodpoller.config import load as config
 from vodpoller.config import permissions, validation
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.credentials import KEYS_OF_A_GIVEN_KEY, KEYS_OF_ROLES
 from vodpoller.config.model import Config
 from vodpoller.config.schema import json_schema
-from vodpoller.config.tables import TABLES
+from vodpoller.config.tables import TABLES, AnySource
 from vodpoller.errors import ConfigError
 from vodpoller.secret import HasSecrets, Secret
 from vodpoller.sinks.contract import SinkConfig
@@ -1036,6 +1037,7 @@ def test_a_minimal_file_gets_the_documented_defaults(tmp_path):
     }
     assert loaded.sources[0].model_dump() == {
         "name": "main",
+        "type": "pull",
         "sub_app_id": None,
         "interval_secs": 1,
         "long_poll": True,
@@ -1126,7 +1128,8 @@ _OPTIONAL = re.compile(r"# (?=[a-z_]+ = |\[)")
 def models() -> dict[str, type[BaseModel]]:
     """The model of every table that can be in the file: by the table's name, a sink's by its type."""
     tables = {name: model for name, model in TABLES.items() if name != "sinks"}
-    return {**tables, **{name: available_sinks()[name].load().Config for name in BUILT_IN}}
+    own = {"callback": CallbackSource, **{name: available_sinks()[name].load().Config for name in BUILT_IN}}
+    return tables | own
 
 
 def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
@@ -1136,7 +1139,7 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
     for table in (data["api"], *data["sinks"].values()):
         if "ca_file" in table:
             table["ca_file"] = DEFAULT_CA_BUNDLE_PATH
-    for table in (data["credentials"], *data["sinks"].values()):
+    for table in (data["credentials"], *data["sources"], *data["sinks"].values()):
         for twin in [key for key in table if f"{key}_file" in table]:
             name = table[f"{twin}_file"]
             secret = "https://app.example/" if twin == "url" else SECRETS.get(name, WEBHOOK_SECRET)
@@ -1166,19 +1169,26 @@ def test_the_example_is_valid_with_every_optional_line(tmp_path, files, provider
     assert len(loaded.routes) == 3
 
 
-@pytest.mark.parametrize("name", [*(name for name in TABLES if name != "sinks"), *BUILT_IN])
+@pytest.mark.parametrize("name", [*(name for name in TABLES if name != "sinks"), "callback", *BUILT_IN])
 def test_the_example_has_every_key_with_its_default(tmp_path, name):
     data = example_with_everything(files=True, folder=tmp_path)
     bare = example_with_everything(files=False, folder=tmp_path)
     tables: list[dict[str, Any]] = []
     for whole in (data, bare):
-        found = [sink for sink in whole["sinks"].values() if sink["type"] == name] if name in BUILT_IN else whole[name]
-        tables += found if isinstance(found, list) else [found]
+        if name in BUILT_IN:
+            tables += [sink for sink in whole["sinks"].values() if sink["type"] == name]
+        elif name in ("sources", "callback"):
+            is_callback = name == "callback"
+            tables += [it for it in whole["sources"] if (it["type"] == "callback") == is_callback]
+        else:
+            tables += whole[name] if isinstance(whole[name], list) else [whole[name]]
     shown = {key: value for table in tables for key, value in table.items()}
     # What all sinks have in common is shown at the first one.
     common = set(SinkConfig.model_fields) if name in BUILT_IN and name != "file" else set()
     if name in ("mysql", "sqlite"):  # their keys are shown at "postgresql"
         common |= set(SqlConfig.model_fields)
+    if name == "callback":
+        common = set(AnySource.model_fields)
     model = models()[name]
     assert set(shown) - common == set(model.model_fields) - common
     for key, field in model.model_fields.items():

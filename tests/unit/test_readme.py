@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
 from vodpoller.cli.app import main
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.load import load
-from vodpoller.config.tables import TABLES
+from vodpoller.config.tables import TABLES, AnySource
 from vodpoller.events.event import Event
 from vodpoller.logs import CATALOGUE
 from vodpoller.settlement import ConfirmResult, Reason
@@ -31,7 +32,7 @@ CHINESE = OPERATING.with_suffix(".zh.md")
 LISTENER = ROOT / "vodpoller" / "listener" / "README.md"
 PAGES = (README, KEYS, SINKS, LISTENER, TESTS, OPERATING, CHINESE)
 TEXT = "\n".join(page.read_text() for page in PAGES)
-HEADS = {"sources": "`[[sources]]`", "routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
+HEADS = {"routes": "`[[routes]]`", "sinks": "`[sinks.NAME]`, every type"}
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -84,6 +85,12 @@ def _rows(head: str, fields: typing.Mapping[str, FieldInfo]) -> list[str]:
 def table_of_keys() -> str:
     rows: list[str] = []
     for name, model in TABLES.items():
+        if name == "sources":
+            rows += _rows("`[[sources]]`, every type", AnySource.model_fields)
+            for kind, fields in (("pull", model.model_fields), ("callback", CallbackSource.model_fields)):
+                own = {key: field for key, field in fields.items() if key not in AnySource.model_fields}
+                rows += _rows(f'`[[sources]]` with `type = "{kind}"`', own)
+            continue
         rows += _rows(HEADS.get(name, f"`[{name}]`"), model.model_fields)
         if model is SinkConfig:
             for sink, point in sorted(available_sinks().items()):

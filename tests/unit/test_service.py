@@ -177,7 +177,7 @@ class Running:
             raise self.next_config
         return self.next_config() if callable(self.next_config) else self.next_config
 
-    def build(self, config, *, telemetry, notifier, signals, clock):
+    def build(self, config, *, telemetry, notifier, signals, clock, sockets):
         name = next(iter(config.sinks))
         errors = self.build_errors.get(name)
         self.done.append(f"build {name}")

@@ -37,10 +37,11 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         log=log,
     )
     try:
-        for source in config.sources if refresher is None or refresher.status().is_usable else ():
+        for source in config.pulled if refresher is None or refresher.status().is_usable else ():
             yield from check_source(vod, source, config.routes)
-        yield check_clock(vod)
-        yield from check_endpoint(vod, time.time())
+        if config.pulled:
+            yield check_clock(vod)
+            yield from check_endpoint(vod, time.time())
     finally:
         vod.close()
         if refresher is not None:

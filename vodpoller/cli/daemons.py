@@ -21,7 +21,7 @@ from vodpoller.journal.schema import SCHEMA_VERSION
 from vodpoller.logs import LineLogger
 from vodpoller.process import Signals
 from vodpoller.service import Service
-from vodpoller.systemd import Notifier
+from vodpoller.systemd import Notifier, passed_sockets
 from vodpoller.telemetry import Telemetry
 
 _COPIES: Final = tuple(f".v{version}" for version in range(1, SCHEMA_VERSION))  # of journals of earlier versions
@@ -35,6 +35,7 @@ def open_service(path: Path, signals: Signals) -> Service:
         signals: The signals that were received.
     """
     handover = Handover.of(os.environ)
+    passed = passed_sockets(os.environ)
     lines = LineLogger(sys.stderr)
     with _exit_if_it_fails(exit_code_if_stopped=0):
         return Service(
@@ -45,6 +46,7 @@ def open_service(path: Path, signals: Signals) -> Service:
             signals=signals,
             build=_build,
             handover=handover,
+            passed=passed,
         )
 
 

@@ -14,7 +14,7 @@ from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
 from vodpoller.cli.failure import fail
 from vodpoller.config.load import load_routing
 from vodpoller.config.model import Routing
-from vodpoller.config.tables import Source
+from vodpoller.config.tables import AnySource
 from vodpoller.errors import ConfigError
 from vodpoller.events.event import Event
 from vodpoller.events.identity import has_own_id
@@ -62,7 +62,7 @@ def route(paths: tuple[str, ...], config_path: Path, *, source_name: str | None,
         sys.exit(EXIT_FAILURE)
 
 
-def _source_of(routing: Routing, name: str | None) -> Source:
+def _source_of(routing: Routing, name: str | None) -> AnySource:
     names = ", ".join(source.name for source in routing.sources)
     if name is None:
         if len(routing.sources) > 1:
@@ -74,7 +74,7 @@ def _source_of(routing: Routing, name: str | None) -> Source:
     raise click.BadParameter(f"no source of the configuration is {name!r} (there are: {names})", param_hint="--source")
 
 
-def _events_of(path: str, source: Source) -> Iterator[FoundEvent]:
+def _events_of(path: str, source: AnySource) -> Iterator[FoundEvent]:
     try:
         data = sys.stdin.buffer.read() if path == _STDIN else Path(path).read_bytes()
         text = data.decode("utf-8-sig")
@@ -103,7 +103,7 @@ def _key_of(event: Event) -> str | None:
     return event.key.hex() if has_own_id(event.content) else None
 
 
-def _explain(place: str, router: Router, event: Event, source: Source) -> None:
+def _explain(place: str, router: Router, event: Event, source: AnySource) -> None:
     click.echo(f"{place}: {printable(event.type) or 'an event without EventType'}")
     click.echo(f"  key: {_key_of(event) or 'a new one at each arrival, as it has no id of its own'}")
     for judgement in router.judge(event):

@@ -11,7 +11,7 @@ from vodpoller.config.model import Config, Routing
 from vodpoller.config.permissions import exposed_secrets, warn_of_readers
 from vodpoller.config.reading import read_file, replace_variables
 from vodpoller.config.references import check_references, find_coverage
-from vodpoller.config.tables import Api, Daemon, Journal, Listener, Log, Route, Source
+from vodpoller.config.tables import AnySource, Api, Daemon, Journal, Listener, Log, Route
 from vodpoller.config.validation import Validation
 from vodpoller.errors import ConfigError
 from vodpoller.secret import Surroundings
@@ -103,10 +103,16 @@ def _error_of(draft: Draft, where: str) -> ConfigError:
     return ConfigError([f"{where}: {problem}" for problem in draft.lines(draft.problems)])
 
 
-def _sources_and_routes(validation: Validation) -> tuple[tuple[Source, ...], tuple[Route, ...]]:
-    sources = validation.items("sources", Source, '[[sources]] with name = "main"')
-    routes = validation.items("routes", Route, '[[routes]] with name = "all" and sinks = ["archive"]')
+def _sources_and_routes(validation: Validation) -> tuple[tuple[AnySource, ...], tuple[Route, ...]]:
+    sources = validation.sources()
+    routes = validation.items("routes", lambda _table: Route, '[[routes]] with name = "all" and sinks = ["archive"]')
     return tuple(sources), tuple(routes)
+
+
+def _may_pull(draft: Draft) -> bool:
+    """Whether a source may pull, so that the API key is needed."""
+    items = draft.items("sources")
+    return not items or any(source.get("type") != "callback" for _, source in items)
 
 
 def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | None:
@@ -114,7 +120,7 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
     validation = Validation(draft)
     validation.check_tables()
     api = validation.table("api", Api, lambda table: _with_region(table, draft.env))
-    credentials = find_credentials(draft, validation, needs_key=needs_key)
+    credentials = find_credentials(draft, validation, needs_key=needs_key and _may_pull(draft))
     sources, routes = _sources_and_routes(validation)
     sinks, sink_classes = validation.sinks()
     journal = validation.table("journal", Journal)

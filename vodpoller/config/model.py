@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vodpoller.config.tables import Api, Daemon, Journal, Listener, Log, Route, Source
+from vodpoller.config.callbacks import CallbackSource
+from vodpoller.config.tables import AnySource, Api, Daemon, Journal, Listener, Log, Route, Source
 from vodpoller.logs import SEARCHED_MIN_CHARACTERS
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink, SinkConfig
@@ -20,7 +21,7 @@ class Routing:
         routes: At least one; they name existing sources and sinks only.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[AnySource, ...]
     routes: tuple[Route, ...]
 
 
@@ -32,7 +33,8 @@ class Config:
 
     Args:
         api: As in the file, as are `journal`, `log`, `daemon`, `listener`.
-        credentials: The API key that is given; an empty one if `role` needs none.
+        credentials: The API key that is given; an empty one if `role`
+            needs none, or if no source pulls and there is none.
         role: Whose temporary keys are used in its place; None if it is used itself.
         issued: These keys.
         sources: At least one.
@@ -47,7 +49,7 @@ class Config:
 
     api: Api
     credentials: StaticCredentials
-    sources: tuple[Source, ...]
+    sources: tuple[AnySource, ...]
     routes: tuple[Route, ...]
     sinks: Mapping[str, SinkConfig]
     sink_classes: Mapping[str, type[Sink[Any]]]
@@ -61,11 +63,28 @@ class Config:
     issued: IssuedKeys = field(default_factory=IssuedKeys, compare=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def pulled(self) -> tuple[Source, ...]:
+        """The sources that pull."""
+        return tuple(source for source in self.sources if isinstance(source, Source))
+
+    @property
+    def callbacks(self) -> tuple[CallbackSource, ...]:
+        """The sources that receive callbacks."""
+        return tuple(source for source in self.sources if isinstance(source, CallbackSource))
+
+    @property
+    def callback_addresses(self) -> tuple[str, ...]:
+        """The addresses at which callbacks come in, each once."""
+        return tuple(dict.fromkeys(source.listen for source in self.callbacks))
+
     def all_warnings(self) -> list[str]:
         """`warnings`, and one for each secret that is too short to be hidden in log lines."""
         own = self.credentials
         of_api = (("secret_id", own.secret_id), ("secret_key", own.secret_key), ("token", own.token))
         found = [(f"credentials.{key}", secret) for key, secret in of_api if secret is not None]
+        for source in self.callbacks:
+            found += [(f"sources.{source.name}.{key}", secret) for key, secret in source.named_secrets()]
         for name, sink in self.sinks.items():
             found += [(f"sinks.{name}.{key}", secret) for key, secret in sink.named_secrets()]
         short = [key for key, secret in found if 0 < len(secret.get()) < SEARCHED_MIN_CHARACTERS]
@@ -75,7 +94,8 @@ class Config:
     def secrets(self) -> tuple[Secret, ...]:
         """All secrets: they must not be shown, and SIGHUP reads them again."""
         of_sinks = (secret for sink in self.sinks.values() for secret in sink.secrets())
-        return (*self.credentials.secrets(), *of_sinks, *self.listener.secrets())
+        of_sources = (secret for source in self.callbacks for secret in source.secrets())
+        return (*self.credentials.secrets(), *of_sources, *of_sinks, *self.listener.secrets())
 
     def hidden(self) -> list[str]:
         """What must be in no line and no answer: the secrets' values, and the last ones before these."""

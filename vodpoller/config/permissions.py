@@ -9,9 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.draft import Draft, Location
 from vodpoller.config.sink_types import config_of
 from vodpoller.config.tables import CredentialsTable, Listener
+from vodpoller.config.wording import LISTS
 from vodpoller.secret import HasSecrets
 from vodpoller.sinks.contract import Sink
 
@@ -22,7 +24,7 @@ _LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the un
 # `secret_key`, `token`, the header Authorization, the variable DB_PASSWORD; not Content-Type or LANG, and not
 # `secret_id`, which every request shows.
 _SECRET_KEY: Final = re.compile(
-    r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|api[-_]?key|access[-_]?key", re.IGNORECASE
+    r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|(api|access|sign)[-_]?key", re.IGNORECASE
 )
 
 
@@ -39,6 +41,9 @@ def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -
         ("credentials",): (draft.data.get("credentials", {}), CredentialsTable),
         ("listener",): (draft.data.get("listener", {}), Listener),
     }
+    for at, source in draft.items("sources"):
+        if source.get("type") == "callback":
+            tables["sources", at] = (source, CallbackSource)
     for name, sink_class in sink_classes.items():
         tables["sinks", name] = (draft.data["sinks"][name], config_of(sink_class))
     for where, (table, model) in tables.items():
@@ -110,5 +115,9 @@ def _secrets_in(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         match value:
             case Mapping():
                 yield from _secrets_in(value, f"{place}.")
+            case [*items] if key in LISTS:
+                for at, item in enumerate(items):
+                    if isinstance(item, Mapping):
+                        yield from _secrets_in(item, f"{place}.{item.get('name', at)}.")
             case str() if value and _SECRET_KEY.search(key) and not key.endswith("_file") and "${" not in value:
                 yield place

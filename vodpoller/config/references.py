@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vodpoller.config.draft import Draft, Location, texts_in
-from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener
+from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener, host_of
 from vodpoller.config.wording import LISTS, quoted, quoted_all, suggestion
 from vodpoller.events.types import matches_documented, nearest_documented
 from vodpoller.sinks.contract import SinkConfig
@@ -32,6 +32,7 @@ def check_references(
     """
     _check_names(draft)
     _check_sub_app_ids(draft)
+    _check_callbacks(draft, listener)
     _check_routes(draft)
     _check_event_types(draft)
     _check_claims(draft, sinks, journal)
@@ -50,6 +51,8 @@ def _check_names(draft: Draft) -> None:
 def _check_sub_app_ids(draft: Draft) -> None:
     first: dict[int | None, int] = {}
     for at, item in draft.items("sources"):
+        if item.get("type") == "callback":  # nothing is taken from another by it
+            continue
         sub_app_id = item.get("sub_app_id")
         if isinstance(sub_app_id, int | None) and first.setdefault(sub_app_id, at) != at:
             other = draft.key(("sources", first[sub_app_id]))
@@ -59,6 +62,38 @@ def _check_sub_app_ids(draft: Draft) -> None:
                 f"{same} {other}{' has one' if sub_app_id is None else ''}, and two sources of one queue take"
                 " each other's events (give each its own SubAppId, or keep one source)",
             )
+
+
+def _check_callbacks(draft: Draft, listener: Listener | None) -> None:
+    first: dict[tuple[Any, Any], int] = {}
+    for at, item in draft.items("sources"):
+        if item.get("type") != "callback":
+            continue
+        listen, path = item.get("listen"), item.get("path")
+        if isinstance(listen, str) and isinstance(path, str) and first.setdefault((listen, path), at) != at:
+            other = draft.key(("sources", first[listen, path]))
+            draft.problems.add(
+                ("sources", at, "path"), f"{other} has the same path and listen (give each its own path)"
+            )
+        if listener is not None and listener.address is not None and listen == listener.address:
+            draft.problems.add(("sources", at, "listen"), "listener.address is the same (give each its own port)")
+        _warn_of_strangers(draft, at, item)
+
+
+def _warn_of_strangers(draft: Draft, at: int, source: Mapping[str, Any]) -> None:
+    """Anybody who reaches a callback source may send it what looks like an event."""
+    listen = source.get("listen")
+    has_key = "sign_key" in source or "sign_key_file" in source
+    if isinstance(listen, str) and not (has_key or "allow_from" in source or is_loopback(host_of(listen))):
+        draft.warnings.add(
+            ("sources", at, "sign_key_file"),
+            "is missing, and so is allow_from: all who can reach the address can send events (set a key at VOD and"
+            " here, or name the networks that may send, or listen at 127.0.0.1 behind a proxy)",
+        )
+    if "forwarded_from" in source and "allow_from" not in source:
+        draft.warnings.add(
+            ("sources", at, "forwarded_from"), "does nothing without allow_from (add allow_from, or leave it out)"
+        )
 
 
 def _check_routes(draft: Draft) -> None:
@@ -151,10 +186,11 @@ def find_coverage(draft: Draft) -> dict[str, bool]:
         covered = any(_takes_everything(route, name) for _, route in routes)
         coverage[name] = covered
         if routes and not covered and "unrouted" not in source:
+            leave = "" if source.get("type") == "callback" else ', "leave" lets them circle at VOD'
             draft.problems.add(
                 ("sources", at, "unrouted"),
                 "is missing, and the routes do not take every event of this source (say what happens to the others:"
-                ' "dead_letter" keeps them for a person, "confirm" drops them, "leave" lets them circle at VOD)',
+                f' "dead_letter" keeps them for a person, "confirm" drops them{leave})',
             )
     return coverage
 

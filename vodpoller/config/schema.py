@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.sink_types import UnusableSinkError, config_of, load_sink_class
 from vodpoller.config.tables import TABLES
 from vodpoller.config.wording import LISTS
@@ -20,7 +21,7 @@ def json_schema() -> dict[str, Any]:
             sinks[name] = config_of(load_sink_class(point))
         except UnusableSinkError:
             continue
-    models = [*TABLES.values(), *sinks.values()]
+    models: list[type[BaseModel]] = [*TABLES.values(), CallbackSource, *sinks.values()]
     keys: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in models]
     references, definitions = models_json_schema(keys)
 
@@ -30,6 +31,11 @@ def json_schema() -> dict[str, Any]:
     properties = {
         name: {"type": "array", "minItems": 1, "items": reference(model)} if name in LISTS else reference(model)
         for name, model in TABLES.items()
+    }
+    properties["sources"]["items"] = {
+        "if": {"properties": {"type": {"const": "callback"}}, "required": ["type"]},
+        "then": reference(CallbackSource),
+        "else": reference(TABLES["sources"]),
     }
     alternatives = [
         {"if": {"properties": {"type": {"const": name}}}, "then": reference(model)} for name, model in sinks.items()

@@ -189,17 +189,39 @@ class CredentialsTable(HasSecrets):
         return bare_endpoint(value, "https://sts.tencentcloudapi.com")
 
 
-class Source(BaseModel):
-    """`[[sources]]`: one event queue of VOD."""
+class AnySource(BaseModel):
+    """`[[sources]]`: one VOD application whose events come here, pulled or received."""
 
     model_config = _STRICT
 
     name: Name = Field(description="The name of the source in logs and routes.", examples=["main"])
+    type: Literal["pull", "callback"] = Field(
+        default="pull",
+        description="How its events come: `pull` asks VOD for them (reliable callback), `callback` lets VOD send them"
+        " here (normal callback).",
+    )
     sub_app_id: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
         default=None,
         description="The SubAppId of the VOD application. Accounts opened since 2023-12-25 must give it.",
         examples=[1500000001],
     )
+    on_failure: Literal["store", "leave"] = Field(
+        default="store",
+        description="What happens to an event that a sink did not accept in time: `store` keeps it in the journal,"
+        " `leave` lets VOD deliver it again (for machines whose disk is not kept; pulled events only).",
+    )
+    unrouted: Literal["dead_letter", "confirm", "leave"] | None = Field(
+        default=None,
+        description="What happens to an event that no route takes: `dead_letter` keeps it for a person, `confirm` drops"
+        " it, `leave` leaves it with VOD, which delivers it again and again (pulled events only). Required if the"
+        " routes do not cover all.",
+        examples=["dead_letter"],
+    )
+
+
+class Source(AnySource):
+    """`[[sources]]` with `type = "pull"`: one event queue of VOD."""
+
     interval_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=1.0, description="The interval of the check that a pull is running."
     )
@@ -209,17 +231,6 @@ class Source(BaseModel):
     )
     max_concurrent_pulls: Annotated[int, Field(ge=1, le=128)] = Field(
         default=16, description="The maximum number of pulls, with their deliveries, at the same time."
-    )
-    on_failure: Literal["store", "leave"] = Field(
-        default="store",
-        description="What happens to an event that a sink did not accept in time: `store` keeps it in the journal,"
-        " `leave` lets VOD deliver it again (for machines whose disk is not kept).",
-    )
-    unrouted: Literal["dead_letter", "confirm", "leave"] | None = Field(
-        default=None,
-        description="What happens to an event that no route takes: `dead_letter` keeps it for a person, `confirm` drops"
-        " it, `leave` leaves it with VOD, which delivers it again and again. Required if the routes do not cover all.",
-        examples=["dead_letter"],
     )
 
 
@@ -346,14 +357,8 @@ class Listener(HasSecrets):
     def _is_address(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        example = "for example 127.0.0.1:9464 or [::1]:9464"
-        try:
-            parts = urlsplit(f"//{value}")
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host, port = None, None
-        if not (host and port) or parts.netloc != value or "@" in value or value.endswith(":"):
-            raise ValueError(f"is not an address with a port from 1 to 65535 ({example})")
+        if problem := problem_in_address(value, "127.0.0.1:9464 or [::1]:9464"):
+            raise ValueError(problem)
         if missing := missing_modules(LISTENER_MODULES):
             raise ValueError(
                 f"needs packages that are not installed: {quoted_all(missing)} (pip install 'vodpoller[listener]')"
@@ -419,6 +424,23 @@ def host_of(address: str) -> str:
 def port_of(address: str) -> int:
     """The port of such an address."""
     return urlsplit(f"//{address}").port or 0
+
+
+def problem_in_address(address: str, example: str) -> str:
+    """What is wrong with an address that is to have a host and a port; empty if nothing is.
+
+    Args:
+        address: As it was written.
+        example: What would be right.
+    """
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if host and port and parts.netloc == address and "@" not in address and not address.endswith(":"):
+        return ""
+    return f"is not an address with a port from 1 to 65535 (for example {example})"
 
 
 def _is_unspecified(host: str) -> bool:

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.draft import Draft, Location
 from vodpoller.config.sink_types import UnusableSinkError, config_of, load_sink_class
-from vodpoller.config.tables import TABLES
+from vodpoller.config.tables import TABLES, AnySource, Source
 from vodpoller.config.wording import (
     NAME_MAX_LENGTH,
     NAME_PATTERN,
@@ -64,12 +65,16 @@ class Validation:
         self._problems.add((name,), f"must be a table, but is {kind_of(table)} (write [{name}] on a line of its own)")
         return None
 
-    def items(self, name: str, model: type[_Model], example: str) -> list[_Model]:
+    def sources(self) -> list[AnySource]:
+        """Validate the tables of the sources, each by the model of its type; returns those that are valid."""
+        return self.items("sources", _model_of_source, '[[sources]] with name = "main"')
+
+    def items(self, name: str, model_of: Callable[[Mapping[str, Any]], type[_Model]], example: str) -> list[_Model]:
         """Validate the tables of a list; returns those that are valid.
 
         Args:
             name: The name of the list.
-            model: The model of each table.
+            model_of: Gives the model of a table.
             example: For the message if there is no table: what to write.
         """
         items = self._draft.data.get(name)
@@ -81,7 +86,7 @@ class Validation:
         for at, item in enumerate(items if isinstance(items, list) else []):
             if not isinstance(item, dict):
                 self._problems.add((name, at), f"must be a table, but is {kind_of(item)} (write [[{name}]])")
-            elif (found := self.validated(model, item, (name, at))) is not None:
+            elif (found := self.validated(model_of(item), item, (name, at))) is not None:
                 valid.append(found)
         return valid
 
@@ -158,4 +163,19 @@ class Validation:
         if context.get("key"):
             place = (*place[:-1], context["key"])
         if detail["type"] != "default_factory_not_called" and not self._problems.concern((*where, *place)):
-            self._problems.add((*where, *place), in_words(detail, model, tables={} if where[0] == "sinks" else TABLES))
+            self._problems.add((*where, *place), in_words(detail, model, tables=_ELSEWHERE.get(str(where[0]), TABLES)))
+
+
+_ELSEWHERE: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
+    "sinks": {},
+    "sources": {
+        **{name: model for name, model in TABLES.items() if name != "sources"},
+        '[[sources]] with type = "pull"': Source,
+        '[[sources]] with type = "callback"': CallbackSource,
+    },
+}
+"""By the name of a table, those that a key may belong to which it does not have; for others, all."""
+
+
+def _model_of_source(table: Mapping[str, Any]) -> type[AnySource]:
+    return CallbackSource if table.get("type") == "callback" else Source

@@ -158,7 +158,11 @@ def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[B
         elsewhere: The other tables.
     """
     headers = {"sinks": "[sinks.NAME]"} | {name: f"[[{name}]]" for name in LISTS}
-    owners = [headers.get(name, f"[{name}]") for name, model in elsewhere.items() if key in model.model_fields]
+    owners = [
+        headers.get(name, name if name.startswith("[") else f"[{name}]")
+        for name, model in elsewhere.items()
+        if key in model.model_fields
+    ]
     if (renamed := _RENAMED.get(key)) in known:
         hint = f"it is now called {renamed}"
     elif owners:

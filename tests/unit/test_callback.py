@@ -1,0 +1,270 @@
+"""Callbacks from the socket to the sinks and back."""
+
+import json
+import threading
+from contextlib import closing
+
+import pytest
+
+from tests.callbacks import PATH, Receiving, body
+from tests.helpers import named
+from tests.polling import until
+from vodpoller.callback import server
+from vodpoller.errors import RejectedError, StorageError, TransientError
+
+OK = (200, b"")
+
+
+@pytest.fixture
+def receiving(tmp_path, log):
+    made = Receiving(tmp_path, log)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """An unanswered request keeps its connection for less time."""
+    monkeypatch.setattr(server, "ANSWER_SECS", 0.3)
+
+
+def settled(lines, number=1):
+    return until(lambda: (found := named(lines, "event.settled"))[number - 1 :] and found)
+
+
+# --- answered, and not answered ---------------------------------------------------------------------------------------
+
+
+def test_what_can_be_stored_nowhere_is_not_answered(receiving, lines, monkeypatch, quick):
+    receiving.start()
+    receiving.sink.fail_always(RejectedError("never"))
+    monkeypatch.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
+    assert receiving.push(body()) is None
+    (line,) = settled(lines)
+    assert (line["settlement"], line["reason"], line["confirmed"]) == ("leave", "journal_failed", False)
+    assert receiving.counted("unanswered") == 1
+
+
+def test_what_was_tried_again_after_room_was_made_is_there(receiving, monkeypatch, quick):
+    receiving.start()
+    receiving.sink.fail_always(RejectedError("never"))
+    with monkeypatch.context() as full:
+        full.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
+        assert [receiving.push(body(number)) for number in range(3)] == [None] * 3
+    receiving.sink.behaviour = lambda events: None
+    assert [receiving.push(body(number)) for number in range(3)] == [OK] * 3
+    assert len(set(receiving.sink.accepted)) == 3
+
+
+def test_an_occurrence_that_cannot_be_written_is_not_answered(receiving, lines, monkeypatch, quick):
+    receiving.start()
+    monkeypatch.setattr(receiving.journal, "identify", raise_(StorageError("the disk is full")))
+    assert receiving.push({"EventType": "FileDeleted", "FileDeleteEvent": {}}) is None
+    assert settled(lines)[0]["reason"] == "journal_failed"
+    assert not receiving.sink.accepted
+
+
+def test_a_callback_is_answered_with_200_and_an_empty_body(receiving, lines):
+    receiving.start()
+    assert receiving.push(body()) == OK
+    (line,) = settled(lines)
+    assert (line["settlement"], line["reason"], line["confirm_result"]) == ("confirm", "delivered", "confirmed")
+    assert (line["source"], line["pull_request_id"]) == ("pushed", "")
+    assert 3 < line["lease_left_secs"] <= 4
+    assert receiving.counted("accepted") == 1
+
+
+def test_an_event_that_comes_again_reaches_its_sink_once(receiving, lines):
+    receiving.start()
+    assert [receiving.push(body()), receiving.push(body())] == [OK, OK]
+    assert [line["reason"] for line in settled(lines, 2)] == ["delivered", "already_delivered"]
+    assert len(receiving.sink.accepted) == 1
+
+
+def raise_(error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    return fail
+
+
+# --- each reason ------------------------------------------------------------------------------------------------------
+
+
+def reason_of(receiving, lines, content=None):
+    """The settlement and reason of the next event, and its answer."""
+    before = len(named(lines, "event.settled"))
+    answer = receiving.push(body() if content is None else content)
+    line = settled(lines, before + 1)[-1]
+    return answer, line["settlement"], line["reason"]
+
+
+def test_what_a_sink_rejects_is_stored_and_answered(receiving, lines):
+    receiving.start()
+    receiving.sink.fail_always(RejectedError("never"))
+    assert reason_of(receiving, lines) == (OK, "store", "rejected")
+    assert reason_of(receiving, lines) == (OK, "store", "already_stored")
+
+
+def test_what_no_route_takes_is_a_dead_letter(receiving, lines):
+    receiving.start()
+    assert reason_of(receiving, lines, {"EventType": "Unknown", "UnknownEvent": {"TaskId": "1"}}) == (
+        OK,
+        "store",
+        "no_route",
+    )
+
+
+def test_what_no_route_takes_is_dropped_if_so_configured(receiving, lines):
+    receiving.start(unrouted="confirm")
+    assert reason_of(receiving, lines, {"EventType": "Unknown"}) == (OK, "confirm", "no_route")
+
+
+def test_a_failing_sink_has_the_event_stored_before_the_answer(receiving, lines):
+    receiving.start()
+    receiving.sink.fail_always(TransientError("away"))
+    assert reason_of(receiving, lines) == (OK, "store", "sink_failed")
+    assert receiving.journal.counts() == {("archive", "pending"): 1}
+
+
+def test_a_sink_that_is_down_has_the_event_stored_at_once(tmp_path, log, lines):
+    made = Receiving(tmp_path, log, breaker_failures=1)
+    with closing(made.start()) as receiving:
+        receiving.sink.fail_always(TransientError("away"))
+        assert reason_of(receiving, lines, body(1)) == (OK, "store", "sink_failed")
+        assert reason_of(receiving, lines, body(2)) == (OK, "store", "sink_down")
+
+
+def test_a_sink_that_asked_for_a_pause_has_the_event_stored(receiving, lines):
+    receiving.start()
+    receiving.sink.fail_always(TransientError("busy", retry_after_secs=60))
+    assert reason_of(receiving, lines, body(1)) == (OK, "store", "sink_failed")
+    assert reason_of(receiving, lines, body(2)) == (OK, "store", "sink_paused")
+
+
+def test_a_sink_that_does_not_come_back_in_time_has_the_event_stored(receiving, lines):
+    receiving.start()
+    receiving.sink.gate.clear()
+    assert reason_of(receiving, lines) == (OK, "store", "out_of_time")
+    assert named(lines, "event.settled")[0]["duration_secs"] >= 3.4
+
+
+def test_a_sink_whose_queue_is_full_has_the_event_stored(tmp_path, log, lines):
+    made = Receiving(tmp_path, log, queue_max_events=1)
+    with closing(made.start()) as receiving:
+        receiving.sink.gate.clear()
+        pushed = [threading.Thread(target=receiving.push, args=(body(number),)) for number in (1, 2)]
+        for number, thread in enumerate(pushed, 1):
+            thread.start()
+            until(lambda number=number: len(receiving.in_flight) >= number)
+        until(lambda: receiving.sink.calls)
+        assert reason_of(receiving, lines, body(3)) == (OK, "store", "queue_full")
+        receiving.sink.gate.set()
+        for thread in pushed:
+            thread.join()
+
+
+def test_a_stop_that_is_out_of_time_has_the_event_stored(receiving, lines):
+    receiving.start()
+    receiving.sink.gate.clear()
+    answers = []
+    pushing = threading.Thread(target=lambda: answers.append(receiving.push(body())))
+    pushing.start()
+    until(lambda: receiving.sink.calls)
+    receiving.receiver.stop()
+    receiving.receiver.hurry()
+    pushing.join()
+    assert answers == [OK]
+    assert settled(lines)[0]["reason"] == "stopping"
+
+
+def test_a_journal_without_room_leaves_the_event(tmp_path, log, lines, quick):
+    made = Receiving(tmp_path, log, journal_max_bytes=200)
+    with closing(made.start()) as receiving:
+        receiving.sink.fail_always(RejectedError("never"))
+        assert reason_of(receiving, lines) == (None, "leave", "journal_full")
+
+
+def test_what_cannot_be_read_although_it_looks_like_an_event_is_kept(receiving, lines):
+    receiving.start()
+    assert reason_of(receiving, lines, '{"EventType": "NewFileUpload", "FileUploadEvent": {') == (
+        OK,
+        "store",
+        "malformed",
+    )
+
+
+def test_the_old_format_is_kept_and_named_with_its_remedy(receiving, lines):
+    receiving.start()
+    old = {"version": "4.0", "eventType": "ClipComplete", "data": {"status": 0}}
+    assert reason_of(receiving, lines, old) == (OK, "store", "malformed")
+    (line,) = named(lines, "event.malformed")
+    assert "set the callback format to 3.0" in line["error_message"]
+
+
+# --- more than sinks are tried for ------------------------------------------------------------------------------------
+
+
+def test_beyond_the_maximum_no_sink_is_tried_and_the_event_is_stored(receiving, lines):
+    receiving.start(max_events_in_flight=1)
+    receiving.sink.gate.clear()
+    pushing = threading.Thread(target=receiving.push, args=(body(1),))
+    pushing.start()
+    until(lambda: receiving.sink.calls)
+    assert reason_of(receiving, lines, body(2)) == (OK, "store", "queue_full")
+    assert receiving.counted("stored_untried") == 1
+    receiving.sink.gate.set()
+    pushing.join()
+    assert len(receiving.sink.calls) == 1
+    assert receiving.journal.counts() == {("archive", "pending"): 1}
+
+
+def test_beyond_the_maximum_what_a_sink_has_is_not_stored_again(receiving, lines):
+    receiving.start(max_events_in_flight=1)
+    assert receiving.push(body(2)) == OK
+    until(lambda: not receiving.receiver.status()[0].callbacks_in_flight)
+    receiving.sink.gate.clear()
+    pushing = threading.Thread(target=receiving.push, args=(body(1),))
+    pushing.start()
+    until(lambda: len(receiving.sink.calls) == 2)
+    assert reason_of(receiving, lines, body(2)) == (OK, "confirm", "already_delivered")
+    receiving.sink.gate.set()
+    pushing.join()
+
+
+def test_an_event_whose_first_try_is_under_way_is_stored_without_waiting(receiving, lines):
+    receiving.start(max_events_in_flight=1)
+    receiving.sink.gate.clear()
+    pushing = threading.Thread(target=receiving.push, args=(body(1),))
+    pushing.start()
+    until(lambda: receiving.sink.calls)
+    assert reason_of(receiving, lines, body(1)) == (OK, "store", "queue_full")
+    receiving.sink.gate.set()
+    pushing.join()
+    until(lambda: not receiving.journal.counts())  # what the sink has is not tried again
+
+
+def test_beyond_the_maximum_of_connections_the_next_one_waits(receiving):
+    receiving.start(max_connections=2)
+    with receiving.connect() as first, receiving.connect(), receiving.connect() as third:
+        third.sendall(request(body()))
+        until(lambda: receiving.receiver.status()[0].connections == 2)
+        third.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            third.recv(1)
+        third.settimeout(20)
+        first.close()
+        assert said(third).startswith(b"HTTP/1.1 200")
+
+
+def request(content, *, method="POST", path=PATH, headers=""):
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n{headers}\r\n".encode() + data
+
+
+def said(sock):
+    """All that comes until the other side has closed."""
+    found = b""
+    while part := sock.recv(65536):
+        found += part
+    return found

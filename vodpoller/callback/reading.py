@@ -1,0 +1,177 @@
+"""What the body of a request is: an event, something in an event's place, or nothing of VOD's. Pure.
+
+`Sign` is the MD5 of the key that is set at VOD followed by `T`, the time at which it expires; it covers neither body
+nor path. Both stand beside the event and do not belong to it.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Any, Final, Protocol
+
+from vodpoller.callback.refusal import (
+    BAD_SIGNATURE,
+    NO_EVENT,
+    NOT_JSON,
+    OLD_AND_UNSIGNED,
+    RefusedError,
+)
+from vodpoller.events.codec import UnreadableError, decode_json, encode_json
+from vodpoller.events.event import Malformed, PulledEvent, make_event, make_malformed
+from vodpoller.secret import Secret
+
+_SIGN: Final = re.compile(r"[0-9A-Fa-f]{32}")
+_TIME: Final = re.compile(r"[0-9]{1,12}")
+_OLD: Final = "it has the format 4.0 of old callback URLs: set the callback format to 3.0 at VOD"
+_LOOKS_LIKE_AN_EVENT: Final = '"EventType"'
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+class CallbackSource(Protocol):
+    """What reading a callback needs of its source; see the table of keys."""
+
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
+
+    @property
+    def sub_app_id(self) -> int | None:
+        """As in the configuration."""
+
+    @property
+    def sign_key(self) -> Secret | None:
+        """As in the configuration."""
+
+    @property
+    def allow_from(self) -> Sequence[Network] | None:
+        """As in the configuration."""
+
+    @property
+    def forwarded_from(self) -> Sequence[Network] | None:
+        """As in the configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callback:
+    """A body that VOD sent.
+
+    Args:
+        event: The event, or what stands in its place.
+        expired_secs: For how long its signature has expired; 0 if it has not, or is not looked at.
+    """
+
+    event: PulledEvent | Malformed
+    expired_secs: float = 0.0
+
+
+def read_callback(body: bytes, handle: str, source: CallbackSource, *, now: float) -> Callback:
+    """Read the body of a request.
+
+    Args:
+        body: As it came.
+        handle: What stands for its connection.
+        source: The source that its path belongs to.
+        now: In seconds since 1970.
+
+    Raises:
+        RefusedError: VOD did not send it.
+    """
+    text = body.decode(errors="surrogateescape")
+    try:
+        content = decode_json(body.decode())
+    except (UnreadableError, UnicodeDecodeError) as error:
+        if source.sign_key is not None:  # whatever its signature is, it cannot be read
+            raise RefusedError(NOT_JSON) from None
+        if _LOOKS_LIKE_AN_EVENT not in text:
+            raise RefusedError(NOT_JSON) from None
+        return Callback(event=_malformed(text, str(error), handle, source))
+    if not isinstance(content, dict):
+        raise RefusedError(NO_EVENT)
+    is_old = content.get("version") in ("4.0", 4, 4.0) and "eventType" in content
+    signed, expires_at = _take_signature(content, source, is_old=is_old)
+    if is_old:
+        return Callback(event=_malformed(encode_json(content).decode(), _OLD, handle, source))
+    if not _is_event(content):
+        raise RefusedError(NO_EVENT)
+    try:
+        event = make_event(content, source=source.name, sub_app_id=source.sub_app_id)
+    except UnreadableError as error:
+        return Callback(event=_malformed(text, str(error), handle, source))
+    return Callback(
+        event=PulledEvent(handle=handle, event=event),
+        expired_secs=max(now - expires_at, 0.0) if signed else 0.0,
+    )
+
+
+def _take_signature(content: dict[str, Any], source: CallbackSource, *, is_old: bool) -> tuple[bool, int]:
+    """Take `Sign` and `T` out, if both are there and look like it.
+
+    Returns:
+        Whether it is signed with the source's key, and when the signature expires, in seconds since 1970.
+
+    Raises:
+        RefusedError: The source has a key, and it is not signed with it.
+    """
+    sign, expires = content.get("Sign"), content.get("T")
+    if isinstance(expires, int) and not isinstance(expires, bool):
+        expires = str(expires)
+    has_both = isinstance(sign, str) and isinstance(expires, str) and _SIGN.fullmatch(sign) and _TIME.fullmatch(expires)
+    if has_both:
+        del content["Sign"], content["T"]
+    if source.sign_key is None:
+        return False, 0
+    if not has_both:
+        raise RefusedError(OLD_AND_UNSIGNED if is_old else BAD_SIGNATURE)
+    right = hashlib.md5(f"{source.sign_key.get()}{expires}".encode(), usedforsecurity=False).hexdigest()
+    if not hmac.compare_digest(right, str(sign).lower()):
+        raise RefusedError(BAD_SIGNATURE)
+    return True, int(str(expires))
+
+
+def _is_event(content: dict[str, Any]) -> bool:
+    """Documented samples lack `EventType`, or have their payload under an old name; all have one of the two."""
+    return isinstance(content.get("EventType"), str) or any(isinstance(value, dict) for value in content.values())
+
+
+def _malformed(text: str, why: str, handle: str, source: CallbackSource) -> Malformed:
+    found = make_malformed(text, why=why, has_handle=False, source=source.name, sub_app_id=source.sub_app_id)
+    return replace(found, handle=handle)
+
+
+# --- where it comes from ----------------------------------------------------------------------------------------------
+
+
+def is_allowed(source: CallbackSource, peer: str, forwarded_for: str) -> bool:
+    """Whether a callback may come from where it comes from.
+
+    Args:
+        source: Its networks.
+        peer: The address that has connected.
+        forwarded_for: What proxies say of the client, as in `X-Forwarded-For`.
+    """
+    if source.allow_from is None:
+        return True
+    client = _address(peer)
+    said = forwarded_for.split(",")
+    # Each proxy adds the address that it was asked from: what a proxy of ours has not added may be made up.
+    while client is not None and said and said != [""] and _is_in(client, source.forwarded_from or ()):
+        client = _address(said.pop().strip())
+    return client is not None and _is_in(client, source.allow_from)
+
+
+def _is_in(address: Address, networks: Sequence[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+def _address(text: str) -> Address | None:
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address

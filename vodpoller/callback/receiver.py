@@ -1,0 +1,287 @@
+"""What becomes of the requests of one daemon: they are read, processed as batches of one, and answered."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from socket import socket
+from typing import Final, Protocol
+
+from vodpoller.batch import Batch
+from vodpoller.batch import Source as BatchSource
+from vodpoller.callback import reading
+from vodpoller.callback.connection import Head
+from vodpoller.callback.reading import Callback, is_allowed, read_callback
+from vodpoller.callback.refusal import METHOD, NOT_ALLOWED, PATH, Refusal, RefusedError, Result
+from vodpoller.callback.server import ANSWER_SECS, Request, Server
+from vodpoller.delivery.in_flight import DeliveryWait
+from vodpoller.events.event import Lease, Malformed
+from vodpoller.liveness import Liveness
+from vodpoller.pipeline import Pipeline
+from vodpoller.settlement import ConfirmResult
+from vodpoller.status import SourceStatus
+from vodpoller.telemetry import Count, Telemetry
+from vodpoller.vod.confirmation import Confirmation
+
+LEASE_SECS: Final = 4.0  # VOD waits 5 s for an answer
+RESERVE_SECS: Final = 0.5
+STORING_THREADS: Final = 64  # besides those that wait for sinks
+_LINE_CHARS: Final = 200  # of what a stranger has sent
+
+_GONE: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="the connection was gone before it could be answered")
+_ANSWERED: Final = Confirmation(result=ConfirmResult.CONFIRMED)
+
+
+class Source(reading.CallbackSource, BatchSource, Protocol):
+    """What receiving callbacks needs of a configured source; see the table of keys."""
+
+    @property
+    def listen(self) -> str:
+        """As in the configuration."""
+
+    @property
+    def path(self) -> str:
+        """As in the configuration."""
+
+    @property
+    def max_events_in_flight(self) -> int:
+        """As in the configuration."""
+
+    @property
+    def max_connections(self) -> int:
+        """As in the configuration."""
+
+
+class Answers:
+    """Confirms callbacks: the confirm is the answer. A handle is the number of a connection.
+
+    Attributes:
+        answer: Answers a request; see `Server.answer`.
+    """
+
+    def __init__(self) -> None:
+        self.answer: Callable[[int, HTTPStatus], bool] = lambda _number, _status: False
+
+    def confirm(
+        self,
+        source: str,  # noqa: ARG002 - the contract's
+        sub_app_id: int | None,  # noqa: ARG002 - as above
+        handles: Sequence[str],
+        lease: Lease,  # noqa: ARG002 - as above: an answer that comes too late finds its connection gone
+        *,
+        on_acknowledged: Callable[[Sequence[str]], None],
+    ) -> Mapping[str, Confirmation]:
+        """See `pipeline.Confirms`: what was written to the socket is acknowledged."""
+        written = [handle for handle in handles if self.answer(int(handle), HTTPStatus.OK)]
+        if written:
+            on_acknowledged(written)
+        return {handle: _ANSWERED if handle in written else _GONE for handle in handles}
+
+
+class _Received:
+    """What is known of one source; its lock is the receiver's."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.in_flight = 0
+        self.last_at = 0.0
+
+
+class Receiver:
+    """Receives the callbacks of all sources that have any, from `start` until `join`.
+
+    Args:
+        sources: At least one.
+        sockets: They listen, by the addresses of the sources.
+        pipeline: Processes batches; its confirms are `answers`.
+        answers: Gets the way to answer.
+        telemetry: Destination of log lines and counts.
+        liveness: Told what each thread is at and until when.
+        monotonic: The clock of leases, in seconds.
+        wall: The clock of signatures and of `status`, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        sockets: Mapping[str, socket],
+        *,
+        pipeline: Pipeline,
+        answers: Answers,
+        telemetry: Telemetry,
+        liveness: Liveness,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._pipeline = pipeline
+        self._telemetry = telemetry.scope()
+        self._liveness = liveness
+        self._monotonic = monotonic
+        self._wall = wall
+        self._lock = threading.Condition()
+        self._waits: set[DeliveryWait] = set()
+        self._hurried = False
+        self._received = {source.name: _Received(source) for source in sources}
+        self._by_path = {(source.listen, source.path): source for source in sources}
+        self._threads = ThreadPoolExecutor(
+            sum(source.max_events_in_flight for source in sources) + STORING_THREADS, thread_name_prefix="callback"
+        )
+        limits: dict[str, int] = {}
+        for source in sources:
+            limits[source.listen] = max(limits.get(source.listen, 0), source.max_connections)
+        self._server = Server(
+            {address: (sockets[address], limit) for address, limit in limits.items()},
+            self,
+            telemetry=telemetry,
+            monotonic=monotonic,
+        )
+        answers.answer = self._server.answer
+
+    def start(self) -> None:
+        """Begin to accept connections."""
+        self._server.start()
+
+    def status(self) -> list[SourceStatus]:
+        """How each source is."""
+        connections = self._server.connections
+        with self._lock:
+            return [
+                SourceStatus(
+                    name=it.source.name,
+                    type="callback",
+                    last_callback_at=it.last_at or None,
+                    callbacks_in_flight=it.in_flight,
+                    connections=connections[it.source.listen],
+                )
+                for it in self._received.values()
+            ]
+
+    def stop(self) -> None:
+        """Accept no connection any more; those that are open are seen through."""
+        self._server.stop()
+
+    def hurry(self) -> None:
+        """Let no callback wait for a sink any longer: what was not accepted is stored."""
+        with self._lock:
+            self._hurried = True
+            for wait in self._waits:
+                wait.interrupt(stopping=True)
+
+    def join(self, timeout_secs: float) -> bool:
+        """Wait until all connections have ended, and all callbacks were processed.
+
+        Returns:
+            Whether they have.
+        """
+        ends_at = self._monotonic() + timeout_secs
+        have_ended = self._server.join(timeout_secs)
+        with self._lock:
+            return self._lock.wait_for(self._is_idle, max(ends_at - self._monotonic(), 0.0)) and have_ended
+
+    def close(self) -> None:
+        """End the connections that are left. What is being processed is not waited for: see `join`."""
+        self._server.close()
+        self._threads.shutdown(wait=False)
+
+    def _is_idle(self) -> bool:
+        return not any(it.in_flight for it in self._received.values())
+
+    # --- in the server's thread ---------------------------------------------------------------------------------------
+
+    def check(self, address: str, peer: str, head: Head) -> None:
+        """See `server.Requests`."""
+        source = self._by_path.get((address, head.path))
+        if source is None:
+            raise RefusedError(PATH)
+        if not is_allowed(source, peer, head.forwarded_for):
+            raise RefusedError(NOT_ALLOWED)
+        if head.method != "POST":
+            raise RefusedError(METHOD)
+
+    def arrived(self, request: Request) -> None:
+        """See `server.Requests`."""
+        source = self._by_path[request.address, request.head.path]
+        received = self._received[source.name]
+        with self._lock:
+            is_untried = received.in_flight >= source.max_events_in_flight
+            received.in_flight += 1
+        self._threads.submit(self._see_through, source, request, is_untried)
+
+    def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
+        """See `server.Requests`."""
+        source = self._by_path.get((address, path)) or next(
+            it for (listen, _), it in self._by_path.items() if listen == address
+        )
+        self._refuse(source, peer, path, refusal)
+
+    def _refuse(self, source: Source, peer: str, path: str, refusal: Refusal) -> None:
+        self._telemetry.count(Count.CALLBACKS, source=source.name, result=refusal.result.value)
+        if refusal.hint:
+            self._telemetry.repeated(
+                "warning",
+                "callback.refused",
+                cause=f"{source.name} {refusal.cause}",
+                source=source.name,
+                refused_for=refusal.cause,
+                peer=peer,
+                path=path[:_LINE_CHARS],
+                hint=refusal.hint,
+            )
+
+    # --- in a thread of its own ---------------------------------------------------------------------------------------
+
+    def _see_through(self, source: Source, request: Request, is_untried: bool) -> None:  # noqa: FBT001 - see `submit`
+        self._liveness.begin(f"callback {source.name}", ANSWER_SECS)
+        wait = DeliveryWait()
+        result = Result.UNANSWERED
+        try:
+            callback = self._read(source, request)
+            with self._lock:
+                self._waits.add(wait)
+                if self._hurried:
+                    wait.interrupt(stopping=True)
+            batch = self._batch(source, request, callback, is_untried=is_untried)
+            if self._pipeline.process(batch, wait):
+                result = Result.STORED_UNTRIED if is_untried else Result.ACCEPTED
+            self._telemetry.count(Count.CALLBACKS, source=source.name, result=result.value)
+        except RefusedError as error:
+            self._refuse(source, request.peer, request.head.path, error.refusal)
+            self._server.answer(request.number, error.refusal.status)
+        except Exception:
+            self._telemetry.log.exception("callback.failed", source=source.name)
+            self._telemetry.count(Count.CALLBACKS, source=source.name, result=Result.UNANSWERED.value)
+        finally:
+            self._liveness.end()
+            received = self._received[source.name]
+            with self._lock:
+                self._waits.discard(wait)
+                received.in_flight -= 1
+                received.last_at = self._wall()
+                self._lock.notify_all()
+
+    def _read(self, source: Source, request: Request) -> Callback:
+        callback = read_callback(request.body, str(request.number), source, now=self._wall())
+        if callback.expired_secs:
+            self._telemetry.repeated(
+                "warning",
+                "callback.expired",
+                cause=f"{source.name} expired",
+                source=source.name,
+                expired_secs=round(callback.expired_secs),
+                hint="its signature is right, and it is processed as any other: is this machine's clock right?",
+            )
+        return callback
+
+    def _batch(self, source: Source, request: Request, callback: Callback, *, is_untried: bool) -> Batch:
+        is_malformed = isinstance(callback.event, Malformed)
+        return Batch(
+            source=source,
+            events=() if isinstance(callback.event, Malformed) else (callback.event,),
+            malformed=(callback.event,) if isinstance(callback.event, Malformed) else (),
+            lease=Lease(starts_at=request.whole_at, secs=LEASE_SECS),
+            received_at=request.whole_at,
+            request_id="",
+            began_at=request.began_at,
+            is_untried=is_untried and not is_malformed,
+        )

@@ -1,0 +1,416 @@
+"""The callback server: one thread that accepts, reads and answers, and never waits for a client, a disk or a sink.
+
+How a request changes threads:
+
+    the server's thread                          a thread of the receiver
+    -------------------                          ------------------------
+    accepts, reads: the request is whole
+    requests.arrived(request) ---------------->  reads the body, processes the batch
+                                                 answer(number, status): waits
+    writes the answer, shuts the sending down,
+    sets the future  ------------------------->  goes on: it was written, or the connection is gone
+    closes when the client has closed
+
+A request that gets no answer keeps its connection until `ANSWER_SECS` after it was whole: VOD, which does not look at
+the status, tries an event again only if no answer comes. Each connection and all that belongs to it is the own of the
+server's thread; what others hand over goes through `_asked`.
+"""
+
+import heapq
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from itertools import count
+from typing import Any, Final, Protocol
+
+from vodpoller.callback.connection import Connection, Head
+from vodpoller.callback.refusal import CUT_OFF, NOTHING, TOO_LARGE, TOO_SLOW, Refusal, RefusedError
+from vodpoller.telemetry import Telemetry
+
+REQUEST_SECS: Final = 5.0  # VOD gives up after 5 s
+ANSWER_SECS: Final = 6.0
+LINGER_SECS: Final = 2.0  # a client that has its answer may take so long to close
+HELD_MAX_BYTES: Final = 64 * 1024 * 1024  # of all bodies that are not whole
+SMALL_BYTES: Final = 64 * 1024  # of a body that is read even then
+ACCEPT_AGAIN_SECS: Final = 0.2
+_CHUNK_BYTES: Final = 64 * 1024
+_ACCEPTED_AT_ONCE: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request that is whole.
+
+    Args:
+        number: Of its connection.
+        address: Where it came in, as in the configuration.
+        peer: The address that has connected.
+        head: What stands before the body.
+        body: As it came.
+        began_at: Monotonic time at which its connection was accepted, in seconds.
+        whole_at: The same of its last byte.
+    """
+
+    number: int
+    address: str
+    peer: str
+    head: Head
+    body: bytes
+    began_at: float
+    whole_at: float
+
+
+class Requests(Protocol):
+    """What becomes of requests. It is asked in the server's thread and must not wait."""
+
+    def check(self, address: str, peer: str, head: Head) -> None:
+        """Look at the head of a request before its body is read; raises RefusedError."""
+
+    def arrived(self, request: Request) -> None:
+        """Take a request; it is answered by `Server.answer`, or never."""
+
+    def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
+        """What came is no callback."""
+
+
+class _Client:
+    """A connection: its socket, what it has sent, and until when it may last."""
+
+    def __init__(self, number: int, sock: socket.socket, peer: str, address: str, began_at: float) -> None:
+        self.number = number
+        self.sock = sock
+        self.peer = peer
+        self.address = address
+        self.began_at = began_at
+        self.ends_at = began_at + REQUEST_SECS
+        self.http: Connection
+        self.counted_bytes = 0
+        self.is_answered = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its request is whole or refused: what comes now belongs to no request."""
+        return self.is_answered or self.http.is_whole
+
+
+class Server:
+    """Accepts connections at sockets that listen, until it is stopped. The sockets are not its own.
+
+    Args:
+        sockets: By address, with the maximum number of connections of each.
+        requests: What becomes of requests.
+        telemetry: Destination of log lines.
+        monotonic: The clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        sockets: Mapping[str, tuple[socket.socket, int]],
+        requests: Requests,
+        *,
+        telemetry: Telemetry,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._listening = {address: _Listening(address, sock, most) for address, (sock, most) in sockets.items()}
+        self._requests = requests
+        self._telemetry = telemetry.scope()
+        self._monotonic = monotonic
+        self._numbers = count(1)
+        self._clients: dict[int, _Client] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._held_bytes = 0
+        self._asked: deque[tuple[int, HTTPStatus, Future[bool]]] = deque()
+        self._asking = threading.Lock()
+        self._stopping = self._closing = self._has_ended = False
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._wake = socket.socketpair()
+        self._woken.settimeout(0.0)
+        self._wake.settimeout(0.0)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._drain)
+        self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
+
+    def start(self) -> None:
+        """Begin to accept, in a thread."""
+        self._thread.start()
+
+    @property
+    def connections(self) -> Mapping[str, int]:
+        """Number of open connections, by address."""
+        return {address: listening.connections for address, listening in self._listening.items()}
+
+    def answer(self, number: int, status: HTTPStatus) -> bool:
+        """Answer a request, from another thread.
+
+        Args:
+            number: As in the request.
+            status: Of the answer, which has no body.
+
+        Returns:
+            Whether the answer was written; if not, its connection is gone, or was answered.
+        """
+        written: Future[bool] = Future()
+        with self._asking:
+            if self._has_ended:
+                return False
+            self._asked.append((number, status, written))
+        self._wake_up()
+        return written.result()
+
+    def stop(self) -> None:
+        """Accept nothing more; what is open is seen through."""
+        self._stopping = True
+        self._wake_up()
+
+    def join(self, timeout_secs: float) -> bool:
+        """Wait until all connections have ended, which takes `REQUEST_SECS` and `ANSWER_SECS` at most.
+
+        Returns:
+            Whether they have.
+        """
+        if not self._thread.is_alive():
+            return True
+        self._thread.join(max(timeout_secs, 0.0))
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """End all connections, whatever they are at."""
+        self._closing = True
+        self.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._release()
+
+    def _wake_up(self) -> None:
+        with suppress(OSError):  # full: it will wake up
+            self._wake.send(b"!")
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over():
+                self._accept_or_wait()
+                for key, _ in self._selector.select(self._wait_secs()):
+                    self._do(key.data)
+                self._do(self._answer_asked)
+                self._expire()
+        finally:
+            for client in list(self._clients.values()):
+                self._end(client)
+            with self._asking:
+                self._has_ended = True
+            self._answer_asked()
+            self._release()
+
+    def _release(self) -> None:
+        self._selector.close()
+        self._woken.close()
+        self._wake.close()
+
+    def _do(self, step: Callable[[], None]) -> None:
+        """One step; whatever goes wrong in it concerns no other connection."""
+        try:
+            step()
+        except Exception:
+            self._telemetry.log.exception("callback.failed")
+
+    def _is_over(self) -> bool:
+        return self._closing or (self._stopping and not self._clients)
+
+    def _wait_secs(self) -> float | None:
+        waits = [self._deadlines[0][0]] if self._deadlines else []
+        waits += [it.not_before for it in self._listening.values() if it.not_before]
+        return max(min(waits) - self._monotonic(), 0.0) if waits else None
+
+    def _drain(self) -> None:
+        with suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                pass
+
+    # --- accepting ----------------------------------------------------------------------------------------------------
+
+    def _accept_or_wait(self) -> None:
+        """Listen where there is room for connections, and nowhere else."""
+        now = self._monotonic()
+        for listening in self._listening.values():
+            if listening.not_before <= now:
+                listening.not_before = 0.0
+            wanted = not self._stopping and listening.has_room and not listening.not_before
+            if wanted and not listening.is_registered:
+                self._selector.register(listening.sock, selectors.EVENT_READ, _Step(self._accept, listening))
+            elif listening.is_registered and not wanted:
+                self._selector.unregister(listening.sock)
+            listening.is_registered = wanted
+
+    def _accept(self, listening: "_Listening") -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            if not listening.has_room:
+                return
+            try:
+                sock, peer = listening.sock.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                continue
+            except OSError:  # no descriptor is left
+                listening.not_before = self._monotonic() + ACCEPT_AGAIN_SECS
+                return
+            self._welcome(listening, sock, str(peer[0]))
+
+    def _welcome(self, listening: "_Listening", sock: socket.socket, peer: str) -> None:
+        sock.settimeout(0.0)
+        client = _Client(next(self._numbers), sock, peer, listening.address, self._monotonic())
+        client.http = Connection(lambda head: self._requests.check(client.address, client.peer, head))
+        listening.connections += 1
+        self._clients[client.number] = client
+        self._ends_at(client, client.ends_at)
+        self._selector.register(sock, selectors.EVENT_READ, _Step(self._read, client))
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self, client: _Client) -> None:
+        try:
+            data = client.sock.recv(_CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end(client)
+        elif not client.is_over:  # else it is not for us
+            self._take_in(client, data)
+
+    def _take_in(self, client: _Client, data: bytes) -> None:
+        try:
+            at_once = client.http.received(data)
+        except RefusedError as error:
+            self._refuse(client, error.refusal)
+            return
+        self._count_held(client)
+        if self._held_bytes > HELD_MAX_BYTES and client.http.held_bytes > SMALL_BYTES:
+            self._refuse(client, TOO_LARGE)
+            return
+        if at_once:
+            with suppress(OSError):
+                client.sock.send(at_once)
+        if client.http.is_whole and client.http.head is not None:
+            self._hand_over(client, client.http.head)
+
+    def _hand_over(self, client: _Client, head: Head) -> None:
+        now = self._monotonic()
+        self._ends_at(client, now + ANSWER_SECS)
+        body = client.http.body
+        self._drop_body(client)
+        self._requests.arrived(
+            Request(
+                number=client.number,
+                address=client.address,
+                peer=client.peer,
+                head=head,
+                body=body,
+                began_at=client.began_at,
+                whole_at=now,
+            )
+        )
+
+    def _refuse(self, client: _Client, refusal: Refusal) -> None:
+        path = client.http.head.path if client.http.head else ""
+        self._requests.refused(client.address, client.peer, path, refusal)
+        self._write(client, refusal.status)
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    def _answer_asked(self) -> None:
+        while self._asked:
+            number, status, written = self._asked.popleft()
+            client = self._clients.get(number)
+            is_written = False
+            try:
+                is_written = client is not None and not client.is_answered and self._write(client, status)
+            finally:
+                written.set_result(is_written)
+
+    def _write(self, client: _Client, status: HTTPStatus) -> bool:
+        """Send an answer and nothing more; returns whether the system has taken all of it."""
+        client.is_answered = True
+        self._drop_body(client)
+        answer = client.http.answer(status)
+        try:
+            is_written = client.sock.send(answer) == len(answer)
+            client.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._end(client)
+            return False
+        # Closed at once, with bytes of the client's unread, it would take the answer away from the client again.
+        self._ends_at(client, self._monotonic() + LINGER_SECS)
+        return is_written
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _ends_at(self, client: _Client, at: float) -> None:
+        client.ends_at = at
+        heapq.heappush(self._deadlines, (at, client.number))
+
+    def _expire(self) -> None:
+        now = self._monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            client = self._clients.get(heapq.heappop(self._deadlines)[1])
+            if client is None or client.ends_at > now:
+                continue
+            if client.is_over or not client.http.has_data:
+                self._end(client)
+            else:
+                self._refuse(client, TOO_SLOW)
+
+    def _drop_body(self, client: _Client) -> None:
+        client.http.drop_body()
+        self._count_held(client)
+
+    def _count_held(self, client: _Client) -> None:
+        self._held_bytes += client.http.held_bytes - client.counted_bytes
+        client.counted_bytes = client.http.held_bytes
+
+    def _end(self, client: _Client) -> None:
+        if self._clients.pop(client.number, None) is None:
+            return
+        if not client.is_over:
+            self._requests.refused(client.address, client.peer, "", CUT_OFF if client.http.has_data else NOTHING)
+        self._drop_body(client)
+        self._listening[client.address].connections -= 1
+        self._selector.unregister(client.sock)
+        client.sock.close()
+
+
+class _Listening:
+    """A socket that listens, and what has come in there."""
+
+    def __init__(self, address: str, sock: socket.socket, max_connections: int) -> None:
+        self.address = address
+        self.sock = sock
+        self.max_connections = max_connections
+        self.connections = 0
+        self.is_registered = False
+        self.not_before = 0.0
+
+    @property
+    def has_room(self) -> bool:
+        return self.connections < self.max_connections
+
+
+class _Step:
+    """A call with its argument, which the selector keeps."""
+
+    __slots__ = ("_argument", "_call")
+
+    def __init__(self, call: Callable[[Any], None], argument: Any) -> None:
+        self._call, self._argument = call, argument
+
+    def __call__(self) -> None:
+        self._call(self._argument)
