@@ -89,6 +89,22 @@ class ConfirmResult(StrEnum):
         return self in (ConfirmResult.CONFIRMED, ConfirmResult.REFUSED_AFTER_LOST)
 
 
+class CallbackResult(StrEnum):
+    """What came of one request at a source that receives callbacks.
+
+    ACCEPTED: answered with 200, after its sinks were tried. STORED_UNTRIED: the same, stored without trying them.
+    UNANSWERED: the event is left, or its connection was gone before the answer. BAD_SIGNATURE: not signed with the
+    source's key. NOT_ALLOWED: not from its networks. NOT_AN_EVENT: nothing that VOD sends.
+    """
+
+    ACCEPTED = "accepted"
+    STORED_UNTRIED = "stored_untried"
+    UNANSWERED = "unanswered"
+    BAD_SIGNATURE = "bad_signature"
+    NOT_ALLOWED = "not_allowed"
+    NOT_AN_EVENT = "not_an_event"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkResult:
     """What came of one event at one sink, as far as is known when the event is settled.

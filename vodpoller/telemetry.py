@@ -40,7 +40,7 @@ class Count(StrEnum):
     DEAD_LETTERS_CREATED = "dead_letters_created_total"  # sink, reason
     JOURNAL_ERRORS = "journal_errors_total"
     CREDENTIALS_REFRESHES = "credentials_refreshes_total"  # result = ok | failed
-    CALLBACKS = "callbacks_total"  # source, result = a `callback.refusal.Result`
+    CALLBACKS = "callbacks_total"  # source, result = a CallbackResult
 
 
 class Duration(StrEnum):

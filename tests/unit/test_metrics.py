@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.listening import NOW, WELL, Shown, running_listener
 from tests.processes import needs
 from vodpoller.events.types import DOCUMENTED_EVENT_TYPES
-from vodpoller.settlement import ConfirmResult, Reason, Settlement
+from vodpoller.settlement import CallbackResult, ConfirmResult, Reason, Settlement
 from vodpoller.status import CredentialsStatus, ReloadStatus, SinkStatus, SourceStatus, StoredStatus
 from vodpoller.telemetry import Count, Duration, Gauge
 
@@ -32,6 +32,7 @@ PROMISED = {
     "events_settled_total": "source settlement reason",
     "event_settle_duration_seconds": "source",
     "confirms_total": "source result",
+    "callbacks_total": "source result",
     "leases_expired_total": "source",
     "sink_deliveries_total": "sink outcome",
     "sink_attempts_total": "sink result",
@@ -89,6 +90,7 @@ def shown():
 
 
 def test_the_metrics_are_those_that_are_promised(shown):
+    shown.change(sources=[*WELL.sources, SourceStatus(name="pushed", type="callback")])
     labels = defaultdict(set)
     for family in text_string_to_metric_families(scraped(shown).text):
         for sample in family.samples:
@@ -135,6 +137,17 @@ def test_every_label_set_is_there_before_anything_happened(name, labels, number)
     assert set(found.values()) == {0.0}
     assert len(found) == number
     assert not labels or all(labels in dict(key) for key in found)
+
+
+def test_each_kind_of_source_has_its_own_metrics(shown):
+    shown.change(sources=[SourceStatus(name="main"), SourceStatus(name="pushed", type="callback")])
+    found = samples(shown)
+    sources = {name: {dict(key)["source"] for key in values if "source" in dict(key)} for name, values in found.items()}
+    for name in ("pulls_total", "pull_errors_total", "confirms_total", "pull_last_success_timestamp_seconds"):
+        assert sources[name] == {"main"}, name
+    assert sources["callbacks_total"] == {"pushed"}
+    assert sources["events_settled_total"] == {"main", "pushed"}
+    assert len(found["callbacks_total"]) == len(CallbackResult)
 
 
 def test_the_kinds_of_failed_pulls_are_those_that_are_promised():

@@ -190,6 +190,13 @@ def test_a_source_shows_its_rate_its_backlog_and_its_last_error(shown):
     assert "pulling" in page.text
 
 
+def test_a_source_of_callbacks_shows_its_connections(shown):
+    shown.change(sources=[SourceStatus(name="pushed", type="callback", connections=3, last_callback_at=NOW)])
+    page = page_of(shown)
+    assert "receiving 3 connections" in page.text
+    assert "none: VOD sends them" in page.text
+
+
 def test_a_backlog_that_vod_does_not_tell_is_not_known(shown):
     assert "not known" in page_of(shown).text
 

@@ -41,6 +41,12 @@ def test_a_daemon_that_is_well_has_no_problems():
     assert WELL.as_line() == "main: pulling; 3 pending; 5 events settled"
 
 
+def test_a_source_of_callbacks_to_which_nothing_comes_is_not_a_problem():
+    status = replace(WELL, sources=[SourceStatus(name="pushed", type="callback")], at=NOW + 10**6)
+    assert status.problems() == []
+    assert status.as_line().startswith("pushed: receiving; ")
+
+
 @pytest.mark.parametrize(
     ("changed", "what", "words"),
     [

@@ -13,13 +13,13 @@ from vodpoller.batch import Source as BatchSource
 from vodpoller.callback import reading
 from vodpoller.callback.connection import Head
 from vodpoller.callback.reading import Callback, is_allowed, read_callback
-from vodpoller.callback.refusal import METHOD, NOT_ALLOWED, PATH, Refusal, RefusedError, Result
+from vodpoller.callback.refusal import METHOD, NOT_ALLOWED, PATH, Refusal, RefusedError
 from vodpoller.callback.server import ANSWER_SECS, Request, Server
 from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.events.event import Lease, Malformed
 from vodpoller.liveness import Liveness
 from vodpoller.pipeline import Pipeline
-from vodpoller.settlement import ConfirmResult
+from vodpoller.settlement import CallbackResult, ConfirmResult
 from vodpoller.status import SourceStatus
 from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod.confirmation import Confirmation
@@ -234,7 +234,7 @@ class Receiver:
     def _see_through(self, source: Source, request: Request, is_untried: bool) -> None:  # noqa: FBT001 - see `submit`
         self._liveness.begin(f"callback {source.name}", ANSWER_SECS)
         wait = DeliveryWait()
-        result = Result.UNANSWERED
+        result = CallbackResult.UNANSWERED
         try:
             callback = self._read(source, request)
             with self._lock:
@@ -243,14 +243,14 @@ class Receiver:
                     wait.interrupt(stopping=True)
             batch = self._batch(source, request, callback, is_untried=is_untried)
             if self._pipeline.process(batch, wait):
-                result = Result.STORED_UNTRIED if is_untried else Result.ACCEPTED
+                result = CallbackResult.STORED_UNTRIED if is_untried else CallbackResult.ACCEPTED
             self._telemetry.count(Count.CALLBACKS, source=source.name, result=result.value)
         except RefusedError as error:
             self._refuse(source, request.peer, request.head.path, error.refusal)
             self._server.answer(request.number, error.refusal.status)
         except Exception:
             self._telemetry.log.exception("callback.failed", source=source.name)
-            self._telemetry.count(Count.CALLBACKS, source=source.name, result=Result.UNANSWERED.value)
+            self._telemetry.count(Count.CALLBACKS, source=source.name, result=CallbackResult.UNANSWERED.value)
         finally:
             self._liveness.end()
             received = self._received[source.name]

@@ -1,19 +1,9 @@
 """Why a request is not taken for a callback of VOD's, and the HTTP status that says so."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 from http import HTTPStatus
 
-
-class Result(StrEnum):
-    """What came of a request. A closed set: the label `result` of `callbacks_total`."""
-
-    ACCEPTED = "accepted"
-    STORED_UNTRIED = "stored_untried"
-    UNANSWERED = "unanswered"
-    BAD_SIGNATURE = "bad_signature"
-    NOT_ALLOWED = "not_allowed"
-    NOT_AN_EVENT = "not_an_event"
+from vodpoller.settlement import CallbackResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +18,7 @@ class Refusal:
     """
 
     status: HTTPStatus
-    result: Result
+    result: CallbackResult
     cause: str
     hint: str
 
@@ -46,7 +36,7 @@ class RefusedError(Exception):
 
 
 def _not_an_event(status: HTTPStatus, cause: str, hint: str) -> Refusal:
-    return Refusal(status=status, result=Result.NOT_AN_EVENT, cause=cause, hint=hint)
+    return Refusal(status=status, result=CallbackResult.NOT_AN_EVENT, cause=cause, hint=hint)
 
 
 NOT_HTTP = _not_an_event(HTTPStatus.BAD_REQUEST, "not_http", "what came is not a request of HTTP/1.1")
@@ -70,19 +60,19 @@ NOT_JSON = _not_an_event(HTTPStatus.BAD_REQUEST, "not_json", "a body is not JSON
 NO_EVENT = _not_an_event(HTTPStatus.BAD_REQUEST, "no_event", "a body is JSON, but not an event of VOD's")
 NOT_ALLOWED = Refusal(
     status=HTTPStatus.FORBIDDEN,
-    result=Result.NOT_ALLOWED,
+    result=CallbackResult.NOT_ALLOWED,
     cause="not_allowed",
     hint="it comes from an address that is not in allow_from; if that is a proxy of yours, name it in forwarded_from",
 )
 BAD_SIGNATURE = Refusal(
     status=HTTPStatus.FORBIDDEN,
-    result=Result.BAD_SIGNATURE,
+    result=CallbackResult.BAD_SIGNATURE,
     cause="bad_signature",
     hint="Sign is missing or does not belong to sign_key: is the key the one that is set at VOD?",
 )
 OLD_AND_UNSIGNED = Refusal(
     status=HTTPStatus.FORBIDDEN,
-    result=Result.BAD_SIGNATURE,
+    result=CallbackResult.BAD_SIGNATURE,
     cause="old_format",
     hint="an event in the format 4.0, which has no Sign: set the callback format to 3.0 at VOD",
 )

@@ -8,6 +8,7 @@ import click
 
 from vodpoller.cli.configuration import config_option, load_config
 from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.model import Config
 from vodpoller.vod.credentials import AssumedRole, CvmRole
 
@@ -26,7 +27,11 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     for source in config.sources:
         app = f"SubAppId {source.sub_app_id}" if source.sub_app_id else "the account's main application"
         rest = "every event has a route" if config.coverage[source.name] else f"other events: {source.unrouted}"
-        click.echo(f"  source {source.name}: {app} at {config.api.endpoint}; {rest}")
+        how = f"at {config.api.endpoint}"
+        if isinstance(source, CallbackSource):
+            signed = "signed" if source.sign_key else "not signed"
+            how = f"by callbacks to {source.listen}{source.path}, {signed}"
+        click.echo(f"  source {source.name}: {app} {how}; {rest}")
     for route in config.routes:
         types = ", ".join(route.event_types) if route.event_types else "all events"
         condition = f" where {route.where}" if route.where else ""
@@ -34,7 +39,8 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
     for name, sink in config.sinks.items():
         place = sink.place()
         click.echo(f"  sink {name}: {sink.type}{f', {place}' if place else ''}")
-    click.echo(f"  key: {_key_of(config)}")
+    if config.role is not None or config.credentials.origins:
+        click.echo(f"  key: {_key_of(config)}")
     works = True
     if connect:
         from vodpoller.cli.connections import show_connections  # noqa: PLC0415 - without --connect, requests is not needed

@@ -138,11 +138,12 @@ def _print_status(report: Mapping[str, Any]) -> None:
 
 
 def _print_parts(console: Console, report: Mapping[str, Any]) -> None:
-    sources = Table("source", "last pull", "error")
+    sources = Table("source", "type", "last answer", "error")
     for row in report["sources"]:
         said = printable(row["error"]) if row["error"] else ""
         next_pull = f" (next try {row['next_pull_at']})" if row["next_pull_at"] else ""
-        sources.add_row(printable(row["name"]), row["last_pull_at"] or "never", said + next_pull)
+        answered_at = row["last_callback_at"] if row["type"] == "callback" else row["last_pull_at"]
+        sources.add_row(printable(row["name"]), row["type"], answered_at or "never", said + next_pull)
     sinks = Table("sink", "state", "queued", "next try", "error")
     for row in report["sinks"]:
         if row["down_since"]:

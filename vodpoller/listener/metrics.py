@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from vodpoller.events.types import DOCUMENTED_EVENT_TYPES, OTHER
 from vodpoller.journal.operator import REASONS
 from vodpoller.listener.view import View
-from vodpoller.settlement import ConfirmResult, Reason, Settlement
+from vodpoller.settlement import CallbackResult, ConfirmResult, Reason, Settlement
 from vodpoller.status import Status
 from vodpoller.telemetry import (
     BUCKETS_SECS,
@@ -38,14 +38,17 @@ PREFIX: Final = "vodpoller_"
 
 _SOURCE: Final = "source"
 _SINK: Final = "sink"
+_PULLED: Final = "source that pulls"  # label `source`
+_CALLED: Final = "source of callbacks"  # as above
 _STORED_SINK: Final = "stored sink"  # label `sink`, also of sinks that are gone
+_SHOWN: Final[Mapping[str, str]] = {_PULLED: "source", _CALLED: "source", _STORED_SINK: "sink"}
 _OF_STORED: Final = frozenset({Reason.GAVE_UP, Reason.SINK_REMOVED})
 
 _COUNTS: Final[Mapping[Count, tuple[str, Mapping[str, Sequence[str]]]]] = {
-    Count.PULLS: ("Pulls, by what they brought.", {_SOURCE: (), "result": ("events", "empty", "failed")}),
-    Count.PULL_ERRORS: ("Pulls that failed, by the kind of failure.", {_SOURCE: (), "code": PULL_ERROR_CODES}),
+    Count.PULLS: ("Pulls, by what they brought.", {_PULLED: (), "result": ("events", "empty", "failed")}),
+    Count.PULL_ERRORS: ("Pulls that failed, by the kind of failure.", {_PULLED: (), "code": PULL_ERROR_CODES}),
     Count.EVENTS_RECEIVED: (
-        "Events that pulls brought.",
+        "Events that pulls and callbacks brought.",
         {_SOURCE: (), "event_type": (*sorted(DOCUMENTED_EVENT_TYPES), OTHER)},
     ),
     Count.EVENTS_REDELIVERED: ("Events among them that were known already.", {_SOURCE: ()}),
@@ -59,7 +62,11 @@ _COUNTS: Final[Mapping[Count, tuple[str, Mapping[str, Sequence[str]]]]] = {
     ),
     Count.CONFIRMS: (
         "Handles by what came of their confirm.",
-        {_SOURCE: (), "result": tuple(it.value for it in ConfirmResult)},
+        {_PULLED: (), "result": tuple(it.value for it in ConfirmResult)},
+    ),
+    Count.CALLBACKS: (
+        "Requests at sources of callbacks, by what came of them.",
+        {_CALLED: (), "result": tuple(it.value for it in CallbackResult)},
     ),
     Count.LEASES_EXPIRED: ("Events whose lease ended before VOD acknowledged their confirm.", {_SOURCE: ()}),
     Count.SINK_DELIVERIES: (
@@ -102,13 +109,18 @@ def exposition(view: View, accept: str) -> tuple[str, bytes]:
 class _Names:
     """The names that labels take from the configuration."""
 
-    sources: Sequence[str]
+    pulled: Sequence[str]
+    called: Sequence[str]
     sinks: Sequence[str]
 
     def of(self, label: str) -> Sequence[str]:
         match label:
             case "source":
-                return self.sources
+                return (*self.pulled, *self.called)
+            case "source that pulls":
+                return self.pulled
+            case "source of callbacks":
+                return self.called
             case "sink":
                 return self.sinks
             case _:
@@ -128,7 +140,11 @@ class _Collector(Collector):
     def collect(self) -> Iterator[Metric]:
         """prometheus_client's contract: all metrics, each once."""
         status, numbers = self._view.known(), self._view.telemetry.numbers()
-        names = _Names([it.name for it in status.sources], [it.name for it in status.sinks])
+        names = _Names(
+            [it.name for it in status.sources if it.type == "pull"],
+            [it.name for it in status.sources if it.type == "callback"],
+            [it.name for it in status.sinks],
+        )
         yield from _of_process(status)
         yield from _counters(numbers, names)
         yield from _histograms(numbers, names)
@@ -191,17 +207,18 @@ def _of_process(status: Status) -> Iterator[Metric]:
 
 
 def _of_sources(status: Status) -> Iterator[Metric]:
+    pulled = [it for it in status.sources if it.type == "pull"]
     yield _gauge(
         "pull_last_success_timestamp_seconds",
         "When VOD last answered a pull; 0 if it did not since the start.",
         ("source",),
-        {(it.name,): it.last_pull_at or 0.0 for it in status.sources},
+        {(it.name,): it.last_pull_at or 0.0 for it in pulled},
     )
     yield _gauge(
         "pulls_in_flight",
         "Pulls that are outstanding.",
         ("source",),
-        {(it.name,): it.pulls_in_flight for it in status.sources},
+        {(it.name,): it.pulls_in_flight for it in pulled},
     )
 
 
@@ -260,7 +277,7 @@ def _of_credentials(status: Status) -> Metric:
 
 def _counters(numbers: Numbers, names: _Names) -> Iterator[Metric]:
     for count, (text, labels) in _COUNTS.items():
-        shown = tuple("sink" if label == _STORED_SINK else label for label in labels)
+        shown = tuple(_SHOWN.get(label, label) for label in labels)
         family = CounterMetricFamily(PREFIX + count.removesuffix("_total"), text, labels=shown)
         values = dict.fromkeys(_every(allowed or names.of(label) for label, allowed in labels.items()), 0)
         for (counted, found), number in numbers.counts.items():
