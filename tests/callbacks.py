@@ -18,6 +18,7 @@ from vodpoller.secret import Secret
 from vodpoller.telemetry import Count, Telemetry
 
 PATH = "/vod"
+OK = (200, b"")
 
 
 def body(number=0, *, event_type="NewFileUpload", **more):
@@ -143,3 +144,16 @@ class Receiving:
             worker.join(20)
         self.journal.close()
         self.listening.close()
+
+
+def request(content, *, method="POST", path=PATH, headers=""):
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n{headers}\r\n".encode() + data
+
+
+def said(sock):
+    """All that comes until the other side has closed."""
+    found = b""
+    while part := sock.recv(65536):
+        found += part
+    return found

@@ -1,18 +1,15 @@
 """Callbacks from the socket to the sinks and back."""
 
-import json
 import threading
 from contextlib import closing
 
 import pytest
 
-from tests.callbacks import PATH, Receiving, body
+from tests.callbacks import OK, Receiving, body, request, said
 from tests.helpers import named
 from tests.polling import until
 from vodpoller.callback import server
 from vodpoller.errors import RejectedError, StorageError, TransientError
-
-OK = (200, b"")
 
 
 @pytest.fixture
@@ -255,16 +252,3 @@ def test_beyond_the_maximum_of_connections_the_next_one_waits(receiving):
         third.settimeout(20)
         first.close()
         assert said(third).startswith(b"HTTP/1.1 200")
-
-
-def request(content, *, method="POST", path=PATH, headers=""):
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n{headers}\r\n".encode() + data
-
-
-def said(sock):
-    """All that comes until the other side has closed."""
-    found = b""
-    while part := sock.recv(65536):
-        found += part
-    return found

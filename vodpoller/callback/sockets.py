@@ -40,9 +40,9 @@ class CallbackSockets:
             if address in self._open or _normal(address) in self._passed or self._is_port_ours(address):
                 continue
             try:
-                _listen(address).close()
+                listen(address).close()
             except OSError as error:
-                yield _refusal(address, error)
+                yield f"sources: {why_not(address, error)}"
 
     def _unnamed(self, addresses: Collection[str]) -> Iterator[str]:
         wanted = {_normal(address) for address in addresses}
@@ -91,30 +91,39 @@ class CallbackSockets:
         if found is not None:
             return found
         try:
-            return _listen(address)
+            return listen(address)
         except PermissionError as error:
-            raise ConfigError([_refusal(address, error)]) from error
+            raise ConfigError([f"sources: {why_not(address, error)}"]) from error
         except OSError as error:
-            raise StorageError(_refusal(address, error)) from error
+            raise StorageError(why_not(address, error)) from error
 
     def _is_port_ours(self, address: str) -> bool:
         """A port that is in use here is given up before it is taken again at another address."""
         return port_of(address) in {port_of(it) for it in self._open}
 
 
-def _listen(address: str) -> socket.socket:
+def listen(address: str) -> socket.socket:
+    """A socket that listens.
+
+    Args:
+        address: IP address and port, as in the configuration.
+
+    Raises:
+        OSError: It cannot: the address is not one of this machine's, or in use, or not allowed.
+    """
     host = host_of(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port_of(address)), family=family, backlog=BACKLOG)
 
 
-def _refusal(address: str, error: OSError) -> str:
+def why_not(address: str, error: OSError) -> str:
+    """Why an address cannot be listened at, for a person."""
     what = {
         errno.EADDRINUSE: "another program listens there",
         errno.EADDRNOTAVAIL: "this machine has no such address",
         errno.EACCES: "ports below 1024 are not for every user: choose a higher one, or let systemd open the socket",
     }.get(error.errno or 0, "")
-    return f"sources: {address} cannot be listened at: {error.strerror or error}{f' ({what})' if what else ''}"
+    return f"{address} cannot be listened at: {error.strerror or error}{f' ({what})' if what else ''}"
 
 
 def _normal(address: str) -> str:

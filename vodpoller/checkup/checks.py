@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 
+from vodpoller.checkup.callbacks import check_callbacks
 from vodpoller.checkup.certificates import check_ca_files, check_endpoint
 from vodpoller.checkup.disks import check_disks
 from vodpoller.checkup.files import check_files
@@ -53,6 +54,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
             yield Finding(what=f"sink {name}", level=Level.GOOD, text=said)
         except VodpollerError as error:
             yield Finding(what=f"sink {name}", level=Level.PROBLEM, text=str(error))
+    yield from check_callbacks(config.callback_addresses)
     yield check_journal(config.journal.path)
     yield from check_stored(config)
     yield from check_disks(config)

@@ -39,6 +39,10 @@ EXAMPLES: Final[Mapping[str, Example]] = {
     "logrotate": Example(
         file="vodpoller.logrotate", about="rotates the files of sinks; for /etc/logrotate.d/vodpoller"
     ),
+    "socket": Example(
+        file="vodpoller.socket",
+        about="the port of callbacks, open over restarts; for /etc/systemd/system/vodpoller.socket",
+    ),
     "sql": Example(file="tables.sql", about="the tables of the sinks postgresql, mysql and sqlite, for a database"),
     "unit": Example(file="vodpoller.service", about="the service; for /etc/systemd/system/vodpoller.service"),
     "unit@": Example(

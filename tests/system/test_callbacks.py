@@ -1,0 +1,266 @@
+"""`vodpoller run` with a source of callbacks: restarts, reloads, sockets that systemd has opened."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from tests.polling import until
+from tests.processes import DaemonProcess, HeldPort, environment, run_command
+
+pytestmark = pytest.mark.system
+
+PATH = "/vod"
+
+
+def body(number):
+    return json.dumps({"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": str(number)}})
+
+
+def configure(system, port, *, sinks=None, source="", more=""):
+    """One source of callbacks, without a key of the API."""
+    sinks = system.archive_sink if sinks is None else sinks
+    names = [line.split(".", 1)[1].rstrip("]") for line in sinks.splitlines() if line.startswith("[sinks.")]
+    system.config_path.write_text(
+        f'[[sources]]\nname = "pushed"\ntype = "callback"\nlisten = "127.0.0.1:{port}"\npath = "{PATH}"\n{source}\n'
+        f'[[routes]]\nname = "all"\nsinks = {json.dumps(names)}\n{sinks}\n'
+        f'[journal]\npath = "{system.journal}"\n{more}\n'
+    )
+    return system.config_path
+
+
+def ask(port, data, *, timeout=30):
+    """Send bytes on a connection of its own; what comes until the other side has closed it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        sock.sendall(data)
+        found = b""
+        while part := sock.recv(65536):
+            found += part
+        return found
+
+
+def push(port, text, **more):
+    """The status of the answer; None if there is none."""
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text.encode())}\r\n\r\n"
+    try:
+        answer = ask(port, (head + text).encode(), **more)
+    except ConnectionResetError:
+        return None
+    return int(answer.split()[1]) if answer else None
+
+
+def status_of(system):
+    """Of the one source, if all is well."""
+    done = run_command("status", "-c", system.config_path, "--json")
+    assert done.returncode == 0, done.stdout
+    (source,) = json.loads(done.stdout)["sources"]
+    return source
+
+
+def file_ids(system):
+    return sorted(json.loads(line)["FileUploadEvent"]["FileId"] for line in system.lines())
+
+
+@pytest.fixture
+def port():
+    with HeldPort() as held:
+        yield held.number
+
+
+def test_without_a_source_that_pulls_it_runs_without_a_key(system, port):
+    configure(system, port)
+    daemon = system.daemon()
+    assert push(port, body(1)) == 200
+    assert file_ids(system) == ["1"]
+    assert daemon.terminate()[0] == 0
+    assert not daemon.problems()
+
+
+def test_an_address_in_use_ends_the_start_with_1(system):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        configure(system, taken.getsockname()[1])
+        daemon = system.daemon(started=False)
+        assert daemon.process.wait(30) == 1
+        assert "another program listens there" in daemon.tail()
+
+
+def test_the_status_shows_the_source(system, port):
+    configure(system, port)
+    system.daemon()
+    push(port, body(1))
+    source = status_of(system)
+    assert (source["type"], source["error"]) == ("callback", "")
+    assert source["last_callback_at"]
+
+
+def test_the_check_says_where_callbacks_come_in(system, port):
+    configure(system, port)
+    done = run_command("check", "-c", system.config_path)
+    assert f"by callbacks to 127.0.0.1:{port}{PATH}, not signed" in done.stdout
+    assert "key:" not in done.stdout
+
+
+def test_once_delivers_what_is_due_without_a_source_that_pulls(system, port):
+    configure(system, port)
+    assert run_command("once", "-c", system.config_path).returncode == 0
+
+
+# --- a stop -----------------------------------------------------------------------------------------------------------
+
+
+def slow_sink(secs):
+    return f'[sinks.slow]\ntype = "exec"\ncommand = ["/bin/sh", "-c", "cat > /dev/null; sleep {secs}"]\n'
+
+
+def test_a_stop_sees_a_callback_through(system, port):
+    configure(system, port, sinks=slow_sink(1))
+    daemon = system.daemon()
+    answers = []
+    pushing = threading.Thread(target=lambda: answers.append(push(port, body(1))))
+    with socket.create_connection(("127.0.0.1", port)) as begun:
+        begun.sendall(f"POST {PATH} HTTP/1.1\r\n".encode())
+        pushing.start()
+        until(lambda: status_of(system)["connections"] == 2)
+        daemon.signal(signal.SIGTERM)
+        daemon.await_log("daemon.stopping")
+        text = body(2)
+        begun.sendall(f"Host: x\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+        begun.settimeout(30)
+        assert begun.recv(1000).startswith(b"HTTP/1.1 200")
+    pushing.join()
+    assert (answers, daemon.process.wait(30)) == ([200], 0)
+    assert not daemon.problems()
+
+
+# --- a reload ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_reload_keeps_the_port_open_and_answers_all(system, port):
+    configure(system, port)
+    daemon = system.daemon()
+    answers, is_over = [], threading.Event()
+
+    def pushing():
+        number = 0
+        while not is_over.is_set():
+            answers.append(push(port, body(number)))
+            number += 1
+
+    thread = threading.Thread(target=pushing)
+    thread.start()
+    for level in ("warning", "info"):
+        until(lambda: answers)
+        configure(system, port, more=f'[log]\nlevel = "{level}"')
+        done = run_command("reload", "-c", system.config_path, timeout_secs=60)
+        assert done.returncode == 0, done.stderr + daemon.tail()
+        answers.clear()
+    until(lambda: answers)
+    is_over.set()
+    thread.join()
+    assert set(answers) == {200}
+    ids = file_ids(system)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_reload_to_an_address_in_use_is_refused(system, port):
+    configure(system, port)
+    system.daemon()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        configure(system, taken.getsockname()[1])
+        done = run_command("reload", "-c", system.config_path)
+    assert done.returncode == 78
+    assert "another program listens there" in done.stderr + done.stdout
+    assert push(port, body(1)) == 200
+
+
+def test_a_reload_moves_to_another_address(system, port):
+    configure(system, port)
+    system.daemon()
+    with HeldPort() as other:
+        configure(system, other.number)
+        assert run_command("reload", "-c", system.config_path, timeout_secs=60).returncode == 0
+        assert push(other.number, body(1)) == 200
+    with pytest.raises(ConnectionRefusedError):
+        push(port, body(2))
+
+
+# --- sockets that another has opened ----------------------------------------------------------------------------------
+
+PASS_ON = """
+import os, sys
+fd = int(sys.argv[1])
+os.dup2(fd, 3)
+os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"] = str(os.getpid()), "1"
+os.execv(sys.executable, [sys.executable, "-m", "vodpoller", "run", "-c", sys.argv[2]])
+"""
+
+
+class Activated(DaemonProcess):
+    """`vodpoller run` as systemd starts it, with a socket that listens."""
+
+    def __init__(self, config_path, log_path, listening):
+        self.log_path = log_path
+        with log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PASS_ON, str(listening.fileno()), config_path],
+                stderr=log,
+                env=environment(),
+                pass_fds=[listening.fileno()],
+            )
+
+
+@contextmanager
+def activated(system, listening, name="daemon.log"):
+    daemon = Activated(system.config_path, system.folder / name, listening)
+    try:
+        yield daemon
+    finally:
+        daemon.kill()
+
+
+@pytest.fixture
+def listening():
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as sock:
+        yield sock
+
+
+def test_a_passed_socket_that_no_source_names_is_exit_78(system, listening, port):
+    configure(system, port)
+    with activated(system, listening) as daemon:
+        assert daemon.process.wait(30) == 78
+        assert f"127.0.0.1:{listening.getsockname()[1]}, and no source names it" in daemon.tail()
+
+
+def test_what_comes_between_two_lives_waits_in_the_passed_socket(system, listening):
+    port = listening.getsockname()[1]
+    configure(system, port)
+    answers = []
+    pushing = [threading.Thread(target=lambda n=n: answers.append(push(port, body(n)))) for n in range(20)]
+    for number, thread in enumerate(pushing):
+        thread.start()
+        if number == 9:
+            with activated(system, listening) as first:
+                first.await_log("daemon.started")
+                until(lambda: answers)
+    with activated(system, listening, "second.log"):
+        for thread in pushing:
+            thread.join()
+    assert answers.count(200) >= 10
+    ids = file_ids(system)
+    assert len(ids) == len(set(ids))
+    assert len(ids) >= len(answers) - answers.count(None)
+
+
+def test_a_reload_that_drops_a_passed_socket_is_refused(system, listening, port):
+    configure(system, listening.getsockname()[1])
+    with activated(system, listening) as daemon:
+        daemon.await_log("daemon.started")
+        configure(system, port)
+        done = run_command("reload", "-c", system.config_path)
+        assert done.returncode == 78
+        assert "no source names it" in done.stderr + done.stdout
