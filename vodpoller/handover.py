@@ -28,12 +28,14 @@ class Handover:
         journal: The path of the journal that it had; empty as above.
         asking: Descriptors of connections whose clients wait for the end of the reload.
         listening: Descriptors of sockets that listen, each with its name.
+        passed: The names of those among them that the service manager has opened.
     """
 
     stuck: Sequence[str] = ()
     journal: str = ""
     asking: Sequence[int] = ()
     listening: Mapping[str, int] = field(default_factory=dict)
+    passed: Sequence[str] = ()
 
     @classmethod
     def of(cls, environ: MutableMapping[str, str]) -> "Handover":

@@ -117,6 +117,7 @@ class Service:
         self._listening = Listening(
             lambda: self._view() if self._is_built else None, telemetry=self._telemetry, inherited=self._inherited
         )
+        passed = [*passed, *(self._inherited.pop(name) for name in handover.passed)]
         self._sockets = CallbackSockets(inherited=self._inherited, passed=passed)
         self._is_built = self._is_ready = False
         self._askers_lock = threading.Lock()
@@ -310,7 +311,9 @@ class Service:
             asking = [asker.fileno() for asker in (*askers, *self._askers)]
         try:
             journal = str(self._config.journal.path)
-            self._execute(Handover(stuck=stuck, journal=journal, asking=asking, listening=listening), self._signals)
+            passed = self._sockets.passed
+            handover = Handover(stuck=stuck, journal=journal, asking=asking, listening=listening, passed=passed)
+            self._execute(handover, self._signals)
         except OSError as error:
             self._exit_code = 1
             self._end_reason = f"{', '.join(stuck)}: a thread hung, and the program cannot be executed anew: {error}"

@@ -1,12 +1,14 @@
 """`vodpoller run` with a source of callbacks: restarts, reloads, sockets that systemd has opened."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -108,6 +110,58 @@ def test_the_check_says_where_callbacks_come_in(system, port):
 def test_once_delivers_what_is_due_without_a_source_that_pulls(system, port):
     configure(system, port)
     assert run_command("once", "-c", system.config_path).returncode == 0
+
+
+# --- a full disk, a kill, a burst -------------------------------------------------------------------------------------
+
+
+def push_all(port, numbers):
+    """The answers, all at once."""
+    with ThreadPoolExecutor(len(numbers)) as pushing:
+        return list(pushing.map(lambda number: push(port, body(number)), numbers))
+
+
+def test_on_a_full_disk_nothing_is_answered_and_nothing_is_missing_later(system, port):
+    configure(system, port)
+    daemon = system.daemon()
+    assert push(port, body(0)) == 200
+    limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))  # as if it were full
+    assert push_all(port, range(1, 21)) == [None] * 20
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, limits)
+    until(lambda: set(push_all(port, range(1, 21))) == {200}, secs=60)
+    until(lambda: file_ids(system) == sorted(map(str, range(21))), secs=60)
+
+
+def test_what_is_tried_again_while_the_daemon_is_killed_is_there_once(system, port):
+    configure(system, port)
+    answered = set()
+
+    def push_until_answered(number):
+        while number not in answered:
+            with suppress(OSError):
+                if push(port, body(number)) == 200:
+                    answered.add(number)
+
+    daemon = system.daemon()
+    with ThreadPoolExecutor(8) as pushing:
+        pushed = [pushing.submit(push_until_answered, number) for number in range(300)]
+        for number in (60, 120, 180):
+            until(lambda number=number: len(answered) >= number)
+            daemon.kill()
+            daemon = system.daemon()
+        for it in pushed:
+            it.result()
+    assert file_ids(system) == sorted(map(str, range(300)))
+
+
+def test_a_burst_that_a_slow_sink_cannot_take_is_answered_and_delivered(system, port):
+    script = json.dumps(f'read -r line; sleep 1; echo "$line" >> {system.archive}')
+    sink = f'[sinks.slow]\ntype = "exec"\nconcurrency = 32\ncommand = ["/bin/sh", "-c", {script}]\n'
+    configure(system, port, sinks=sink, source="max_events_in_flight = 8")
+    system.daemon()
+    assert push_all(port, range(40)) == [200] * 40
+    until(lambda: file_ids(system) == sorted(map(str, range(40))), secs=60)
 
 
 # --- a stop -----------------------------------------------------------------------------------------------------------

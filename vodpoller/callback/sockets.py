@@ -78,6 +78,11 @@ class CallbackSockets:
             if sock not in self._passed.values():
                 sock.close()
 
+    @property
+    def passed(self) -> list[str]:
+        """The addresses of those that the service manager has opened."""
+        return [address for address, sock in self._open.items() if sock in self._passed.values()]
+
     def handed_over(self) -> dict[str, int]:
         """The descriptors of the sockets by their addresses, for the next life of the process."""
         return {address: sock.fileno() for address, sock in self._open.items()}
