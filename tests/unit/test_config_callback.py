@@ -5,7 +5,11 @@ from ipaddress import ip_network
 import pytest
 
 from vodpoller.config import callbacks
+from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.load import from_dict
+from vodpoller.config.load import load as load_file
+from vodpoller.config.schema import json_schema
+from vodpoller.config.tables import Source
 from vodpoller.errors import ConfigError
 
 KEY = {"TENCENTCLOUD_SECRET_ID": "an-id-of-a-key", "TENCENTCLOUD_SECRET_KEY": "the-key-itself"}
@@ -152,3 +156,25 @@ def test_what_is_probably_not_meant_is_a_warning(tmp_path, changes, key):
 @pytest.mark.parametrize("changes", [{"sign_key": "k" * 20}, {"allow_from": ["10.0.0.0/8"]}])
 def test_a_key_or_networks_are_enough_against_strangers(tmp_path, changes):
     assert not load(tmp_path, CALLBACK | {"listen": "0.0.0.0:8088"} | changes).warnings
+
+
+def test_a_sign_key_in_a_file_that_all_may_read_is_a_warning(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        '[[sources]]\nname = "pushed"\ntype = "callback"\nlisten = "127.0.0.1:8088"\npath = "/vod"\n'
+        'sign_key = "the-key-that-is-set-at-vod"\n[[routes]]\nname = "all"\nsinks = ["archive"]\n'
+        f'[sinks.archive]\ntype = "file"\npath = "{tmp_path}/events.jsonl"\n[journal]\npath = "{tmp_path}/journal.db"\n'
+    )
+    path.chmod(0o644)
+    (warning,) = load_file(path, env={}).warnings
+    assert warning.startswith("sources.pushed.sign_key: is a secret in a file that every user")
+    path.chmod(0o640)
+    assert not load_file(path, env={}).warnings
+
+
+def test_the_schema_has_the_keys_of_each_type():
+    schema = json_schema()
+    items = schema["properties"]["sources"]["items"]
+    keys = {way: set(schema["$defs"][items[way]["$ref"].rpartition("/")[2]]["properties"]) for way in ("then", "else")}
+    assert keys["then"] == set(CallbackSource.model_fields)
+    assert keys["else"] == set(Source.model_fields)
