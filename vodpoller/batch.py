@@ -1,6 +1,6 @@
 """A batch: what one pull or callback brought, with its lease. What receives makes it, the pipeline processes it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
@@ -8,6 +8,7 @@ from vodpoller.events.event import Lease, Malformed, PulledEvent
 from vodpoller.journal.contract import Pulled
 from vodpoller.settlement import OnFailure, Unrouted
 from vodpoller.vod.answers import Pull
+from vodpoller.vod.confirmation import Confirmation
 
 TRIES_SECS: Final = 60.0  # VOD tries a callback three times, for 5 s each, as far as is known
 
@@ -30,6 +31,22 @@ class Source(Protocol):
     @property
     def unrouted(self) -> Unrouted | None:
         """As in the configuration."""
+
+
+class Confirms(Protocol):
+    """Lets VOD forget events: see `vod.confirmer.Confirmer`, and for callbacks `callback.receiver.Answers`."""
+
+    def confirm(
+        self,
+        source: str,
+        sub_app_id: int | None,
+        handles: Sequence[str],
+        lease: Lease,
+        /,
+        *,
+        on_acknowledged: Callable[[Sequence[str]], None],
+    ) -> Mapping[str, Confirmation]:
+        """Confirm handles; what came of each. Calls `on_acknowledged` with those that VOD does not bring again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vodpoller import __version__
+from vodpoller.batch import Confirms
 from vodpoller.clock import SteadyClock
 from vodpoller.config.model import Config
 from vodpoller.config.tables import Source
@@ -23,7 +24,7 @@ from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
 from vodpoller.once import Once
 from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
-from vodpoller.pipeline import Confirms, Pipeline
+from vodpoller.pipeline import Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals
 from vodpoller.router import Router

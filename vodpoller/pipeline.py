@@ -5,13 +5,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from vodpoller.batch import Batch, Source
+from vodpoller.batch import Batch, Confirms, Source
 from vodpoller.delivery.in_flight import Claim, Delivery, DeliveryWait, InFlight, State, WaitEnd
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import JournalFullError, StorageError
-from vodpoller.events.event import Event, Lease, Malformed, PulledEvent
+from vodpoller.events.event import Event, Malformed, PulledEvent
 from vodpoller.events.identity import has_own_id
 from vodpoller.events.snapshots import event_fields, has_failed_snapshots, snapshots_of
 from vodpoller.events.types import documented_or_other
@@ -20,6 +20,7 @@ from vodpoller.router import Router
 from vodpoller.settlement import (
     ALREADY_DELIVERED,
     ALREADY_STORED,
+    UNTRIED,
     ConfirmResult,
     Outcome,
     Reason,
@@ -37,11 +38,6 @@ from vodpoller.vod.confirmation import UNKNOWN, Confirmation
 STORED_RETRY_SECS = 5.0
 LEFT_SHARE = 0.1
 _UNDECIDED: Final = Verdict.leave(Reason.OUT_OF_TIME)
-_UNTRIED: Final = SinkResult(
-    outcome=Outcome.NOT_ATTEMPTED,
-    reason=Reason.QUEUE_FULL,
-    why="max_events_in_flight of the source were on their way: it was stored without trying the sink",
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,21 +69,6 @@ class _Item:
     @property
     def is_confirmed(self) -> bool:
         return self.confirmation is not None and self.confirmation.result is ConfirmResult.CONFIRMED
-
-
-class Confirms(Protocol):
-    """Lets VOD forget events: see `vod.confirmer.Confirmer`, and for callbacks `callback.receiver`."""
-
-    def confirm(
-        self,
-        source: str,
-        sub_app_id: int | None,
-        handles: Sequence[str],
-        lease: Lease,
-        *,
-        on_acknowledged: Callable[[Sequence[str]], None],
-    ) -> Mapping[str, Confirmation]:
-        """Confirm handles; what came of each. Calls `on_acknowledged` with those that VOD does not bring again."""
 
 
 class _LeftEvents:
@@ -312,7 +293,7 @@ class Pipeline:
             return
         for item, sink in wanted:
             found = known.get((item.event.key, sink))
-            item.results[sink] = _UNTRIED if found is None else _KNOWN_ALREADY[found]
+            item.results[sink] = UNTRIED if found is None else _KNOWN_ALREADY[found]
             item.redelivered |= found is not None
 
     def _submit_unknown(self, fresh: Sequence[Delivery]) -> Collection[tuple[bytes, str]]:

@@ -117,8 +117,7 @@ class Service:
         self._listening = Listening(
             lambda: self._view() if self._is_built else None, telemetry=self._telemetry, inherited=self._inherited
         )
-        passed = [*passed, *(self._inherited.pop(name) for name in handover.passed)]
-        self._sockets = CallbackSockets(inherited=self._inherited, passed=passed)
+        self._sockets = CallbackSockets(inherited=self._inherited, passed=passed, passed_before=handover.passed)
         self._is_built = self._is_ready = False
         self._askers_lock = threading.Lock()
         self._askers = [Asker(connection) for connection in handover.askers()]

@@ -133,6 +133,11 @@ DELIVERED = SinkResult(outcome=Outcome.DELIVERED, reason=Reason.DELIVERED)
 SKIPPED = SinkResult(outcome=Outcome.DELIVERED, reason=Reason.SKIPPED)
 ALREADY_DELIVERED = SinkResult(outcome=Outcome.DELIVERED, reason=Reason.ALREADY_DELIVERED)
 ALREADY_STORED = SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=Reason.ALREADY_STORED)
+UNTRIED = SinkResult(
+    outcome=Outcome.NOT_ATTEMPTED,
+    reason=Reason.QUEUE_FULL,
+    why="max_events_in_flight of the source were on their way: it was stored without trying the sink",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

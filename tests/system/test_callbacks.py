@@ -191,6 +191,21 @@ def test_a_stop_sees_a_callback_through(system, port):
     assert not daemon.problems()
 
 
+def test_a_client_that_says_nothing_does_not_hold_a_reload_or_a_stop(system, port):
+    short = "[daemon]\nshutdown_secs = 1\n"
+    configure(system, port, more=short)
+    daemon = system.daemon()
+    with socket.create_connection(("127.0.0.1", port)):
+        until(lambda: status_of(system)["connections"] == 1)
+        configure(system, port, more=short + '[log]\nlevel = "debug"\n')
+        assert run_command("reload", "-c", system.config_path).returncode == 0
+        (line,) = daemon.log("daemon.reloaded")
+        assert "executed_anew_for" not in line
+        with socket.create_connection(("127.0.0.1", port)):
+            until(lambda: status_of(system)["connections"] == 1)
+            assert daemon.terminate()[0] == 0
+
+
 # --- a reload ---------------------------------------------------------------------------------------------------------
 
 

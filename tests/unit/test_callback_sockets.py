@@ -133,6 +133,18 @@ def test_a_passed_socket_is_used_and_never_closed(free):
         assert connects(free)
 
 
+def test_a_passed_socket_stays_one_in_the_next_life_of_the_process(free):
+    host, port = free.split(":")
+    first = CallbackSockets(inherited={}, passed=[socket.create_server((host, int(port)))])
+    opened = first.open([free])[free]
+    inherited = {address: socket.socket(fileno=os.dup(fd)) for address, fd in first.handed_over().items()}
+    second = CallbackSockets(inherited=inherited, passed_before=first.passed)
+    with opened, second.open([free])[free]:
+        assert first.passed == second.passed == [free]
+        with pytest.raises(ConfigError, match="systemd passes a socket"):
+            second.open([])
+
+
 @pytest.mark.parametrize(("bound", "named"), [("::1", "[::1]"), ("::1", "[0:0:0:0:0:0:0:1]")])
 def test_an_address_of_ipv6_is_found_in_any_form(bound, named):
     with socket.create_server((bound, 0), family=socket.AF_INET6) as passed:

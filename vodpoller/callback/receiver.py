@@ -65,14 +65,15 @@ class Answers:
 
     def confirm(
         self,
-        source: str,  # noqa: ARG002 - the contract's
-        sub_app_id: int | None,  # noqa: ARG002 - as above
+        _source: str,
+        _sub_app_id: int | None,
         handles: Sequence[str],
-        lease: Lease,  # noqa: ARG002 - as above: an answer that comes too late finds its connection gone
+        _lease: Lease,
+        /,
         *,
         on_acknowledged: Callable[[Sequence[str]], None],
     ) -> Mapping[str, Confirmation]:
-        """See `pipeline.Confirms`: what was written to the socket is acknowledged."""
+        """See `batch.Confirms`: what was written to the socket is acknowledged. Too late, its connection is gone."""
         written = [handle for handle in handles if self.answer(int(handle), HTTPStatus.OK)]
         if written:
             on_acknowledged(written)
@@ -206,7 +207,7 @@ class Receiver:
         with self._lock:
             is_untried = received.in_flight >= source.max_events_in_flight
             received.in_flight += 1
-        self._threads.submit(self._see_through, source, request, is_untried)
+        self._threads.submit(self._see_through, source, request, is_untried=is_untried)
 
     def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
         """See `server.Requests`."""
@@ -231,7 +232,7 @@ class Receiver:
 
     # --- in a thread of its own ---------------------------------------------------------------------------------------
 
-    def _see_through(self, source: Source, request: Request, is_untried: bool) -> None:  # noqa: FBT001 - see `submit`
+    def _see_through(self, source: Source, request: Request, *, is_untried: bool) -> None:
         self._liveness.begin(f"callback {source.name}", ANSWER_SECS)
         wait = DeliveryWait()
         result = CallbackResult.UNANSWERED

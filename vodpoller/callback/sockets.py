@@ -22,11 +22,19 @@ class CallbackSockets:
     Args:
         inherited: Sockets that an earlier life of the process has left, by address. What is used is taken out.
         passed: Sockets that the service manager has opened. They are never closed.
+        passed_before: The addresses of those in `inherited` that are such.
     """
 
-    def __init__(self, *, inherited: MutableMapping[str, socket.socket], passed: Sequence[socket.socket] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        inherited: MutableMapping[str, socket.socket],
+        passed: Sequence[socket.socket] = (),
+        passed_before: Sequence[str] = (),
+    ) -> None:
         self._inherited = inherited
-        self._passed = {_name_of(sock): sock for sock in passed}
+        own = [*passed, *(inherited.pop(address) for address in passed_before)]
+        self._passed = {_name_of(sock): sock for sock in own}
         self._open: dict[str, socket.socket] = {}
 
     def problems(self, addresses: Collection[str]) -> Iterator[str]:

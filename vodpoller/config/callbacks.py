@@ -41,7 +41,8 @@ class CallbackSource(AnySource, HasSecrets):
     """`[[sources]]` with `type = "callback"`: normal callbacks, which VOD sends here."""
 
     listen: str = Field(
-        description="Where it listens: IP address and port. Sources may share it, each with its own `path`.",
+        description="Where it listens: IP address and port; `0.0.0.0` is all of IPv4, `[::]` all of IPv6. Sources may"
+        " share it, each with its own `path`.",
         examples=["127.0.0.1:8088"],
     )
     path: str = Field(
