@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from tests.polling import until
-from tests.processes import DaemonProcess, HeldPort, environment, run_command
+from tests.processes import DaemonProcess, HeldPort, environment, needs, run_command
 
 pytestmark = pytest.mark.system
 
@@ -323,6 +323,20 @@ def test_what_comes_between_two_lives_waits_in_the_passed_socket(system, listeni
     ids = file_ids(system)
     assert len(ids) == len(set(ids))
     assert len(ids) >= len(answers) - answers.count(None)
+
+
+def test_what_systemd_passes_is_what_is_used(system, port):
+    needs("systemd-socket-activate")
+    configure(system, port)
+    with (system.folder / "daemon.log").open("wb") as log:
+        command = ["-l", f"127.0.0.1:{port}", sys.executable, "-m", "vodpoller", "run", "-c", system.config_path]
+        activating = subprocess.Popen(["systemd-socket-activate", *command], stderr=log, env=environment())
+    system.kill_at_end(activating)
+    until(lambda: b"Listening on" in (system.folder / "daemon.log").read_bytes())
+    assert push(port, body(1)) == 200  # the first connection starts it
+    assert file_ids(system) == ["1"]
+    activating.send_signal(signal.SIGTERM)
+    assert activating.wait(30) == 0
 
 
 def test_a_reload_that_drops_a_passed_socket_is_refused(system, listening, port):

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd" / "vodpoller.service"
 JOB = UNIT.with_name("once.conf")
 TIMER = UNIT.with_name("vodpoller.timer")
+SOCKET = UNIT.with_name("vodpoller.socket")
 INSTANCES = UNIT.with_name("vodpoller@.service")
 SECS = {"": 1, "s": 1, "sec": 1, "min": 60}
 
@@ -294,6 +295,21 @@ def test_systemd_judges_the_unit_of_an_instance(tmp_path, edit, said):
     path = tmp_path / INSTANCES.name.replace("@", "@one")
     path.write_text(edit(with_stub(INSTANCES.read_text())))
     checked = systemd_analyze("verify", "--recursive-errors=yes", str(path))
+    assert said in checked.stderr
+    assert (checked.stderr == "") == (said == "")
+
+
+# --- the socket of callbacks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("edit", "said"), [(lambda text: text, ""), (lambda text: text.replace("\nBacklog", "\nUnBacklog"), "UnBacklog")]
+)
+def test_systemd_judges_the_socket(tmp_path, edit, said):
+    (tmp_path / UNIT.name).write_text(with_stub(UNIT.read_text()))
+    (tmp_path / SOCKET.name).write_text(edit(SOCKET.read_text()))
+    checked = systemd_analyze("verify", "--recursive-errors=yes", *(str(it) for it in tmp_path.iterdir()))
     assert said in checked.stderr
     assert (checked.stderr == "") == (said == "")
 
