@@ -1318,9 +1318,9 @@ def problems_of(value, schema, whole, place=""):
     if "$ref" in schema:
         return problems_of(value, whole["$defs"][schema["$ref"].removeprefix("#/$defs/")], whole, place)
     found = []
-    for part in schema.get("allOf", ()):
-        if not problems_of(value, part["if"], whole, place):
-            found += problems_of(value, part["then"], whole, place)
+    for part in (*schema.get("allOf", ()), *([schema] if "if" in schema else ())):
+        branch = "else" if problems_of(value, part["if"], whole, place) else "then"
+        found += problems_of(value, part.get(branch, {}), whole, place)
     if "anyOf" in schema and all(problems_of(value, choice, whole, place) for choice in schema["anyOf"]):
         found.append(f"{place}: none of the choices")
     if "const" in schema and value != schema["const"]:
@@ -1373,6 +1373,8 @@ def test_the_example_is_valid_by_the_schema(schema, change):
         ('name = "main"', 'nam = "main"'),
         ('name = "main"', "name = 5"),
         ('unrouted = "dead_letter"', 'unrouted = "drop"'),
+        ('name = "main"', 'name = "main"\ntype = "callback"'),
+        ('name = "main"', 'name = "main"\ntype = "callbacks"'),
         ('type = "file"', 'type = "fiel"'),
         ('path = "/var/lib/vodpoller/events.jsonl"', ""),
         ("[journal]", "[jurnal]"),
