@@ -404,6 +404,17 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (replaced('type = "file"', 'type = "flie"'), "sinks.archive.type", ['did you mean "file"?', '"webhook"']),
         (replaced('type = "file"', ""), "sinks.archive.type", ["is missing", '"file"', '"stdout"', '"webhook"']),
         (SOURCE + ROUTE + '[sinks.archive]\ntype = "file"', "sinks.archive.path", ["is missing"]),
+        (SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"', "sinks.archive.url", ["is missing (for example: url ="]),
+        (
+            SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"\nurl = "http://x/"\nbody = """\n{a: b,\n c 7}"""',
+            "sinks.archive.body",
+            ['" c 7}" is not a JMESPath expression: line 2, column 4: "7" cannot stand here'],
+        ),
+        (
+            SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"\nurl_file = "nowhere"',
+            "sinks.archive.url_file",
+            ["nowhere cannot be read: No such file"],
+        ),
         # routes
         (replaced('["archive"]', '["archive"]\nevent_types = []'), "routes.all.event_types", ["is empty"]),
         (replaced('["archive"]', '["archive"]\nevent_types = [""]'), "routes.all.event_types", ["an empty pattern"]),

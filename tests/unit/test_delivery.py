@@ -676,7 +676,7 @@ def test_what_would_wait_beyond_its_lease_is_stored_at_once(bench, robot):
     assert worker.sink.calls == []
 
 
-def test_what_nobody_waits_for_any_more_takes_no_turn(bench, robot):
+def test_what_was_released_takes_no_turn(bench, robot):
     worker = robot.worker()
     robot.send(worker, *range(7)).leave()
     sent = robot.send(worker, *range(10, 17))
