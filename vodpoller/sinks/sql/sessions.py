@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
+from math import inf
 from typing import Any, Protocol, TypeVar
 
 from vodpoller.sinks.sql.verdicts import NO_ANSWER, DatabaseError, Verdict
@@ -54,6 +54,7 @@ class Sessions:
     def __init__(self, connect: Callable[[float], Session], monotonic: Callable[[], float]) -> None:
         self._connect = connect
         self._monotonic = monotonic
+        self._watch = _Watch(monotonic)
         self._lock = threading.Lock()
         self._idle: list[Session] = []
         self._busy: set[Session] = set()
@@ -98,6 +99,7 @@ class Sessions:
         self.forget()
         for session in busy:
             session.cut()
+        self._watch.close()
 
     def _take(self) -> Session | None:
         with self._lock:
@@ -122,22 +124,24 @@ class Sessions:
     def _use(self, session: Session, work: Callable[[Session, float], _T], ends_at: float) -> _T:
         is_good = False
         secs = max(ends_at - self._monotonic(), 0.0)
-        cut = _Cut(session, secs)
         try:
-            with cut:
+            try:
+                self._watch.begin(session, ends_at)
                 done = work(session, secs)
+            finally:
+                was_cut = self._watch.end(session)
         except DatabaseError as error:
-            if cut.happened:
+            if was_cut:
                 raise DatabaseError(f"no answer within {secs:.3g} s", NO_ANSWER) from error
             is_good = error.verdict is not Verdict.CONNECTION
             if not is_good:
                 self.forget()
             raise
         else:
-            is_good = True
+            is_good = not was_cut
             return done
         finally:
-            self._give_back(session, is_good=is_good and not cut.happened)
+            self._give_back(session, is_good=is_good)
 
     def _give_back(self, session: Session, *, is_good: bool) -> None:
         with self._lock:
@@ -154,37 +158,56 @@ class Sessions:
             raise DatabaseError("the sink is closed", NO_ANSWER)
 
 
-class _Cut:
-    """Cuts a connection whose time is over, for drivers that wait for an answer as long as it takes.
+class _Watch:
+    """Cuts connections whose time is over, for drivers that wait for an answer as long as it takes.
 
     Args:
-        session: The connection.
-        secs: Seconds until it is cut.
+        monotonic: The clock of time limits, in seconds.
     """
 
-    def __init__(self, session: Session, secs: float) -> None:
-        self._session = session
-        self._lock = threading.Lock()
-        self._is_over = False
-        self._timer = threading.Timer(secs, self._cut)
-        self._timer.daemon = True
-        self.happened = False
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._changed = threading.Condition()
+        self._ends_at: dict[Session, float] = {}
+        self._cut: set[Session] = set()
+        self._wakes_at = inf
+        self._thread: threading.Thread | None = None
+        self._closed = False
 
-    def __enter__(self) -> None:
-        self._timer.start()
+    def begin(self, session: Session, ends_at: float) -> None:
+        """Cut a connection at a time, unless `end` comes first."""
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="time limits", daemon=True)
+                self._thread.start()
+            self._ends_at[session] = ends_at
+            if ends_at < self._wakes_at:
+                self._changed.notify()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        with self._lock:  # after this, the connection is left alone: another call may have it
-            self._is_over = True
+    def end(self, session: Session) -> bool:
+        """Leave a connection alone from now on. Returns whether it has been cut."""
+        with self._changed:
+            self._ends_at.pop(session, None)
+            was_cut = session in self._cut
+            self._cut.discard(session)
+            return was_cut
 
-    def _cut(self) -> None:
-        with self._lock:
-            if not self._is_over:
-                self.happened = True
-                self._session.cut()
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._closed:
+                now = self._monotonic()
+                for session in [session for session, ends_at in self._ends_at.items() if ends_at <= now]:
+                    del self._ends_at[session]
+                    self._cut.add(session)
+                    session.cut()
+                self._wakes_at = min(self._ends_at.values(), default=inf)
+                self._changed.wait(None if self._wakes_at == inf else self._wakes_at - now)
 
 
 def _within(connect: Callable[[], Session], secs: float) -> Session:
