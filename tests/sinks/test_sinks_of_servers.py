@@ -1,11 +1,13 @@
 """The sinks `postgresql` and `mysql` at servers of their own, which are killed, frozen and restarted."""
 
+import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 
 from tests.helpers import event, named, sink_context
+from tests.polling import until
 from tests.sinks.cutting_proxy import CuttingProxy
 from tests.sinks.servers import free_port
 from tests.sinks.sql_harnesses import MysqlHarness, PostgresqlHarness
@@ -115,7 +117,7 @@ def test_a_restart_between_two_calls_fails_neither(database):
 
 
 def test_a_server_that_is_frozen_costs_no_more_than_the_time_limit(database):
-    with opened(database) as sink:
+    with opened(database, timeout_secs=1) as sink:
         sink.deliver([event(1)], 10.0)
         database.server.freeze()
         try:
@@ -124,6 +126,7 @@ def test_a_server_that_is_frozen_costs_no_more_than_the_time_limit(database):
                 with pytest.raises(TransientError, match=r"no (answer|connection) within"):
                     sink.deliver([event(2)], 0.5)
                 assert 0.4 < time.monotonic() - began < 0.5 + SLACK_SECS
+            until(lambda: "connect" not in {thread.name for thread in threading.enumerate()})  # none is left behind
         finally:
             database.server.thaw()
         sink.deliver([event(2)], 10.0)

@@ -39,7 +39,7 @@ def connect(address: MysqlAddress, *, secs: float, timeout_secs: float) -> "Pymy
     Args:
         address: Where, and who.
         secs: Seconds that connecting may take.
-        timeout_secs: After which the server itself is to give up waiting for a lock.
+        timeout_secs: After which the server itself is to give up waiting for a lock, and the driver for an answer.
 
     Raises:
         DatabaseError: There is no connection.
@@ -55,6 +55,9 @@ def connect(address: MysqlAddress, *, secs: float, timeout_secs: float) -> "Pymy
             ssl_ca=address.ssl_ca,
             ssl_verify_identity=True if address.ssl_ca else None,
             charset="utf8mb4",
+            # Ends a login that was given up; of a call, the connection is cut before.
+            read_timeout=timeout_secs,
+            write_timeout=timeout_secs,
             # A value that does not fit is an error, and times are UTC, whatever the server's settings are.
             init_command="SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES'), time_zone = '+00:00',"
             f" innodb_lock_wait_timeout = {locked_secs}, lock_wait_timeout = {locked_secs}",
