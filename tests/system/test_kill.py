@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from itertools import count
 
 import pytest
@@ -74,6 +76,31 @@ def test_killed_before_amid_and_after_each_step_each_event_is_in_the_file_once_a
         simulator.feed(*bodies(60, first=60 * number))
         dies(system, failpoint, feed=lambda: simulator.feed(*bodies(4, first=next(numbers))))
     assert_all_arrived_once(system, simulator)
+
+
+def test_killed_before_the_ledger_each_event_is_one_row_counted_once(system):
+    simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
+    path = system.folder / "rows.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE counted (number INTEGER)")
+        db.execute("INSERT INTO counted VALUES (0)")
+        db.commit()
+    common = f'type = "sqlite"\npath = "{path}"\ncreate_table = true\n'
+    statement = 'statement = "UPDATE counted SET number = number + 1"\n'
+    sinks = f"[sinks.rows]\n{common}[sinks.counted]\n{common}{statement}"
+    system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=sinks)
+    numbers = count(10_000, 4)
+    for number, failpoint in enumerate(["ledger:before:1:rows", "ledger:before:2:counted", "ledger:after:3:counted"]):
+        simulator.feed(*bodies(30, first=30 * number))
+        dies(system, failpoint, feed=lambda: simulator.feed(*bodies(4, first=next(numbers))))
+    daemon = system.daemon()
+    until(simulator.all_confirmed, what=daemon.tail)
+    fed = simulator.stats()["fed"]
+    with closing(sqlite3.connect(path)) as db:
+        until(lambda: db.execute("SELECT count(*) FROM vodpoller_events").fetchone() == (fed,), what=daemon.tail)
+        until(lambda: db.execute("SELECT count(*) FROM vodpoller_inbox").fetchone() == (fed,), what=daemon.tail)
+        assert db.execute("SELECT number FROM counted").fetchone() == (fed,)
+    assert daemon.terminate()[0] == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
