@@ -12,7 +12,7 @@ import requests
 
 from tests.expiring_keys import credentials_of, run
 from tests.polling import until
-from tests.processes import run_command
+from tests.processes import HeldPort, run_command
 from tests.receiver import Answer, Receiver, running_receiver
 
 pytestmark = pytest.mark.system
@@ -46,14 +46,14 @@ def started(system):
     """Starts a simulator, an issuer in front of it and a daemon."""
     with contextlib.ExitStack() as opened:
 
-        def start(*, life_secs, **env):
+        def start(*, life_secs, more="", **env):
             simulator = system.simulator(credential_secs=life_secs, rate=20, visibility_secs=30, poll_secs=0.5)
             issuer = opened.enter_context(running_receiver(Issuer(simulator)))
             system.configure(
                 simulator.url,
                 lease_secs=30,
                 credentials=credentials_of("cvm_role", issuer.base) + 'role = "simulated-role"',
-                more='[log]\nlevel = "debug"\n[daemon]\nshutdown_secs = 2',
+                more='[log]\nlevel = "debug"\n[daemon]\nshutdown_secs = 2\n' + more,
             )
             return simulator, issuer, system.daemon(**env)
 
@@ -111,27 +111,35 @@ def test_pulls_that_stopped_for_want_of_a_key_go_on_when_there_is_one(started, s
 
 @pytest.mark.parametrize("provider", ["cvm_role", "assume_role"])
 def test_keys_expire_under_load_and_no_pull_fails(system, provider):
-    found = run(system, provider=provider, rate=100, life_secs=6, expiries=2)
+    found = run(system, provider=provider, rate=100, life_secs=4, expiries=2)
     assert found["exit_code"] == 0
     assert found["keys_issued"] > 2
     assert found["failed_pulls"].keys() <= {"RequestLimitExceeded"}  # two clocks judge the quota
     assert found["arrived_twice"] == found["confirmed_and_missing"] == 0
-    assert found["arrived"] > 500
+    assert found["arrived"] > 100
 
 
 def test_no_secret_of_a_key_is_shown_anywhere(started, system):
-    _, issuer, daemon = started(life_secs=4)
-    daemon.await_log("credentials.refreshed", number=3, secs=30)
-    shown = [run_command(*command, "-c", system.config_path) for command in (["check"], ["check", "--connect"])]
-    shown += [run_command("status", "-c", system.config_path, *more) for more in ([], ["--json"])]
-    assert "role simulated-role of this machine: a key until" in shown[1].stdout
-    status = json.loads(shown[3].stdout)["credentials"]
-    assert (status["provider"], status["role"]) == ("cvm_role", "role simulated-role of this machine")
-    issuer.is_good, issuer.answer = False, Answer(status=200, body=json.dumps(issuer.secrets).encode())
-    daemon.await_log("credentials.failed", secs=30)
-    daemon.await_log("pull.failed", secs=30)
-    daemon.terminate()
-    everything = daemon.log_path.read_text() + "".join(it.stdout + it.stderr for it in shown)
-    assert len(issuer.secrets) >= 12
+    with HeldPort() as port:
+        listener = f'[listener]\naddress = "127.0.0.1:{port.number}"\n'
+        _, issuer, daemon = started(life_secs=5, more=listener)
+        daemon.await_log("credentials.refreshed", number=2, secs=30)
+        commands = (["check"], ["check", "--connect"], ["status"], ["status", "--json"])
+        shown = [run_command(*command, "-c", system.config_path) for command in commands]
+        shown = [it.stdout + it.stderr for it in shown]
+        assert "role simulated-role of this machine: a key until" in shown[1]
+        status = json.loads(shown[3])["credentials"]
+        assert (status["provider"], status["role"]) == ("cvm_role", "role simulated-role of this machine")
+        # Each member of a key by itself, in an answer that cannot be used; then the key ends.
+        issuer.is_good, issuer.answer = False, Answer(status=200, body=json.dumps(issuer.secrets).encode())
+        daemon.await_log("credentials.failed", secs=30)
+        daemon.await_log("pull.failed", secs=30)
+        for path in ("/metrics", "/status.json", "/"):
+            shown.append(requests.get(port.url + path, timeout=10).text)
+        assert "vodpoller_credentials_expiry_timestamp_seconds" in shown[4]
+        assert 'vodpoller_credentials_refreshes_total{result="failed"}' in shown[4]
+        daemon.terminate()
+    everything = daemon.log_path.read_text() + "".join(shown)
+    assert len(issuer.secrets) >= 6
     assert [secret for secret in issuer.secrets if secret in everything] == []
     assert re.search(r"simTmp|simToken", everything) is None

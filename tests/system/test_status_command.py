@@ -85,7 +85,7 @@ def test_all_well_is_exit_0_with_a_young_pull(system):
     assert seconds_between(source["last_pull_at"], said["at"]) < 10
     assert (source["error"], sink["down_since"]) == ("", None)
     assert said["journal"]["writable"] is True
-    assert (said["stored"], said["credentials"]) == ([], {})
+    assert (said["stored"], said["credentials"]["provider"]) == ([], "static")
     assert said["reload"] == {
         "successful": True,
         "at": None,

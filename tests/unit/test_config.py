@@ -791,6 +791,7 @@ def test_a_reload_keeps_the_temporary_key_of_the_same_role_only(tmp_path):
     former.issued.take(key)
     assert same.keeping(former).issued.in_use is key
     assert other.keeping(former).issued.in_use is None
+    assert former.issued.in_use is key
     assert {"tmp-id", "tmp-key", "tmp-token"} <= set(other.keeping(former).hidden())
 
 

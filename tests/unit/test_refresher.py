@@ -276,6 +276,15 @@ def test_former_keys_stay_hidden_for_a_while(machine):
     assert known[-3:] == ["tmp-id-0001", "tmp-key-0001", "tmp-token-0001"]
 
 
+def test_what_comes_after_the_stop_is_not_used(machine):
+    machine.refresher.step()
+    machine.pass_secs(LIFE_SECS / 2)
+    machine.refresher.stop()
+    machine.refresher.step()
+    machine.pass_secs(LIFE_SECS / 3)
+    assert machine.refresher() == key(1).credentials
+
+
 def test_the_status_tells_role_end_and_failure(machine):
     assert machine.refresher.status().expires_at is None
     machine.refresher.step()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.tables import AnySource, Api, Daemon, Journal, Listener, Log, Route, Source
@@ -10,6 +10,8 @@ from vodpoller.logs import SEARCHED_MIN_CHARACTERS
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import Sink, SinkConfig
 from vodpoller.vod.credentials import IssuedKeys, Role, StaticCredentials
+
+EARLIER_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class Config:
             needs none, or if no source pulls and there is none.
         role: Whose temporary keys are used in its place; None if it is used itself.
         issued: These keys.
+        earlier: What configurations before this one hid, which may still appear somewhere.
         sources: At least one.
         routes: At least one; they name existing sources and sinks only.
         sinks: The configuration of each sink by its name; each is of its class's own `Config`.
@@ -61,6 +64,7 @@ class Config:
     key_renewal: str = "send SIGHUP"
     role: Role | None = None
     issued: IssuedKeys = field(default_factory=IssuedKeys, compare=False)
+    earlier: tuple[str, ...] = field(default=(), compare=False, repr=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -99,15 +103,15 @@ class Config:
 
     def hidden(self) -> list[str]:
         """What must be in no line and no answer: the secrets' values, and the last ones before these."""
-        return [*(value for secret in self.secrets() for value in secret.known()), *self.issued.known()]
+        own = [value for secret in self.secrets() for value in secret.known()]
+        return [*own, *self.issued.known(), *self.earlier]
 
     def keeping(self, former: "Config") -> "Config":
-        """The same, with the temporary keys that another one has, which are good here if the role is the same.
+        """The same, with what a configuration that ran so far leaves: its temporary keys if the role is the same.
 
         Args:
-            former: The configuration that ran so far.
+            former: That one.
         """
-        keys = former.issued
-        if (self.role, self.credentials) != (former.role, former.credentials):
-            keys.in_use = None  # they stay hidden
-        return replace(self, issued=keys)
+        is_same = (self.role, self.credentials) == (former.role, former.credentials)
+        hidden = dict.fromkeys(former.hidden())
+        return replace(self, issued=former.issued if is_same else self.issued, earlier=tuple(hidden)[:EARLIER_MAX])

@@ -39,8 +39,8 @@ class Refresher:
     """Provides the temporary key of a role, and renews it.
 
     A key that was handed out stays in use until it ends, whatever becomes of its renewal. The requests' threads read
-    the key in use, which is replaced whole, and may move the next attempt forward (`refused`); all else is written by
-    the one thread that holds `_attempting`.
+    the key in use, which is replaced whole. What moves the next attempt forward (`refused`, `wake`) is written under
+    `_refusing`; all else by the one thread that holds `_attempting`.
 
     Args:
         issuer: Hands out keys.
@@ -141,6 +141,7 @@ class Refresher:
     def wake(self) -> None:
         """Renew now, as an operator asks: the role may be another, or the cause of a failure gone."""
         with self._refusing:
+            self._failures = 0
             self._due_at = self._monotonic()
         self._telemetry.reset()
         self._woken.set()
@@ -181,6 +182,8 @@ class Refresher:
         except Exception as error:  # noqa: BLE001 - whatever it is, there is no new key
             self._failed(TransientError(f"unforeseen error: {type(error).__name__}"))  # its text may quote the key
         else:
+            if self._stopping:
+                return  # another one may use these keys by now
             if self._refused_token == issued.credentials.token:
                 self._failed(TransientError(f"the key of {issued.role} is still the one that VOD refuses"))
             else:
@@ -197,10 +200,11 @@ class Refresher:
             was_refused, self._refused_token = bool(self._refused_token), ""
             if not was_refused:
                 self._refusals = 0
+            self._failures = 0
             self._keys.take(issued)
             self._attempted_at = now
             self._due_at = now + renewal_secs(issued.life_secs, self._draw())
-        self._failures, self._problem, self._failing_since = 0, None, None
+        self._problem, self._failing_since = None, None
         suppressed = self._telemetry.reset("renewal ")
         self._telemetry.count(Count.CREDENTIALS_REFRESHES, result="ok")
         is_same = former is not None and former.credentials == issued.credentials
@@ -215,9 +219,9 @@ class Refresher:
 
     def _failed(self, error: VodpollerError) -> None:
         now = self._monotonic()
-        self._failures += 1
-        wait_secs = self._BACKOFF.secs(self._failures)
         with self._refusing:
+            self._failures += 1
+            wait_secs = self._BACKOFF.secs(self._failures)
             self._attempted_at = now
             self._due_at = now + wait_secs
         self._problem = error
