@@ -205,7 +205,12 @@ class Connection(asyncio.Protocol):
     def reset(self) -> None:
         """End the connection as a crashed peer or an angry middlebox does."""
         if self._transport is not None:
-            # With a linger time of 0 the kernel sends RST instead of FIN.
-            sock = self._transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._transport.abort()
+            reset(self._transport)
+
+
+def reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection so that its peer sees it reset."""
+    # With a linger time of 0 the kernel sends RST instead of FIN.
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
