@@ -1,6 +1,7 @@
 """Events as VOD would send them: the bodies of generated ones, and those that a file holds."""
 
 import json
+import re
 from collections.abc import Mapping
 from random import Random
 from typing import Any, Final
@@ -19,6 +20,7 @@ _SIBLINGS: Final = (
     "CreateImageSpriteCompleteEvent",
     "SnapshotByTimeOffsetCompleteEvent",
 )
+_NO_MEMBERS: Final = re.compile(rb"\{\s*\}")
 _HOST: Final = "http://251000800.vod2.example.com/%(task)s"
 
 
@@ -179,6 +181,19 @@ class EventGenerator:
             "born": born,
         }
         return (self._templates[number % len(self._templates)] % names).encode()
+
+
+def with_members(body: bytes, members: bytes) -> bytes:
+    """The body with more members in front of its own; one that is not an object stays as it is.
+
+    Args:
+        body: A callback's.
+        members: JSON, as they stand in an object.
+    """
+    if not body.startswith(b"{"):
+        return body
+    gap = b"" if _NO_MEMBERS.match(body) else b","
+    return b"{" + members + gap + body[1:]
 
 
 def lines_of(text: bytes) -> list[bytes]:

@@ -1,6 +1,5 @@
 """The queue behind the API: leases, handles, redelivery. It knows no network and does not wait."""
 
-import re
 import time
 from array import array
 from collections import Counter, deque
@@ -11,10 +10,9 @@ from random import Random
 from typing import Any, Final, TypedDict
 
 from vodpoller.errors import VodpollerError
-from vodpoller.simulator.bodies import EventGenerator
+from vodpoller.simulator.bodies import EventGenerator, with_members
 
 _LATENCIES_KEPT: Final = 20_000
-_NO_MEMBERS: Final = re.compile(rb"\{\s*\}")
 
 
 class StaleHandlesError(VodpollerError):
@@ -172,7 +170,7 @@ class EventQueue:
             handle = format(self._random.getrandbits(128), "032x")
             handles.append(handle)
             self._leased[handle] = number
-            elements.append(_with_handle(self._body(number), handle))
+            elements.append(with_members(self._body(number), b'"EventHandle":"%b"' % handle.encode()))
             if self._times[number]:
                 self.redeliveries += 1
             else:
@@ -287,13 +285,6 @@ class EventQueue:
             "birth_to_first_pull_secs": _percentiles(self._pull_latencies),
             "birth_to_confirm_secs": _percentiles(self._confirm_latencies),
         }
-
-
-def _with_handle(body: bytes, handle: str) -> bytes:
-    if not body.startswith(b"{"):
-        return body
-    gap = b"" if _NO_MEMBERS.match(body) else b","
-    return b'{"EventHandle":"%b"%b%b' % (handle.encode(), gap, body[1:])
 
 
 def _percentiles(values: Iterable[float]) -> dict[str, float]:
