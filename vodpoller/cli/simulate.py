@@ -44,10 +44,13 @@ from vodpoller.simulator.service import serve
 @click.option(
     "--mode",
     type=click.Choice(["PULL", "PUSH"]),
-    default="PULL",
-    show_default=True,
-    help="What DescribeEventConfig says: reliable callbacks, or normal ones, with which pulls bring nothing.",
+    help="What DescribeEventConfig says: reliable callbacks, or normal ones, with which pulls bring nothing."
+    "  [default: PUSH with --push, else PULL]",
 )
+@click.option("--push", metavar="URL", help="Post events to this URL while the mode is PUSH, as normal callbacks are.")
+@click.option("--push-sign-key", metavar="KEY", help="Put Sign and T into what is posted.  [default: do not]")
+@click.option("--push-limit-secs", default=5.0, show_default=True, help="The time that a post has to be answered.")
+@click.option("--push-tries", default=3, show_default=True, help="Posts of an event at most; any answer ends them.")
 @click.option(
     "--events-off",
     metavar="TYPE",
@@ -73,7 +76,8 @@ from vodpoller.simulator.service import serve
     default="",
     help="Probabilities, as in reset=0.02,confirm.lost=0.1: reset, http_5xx, internal_error and limit keep a request"
     " from being carried out; truncated, slow and lost spoil the answer. Also of one action: pull.NAME,"
-    " confirm.NAME, config.NAME, state.NAME.",
+    " confirm.NAME, config.NAME, state.NAME. Posts know push.reset, push.slow and push.lost, which spare one post of"
+    " each event.",
 )
 @click.option("--slow-secs", default=3.0, show_default=True, help="What the fault `slow` adds.")
 @click.option(
@@ -89,6 +93,7 @@ def simulate(**options: Any) -> None:
     """Run the VOD event API on this machine: vodpoller and the official SDKs work against it.
 
     Prints its URL. GET /_stats and /_ledger tell what happened; POST /_feed takes bodies, /_control changes options.
+    With --push it prints at its end the events that VOD would have lost: no post was answered.
     """
     try:
         options["faults"] = parse_faults(options["faults"])
@@ -96,6 +101,10 @@ def simulate(**options: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:
-        serve(wanted, None, click.echo, lambda message: click.echo(f"vodpoller: {message}", err=True))
+        lost = serve(wanted, None, click.echo, lambda message: click.echo(f"vodpoller: {message}", err=True))
     except OSError as error:
         fail([f"the simulator cannot start: {error}"], EXIT_FAILURE)
+    if lost or wanted.push is not None:
+        click.echo(f"vodpoller: events that are lost, none of whose posts was answered: {len(lost)}", err=True)
+    for row in lost:
+        click.echo(row["body"])

@@ -28,6 +28,7 @@ from vodpoller.simulator.options import (
     ACTIONS,
     CONTROLLABLE,
     HANDLES_MAX,
+    PUSH,
     SWITCHES,
     Fault,
     SimulatorOptions,
@@ -35,6 +36,7 @@ from vodpoller.simulator.options import (
     is_whole,
     parse_faults,
 )
+from vodpoller.simulator.pushing import Pusher
 from vodpoller.simulator.queue import EventQueue, ForgottenHandlesError, LedgerRow, StaleHandlesError
 from vodpoller.simulator.server import REASONS, Connection, Request
 from vodpoller.simulator.signature import Key, verify
@@ -116,6 +118,13 @@ class Api:
         self._hanging: dict[_Call, asyncio.TimerHandle] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._feeder = Feeder(options, self._queue, on_fed=self._wake)
+        self._pusher = Pusher(
+            lambda: self._options,
+            self._queue,
+            random=self._random,
+            draw_fault=partial(self._draw_fault, PUSH),
+            now=self._now,
+        )
         self._accepted = {action: SlidingSecond() for action in ACTIONS}
         self._arrived = {action: SlidingSecond() for action in ACTIONS}
         self._counts: Counter[str] = Counter()
@@ -142,12 +151,15 @@ class Api:
         self._feeder.read_file()
         server = await loop.create_server(lambda: Connection(self), options.host, options.port, backlog=1024)
         try:
+            self._pusher.start()
             self._feeder.start()
+            self._wake()
             host, port = server.sockets[0].getsockname()[:2]
             ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
             await stop.wait()
         finally:
             server.close()
+            await self._pusher.stop()
             for call in list(self._hanging):
                 self._unhang(call)
             for connection in list(self.connections):
@@ -190,7 +202,7 @@ class Api:
     def _draw_fault(self, action: str) -> Fault | None:
         for fault, probability in self._faults.get(action, ()):
             if self._random.random() < probability:
-                self._faulted[f"{ACTIONS[action]}.{fault}"] += 1
+                self._faulted[f"{ACTIONS.get(action, action)}.{fault}"] += 1
                 return fault
         return None
 
@@ -301,7 +313,8 @@ class Api:
     def _event_config(self) -> bytes:
         off = self._options.events_off
         switches = {member: "OFF" if event_type in off else "ON" for event_type, member in SWITCHES.items()}
-        members = {"Mode": self._options.mode, "NotificationUrl": "", **switches}
+        mode = "PUSH" if self._options.has_push_mode else "PULL"
+        members = {"Mode": mode, "NotificationUrl": self._options.push or "", **switches}
         return orjson.dumps(members)[1:-1] + b","
 
     def _confirm(self, parameters: Mapping[str, Any]) -> None:
@@ -330,7 +343,7 @@ class Api:
         if call.connection.closed:
             self._counts["pulls_abandoned"] += 1
             return
-        elements = self._queue.take(self._options.batch) if self._gives_events else []
+        elements = [] if self._options.has_push_mode else self._queue.take(self._options.batch)
         if elements:
             self._give(call, elements)
         elif self._options.poll_secs:
@@ -339,10 +352,6 @@ class Api:
             call.connection.on_lost = partial(self._abandon, call)
         else:
             self._give_nothing(call)
-
-    @property
-    def _gives_events(self) -> bool:
-        return self._options.mode == "PULL"
 
     def _give(self, call: _Call, elements: Sequence[bytes]) -> None:
         self._watch_leases()
@@ -370,8 +379,9 @@ class Api:
         self._counts["pulls_abandoned"] += 1
 
     def _wake(self) -> None:
-        """Events may have become visible: give them to the pulls that have hung the longest."""
-        while self._gives_events and self._hanging and self._queue.visible:
+        """Events may have become visible: push them, or give them to the pulls that have hung the longest."""
+        self._pusher.push()
+        while not self._options.has_push_mode and self._hanging and self._queue.visible:
             call = next(iter(self._hanging))
             self._unhang(call)
             if call.connection.closed:
@@ -443,9 +453,9 @@ class Api:
         self._faults = faults_by_action(self._options.faults)
         self._wake()  # the mode may be another
 
-    def ledger(self, *, start: int, count: int | None, bodies: bool) -> list[LedgerRow]:
+    def ledger(self, *, start: int, count: int | None, bodies: bool, lost: bool) -> list[LedgerRow]:
         """See `EventQueue.ledger`."""
-        return self._queue.ledger(start=start, count=count, bodies=bodies)
+        return self._queue.ledger(start=start, count=count, bodies=bodies, lost=lost)
 
     def stats(self) -> dict[str, Any]:
         """What `Simulator.stats` describes."""
@@ -460,6 +470,7 @@ class Api:
             "peak_requests_per_sec": {action: arrived.peak for action, arrived in self._arrived.items()},
             "connections_now": len(self.connections),
             "feeding": self._feeder.is_feeding,
+            **self._pusher.stats(),
             **self._queue.stats(),
         }
 

@@ -23,7 +23,7 @@ class Controlled(Protocol):
     def stats(self) -> dict[str, Any]:
         """What has happened so far."""
 
-    def ledger(self, *, start: int, count: int | None, bodies: bool) -> list[LedgerRow]:
+    def ledger(self, *, start: int, count: int | None, bodies: bool, lost: bool) -> list[LedgerRow]:
         """What became of each event."""
 
 
@@ -55,7 +55,8 @@ def _answer_of(controlled: Controlled, method: str, path: str, query: Mapping[st
             return controlled.stats()
         case "GET", "/_ledger":
             start, count = (_whole(query[name][0]) if name in query else None for name in ("from", "n"))
-            return controlled.ledger(start=start or 0, count=count, bodies=query.get("bodies") == ["1"])
+            bodies, lost = (query.get(name) == ["1"] for name in ("bodies", "lost"))
+            return controlled.ledger(start=start or 0, count=count, bodies=bodies, lost=lost)
         case "POST", "/_feed":
             return {"fed": controlled.feed(lines_of(body))}
         case "POST", "/_control":

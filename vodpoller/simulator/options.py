@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Final, Literal, get_args
+from urllib.parse import urlsplit
 
 Empty = Literal["null", "error", "list", "absent", "mixed"]
 Stale = Literal["atomic", "per_handle"]
@@ -12,6 +13,8 @@ Mode = Literal["PULL", "PUSH"]
 Fault = Literal["reset", "http_5xx", "internal_error", "limit", "truncated", "slow", "lost"]
 
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
+PUSH: Final = "push"  # before the names of faults, as the values of ACTIONS
+PUSH_FAULTS: Final[tuple[Fault, ...]] = ("reset", "slow", "lost")
 CONTROLLABLE: Final = frozenset(
     {
         "batch",
@@ -24,6 +27,7 @@ CONTROLLABLE: Final = frozenset(
         "faults",
         "mode",
         "poll_secs",
+        "push",
         "refuse_confirms_of",
         "requests_per_sec",
         "rtt_secs",
@@ -52,8 +56,8 @@ SWITCHES: Final[Mapping[str, str]] = {
 
 _SECS: Final = ("credential_secs", "rate", "poll_secs", "visibility_secs", "requests_per_sec", "rtt_secs", "slow_secs")
 _COUNTS: Final = ("events", "feed", "forget_confirms", "port")
-_CHOICES: Final = {"empty": get_args(Empty), "mode": get_args(Mode), "stale": get_args(Stale)}
-_TEXTS: Final = ("secret_id", "secret_key", "token")
+_CHOICES: Final = {"empty": get_args(Empty), "mode": (None, *get_args(Mode)), "stale": get_args(Stale)}
+_TEXTS: Final = ("push", "push_sign_key", "secret_id", "secret_key", "token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,14 @@ class SimulatorOptions:
             confirms the other handles ("per_handle"). Tencent does not document which.
         sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
         mode: What `DescribeEventConfig` says of the application: "PULL", reliable callbacks; or "PUSH", normal ones.
-            While it is "PUSH" pulls bring nothing, and events that are born wait.
+            While it is "PUSH" pulls bring nothing, and events that are born are pushed, or wait if there is no `push`.
+            None: "PUSH" if there is `push`, else "PULL".
+        push: The URL to which events are posted, each as it is and on a connection of its own, as many at once as there
+            are. None for none.
+        push_sign_key: What `Sign` in the body of each push is made with, with `T` 10 minutes ahead. None for no `Sign`.
+        push_limit_secs: The time that a push has, from its connection to the head of its answer; 5 at VOD.
+        push_tries: The maximum number of pushes of an event, the next one as soon as one has ended without an answer;
+            3 at VOD. Any answer counts, whatever its status. An event without an answer is lost.
         events_off: The types of `SWITCHES` that `DescribeEventConfig` says are switched off. Events that are fed come
             all the same.
         deny: The actions that the key has no right to: they are answered with `UnauthorizedOperation`.
@@ -98,7 +109,9 @@ class SimulatorOptions:
         faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
             "confirm.lost", "config.limit", "state.slow". `reset`, `http_5xx`, `internal_error` and `limit` keep the
             request from being carried out; with `truncated`, `slow` and `lost` it is carried out, and the answer is cut
-            off, late by `slow_secs`, or never sent.
+            off, late by `slow_secs`, or never sent. Of these, pushes know three ("push.lost"): `reset` breaks the
+            connection in the middle of the request or after it, `slow` makes the answer late, and with `lost` it never
+            arrives. They spare one push of each event.
         slow_secs: What the fault `slow` adds.
         seed: Of everything random and of the generated events' ids. None takes a new one, so that no two runs bring the
             same events.
@@ -133,7 +146,11 @@ class SimulatorOptions:
     empty: Empty = "null"
     stale: Stale = "atomic"
     sub_app_id: int | None = None
-    mode: Mode = "PULL"
+    mode: Mode | None = None
+    push: str | None = None
+    push_sign_key: str | None = None
+    push_limit_secs: float = 5.0
+    push_tries: int = 3
     events_off: Sequence[str] = ()
     deny: Sequence[str] = ()
     refuse_confirms_of: Sequence[int] = ()
@@ -150,6 +167,11 @@ class SimulatorOptions:
                 raise ValueError(problem)
         _check_faults(self.faults)
 
+    @property
+    def has_push_mode(self) -> bool:
+        """Whether the application has normal callbacks set."""
+        return self.mode == "PUSH" or (self.mode is None and self.push is not None)
+
     def _judged(self) -> Iterator[tuple[bool, str]]:
         """What must hold of the values, each with what is said if it does not."""
         for name in _SECS:
@@ -162,7 +184,7 @@ class SimulatorOptions:
             yield isinstance(getattr(self, name), str | None), f"{name}: must be a string"
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            yield value in choices, f"{name}: {value!r} is none of {', '.join(choices)}"
+            yield value in choices, f"{name}: {value!r} is none of {', '.join(filter(None, choices))}"
         confirms = self.confirms_per_sec
         is_quota = confirms is None or (_is_number(confirms) and confirms >= 0)
         yield is_quota, f"confirms_per_sec: {confirms!r} is not a number of 0 or more"
@@ -171,6 +193,10 @@ class SimulatorOptions:
         yield _is_number(skew), f"clock_skew_secs: {skew!r} is not a number"
         yield is_whole(batch) and 1 <= batch <= HANDLES_MAX, f"batch: {batch!r} is not 1 to {HANDLES_MAX}"
         yield app is None or is_whole(app), f"sub_app_id: {app!r} is not a whole number"
+        limit, tries = self.push_limit_secs, self.push_tries
+        yield self.push is None or _is_url(self.push), f"push: {self.push!r} is not like http://127.0.0.1:8080/path"
+        yield _is_number(limit) and limit > 0, f"push_limit_secs: {limit!r} is not a number above 0"
+        yield is_whole(tries) and tries > 0, f"push_tries: {tries!r} is not a whole number above 0"
         for name, is_right, what in _LISTS:
             values = getattr(self, name)
             yield isinstance(values, list | tuple), f"{name}: {values!r} is not a list"
@@ -187,6 +213,15 @@ def _is_number(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Whether it is a whole number; JSON's true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        is_whole_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return is_whole_url and url.username is None and text.isascii() and " " not in text
+    except ValueError:  # of the port, or of the brackets of an address
+        return False
 
 
 def _is_action(value: object) -> bool:
@@ -208,11 +243,11 @@ def _check_faults(faults: object) -> None:
     if not isinstance(faults, Mapping):
         raise ValueError("faults: must map the name of a fault to its probability")  # noqa: TRY004 - one error for all
     for name, probability in faults.items():
-        action, _, fault = str(name).rpartition(".")
-        if fault not in FAULTS or action not in ("", *ACTIONS.values()):
-            known = ", ".join(FAULTS)
+        prefix, _, fault = str(name).rpartition(".")
+        if fault not in (PUSH_FAULTS if prefix == PUSH else FAULTS) or prefix not in ("", PUSH, *ACTIONS.values()):
+            known, pushed = ", ".join(FAULTS), ", ".join(f"{PUSH}.{fault}" for fault in PUSH_FAULTS)
             narrowed = ", ".join(f"{prefix}.NAME" for prefix in ACTIONS.values())
-            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as {narrowed}")
+            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as {narrowed}; {pushed}")
         if not _is_number(probability) or not 0 <= probability <= 1:
             raise ValueError(f"faults: {name}: {probability!r} is not a probability from 0 to 1")
 
@@ -240,12 +275,13 @@ def parse_faults(text: str) -> dict[str, float]:
 
 
 def faults_by_action(faults: Mapping[str, float]) -> dict[str, tuple[tuple[Fault, float], ...]]:
-    """The faults of each action; a name that is narrowed to the action counts before the general one."""
+    """The faults of each action and of `PUSH`; a name that is narrowed counts before the general one."""
+    known = [*((action, prefix, FAULTS) for action, prefix in ACTIONS.items()), (PUSH, PUSH, PUSH_FAULTS)]
     return {
         action: tuple(
             (fault, probability)
-            for fault in FAULTS
+            for fault in possible
             if (probability := faults.get(f"{prefix}.{fault}", faults.get(fault, 0.0))) > 0
         )
-        for action, prefix in ACTIONS.items()
+        for action, prefix, possible in known
     }

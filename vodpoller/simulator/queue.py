@@ -42,8 +42,9 @@ class ForgottenHandlesError(VodpollerError):
 class LedgerRow(TypedDict):
     """What became of one event.
 
-    `stranded` says that it was pulled, that its lease ran out, and that it has not been pulled since. Times are in Unix
-    seconds. `body` is None if it was not asked for, or not kept.
+    `times_delivered` counts pulls and pushes. `confirmed` is true, too, if a push was answered. `stranded` says that it
+    was pulled, that its lease ran out, and that it has not been pulled since; `lost`, that no push was answered, and
+    none will come. Times are in Unix seconds. `body` is None if it was not asked for, or not kept.
     """
 
     number: int
@@ -51,6 +52,7 @@ class LedgerRow(TypedDict):
     confirmed: bool
     leased: bool
     stranded: bool
+    lost: bool
     born: float
     confirmed_at: float | None
     body: str | None
@@ -59,7 +61,8 @@ class LedgerRow(TypedDict):
 class EventQueue:
     """The queue behind the API: leases, handles, redelivery. Not thread-safe; without network and without waiting.
 
-    The events that were fed are at each instant divided into the confirmed, the leased and the visible.
+    The events that were fed are at each instant divided into the confirmed, the leased, the pushed, the visible and the
+    lost.
 
     Args:
         visibility_secs: How long a lease lasts.
@@ -101,6 +104,8 @@ class EventQueue:
         self._leased: dict[str, int] = {}
         self._leases: deque[tuple[float, list[str]]] = deque()
         self._refused: set[str] = set()  # of the leased
+        self._pushed: set[int] = set()
+        self._lost: set[int] = set()
         self._pull_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self._confirm_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
         self.confirmed = 0
@@ -114,8 +119,8 @@ class EventQueue:
 
     @property
     def leased(self) -> int:
-        """The number of events that are leased, as of the last `expire`."""
-        return len(self._leased)
+        """The number of events that are leased, as of the last `expire`, or pushed."""
+        return len(self._leased) + len(self._pushed)
 
     @property
     def visible(self) -> int:
@@ -170,12 +175,10 @@ class EventQueue:
             handle = format(self._random.getrandbits(128), "032x")
             handles.append(handle)
             self._leased[handle] = number
-            elements.append(with_members(self._body(number), b'"EventHandle":"%b"' % handle.encode()))
-            if self._times[number]:
-                self.redeliveries += 1
-            else:
+            elements.append(with_members(self.body(number), b'"EventHandle":"%b"' % handle.encode()))
+            if not self._times[number]:
                 self._pull_latencies.append(now - self._born[number])
-            self._times[number] += 1
+            self.count_delivery(number)
         if handles:
             self._leases.append((now + self._visibility_secs, handles))
         return elements
@@ -189,7 +192,34 @@ class EventQueue:
             return self._never_pulled - 1
         return None
 
-    def _body(self, number: int) -> bytes:
+    def take_to_push(self) -> int | None:
+        """The number of the oldest event that is visible; None if none is.
+
+        It is pushed from now on, until `answered` or `lose`.
+        """
+        self.expire()
+        number = self._pop()
+        if number is not None:
+            self._pushed.add(number)
+        return number
+
+    def count_delivery(self, number: int) -> None:
+        """The event is sent, or pulled, once more."""
+        self.redeliveries += self._times[number] > 0
+        self._times[number] += 1
+
+    def answered(self, number: int) -> None:
+        """A push of the event was answered: VOD forgets it."""
+        self._pushed.remove(number)
+        self._forget(number)
+
+    def lose(self, number: int) -> None:
+        """No push of the event was answered: VOD gives it up."""
+        self._pushed.remove(number)
+        self._lost.add(number)
+
+    def body(self, number: int) -> bytes:
+        """That of an event which VOD has not forgotten, or keeps."""
         if self._generated[number]:
             return self._generator.body(number, self._born[number] + self._wall_offset_secs)
         return self._bodies[number]
@@ -227,7 +257,9 @@ class EventQueue:
         return handle in self._refused
 
     def _confirm(self, handle: str) -> None:
-        number = self._leased.pop(handle)
+        self._forget(self._leased.pop(handle))
+
+    def _forget(self, number: int) -> None:
         now = self._monotonic()
         self._confirmed_at[number] = now
         self._confirm_latencies.append(now - self._born[number])
@@ -245,31 +277,38 @@ class EventQueue:
                     self._refused.discard(handle)
                     heappush(self._again, number)
 
-    def ledger(self, *, start: int = 0, count: int | None = None, bodies: bool = False) -> list[LedgerRow]:
+    def ledger(
+        self, *, start: int = 0, count: int | None = None, bodies: bool = False, lost: bool = False
+    ) -> list[LedgerRow]:
         """What became of the events, in the order of their birth.
 
         Args:
-            start: Number of the first one to tell of.
-            count: Their number; None for all.
+            start: The number of events to leave out at the beginning.
+            count: The number to tell of; None for all.
             bodies: Tell their bodies, too.
+            lost: Tell only of those that are lost.
         """
         self.expire()
-        end = self.fed if count is None else min(self.fed, start + count)
+        numbers: Sequence[int] = sorted(self._lost) if lost else range(self.fed)
         leased = set(self._leased.values())
-        return [self._row(number, leased=number in leased, with_body=bodies) for number in range(start, end)]
+        end = None if count is None else start + count
+        return [self._row(number, leased=number in leased, with_body=bodies) for number in numbers[start:end]]
 
     def _row(self, number: int, *, leased: bool, with_body: bool) -> LedgerRow:
         confirmed = not isnan(self._confirmed_at[number])
+        lost = number in self._lost
+        is_at_vod = not (confirmed or leased or lost or number in self._pushed)
         has_body = with_body and (self._generated[number] or number in self._bodies)
         return LedgerRow(
             number=number,
             times_delivered=self._times[number],
             confirmed=confirmed,
             leased=leased,
-            stranded=self._times[number] > 0 and not confirmed and not leased,
+            stranded=self._times[number] > 0 and is_at_vod,
+            lost=lost,
             born=self._born[number] + self._wall_offset_secs,
             confirmed_at=self._confirmed_at[number] + self._wall_offset_secs if confirmed else None,
-            body=self._body(number).decode(errors="replace") if has_body else None,
+            body=self.body(number).decode(errors="replace") if has_body else None,
         )
 
     def stats(self) -> dict[str, Any]:
@@ -280,6 +319,7 @@ class EventQueue:
             "confirmed": self.confirmed,
             "outstanding": self.leased,
             "visible": self.visible,
+            "lost": len(self._lost),
             "redeliveries": self.redeliveries,
             "confirms_forgotten": self.forgotten,
             "birth_to_first_pull_secs": _percentiles(self._pull_latencies),

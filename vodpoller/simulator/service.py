@@ -127,21 +127,26 @@ class Simulator:
             action, `errors` by code, `faults` by action and name, `bad_requests` that were not HTTP/1.1;
             `credentials_issued`, temporary keys;
             `peak_requests_per_sec` by action, over any second, refused ones included; `connections_now`; `feeding`:
-            whether `rate` still brings events; `fed`, divided into `confirmed`, `outstanding` (leased) and `visible`;
-            `redeliveries`; `confirms_forgotten`: handles that `forget_confirms` refused, each counted once; percentiles
-            `birth_to_first_pull_secs` and `birth_to_confirm_secs` of the latest 20,000 events.
+            whether `rate` still brings events; `pushes`, `pushes_unanswered` among them, `push_answers` by status,
+            `pushing_now`; `fed`, divided into `confirmed` (or answered), `outstanding` (leased, or being pushed),
+            `visible` and `lost` (no push was answered); `redeliveries`; `confirms_forgotten`: handles that
+            `forget_confirms` refused, each counted once; percentiles `birth_to_first_pull_secs` and
+            `birth_to_confirm_secs` (or answer) of the latest 20,000 events.
         """
         return self._call(self._api.stats)
 
-    def ledger(self, *, start: int = 0, count: int | None = None, bodies: bool = False) -> list[LedgerRow]:
-        """What became of each event; `GET /_ledger?from=START&n=COUNT&bodies=1` answers the same.
+    def ledger(
+        self, *, start: int = 0, count: int | None = None, bodies: bool = False, lost: bool = False
+    ) -> list[LedgerRow]:
+        """What became of each event; `GET /_ledger?from=START&n=COUNT&bodies=1&lost=1` answers the same.
 
         Args:
-            start: Number of the first event to tell of.
-            count: Their number; None for all.
+            start: The number of events to leave out at the beginning.
+            count: The number to tell of; None for all.
             bodies: Tell their bodies, too.
+            lost: Tell only of those that VOD would have lost: no push was answered.
         """
-        return self._call(lambda: self._api.ledger(start=start, count=count, bodies=bodies))
+        return self._call(lambda: self._api.ledger(start=start, count=count, bodies=bodies, lost=lost))
 
     def _call(self, function: Callable[[], _T]) -> _T:
         """Run something where the queue lives: in the loop while there is one."""
@@ -165,7 +170,7 @@ def serve(
     log: Logger | None,
     ready: Callable[[str], None],
     warn: Callable[[str], None] = lambda _message: None,
-) -> None:
+) -> list[LedgerRow]:
     """Serve from the main thread until SIGINT or SIGTERM.
 
     Args:
@@ -174,14 +179,19 @@ def serve(
         ready: Called with the base URL once connections are accepted.
         warn: Told what is wrong with a client that does not even speak HTTP.
 
+    Returns:
+        The events that VOD would have lost, with their bodies: none of their pushes was answered.
+
     Raises:
         OSError: The address cannot be listened on, or the events' file cannot be read.
     """
 
-    async def serve_here() -> None:
+    async def serve_here() -> list[LedgerRow]:
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await Api(options, log, warn).run(ready, stop)
+        api = Api(options, log, warn)
+        await api.run(ready, stop)
+        return api.ledger(start=0, count=None, bodies=True, lost=True)
 
-    asyncio.run(serve_here())
+    return asyncio.run(serve_here())
