@@ -34,7 +34,10 @@ A journal that is full at the start is made as version 0.1 left it, so that ever
 counts is the one after it was brought along. Events per second of the row `backlog` are from the receiver's first
 request to its last, its CPU from the daemon's first delivery until the journal is empty.
 
-`rows.py` and `stored.py` say what is measured, `effort.py` how much of it; `consumers.py` starts the processes,
-`measuring.py` reads the numbers, `report.py` writes them down; `sdk_loop.py`, `raw_client.py` and `receiver.py` are
-programs of their own.
+The row `callbacks` has no simulator: `callers.py` posts events, each on a connection of its own, as many at once as the
+line says, and times the answers. The daemon's socket is passed to it, as systemd does.
+
+`rows.py`, `stored.py` and `callbacks.py` say what is measured, `effort.py` how much of it; `consumers.py` starts the
+processes, `measuring.py` reads the numbers, `report.py` writes them down; `sdk_loop.py`, `raw_client.py`, `callers.py`
+and `receiver.py` are programs of their own.
 """

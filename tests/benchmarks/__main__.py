@@ -39,6 +39,7 @@ def effort_of(options, folder):
             warm_secs=0.5,
             idle_secs=3,
             pulls=(1, 16),
+            connections=(1, 8),
             backlogs=(1000,),
             stored_backlog=1000,
             stored_events=1000,

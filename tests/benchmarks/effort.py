@@ -20,6 +20,7 @@ class Effort:
         warm_secs: How long after the first confirm it begins.
         idle_secs: The same for the row of that name.
         pulls: The values of `max_concurrent_pulls` to try.
+        connections: Numbers of callbacks to send at once.
         backlogs: The backlogs to drain.
         stored_backlog: The number of stored events that a receiver gets when it is back.
         stored_events: The number of events that a large journal holds, and of lines in a file to recover.
@@ -33,6 +34,7 @@ class Effort:
     warm_secs: float = 2.0
     idle_secs: float = 30.0
     pulls: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    connections: tuple[int, ...] = (1, 8, 64)
     backlogs: tuple[int, ...] = (1000, 10_000, 100_000, 200_000)
     stored_backlog: int = 100_000
     stored_events: int = 1_000_000

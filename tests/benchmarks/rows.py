@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.benchmarks import http_calls, stored
+from tests.benchmarks.callbacks import callbacks
 from tests.benchmarks.consumers import RawClient, SdkLoop, SqlLoop, Vodpoller, webhook_receiver
 from tests.benchmarks.effort import fresh_system, in_turns, say, versions
 from tests.benchmarks.listening import listener
@@ -504,4 +505,5 @@ ROWS = {
     "stored": stored.stored,
     "recover": stored.recover,
     "listener": listener,
+    "callbacks": callbacks,
 }

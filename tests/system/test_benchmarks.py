@@ -95,6 +95,14 @@ def test_one_quick_row_prints_the_machine_and_a_table_with_a_line_for_each_consu
     assert min(events_per_sec) > 0
 
 
+def test_the_row_of_callbacks_has_a_line_for_each_number_of_connections():
+    ended = run_benchmarks("--quick", "--rows", "callbacks")
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [line[0] for line in lines] == ["1", "8"]
+    assert all(float(line[1].replace(",", "")) > 0 for line in lines)
+
+
 def test_the_row_of_calls_sets_ours_beside_those_of_a_session():
     ended = run_benchmarks("--quick", "--rows", "http", "--secs", "0.1")
     assert ended.returncode == 0, ended.stderr
