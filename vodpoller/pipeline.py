@@ -146,7 +146,7 @@ class Pipeline:
         self.unconfirmed_events = 0
         self.last_confirm_at = 0.0
 
-    def process(self, batch: Batch, wait: DeliveryWait) -> bool:
+    def process(self, batch: Batch, wait: DeliveryWait) -> int:
         """See a batch through. Whatever happens on the way, each of its events ends with its line.
 
         Args:
@@ -154,7 +154,7 @@ class Pipeline:
             wait: What this thread waits on while sinks are at work, so that others can interrupt it.
 
         Returns:
-            Whether VOD has forgotten all of it.
+            The number of its events that VOD has forgotten.
         """
         items: list[_Item] = []
         try:
@@ -167,7 +167,7 @@ class Pipeline:
             self._confirm(items, batch)
         finally:
             self._finish(items, batch)
-        return all(item.is_acknowledged for item in items)
+        return sum(item.is_acknowledged for item in items)
 
     # --- route ------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,10 @@
 """Callbacks from the socket to the sinks and back."""
 
 import hashlib
+import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from ipaddress import ip_network
 
@@ -201,6 +203,73 @@ def test_the_old_format_is_kept_and_named_with_its_remedy(receiving, lines):
     assert reason_of(receiving, lines, old) == (OK, "store", "malformed")
     (line,) = named(lines, "event.malformed")
     assert "set the callback format to 3.0" in line["error_message"]
+
+
+# --- together ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together(receiving, monkeypatch):
+    """What comes while a first callback is at its sink waits; `push` lets it go on and tells the answers."""
+    monkeypatch.setattr(receiver, "BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr(receiver, "LINGER_SECS", 60.0)
+
+    def push(contents):
+        receiving.sink.gate.clear()
+        with ThreadPoolExecutor(8) as threads:
+            first = threads.submit(receiving.push, body(0))
+            until(lambda: receiving.sink.calls)
+            later = []
+            for content in contents:  # in this order
+                later.append(threads.submit(receiving.push, content))
+                until(lambda: receiving.receiver.status()[0].callbacks_in_flight == 1 + len(later))
+            receiving.sink.gate.set()
+            return [answer.result() for answer in (first, *later)]
+
+    return push
+
+
+def test_those_that_wait_ask_the_journal_once(receiving, together, lines, monkeypatch):
+    receiving.start()
+    asked = []
+    known = receiving.journal.known
+    monkeypatch.setattr(receiving.journal, "known", lambda pairs: known(asked.append(list(pairs)) or asked[-1]))
+    assert together([body(1), body(2), body(3)]) == [OK] * 4
+    assert [len(pairs) for pairs in asked] == [1, 3]
+    assert {line["reason"] for line in settled(lines, 4)} == {"delivered"}
+    assert len(set(receiving.sink.accepted)) == 4
+    until(lambda: receiving.counted("accepted") == 4)
+
+
+def test_one_that_is_refused_harms_none_that_waits_beside_it(receiving, together, lines):
+    receiving.start()
+    old = {"version": "4.0", "eventType": "NewFileUpload", "data": {}}
+    answers = together([body(1), b"\xff", old, body(2)])
+    assert [answer[0] for answer in answers] == [200, 200, 400, 200, 200]
+    assert sorted(line["reason"] for line in settled(lines, 4)) == ["delivered", "delivered", "delivered", "malformed"]
+    until(lambda: receiving.counted("accepted") == 4)
+    assert receiving.counted("not_an_event") == 1
+
+
+def test_an_event_that_waits_twice_reaches_its_sink_once(receiving, together):
+    receiving.start()
+    assert together([body(1), body(1)]) == [OK] * 3
+    assert len(receiving.sink.accepted) == 2
+
+
+def test_what_fails_while_it_is_read_harms_none_that_waits_beside_it(receiving, together, lines, monkeypatch, quick):
+    receiving.start()
+    read = receiver.read_callback
+
+    def fail_at_two(data, *args, **more):
+        if data == json.dumps(body(2)).encode():
+            raise ZeroDivisionError
+        return read(data, *args, **more)
+
+    monkeypatch.setattr(receiver, "read_callback", fail_at_two)
+    assert together([body(1), body(2), body(3)]) == [OK, OK, None, OK]
+    assert receiving.counted("unanswered") == 1
+    assert named(lines, "callback.failed")
 
 
 # --- more than sinks are tried for ------------------------------------------------------------------------------------

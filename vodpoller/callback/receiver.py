@@ -1,9 +1,15 @@
-"""What becomes of the requests of one daemon: they are read, processed as batches of one, and answered."""
+"""What becomes of the requests of one daemon: they are read, processed as batches, and answered.
+
+A request that finds the receiver idle is a batch of its own. Under load those that wait are seen through together: one
+look into the journal, one commit, one word to the server's thread for all of them.
+"""
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http import HTTPStatus
 from socket import socket
 from typing import Final, Protocol
@@ -26,6 +32,10 @@ from vodpoller.vod.confirmation import Confirmation
 
 LEASE_SECS: Final = 4.0  # VOD waits 5 s for an answer
 RESERVE_SECS: Final = 0.5
+EVENTS_MAX: Final = 64  # of a batch
+BATCHES_AT_ONCE: Final = 2  # of a source; further ones wait this long for more events:
+LINGER_SECS: Final = 0.02
+SPAN_SECS: Final = 1.0  # between the first and the last request of a batch: two tries of VOD's are never in one
 STORING_THREADS: Final = 64  # besides those that wait for sinks
 _LINE_CHARS: Final = 200  # of what a stranger has sent
 
@@ -57,11 +67,11 @@ class Answers:
     """Confirms callbacks: the confirm is the answer. A handle is the number of a connection.
 
     Attributes:
-        answer: Answers a request; see `Server.answer`.
+        answer: Answers requests; see `Server.answer_all`.
     """
 
     def __init__(self) -> None:
-        self.answer: Callable[[int, HTTPStatus], bool] = lambda _number, _status: False
+        self.answer: Callable[[Sequence[int], HTTPStatus], Sequence[bool]] = lambda numbers, _: [False] * len(numbers)
 
     def confirm(
         self,
@@ -74,7 +84,8 @@ class Answers:
         on_acknowledged: Callable[[Sequence[str]], None],
     ) -> Mapping[str, Confirmation]:
         """See `batch.Confirms`: what was written to the socket is acknowledged. Too late, its connection is gone."""
-        written = [handle for handle in handles if self.answer(int(handle), HTTPStatus.OK)]
+        answered = self.answer([int(handle) for handle in handles], HTTPStatus.OK)
+        written = [handle for handle, is_written in zip(handles, answered, strict=True) if is_written]
         if written:
             on_acknowledged(written)
         return {handle: _ANSWERED if handle in written else _GONE for handle in handles}
@@ -85,8 +96,36 @@ class _Received:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.in_flight = 0
+        self.waiting: deque[Request] = deque()
+        self.is_taken_up = False  # a thread is on its way to those that wait
+        self.batches = 0
+        self.tried = 0
+        self.untried = 0
         self.last_at = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """Number of callbacks that have come and are not seen through."""
+        return len(self.waiting) + self.tried + self.untried
+
+    def take(self) -> "tuple[list[Request], bool]":
+        """Those that wait, as far as they are one batch, and whether it goes past the sinks."""
+        room = self.source.max_events_in_flight - self.tried
+        most = min(room, EVENTS_MAX) if room > 0 else EVENTS_MAX
+        ends_at = self.waiting[0].whole_at + SPAN_SECS
+        taken: list[Request] = []
+        while self.waiting and len(taken) < most and self.waiting[0].whole_at < ends_at:
+            taken.append(self.waiting.popleft())
+        self.count(len(taken), is_untried=room <= 0)
+        self.batches += 1
+        return taken, room <= 0
+
+    def count(self, number: int, *, is_untried: bool) -> None:
+        """Count so many more as taken."""
+        if is_untried:
+            self.untried += number
+        else:
+            self.tried += number
 
 
 class Receiver:
@@ -137,7 +176,7 @@ class Receiver:
             telemetry=telemetry,
             monotonic=monotonic,
         )
-        answers.answer = self._server.answer
+        answers.answer = self._server.answer_all
 
     def start(self) -> None:
         """Begin to accept connections."""
@@ -205,9 +244,10 @@ class Receiver:
         source = self._by_path[request.address, request.head.path]
         received = self._received[source.name]
         with self._lock:
-            is_untried = received.in_flight >= source.max_events_in_flight
-            received.in_flight += 1
-        self._threads.submit(self._see_through, source, request, is_untried=is_untried)
+            received.waiting.append(request)
+            is_taken_up, received.is_taken_up = received.is_taken_up, True
+        if not is_taken_up:
+            self._threads.submit(self._take_up, received)
 
     def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
         """See `server.Requests`."""
@@ -232,34 +272,59 @@ class Receiver:
 
     # --- in a thread of its own ---------------------------------------------------------------------------------------
 
-    def _see_through(self, source: Source, request: Request, *, is_untried: bool) -> None:
-        self._liveness.begin(f"callback {source.name}", ANSWER_SECS)
-        wait = DeliveryWait()
-        result = CallbackResult.UNANSWERED
+    def _take_up(self, received: _Received) -> None:
+        """See a batch through of what waits, once another one has ended or it has waited for more."""
+        with self._lock:
+            self._lock.wait_for(lambda: received.batches < BATCHES_AT_ONCE or self._hurried, LINGER_SECS)
+            requests, is_untried = received.take()
+            received.is_taken_up = bool(received.waiting)
+        if received.is_taken_up:
+            with suppress(RuntimeError):  # closed: VOD tries again what is not answered
+                self._threads.submit(self._take_up, received)
+        self._liveness.begin(f"callback {received.source.name}", ANSWER_SECS)
         try:
-            callback = self._read(source, request)
+            self._see_through(received.source, requests, is_untried=is_untried)
+        except Exception:
+            self._telemetry.log.exception("callback.failed", source=received.source.name)
+        finally:
+            self._liveness.end()
+            with self._lock:
+                received.count(-len(requests), is_untried=is_untried)
+                received.batches -= 1
+                received.last_at = self._wall()
+                self._lock.notify_all()
+
+    def _see_through(self, source: Source, requests: Sequence[Request], *, is_untried: bool) -> None:
+        callbacks = [(request, callback) for request in requests if (callback := self._callback(source, request))]
+        acknowledged = 0
+        wait = DeliveryWait()
+        try:
             with self._lock:
                 self._waits.add(wait)
                 if self._hurried:
                     wait.interrupt(stopping=True)
-            batch = self._batch(source, request, callback, is_untried=is_untried)
-            if self._pipeline.process(batch, wait):
-                result = CallbackResult.STORED_UNTRIED if is_untried else CallbackResult.ACCEPTED
-            self._telemetry.count(Count.CALLBACKS, source=source.name, result=result.value)
+            if callbacks:
+                acknowledged = self._pipeline.process(_batch(source, callbacks, is_untried=is_untried), wait)
+        finally:
+            with self._lock:
+                self._waits.discard(wait)
+            result = CallbackResult.STORED_UNTRIED if is_untried else CallbackResult.ACCEPTED
+            unanswered = len(callbacks) - acknowledged
+            for what, number in ((result, acknowledged), (CallbackResult.UNANSWERED, unanswered)):
+                if number:
+                    self._telemetry.count(Count.CALLBACKS, number, source=source.name, result=what.value)
+
+    def _callback(self, source: Source, request: Request) -> Callback | None:
+        """What a request is; None if it is answered, or can never be."""
+        try:
+            return self._read(source, request)
         except RefusedError as error:
             self._refuse(source, request.peer, request.head.path, error.refusal)
             self._server.answer(request.number, error.refusal.status)
         except Exception:
             self._telemetry.log.exception("callback.failed", source=source.name)
             self._telemetry.count(Count.CALLBACKS, source=source.name, result=CallbackResult.UNANSWERED.value)
-        finally:
-            self._liveness.end()
-            received = self._received[source.name]
-            with self._lock:
-                self._waits.discard(wait)
-                received.in_flight -= 1
-                received.last_at = self._wall()
-                self._lock.notify_all()
+        return None
 
     def _read(self, source: Source, request: Request) -> Callback:
         callback = read_callback(request.body, str(request.number), source, now=self._wall())
@@ -274,15 +339,18 @@ class Receiver:
             )
         return callback
 
-    def _batch(self, source: Source, request: Request, callback: Callback, *, is_untried: bool) -> Batch:
-        is_malformed = isinstance(callback.event, Malformed)
-        return Batch(
-            source=source,
-            events=() if isinstance(callback.event, Malformed) else (callback.event,),
-            malformed=(callback.event,) if isinstance(callback.event, Malformed) else (),
-            lease=Lease(starts_at=request.whole_at, secs=LEASE_SECS),
-            received_at=request.whole_at,
-            request_id="",
-            began_at=request.began_at,
-            is_untried=is_untried and not is_malformed,
-        )
+
+def _batch(source: Source, callbacks: Sequence[tuple[Request, Callback]], *, is_untried: bool) -> Batch:
+    """A batch whose times are those of its first request: in doubt an event is a new one, and is not waited for."""
+    first = callbacks[0][0]
+    events = [callback.event for _, callback in callbacks]
+    return Batch(
+        source=source,
+        events=tuple(it for it in events if not isinstance(it, Malformed)),
+        malformed=tuple(it for it in events if isinstance(it, Malformed)),
+        lease=Lease(starts_at=first.whole_at, secs=LEASE_SECS),
+        received_at=first.whole_at,
+        request_id="",
+        began_at=min(request.began_at for request, _ in callbacks),
+        is_untried=is_untried,
+    )

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -146,22 +146,26 @@ class Server:
         return {address: listening.connections for address, listening in self._listening.items()}
 
     def answer(self, number: int, status: HTTPStatus) -> bool:
-        """Answer a request, from another thread.
+        """Answer one request; see `answer_all`."""
+        return self.answer_all((number,), status)[0]
+
+    def answer_all(self, numbers: Sequence[int], status: HTTPStatus) -> list[bool]:
+        """Answer requests, from another thread.
 
         Args:
-            number: As in the request.
-            status: Of the answer, which has no body.
+            numbers: As in the requests.
+            status: Of the answers, which have no body.
 
         Returns:
-            Whether the answer was written; if not, its connection is gone, or was answered.
+            Of each, whether the answer was written; if not, its connection is gone, or was answered.
         """
-        written: Future[bool] = Future()
+        asked: list[tuple[int, HTTPStatus, Future[bool]]] = [(number, status, Future()) for number in numbers]
         with self._asking:
             if self._has_ended:
-                return False
-            self._asked.append((number, status, written))
+                return [False] * len(numbers)
+            self._asked.extend(asked)
         self._wake_up()
-        return written.result()
+        return [written.result() for _, _, written in asked]
 
     def stop(self) -> None:
         """Accept nothing more; what is open is seen through."""
