@@ -354,6 +354,7 @@ def test_closing_cuts_what_is_in_use_and_nothing_more_is_opened():
         (SqliteConfig, {"path": "x", "statement": "SELECT :nme"}, "'nme'"),
         (SqliteConfig, {"path": "x", "statement": "SELECT 1", "table": "t"}, "keep one of the two"),
         (SqliteConfig, {"path": "x", "inbox_days": 13}, "at least give_up_after_secs"),
+        (SqliteConfig, {"path": "x", "give_up_after_secs": 30 * 86_400.0}, "37: an event"),
         (PostgresqlConfig, {"dsn": DSN, "statement": "SELECT %(nme)s"}, "'nme'"),
         (PostgresqlConfig, {"dsn": DSN, "statement": "SELECT 1 % 2"}, "%% for the sign"),
         (PostgresqlConfig, {"dsn": DSN, "batch_max_events": 1001}, "1000"),
@@ -371,6 +372,20 @@ def test_what_cannot_be_is_named_without_a_part_of_a_dsn(config, settings, said)
         config(type=name, **settings)
     assert said in str(raised.value)
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "dsn", "driver"),
+    [(PostgresqlConfig, DSN, "psycopg"), (MysqlConfig, "mysql://u@h/d", "pymysql")],
+)
+def test_a_missing_driver_is_named_with_the_extra_that_has_it(config, dsn, driver, monkeypatch):
+    name = config.__name__.removesuffix("Config").lower()
+    monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(ValidationError) as raised:
+        config(type=name, dsn=dsn)
+    (found,) = raised.value.errors()
+    assert found["loc"] == ("type",)
+    assert f"pip install 'vodpoller[{name}]'" in found["msg"]
 
 
 @pytest.mark.parametrize(

@@ -1244,6 +1244,8 @@ ROUTED_TO_HOOK = (
         (ROUTED_TO_HOOK + 'headers = { Authorization = "Bearer x", "X-Auth-Token" = "y", "X-Env" = "prod" }',
          ["sinks.hook.headers.Authorization", "sinks.hook.headers.X-Auth-Token"]),
         (ROUTED_TO_HOOK + 'headers = { Authorization = "Bearer ${TENCENTCLOUD_SECRET_KEY}" }', []),
+        (SOURCE + ROUTE.replace('"archive"', '"rows"') + '[sinks.rows]\ntype = "mysql"\ndsn = "mysql://u:p@h/d"\n',
+         ["sinks.rows.dsn"]),
         (VALID, []),
     ],
 )  # fmt: skip

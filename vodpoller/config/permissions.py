@@ -24,7 +24,7 @@ _LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the un
 # `secret_key`, `token`, the header Authorization, the variable DB_PASSWORD; not Content-Type or LANG, and not
 # `secret_id`, which every request shows.
 _SECRET_KEY: Final = re.compile(
-    r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|(api|access|sign)[-_]?key", re.IGNORECASE
+    r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|(api|access|sign)[-_]?key|^dsn$", re.IGNORECASE
 )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from math import ceil
 from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -73,21 +74,21 @@ class SqlConfig(SinkConfig):
                 raise ValueError(f"it uses {name!r}, which an event does not have (it has: {', '.join(NAMES)})")
         return value
 
-    @field_validator("inbox_days")
-    @classmethod
-    def _outlasts_retries(cls, value: int, info: ValidationInfo) -> int:
-        at_least = info.data.get("give_up_after_secs", 0.0) / _DAY_SECS + _INBOX_MORE_DAYS
-        if value < at_least:
-            raise ValueError(
-                f"it must be at least give_up_after_secs and {_INBOX_MORE_DAYS} days more, {at_least:g}: an event"
-                " that is tried again must still be known"
-            )
-        return value
-
     @model_validator(mode="after")
     def _is_one_of_the_two(self) -> Self:
         if self.statement is not None and "table" in self.model_fields_set:
             raise problem("table", "is given together with statement (keep one of the two)")
+        return self
+
+    @model_validator(mode="after")
+    def _inbox_outlasts_retries(self) -> Self:
+        at_least = self.give_up_after_secs / _DAY_SECS + _INBOX_MORE_DAYS
+        if self.inbox_days < at_least:
+            why = (
+                f"is {self.inbox_days}, and must be at least give_up_after_secs and {_INBOX_MORE_DAYS} days more,"
+                f" {ceil(at_least)}: an event that is tried again must still be known"
+            )
+            raise problem("inbox_days", why)
         return self
 
     @classmethod
@@ -127,6 +128,8 @@ class ServerConfig(SqlConfig):
     @field_validator("dsn")
     @classmethod
     def _can_be_read(cls, value: Secret | None, info: ValidationInfo) -> Secret | None:
+        if "type" not in info.data:  # the driver, which reads it, is not there
+            return value
         if value is not None and (wrong := value.restrict(cls.problem_in)):
             raise problem("dsn_file" if info.data.get("dsn_file") else "", wrong)
         return value
