@@ -281,4 +281,4 @@ def test_the_probe_warns_of_commits_that_a_loss_of_power_may_lose(database, log,
     finally:
         database.server.as_admin(setting.format(name, good))
     assert f"WARNING: a loss of power may lose what is committed, because of {name} = {weak}" in said
-    assert [line["setting"] for line in named(lines, "database.not_durable")] == [f"{name} = {weak}"]
+    assert [line["setting"] for line in named(lines, "database.nondurable")] == [f"{name} = {weak}"]

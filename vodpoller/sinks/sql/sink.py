@@ -209,7 +209,7 @@ class SqlSink(Sink[SqlConfigT]):
         try:
             pruned = self._sessions.use(self._prune, ends_at)
         except DatabaseError as error:
-            self.context.log.warning("inbox.not_pruned", error_message=self._said(error))
+            self.context.log.warning("inbox.unpruned", error_message=self._said(error))
         else:
             if pruned >= PRUNED_AT_ONCE:
                 with self._lock:
@@ -243,7 +243,7 @@ class SqlSink(Sink[SqlConfigT]):
             said += ", and the statement can be read"
         frailties = self.frailties(session)
         for frailty in frailties:
-            self.context.log.warning("database.not_durable", setting=frailty)
+            self.context.log.warning("database.nondurable", setting=frailty)
         if frailties:
             said += f"; WARNING: a loss of power may lose what is committed, because of {' and '.join(frailties)}"
         return said
