@@ -112,6 +112,23 @@ def test_once_delivers_what_is_due_without_a_source_that_pulls(system, port):
     assert run_command("once", "-c", system.config_path).returncode == 0
 
 
+# --- both kinds of source ---------------------------------------------------------------------------------------------
+
+
+def test_what_was_pushed_and_is_pulled_then_is_delivered_once(system, port):
+    simulator = system.simulator()
+    texts = [json.dumps({"EventType": "X", "XEvent": {"TaskId": f"1-X-{number}"}}) for number in range(20)]
+    pushed = f'[[sources]]\nname = "pushed"\ntype = "callback"\nlisten = "127.0.0.1:{port}"\npath = "{PATH}"'
+    system.configure(simulator.url, source=f"sub_app_id = 7\n{pushed}\nsub_app_id = 7")
+    daemon = system.daemon()
+    assert [push(port, text) for text in texts] == [200] * 20
+    simulator.feed(*(text[:-1] + ', "YEvent": null}' for text in texts))
+    until(simulator.all_confirmed)
+    assert len(system.lines()) == 20
+    pulled = [line for line in daemon.log("event.settled") if line["source"] == "main"]
+    assert {line["reason"] for line in pulled} == {"already_delivered"}
+
+
 # --- a full disk, a kill, a burst -------------------------------------------------------------------------------------
 
 

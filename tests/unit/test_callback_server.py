@@ -199,3 +199,21 @@ def test_an_error_at_one_request_keeps_no_other_from_its_answer(receiving, lines
     monkeypatch.setattr(server, "ANSWER_SECS", 0.2)
     assert [receiving.push(body(1)), receiving.push(body(2))] == [None, OK]
     assert len(named(lines, "callback.failed")) == 1
+
+
+def test_the_thread_outlives_an_error_of_the_system(receiving, lines, monkeypatch):
+    failing = [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))]
+    real = server.heapq.heappop
+
+    def heappop(heap):
+        if failing:
+            raise failing.pop()
+        return real(heap)
+
+    monkeypatch.setattr(server.heapq, "heappop", heappop)
+    monkeypatch.setattr(server, "LINGER_SECS", 0.1)
+    with receiving.connect() as client:
+        client.sendall(request(body(1)))
+        until(lambda: not failing)
+    assert receiving.push(body(2)) == OK
+    assert len(named(lines, "callback.failed")) == 1

@@ -39,7 +39,7 @@ ANSWER_SECS: Final = 6.0
 LINGER_SECS: Final = 2.0  # a client that has its answer may take so long to close
 HELD_MAX_BYTES: Final = 64 * 1024 * 1024  # of all bodies that are not whole
 SMALL_BYTES: Final = 64 * 1024  # of a body that is read even then
-ACCEPT_AGAIN_SECS: Final = 0.2
+AGAIN_SECS: Final = 0.2  # what failed for want of something is tried again so soon
 _CHUNK_BYTES: Final = 64 * 1024
 _ACCEPTED_AT_ONCE: Final = 64
 
@@ -200,11 +200,8 @@ class Server:
     def _run(self) -> None:
         try:
             while not self._is_over():
-                self._accept_or_wait()
-                for key, _ in self._selector.select(self._wait_secs()):
-                    self._do(key.data)
-                self._do(self._answer_asked)
-                self._expire()
+                if not self._do(self._turn):
+                    time.sleep(AGAIN_SECS)
         finally:
             for client in list(self._clients.values()):
                 self._end(client)
@@ -218,17 +215,28 @@ class Server:
         self._woken.close()
         self._wake.close()
 
-    def _do(self, step: Callable[[], None]) -> None:
-        """One step; whatever goes wrong in it concerns no other connection."""
+    def _turn(self) -> None:
+        self._accept_or_wait()
+        for key, _ in self._selector.select(self._wait_secs()):
+            self._do(key.data)
+        self._answer_asked()
+        self._expire()
+
+    def _do(self, step: Callable[[], None]) -> bool:
+        """One step; whatever goes wrong in it concerns no other connection. Returns whether nothing did."""
         try:
             step()
         except Exception:
             self._telemetry.log.exception("callback.failed")
+            return False
+        return True
 
     def _is_over(self) -> bool:
         return self._closing or (self._stopping and not self._clients)
 
     def _wait_secs(self) -> float | None:
+        if self._asked:
+            return 0.0
         waits = [self._deadlines[0][0]] if self._deadlines else []
         waits += [it.not_before for it in self._listening.values() if it.not_before]
         return max(min(waits) - self._monotonic(), 0.0) if waits else None
@@ -264,7 +272,7 @@ class Server:
             except ConnectionError:
                 continue
             except OSError:  # no descriptor is left
-                listening.not_before = self._monotonic() + ACCEPT_AGAIN_SECS
+                listening.not_before = self._monotonic() + AGAIN_SECS
                 return
             self._welcome(listening, sock, str(peer[0]))
 
