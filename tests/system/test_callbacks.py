@@ -83,6 +83,12 @@ def test_without_a_source_that_pulls_it_runs_without_a_key(system, port):
     assert not daemon.problems()
 
 
+def test_without_such_a_source_its_package_is_not_needed():
+    modules = "vodpoller.cli.daemons, vodpoller.cli.check, vodpoller.checkup.checks"
+    code = f"import sys; sys.modules['h11'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
 def test_an_address_in_use_ends_the_start_with_1(system):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         configure(system, taken.getsockname()[1])
