@@ -23,7 +23,7 @@ from vodpoller.simulator.bodies import EventGenerator
 from vodpoller.simulator.control import answer_control
 from vodpoller.simulator.errors import ApiError
 from vodpoller.simulator.feeding import Feeder
-from vodpoller.simulator.issuing import ASSUME_ROLE, METADATA_PATH, STS_VERSION, Issuing
+from vodpoller.simulator.issuing import ASSUME_ROLE, METADATA_PATH, Issuing, parameters_in
 from vodpoller.simulator.options import (
     ACTIONS,
     CONTROLLABLE,
@@ -234,12 +234,9 @@ class Api:
 
     def _assume_role(self, call: _Call) -> bytes:
         options = self._options
-        if call.request.headers.get("x-tc-version") != STS_VERSION:
-            raise ApiError("NoSuchVersion", f"The version of STS is {STS_VERSION}.")
         if options.secret_id is not None:
             self._verify(call.request, key_of=self._lasting_key_of, service="sts")
-        parameters = _object_in(call.request)
-        return self._issuing.assume_role(parameters, life_secs=options.credential_secs, now=self._now())
+        return self._issuing.assume_role(call.request, life_secs=options.credential_secs, now=self._now())
 
     def _authorize(self, call: _Call) -> None:
         options, headers = self._options, call.request.headers
@@ -285,7 +282,7 @@ class Api:
         self._accepted[action].add(now)
 
     def _parameters(self, call: _Call) -> dict[str, Any]:
-        parameters = _object_in(call.request)
+        parameters = parameters_in(call.request)
         if unknown := sorted(parameters.keys() - _PARAMETERS[call.action]):
             raise ApiError("UnknownParameter", f"{call.action} has no parameter {unknown[0]}.")
         sub_app_id = parameters.get("SubAppId")
@@ -476,16 +473,6 @@ class Api:
 
 
 _COUNTED: Final = ("pulls", "pulls_empty", "pulls_abandoned", "confirms", "confirms_stale", "refused_by_limit")
-
-
-def _object_in(request: Request) -> dict[str, Any]:
-    try:
-        content = orjson.loads(request.body)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ApiError("InvalidParameter", "The body is not a JSON object.")
-    return content
 
 
 def _fail_on_purpose(fault: Fault | None) -> None:

@@ -4,21 +4,20 @@ The documents are "Instance role" (product/213/47668) and "AssumeRole" (product/
 """
 
 import time
-from collections.abc import Mapping
 from random import Random
 from typing import Any, Final
 
 import orjson
 
 from vodpoller.simulator.errors import ApiError
-from vodpoller.simulator.server import Connection
+from vodpoller.simulator.server import Connection, Request
 from vodpoller.simulator.signature import Key
 
 ASSUME_ROLE: Final = "AssumeRole"
-STS_VERSION: Final = "2018-08-13"
 METADATA_PATH: Final = "/latest/meta-data/cam/security-credentials/"
 ROLE: Final = "simulated-role"
 
+_STS_VERSION: Final = "2018-08-13"
 _KEPT: Final = 1000
 _PARAMETERS: Final = frozenset(
     {"RoleArn", "RoleSessionName", "DurationSeconds", "Policy", "ExternalId", "Tags", "SourceIdentity"}
@@ -63,17 +62,20 @@ class Issuing:
             case _:
                 connection.send(b"not found", status=404, content_type=b"text/plain")
 
-    def assume_role(self, parameters: Mapping[str, Any], *, life_secs: float, now: float) -> bytes:
+    def assume_role(self, request: Request, *, life_secs: float, now: float) -> bytes:
         """Hand out a key of a role; returns the members of the answer.
 
         Args:
-            parameters: Of the request.
+            request: Its signature is right.
             life_secs: Of the key, whatever was asked for.
             now: Unix time, in seconds.
 
         Raises:
-            ApiError: The parameters are not those of AssumeRole.
+            ApiError: It is not what AssumeRole takes.
         """
+        if request.headers.get("x-tc-version") != _STS_VERSION:
+            raise ApiError("NoSuchVersion", f"The version of STS is {_STS_VERSION}.")
+        parameters = parameters_in(request)
         if unknown := sorted(parameters.keys() - _PARAMETERS):
             raise ApiError("UnknownParameter", f"{ASSUME_ROLE} has no parameter {unknown[0]}.")
         for name in ("RoleArn", "RoleSessionName"):
@@ -92,6 +94,21 @@ class Issuing:
         if len(self._keys) > _KEPT:
             del self._keys[next(iter(self._keys))]
         return made, ends_at
+
+
+def parameters_in(request: Request) -> dict[str, Any]:
+    """The parameters of a request to an API.
+
+    Raises:
+        ApiError: Its body is not an object.
+    """
+    try:
+        content = orjson.loads(request.body)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ApiError("InvalidParameter", "The body is not a JSON object.")
+    return content
 
 
 def _iso(at: float) -> str:
