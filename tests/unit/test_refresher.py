@@ -108,6 +108,17 @@ def test_the_last_good_key_is_used_until_it_ends(machine, problem):
         machine.refresher()
 
 
+def test_a_request_without_a_key_names_one_cause_whatever_the_attempts_say(machine):
+    said = set()
+    for number in range(3):
+        machine.problem = TransientError(f"its key has ended {number} s ago")
+        machine.pass_secs(100)
+        with pytest.raises(NoKeyError) as caught:
+            machine.refresher()
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=["transient", "operator", "unforeseen"])
 def test_a_failure_is_said_once_and_over_within_a_minute(machine, problem):
     machine.refresher.step()

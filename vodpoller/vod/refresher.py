@@ -107,12 +107,15 @@ class Refresher:
             with self._attempting:
                 if not self._has_tried:
                     self._attempt()
-        in_use, problem = self._keys.in_use, self._problem
+        in_use = self._keys.in_use
         if in_use is not None and self._monotonic() < in_use.ends_at:
             return in_use.credentials
         state = "there is no temporary key yet" if in_use is None else "the temporary key has ended"
-        why = f", and no new one came: {problem}" if problem else ""
-        raise NoKeyError(f"nothing was sent: {state}{why}", retry_after_secs=NO_KEY_RETRY_SECS)
+        # Why no other came is not part of it: that may change at each attempt, and this is one cause.
+        raise NoKeyError(
+            f"nothing was sent: {state}, and no new one came (see credentials.failed, or `vodpoller status`)",
+            retry_after_secs=NO_KEY_RETRY_SECS,
+        )
 
     def refused(self, token: str) -> None:
         """VOD refuses the token: renew now, unless it is another one by now. Returns at once.
@@ -169,12 +172,15 @@ class Refresher:
         """
         with self._attempting:
             if self._monotonic() >= self._due_at and not self._stopping:
-                self._attempt()
+                self._liveness.begin("credentials", OVERDUE_SECS)
+                try:
+                    self._attempt()
+                finally:
+                    self._liveness.end()
         urgent_at = self._say_expiring()
         return max(min(self._due_at, urgent_at) - self._monotonic(), 0.0)
 
     def _attempt(self) -> None:
-        self._liveness.begin("credentials", OVERDUE_SECS)
         try:
             issued = self._issuer()
         except VodpollerError as error:
@@ -189,7 +195,6 @@ class Refresher:
             else:
                 self._succeeded(issued)
         finally:
-            self._liveness.end()
             self._has_tried = True
 
     def _succeeded(self, issued: IssuedKey) -> None:
@@ -225,7 +230,7 @@ class Refresher:
             self._attempted_at = now
             self._due_at = now + wait_secs
         self._problem = error
-        self._failing_since = self._failing_since or self._wall()
+        self._failing_since = now if self._failing_since is None else self._failing_since
         self._telemetry.count(Count.CREDENTIALS_REFRESHES, result="failed")
         in_use = self._keys.in_use
         left_secs = max(in_use.ends_at - now, 0.0) if in_use else 0.0
@@ -266,14 +271,15 @@ class Refresher:
 
     def status(self) -> CredentialsStatus:
         """How it is at this moment."""
-        in_use, problem = self._keys.in_use, self._problem
-        left_secs = 0.0 if in_use is None else in_use.ends_at - self._monotonic()
+        in_use, problem, since = self._keys.in_use, self._problem, self._failing_since
+        now, wall_now = self._monotonic(), self._wall()
+        left_secs = 0.0 if in_use is None else in_use.ends_at - now
         return CredentialsStatus(
             provider=self._provider,
             role="" if in_use is None else in_use.role,
-            expires_at=None if in_use is None else self._wall() + left_secs,
+            expires_at=None if in_use is None else wall_now + left_secs,
             is_usable=left_secs > 0,
-            failing_since=self._failing_since if problem else None,
+            failing_since=None if since is None else wall_now - (now - since),
             error="" if problem is None else problem.message if isinstance(problem, OperatorError) else str(problem),
             remedy=problem.advice if isinstance(problem, OperatorError) else "",
         )
