@@ -1,7 +1,9 @@
 """Doubles that the tests of the core share: a clock, a sink in memory, a ledger in memory, a log that can be read."""
 
+import resource
 import threading
 import time
+from contextlib import contextmanager
 
 import structlog
 
@@ -145,3 +147,14 @@ class Sent:
 
     def leave(self):
         self._claim.__exit__(None, None, None)
+
+
+@contextmanager
+def full_disk():
+    """What writes to a file fails, as on a full disk; a transaction that changes nothing succeeds."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -318,3 +318,27 @@ def test_claims_of_many_threads_never_run_a_pair_twice_at_once():
     assert all(result() for result in results)
     assert clashes == []
     assert len(in_flight) == 0
+
+
+# --- late news --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_forgotten_twice_does_not_end_the_next_delivery_of_the_pair():
+    in_flight = InFlight()
+    first = Delivery(event=event(), sink="it", deadline=0.0)
+    with in_flight.claim([first], None):
+        in_flight.complete([first], DELIVERED)
+    second = Delivery(event=event(), sink="it", deadline=0.0)
+    with in_flight.claim([second], None):
+        in_flight.forget([first])
+        assert len(in_flight) == 1
+    assert len(in_flight) == 0
+
+
+def test_what_is_done_is_not_queued_again():
+    in_flight = InFlight()
+    delivery = Delivery(event=event(), sink="it", deadline=0.0)
+    with in_flight.claim([delivery], None):
+        in_flight.complete([delivery], DELIVERED)
+        in_flight.queued([delivery])
+    assert in_flight.start([delivery]) == []

@@ -1,13 +1,12 @@
 import errno
 import fcntl
 import os
-import resource
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import FakeClock, event, log_into, named
+from tests.helpers import FakeClock, event, full_disk, log_into, named
 from tests.polling import until
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import wal as wal_module
 from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Burial, Known, Letter, Position
 from vodpoller.journal.group_commit import DEFERRED_MAX
+from vodpoller.journal.place import cannot_open
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
 from vodpoller.journal.sqlite import SqliteJournal
+from vodpoller.journal.unwritten import Snapshot, Unwritten
 from vodpoller.telemetry import Telemetry
 
 NOW = 1_800_000_000.0
@@ -182,6 +183,37 @@ def test_a_journal_that_lacks_a_table_is_told_as_corrupt(opened, path, missing):
     change(path, f"DROP TABLE {missing}")
     with pytest.raises(UnusableJournalError, match=f"corrupt .no such table: {missing}"):
         opened()
+
+
+def test_a_large_journal_is_not_read_whole_at_the_start(opened, path, monkeypatch):
+    opened().close()
+    monkeypatch.setattr("vodpoller.journal.opening.QUICK_CHECK_BYTES", 0)
+    said = []
+
+    class Noting(sqlite3.Connection):
+        def execute(self, statement, *parameters):
+            said.append(statement)
+            return super().execute(statement, *parameters)
+
+    opened(connect=partial(connect_without_waiting, factory=Noting))
+    assert "PRAGMA journal_mode = WAL" in said
+    assert not any("quick_check" in statement for statement in said)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (sqlite3.SQLITE_READONLY, UnusableJournalError, "must belong to the user that runs vodpoller"),
+        (sqlite3.SQLITE_FULL, JournalError, "Is the disk full"),
+        (sqlite3.SQLITE_NOTADB, UnusableJournalError, "recover"),
+    ],
+)
+def test_what_sqlite_cannot_open_is_said_with_what_to_do(path, code, kind, says):
+    error = sqlite3.OperationalError("no")
+    error.sqlite_errorcode = code
+    told = cannot_open(path, error)
+    assert type(told) is kind
+    assert says in str(told)
 
 
 def test_a_place_that_cannot_hold_a_journal_is_said(tmp_path, log):
@@ -418,15 +450,19 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
     assert journal.counts() == {("it", "pending"): 200}
 
 
-@contextmanager
-def full_disk():
-    """What writes to a file fails, as on a full disk; a transaction that changes nothing succeeds."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_what_is_there_already_takes_no_room_of_what_is_not(opened):
+    size = ROW_OVERHEAD_BYTES + len(event(1).body)
+    journal = opened(max_bytes=int(2.5 * size))
+    journal.store([letter(1)])
+    journal.store([letter(1), letter(2)])
+    assert journal.counts() == {("it", "pending"): 2}
+    with pytest.raises(JournalFullError):
+        journal.store([letter(3)])
+
+
+def test_without_stored_events_no_sink_is_missed(journal):
+    journal.mark_removed(["it"])
+    assert journal.counts() == {}
 
 
 def test_asked_how_it_is_it_tries_to_write(journal, path):
@@ -503,6 +539,28 @@ def test_a_journal_that_was_replaced_takes_nothing(journal, path):
 
 
 # --- group commit -----------------------------------------------------------------------------------------------------
+
+
+def test_nobody_believes_that_his_row_was_written_when_the_writing_thread_was_ended(journal):
+    def end(db):
+        raise SystemExit
+
+    outcomes = []
+
+    def write(work):
+        try:
+            journal.commits.write(work, durable=True)
+        except (StorageError, SystemExit) as error:
+            outcomes.append(type(error))
+
+    threads = [threading.Thread(target=write, args=(work,)) for work in (end, lambda db: None)]
+    with journal.commits.lock:  # one of them writes for both
+        for thread in threads:
+            thread.start()
+        until(lambda: journal.commits.waiting == 2)
+    for thread in threads:
+        thread.join(10)
+    assert set(outcomes) == {StorageError, SystemExit}
 
 
 def test_a_write_that_fails_takes_no_other_of_its_group_along(journal, path):
@@ -644,6 +702,15 @@ def test_an_acceptance_of_strange_content_does_not_raise(journal, monkeypatch):
 
 
 # --- positions --------------------------------------------------------------------------------------------------------
+
+
+def test_what_changes_while_it_is_written_is_written_next():
+    unwritten = Unwritten()
+    unwritten.add("it", [b"k", b"l"], accepted_at=1.0, position=at(10))
+    written = unwritten.snapshot()
+    unwritten.add("it", [b"k"], accepted_at=2.0, position=at(20))
+    unwritten.remove(written)
+    assert unwritten.snapshot() == Snapshot({(b"k", "it"): (2.0, None)}, {"it": at(20)})
 
 
 def at(offset_bytes, inode=7):

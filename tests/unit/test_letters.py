@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import FakeClock, event
+from tests.helpers import FakeClock, event, full_disk
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.journal import operator as letters_module
 from vodpoller.journal.contract import Burial, Known, Letter
-from vodpoller.journal.operator import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value
+from vodpoller.journal.operator import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value, time_since
 from vodpoller.journal.schema import SCHEMA_VERSION
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
@@ -91,6 +91,49 @@ def test_a_folder_is_no_journal(path):
 
     with pytest.raises(UnusableJournalError, match="this is a folder, and a journal is a regular file"):
         Letters(path)
+
+
+@pytest.mark.parametrize("parts", [["x" * 300], ["x" * 200] * 3], ids=["for the file system", "for SQLite"])
+def test_a_path_that_is_too_long_is_said(tmp_path, parts):
+    path = tmp_path.joinpath(*parts)
+    if len(parts) > 1:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(JournalError, match=r"the journal cannot be read: .*commands need the rights of"):
+        Letters(path)
+
+
+def make_journal(path, log, *letters):
+    """One that no daemon has open."""
+    with closing(SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log))) as journal:
+        journal.store(letters)
+
+
+def test_a_journal_that_another_program_keeps_for_itself_cannot_be_read(path, log, monkeypatch):
+    monkeypatch.setattr(letters_module, "BUSY_SECS", 0.0)
+    make_journal(path, log)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(JournalError, match="cannot be read: database is locked"):
+            Letters(path)
+        other.execute("ROLLBACK")
+
+
+def test_a_journal_that_is_damaged_while_it_is_read_is_said_to_be(path, log):
+    make_journal(path, log, *[letter(number) for number in range(50)])
+    with Letters(path) as letters:
+        content = path.read_bytes()
+        path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+        with pytest.raises(UnusableJournalError, match="recover"):
+            letters.backlogs()
+
+
+def test_a_purge_for_which_the_disk_has_no_room_changes_nothing(journal, letters, path):
+    journal.store([letter(number) for number in range(3)])
+    with full_disk(), pytest.raises(JournalError, match="cannot be written"):
+        list(letters.purge(Filter(sink="hook")))
+    assert len(states(path)) == 3
 
 
 @pytest.mark.parametrize(
@@ -321,6 +364,45 @@ def test_marks_are_those_that_the_daemon_left(journal, letters):
     journal.flush()
 
     assert letters.marks() == {"started": NOW, "written": NOW, "pull": NOW + 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [("90m", NOW - 5400), ("12h", NOW - 43_200), ("3d", NOW - 259_200), ("2026-11-23T08:00:00+00:00", 1_795_420_800.0)],
+)
+def test_a_time_or_an_age_is_understood(text, at):
+    assert time_since(text, NOW) == at
+
+
+@pytest.mark.parametrize("text", ["", "d", "1y", "yesterday", "9" * 400 + "d"])
+def test_what_is_neither_a_time_nor_an_age_is_said(text):
+    with pytest.raises(ValueError, match="is neither a time"):
+        time_since(text, NOW)
+
+
+def test_the_body_of_a_row_is_as_it_was_stored(journal, letters):
+    journal.store([letter(1)])
+    assert letters.body(1) == event(1).body
+    assert letters.body(2) is None
+
+
+class Overtaken(Letters):
+    """Each row that it has found is made due by another command before anything is done with it."""
+
+    def _read(self, query, values):
+        rows = super()._read(query, values)
+        if "max(id)" not in query:
+            with Letters(self.path, writable=True) as other:
+                replay(other, "hook")
+        return rows
+
+
+def test_what_becomes_pending_amid_a_purge_stays(journal, path):
+    journal.store([letter(1)])
+    with Overtaken(path, writable=True) as letters:
+        letters.path = path
+        assert list(letters.purge(Filter())) == []
+    assert [state for _, state, *_ in states(path)] == ["pending"]
 
 
 # --- portions ---------------------------------------------------------------------------------------------------------

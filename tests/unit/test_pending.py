@@ -108,6 +108,19 @@ def test_nothing_is_submitted_where_nothing_is_stored(bench):
     assert bench.go() == 0
 
 
+def test_a_journal_that_cannot_be_read_is_asked_again_later(bench, monkeypatch):
+    def broken(*_):
+        raise StorageError("the journal cannot be written: database is locked")
+
+    bench.store(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.journal, "claim_due", broken)
+        assert bench.go() == 0
+    assert bench.rows("state") == [("pending",)]
+    assert bench.go() == 1
+    assert bench.known(1) is Known.ACCEPTED
+
+
 def test_due_rows_are_delivered_once_and_gone(bench, lines):
     bench.store(1, 2)
     bench.wall.advance(60)

@@ -51,6 +51,9 @@ class Route:
     name: str = "r"
 
 
+LEAVES = Source(unrouted="leave")
+
+
 class FakeVod:
     """Confirms, and remembers what; or fails as a test says."""
 
@@ -79,6 +82,7 @@ class Line:
         self.vod = FakeVod()
         self.in_flight = InFlight()
         self.ahead_secs = 0.0
+        self.requests_per_sec = 100.0
         self.journal_path = tmp_path / "journal.db"
         self.journal = SqliteJournal(
             self.journal_path,
@@ -122,7 +126,7 @@ class Line:
             journal=self.journal,
             confirmer=Confirmer(vod=self.vod, telemetry=self.telemetry, liveness=Liveness(), reserve_secs=5.0),
             confirm_reserve_secs=5.0,
-            requests_per_sec=100.0,
+            requests_per_sec=self.requests_per_sec,
             telemetry=self.telemetry,
             monotonic=self.monotonic,
         )
@@ -182,6 +186,34 @@ OTHER = make_event({"EventType": "Unheard", "E": {"TaskId": "t-1"}}, source="mai
 # --- unrouted, malformed, where ---------------------------------------------------------------------------------------
 
 
+def test_events_that_are_left_and_take_much_of_the_quota_are_an_error(line, lines):
+    line.requests_per_sec = 0.1  # 96 events a minute
+    of_each_minute = [8, 12, 1]
+    for number in of_each_minute:
+        line.process(*[(f"h{index}", event(index, event_type="Unheard")) for index in range(number)], source=LEAVES)
+        line.ahead_secs += 60.0
+    (said,) = [it for it in named(lines, "event.left") if it["level"] == "error"]
+    assert said["quota_share"] == pytest.approx(12 / 96, abs=0.02)
+    assert "route them, or set unrouted" in said["hint"]
+
+
+def test_dropped_events_that_a_route_seems_to_mean_are_said_once(line, lines):
+    line.routes = [Route(sinks=("a",), event_types=("NewFileUplod",))]
+    for number in range(3):
+        assert line.process(("h", event(number)), source=Source(unrouted="confirm")) == ["h"]
+    (said,) = named(lines, "config.warning")
+    assert "takes 'NewFileUplod': is that a misspelling?" in said["message"]
+
+
+def test_what_there_is_room_for_is_stored_and_its_batch_mate_is_left(line, monkeypatch):
+    def full(letters):
+        raise JournalFullError("max_bytes", refused=[event(1).key])
+
+    monkeypatch.setattr(line.journal, "store", full)
+    line.sinks["a"].fail_always(RejectedError("no"))
+    assert line.process(("h1", event(1)), ("h2", event(2))) == ["h2"]
+
+
 @pytest.mark.parametrize(
     ("unrouted", "confirmed", "counts"),
     [
@@ -196,6 +228,7 @@ def test_an_event_that_no_route_takes_goes_where_its_source_says(line, lines, un
         assert line.process(("h", OTHER), source=Source(unrouted=unrouted)) == confirmed
     assert line.journal.counts() == counts
     assert len(named(lines, "event.left")) == (unrouted == "leave")
+    assert not named(lines, "config.warning")
     assert bool(named(lines, "event.dead")) == bool(counts)
 
 
