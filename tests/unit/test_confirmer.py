@@ -214,6 +214,24 @@ def test_a_refusal_after_a_lost_answer_is_not_split_since_the_lost_one_probably_
     assert "probably confirmed" in named(lines, "confirm.failed")[0]["error_message"]
 
 
+class LateSlots(FakeVod):
+    """The slot for the second attempt comes when the lease is over."""
+
+    def __init__(self, clock, **more):
+        super().__init__(clock, **more)
+        self.waits_secs = [0.0, 30.0]
+
+    def await_confirm_slot(self, timeout_secs):
+        self.clock.advance(self.waits_secs.pop(0))
+        return True
+
+
+def test_a_slot_that_comes_after_the_lease_is_not_used(confirming, clock):
+    vod, confirmed = confirming(vod=LateSlots(clock, script=[TransientError("lost")]))
+    assert (vod.calls, confirmed) == ([HANDLES], frozenset())
+    assert set(vod.results.values()) == {"no_answer"}
+
+
 def test_a_refusal_after_throttling_is_split_since_nothing_was_carried_out(confirming):
     vod, confirmed = confirming(stale=["h5"], script=[ThrottledError("slow down")])
     assert confirmed == frozenset(HANDLES) - {"h5"}
