@@ -214,6 +214,9 @@ def together(receiving, monkeypatch):
     monkeypatch.setattr(receiver, "BATCHES_AT_ONCE", 1)
     monkeypatch.setattr(receiver, "LINGER_SECS", 60.0)
 
+    def come():
+        return receiving.receiver.status()[0].callbacks_in_flight + receiving.counted("unanswered")
+
     def push(contents):
         receiving.sink.gate.clear()
         with ThreadPoolExecutor(8) as threads:
@@ -222,7 +225,7 @@ def together(receiving, monkeypatch):
             later = []
             for content in contents:  # in this order
                 later.append(threads.submit(receiving.push, content))
-                until(lambda: receiving.receiver.status()[0].callbacks_in_flight == 1 + len(later))
+                until(lambda: come() == 1 + len(later))
             receiving.sink.gate.set()
             return [answer.result() for answer in (first, *later)]
 
@@ -270,6 +273,20 @@ def test_what_fails_while_it_is_read_harms_none_that_waits_beside_it(receiving, 
     assert together([body(1), body(2), body(3)]) == [OK, OK, None, OK]
     assert receiving.counted("unanswered") == 1
     assert named(lines, "callback.failed")
+
+
+def test_the_newest_of_those_that_wait_come_first(receiving, together, lines, monkeypatch):
+    monkeypatch.setattr(receiver, "EVENTS_MAX", 1)
+    receiving.start()
+    assert together([body(1), body(2), body(3)]) == [OK] * 4
+    assert [line["file_id"] for line in settled(lines, 4)] == ["0", "3", "2", "1"]
+
+
+def test_the_oldest_of_too_many_that_wait_is_not_answered(receiving, together, monkeypatch, quick):
+    monkeypatch.setattr(receiver, "WAITING_MAX", 2)
+    receiving.start()
+    assert together([body(1), body(2), body(3)]) == [OK, None, OK, OK]
+    assert receiving.counted("unanswered") == 1
 
 
 # --- more than sinks are tried for ------------------------------------------------------------------------------------

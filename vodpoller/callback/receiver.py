@@ -1,7 +1,9 @@
 """What becomes of the requests of one daemon: they are read, processed as batches, and answered.
 
 A request that finds the receiver idle is a batch of its own. Under load those that wait are seen through together: one
-look into the journal, one commit, one word to the server's thread for all of them.
+look into the journal, one commit, one word to the server's thread for all of them. The newest come first: VOD waits 5 s
+only, so that after a stall the oldest would all be answered too late, and each be tried again. What is old is seen
+through when there is time: it may have been the last try.
 """
 
 import threading
@@ -36,6 +38,8 @@ EVENTS_MAX: Final = 64  # of a batch
 BATCHES_AT_ONCE: Final = 2  # of a source; further ones wait this long for more events:
 LINGER_SECS: Final = 0.02
 SPAN_SECS: Final = 1.0  # between the first and the last request of a batch: two tries of VOD's are never in one
+WAITING_MAX: Final = 4096  # beyond them the oldest is not seen through: VOD has given up waiting for it
+WAITING_MAX_BYTES: Final = 64 * 1024 * 1024
 STORING_THREADS: Final = 64  # besides those that wait for sinks
 _LINE_CHARS: Final = 200  # of what a stranger has sent
 
@@ -97,6 +101,7 @@ class _Received:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.waiting: deque[Request] = deque()
+        self.waiting_bytes = 0
         self.is_taken_up = False  # a thread is on its way to those that wait
         self.batches = 0
         self.tried = 0
@@ -108,14 +113,26 @@ class _Received:
         """Number of callbacks that have come and are not seen through."""
         return len(self.waiting) + self.tried + self.untried
 
-    def take(self) -> "tuple[list[Request], bool]":
-        """Those that wait, as far as they are one batch, and whether it goes past the sinks."""
+    def add(self, request: Request) -> int:
+        """One more waits. Returns the number of those that do not any more, as there are too many."""
+        self.waiting.append(request)
+        self.waiting_bytes += len(request.body)
+        dropped = 0
+        while len(self.waiting) > WAITING_MAX or self.waiting_bytes > WAITING_MAX_BYTES:
+            self.waiting_bytes -= len(self.waiting.popleft().body)
+            dropped += 1
+        return dropped
+
+    def take(self) -> tuple[list[Request], bool]:
+        """The newest of those that wait, as far as they are one batch, and whether it goes past the sinks."""
         room = self.source.max_events_in_flight - self.tried
         most = min(room, EVENTS_MAX) if room > 0 else EVENTS_MAX
-        ends_at = self.waiting[0].whole_at + SPAN_SECS
+        begins_at = self.waiting[-1].whole_at - SPAN_SECS
         taken: list[Request] = []
-        while self.waiting and len(taken) < most and self.waiting[0].whole_at < ends_at:
-            taken.append(self.waiting.popleft())
+        while self.waiting and len(taken) < most and self.waiting[-1].whole_at > begins_at:
+            taken.append(self.waiting.pop())
+        taken.reverse()
+        self.waiting_bytes -= sum(len(request.body) for request in taken)
         self.count(len(taken), is_untried=room <= 0)
         self.batches += 1
         return taken, room <= 0
@@ -244,8 +261,11 @@ class Receiver:
         source = self._by_path[request.address, request.head.path]
         received = self._received[source.name]
         with self._lock:
-            received.waiting.append(request)
+            dropped = received.add(request)
             is_taken_up, received.is_taken_up = received.is_taken_up, True
+        if dropped:
+            unanswered = CallbackResult.UNANSWERED.value
+            self._telemetry.count(Count.CALLBACKS, dropped, source=source.name, result=unanswered)
         if not is_taken_up:
             self._threads.submit(self._take_up, received)
 
