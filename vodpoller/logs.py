@@ -27,6 +27,7 @@ LINE_MAX_BYTES: Final = 16 * 1024
 # A shorter secret is a part of ordinary words: hiding it would make lines unreadable, and tell it by the gaps.
 SEARCHED_MIN_CHARACTERS: Final = 8
 PATIENCE_SECS: Final = 1.0
+_INTEGER_BITS: Final = 64  # what most readers of JSON hold
 REMEMBERED_CAUSES: Final = 1000
 REMEMBERED_CHARS: Final = 500  # of each
 _OF_SEVERAL_LINES: Final = frozenset({"exception", "stack"})
@@ -325,7 +326,7 @@ def _safe(value: object) -> object:
         case str():
             return value.encode(errors="backslashreplace").decode()
         case int():
-            return value if value.bit_length() < 64 else str(value)  # noqa: PLR2004 - what most readers hold
+            return value if value.bit_length() < _INTEGER_BITS else str(value)
         case Mapping():
             return {str(_safe(str(name))): _safe(inner) for name, inner in value.items()}
         case list() | tuple():

@@ -15,6 +15,9 @@ from urllib3.exceptions import TimeoutError as Urllib3TimeoutError
 
 from vodpoller.httpclient.trust import RootsError
 
+SUCCESS: Final = range(200, 300)  # RFC 9110, section 15.3
+REDIRECTS: Final = range(300, 400)  # section 15.4
+
 _RETRY_AFTER_MAX_SECS: Final = 86_400.0
 
 

@@ -25,7 +25,7 @@ from vodpoller.events.codec import UnreadableError, decode_json
 from vodpoller.events.event import Lease, Malformed, PulledEvent
 from vodpoller.httpclient.address import shown_url
 from vodpoller.httpclient.transport import was_repeated
-from vodpoller.httpclient.words import http_date, retry_after_secs
+from vodpoller.httpclient.words import REDIRECTS, http_date, retry_after_secs
 
 ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
 EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
@@ -258,7 +258,7 @@ def _http_failure(answer: Answer) -> TransientError:
         what = "the proxy wants a login: put user:password@ into the proxy URL of the environment"
     elif status == HTTPStatus.FORBIDDEN:
         what = "something between here and VOD, such as a proxy or a firewall, forbids the request"
-    elif 300 <= status < 400:  # noqa: PLR2004 - the class of redirects
+    elif status in REDIRECTS:
         location = f" to {shown_url(answer.headers.get('Location', ''))[:_EXCERPT_CHARS]}"
         what = "the endpoint redirects, which is not followed since credentials must not travel: set api.endpoint right"
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:

@@ -24,7 +24,7 @@ from vodpoller.httpclient.address import Environment, environment_of, host_and_p
 from vodpoller.httpclient.deadline import Deadline
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter, Transport
 from vodpoller.httpclient.trust import RootsError
-from vodpoller.httpclient.words import UnusableProxyError, failure_text, http_date, status_text
+from vodpoller.httpclient.words import REDIRECTS, UnusableProxyError, failure_text, http_date, status_text
 from vodpoller.vod.credentials import AssumedRole, Credentials, CvmRole, IssuedKey, StaticCredentials
 from vodpoller.vod.signature import Tc3Auth
 
@@ -318,7 +318,7 @@ class _Answer:
         )
 
     def failure(self, hint: str) -> TransientError:
-        if 300 <= self.status < 400:  # noqa: PLR2004 - the class of redirects
+        if self.status in REDIRECTS:
             hint = f"which is not followed: {hint}"
         return TransientError(f"{self.where} answered {status_text(self.status)} ({hint})")
 

@@ -20,7 +20,7 @@ from vodpoller.expressions import EvaluationError, Expression, encode_found
 from vodpoller.httpclient.address import Environment, bracketed, environment_of, host_and_port, proxy_parts, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import RootsError, validity
-from vodpoller.httpclient.words import failure_text, retry_after_secs, status_text
+from vodpoller.httpclient.words import REDIRECTS, SUCCESS, failure_text, retry_after_secs, status_text
 from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.sinks.formats import content_type, encode
 from vodpoller.sinks.webhook.config import WebhookConfig
@@ -263,7 +263,7 @@ class WebhookSink(Sink[WebhookConfig]):
         """What is wrong with an answer; None if it accepts."""
         status = response.status_code
         said = f"{target.where} answered {status_text(status)}"
-        is_success = 200 <= status < 300  # noqa: PLR2004 - RFC 9110, section 15.3: these are success
+        is_success = status in SUCCESS
         try:
             if status in self._rejecting or _holds(self._reject_when, "reject_when", answer, default=False):
                 return RejectedError(f"{said}{self._quoted(answer)}")
@@ -282,7 +282,7 @@ class WebhookSink(Sink[WebhookConfig]):
         self, target: _Target, response: requests.Response, said: str, wait_secs: float | None
     ) -> TransientError:
         status, location = response.status_code, response.headers.get("Location")
-        if 300 <= status < 400 and location:  # noqa: PLR2004 - RFC 9110, section 15.4: these are redirects
+        if status in REDIRECTS and location:
             place = self._without_secrets(_place(target.address, location))[:_SHOWN_CHARACTERS]
             return TransientError(
                 f"{said} and points to {place}: redirects are not followed"
