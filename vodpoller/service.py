@@ -108,8 +108,7 @@ class Service:
         self._notifier = notifier
         self._signals = signals or Signals()
         self._clock = SteadyClock()
-        self._build = build
-        self._execute = execute
+        self._build, self._execute = build, execute
         self._beat_secs = min(HEARTBEAT_SECS, (notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
         self._exit_code = 0
         self._end_reason = "a signal asked for the end meanwhile"
