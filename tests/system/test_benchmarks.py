@@ -103,6 +103,15 @@ def test_the_row_of_callbacks_has_a_line_for_each_number_of_connections():
     assert all(float(line[1].replace(",", "")) > 0 for line in lines)
 
 
+@pytest.mark.servers
+def test_the_row_of_postgresql_sets_a_table_beside_the_loop():
+    ended = run_benchmarks("--quick", "--rows", "postgresql", "--secs", "0.5")
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines[2:]] == ["| vodpoller", "| SDK loop, INSERT and COMMIT for each event"]
+    assert min(float(line[1].replace(",", "")) for line in lines[2:]) > 0
+
+
 def test_the_row_of_calls_sets_ours_beside_those_of_a_session():
     ended = run_benchmarks("--quick", "--rows", "http", "--secs", "0.1")
     assert ended.returncode == 0, ended.stderr

@@ -52,7 +52,7 @@ class PostgresqlConfig(ServerConfig):
         """Whether libpq can read it."""
         try:
             _parsed(dsn)
-        except Exception:  # noqa: BLE001 - any would do, and their texts may hold a part of a password
+        except (import_module(cls.driver).Error, ValueError):  # their texts may hold a part of a password
             return f"is not a connection string of libpq (right: {_EXAMPLE})"
         return ""
 
