@@ -1,7 +1,8 @@
 """The address of an API of Tencent Cloud, as a configuration gives it."""
 
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+
+from vodpoller.httpclient.url import http_parts
 
 
 def bare_endpoint(value: str, example: str, *, may_be_plain: bool = False) -> str:
@@ -19,15 +20,12 @@ def bare_endpoint(value: str, example: str, *, may_be_plain: bool = False) -> st
         ValueError: It cannot be used; the message says why.
     """
     try:
-        parts = urlsplit(value)
-        host, _ = parts.hostname, parts.port
+        parts = http_parts(value)
     except ValueError:
-        host = None
-    if not host or parts.scheme not in ("http", "https"):
-        raise ValueError(f"is not an http or https address (for example {example})")
+        raise ValueError(f"is not an http or https address (for example {example})") from None
     if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(f"has more than scheme, host and port (for example {example})")
-    if parts.scheme == "http" and not (may_be_plain or is_loopback(host)):
+    if parts.scheme == "http" and not (may_be_plain or is_loopback(parts.hostname or "")):
         raise ValueError("is not encrypted (write https://; plain http is for a simulator on this machine only)")
     return f"{parts.scheme}://{parts.netloc}"
 

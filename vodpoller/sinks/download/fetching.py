@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from http import HTTPStatus
 from typing import Any, Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 
@@ -16,6 +16,7 @@ from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.httpclient.address import environment_of, shown_url
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import RootsError
+from vodpoller.httpclient.url import http_parts
 from vodpoller.httpclient.words import ForbiddenAddressError, causes, failure_text, retry_after_secs, status_text
 from vodpoller.sinks.download.config import DownloadConfig
 
@@ -137,15 +138,12 @@ class Fetcher:
         try:
             # What is looked at is what requests makes of it: that is where it connects to.
             request = requests.Request("GET", url, headers=headers).prepare()
-            parts = urlsplit(str(request.url))
-            host, _ = parts.hostname or "", parts.port
+            parts = http_parts(str(request.url))
         except (requests.RequestException, ValueError):
             raise RejectedError(f"{shown(url)!r} is not an address of http or https") from None
-        if parts.scheme not in ("http", "https") or not host:
-            raise RejectedError(f"{shown(url)!r} is not an address of http or https")
         if "@" in parts.netloc:
             raise RejectedError(f"{shown(url)} comes with credentials, which are not used")
-        if not any(fnmatchcase(host.rstrip("."), glob) for glob in self._config.hosts):
+        if not any(fnmatchcase((parts.hostname or "").rstrip("."), glob) for glob in self._config.hosts):
             raise RejectedError(f"{shown(url)} is at a host that sinks.{self._name}.hosts does not name")
         return request
 
