@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from vodpoller.expressions import ExpressionText
 from vodpoller.httpclient.trust import CaFile
+from vodpoller.httpclient.url import http_parts
 from vodpoller.secret import Secret, SecretFile
 from vodpoller.sinks.contract import SinkConfig
 from vodpoller.sinks.webhook.signing import Sign, problem_in_secret
@@ -196,11 +197,10 @@ def _problem_in_url(url: str) -> str:
     """Why requests cannot be sent there, without a part of it; empty if they can."""
     unusable = "it is not an http or https address (for example https://app.example/vod/callback)"
     try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        parts = http_parts(url)
     except ValueError:
         return unusable
-    if not host or parts.scheme not in ("http", "https") or not re.fullmatch(r"[!-~]+", url):
+    if not re.fullmatch(r"[!-~]+", url):
         return unusable
     if len(url) > URL_MAX_CHARACTERS:
         return f"it is longer than {URL_MAX_CHARACTERS} characters"
