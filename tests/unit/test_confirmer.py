@@ -349,6 +349,8 @@ class Vod:
 
     def __init__(self, *, slots_per_sec=1000.0, stale=(), call_secs=0.0):
         self.limiter = RateLimiter(slots_per_sec)
+        self.has_slots = threading.Event()
+        self.has_slots.set()
         self.stale = set(stale)
         self.call_secs = call_secs
         self.refusal = None
@@ -361,6 +363,7 @@ class Vod:
         self.sub_app_ids = []
 
     def await_confirm_slot(self, timeout_secs):
+        assert self.has_slots.wait(20)
         return self.limiter.acquire(timeout_secs)
 
     def confirm(self, sub_app_id, handles, timeout_secs=None):
@@ -433,10 +436,11 @@ def pullers(log):
 
 def test_handles_of_several_pulls_share_a_call_while_a_slot_is_awaited(pullers):
     vod = Vod(slots_per_sec=4)
-    vod.limiter.acquire()
+    vod.has_slots.clear()
     group = pullers(vod)
     for number in range(12):
         group.confirm(f"h{number}")
+    vod.has_slots.set()
     assert set(group.join().values()) == {"confirmed"}
     assert len(vod.calls) <= 3
     assert max(map(len, vod.calls)) >= 8
@@ -457,10 +461,11 @@ def test_leases_that_are_nearly_over_share_a_call_with_their_own_pull_only(pulle
 def test_one_stale_handle_among_fresh_ones_of_other_pulls_costs_them_nothing(pullers, where):
     stale = f"h{where}"
     vod = Vod(slots_per_sec=10, stale=[stale])
-    vod.limiter.acquire()
+    vod.has_slots.clear()
     group = pullers(vod)
     for number in range(16):
         group.confirm(f"h{number}")
+    vod.has_slots.set()
     results = group.join()
     assert {handle for handle, result in results.items() if result != "confirmed"} == {stale}
     # Some may have been sent before the others came.
