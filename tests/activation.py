@@ -23,7 +23,8 @@ class HeldSocket:
     """Listens and accepts nothing: connections wait for the daemon to which it is passed. A context manager."""
 
     def __init__(self):
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        # As long as that of vodpoller.socket.
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         self.url = f"http://{self.address}/vod"
 

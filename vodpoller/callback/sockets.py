@@ -13,7 +13,9 @@ from typing import Final
 from vodpoller.config.tables import host_of, port_of
 from vodpoller.errors import ConfigError, StorageError
 
-BACKLOG: Final = 4096  # the kernel's own limit, net.core.somaxconn, is what counts
+# A longer queue is worse: VOD waits 5 s, and after a stall what stands further back would only be accepted when it has
+# given up. A connection that finds the queue full is tried again after a second, by its own kernel.
+BACKLOG: Final = 512
 
 
 class CallbackSockets:
