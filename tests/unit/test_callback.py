@@ -160,7 +160,7 @@ def test_a_sink_whose_queue_is_full_has_the_event_stored(tmp_path, log, lines):
         for number, thread in enumerate(pushed, 1):
             thread.start()
             until(lambda number=number: len(receiving.in_flight) >= number)
-        until(lambda: receiving.sink.calls)
+            until(lambda: receiving.sink.calls)  # the first has left the queue
         assert reason_of(receiving, lines, body(3)) == (OK, "store", "queue_full")
         receiving.sink.gate.set()
         for thread in pushed:
