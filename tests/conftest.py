@@ -2,6 +2,7 @@ import functools
 import os
 import signal
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import certifi
@@ -75,13 +76,14 @@ def pytest_runtest_protocol(item):
 @pytest.fixture(scope="session", autouse=True)
 def read_once(tmp_path_factory):
     """What hundreds of tests would read, each for some of its time: one public CA stands for all of them, and the sinks
-    that are installed stay the same."""
+    that are installed stay the same while `sys.path` does."""
     end = "-----END CERTIFICATE-----\n"
     one = tmp_path_factory.mktemp("roots") / "one.pem"
     one.write_text(Path(certifi.where()).read_text(encoding="utf-8").partition(end)[0] + end, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("requests.utils.DEFAULT_CA_BUNDLE_PATH", str(one))
-        patched.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        read = functools.cache(lambda _path, **selection: entry_points(**selection))
+        patched.setattr(registry, "entry_points", lambda **selection: read(tuple(sys.path), **selection))
         yield
 
 

@@ -74,7 +74,7 @@ def test_the_row_of_a_large_journal_has_seconds_for_each_step():
 
 
 def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(other_version):
-    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "0.5", "--baseline", other_version)
+    ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "1", "--baseline", other_version)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
     labels = ["run 1", "baseline, run 1", "all runs", "baseline, all runs"]

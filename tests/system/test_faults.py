@@ -235,7 +235,7 @@ def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(syst
 
 
 def test_a_refusal_after_a_lost_answer_costs_one_call(system):
-    simulator = system.simulator(visibility_secs=2, poll_secs=0.3)
+    simulator = system.simulator(visibility_secs=4, poll_secs=0.3)
     simulator.feed(*map(numbered, range(16)))
     with Middleman(simulator.url) as middleman:
 
@@ -247,11 +247,11 @@ def test_a_refusal_after_a_lost_answer_costs_one_call(system):
             exchange.answer(answer)
 
         middleman.meddle = lose_the_first_confirm
-        system.configure(middleman.url, lease_secs=2)
+        system.configure(middleman.url, lease_secs=4)
         daemon = system.daemon()
 
         until(lambda: daemon.log("event.settled"))
-        holds(lambda: len(middleman.confirms()) == 2, secs=2.5)  # longer than the lease
+        holds(lambda: len(middleman.confirms()) == 2, secs=4.5)  # longer than the lease
         assert daemon.terminate()[0] == 0
     assert simulator.all_confirmed()
     assert simulator.stats()["redeliveries"] == 0
@@ -275,7 +275,7 @@ def test_sixteen_stale_handles_again_and_again_do_not_storm_and_the_sub_app_id_i
         daemon = system.daemon()
         refused = daemon.await_log("confirm.refused")
         spoiled.set()
-        leases = simulator.stats()["redeliveries"] // 16 + 1
+        leases = simulator.stats()["redeliveries"] // 16 + 2  # one more may have begun
         assert len(middleman.confirms()) <= 9 * leases
         assert middleman.pulls() <= 8 * leases
 

@@ -86,18 +86,18 @@ def test_all_well_is_exit_0_with_a_young_pull(system):
     assert (source["error"], sink["down_since"]) == ("", None)
     assert said["journal"]["writable"] is True
     assert (said["stored"], said["credentials"]["provider"]) == ([], "static")
+    assert seconds_between(said["reload"].pop("built_at"), said["at"]) < 60
     assert said["reload"] == {
         "successful": True,
         "at": None,
         "last_success_at": said["started_at"],
-        "built_at": said["started_at"],
         "under_way": False,
         "problems": [],
     }
     done = run_command("status", "-c", system.config_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "PROBLEM" not in done.stdout
-    assert re.search(r"main +│ \d{4}-", done.stdout)
+    assert re.search(r"main +│ pull +│ \d{4}-", done.stdout)
     assert re.search(r"archive +│ accepts", done.stdout)
 
     assert daemon.terminate()[0] == 0
