@@ -427,8 +427,11 @@ def test_a_file_that_was_removed_is_made_anew(opened, path):
 
 def test_a_body_with_a_raw_newline_is_rejected(opened, path):
     malformed = restore_event(body=b'{\n"a"', key=b"", event_type="", source="main", sub_app_id=None)
+    sink = opened()
     with pytest.raises(RejectedError):
-        opened().deliver([malformed], 5.0)
+        sink.examine(malformed)
+    with pytest.raises(RejectedError):
+        sink.deliver([malformed], 5.0)
     assert path.read_bytes() == b""
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -210,6 +211,16 @@ def test_old_rows_of_the_inbox_are_deleted_and_those_of_others_kept(db, make):
     make(statement=COUNT).deliver([event(1)], 5.0)
     keys = [key for (key,) in db.execute("SELECT key FROM vodpoller_inbox ORDER BY key")]
     assert sorted(keys) == sorted([event(1).key.hex(), "it29", "other31"])
+
+
+def test_what_no_text_can_hold_is_rejected_before_it_is_queued(db, make):
+    unreadable = replace(event(1), body=b'"\xff"', content={})
+    with pytest.raises(RejectedError, match="not UTF-8"):
+        make().examine(unreadable)
+    enveloped = make(format="cloudevents")
+    for each in (event(2), unreadable):
+        enveloped.examine(each)
+    enveloped.deliver([unreadable], 10.0)
 
 
 def test_a_row_has_what_is_known_of_its_event(db, make):

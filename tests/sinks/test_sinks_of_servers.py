@@ -209,6 +209,20 @@ def test_a_body_that_is_not_utf8_is_rejected_and_harms_no_other(database):
     assert database.delivered(1) == [event(1).body]
 
 
+def test_a_raw_nul_is_rejected_before_it_is_queued_if_no_text_holds_it(database):
+    nul = raw_event(b'{"Title":"\0"}')
+    with opened(database) as sink:
+        if database.sink_type == "postgresql":
+            with pytest.raises(RejectedError, match="raw NUL"):
+                sink.examine(nul)
+            with pytest.raises(RejectedError, match="raw NUL"):
+                sink.deliver([nul], 10.0)
+        else:
+            sink.examine(nul)
+            sink.deliver([nul], 10.0)
+            assert database.delivered(1) == [nul.body]
+
+
 def test_a_type_that_no_column_of_text_holds_is_written_all_the_same(database):
     with opened(database) as sink:
         sink.deliver([event(1, event_type="a\0b\ud83c")], 10.0)

@@ -137,6 +137,11 @@ class FileSink(Sink[FileConfig]):
             problem = f"{place_of(error, path)} cannot be written: {why(error)}"
             raise ConfigError([f"sinks.{name}.path: {problem}"]) from error
 
+    def examine(self, event: Event) -> None:
+        """Whether it can be a line."""
+        if b"\n" in event.body and b"\n" in encode(event, self._format):
+            raise RejectedError("the body holds a raw newline, so it is not a JSON line")
+
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Append the events: one write, one sync.
 
@@ -310,10 +315,8 @@ class FileSink(Sink[FileConfig]):
         return Position(inode=self._file.inode, offset_bytes=self._file.end_bytes)
 
     def _line(self, event: Event) -> bytes:
-        body = encode(event, self._format)
-        if b"\n" in body:
-            raise RejectedError("the body holds a raw newline, so it is not a JSON line")
-        return body + b"\n"
+        self.examine(event)
+        return encode(event, self._format) + b"\n"
 
     def _portions(
         self, stretches: Sequence[Stretch], sub_app_ids: Sequence[int | None], *, end: Position, is_told: bool

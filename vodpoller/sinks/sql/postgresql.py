@@ -69,6 +69,7 @@ class PostgresqlSink(SqlSink[PostgresqlConfig]):
 
     Config = PostgresqlConfig
     dialect = DIALECT
+    holds_nul = False
 
     def connect(self, secs: float) -> Session:
         """Connect and log in; of several hosts, to the one that takes writes."""

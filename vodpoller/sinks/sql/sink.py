@@ -8,7 +8,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 from vodpoller.errors import ConfigError, PartialFailureError, RejectedError, TransientError
 from vodpoller.events.event import Event
@@ -41,6 +41,7 @@ class SqlSink(Sink[SqlConfigT]):
     """
 
     dialect: Dialect
+    holds_nul: ClassVar[bool] = True
 
     def __init__(self, name: str, config: SqlConfigT, context: SinkContext) -> None:
         super().__init__(name, config, context)
@@ -81,6 +82,17 @@ class SqlSink(Sink[SqlConfigT]):
         finally:
             sink.close()
 
+    def examine(self, event: Event) -> None:
+        """Whether its body is one that a column of text can hold. Only what could never be read may not be."""
+        if not event.content and self.config.format != "callback":
+            return  # it is in the document as JSON or as base64
+        try:
+            event.body.decode()
+        except UnicodeDecodeError:
+            raise RejectedError("the body is not UTF-8, so that no column of text can hold it") from None
+        if b"\0" in event.body and not self.holds_nul:
+            raise RejectedError("the body holds a raw NUL, which no column of text of this database can hold")
+
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Write the events in one transaction; if it is refused because of one of them, each in its own."""
         ends_at = self.context.monotonic() + timeout_secs
@@ -114,9 +126,9 @@ class SqlSink(Sink[SqlConfigT]):
         failures: dict[int, Exception] = {}
         for at, event in enumerate(events):
             try:
-                body = encode(event, self.config.format).decode()
-            except UnicodeDecodeError:
-                failures[at] = RejectedError("the body is not UTF-8, so that no column of text can hold it")
+                self.examine(event)
+            except RejectedError as error:
+                failures[at] = error
                 continue
             rows[at] = {
                 "key": event.key.hex(),
@@ -126,7 +138,7 @@ class SqlSink(Sink[SqlConfigT]):
                 "file_id": _text(file_id_of(event)) or None,
                 "task_id": _text(task_id_of(event)) or None,
                 "received_at": now,
-                "body": body,
+                "body": encode(event, self.config.format).decode(),
                 "sink": self.name,
             }
         return rows, failures
