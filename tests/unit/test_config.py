@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
+from vodpoller.checkup.places import files_of_sinks
 from vodpoller.config import load as config
 from vodpoller.config import permissions, validation
 from vodpoller.config.callbacks import CallbackSource
@@ -471,6 +472,17 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
             ["journal writes", "/var/lib/vodpoller/events.jsonl", "too"],
         ),
         (
+            replaced('"file"', '"sqlite"') + '[journal]\npath = "/var/lib/vodpoller/events.jsonl"',
+            "sinks.archive",
+            ["journal writes", "/var/lib/vodpoller/events.jsonl", "too (give each its own)"],
+        ),
+        (
+            replaced('["archive"]', '["b", "archive"]')
+            + SINK.replace("archive", "b").replace('"file"', '"sqlite"').replace("lib/", "lib/../lib/"),
+            "sinks.b",
+            ["sinks.archive writes", "/var/lib/vodpoller/events.jsonl", "too (give each its own)"],
+        ),
+        (
             replaced('["archive"]', '["archive", "b"]') + SINK.replace("archive", "b"),
             "sinks.b",
             ["sinks.archive writes", "/var/lib/vodpoller/events.jsonl", "too (give each its own)"],
@@ -686,6 +698,14 @@ def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason
     (problem,) = problems_of(SOURCE + ROUTE + '[sinks.archive]\ntype = "odd"', tmp_path)
     assert problem.startswith('sinks.archive.type: the sink type "odd" ')
     assert all(word in problem for word in words)
+
+
+def test_two_sinks_may_have_tables_in_one_database(tmp_path):
+    rows = SINK.replace('"file"', '"sqlite"')
+    text = replaced(SINK, rows + rows.replace("archive", "b")).replace('["archive"]', '["archive", "b"]')
+    loaded = load(text, tmp_path)
+    assert loaded.sinks["b"].claims() == frozenset()
+    assert files_of_sinks(loaded) == [Path("/var/lib/vodpoller/events.jsonl")]
 
 
 def test_a_sink_type_that_nobody_configured_is_not_loaded(tmp_path, monkeypatch):

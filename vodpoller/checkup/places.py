@@ -14,5 +14,5 @@ def files_of_sinks(config: Config) -> list[Path]:
     Args:
         config: Valid.
     """
-    claimed = sorted({claim for sink in config.sinks.values() for claim in sink.claims()})
-    return [Path(claim.removeprefix(_FILE_CLAIM)) for claim in claimed if claim.startswith(_FILE_CLAIM)]
+    written = sorted({claim for sink in config.sinks.values() for claim in sink.claims() | sink.shares()})
+    return [Path(claim.removeprefix(_FILE_CLAIM)) for claim in written if claim.startswith(_FILE_CLAIM)]

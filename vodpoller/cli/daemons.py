@@ -94,7 +94,7 @@ def _given_to_owner(config: Config) -> Iterator[None]:
 def _give_to_owner(config: Config) -> None:
     if os.geteuid() != 0:
         return
-    claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims()}
+    claimed = {claim.partition(":")[2] for sink in config.sinks.values() for claim in sink.claims() | sink.shares()}
     for name in [str(config.journal.path), *claimed]:
         for path in (Path(f"{name}{ending}") for ending in ("", ".lock", "-wal", "-shm", *_COPIES)):
             with suppress(OSError):

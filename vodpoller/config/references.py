@@ -139,11 +139,15 @@ def _check_claims(draft: Draft, sinks: Mapping[str, SinkConfig], journal: Journa
         holders[f"file:{os.path.realpath(journal.path)}"] = "journal"
     for name, sink in sinks.items():
         for claim in sorted(sink.claims()):
-            holder = holders.setdefault(claim, f"sinks.{name}")
-            if holder != f"sinks.{name}":
-                draft.problems.add(
-                    ("sinks", name), f"{holder} writes {claim.removeprefix('file:')} too (give each its own)"
-                )
+            _check_holder(draft, name, claim, holders.setdefault(claim, f"sinks.{name}"))
+    for name, sink in sinks.items():
+        for claim in sorted(sink.shares()):
+            _check_holder(draft, name, claim, holders.get(claim, f"sinks.{name}"))
+
+
+def _check_holder(draft: Draft, name: str, claim: str, holder: str) -> None:
+    if holder != f"sinks.{name}":
+        draft.problems.add(("sinks", name), f"{holder} writes {claim.removeprefix('file:')} too (give each its own)")
 
 
 def _check_lease(draft: Draft, api: Api | None) -> None:

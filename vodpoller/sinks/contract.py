@@ -47,6 +47,10 @@ class SinkConfig(HasSecrets):
         """
         return frozenset()
 
+    def shares(self) -> frozenset[str]:
+        """As `claims`, what other sinks may share in the same way, but nothing may claim: a database in a file."""
+        return frozenset()
+
     def place(self) -> str:
         """Where events go, as `check` shows it: a path, a program, or the host of a URL, whose rest may be a secret."""
         found = {name: getattr(self, name, None) for name in ("path", "url", "command")}

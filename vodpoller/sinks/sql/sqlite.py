@@ -1,5 +1,6 @@
 """Events as rows of a table in SQLite."""
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -68,6 +69,10 @@ class SqliteConfig(SqlConfig):
         description="The file. It must exist, unless `create_table` is true; then its folder must.",
         examples=["/srv/app/events.db"],
     )
+
+    def shares(self) -> frozenset[str]:
+        """The file, however it is spelled: other sinks may have tables of their own in it."""
+        return frozenset({"file:" + os.path.realpath(self.path)})
 
 
 class SqliteSink(SqlSink[SqliteConfig]):
