@@ -13,6 +13,7 @@ from vodpoller.config.load import from_dict
 from vodpoller.errors import TransientError
 from vodpoller.simulator.options import SimulatorOptions
 from vodpoller.simulator.service import Simulator
+from vodpoller.sinks import Doubt
 from vodpoller.sinks.file.sink import FileSink
 
 REFUSED = b'{"Response":{"Error":{"Code":"UnauthorizedOperation","Message":"no"}%b}}'
@@ -256,6 +257,15 @@ def test_the_worst_finding_is_the_first():
 
 
 # --- sinks ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_probe_has_doubts_about_is_a_warning(tmp_path, log, vod, monkeypatch):
+    monkeypatch.setattr(FileSink, "probe", lambda *_: Doubt("a loss of power may lose lines"))
+    found = found_at(vod.url, tmp_path, log)
+    assert (found["sink archive"].level, found["sink archive"].text) == (
+        Level.WARNING,
+        "a loss of power may lose lines",
+    )
 
 
 def test_a_probe_that_fails_in_passing_hides_no_other_finding(tmp_path, log, vod, monkeypatch):

@@ -14,7 +14,7 @@ from vodpoller.checkup.vod import check_clock, check_role, check_source
 from vodpoller.config.model import Config
 from vodpoller.errors import VodpollerError
 from vodpoller.logs import Logger
-from vodpoller.sinks.contract import SinkContext
+from vodpoller.sinks.contract import Doubt, SinkContext
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.refresher import Refresher, issuer_of
@@ -51,7 +51,8 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         context = SinkContext(log=log.bind(sink=name), credentials=config.credentials)
         try:
             said = sink_class.probe(name, config.sinks[name], context)
-            yield Finding(what=f"sink {name}", level=Level.GOOD, text=said)
+            level = Level.WARNING if isinstance(said, Doubt) else Level.GOOD
+            yield Finding(what=f"sink {name}", level=level, text=said)
         except VodpollerError as error:
             yield Finding(what=f"sink {name}", level=Level.PROBLEM, text=str(error))
     yield from check_callbacks(config.callback_addresses)

@@ -9,12 +9,13 @@ from vodpoller.events.event import Event
 from vodpoller.events.snapshots import Snapshot, SnapshotsTaken, file_id_of, snapshots_of, task_id_of
 from vodpoller.journal.contract import Portion, Position
 from vodpoller.secret import Secret
-from vodpoller.sinks.contract import Recoverable, Sink, SinkConfig, SinkContext
+from vodpoller.sinks.contract import Doubt, Recoverable, Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import Format, content_type, encode
 from vodpoller.sinks.registry import available_sinks
 
 __all__ = [
     "ConfigError",
+    "Doubt",
     "Event",
     "Format",
     "PartialFailureError",

@@ -65,6 +65,12 @@ class SinkConfig(HasSecrets):
                 return ""
 
 
+class Doubt(str):
+    """What a probe returns if events get there, and something is probably not meant so: `check` shows a warning."""
+
+    __slots__ = ()
+
+
 ConfigT = TypeVar("ConfigT", bound=SinkConfig)
 
 
@@ -130,7 +136,7 @@ class Sink(ABC, Generic[ConfigT]):
             context: As for the constructor.
 
         Returns:
-            One line that says what is there.
+            One line that says what is there; a `Doubt` if the operator is to look at it.
 
         Raises:
             ConfigError: It cannot be reached; says what is wrong and what to do, as at construction.

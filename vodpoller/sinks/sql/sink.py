@@ -13,7 +13,7 @@ from typing import ClassVar, Final, TypeVar
 from vodpoller.errors import ConfigError, PartialFailureError, RejectedError, TransientError
 from vodpoller.events.event import Event
 from vodpoller.events.snapshots import file_id_of, task_id_of
-from vodpoller.sinks.contract import Sink, SinkContext
+from vodpoller.sinks.contract import Doubt, Sink, SinkContext
 from vodpoller.sinks.formats import encode
 from vodpoller.sinks.sql.config import SqlConfig
 from vodpoller.sinks.sql.dialect import COLUMNS, INBOX, PRUNED_AT_ONCE, Dialect
@@ -257,7 +257,7 @@ class SqlSink(Sink[SqlConfigT]):
         for frailty in frailties:
             self.context.log.warning("database.nondurable", setting=frailty)
         if frailties:
-            said += f"; WARNING: a loss of power may lose what is committed, because of {' and '.join(frailties)}"
+            return Doubt(f"{said}; a loss of power may lose what is committed, because of {' and '.join(frailties)}")
         return said
 
     def _said(self, error: DatabaseError) -> str:
