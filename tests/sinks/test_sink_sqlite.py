@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,8 @@ def test_each_sqlstate_has_its_verdict(state, expected):
     ("number", "sqlstate", "expected"),
     [
         (1452, "23000", Verdict.LATER),
+        (1217, "23000", Verdict.LATER),
+        (1451, "23000", Verdict.LATER),
         (1062, "23000", Verdict.REJECT),
         (1048, "23000", Verdict.REJECT),
         (1406, "22001", Verdict.REJECT),
@@ -231,6 +234,35 @@ def test_a_row_has_what_is_known_of_its_event(db, make):
     assert (source, event_type, file_id, task_id) == ("main", "a\ufffd\ufffd", "7", None)
     assert (key, body.encode()) == (event(7, event_type="a\0\ud83c").key.hex(), event(7, event_type="a\0\ud83c").body)
     assert received_at.endswith("+00:00")
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+@pytest.mark.parametrize("is_new_there", [True, False])
+def test_a_file_that_was_removed_or_replaced_gets_no_more_rows(db, make, tmp_path, mode, is_new_there):
+    db.execute(f"PRAGMA journal_mode = {mode}")
+    db.close()
+    sink, path = make(), tmp_path / "rows.db"
+    sink.deliver([event(1)], 5.0)
+    path.rename(tmp_path / "old.db")
+    if is_new_there:
+        with closing(sqlite3.connect(path)) as fresh:
+            fresh.execute(DIALECT.ddl("vodpoller_events")[0])
+        sink.deliver([event(2)], 5.0)
+        with closing(sqlite3.connect(path)) as fresh:
+            assert fresh.execute("SELECT body FROM vodpoller_events").fetchall() == [(event(2).body.decode(),)]
+    else:
+        with pytest.raises(TransientError, match="unable to open"):
+            sink.deliver([event(2)], 5.0)
+
+
+def test_a_table_that_is_gone_is_made_again_if_that_is_asked_for(db, make):
+    sink = make(create_table=True)
+    sink.deliver([event(1)], 5.0)
+    db.execute("DROP TABLE vodpoller_events")
+    with pytest.raises(TransientError, match="no such table"):
+        sink.deliver([event(2)], 5.0)
+    sink.deliver([event(2)], 5.0)
+    assert db.execute("SELECT count(*) FROM vodpoller_events").fetchone() == (1,)
 
 
 def test_a_file_that_does_not_exist_is_made_only_if_asked_for(tmp_path, make):

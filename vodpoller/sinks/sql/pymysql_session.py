@@ -20,6 +20,8 @@ _STATES: Final = {
     1062: verdicts.UNIQUE,
     1205: verdicts.LOCKED,  # lock wait timeout
     1216: verdicts.FOREIGN_KEY,
+    1217: verdicts.FOREIGN_KEY,  # the row has children, as PostgreSQL says it with the same state
+    1451: verdicts.FOREIGN_KEY,
     1452: verdicts.FOREIGN_KEY,
     1265: verdicts.TOO_LONG,  # data truncated
     1290: verdicts.READ_ONLY,  # --read-only

@@ -181,6 +181,8 @@ class SqlSink(Sink[SqlConfigT]):
                     session.run(self.config.statement, row)
             session.commit()
         except DatabaseError as error:
+            if error.sqlstate in _ABSENT:  # maybe it was there, in a file or at a server that was replaced
+                self._must_make_table = self.config.create_table
             if error.verdict is not Verdict.CONNECTION:
                 session.rollback()
             raise

@@ -119,8 +119,13 @@ class _SqliteSession:
             )
             self._db.execute(f"PRAGMA synchronous = {_SYNCHRONOUS_FULL}")
             self._db.execute("PRAGMA foreign_keys = ON")
+        self._path = path
+        self._identity = _identity_of(path)
 
     def begin(self, secs: float) -> None:
+        # With a WAL, SQLite does not notice by itself, and writes on to a file that has no name any more.
+        if self._identity is None or _identity_of(self._path) != self._identity:
+            raise DatabaseError("the file was removed or replaced while it was open", verdicts.NO_ANSWER)
         with _translated():
             self._db.execute(f"PRAGMA busy_timeout = {int(secs * 1000)}")
             self._db.execute("BEGIN IMMEDIATE")
@@ -159,6 +164,13 @@ class _SqliteSession:
     def close(self) -> None:
         with suppress(sqlite3.Error):
             self._db.close()
+
+
+def _identity_of(path: str) -> tuple[int, int] | None:
+    with suppress(OSError):
+        status = Path(path).stat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 class _NoValues(dict[str, object]):
