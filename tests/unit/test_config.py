@@ -804,7 +804,14 @@ def test_an_assumed_role_may_be_named_by_the_environment(tmp_path):
 def test_commands_that_do_not_call_vod_need_neither_key_nor_role(tmp_path):
     text = VALID + '[credentials]\nprovider = "assume_role"\n'
     (tmp_path / "config.toml").write_text(text)
-    assert config.load(tmp_path / "config.toml", env={}, needs_key=False).sources
+    loaded = config.load(tmp_path / "config.toml", env={}, needs_key=False)
+    assert loaded.sources
+    assert loaded.role is None  # else its keys would be asked for
+    (tmp_path / "config.toml").write_text(VALID + ASSUME_ROLE)
+    assert config.load(tmp_path / "config.toml", env={}, needs_key=False).role is None
+    (tmp_path / "config.toml").write_text(text)
+    loaded = config.load(tmp_path / "config.toml", env=ENV, needs_key=False)
+    assert (loaded.role, loaded.credentials().secret_id) == (None, "")  # the lasting key is not used in its place
 
 
 def test_a_reload_keeps_the_temporary_key_of_the_same_role_only(tmp_path):

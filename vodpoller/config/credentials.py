@@ -128,10 +128,9 @@ def _with_key(
     places = {key: _find_credential(draft, key, found) for key in ("secret_id", "secret_key")}
     # A token belongs to one key: a token found in another place would make a permanent key invalid.
     token_place = _find_credential(draft, "token", found, only=places["secret_key"])
-    is_missing = None in places.values()
+    is_missing = None in places.values() or (provider == "assume_role" and "role_arn" not in found)
     if is_missing and not needs_key:
-        valid = validation.validated(CredentialsTable, {"provider": provider}, ("credentials",))
-        return Found(key=_no_key(), role=_role_of(valid)) if valid else None
+        return Found(key=_no_key())  # and no role: there is nothing to assume it with, or it has no name
     for key, place in places.items():
         if place is None:
             draft.problems.add(
