@@ -23,7 +23,7 @@ from vodpoller.journal.contract import Journal
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.liveness import Liveness
 from vodpoller.once import Once
-from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks
+from vodpoller.opened_sinks import close_sinks, end_if_stopping, open_sinks, refresher_of
 from vodpoller.pipeline import Pipeline
 from vodpoller.poller import Poller
 from vodpoller.process import Signals
@@ -35,7 +35,7 @@ from vodpoller.telemetry import Count, Telemetry
 from vodpoller.upkeep import Upkeep
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.confirmer import Confirmer
-from vodpoller.vod.refresher import Refresher, issuer_of
+from vodpoller.vod.refresher import Refresher
 
 if TYPE_CHECKING:
     from vodpoller.callback.receiver import Receiver
@@ -98,8 +98,15 @@ class Daemon:
         self._started_at = self._clock()
         self._journal = self._new_journal()
         try:
+            self._refresher = self._new_refresher()
             self._sinks = open_sinks(
-                config, journal=self._journal, notifier=notifier, signals=self._signals, log=log, wall=self._clock
+                config,
+                journal=self._journal,
+                notifier=notifier,
+                signals=self._signals,
+                log=log,
+                wall=self._clock,
+                refresher=self._refresher,
             )
             end_if_stopping(self._signals)
         except BaseException:
@@ -107,7 +114,6 @@ class Daemon:
             raise
         self._in_flight = InFlight()
         self._workers = {name: self._worker(name, sink) for name, sink in self._sinks.items()}
-        self._refresher = self._new_refresher()
         self._vod = VodClient.configured(
             config.api,
             credentials=self._refresher or config.credentials,
@@ -139,17 +145,9 @@ class Daemon:
         )
 
     def _new_refresher(self) -> Refresher | None:
-        config = self._config
-        if config.role is None:
-            return None
-        provider, issuer = issuer_of(
-            config.role, key=config.credentials, key_renewal=config.key_renewal, ca_file=config.api.ca_file
-        )
-        return Refresher(
-            issuer,
-            provider=provider,
-            keys=config.issued,
-            telemetry=self._telemetry,
+        return refresher_of(
+            self._config,
+            self._telemetry,
             on_operator_error=self._reread_credentials,
             on_recovered=self._go_on,
             liveness=self._liveness,
@@ -275,8 +273,8 @@ class Daemon:
         self._signals.catch()
         if max_secs:
             self._warn()
-            if self._refresher is not None:
-                self._refresher.start()
+        if self._refresher is not None:
+            self._refresher.start()
         for worker in self._workers.values():
             worker.start()
         once = Once(

@@ -14,6 +14,8 @@ from vodpoller.logs import Logger
 from vodpoller.process import Signals
 from vodpoller.sinks.contract import Recoverable, Sink, SinkContext
 from vodpoller.systemd import Notifier
+from vodpoller.telemetry import Telemetry
+from vodpoller.vod.refresher import Refresher, issuer_of
 
 CLOSE_SECS: Final = 1.0
 RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
@@ -27,6 +29,7 @@ def open_sinks(
     signals: Signals,
     log: Logger,
     wall: Callable[[], float],
+    refresher: Refresher | None = None,
 ) -> dict[str, Sink[Any]]:
     """Open every sink, and enter in the ledger what its file really holds.
 
@@ -37,6 +40,7 @@ def open_sinks(
         signals: What may ask for the end meanwhile.
         log: Destination of log lines.
         wall: The clock of the sinks, in seconds since 1970.
+        refresher: Has the temporary key that is used in place of the given one, if the configuration names a role.
 
     Raises:
         ConfigError: Some sinks cannot be opened.
@@ -46,7 +50,7 @@ def open_sinks(
     sinks: dict[str, Sink[Any]] = {}
     sub_app_ids = {source.sub_app_id for source in config.sources}
     try:
-        _make_sinks(sinks, config, signals, log, wall)
+        _make_sinks(sinks, config, signals, lambda name: context_of(name, config, log, refresher, wall=wall))
         for name, sink in sinks.items():
             if isinstance(sink, Recoverable):
                 _recover(
@@ -60,15 +64,51 @@ def open_sinks(
     return sinks
 
 
+def refresher_of(config: Config, telemetry: Telemetry, **more: Any) -> Refresher | None:
+    """What has the temporary key of the role that a configuration names; None if it names none.
+
+    Args:
+        config: Valid.
+        telemetry: Destination of log lines and counts.
+        more: As of `Refresher`.
+    """
+    if config.role is None:
+        return None
+    provider, issuer = issuer_of(
+        config.role, key=config.credentials, key_renewal=config.key_renewal, ca_file=config.api.ca_file
+    )
+    return Refresher(issuer, provider=provider, keys=config.issued, telemetry=telemetry, **more)
+
+
+def context_of(
+    name: str, config: Config, log: Logger, refresher: Refresher | None, *, wall: Callable[[], float] = time.time
+) -> SinkContext:
+    """What a sink gets from the program around it.
+
+    Args:
+        name: Of the sink.
+        config: Valid.
+        log: Destination of log lines.
+        refresher: As for `open_sinks`.
+        wall: As for `open_sinks`.
+    """
+    given = config.credentials if config.credentials().secret_id else None
+    return SinkContext(
+        log=log.bind(sink=name),
+        wall=wall,
+        credentials=refresher or given,
+        on_refused_token=refresher.refused if refresher else None,
+    )
+
+
 def _make_sinks(
-    sinks: dict[str, Sink[Any]], config: Config, signals: Signals, log: Logger, wall: Callable[[], float]
+    sinks: dict[str, Sink[Any]], config: Config, signals: Signals, context: Callable[[str], SinkContext]
 ) -> None:
     problems: list[str] = []
     for name, sink_class in config.sink_classes.items():
         end_if_stopping(signals)
         try:
-            context = SinkContext(log=log.bind(sink=name), wall=wall, credentials=config.credentials)
-            sinks[name] = sink_class(name, config.sinks[name], context)
+            sinks[name] = sink_class(name, config.sinks[name], context(name))
         except ConfigError as error:
             problems += error.problems
     if problems:

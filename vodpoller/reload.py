@@ -11,7 +11,9 @@ from vodpoller.config.tables import port_of
 from vodpoller.errors import ConfigError, JournalError
 from vodpoller.journal.operator import Letters
 from vodpoller.logs import Logger
-from vodpoller.sinks.contract import SinkContext
+from vodpoller.opened_sinks import context_of, refresher_of
+from vodpoller.telemetry import Telemetry
+from vodpoller.vod.refresher import Refresher
 
 PROBES_SECS: Final = 20.0
 PROBES_AT_ONCE: Final = 32
@@ -83,18 +85,21 @@ def _problems_of_address(new: str | None, running: str | None) -> Iterator[str]:
 
 def _problems_of_sinks(config: Config, log: Logger) -> Iterator[str]:
     """Try all sinks at once, for a limited time."""
+    refresher = refresher_of(config, Telemetry(log))
     probes = ThreadPoolExecutor(PROBES_AT_ONCE, thread_name_prefix="probe")
     try:
-        tried = {name: probes.submit(_probe, config, name, log) for name in config.sinks}
+        tried = {name: probes.submit(_probe, config, name, log, refresher) for name in config.sinks}
         wait(tried.values(), PROBES_SECS)
         for name, probe in tried.items():
             yield from _problems_of_probe(name, probe)
     finally:
         probes.shutdown(wait=False, cancel_futures=True)
+        if refresher is not None:
+            refresher.stop()
 
 
-def _probe(config: Config, name: str, log: Logger) -> None:
-    context = SinkContext(log=log.bind(sink=name), credentials=config.credentials)
+def _probe(config: Config, name: str, log: Logger, refresher: Refresher | None) -> None:
+    context = context_of(name, config, log, refresher)
     config.sink_classes[name].probe(name, config.sinks[name], context)
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tests.helpers import FakeClock, event, named, sink_context
 from tests.receiver import Answer, black_hole, running_receiver
 from tests.tencent_api import SECRET_ID, SECRET_KEY, TencentApi
-from vodpoller.errors import ConfigError, RejectedError, SkippedError, ThrottledError, TransientError
+from vodpoller.errors import ConfigError, NoKeyError, RejectedError, SkippedError, ThrottledError, TransientError
 from vodpoller.events.event import restore_event
 from vodpoller.sinks.tencent import TencentConfig, TencentSink
 from vodpoller.vod.credentials import Credentials
@@ -33,8 +33,8 @@ def opened(api, log):
     """Opens the sink for the stub."""
     sinks = []
 
-    def open_it(key=lambda: KEY, clocks=None, sleep=time.sleep, **more):
-        context = sink_context(log, credentials=key, **(clocks or {}))
+    def open_it(key=lambda: KEY, clocks=None, sleep=time.sleep, more_context=None, **more):
+        context = sink_context(log, credentials=key, **(clocks or {}), **(more_context or {}))
         sinks.append(TencentSink("bus", settings(**{"endpoint": api.endpoint, **more}), context, sleep=sleep))
         return sinks[-1]
 
@@ -85,10 +85,22 @@ def test_what_cannot_be_called_is_refused(wrong, says):
         settings(**wrong)
 
 
-@pytest.mark.parametrize("key", [None, lambda: Credentials("", "")])
-def test_without_an_api_key_the_sink_is_not_made(opened, key):
+def test_without_an_api_key_the_sink_is_not_made(opened):
     with pytest.raises(ConfigError, match=r"^sinks\.bus: there is no API key .*\[credentials\]"):
-        opened(key)
+        opened(None)
+
+
+def test_a_refused_token_is_told_and_another_key_is_waited_for(opened, api):
+    keys = iter([Credentials(SECRET_ID, SECRET_KEY, "token-1"), Credentials(SECRET_ID, SECRET_KEY, "token-2")])
+    refused = []
+    sink = opened(lambda: next(keys), more_context={"on_refused_token": refused.append})
+    api.key = (SECRET_ID, SECRET_KEY, "token-2")
+    error = failure_of(sink)
+    assert isinstance(error, NoKeyError)
+    assert (error.error_code, error.retry_after_secs) == ("AuthFailure.TokenFailure", 1.0)
+    assert refused == ["token-1"]
+    sink.deliver([event(1)], 5.0)
+    assert len(api.calls) == 1
 
 
 def test_the_endpoint_is_that_of_the_service_unless_given():

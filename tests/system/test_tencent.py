@@ -2,12 +2,16 @@
 
 import json
 import signal
+import time
+from itertools import count
 
 import pytest
+import requests
 
+from tests.expiring_keys import credentials_of
 from tests.polling import until
-from tests.processes import SECRET_ID, SECRET_KEY
-from tests.receiver import running_receiver
+from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, run_command
+from tests.receiver import Answer, running_receiver
 from tests.tencent_api import TencentApi
 
 pytestmark = pytest.mark.system
@@ -45,3 +49,85 @@ def test_a_daemon_signs_with_its_own_key_and_with_a_renewed_one(system):
         assert ids_at(api) == list(range(30))
         assert daemon.terminate()[0] == 0
     assert daemon.problems() == []
+
+
+class RoleApi(TencentApi):
+    """The same with a temporary key, which it hands out as the metadata service of a machine and as STS."""
+
+    def __init__(self, service="scf"):
+        super().__init__(service)
+        self.is_issuing = True
+        self.numbers = count(1)
+        self.handed_out = []
+        self.renew()
+
+    def renew(self):
+        """Take another token from now on."""
+        self.key = (SECRET_ID, "temporary-key-0001", f"temporary-token-{next(self.numbers):04}")
+
+    def answer_to(self, received):
+        of_metadata = received.path.startswith("/latest/meta-data/")
+        if not of_metadata and received.headers.get("X-TC-Action") != "AssumeRole":
+            return super().answer_to(received)
+        if not self.is_issuing:
+            return Answer(500)
+        self.handed_out.append("cvm_role" if of_metadata else "assume_role")
+        key = dict(zip(("TmpSecretId", "TmpSecretKey", "Token"), self.key, strict=True))
+        end = {"ExpiredTime": int(time.time()) + 3600}
+        said = {**key, **end, "Code": "Success"} if of_metadata else {"Response": {"Credentials": key, **end}}
+        return Answer(200, body=json.dumps(said).encode())
+
+
+def configure_callbacks(system, port, api, provider):
+    """A source of callbacks only, and the sink, with keys of a role."""
+    credentials = credentials_of(provider, api.endpoint) + ('role = "r"\n' if provider == "cvm_role" else "")
+    system.config_path.write_text(
+        f'[credentials]\n{credentials}[[sources]]\nname = "pushed"\ntype = "callback"\nlisten = "127.0.0.1:{port}"\n'
+        'path = "/vod"\n[[routes]]\nname = "all"\nsinks = ["function"]\n'
+        '[sinks.function]\ntype = "tencent"\nservice = "scf"\nversion = "2018-04-16"\naction = "Invoke"\n'
+        f'params = "{{Id: FileUploadEvent.FileId}}"\nendpoint = "{api.endpoint}"\nrequests_per_sec = 1000\n'
+        f'[journal]\npath = "{system.journal}"\n[log]\nlevel = "debug"\n'
+    )
+
+
+def push(port, number):
+    (text,) = bodies([number])
+    return requests.post(f"http://127.0.0.1:{port}/vod", data=text, timeout=10).status_code
+
+
+@pytest.mark.parametrize(("provider", "other"), [("cvm_role", "assume_role"), ("assume_role", "cvm_role")])
+def test_a_sink_uses_the_key_of_the_role_and_has_it_renewed(system, provider, other):
+    with running_receiver(RoleApi()) as api, HeldPort() as port:
+        configure_callbacks(system, port.number, api, provider)
+        checked = run_command("check", "--connect", "-c", system.config_path)
+        assert "a key until" in checked.stdout
+        assert "sinks.function" not in checked.stdout + checked.stderr
+        daemon = system.daemon()
+        assert push(port.number, 1) == 200
+        until(lambda: ids_at(api) == [1], what=daemon.tail)
+        api.renew()  # it refuses the token of the former one: the sink asks for another
+        assert push(port.number, 2) == 200
+        until(lambda: ids_at(api) == [1, 2], what=daemon.tail)
+        assert set(api.handed_out) == {provider}
+        configure_callbacks(system, port.number, api, other)
+        reloaded = run_command("reload", "-c", system.config_path)
+        assert reloaded.returncode == 0, reloaded.stdout + reloaded.stderr
+        assert push(port.number, 3) == 200
+        until(lambda: ids_at(api) == [1, 2, 3], what=daemon.tail)
+        assert set(api.handed_out) == {provider, other}
+        assert daemon.terminate()[0] == 0
+    shown = daemon.log_path.read_text() + checked.stdout + checked.stderr
+    assert "temporary-" not in shown
+
+
+@pytest.mark.parametrize("provider", ["cvm_role", "assume_role"])
+def test_a_daemon_starts_and_delivers_later_if_there_is_no_key_yet(system, provider):
+    with running_receiver(RoleApi()) as api, HeldPort() as port:
+        api.is_issuing = False
+        configure_callbacks(system, port.number, api, provider)
+        daemon = system.daemon()
+        daemon.await_log("credentials.failed")
+        assert push(port.number, 1) == 200  # stored
+        api.is_issuing = True
+        until(lambda: ids_at(api) == [1], secs=30, what=daemon.tail)
+        assert daemon.terminate()[0] == 0

@@ -14,10 +14,10 @@ from vodpoller.checkup.vod import check_clock, check_role, check_source
 from vodpoller.config.model import Config
 from vodpoller.errors import VodpollerError
 from vodpoller.logs import Logger
-from vodpoller.sinks.contract import Doubt, SinkContext
+from vodpoller.opened_sinks import context_of, refresher_of
+from vodpoller.sinks.contract import Doubt
 from vodpoller.telemetry import Telemetry
 from vodpoller.vod.client import VodClient
-from vodpoller.vod.refresher import Refresher, issuer_of
 
 
 def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
@@ -27,7 +27,7 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         config: Valid.
         log: For the client's own lines.
     """
-    refresher = _refresher_of(config, log)
+    refresher = refresher_of(config, Telemetry(log))
     if refresher is not None:
         yield check_role(refresher)
     vod = VodClient.configured(
@@ -48,9 +48,8 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
         if refresher is not None:
             refresher.stop()
     for name, sink_class in config.sink_classes.items():
-        context = SinkContext(log=log.bind(sink=name), credentials=config.credentials)
         try:
-            said = sink_class.probe(name, config.sinks[name], context)
+            said = sink_class.probe(name, config.sinks[name], context_of(name, config, log, refresher))
             level = Level.WARNING if isinstance(said, Doubt) else Level.GOOD
             yield Finding(what=f"sink {name}", level=level, text=said)
         except VodpollerError as error:
@@ -61,12 +60,3 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
     yield from check_disks(config)
     yield from check_files(config, as_root=os.geteuid() == 0)
     yield from check_ca_files(config, time.time())
-
-
-def _refresher_of(config: Config, log: Logger) -> Refresher | None:
-    if config.role is None:
-        return None
-    provider, issuer = issuer_of(
-        config.role, key=config.credentials, key_renewal=config.key_renewal, ca_file=config.api.ca_file
-    )
-    return Refresher(issuer, provider=provider, keys=config.issued, telemetry=Telemetry(log))

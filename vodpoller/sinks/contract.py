@@ -84,13 +84,16 @@ class SinkContext:
         monotonic: The clock of waits and time limits, in seconds.
         wall: The clock of what a person reads, in seconds since 1970.
         credentials: Gives Tencent Cloud's API key as it is at this moment, to be asked for each request and never
-            shown; None where nothing calls for one.
+            shown; None if there is none. It does not block, and raises `NoKeyError` while there is no temporary key.
+        on_refused_token: Told the token of a temporary key that Tencent Cloud refuses, and returns at once: another key
+            will come by itself. None if it will not.
     """
 
     log: Logger
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     credentials: Callable[[], Credentials] | None = None
+    on_refused_token: Callable[[str], None] | None = None
 
 
 class Sink(ABC, Generic[ConfigT]):

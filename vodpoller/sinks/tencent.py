@@ -17,8 +17,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from vodpoller import __version__
 from vodpoller.errors import (
+    NO_KEY_RETRY_SECS,
     ConfigError,
     NoAnswerError,
+    NoKeyError,
     RejectedError,
     SkippedError,
     ThrottledError,
@@ -34,7 +36,7 @@ from vodpoller.httpclient.trust import RootsError, validity
 from vodpoller.httpclient.words import failure_text, http_date, retry_after_secs, status_text
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import encode
-from vodpoller.vod.answers import Answer, advice_on_key, is_throttling, take_apart, unusable_answer
+from vodpoller.vod.answers import Answer, advice_on_key, is_refused_token, is_throttling, take_apart, unusable_answer
 from vodpoller.vod.endpoint import bare_endpoint
 from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Tc3Auth
@@ -137,7 +139,7 @@ class TencentSink(Sink[TencentConfig]):
         self._offset_secs = 0.0
         self._expression = Expression(config.params)
         self._limiter = RateLimiter(rate, monotonic=context.monotonic, sleep=sleep)
-        if context.credentials is None or not context.credentials().secret_id:
+        if context.credentials is None:
             raise ConfigError([f"sinks.{name}: there is no API key to sign its requests with (see [credentials])"])
         self._sign = Tc3Auth(context.credentials, service=config.service, wall=self._time)
         self._headers = _headers(config)
@@ -267,11 +269,12 @@ class TencentSink(Sink[TencentConfig]):
         prepared.method, prepared.url, prepared.body = "POST", self.config.url, body
         prepared.headers = requests.structures.CaseInsensitiveDict(self._headers)
         prepared.headers["Content-Length"] = str(len(body))
+        signed = self._sign(prepared)  # may wait for the very first temporary key
         sent_at = self.context.monotonic()
         timeout_secs = min(self.config.timeout_secs, ends_at - sent_at)
         # Not chained: what these exceptions quote may be the token, or a proxy's password.
         try:
-            response = self._adapter.send_within(self._sign(prepared), self._environment, timeout_secs)
+            response = self._adapter.send_within(signed, self._environment, timeout_secs)
             try:
                 content: bytes = response.raw.read(_ANSWER_MAX_BYTES + 1, decode_content=True)
             finally:
@@ -280,9 +283,22 @@ class TencentSink(Sink[TencentConfig]):
             raise NoAnswerError(f"{self._where} {failure_text(error, timeout_secs)}") from None
         cut = f"it is longer than {_ANSWER_MAX_BYTES} bytes" if len(content) > _ANSWER_MAX_BYTES else ""
         took_secs = self.context.monotonic() - sent_at
-        return take_apart(response, content, cut, sent_at=sent_at, took_secs=took_secs)
+        answer = take_apart(response, content, cut, sent_at=sent_at, took_secs=took_secs)
+        if self.context.on_refused_token is not None and is_refused_token(answer):
+            self.context.on_refused_token(prepared.headers["X-TC-Token"])
+            raise self._no_key(answer)
+        return answer
 
     # --- saying what came of it ---
+
+    def _no_key(self, answer: Answer) -> NoKeyError:
+        return NoKeyError(
+            f"{self.config.action} was refused with {answer.error_code}: {answer.error_message}; a new key is asked"
+            " for",
+            retry_after_secs=NO_KEY_RETRY_SECS,
+            error_code=answer.error_code or "",
+            request_id=answer.request_id,
+        )
 
     def _refusal(self, answer: Answer) -> VodpollerError:
         code, request_id = answer.error_code or "", answer.request_id
