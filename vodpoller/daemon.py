@@ -402,7 +402,7 @@ class Daemon:
     def refresh(self) -> None:
         """Read secrets and certificates again, open files again, end the waiting after failures."""
         self._reread_credentials()
-        for table in (*self._config.sinks.values(), self._config.listener):
+        for table in (*self._config.callbacks, *self._config.sinks.values(), self._config.listener):
             for secret in table.secrets():
                 self._reread(secret.reread)
         of_role = [("credentials", self._refresher.reopen)] if self._refresher else []

@@ -1,5 +1,6 @@
 """`vodpoller run` with a source of callbacks: restarts, reloads, sockets that systemd has opened."""
 
+import hashlib
 import json
 import resource
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
@@ -257,6 +259,26 @@ def test_a_reload_keeps_the_port_open_and_answers_all(system, port):
     assert set(answers) == {200}
     ids = file_ids(system)
     assert len(ids) == len(set(ids))
+
+
+def signed(number, key):
+    expires = str(int(time.time()) + 600)
+    sign = hashlib.md5(f"{key}{expires}".encode(), usedforsecurity=False).hexdigest()
+    return json.dumps({**json.loads(body(number)), "Sign": sign, "T": expires})
+
+
+def test_a_reload_reads_the_key_of_the_signature_again(system, port):
+    key_path = system.config_path.with_name("sign_key")
+    key_path.write_text("the-first-key\n")
+    key_path.chmod(0o600)
+    configure(system, port, source=f'sign_key_file = "{key_path}"')
+    system.daemon()
+    key_path.write_text("the-second-key\n")
+    assert run_command("reload", "-c", system.config_path).returncode == 0
+    assert [push(port, signed(number, key)) for number, key in enumerate(("the-first-key", "the-second-key"))] == [
+        403,
+        200,
+    ]
 
 
 def test_a_reload_to_an_address_in_use_is_refused(system, port):
