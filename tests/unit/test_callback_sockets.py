@@ -82,6 +82,23 @@ def test_another_address_with_a_port_of_ours_is_not_tried(sockets, free):
     assert not list(sockets.problems([f"0.0.0.0:{free.rsplit(':', 1)[1]}"]))
 
 
+@pytest.mark.parametrize("hosts", [("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")])
+def test_a_port_moves_to_another_address_and_back(sockets, free, hosts):
+    former, new = (f"{host}:{free.rsplit(':', 1)[1]}" for host in hosts)
+    sockets.open([former])
+    assert not list(sockets.problems([new]))
+    sockets.open([new])
+    assert connects(free)
+    sockets.open([former])
+    assert connects(free)
+
+
+def test_what_stays_open_beside_one_of_its_port_is_a_problem(sockets, free):
+    sockets.open([free])
+    (problem,) = sockets.problems([free, f"0.0.0.0:{free.rsplit(':', 1)[1]}"])
+    assert "cannot be listened at" in problem
+
+
 def test_what_is_not_kept_is_closed(sockets, free):
     sockets.open([free])
     sockets.keep([])

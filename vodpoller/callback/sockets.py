@@ -47,7 +47,7 @@ class CallbackSockets:
         """
         yield from self._unnamed(addresses)
         for address in addresses:
-            if address in self._open or _normal(address) in self._passed or self._is_port_ours(address):
+            if address in self._open or _normal(address) in self._passed or self._is_given_up(address, addresses):
                 continue
             try:
                 listen(address).close()
@@ -66,6 +66,8 @@ class CallbackSockets:
     def open(self, addresses: Collection[str]) -> Mapping[str, socket.socket]:
         """Listen at these addresses; those that are open already stay as they are.
 
+        Another address with the port of one of these is given up: both together the system may not allow.
+
         Args:
             addresses: IP address and port of each, as in the configuration.
 
@@ -75,6 +77,8 @@ class CallbackSockets:
         """
         if problems := list(self._unnamed(addresses)):
             raise ConfigError(problems)
+        ports = {port_of(address) for address in addresses}
+        self.keep([it for it in self._open if it in addresses or port_of(it) not in ports])
         for address in addresses:
             if address not in self._open:
                 self._open[address] = self._opened(address)
@@ -112,9 +116,10 @@ class CallbackSockets:
         except OSError as error:
             raise StorageError(why_not(address, error)) from error
 
-    def _is_port_ours(self, address: str) -> bool:
+    def _is_given_up(self, address: str, addresses: Collection[str]) -> bool:
         """A port that is in use here is given up before it is taken again at another address."""
-        return port_of(address) in {port_of(it) for it in self._open}
+        given_up = (it for it in self._open if it not in addresses and it not in self.passed)
+        return port_of(address) in map(port_of, given_up)
 
 
 def listen(address: str) -> socket.socket:
