@@ -158,6 +158,22 @@ def test_the_old_format_is_kept_and_named(version):
     assert json.loads(broken.event.body) == {"version": version, "eventType": "ClipComplete", "data": {"status": 0}}
 
 
+def too_deep(content):
+    return json.dumps(content).encode()[:-1] + b', "Y": ' + b"[" * 600 + b"]" * 600 + b"}"
+
+
+def test_what_cannot_be_read_is_the_same_at_each_try_without_signature():
+    first, second = (read(too_deep(signed(EVENT, expires=NOW + secs)), SIGNED).event.event for secs in (600, 605))
+    assert first.key == second.key
+    assert signed(EVENT)["Sign"] not in first.body.decode()
+
+
+def test_a_text_of_the_old_format_that_is_too_deep_is_kept():
+    broken = read(too_deep({"version": "4.0", "eventType": "ClipComplete"})).event
+    assert isinstance(broken, Malformed)
+    assert "nested more than 512 levels" in broken.why
+
+
 @given(st.binary(max_size=200))
 def test_no_body_breaks_it(data):
     with suppress(RefusedError):
