@@ -355,6 +355,13 @@ def test_what_is_not_signed_is_answered_403(receiving, lines):
     assert not named(lines, "event.settled")
 
 
+def test_what_is_refused_is_not_shown_as_the_last_callback(receiving):
+    receiving.start(sign_key=Secret(value="the-key-at-vod"))
+    receiving.push(body())
+    until(lambda: not receiving.receiver.status()[0].callbacks_in_flight)
+    assert receiving.receiver.status()[0].last_callback_at is None
+
+
 def test_what_is_signed_and_expired_is_delivered_with_one_warning(receiving, lines):
     receiving.start(sign_key=Secret(value="the-key-at-vod"))
     sign = hashlib.md5(b"the-key-at-vod1000000000").hexdigest()

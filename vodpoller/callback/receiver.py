@@ -311,7 +311,6 @@ class Receiver:
             with self._lock:
                 received.count(-len(requests), is_untried=is_untried)
                 received.batches -= 1
-                received.last_at = self._wall()
                 self._lock.notify_all()
 
     def _see_through(self, source: Source, requests: Sequence[Request], *, is_untried: bool) -> None:
@@ -328,6 +327,8 @@ class Receiver:
         finally:
             with self._lock:
                 self._waits.discard(wait)
+                if callbacks:
+                    self._received[source.name].last_at = self._wall()
             result = CallbackResult.STORED_UNTRIED if is_untried else CallbackResult.ACCEPTED
             unanswered = len(callbacks) - acknowledged
             for what, number in ((result, acknowledged), (CallbackResult.UNANSWERED, unanswered)):
