@@ -30,6 +30,7 @@ _CONFIRM_TIMEOUT_SECS: Final = 2.0
 LISTENER_MODULES: Final = ("waitress", "prometheus_client", "jinja2")
 _PASSWORD_MIN_CHARACTERS: Final = 8
 
+# Bounds on lengths stand beside a pattern, and no \w in it: of `\w{1,128}` pydantic's engine makes 10 MB.
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_MAX_LENGTH)]
 
 
@@ -147,7 +148,7 @@ class CredentialsTable(HasSecrets):
         " as `token` beside it or as $TENCENTCLOUD_TOKEN.",
         examples=["token"],
     )
-    role: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,128}$")] | None = Field(
+    role: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,.@-]+$", max_length=128)] | None = Field(
         default=None,
         description="`cvm_role`: the name of the role. Left out: the metadata service is asked.",
         examples=["vodpoller"],
@@ -156,18 +157,18 @@ class CredentialsTable(HasSecrets):
         default="http://metadata.tencentyun.com",
         description="`cvm_role`: where the metadata service is. No proxy is used for it.",
     )
-    role_arn: Annotated[str, Field(pattern=r"^qcs::cam::[\w/:+=,.@-]+$", max_length=512)] | None = Field(
+    role_arn: Annotated[str, Field(pattern=r"^qcs::cam::[A-Za-z0-9_/:+=,.@-]+$", max_length=512)] | None = Field(
         default=None,
         description="`assume_role`: the role. Left out: $TENCENTCLOUD_ROLE_ARN.",
         examples=["qcs::cam::uin/100000000001:roleName/vodpoller"],
     )
-    role_session_name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{2,128}$")] = Field(
+    role_session_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,.@-]+$", min_length=2, max_length=128)] = Field(
         default="vodpoller", description="`assume_role`: what the account's audit shows."
     )
     duration_secs: Annotated[int, Field(ge=900, le=43200)] = Field(
         default=7200, description="`assume_role`: the life of a temporary key; the role may allow less."
     )
-    external_id: Annotated[str, Field(pattern=r"^[\w+=,.@:/-]{2,128}$")] | None = Field(
+    external_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,.@:/-]+$", min_length=2, max_length=128)] | None = Field(
         default=None, description="`assume_role`: what the role's trust asks for.", examples=["partner-42"]
     )
     sts_endpoint: str = Field(

@@ -55,13 +55,13 @@ class TencentConfig(SinkConfig):
     """An action of Tencent Cloud's API."""
 
     type: Literal["tencent"] = Field(description="Each event is a call of Tencent Cloud's API, with the daemon's key.")
-    service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")] = Field(
+    service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=63)] = Field(
         description="The service, as its API's host begins.", examples=["eb"]
     )
-    version: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = Field(
+    version: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")] = Field(
         description="The version of its API.", examples=["2021-04-16"]
     )
-    action: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]{0,99}$")] = Field(
+    action: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]*$", max_length=100)] = Field(
         description="The action.", examples=["PutEvents"]
     )
     params: ExpressionText = Field(
