@@ -106,6 +106,23 @@ def test_the_listeners_address_is_not_for_callbacks(tmp_path):
     assert problems == ["sources.pushed.listen: listener.address is the same (give each its own port)"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("127.0.0.1:8088", "0.0.0.0:8088"), ("[::]:8088", "[::1]:8088"), ("[::1]:8088", "[0:0::1]:8088")],
+)
+def test_addresses_of_which_only_one_can_be_are_refused(tmp_path, one, other):
+    sources = CALLBACK | {"listen": one, "sign_key": "k" * 16}, CALLBACK | {"name": "b", "listen": other, "path": "/b"}
+    (problem,) = problems_of(tmp_path, *sources)
+    assert problem.startswith(f'sources.b.listen: sources.pushed.listen = "{one}" is at the same port')
+    (problem,) = problems_of(tmp_path, sources[1], listener={"address": one, "hosts": ["x"], "unauthenticated": True})
+    assert problem.startswith(f'sources.b.listen: listener.address = "{one}" is at the same port')
+
+
+@pytest.mark.parametrize("other", ["127.0.0.1:8089", "127.0.0.2:8088", "[::1]:8088", "[::]:8088"])
+def test_addresses_that_can_both_be_are_good(tmp_path, other):
+    load(tmp_path, CALLBACK, CALLBACK | {"name": "b", "listen": other, "path": "/b"})
+
+
 def test_routes_that_leave_events_out_ask_for_unrouted_without_leave(tmp_path):
     routes = [{"name": "some", "sinks": ["archive"], "event_types": ["NewFileUpload"]}]
     (problem,) = problems_of(tmp_path, CALLBACK, routes=routes)

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Collection, Mapping
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
 from vodpoller.config.draft import Draft, Location, texts_in
-from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener, host_of
+from vodpoller.config.tables import LEASE_SECS, Api, Journal, Listener, host_of, port_of
 from vodpoller.config.wording import LISTS, quoted, quoted_all, suggestion
 from vodpoller.events.types import matches_documented, nearest_documented
 from vodpoller.sinks.contract import SinkConfig
@@ -78,6 +79,37 @@ def _check_callbacks(draft: Draft, listener: Listener | None) -> None:
         if listener is not None and listener.address is not None and listen == listener.address:
             draft.problems.add(("sources", at, "listen"), "listener.address is the same (give each its own port)")
         _warn_of_strangers(draft, at, item)
+    _check_overlaps(draft, listener)
+
+
+def _check_overlaps(draft: Draft, listener: Listener | None) -> None:
+    """One address in two forms, or all addresses and one of them: the system allows one socket of the two only."""
+    taken = {} if listener is None or listener.address is None else {listener.address: "listener.address"}
+    for at, item in draft.items("sources"):
+        where = ("sources", at, "listen")
+        if item.get("type") != "callback" or not isinstance(item.get("listen"), str) or draft.problems.concern(where):
+            continue
+        listen = item["listen"]
+        for address, key in taken.items():
+            if address != listen and _overlap(address, listen):
+                draft.problems.add(
+                    where,
+                    f"{key} = {quoted(address)} is at the same port, and the system allows one of the two only"
+                    " (write the same address, if both are sources; or give each its own port)",
+                )
+                break
+        taken.setdefault(listen, draft.key(where))
+
+
+def _overlap(one: str, other: str) -> bool:
+    try:
+        hosts = [ip_address(host_of(address)) for address in (one, other)]
+    except ValueError:  # the listener's may be a name
+        return False
+    is_same = hosts[0] == hosts[1] or (
+        hosts[0].version == hosts[1].version and any(host.is_unspecified for host in hosts)
+    )
+    return is_same and port_of(one) == port_of(other)
 
 
 def _warn_of_strangers(draft: Draft, at: int, source: Mapping[str, Any]) -> None:
