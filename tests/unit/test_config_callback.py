@@ -135,6 +135,24 @@ def test_without_a_source_that_pulls_no_key_is_needed(tmp_path):
     assert (config.pulled, [source.name for source in config.callbacks]) == ((), ["pushed"])
 
 
+@pytest.mark.parametrize(
+    ("credentials", "missing"),
+    [
+        ({}, ["secret_id", "secret_key"]),
+        ({"provider": "cvm_role"}, []),
+        ({"provider": "assume_role"}, ["role_arn", "secret_id", "secret_key"]),
+    ],
+)
+def test_a_sink_that_signs_needs_what_a_source_that_pulls_does(tmp_path, credentials, missing):
+    sink = {"type": "tencent", "service": "eb", "version": "2021-04-16", "action": "PutEvents", "params": "{E: @}"}
+    tables = {"sinks": {"archive": sink}, "credentials": credentials}
+    if missing:
+        problems = problems_of(tmp_path, CALLBACK, **tables)
+        assert sorted(problem.split(": ")[0] for problem in problems) == [f"credentials.{key}" for key in missing]
+    else:
+        assert load(tmp_path, CALLBACK, **tables).role is not None
+
+
 def test_beside_a_source_that_pulls_the_key_is_needed(tmp_path):
     problems = problems_of(tmp_path, CALLBACK, {"name": "main"})
     assert {problem.partition(":")[0] for problem in problems} == {"credentials.secret_id", "credentials.secret_key"}

@@ -110,7 +110,7 @@ def _sources_and_routes(validation: Validation) -> tuple[tuple[AnySource, ...], 
 
 
 def _may_pull(draft: Draft) -> bool:
-    """Whether a source may pull, so that the API key is needed."""
+    """Whether a source may pull, for which the API key is needed."""
     items = draft.items("sources")
     return not items or any(source.get("type") != "callback" for _, source in items)
 
@@ -120,9 +120,10 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
     validation = Validation(draft)
     validation.check_tables()
     api = validation.table("api", Api, lambda table: _with_region(table, draft.env))
-    credentials = find_credentials(draft, validation, needs_key=needs_key and _may_pull(draft))
     sources, routes = _sources_and_routes(validation)
     sinks, sink_classes = validation.sinks()
+    is_used = _may_pull(draft) or any(sink_class.needs_key for sink_class in sink_classes.values())
+    credentials = find_credentials(draft, validation, needs_key=needs_key and is_used)
     journal = validation.table("journal", Journal)
     log = validation.table("log", Log)
     daemon = validation.table("daemon", Daemon)

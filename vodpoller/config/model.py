@@ -36,7 +36,7 @@ class Config:
     Args:
         api: As in the file, as are `journal`, `log`, `daemon`, `listener`.
         credentials: The API key that is given; an empty one if `role`
-            needs none, or if no source pulls and there is none.
+            needs none, or if nothing uses it and there is none.
         role: Whose temporary keys are used in its place; None if it is used itself.
         issued: These keys.
         earlier: What configurations before this one hid, which may still appear somewhere.

@@ -114,6 +114,7 @@ class Sink(ABC, Generic[ConfigT]):
         batch_events: Maximum number of events in one call.
         timeout_secs: The time limit that `deliver` gets, in seconds.
         max_per_minute: Maximum number of calls in any 60 s, which are then evenly spaced; None: no limit.
+        needs_key: Whether it cannot do without the key of `[credentials]`.
     """
 
     Config: type[ConfigT]
@@ -121,6 +122,7 @@ class Sink(ABC, Generic[ConfigT]):
     batch_events: int = 1
     timeout_secs: float = 10.0
     max_per_minute: int | None = None
+    needs_key: bool = False
 
     def __init__(self, name: str, config: ConfigT, context: SinkContext) -> None:
         self.name = name

@@ -120,6 +120,7 @@ class TencentSink(Sink[TencentConfig]):
     """
 
     Config = TencentConfig
+    needs_key = True
 
     def __init__(
         self,
