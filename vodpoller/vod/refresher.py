@@ -161,8 +161,8 @@ class Refresher:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._woken.clear()
             self._woken.wait(self.step())
+            self._woken.clear()  # before the loop looks: a stop that comes in between is seen
 
     def step(self) -> float:
         """Do what is due.
