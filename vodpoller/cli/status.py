@@ -37,7 +37,8 @@ def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
     """Say whether events flow, and if not why: what the running daemon says, or the journal if none runs.
 
     Exit code 0: all is well. 1: no daemon runs, a source cannot be pulled, a sink is down, the journal cannot be
-    written, events are stored for a sink that the configuration no longer has, or the last reload was refused.
+    written, events are stored for a sink that the configuration no longer has, a temporary key cannot be renewed, or
+    the last reload was refused.
     """
     # A daemon that runs on with its former configuration is asked also if the file cannot be used any more.
     if not config_path.exists():
