@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.listening import NOW, Shown, running_listener
 from tests.processes import needs
-from vodpoller.status import CredentialsStatus, StoredStatus
+from vodpoller.status import CredentialsStatus, SourceStatus, StoredStatus
 from vodpoller.telemetry import Gauge
 
 EXAMPLES = Path(__file__).parents[2] / "vodpoller" / "examples"
@@ -25,6 +25,7 @@ def samples():
     shown = Shown(clock_offset_secs=0.0)
     shown.change(
         stored=[StoredStatus(sink="hook", state="pending", events=1, oldest_at=NOW)],
+        sources=[*shown.status.sources, SourceStatus(name="pushed", type="callback")],
         credentials=CredentialsStatus(provider="cvm_role", expires_at=NOW),
     )
     shown.telemetry.set(Gauge.QUEUE_EVENTS, {(("source", "main"),): 1})
@@ -42,7 +43,7 @@ def expressions(path):
     return [target["expr"] for panel in panels for target in panel["targets"]]
 
 
-@pytest.mark.parametrize(("path", "number"), [(ALERTS, 9), (DASHBOARD, 30)], ids=["alerts", "dashboard"])
+@pytest.mark.parametrize(("path", "number"), [(ALERTS, 10), (DASHBOARD, 30)], ids=["alerts", "dashboard"])
 def test_each_metric_and_label_that_is_used_is_there(samples, path, number):
     found = expressions(path)
     assert len(found) >= number
@@ -79,7 +80,7 @@ def test_prometheus_takes_the_alerts():
     needs("promtool")
     done = subprocess.run(["promtool", "check", "rules", ALERTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 rules found" in done.stdout
+    assert "10 rules found" in done.stdout
 
 
 @pytest.mark.system
