@@ -289,6 +289,23 @@ def test_the_oldest_of_too_many_that_wait_is_not_answered(receiving, together, m
     assert receiving.counted("unanswered") == 1
 
 
+def test_without_threads_requests_wait_for_the_next_one(receiving, monkeypatch, quick):
+    receiving.start()
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.startswith("callback_"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert receiving.push(body(1)) is None
+    assert receiving.push(body(2)) == OK
+    until(lambda: len(receiving.sink.accepted) == 2)
+    until(lambda: not receiving.receiver.status()[0].callbacks_in_flight)
+
+
 # --- more than sinks are tried for ------------------------------------------------------------------------------------
 
 

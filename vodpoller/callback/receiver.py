@@ -267,7 +267,12 @@ class Receiver:
             unanswered = CallbackResult.UNANSWERED.value
             self._telemetry.count(Count.CALLBACKS, dropped, source=source.name, result=unanswered)
         if not is_taken_up:
-            self._threads.submit(self._take_up, received)
+            try:
+                self._threads.submit(self._take_up, received)
+            except RuntimeError:  # the system has no more threads: the next request tries again
+                with self._lock:
+                    received.is_taken_up = False
+                raise
 
     def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
         """See `server.Requests`."""
@@ -296,6 +301,9 @@ class Receiver:
         """See a batch through of what waits, once another one has ended or it has waited for more."""
         with self._lock:
             self._lock.wait_for(lambda: received.batches < BATCHES_AT_ONCE or self._hurried, LINGER_SECS)
+            if not received.waiting:
+                received.is_taken_up = False
+                return
             requests, is_untried = received.take()
             received.is_taken_up = bool(received.waiting)
         if received.is_taken_up:
