@@ -90,6 +90,17 @@ def test_without_an_api_key_the_sink_is_not_made(opened):
         opened(None)
 
 
+@pytest.mark.parametrize("status", [200, 502])
+def test_an_answer_that_echoes_the_token_is_told_without_it(opened, api, status):
+    token = "a-token/with-a-slash"
+    said = {"Response": {"Error": {"Code": "InvalidParameter", "Message": f"not {token}"}}}
+    text = json.dumps(said).replace("/", "\\/") if status == 200 else f"<p>{token}"
+    api.answer = Answer(status, body=text.encode())
+    error = failure_of(opened(lambda: Credentials(SECRET_ID, SECRET_KEY, token)))
+    assert "[secret]" in str(error)
+    assert "slash" not in str(error)
+
+
 def test_a_refused_token_is_told_and_another_key_is_waited_for(opened, api):
     keys = iter([Credentials(SECRET_ID, SECRET_KEY, "token-1"), Credentials(SECRET_ID, SECRET_KEY, "token-2")])
     refused = []

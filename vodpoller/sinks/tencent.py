@@ -34,6 +34,7 @@ from vodpoller.httpclient.address import environment_of, host_and_port
 from vodpoller.httpclient.transport import CALL_ERRORS, DeadlineAdapter
 from vodpoller.httpclient.trust import RootsError, validity
 from vodpoller.httpclient.words import failure_text, http_date, retry_after_secs, status_text
+from vodpoller.logs import searched_for
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.formats import encode
 from vodpoller.vod.answers import Answer, advice_on_key, is_refused_token, is_throttling, take_apart, unusable_answer
@@ -284,6 +285,7 @@ class TencentSink(Sink[TencentConfig]):
             raise NoAnswerError(f"{self._where} {failure_text(error, timeout_secs)}") from None
         cut = f"it is longer than {_ANSWER_MAX_BYTES} bytes" if len(content) > _ANSWER_MAX_BYTES else ""
         took_secs = self.context.monotonic() - sent_at
+        content = _without(signed.headers.get("X-TC-Token"), content)
         answer = take_apart(response, content, cut, sent_at=sent_at, took_secs=took_secs)
         if self.context.on_refused_token is not None and is_refused_token(answer):
             self.context.on_refused_token(prepared.headers["X-TC-Token"])
@@ -341,6 +343,13 @@ def _headers(config: TencentConfig) -> dict[str, str]:
         "X-TC-Version": config.version,
     }
     return {**headers, "X-TC-Region": config.region} if config.region else headers
+
+
+def _without(token: str | None, content: bytes) -> bytes:
+    """An answer without the token, the one secret that it may echo: what it says is kept with the event, and shown."""
+    for form in searched_for((token, token.replace("/", "\\/"))) if token else ():
+        content = content.replace(form.encode(), b"[secret]")
+    return content
 
 
 def _retry_after_secs(answer: Answer) -> float | None:
