@@ -107,6 +107,7 @@ class Daemon:
                 log=log,
                 wall=self._clock,
                 refresher=self._refresher,
+                on_refused_token=self._on_refused_token(),
             )
             end_if_stopping(self._signals)
         except BaseException:
@@ -153,6 +154,11 @@ class Daemon:
             liveness=self._liveness,
             wall=self._clock,
         )
+
+    def _on_refused_token(self) -> Callable[[str], None] | None:
+        if self._refresher is not None:
+            return self._refresher.refused
+        return (lambda _token: self._reread_credentials()) if self._config.credentials.token is not None else None
 
     def _new_upkeep(self) -> Upkeep:
         intervals = (source.interval_secs for source in self._config.pulled)

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from vodpoller.config.model import Config
@@ -30,6 +31,7 @@ def open_sinks(
     log: Logger,
     wall: Callable[[], float],
     refresher: Refresher | None = None,
+    on_refused_token: Callable[[str], None] | None = None,
 ) -> dict[str, Sink[Any]]:
     """Open every sink, and enter in the ledger what its file really holds.
 
@@ -41,6 +43,7 @@ def open_sinks(
         log: Destination of log lines.
         wall: The clock of the sinks, in seconds since 1970.
         refresher: Has the temporary key that is used in place of the given one, if the configuration names a role.
+        on_refused_token: As in `SinkContext`.
 
     Raises:
         ConfigError: Some sinks cannot be opened.
@@ -49,8 +52,12 @@ def open_sinks(
     """
     sinks: dict[str, Sink[Any]] = {}
     sub_app_ids = {source.sub_app_id for source in config.sources}
+
+    def context(name: str) -> SinkContext:
+        return replace(context_of(name, config, log, refresher), wall=wall, on_refused_token=on_refused_token)
+
     try:
-        _make_sinks(sinks, config, signals, lambda name: context_of(name, config, log, refresher, wall=wall))
+        _make_sinks(sinks, config, signals, context)
         for name, sink in sinks.items():
             if isinstance(sink, Recoverable):
                 _recover(
@@ -80,9 +87,7 @@ def refresher_of(config: Config, telemetry: Telemetry, **more: Any) -> Refresher
     return Refresher(issuer, provider=provider, keys=config.issued, telemetry=telemetry, **more)
 
 
-def context_of(
-    name: str, config: Config, log: Logger, refresher: Refresher | None, *, wall: Callable[[], float] = time.time
-) -> SinkContext:
+def context_of(name: str, config: Config, log: Logger, refresher: Refresher | None) -> SinkContext:
     """What a sink gets from the program around it.
 
     Args:
@@ -90,15 +95,9 @@ def context_of(
         config: Valid.
         log: Destination of log lines.
         refresher: As for `open_sinks`.
-        wall: As for `open_sinks`.
     """
     given = config.credentials if config.credentials().secret_id else None
-    return SinkContext(
-        log=log.bind(sink=name),
-        wall=wall,
-        credentials=refresher or given,
-        on_refused_token=refresher.refused if refresher else None,
-    )
+    return SinkContext(log=log.bind(sink=name), credentials=refresher or given)
 
 
 def _make_sinks(

@@ -131,3 +131,24 @@ def test_a_daemon_starts_and_delivers_later_if_there_is_no_key_yet(system, provi
         api.is_issuing = True
         until(lambda: ids_at(api) == [1], secs=30, what=daemon.tail)
         assert daemon.terminate()[0] == 0
+
+
+def test_a_given_key_whose_token_is_refused_is_read_again(system):
+    with running_receiver(RoleApi()) as api, HeldPort() as port:
+        configure_callbacks(system, port.number, api, "cvm_role")
+        names = ("secret_id", "secret_key", "token")
+        given = "".join(f'{name}_file = "{system.config_path.parent}/{name}"\n' for name in names)
+        text = system.config_path.read_text()
+        system.config_path.write_text(f"[credentials]\n{given}" + text[text.index("[[sources]]") :])
+
+        def write():
+            for name, value in zip(names, api.key, strict=True):
+                (system.config_path.parent / name).write_text(value)
+
+        write()
+        daemon = system.daemon()
+        api.renew()
+        write()
+        assert push(port.number, 1) == 200
+        until(lambda: ids_at(api) == [1], what=daemon.tail)
+        assert daemon.terminate()[0] == 0
