@@ -85,8 +85,8 @@ class SinkContext:
         wall: The clock of what a person reads, in seconds since 1970.
         credentials: Gives Tencent Cloud's API key as it is at this moment, to be asked for each request and never
             shown; None if there is none. It does not block, and raises `NoKeyError` while there is no temporary key.
-        on_refused_token: Told the token of a temporary key that Tencent Cloud refuses, and returns at once: another key
-            will come by itself. None if it will not.
+        on_refused_token: Told the token of a temporary key that Tencent Cloud refuses, and soon returns: another key is
+            asked for, or looked for in its files. None if there is no such key.
     """
 
     log: Logger
