@@ -361,3 +361,9 @@ def test_an_echo_of_the_secret_in_what_a_robot_says_is_hidden(opened, receiver):
     receiver.answer = Answer(200, body=json.dumps({"errcode": 310000, "errmsg": f"sign of {secret}"}).encode())
     with pytest.raises(TransientError, match=re.escape('"errmsg": "sign of ***"')):
         deliver(opened(sign="dingtalk", secret=secret, **ROBOT))
+
+
+def test_a_plain_success_is_not_put_into_words(opened, receiver, monkeypatch):
+    monkeypatch.setattr("vodpoller.sinks.webhook.sink.status_text", lambda status: pytest.fail("nobody reads it"))
+    opened().deliver([event(1)], 5.0)
+    assert len(receiver.received) == 1

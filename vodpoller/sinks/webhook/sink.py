@@ -99,6 +99,7 @@ class WebhookSink(Sink[WebhookConfig]):
         self._body = Expression(config.body) if config.body else None
         self._accept_when = Expression(config.accept_when) if config.accept_when else None
         self._reject_when = Expression(config.reject_when) if config.reject_when else None
+        self._is_judged = self._accept_when is not None or self._reject_when is not None
         self._rejecting = _REJECTING - {HTTPStatus.BAD_REQUEST} if config.reject_when else _REJECTING
         self._adapter = DeadlineAdapter(
             connections=config.concurrency, ca_file=config.ca_file, monotonic=context.monotonic
@@ -136,6 +137,8 @@ class WebhookSink(Sink[WebhookConfig]):
         except CALL_ERRORS as error:
             said = self._without_secrets(failure_text(error, timeout_secs))
             raise TransientError(f"{target.where} {said}") from None
+        if response.status_code in SUCCESS and not self._is_judged:  # the common case, for which nothing is worded
+            return
         refusal = self._refusal(target, response, answer)
         if refusal is not None:
             raise refusal
@@ -247,12 +250,11 @@ class WebhookSink(Sink[WebhookConfig]):
             Exception: One of `CALL_ERRORS`: it broke off, and an expression asks what it says. If none does, the status
                 says it all, so that what fails here changes nothing any more.
         """
-        is_judged = self._accept_when is not None or self._reject_when is not None
         with closing(response):  # a connection whose answer was read to its end is in the pool by then and stays open
             try:
-                body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=is_judged)
+                body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=self._is_judged)
             except CALL_ERRORS:
-                if is_judged:
+                if self._is_judged:
                     raise
                 return b""
         return body
