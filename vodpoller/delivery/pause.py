@@ -83,6 +83,11 @@ class Pause:
         self.asked_until = max(self.asked_until, self._monotonic() + secs)
 
     @property
+    def is_spaced(self) -> bool:
+        """Whether calls are counted: each is to have its `begin` and `end`."""
+        return self._spacing is not None
+
+    @property
     def is_asked(self) -> bool:
         """Whether the receiver wants to be left alone now."""
         return self.asked_until > self._monotonic()

@@ -272,12 +272,9 @@ class Worker:
         batch, refused = turn
         try:
             self._refuse(refused)
-            if batch:
-                self._attempt(batch)
         finally:
             if batch:
-                with self._condition:
-                    self._pause.end()
+                self._attempt(batch)
 
     def _give_back(self, taken: list[Delivery]) -> None:
         """The end of one step, whatever ended it: nothing that it took is left running."""
@@ -395,6 +392,9 @@ class Worker:
             cause = error if isinstance(error, Exception) else TransientError(f"the sink called sys.exit({error})")
             failures = dict.fromkeys(range(len(batch)), cause)
         finally:
+            if self._pause.is_spaced:  # else the lock would be taken for nothing
+                with self._condition:
+                    self._pause.end()
             self._liveness.end()
             self._telemetry.measure(Duration.SINK_DELIVERY, self._labels, self._monotonic() - began_at)
         accepted = [delivery for index, delivery in enumerate(batch) if index not in failures]
