@@ -656,7 +656,7 @@ def test_20_a_minute_is_never_exceeded_in_5_minutes_with_a_restart(bench, robot)
             bench.in_flight = InFlight()
             worker = robot.worker()
         robot.clock.advance(1.0)
-        sent += robot.send(worker, number, number + 1, lease_secs=10_000.0).deliveries
+        sent.extend(robot.send(worker, number, number + 1, lease_secs=10_000.0).deliveries)
         number += 2
         # The first comes a call's time limit, 1 s, and 3 s after the start, then one each 3 s.
         of_this_run = int(robot.clock() - robot.started_at - 1) // 3
