@@ -115,13 +115,7 @@ class Daemon:
             raise
         self._in_flight = InFlight()
         self._workers = {name: self._worker(name, sink) for name, sink in self._sinks.items()}
-        self._vod = VodClient.configured(
-            config.api,
-            credentials=self._refresher or config.credentials,
-            key_renewal=config.key_renewal,
-            on_refused_token=self._refresher.refused if self._refresher else None,
-            log=log,
-        )
+        self._vod = self._new_client()
         self._confirmer = Confirmer(
             vod=self._vod,
             telemetry=telemetry,
@@ -159,6 +153,15 @@ class Daemon:
         if self._refresher is not None:
             return self._refresher.refused
         return (lambda _token: self._reread_credentials()) if self._config.credentials.token is not None else None
+
+    def _new_client(self) -> VodClient:
+        return VodClient.configured(
+            self._config.api,
+            credentials=self._refresher or self._config.credentials,
+            key_renewal=self._config.key_renewal,
+            on_refused_token=self._refresher.refused if self._refresher else None,
+            log=self._log,
+        )
 
     def _new_upkeep(self) -> Upkeep:
         intervals = (source.interval_secs for source in self._config.pulled)
