@@ -484,7 +484,7 @@ def test_after_a_reload_the_socket_writes_to_the_new_log(running, tmp_path, line
     running.built[-1].status = None
     with pytest.raises(ConnectionError):
         running.status()
-    assert named(of_new, "task.failed")
+    until(lambda: named(of_new, "task.failed"))
     assert lines == []
 
 
