@@ -17,7 +17,7 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from vodpoller.checkup.places import files_of_sinks
 from vodpoller.config import load as config
-from vodpoller.config import permissions, validation
+from vodpoller.config import permissions, tables, validation
 from vodpoller.config.callbacks import CallbackSource
 from vodpoller.config.credentials import KEYS_OF_A_GIVEN_KEY, KEYS_OF_ROLES
 from vodpoller.config.model import Config
@@ -1289,3 +1289,9 @@ def test_a_secret_in_a_file_that_others_may_read_is_warned_of(tmp_path, text, ke
     assert [warning.split(": ")[0] for warning in warnings] == (keys if exposed else [])
     assert all("every user of this machine may read" in warning and "chmod o=" in warning for warning in warnings)
     assert "0123456789" not in "".join(warnings)
+
+
+def test_no_pattern_of_a_key_fills_the_memory():
+    """`\\w` is all of Unicode to pydantic: repeated up to 128 times, it takes tens of MB."""
+    source = Path(tables.__file__).read_text()
+    assert not re.findall(r'pattern=r"[^"]*\\w[^"]*"', source)
