@@ -164,12 +164,15 @@ def ledger_part(simulator, start, count):
         return session.get(f"{simulator.url}/_ledger?from={start}&n={count}", timeout=60).json()
 
 
-def births_to_confirm(simulator, window, *, grace_secs=1.0):
-    """The latencies of the events that were born in the window; infinite where they are not confirmed even now."""
-    time.sleep(grace_secs)
+def births_to_confirm(simulator, window, *, grace_secs=10.0):
+    """The latencies of the events that were born in the window; infinite if they are not confirmed even then."""
     first, last = window.began.stats["fed"], window.ended.stats["fed"]
-    rows = ledger_part(simulator, first, last - first)
-    return [(row["confirmed_at"] or math.inf) - row["born"] for row in rows]
+    ends_at = time.monotonic() + grace_secs
+    while True:
+        rows = ledger_part(simulator, first, last - first)
+        if time.monotonic() >= ends_at or all(row["confirmed_at"] for row in rows):
+            return [(row["confirmed_at"] or math.inf) - row["born"] for row in rows]
+        time.sleep(0.25)
 
 
 class Tail:
