@@ -14,7 +14,7 @@ from tests.callbacks import OK, Receiving, Source, body, request, said
 from tests.helpers import named
 from tests.polling import until
 from vodpoller.callback import receiver, server
-from vodpoller.errors import RejectedError, StorageError, TransientError
+from vodpoller.errors import RejectedError, SkippedError, StorageError, TransientError
 from vodpoller.secret import Secret
 
 
@@ -107,6 +107,17 @@ def test_what_a_sink_rejects_is_stored_and_answered(receiving, lines):
     receiving.sink.fail_always(RejectedError("never"))
     assert reason_of(receiving, lines) == (OK, "store", "rejected")
     assert reason_of(receiving, lines) == (OK, "store", "already_stored")
+
+
+def test_what_a_sink_skips_is_answered(receiving, lines):
+    receiving.start()
+
+    def skip(event):
+        raise SkippedError("nothing to send")
+
+    receiving.sink.examined = skip
+    assert reason_of(receiving, lines) == (OK, "confirm", "skipped")
+    assert receiving.sink.calls == []
 
 
 def test_what_no_route_takes_is_a_dead_letter(receiving, lines):
