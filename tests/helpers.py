@@ -14,7 +14,7 @@ from vodpoller.sinks.contract import Sink, SinkContext
 
 
 class FakeClock:
-    """A clock that stands still until a test, or somebody who sleeps, moves it."""
+    """A clock that stands still until a test, or a thread that sleeps, moves it."""
 
     def __init__(self, now=1000.0):
         self.now = now

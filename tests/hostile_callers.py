@@ -83,7 +83,7 @@ def hostile(address, kinds, *, clients):
         clients: The number of clients of each kind.
 
     Yields:
-        A function that says how many connections of each kind have ended.
+        A function that tells the number of connections of each kind that have ended.
     """
     ended = threading.Event()
     counts = dict.fromkeys(kinds, 0)

@@ -36,7 +36,7 @@ class Result:
         redelivered: How often VOD brought an event again.
         lost: Events that are in no line.
         doubled: Lines too many.
-        torn: Lines that are no event that was fed.
+        torn: Lines that are not an event that was fed.
         unconfirmed: Events that VOD still holds.
         stored: Rows left in the journal, pending or dead.
         lost_by_webhook: Events that the webhook's receiver never accepted; 0 where there is none.

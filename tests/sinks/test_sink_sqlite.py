@@ -74,8 +74,8 @@ def number_in(db):
         ("23514", Verdict.REJECT),
         ("23000", Verdict.REJECT),
         ("23503", Verdict.LATER),  # the parent row may come
-        ("P0001", Verdict.LATER),  # RAISE of somebody's trigger
-        ("45000", Verdict.LATER),  # SIGNAL of somebody's trigger
+        ("P0001", Verdict.LATER),  # RAISE of a user's trigger
+        ("45000", Verdict.LATER),  # SIGNAL of a user's trigger
         ("HY000", Verdict.LATER),
         ("42P01", Verdict.ALL_LATER),  # no table
         ("42S02", Verdict.ALL_LATER),

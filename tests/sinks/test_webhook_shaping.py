@@ -364,6 +364,6 @@ def test_an_echo_of_the_secret_in_what_a_robot_says_is_hidden(opened, receiver):
 
 
 def test_a_plain_success_is_not_put_into_words(opened, receiver, monkeypatch):
-    monkeypatch.setattr("vodpoller.sinks.webhook.sink.status_text", lambda status: pytest.fail("nobody reads it"))
+    monkeypatch.setattr("vodpoller.sinks.webhook.sink.status_text", lambda status: pytest.fail("this text is not read"))
     opened().deliver([event(1)], 5.0)
     assert len(receiver.received) == 1

@@ -35,7 +35,7 @@ class Result:
         kills: How often the server was killed, and as often the daemon.
         lost: Events that are in no row.
         doubled: Rows too many.
-        foreign: Rows that are no event that was fed.
+        foreign: Rows that are not an event that was fed.
         miscounted: How far the counter that a statement increments is from the number of events.
         stored: How often an event was stored until the database was back.
         seconds: How long it took.

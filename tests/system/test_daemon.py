@@ -550,7 +550,7 @@ class NeverSink(Sink):
 
 @pytest.fixture
 def plugin(tmp_path):
-    """A folder with a package of somebody else's that has a sink which never comes back."""
+    """A folder with another author's package that has a sink which never comes back."""
     folder = tmp_path / "plugin"
     (folder / "vodpoller_never-1.0.dist-info").mkdir(parents=True)
     (folder / "vodpoller_never.py").write_text(NEVER)

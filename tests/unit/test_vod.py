@@ -1344,7 +1344,7 @@ def test_a_corrected_clock_is_corrected_again_when_it_steps(vod, client_of, line
     vod.post(URL, **expired(now))
     vod.post(URL, json=response_of())
     client.pull("main", None)
-    local = now  # somebody set it right
+    local = now  # an operator set it right
     vod.reset()
     vod.post(URL, **expired(now))
     vod.post(URL, json=response_of())

@@ -138,7 +138,7 @@ class _Received:
         return taken, room <= 0
 
     def count(self, number: int, *, is_untried: bool) -> None:
-        """Count so many more as taken."""
+        """Count that number of further callbacks as taken."""
         if is_untried:
             self.untried += number
         else:

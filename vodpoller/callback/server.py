@@ -77,7 +77,7 @@ class Requests(Protocol):
         """Take a request; it is answered by `Server.answer`, or never."""
 
     def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
-        """What came is no callback."""
+        """What came is not a callback."""
 
 
 class _Client:

@@ -113,7 +113,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _warn_of_strangers(draft: Draft, at: int, source: Mapping[str, Any]) -> None:
-    """Anybody who reaches a callback source may send it what looks like an event."""
+    """Every machine that reaches a callback source may send it what looks like an event."""
     listen = source.get("listen")
     has_key = "sign_key" in source or "sign_key_file" in source
     if isinstance(listen, str) and not (has_key or "allow_from" in source or is_loopback(host_of(listen))):

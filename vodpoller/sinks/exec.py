@@ -374,7 +374,7 @@ class _Run:
         try:
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
-            # Somebody else has reaped it: the kernel itself does, where SIGCHLD is ignored. Popen takes that for a 0.
+            # Something else has reaped it: the kernel itself does, if SIGCHLD is ignored. Popen takes that for a 0.
             self._lost = True
             return True
 
