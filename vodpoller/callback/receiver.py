@@ -305,8 +305,8 @@ class Receiver:
                 received.is_taken_up = False
                 return
             requests, is_untried = received.take()
-            received.is_taken_up = bool(received.waiting)
-        if received.is_taken_up:
+            are_more_waiting = received.is_taken_up = bool(received.waiting)
+        if are_more_waiting:
             with suppress(RuntimeError):  # closed: VOD tries again what is not answered
                 self._threads.submit(self._take_up, received)
         self._liveness.begin(f"callback {received.source.name}", ANSWER_SECS)
