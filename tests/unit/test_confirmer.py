@@ -593,6 +593,22 @@ def test_a_source_whose_confirms_are_refused_asks_seldom_and_comes_to_rest(pulle
     assert min(group.took_secs[f"h{number}"] for number in range(6)) <= 2.5
 
 
+def test_the_time_between_two_asks_counts_from_the_answer_of_the_first(pullers):
+    vod = Vod()
+    vod.refusal = RefusedHandlesError("what is that", error_code="InvalidParameterValue")
+    group = pullers(vod, ask_secs=0.5)
+    for number in range(3):
+        group.confirm(f"first{number}").join(10)
+    before = len(vod.calls)
+    vod.call_secs = 0.3
+    for number in range(6):  # their leases are nearly over, so that a refusal of them says nothing of the source
+        group.confirm(f"h{number}", lease_left_secs=3.0)
+    group.join()
+    after = vod.called_at[before:]
+    assert len(after) >= 2
+    assert all(later - earlier >= 0.8 for earlier, later in pairwise(after))
+
+
 def test_a_source_that_is_allowed_again_goes_on_at_once(pullers):
     vod = Vod()
     vod.refusal = OperatorError("no right")

@@ -196,6 +196,7 @@ class Confirmer:
 
     def _call(self, queue: ConfirmQueue, puller: ConfirmPuller) -> None:
         taken: list[Entry] = []
+        may_ask = False
         try:
             may_ask = self._await_asking(queue, puller)
             with queue.lock:
@@ -217,6 +218,8 @@ class Confirmer:
             with queue.lock:
                 queue.resign(puller)
                 queue.end_call(taken, UNKNOWN)
+                if may_ask:  # it was asked when its slot came, which may be long after it was allowed to
+                    queue.next_ask_at = self._monotonic() + self._ask_secs
                 if puller.missing:
                     queue.park(puller)
                 queue.appoint()
