@@ -143,3 +143,29 @@ def test_no_secret_of_a_key_is_shown_anywhere(started, system):
     assert len(issuer.secrets) >= 6
     assert [secret for secret in issuer.secrets if secret in everything] == []
     assert re.search(r"simTmp|simToken", everything) is None
+
+
+def test_no_secret_of_an_assumed_role_is_shown_anywhere(system):
+    lasting = "the-lasting-key-of-the-role"
+    with HeldPort() as port:
+        simulator = system.simulator(
+            credential_secs=5, rate=20, poll_secs=0.5, secret_id="simulated-id", secret_key=lasting
+        )
+        system.configure(
+            simulator.url,
+            credentials=credentials_of("assume_role", simulator.url).replace("simulated-key", lasting),
+            more=f'[log]\nlevel = "debug"\n[listener]\naddress = "127.0.0.1:{port.number}"\n',
+        )
+        daemon = system.daemon()
+        daemon.await_log("credentials.refreshed", number=2, secs=30)
+        commands = (["check"], ["check", "--connect"], ["status"], ["status", "--json"])
+        done = [run_command(*command, "-c", system.config_path) for command in commands]
+        simulator.control(deny=["PullEvents"])
+        daemon.await_log("pull.failed", secs=30)
+        shown = [it.stdout + it.stderr for it in done]
+        shown += [requests.get(port.url + path, timeout=10).text for path in ("/metrics", "/status.json", "/")]
+        daemon.terminate()
+    everything = daemon.log_path.read_text() + "".join(shown)
+    assert "roleName/r" in everything
+    assert lasting not in everything
+    assert re.search(r"simTmp|simToken", everything) is None
