@@ -1,8 +1,8 @@
 """`python -m tests.failpoints ARGS`: vodpoller's command line, which kills itself at a step that `$FAILPOINT` names.
 
-`FAILPOINT=sync:before:3` means SIGKILL right before the third sync. The steps are those of `STEPS`; "amid" a write is
-after half of its bytes. `FAILPOINT=ledger:before:1:hook` counts the calls for the sink `hook` only, and
-`write:after:1:events.jsonl` those for the file of that name.
+`FAILPOINT=sync:before:3` means SIGKILL right before the third sync, `sync:after:3` right after the third that
+succeeded. The steps are those of `STEPS`; "amid" a write is after half of its bytes. `FAILPOINT=ledger:before:1:hook`
+counts the calls for the sink `hook` only, and `write:after:1:events.jsonl` those for the file of that name.
 """
 
 import os
@@ -54,10 +54,10 @@ def install(failpoint):
     owner, name = STEPS[step]
     original = getattr(owner, name)
     lock = threading.Lock()
-    calls = 0
+    calls = returns = 0
 
     def failing(self, *args, **kwargs):
-        nonlocal calls
+        nonlocal calls, returns
         with lock:
             counts = not names or name_of(args[0]) in names
             calls += counts
@@ -70,6 +70,9 @@ def install(failpoint):
             original(self, fd, memoryview(half))
             die()
         answer = original(self, *args, **kwargs)
+        with lock:  # a call that failed, as a confirm may, has no step after it
+            returns += counts
+            is_now = counts and returns == int(number)
         if is_now and when == "after":
             die()
         return answer
