@@ -103,9 +103,9 @@ def test_the_status_shows_the_source(system, port):
     configure(system, port)
     system.daemon()
     push(port, body(1))
+    until(lambda: status_of(system)["last_callback_at"])
     source = status_of(system)
     assert (source["type"], source["error"]) == ("callback", "")
-    assert source["last_callback_at"]
 
 
 def test_the_check_says_where_callbacks_come_in(system, port):
@@ -133,8 +133,12 @@ def test_what_was_pushed_and_is_pulled_then_is_delivered_once(system, port):
     simulator.feed(*(text[:-1] + ', "YEvent": null}' for text in texts))
     until(simulator.all_confirmed)
     assert len(system.lines()) == 20
-    pulled = [line for line in daemon.log("event.settled") if line["source"] == "main"]
-    assert {line["reason"] for line in pulled} == {"already_delivered"}
+
+    def pulled():
+        return [line["reason"] for line in daemon.log("event.settled") if line["source"] == "main"]
+
+    until(lambda: len(pulled()) == 20, what=daemon.tail)
+    assert set(pulled()) == {"already_delivered"}
 
 
 # --- a full disk, a kill, a burst -------------------------------------------------------------------------------------
