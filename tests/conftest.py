@@ -15,9 +15,11 @@ from tests.receiver import running_receiver
 from vodpoller.logs import CATALOGUE
 from vodpoller.sinks import registry
 
-# A shell that starts something in the background lets it ignore SIGINT, and what tests start would inherit that.
+# A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP; what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Without bytecode each worker compiles all modules of tests anew, which takes 8 s of CPU time. If the environment
 # forbids it beside the modules, it goes elsewhere. Processes that tests start keep to what is forbidden.

@@ -308,7 +308,8 @@ def test_fifty_reloads_leave_no_thread_and_no_descriptor(system, receiver):
     threads, descriptors = sizes(daemon)
     for number in range(5, 50):
         reload_with(number)
-    until(lambda: sizes(daemon)[0] <= threads + 1 and sizes(daemon)[1] <= descriptors + 2)
+    # Some threads begin with the first thing they do. What each reload left behind would be there 45 times.
+    until(lambda: max(sizes(daemon)[0] - threads, sizes(daemon)[1] - descriptors) < 9, what=lambda: str(sizes(daemon)))
     assert len(daemon.log("daemon.started")) == 51
     assert daemon.terminate()[0] == 0
     assert len(system.lines()) == 50
