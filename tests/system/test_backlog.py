@@ -150,6 +150,7 @@ def test_killed_around_the_burying_each_rejected_event_is_one_dead_letter(system
     assert set(keys_at(receiver)) == bodies.keys() - rejected
 
 
+@pytest.mark.long
 def test_a_stop_amid_a_backlog_writes_down_what_came_of_it(system, receiver):
     bodies = store(system, "hook", 5 * EVENTS)
     configure(system, hook(receiver.url))

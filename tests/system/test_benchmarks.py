@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.__main__ import main
 from tests.processes import ROOT, environment
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.long, pytest.mark.system]
 
 
 def run_benchmarks(*args):
@@ -103,7 +103,6 @@ def test_the_row_of_callbacks_has_a_line_for_each_number_of_connections():
     assert all(float(line[1].replace(",", "")) > 0 for line in lines)
 
 
-@pytest.mark.servers
 def test_the_row_of_postgresql_sets_a_table_beside_the_loop():
     ended = run_benchmarks("--quick", "--rows", "postgresql", "--secs", "0.5")
     assert ended.returncode == 0, ended.stderr

@@ -41,6 +41,7 @@ def system(tmp_path):
 
 
 @pytest.mark.parametrize("step_secs", [HOUR_SECS, -HOUR_SECS], ids=["forth", "back"])
+@pytest.mark.long
 def test_scheduled_pulls_go_on_when_the_clock_is_set_by_an_hour(system, clock, step_secs):
     simulator = system.simulator(rate=20, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     system.configure(simulator.url, source='unrouted = "confirm"\nlong_poll = false')

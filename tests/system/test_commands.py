@@ -574,6 +574,7 @@ def test_what_moves_beside_a_running_daemon_arrives_once(system, receiver):
     assert_arrived_once(system, bodies)
 
 
+@pytest.mark.long
 def test_purge_of_pending_events_beside_a_running_daemon(system, receiver):
     simulator = system.simulator()
     receiver.answer = Answer(status=503)
@@ -631,6 +632,7 @@ def watch(process, *, until_lines, system, secs=60):
     return max(memory)
 
 
+@pytest.mark.long
 def test_ten_thousand_dead_letters_survive_kills_in_the_middle_and_arrive_once(system):
     bodies = many(system)
 
@@ -651,6 +653,7 @@ def test_ten_thousand_dead_letters_survive_kills_in_the_middle_and_arrive_once(s
     assert listed(system) == listed(system, "--pending") == []
 
 
+@pytest.mark.long
 def test_ten_thousand_dead_letters_survive_a_kill_while_they_are_marked(system):
     bodies = many(system)
 
@@ -670,6 +673,7 @@ def test_ten_thousand_dead_letters_survive_a_kill_while_they_are_marked(system):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.long
 def test_a_replay_that_is_interrupted_ends_in_order_and_is_taken_up_again(system, number):
     bodies = many(system)
 
@@ -689,6 +693,7 @@ def test_a_replay_that_is_interrupted_ends_in_order_and_is_taken_up_again(system
     assert_arrived_once(system, bodies)
 
 
+@pytest.mark.long
 def test_ten_thousand_dead_letters_through_a_daemon_that_is_killed_in_the_middle(system):
     simulator = system.simulator()
     system.configure(simulator.url)

@@ -110,6 +110,7 @@ def test_pulls_that_stopped_for_want_of_a_key_go_on_when_there_is_one(started, s
 
 
 @pytest.mark.parametrize("provider", ["cvm_role", "assume_role"])
+@pytest.mark.long
 def test_keys_expire_under_load_and_no_pull_fails(system, provider):
     found = run(system, provider=provider, rate=100, life_secs=4, expiries=2)
     assert found["exit_code"] == 0

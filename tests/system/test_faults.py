@@ -308,6 +308,7 @@ def test_a_wrong_sub_app_id_is_named_and_asked_seldom_until_it_is_right(system):
     ("code", "noticed"),
     [("UnauthorizedOperation", "confirm.failed"), ("InvalidParameterValue", "confirm.refused")],
 )
+@pytest.mark.long
 def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_other(system, code, noticed):
     refused = system.simulator(events=1000, visibility_secs=30)
     other = system.simulator(rate=40, visibility_secs=30)
@@ -526,6 +527,7 @@ def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(
 # --- a dead sink ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
     simulator = system.simulator(rate=500, feed=2000, poll_secs=0.5)
     with HeldPort() as port:

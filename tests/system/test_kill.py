@@ -186,6 +186,7 @@ def test_killed_beside_a_slow_sink_each_event_is_in_the_file_once_and_reaches_th
 
 
 @pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.long
 def test_cut_at_every_byte_of_the_last_batch_the_file_ends_with_each_event_once(renamed):
     with folder_in_memory() as folder:
         world, whole, mark, journal = two_batches(folder)

@@ -65,6 +65,7 @@ def dead_letters(system, simulator, *bodies):
 
 
 @pytest.mark.parametrize("closed", CLOSED)
+@pytest.mark.long
 def test_commands_end_as_ever_whatever_is_closed(system, closed):
     simulator = system.simulator()
     dead_letters(system, simulator, '{"EventType":"Other"}')
@@ -216,6 +217,7 @@ def test_ctrl_c_prints_no_traceback(system, args, module):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.long
 def test_a_log_that_nobody_reads_holds_neither_events_nor_the_end(system, kind):
     simulator = system.simulator(rate=400, feed=1500)
     system.configure(simulator.url, more="[daemon]\nshutdown_secs = 8")
@@ -270,6 +272,7 @@ def test_a_command_whose_reader_is_stuck_ends_when_it_is_told_to(system, args, n
         os.close(reading)
 
 
+@pytest.mark.long
 def test_a_stdout_sink_whose_reader_is_stuck_delays_no_other(system):
     simulator = system.simulator(rate=200, feed=1500, visibility_secs=4)
     system.configure(
@@ -338,6 +341,7 @@ def test_a_command_that_outlasts_the_stop_ends_with_the_daemon(system, stubborn)
 
 
 @pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.long
 def test_no_command_fails_on_a_character(system, locale):
     simulator = system.simulator()
     dead_letters(system, simulator, '{"EventType":"视频\U0001f600","X":"\U0001f600 ü ß \\u202e"}', '{"EventType":"é"}')
@@ -351,6 +355,7 @@ def test_no_command_fails_on_a_character(system, locale):
 
 @pytest.mark.parametrize("locale", ["utf-8", "C", "gbk output"])
 @pytest.mark.parametrize("name", ["事件\U0001f600", os.fsdecode(b"\xff\xfe")], ids=["emoji", "no utf-8"])
+@pytest.mark.long
 def test_paths_of_any_characters_work_in_any_locale(tmp_path, name, locale):
     folder = tmp_path / name
     folder.mkdir()

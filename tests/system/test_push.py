@@ -4,7 +4,7 @@ import pytest
 
 from tests.push_soak import both_modes, burst, kills, strangers
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.long, pytest.mark.system]
 
 
 def test_pushed_amid_faults_and_kills_each_event_is_there_once(tmp_path):

@@ -287,6 +287,7 @@ def sizes(daemon):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.long
 def test_fifty_reloads_leave_no_thread_and_no_descriptor(system, receiver):
     simulator = system.simulator(poll_secs=0.05)
     others = '[sinks.out]\ntype = "stdout"\n[sinks.run]\ntype = "exec"\ncommand = ["/bin/true"]\n'
@@ -318,6 +319,7 @@ def test_fifty_reloads_leave_no_thread_and_no_descriptor(system, receiver):
 # --- what goes wrong amid it ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_sink_that_hangs_is_left_behind_by_executing_anew(system, plugin):
     simulator = system.simulator()
     shutdown = "[daemon]\nshutdown_secs = 6"
@@ -348,6 +350,7 @@ def test_a_sink_that_hangs_is_left_behind_by_executing_anew(system, plugin):
     assert status_of(system, **plugin)["pid"] == daemon.process.pid
 
 
+@pytest.mark.long
 def test_status_is_answered_while_a_reload_lasts(system, plugin):
     simulator = system.simulator()
     shutdown = "[daemon]\nshutdown_secs = 6"
@@ -365,6 +368,7 @@ def test_status_is_answered_while_a_reload_lasts(system, plugin):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
 def test_a_signal_amid_a_reload_ends_it_in_time(system, plugin, number):
     simulator = system.simulator()
     shutdown = "[daemon]\nshutdown_secs = 6"

@@ -31,6 +31,7 @@ def package(tmp_path):
 
 
 @pytest.mark.system
+@pytest.mark.long
 def test_the_tutorial_s_sink_passes_the_conformance_suite(package):
     path = f"{package}:{Path(vodpoller.__file__).parents[1]}"
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(package / "test_rows.py")]
