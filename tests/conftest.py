@@ -21,12 +21,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Without bytecode each worker compiles all modules of tests anew, which takes 8 s of CPU time. If the environment
-# forbids it beside the modules, it goes elsewhere. Processes that tests start keep to what is forbidden.
-if sys.dont_write_bytecode:
-    sys.pycache_prefix = str(Path(__file__).parent.parent / ".pytest_cache" / "bytecode")
-    sys.dont_write_bytecode = False
-
 # `--hypothesis-profile thorough` takes hours; see tests/README.md.
 settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
@@ -35,7 +29,7 @@ settings.load_profile("quick")
 
 def pytest_xdist_auto_num_workers(config):
     """For `-n auto`: tests of processes wait more than they compute."""
-    return 3 * (os.cpu_count() or 1)
+    return 4 * (os.cpu_count() or 1)
 
 
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
