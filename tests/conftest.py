@@ -3,6 +3,8 @@ import os
 import signal
 import sys
 from importlib.metadata import entry_points
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import certifi
@@ -43,6 +45,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if STARTING.intersection(item.fixturenames):
             item.add_marker(pytest.mark.system)
+    items[:] = spread(items)
+
+
+def spread(items):
+    """The modules of tests/system evenly among the others, so that no process of `-n auto` gets only such as wait."""
+    parts = {True: [], False: []}
+    for _, tests in groupby(items, key=lambda item: item.path):
+        module = list(tests)
+        parts["system" in module[0].path.parts].append(module)
+    placed = []
+    for modules in parts.values():
+        before = [0, *accumulate(len(module) for module in modules)]
+        placed += [(number / before[-1], module) for number, module in zip(before, modules, strict=False)]
+    return [item for _, module in sorted(placed, key=itemgetter(0)) for item in module]
 
 
 class Guard:

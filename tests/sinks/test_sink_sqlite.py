@@ -479,6 +479,7 @@ def test_the_example_has_both_tables_of_each_database(dialect):
 
 @pytest.mark.system
 @pytest.mark.parametrize("names", [["webhook"], ["postgresql"], ["mysql"], ["sqlite"]], ids=lambda names: names[0])
+@pytest.mark.long
 def test_a_driver_is_imported_only_if_a_sink_of_its_type_is_there(names, tmp_path):
     tables = {
         "webhook": 'url = "http://127.0.0.1:9/"',

@@ -93,6 +93,7 @@ def assert_all_came_as_they_were_stored(receiver, bodies):
     ],
     ids=lambda failpoints: "-".join(failpoints).replace(":", "_"),
 )
+@pytest.mark.long
 def test_killed_at_each_step_only_what_was_in_flight_comes_twice(system, receiver, failpoints):
     bodies = store(system, "hook")
     configure(system, hook(receiver.url))
@@ -168,6 +169,7 @@ def test_a_stop_amid_a_backlog_writes_down_what_came_of_it(system, receiver):
     assert Counter(keys_at(receiver)) == Counter(bodies.keys())
 
 
+@pytest.mark.long
 def test_a_receiver_that_hangs_amid_a_backlog_keeps_no_other_sink_from_its_own(system, receiver):
     bodies = store(system, "hook")
     system.journal.rename(system.folder / "hook.db")

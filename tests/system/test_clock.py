@@ -9,7 +9,7 @@ from tests.processes import ROOT, SECRET_ID, SECRET_KEY, System
 from tests.receiver import Answer, running_receiver
 from vodpoller.events.identity import has_own_id
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.long, pytest.mark.system]
 
 HOUR_SECS = 3600
 
@@ -41,7 +41,6 @@ def system(tmp_path):
 
 
 @pytest.mark.parametrize("step_secs", [HOUR_SECS, -HOUR_SECS], ids=["forth", "back"])
-@pytest.mark.long
 def test_scheduled_pulls_go_on_when_the_clock_is_set_by_an_hour(system, clock, step_secs):
     simulator = system.simulator(rate=20, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     system.configure(simulator.url, source='unrouted = "confirm"\nlong_poll = false')

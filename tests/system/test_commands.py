@@ -1407,6 +1407,7 @@ def test_each_shell_gets_its_completion(shell):
     assert f"_VODPOLLER_COMPLETE={shell}_complete" in done.stdout
 
 
+@pytest.mark.long
 def test_completion_knows_commands_and_options():
     def completed(words):
         done = subprocess.run(

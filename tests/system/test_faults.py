@@ -566,6 +566,7 @@ def assert_oldest_first(simulator, order):
     assert sum(numbers[:fifth]) / fifth < sum(numbers[2 * fifth : 3 * fifth]) / fifth < sum(numbers[-fifth:]) / fifth
 
 
+@pytest.mark.long
 def test_a_sink_that_is_slower_than_events_come_delays_no_other(system, receiver):
     simulator = system.simulator(rate=300, feed=1050, poll_secs=0.5)
     receiver.answer = Answer(after_secs=1)  # eight requests at once, so eight events a second
@@ -947,6 +948,7 @@ def peak_bytes(process):
 
 
 @pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.long
 def test_a_hostile_endpoint_costs_bounded_memory_and_no_event(system, manner):
     behave, event, said = MANNERS[manner]
     simulator = system.simulator(visibility_secs=3, poll_secs=0.3)

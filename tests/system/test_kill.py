@@ -171,6 +171,7 @@ def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_i
     ],
     ids=lambda failpoints: "-".join(dict.fromkeys(failpoint.split(":")[0] for failpoint in failpoints)),
 )
+@pytest.mark.long
 def test_killed_beside_a_slow_sink_each_event_is_in_the_file_once_and_reaches_the_slow_one(system, failpoints):
     # A late answer comes after the lease: what is awaited then is stored, and the daemon is killed while it runs.
     with running_receiver(SlowReceiver(every=5, after_secs=2 * LEASE_SECS)) as receiver:

@@ -22,6 +22,7 @@ def fill(path, numbers):
     path.write_text("".join(body(number) + "\n" for number in numbers))
 
 
+@pytest.mark.long
 def test_a_long_recovery_says_how_far_it_is_and_asks_for_time(system, tmp_path):
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -40,6 +41,7 @@ def test_a_long_recovery_says_how_far_it_is_and_asks_for_time(system, tmp_path):
 
 
 @pytest.mark.parametrize(("when", "entered"), [("before:2", PORTION), ("after:2", 2 * PORTION)])
+@pytest.mark.long
 def test_a_recovery_that_is_killed_goes_on_where_it_was_and_doubles_nothing(system, when, entered):
     simulator = system.simulator()
     system.configure(simulator.url)

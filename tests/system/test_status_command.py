@@ -234,6 +234,7 @@ def test_dead_letters_count_only_if_that_is_wanted(system):
     assert [found["what"] for found in status_of(system, "--strict")["problems"]] == ["dead letters", "sink archive"]
 
 
+@pytest.mark.long
 def test_a_daemon_that_hangs_is_told(system):
     simulator = system.simulator()
     system.configure(simulator.url)

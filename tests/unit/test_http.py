@@ -80,6 +80,7 @@ class Script:
         with self.wrap(connection) as wrapped:
             while request := read_request(wrapped):
                 self.requests.append(request)
+                assert self.answers, f"more requests than answers: {self.requests}"
                 answer = self.answers.pop(0)
                 if answer is None:
                     return

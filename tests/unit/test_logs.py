@@ -581,6 +581,7 @@ def test_what_is_over_is_said_anew_and_its_count_is_told(repeats, lines):
     assert len(lines) == 4
 
 
+@pytest.mark.long
 def test_causes_without_end_do_not_fill_the_memory(repeats, lines):
     tracemalloc.start()
     try:

@@ -113,6 +113,7 @@ def test_what_is_remembered_of_a_type_is_not_what_holds_for_another_event():
     assert router.route(event(8, event_type="A")).sinks == ("all",)
 
 
+@pytest.mark.long
 def test_a_queue_that_is_fed_nonsense_types_does_not_fill_the_memory():
     router = Router([Route()])
     tracemalloc.start()

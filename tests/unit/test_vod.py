@@ -1282,6 +1282,7 @@ def test_what_an_error_quotes_of_an_answer_is_short(vod, client_of, form):
 
 
 @pytest.mark.parametrize("unit", ['"",', "[],", '{"a":1},', "1,", "[[[1]]],"])
+@pytest.mark.long
 def test_an_answer_of_millions_of_values_is_not_turned_into_objects(vod, client_of, unit):
     inside = (unit * (1_100_000 // sum(map(unit.count, "[{:,"))))[:-1]
     vod.post(URL, body=answer_of(element(1), f'{{"EventHandle":"h2","E":[{inside}]}}', element(3)))
