@@ -131,7 +131,7 @@ class Line:
             monotonic=self.monotonic,
         )
 
-    def process(self, *events, source=None, wait=None, lease_secs=30.0, malformed=()):
+    def process(self, *events, source=None, wait=None, lease_secs=30.0, malformed=(), is_untried=False):
         self.vod.confirmed.clear()
         now = self.monotonic()
         batch = Batch(
@@ -141,6 +141,7 @@ class Line:
             lease=Lease(starts_at=now, secs=lease_secs),
             received_at=now,
             request_id="r-pull",
+            is_untried=is_untried,
         )
         self.pipeline.process(batch, wait or DeliveryWait())
         return self.vod.confirmed
@@ -498,13 +499,16 @@ def test_what_the_journal_cannot_take_stays_with_vod_and_its_batch_mates_do_not(
     assert named(lines, "event.dead") == []
 
 
-def test_a_journal_that_cannot_be_read_delivers_and_confirms_nothing_that_is_not_stored(line, lines, monkeypatch):
+@pytest.mark.parametrize("is_untried", [False, True])
+def test_a_journal_that_cannot_be_read_delivers_and_confirms_nothing_that_is_not_stored(
+    line, lines, monkeypatch, is_untried
+):
     def unreadable(pairs):
         raise StorageError("cannot be read")
 
     monkeypatch.setattr(line.journal, "known", unreadable)
     monkeypatch.setattr(line.journal, "store", lambda letters: unreadable(()))
-    assert one(line) == []
+    assert one(line, is_untried=is_untried) == []
     assert line.sinks["a"].calls == []
     assert settled(lines) == [("leave", "journal_failed", False, {"a": "journal_failed", "b": "journal_failed"})]
 
