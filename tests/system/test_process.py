@@ -95,6 +95,7 @@ def test_commands_end_as_ever_whatever_is_closed(system, closed):
 
 @pytest.mark.parametrize("redirection", ["1>&-", "0<&- 1>&- 2>&-", "1</dev/null"])
 @pytest.mark.parametrize("command", ["run", "once"])
+@pytest.mark.long
 def test_a_stdout_sink_refuses_a_standard_output_that_takes_nothing(system, command, redirection):
     simulator = system.simulator(events=5)
     system.configure(simulator.url, sinks=STDOUT_SINK)
@@ -106,6 +107,7 @@ def test_a_stdout_sink_refuses_a_standard_output_that_takes_nothing(system, comm
 
 
 @pytest.mark.parametrize("closed", CLOSED)
+@pytest.mark.long
 def test_the_daemon_works_whatever_is_closed_and_writes_into_no_file_of_its_own(system, closed):
     simulator = system.simulator(events=20)
     system.configure(simulator.url)
@@ -154,6 +156,7 @@ def slow_python(folder, module):
 
 
 @pytest.mark.parametrize("module", ["click", "vodpoller.config.load", "vodpoller.daemon"])
+@pytest.mark.long
 def test_a_sighup_before_the_daemon_is_there_is_done_when_it_is(system, module):
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -439,6 +442,7 @@ def can_be_process_1():
 
 
 @pytest.mark.parametrize("leaves", ["sleep 0.2 &", "setsid sh -c 'sleep 0.2; exit 3' &"])
+@pytest.mark.long
 def test_a_daemon_that_is_process_1_leaves_no_zombies(system, leaves):
     if os.geteuid() != 0 or not can_be_process_1():
         cannot_run("only root can make a process number 1")
