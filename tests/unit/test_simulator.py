@@ -1125,7 +1125,7 @@ def test_a_rate_brings_events_until_its_total(run, client, tmp_path, from_file):
     stats = simulator.stats()
     assert (len(events), stats["fed"], stats["feeding"]) == (22, 22, False)
     born = [row["born"] for row in simulator.ledger()]
-    assert born[-1] - born[2] > 0.09
+    assert born[-1] - born[0] > 0.09  # the first of the rate may be late, the last may not be early
     if from_file:
         assert [event["Numbered"]["N"] for event in events[2:]] == [*range(20)]
 
