@@ -330,7 +330,8 @@ def test_lines_carry_their_priority_where_stderr_is_the_journal(system):
         log_path.touch()
         status = log_path.stat()
         daemon = system.daemon(started=False, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}")
-        until(lambda: "pull.failed" in log_path.read_text())
+        # They come from two threads, in either order.
+        until(lambda: all(event in log_path.read_text() for event in ("daemon.started", "pull.failed")))
         daemon.kill()
 
     text = log_path.read_text()

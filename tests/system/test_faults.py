@@ -573,6 +573,8 @@ def test_a_sink_that_is_slower_than_events_come_delays_no_other(system, receiver
     system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url, "timeout_secs = 5"))
     daemon = system.daemon()
     until(simulator.all_confirmed, secs=60, what=daemon.tail)
+    # On a busy machine a puller may store for the file, too, since it is needed for the next pull.
+    until(lambda: len(system.lines()) >= simulator.stats()["fed"], secs=60, what=daemon.tail)
     assert len(receiver.accepted) < simulator.stats()["fed"] / 2, "the file has all of them"
     assert_all_arrived_once(system, simulator)
     assert daemon.log("breaker.opened") == []
