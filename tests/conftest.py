@@ -30,8 +30,8 @@ settings.load_profile("quick")
 
 
 def pytest_xdist_auto_num_workers(config):
-    """For `-n auto`: tests of processes wait more than they compute."""
-    return 4 * (os.cpu_count() or 1)
+    """For `-n auto`: tests of processes wait more than they compute, but not the long ones."""
+    return (2 if config.option.markexpr == "long" else 4) * (os.cpu_count() or 1)
 
 
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
