@@ -123,12 +123,8 @@ def test_sources_whose_events_are_pushed_are_known(upkeep, journal, vod):
     journal.gate.set()
     vod.gate.set()
     assert list(upkeep.pushed) == []
-    for vod.says, known in (
-        ("PUSH", ["main"]),
-        ("PULL", []),
-        ("PUSH", ["main"]),
-        (None, []),
-    ):  # None: the key may not ask
+    cannot_ask = None  # the key lacks the right
+    for vod.says, known in (("PUSH", ["main"]), ("PULL", []), ("PUSH", ["main"]), (cannot_ask, [])):
         # What runs at this moment is not run once more, so it is told again and again.
         until(lambda known=known: (upkeep.run_all_now(), list(upkeep.pushed))[1] == known)
 
