@@ -488,7 +488,7 @@ class Repeats:
             if said_at is not None and now - said_at < self._window_secs:
                 self._said[cause] = (said_at, suppressed + 1)
                 return False
-            if len(self._said) >= REMEMBERED_CAUSES:  # some causes quote what came: there is no end of them
+            if len(self._said) >= REMEMBERED_CAUSES:  # some causes quote what came, so new ones never end
                 self._said.clear()
             self._said[cause] = (now, 0)
         if suppressed:

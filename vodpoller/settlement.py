@@ -166,7 +166,7 @@ def settle(results: Collection[SinkResult], *, on_failure: OnFailure) -> Verdict
         on_failure: What the source wants for an event that not every sink accepted.
 
     Raises:
-        ValueError: There is no result: no sink has the event, so nothing may settle it.
+        ValueError: `results` is empty: no sink has the event, so nothing may settle it.
     """
     if not results:
         raise ValueError("an event without any outcome cannot be settled")

@@ -34,7 +34,7 @@ class Consumer(RuleBasedStateMachine):
             self.folder.cleanup()
 
     @invariant()
-    def nobody_lost_or_doubled_anything(self):
+    def nothing_was_lost_or_doubled(self):
         if self.world is not None:
             self.world.check()
 
@@ -289,7 +289,7 @@ def tell(story, *, atomic, renamed, last_first, dies_after):
             step(actor)
 
         try:
-            for kind in ("Both", "Both", "File", "Plain", "Nobody"):
+            for kind in ("Both", "Both", "File", "Plain", "Unrouted"):
                 world.queue.feed(kind)
             for _ in range(2):
                 world.queue.feed_cast()
@@ -341,7 +341,7 @@ def world():
 
 @pytest.mark.parametrize("first", ["puller", "sink-plain"])
 @pytest.mark.parametrize("steps", range(12))
-def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whoever_comes_first(world, first, steps):
+def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whichever_comes_first(world, first, steps):
     world.queue.feed("Plain")
     world.pull()
     while not world.running.total():

@@ -203,7 +203,7 @@ def test_after_a_loss_of_power_what_was_confirmed_is_held_and_no_line_is_torn_or
     with folder_in_memory() as folder:
         dead_world = World(folder)
         try:
-            for kind in ("Both", "File", "Plain", "Nobody", "Both"):
+            for kind in ("Both", "File", "Plain", "Unrouted", "Both"):
                 dead_world.queue.feed(kind)
             dead_world.start()
             dead_world.stage.run()

@@ -45,7 +45,7 @@ from vodpoller.vod.answers import Pull
 from vodpoller.vod.confirmer import Confirmer
 
 LEASE_SECS = 30.0
-SINKS_OF = {"Both": ("file", "plain"), "File": ("file",), "Plain": ("plain",), "Nobody": ("",)}
+SINKS_OF = {"Both": ("file", "plain"), "File": ("file",), "Plain": ("plain",), "Unrouted": ("",)}
 # Events that are all equal, without an id of their own.
 CAST = {"EventType": "Cast", "CastEvent": {"CastId": "c", "Status": "Working"}}
 CAST_KEY = event_key(CAST, None)
@@ -488,7 +488,7 @@ class World:
         routes = [
             SimpleNamespace(name=kind, event_types=[kind], sources=None, where=None, sinks=sinks)
             for kind, sinks in SINKS_OF.items()
-            if kind != "Nobody"
+            if kind != "Unrouted"
         ] + [SimpleNamespace(name="cast", event_types=["Cast"], sources=None, where=None, sinks=("file", "plain"))]
         self.pipeline = Pipeline(
             router=Router(routes),

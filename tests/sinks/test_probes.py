@@ -215,7 +215,7 @@ def test_a_receiver_that_listens_gets_a_connection_and_no_byte():
     assert heard == [b"", None]
 
 
-def test_nobody_who_listens_is_a_problem():
+def test_an_address_where_nothing_listens_is_a_problem():
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     assert problem_of(WebhookSink, hook(f"http://127.0.0.1:{port}/?token=hunter2")) == (
@@ -228,7 +228,7 @@ def test_a_name_that_does_not_exist_is_a_problem(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    assert "nobody.example:443 cannot be found" in problem_of(WebhookSink, hook("https://nobody.example/"))
+    assert "unknown.example:443 cannot be found" in problem_of(WebhookSink, hook("https://unknown.example/"))
 
 
 def test_a_receiver_that_does_not_shake_hands_costs_no_more_than_the_time_limit():
@@ -260,7 +260,7 @@ def tls_receiver(receiver, tmp_path):
     return receiver
 
 
-def test_a_certificate_that_nobody_vouches_for_is_a_problem(tls_receiver):
+def test_a_certificate_of_an_unknown_ca_is_a_problem(tls_receiver):
     problem = problem_of(WebhookSink, hook(tls_receiver.url.replace("http:", "https:")))
     assert "cannot be trusted: self" in problem
 
@@ -289,7 +289,7 @@ def test_behind_a_proxy_only_the_proxy_is_reached(monkeypatch, url, spelled):
     assert heard == [b"", None]
 
 
-def test_a_proxy_that_nobody_runs_is_a_problem(monkeypatch):
+def test_a_proxy_that_does_not_run_is_a_problem(monkeypatch):
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("https_proxy", f"http://user:hunter2@127.0.0.1:{port}")

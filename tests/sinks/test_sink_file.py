@@ -435,7 +435,7 @@ def test_a_body_with_a_raw_newline_is_rejected(opened, path):
     assert path.read_bytes() == b""
 
 
-def test_a_torn_tail_is_cut_even_if_nobody_asked_for_recovery(opened, path):
+def test_a_torn_tail_is_cut_even_without_a_recovery(opened, path):
     path.write_bytes(line(1) + line(2)[:-3])
     opened().deliver([event(3)], 5.0)
     assert path.read_bytes() == lines(1, 3)

@@ -543,7 +543,7 @@ def test_a_name_that_does_not_exist_says_so(opened, monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    assert "nobody.example:443 cannot be found: Name or service" in str(failure_of(opened("https://nobody.example/")))
+    assert "unknown.example:443 cannot be found: Name or service" in str(failure_of(opened("https://unknown.example/")))
 
 
 def test_a_receiver_that_restarts_is_found_again(opened):
@@ -569,7 +569,7 @@ def test_plain_http_where_tls_is_expected_is_a_tls_error(opened, receiver):
     assert "failed at TLS" in str(error)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_not_accepted_and_the_remedy_is_told(opened, receiver, certificate):
+def test_a_certificate_of_an_unknown_ca_is_not_accepted_and_the_remedy_is_told(opened, receiver, certificate):
     error = failure_of(opened(certificate.serve(receiver)))
     assert "cannot be trusted: self" in str(error)
     assert "in ca_file" in str(error)

@@ -331,7 +331,7 @@ def test_a_reload_that_does_not_help_says_again_what_is_wrong(system):
     daemon.await_log("pull.failed", number=2, secs=3)
 
 
-def test_an_endpoint_that_nobody_listens_at_is_said_and_tried_seldom_until_somebody_does(system):
+def test_an_endpoint_where_nothing_listens_is_said_and_tried_seldom_until_something_does(system):
     with HeldPort() as port:
         system.configure(port.url, more='[log]\nlevel = "debug"')
         daemon = system.daemon()

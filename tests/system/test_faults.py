@@ -795,7 +795,7 @@ def test_a_journal_that_may_not_be_written_is_said_at_the_start(system, what):
 @pytest.mark.parametrize("damage", ["no database", "a page", "cut"])
 def test_a_corrupt_journal_is_refused_with_the_way_out(system, damage):
     simulator = system.simulator(events=50, poll_secs=0.3)
-    system.configure(simulator.url, sinks=hook_sink("http://127.0.0.1:9/nobody"))
+    system.configure(simulator.url, sinks=hook_sink("http://127.0.0.1:9/nothing"))
     daemon = system.daemon()
     until(simulator.all_confirmed)
     assert daemon.terminate()[0] == 0

@@ -154,7 +154,7 @@ def test_killed_at_each_step_of_a_rotation_an_event_is_there_once(system, failpo
 
 def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_is_in_the_file_once(system):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
-    dead = '[sinks.hook]\ntype = "webhook"\nurl = "http://127.0.0.1:9/nobody"\nbreaker_failures = 1\n'
+    dead = '[sinks.hook]\ntype = "webhook"\nurl = "http://127.0.0.1:9/nothing"\nbreaker_failures = 1\n'
     system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + dead)
     for number, failpoint in enumerate(["store:before:1", "store:after:2"]):
         simulator.feed(*bodies(30, first=30 * number))

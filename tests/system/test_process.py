@@ -221,7 +221,7 @@ def test_ctrl_c_prints_no_traceback(system, args, module):
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 @pytest.mark.long
-def test_a_log_that_nobody_reads_holds_neither_events_nor_the_end(system, kind):
+def test_a_log_without_a_reader_holds_neither_events_nor_the_end(system, kind):
     simulator = system.simulator(rate=400, feed=1500)
     system.configure(simulator.url, more="[daemon]\nshutdown_secs = 8")
     if kind == "pipe":

@@ -177,7 +177,7 @@ def test_a_named_user_s_tilde_is_that_user_s_home_folder(tmp_path):
         ("$HOME/x", 'has a "$" that no variable follows (write ${HOME};'),
         ("/srv/$${x/$1", 'has a "$" that no variable follows (write ${NAME};'),
         ("/srv/x$", 'has a "$" that no variable follows (write ${NAME};'),
-        ("~nobody-of-this-name/x", 'begins with a ~, but there is no user "nobody-of-this-name" (write'),
+        ("~no-such-user/x", 'begins with a ~, but there is no user "no-such-user" (write'),
     ],
 )
 def test_a_dollar_or_tilde_that_means_nothing_in_a_path_is_an_error(key, place, path, says, tmp_path):
@@ -708,7 +708,7 @@ def test_two_sinks_may_have_tables_in_one_database(tmp_path):
     assert files_of_sinks(loaded) == [Path("/var/lib/vodpoller/events.jsonl")]
 
 
-def test_a_sink_type_that_nobody_configured_is_not_loaded(tmp_path, monkeypatch):
+def test_a_sink_type_that_is_not_configured_is_not_loaded(tmp_path, monkeypatch):
     point = EntryPoint(name="odd", value="vodpoller_no_such_module:Sink", group="vodpoller.sinks")
     monkeypatch.setattr(validation, "available_sinks", lambda: {**available_sinks(), "odd": point})
     assert set(load(VALID, tmp_path).sinks) == {"archive"}

@@ -265,7 +265,7 @@ def test_a_partial_failure_that_names_no_event_of_the_call_accepts_nothing(bench
 
 
 @pytest.mark.parametrize("error", [TypeError("a bug"), MemoryError()])
-def test_an_error_that_nobody_foresaw_is_transient_and_the_worker_goes_on(bench, lines, error):
+def test_an_unforeseen_error_is_transient_and_the_worker_goes_on(bench, lines, error):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(error)
     assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]

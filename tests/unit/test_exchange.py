@@ -329,7 +329,7 @@ def test_what_is_not_an_answer_is_told_as_requests_tells_it(adapter_of, data, ki
         of_a_kind(kind, adapter_of(), prepared(url), said)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_an_ssl_error(adapter_of, certificate):
+def test_a_certificate_of_an_unknown_ca_is_an_ssl_error(adapter_of, certificate):
     with running_receiver() as receiver:
         request = prepared(certificate.serve(receiver))
         of_a_kind(requests.exceptions.SSLError, adapter_of(), request, "cannot be trusted")

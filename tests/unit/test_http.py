@@ -154,7 +154,7 @@ def entry(address, port):
     ],
     ids=["status", "header", "headers", "continue", "body", "chunks", "trailers", "no length", "deaf", "slow"],
 )
-def test_whoever_goes_on_slowly_forever_costs_no_more_than_the_time_limit(adapter_of, serve):
+def test_a_server_that_goes_on_slowly_forever_costs_no_more_than_the_time_limit(adapter_of, serve):
     with raw_server(serve) as url:
         body = b"x" * 20_000_000 if serve in (never_reads, reads_slowly) else b""
         assert failure_of(adapter_of(), url, body=body) == "did not answer within 0.3 s"
@@ -264,12 +264,12 @@ def test_a_name_that_does_not_exist_is_told(adapter_of):
     def resolve(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    said = failure_of(adapter_of(resolve=resolve), "http://nobody.example/")
+    said = failure_of(adapter_of(resolve=resolve), "http://unknown.example/")
     assert said == "cannot be found: Name or service not known (is the name right, does DNS work?)"
 
 
 def test_a_name_without_an_address_is_told(adapter_of):
-    said = failure_of(adapter_of(resolve=lambda *args, **kwargs: []), "http://nobody.example/")
+    said = failure_of(adapter_of(resolve=lambda *args, **kwargs: []), "http://unknown.example/")
     assert said == "cannot be reached: it has no address"
 
 

@@ -282,7 +282,7 @@ def test_a_file_system_without_locks_is_not_told_as_a_second_daemon(opened, monk
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_nobody_else_may_read_what_the_journal_makes(path, log, umask):
+def test_no_other_user_may_read_what_the_journal_makes(path, log, umask):
     before = os.umask(umask)
     try:
         with closing(SqliteJournal(path, max_bytes=10**6, ledger_days=1, telemetry=Telemetry(log))) as journal:
@@ -541,7 +541,7 @@ def test_a_journal_that_was_replaced_takes_nothing(journal, path):
 # --- group commit -----------------------------------------------------------------------------------------------------
 
 
-def test_nobody_believes_that_his_row_was_written_when_the_writing_thread_was_ended(journal):
+def test_no_writer_takes_its_row_for_written_when_the_writing_thread_was_ended(journal):
     def end(db):
         raise SystemExit
 
@@ -589,7 +589,7 @@ def test_a_write_that_fails_takes_no_other_of_its_group_along(journal, path):
     assert rows(path, "SELECT count(*) FROM letters") == [(11,)]
 
 
-def test_nobody_believes_that_his_row_was_written_when_another_had_a_bug(journal, path):
+def test_no_writer_takes_its_row_for_written_when_another_had_a_bug(journal, path):
     def buggy(db):
         raise OverflowError("a bug")
 

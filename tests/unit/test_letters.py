@@ -469,7 +469,7 @@ def test_a_reader_that_pauses_does_not_keep_the_wal_from_being_cut(journal, lett
     assert len(list(reading)) == 2 * CHUNK_ROWS - 1
 
 
-def test_a_slow_reader_holds_nobody_up_and_misses_nothing_that_stays(journal, letters):
+def test_a_slow_reader_holds_nothing_up_and_misses_nothing_that_stays(journal, letters):
     journal.store([letter(n, dead=n != 2 * CHUNK_ROWS - 1) for n in range(2 * CHUNK_ROWS)])
 
     reading = letters.stored(Filter())
@@ -630,7 +630,7 @@ def test_stored_events_move_to_another_sink(journal, letters, path, wall, dead):
         )
 
 
-def test_what_no_route_took_and_nobody_can_read_moves_as_far_as_it_can(journal, letters):
+def test_what_no_route_took_and_cannot_be_read_moves_as_far_as_it_can(journal, letters):
     broken = replace(event(9), body=b'{"EventType')
     journal.store(
         [

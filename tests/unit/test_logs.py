@@ -443,7 +443,7 @@ def fill(log, number, size):
 
 
 @pytest.mark.parametrize("size", [300, 9000])
-def test_where_nobody_reads_a_line_waits_once_then_lines_are_dropped_at_once(unread, size):
+def test_without_a_reader_a_line_waits_once_then_lines_are_dropped_at_once(unread, size):
     log, reading, _ = unread
     took = fill(log, 1500, size)
     slow = [secs for secs in took if secs > 0.5]

@@ -345,7 +345,7 @@ def test_a_wait_that_a_sink_asked_for_is_stored_with_the_event(line):
     assert line.rows("SELECT due_at - stored_at FROM letters") == [(600.0,)]
 
 
-def test_an_error_that_nobody_foresaw_leaves_no_pair_on_its_way_for_ever(line, monkeypatch):
+def test_an_unforeseen_error_leaves_no_pair_on_its_way_for_ever(line, monkeypatch):
     def broken(deliveries):
         raise RuntimeError("a bug")
 
@@ -656,7 +656,7 @@ def test_a_handle_that_is_refused_after_a_lost_answer_is_said_to_be_so(line, lin
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
-def test_an_error_that_nobody_foresaw_leaves_no_event_without_its_line(line, lines, monkeypatch, error):
+def test_an_unforeseen_error_leaves_no_event_without_its_line(line, lines, monkeypatch, error):
     def broken(letters):
         raise error
 

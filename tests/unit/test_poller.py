@@ -402,7 +402,7 @@ def test_retry_after_is_honoured(bench):
     assert all(later - earlier >= 50.0 for earlier, later in pairwise(after))
 
 
-def test_an_error_that_nobody_foresaw_in_a_pull_is_backed_off_from_and_logged_with_its_cause(bench, lines):
+def test_an_unforeseen_error_in_a_pull_is_backed_off_from_and_logged_with_its_cause(bench, lines):
     error = ValueError("a bug")
     poller, after = failing(bench, error, number=5)
     assert sum(at < 8.0 for at in after) <= 5

@@ -32,7 +32,7 @@ def silent(listening):
     return True
 
 
-@pytest.mark.parametrize("address", ["", "/nonexistent/socket", "@nobody-listens-here", "/" + "x" * 300])
+@pytest.mark.parametrize("address", ["", "/nonexistent/socket", "@nothing-listens-here", "/" + "x" * 300])
 def test_a_manager_that_does_not_listen_is_no_reason_to_fail(address):
     notifier = Notifier(address)
     notifier.ready()

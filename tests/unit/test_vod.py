@@ -988,7 +988,7 @@ def test_cookies_are_not_kept(client_of):
     assert all("cookie" not in headers for _, headers, _ in server.requests)
 
 
-def test_nobody_listening_is_transient(client_of):
+def test_a_refused_connection_is_transient(client_of):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(TransientError, match="refused"):

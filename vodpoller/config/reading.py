@@ -131,6 +131,6 @@ def _home_of(user: str) -> str:
     """The home folder of a user; an empty name means the user that runs this process.
 
     Raises:
-        KeyError: There is no such user.
+        KeyError: This user does not exist.
     """
     return (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir

@@ -20,7 +20,7 @@ class Environment:
 
     Args:
         proxy: The proxy by which the address is reached; empty if there is none.
-        problem: Why no call can be made; empty if there is no reason.
+        problem: Why no call can be made; empty if one can.
     """
 
     proxy: str

@@ -63,7 +63,7 @@ def exchange(route: Route, request: PreparedRequest, connect: Deadline, whole: D
 
     Raises:
         ValueError: The request holds a character that cannot be sent.
-        urllib3.exceptions.HTTPError: There is no answer.
+        urllib3.exceptions.HTTPError: No answer came.
         http.client.HTTPException: The same.
         OSError: The same.
     """

@@ -150,7 +150,7 @@ def insert_letters(
         max_bytes: What all stored events may take.
 
     Returns:
-        What there is no room for, and is not held by the journal already.
+        What does not fit, and is not held by the journal already.
     """
     room = max_bytes - letters_bytes(db)
     dead_room = max_bytes // 2 - dead_bytes(db)

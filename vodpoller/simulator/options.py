@@ -93,7 +93,7 @@ class SimulatorOptions:
             confirms the other handles ("per_handle"). Tencent does not document which.
         sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
         mode: What `DescribeEventConfig` says of the application: "PULL", reliable callbacks; or "PUSH", normal ones.
-            While it is "PUSH" pulls bring nothing, and events that are born are pushed, or wait if there is no `push`.
+            While it is "PUSH" pulls bring nothing, and events that are born are pushed, or wait without `push`.
             None: "PUSH" if there is `push`, else "PULL".
         push: The URL to which events are posted, each as it is and on a connection of its own, as many at once as there
             are. None for none.

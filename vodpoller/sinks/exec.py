@@ -123,7 +123,7 @@ class ExecSink(Sink[ExecConfig]):
         environ: The environment that a few variables are inherited from; None for that of this process.
 
     Raises:
-        ConfigError: There is no such program or folder.
+        ConfigError: The program or the folder does not exist.
     """
 
     Config = ExecConfig

@@ -185,7 +185,7 @@ class Refresher:
             issued = self._issuer()
         except VodpollerError as error:
             self._failed(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, there is no new key
+        except Exception as error:  # noqa: BLE001 - whatever it is, no new key came
             self._failed(TransientError(f"unforeseen error: {type(error).__name__}"))  # its text may quote the key
         else:
             if self._stopping:

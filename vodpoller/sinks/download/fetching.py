@@ -105,7 +105,7 @@ class Fetcher:
 
         Raises:
             RejectedError: Such a URL, host or address is not asked.
-            TransientError: There is no answer.
+            TransientError: No answer came.
         """
         for _ in range(1 + _REDIRECTS):
             request = self._request(url)
@@ -160,7 +160,7 @@ class Fetcher:
         """Look at the head of the answer.
 
         Raises:
-            RejectedError: It says that there is no image that can be taken.
+            RejectedError: It says that the image cannot be had.
             TransientError: It says that there is none now.
         """
         status = response.status_code

@@ -28,7 +28,7 @@ def connect(dsn: str, *, secs: float) -> "PsycopgSession":
         secs: Seconds that all hosts together may take.
 
     Raises:
-        DatabaseError: There is no connection.
+        DatabaseError: It cannot connect.
     """
     with _translated():
         return PsycopgSession(psycopg.connect(_conninfo(dsn, secs), autocommit=True, prepare_threshold=None))

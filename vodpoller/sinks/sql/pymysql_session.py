@@ -44,7 +44,7 @@ def connect(address: MysqlAddress, *, secs: float, timeout_secs: float) -> "Pymy
         timeout_secs: After which the server itself is to give up waiting for a lock, and the driver for an answer.
 
     Raises:
-        DatabaseError: There is no connection.
+        DatabaseError: It cannot connect.
     """
     locked_secs = max(int(timeout_secs), 1)
     with _translated():

@@ -48,7 +48,7 @@ def standard_signature(secret: str, *, message_id: str, timestamp: str, body: by
     """The value of the header `webhook-signature`.
 
     Args:
-        secret: One in which there is no problem.
+        secret: One without a problem.
         message_id: The value of `webhook-id`.
         timestamp: The value of `webhook-timestamp`.
         body: The request's body.
@@ -61,7 +61,7 @@ def dingtalk_query(secret: str, now: float) -> str:
     """What DingTalk wants at the end of the URL's query.
 
     Args:
-        secret: One in which there is no problem.
+        secret: One without a problem.
         now: Unix time, in seconds.
     """
     timestamp = str(int(now * 1000))
@@ -73,7 +73,7 @@ def feishu_members(secret: str, now: float) -> dict[str, str]:
     """What Feishu wants in the body: members of the message.
 
     Args:
-        secret: One in which there is no problem.
+        secret: One without a problem.
         now: Unix time, in seconds.
     """
     timestamp = str(int(now))
