@@ -9,13 +9,13 @@ BOUND = re.compile(r"(?P<name>[\w.-]+)\s*(\[[^]]*\])?\s*>=\s*(?P<version>[\w.]+)
 
 
 def lowest(requirement: str) -> str:
-    """The constraint that stands for a requirement's lower bound.
+    """The constraint for a requirement's lower bound.
 
     Args:
-        requirement: As in `project.dependencies`, such as "requests>=2.32.3,<3".
+        requirement: An entry of `project.dependencies`, such as "requests>=2.32.3,<3".
 
     Raises:
-        ValueError: It has no lower bound, or one that is not written in first place.
+        ValueError: It does not begin with a lower bound.
     """
     found = BOUND.fullmatch(requirement)
     if found is None:
