@@ -78,7 +78,7 @@ def test_equal_event_after_a_confirmed_lease_is_new_during_the_call(tmp_path, lo
         until(lambda: vod.callers == {"first", "others"})
         vod.may_send.set()
         until(lambda: len(vod.calls) == 3)
-        assert "first" in vod.calls[1]  # VOD confirmed it, so it no longer holds this event
+        assert "first" in vod.calls[1]  # VOD accepted its confirm and no longer holds the event
         over_at = time.monotonic() + LEASE_SECS
         until(lambda: time.monotonic() >= over_at)
 

@@ -1,4 +1,4 @@
-"""Unknown and failing clients of the callback server: what they use is bounded, they are counted, and log few lines."""
+"""Unknown and failing clients of the callback server: bounded and counted, with few log lines."""
 
 import errno
 import os
