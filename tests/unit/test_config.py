@@ -806,15 +806,12 @@ def test_commands_that_do_not_call_vod_need_neither_key_nor_role(tmp_path):
     (tmp_path / "config.toml").write_text(text)
     loaded = config.load(tmp_path / "config.toml", env={}, needs_key=False)
     assert loaded.sources
-    assert loaded.role is None  # otherwise the missing key and role_arn would be problems
+    assert loaded.role is None  # otherwise a key of the role would be requested
     (tmp_path / "config.toml").write_text(VALID + ASSUME_ROLE)
     assert config.load(tmp_path / "config.toml", env={}, needs_key=False).role is None
     (tmp_path / "config.toml").write_text(text)
     loaded = config.load(tmp_path / "config.toml", env=ENV, needs_key=False)
-    assert (loaded.role, loaded.credentials().secret_id) == (
-        None,
-        "",
-    )  # nor is the lasting key used instead of the role's
+    assert (loaded.role, loaded.credentials().secret_id) == (None, "")  # the lasting key is not used in its place
 
 
 def test_a_reload_keeps_the_temporary_key_of_the_same_role_only(tmp_path):

@@ -210,8 +210,6 @@ def test_a_sign_key_in_a_file_that_all_may_read_is_a_warning(tmp_path):
 def test_the_schema_has_the_keys_of_each_type():
     schema = json_schema()
     items = schema["properties"]["sources"]["items"]
-    keys = {
-        name: set(schema["$defs"][items[name]["$ref"].rpartition("/")[2]]["properties"]) for name in ("then", "else")
-    }
+    keys = {way: set(schema["$defs"][items[way]["$ref"].rpartition("/")[2]]["properties"]) for way in ("then", "else")}
     assert keys["then"] == set(CallbackSource.model_fields)
     assert keys["else"] == set(Source.model_fields)

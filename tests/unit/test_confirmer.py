@@ -755,7 +755,7 @@ def test_an_error_in_waiting_for_a_slot_affects_one_puller_only(pullers, lines, 
 
 
 class Lateness:
-    """A context manager: measures how late this machine resumes a thread at worst, which bounds on real time allow."""
+    """A context manager: measures the worst delay with which this machine resumes a thread, for bounds on real time."""
 
     def __enter__(self):
         self.worst_secs = 0.0

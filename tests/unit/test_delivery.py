@@ -618,7 +618,7 @@ def test_queued_events_that_cannot_wait_for_a_pauses_end_are_stored(bench):
 
 
 class Robot:
-    """A receiver that accepts 20 messages per minute, and when they arrived by a fake clock."""
+    """A receiver that accepts 20 messages per minute; records by a fake clock when they arrive."""
 
     def __init__(self, bench):
         self.bench = bench
@@ -660,7 +660,7 @@ def test_20_per_minute_are_never_exceeded_in_5_minutes_with_a_restart(bench, rob
         number += 2
         # The first arrives 4 s after the start (1 s, the time limit of a call, and 3 s), then one every 3 s.
         of_this_run = int(robot.clock() - robot.started_at - 1) // 3
-        # The next turn counts from a call's end, and the result comes after that: then the clock may go on.
+        # A call's end counts for the limit, and the result is set after it: the clock must not advance before.
         until(lambda due=of_this_run: sum(delivery.result is not None for delivery in sent) == due)
     assert len(robot.arrived_at) == 99
     assert max(sum(at <= other < at + 60 for other in robot.arrived_at) for at in robot.arrived_at) == 20
@@ -821,7 +821,7 @@ def test_nothing_stays_in_flight_if_the_ledger_fails(bench, error):
 def test_a_requeued_event_belongs_to_the_thread_that_takes_it(bench, monkeypatch):
     worker = bench.worker(MemorySink(concurrency=2, batch_events=2))
     hold_first(bench, worker)
-    give_back, slow = worker._give_back, [True]  # noqa: SLF001 - no seam lies between these two steps
+    give_back, slow = worker._give_back, [True]  # noqa: SLF001 - there is no public seam between these two steps
 
     def late(taken):
         if slow and len(taken) == 2:  # the thread that had the batch waits until another has its events

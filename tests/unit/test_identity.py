@@ -110,9 +110,7 @@ def test_the_oldest_are_taken_first_and_further_events_are_new(scene):
 def test_the_occurrence_whose_lease_ended_first_is_taken(scene):
     first, second = scene.bring(1, sent=100), scene.bring(1, sent=101)
     assert scene.bring(1, sent=130, answered=131) == first
-    assert scene.bring(1, sent=165) == second, (
-        "an empty answer could prove the second gone while the first is still to come"
-    )
+    assert scene.bring(1, sent=165) == second, "an empty answer could prove it gone while the first is still to come"
 
 
 def test_an_acknowledged_occurrence_never_comes_again(scene):
@@ -170,7 +168,7 @@ def test_an_empty_answer_soon_after_the_start_proves_nothing(scene, sent, proves
 
 @pytest.mark.parametrize(("lost", "sent", "proves"), [(150, 179.9, False), (150, 180.0, True), (141, 174.9, False)])
 def test_an_empty_answer_soon_after_a_lost_one_proves_nothing(scene, lost, sent, proves):
-    """VOD may hold a pull whose connection broke for 5 s, and hand out events to it in that time."""
+    """VOD may go on holding a pull whose connection broke, until its 5 s are over, and hand out events to it."""
     old = scene.bring(1, sent=100, answered=101)
     scene.lose(sent=140, lost=lost)
     scene.empty(sent=sent)
