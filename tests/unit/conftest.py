@@ -5,7 +5,7 @@ from vodpoller.httpclient.transport import DeadlineAdapter
 
 @pytest.fixture
 def adapter_of():
-    """Makes what sends requests, and closes it."""
+    """A function that makes a `DeadlineAdapter`; each is closed after the test."""
     adapters = []
 
     def make(**more):

@@ -1,4 +1,4 @@
-"""The journal hears of an acknowledgement at once, also if the call that brought it goes on with other handles."""
+"""An acknowledgement counts for the next answer at once, even while its confirm call goes on with other handles."""
 
 import threading
 import time
@@ -22,15 +22,15 @@ DELETED = {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["528589
 
 
 class Vod:
-    """Refuses a full set, since some handle is stale, takes its first half, and hangs with the second."""
+    """Refuses a full set because one handle is stale, accepts its first half, and hangs with the second half."""
 
     def __init__(self):
-        self.asked = set()
+        self.callers = set()
         self.may_send, self.released = threading.Event(), threading.Event()
         self.calls = []
 
     def await_confirm_slot(self, timeout_secs):
-        self.asked.add(threading.current_thread().name)
+        self.callers.add(threading.current_thread().name)
         (self.may_send if threading.current_thread().name == "first" else self.released).wait(10)
         return True
 
@@ -44,7 +44,7 @@ class Vod:
 
 
 @pytest.mark.parametrize("content", [CAST, DELETED])
-def test_while_the_call_goes_on_an_equal_event_after_the_lease_of_one_it_confirmed_is_another(tmp_path, log, content):
+def test_equal_event_after_a_confirmed_lease_is_new_during_the_call(tmp_path, log, content):
     line = Line(tmp_path, log, sinks=("a",))
     vod = Vod()
     pipeline = Pipeline(
@@ -72,13 +72,13 @@ def test_while_the_call_goes_on_an_equal_event_after_the_lease_of_one_it_confirm
     equal = make_event(content, source="main", sub_app_id=None)
     try:
         process("first", [("first", equal)], LEASE_SECS)
-        until(lambda: vod.asked == {"first"})
-        # As many as need two calls together with the first: that shows when they are in the queue.
+        until(lambda: vod.callers == {"first"})
+        # With "first" these are 17 handles, which need two calls: a second caller shows that they are in the queue.
         process("others", [(f"h{number}", event(number)) for number in range(16)], 30.0)
-        until(lambda: vod.asked == {"first", "others"})
+        until(lambda: vod.callers == {"first", "others"})
         vod.may_send.set()
         until(lambda: len(vod.calls) == 3)
-        assert "first" in vod.calls[1]  # VOD does not have it any more
+        assert "first" in vod.calls[1]  # VOD accepted its confirm and no longer holds the event
         over_at = time.monotonic() + LEASE_SECS
         until(lambda: time.monotonic() >= over_at)
 

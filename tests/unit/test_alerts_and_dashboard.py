@@ -1,4 +1,4 @@
-"""The alerts and the dashboard of `vodpoller.examples`: they use nothing that is not there."""
+"""The alerts and the dashboard of `vodpoller.examples`: they use only metrics and labels that exist."""
 
 import json
 import re
@@ -21,7 +21,7 @@ RULES_TEST = Path(__file__).parents[1] / "data" / "alerts-test.yml"
 
 @pytest.fixture(scope="module")
 def samples():
-    """By the name of each sample of `/metrics`, the labels that it has."""
+    """The labels of each sample of `/metrics`, by the sample's name."""
     shown = Shown(clock_offset_secs=0.0)
     shown.change(
         stored=[StoredStatus(sink="hook", state="pending", events=1, oldest_at=NOW)],
@@ -44,7 +44,7 @@ def expressions(path):
 
 
 @pytest.mark.parametrize(("path", "number"), [(ALERTS, 10), (DASHBOARD, 30)], ids=["alerts", "dashboard"])
-def test_each_metric_and_label_that_is_used_is_there(samples, path, number):
+def test_each_metric_and_label_that_is_used_exists(samples, path, number):
     found = expressions(path)
     assert len(found) >= number
     for expression in found:
@@ -57,7 +57,7 @@ def test_each_metric_and_label_that_is_used_is_there(samples, path, number):
         assert {*grouped, *matched} - {""} <= known, expression
 
 
-def test_the_legends_of_the_dashboard_name_labels_there_are(samples):
+def test_the_legends_of_the_dashboard_name_labels_that_exist(samples):
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel["targets"]:
             names = re.findall(r"\b((?:vodpoller|process)_\w+)", target["expr"])
@@ -76,7 +76,7 @@ def test_the_panels_of_the_dashboard_do_not_overlap():
 
 
 @pytest.mark.system
-def test_prometheus_takes_the_alerts():
+def test_prometheus_accepts_the_alerts():
     needs("promtool")
     done = subprocess.run(["promtool", "check", "rules", ALERTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

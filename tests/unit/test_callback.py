@@ -1,4 +1,4 @@
-"""Callbacks from the socket to the sinks and back."""
+"""Received callbacks: from the socket to the sinks, and the answer."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def settled(lines, number=1):
 # --- answered, and not answered ---------------------------------------------------------------------------------------
 
 
-def test_what_can_be_stored_nowhere_is_not_answered(receiving, lines, monkeypatch, quick):
+def test_an_event_that_cannot_be_stored_is_not_answered(receiving, lines, monkeypatch, quick):
     receiving.start()
     receiving.sink.fail_always(RejectedError("never"))
     monkeypatch.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
@@ -48,7 +48,7 @@ def test_what_can_be_stored_nowhere_is_not_answered(receiving, lines, monkeypatc
     until(lambda: receiving.counted("unanswered") == 1)
 
 
-def test_what_was_tried_again_after_room_was_made_is_there(receiving, monkeypatch, quick):
+def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, monkeypatch, quick):
     receiving.start()
     receiving.sink.fail_always(RejectedError("never"))
     with monkeypatch.context() as full:
@@ -95,7 +95,7 @@ def raise_(error):
 
 
 def reason_of(receiving, lines, content=None):
-    """The settlement and reason of the next event, and its answer: which comes before its line is written."""
+    """Push an event; return its answer, settlement and reason. Its line is written only after the answer."""
     before = len(named(lines, "event.settled"))
     answer = receiving.push(body() if content is None else content)
     line = settled(lines, before + 1)[-1]
@@ -134,14 +134,14 @@ def test_what_no_route_takes_is_dropped_if_so_configured(receiving, lines):
     assert reason_of(receiving, lines, {"EventType": "Unknown"}) == (OK, "confirm", "no_route")
 
 
-def test_a_failing_sink_has_the_event_stored_before_the_answer(receiving, lines):
+def test_an_event_for_a_failing_sink_is_stored_before_the_answer(receiving, lines):
     receiving.start()
     receiving.sink.fail_always(TransientError("away"))
     assert reason_of(receiving, lines) == (OK, "store", "sink_failed")
     assert receiving.journal.counts() == {("archive", "pending"): 1}
 
 
-def test_a_sink_that_is_down_has_the_event_stored_at_once(tmp_path, log, lines):
+def test_an_event_for_a_sink_that_is_down_is_stored_at_once(tmp_path, log, lines):
     made = Receiving(tmp_path, log, breaker_failures=1)
     with closing(made.start()) as receiving:
         receiving.sink.fail_always(TransientError("away"))
@@ -149,21 +149,21 @@ def test_a_sink_that_is_down_has_the_event_stored_at_once(tmp_path, log, lines):
         assert reason_of(receiving, lines, body(2)) == (OK, "store", "sink_down")
 
 
-def test_a_sink_that_asked_for_a_pause_has_the_event_stored(receiving, lines):
+def test_an_event_for_a_sink_in_a_pause_is_stored(receiving, lines):
     receiving.start()
     receiving.sink.fail_always(TransientError("busy", retry_after_secs=60))
     assert reason_of(receiving, lines, body(1)) == (OK, "store", "sink_failed")
     assert reason_of(receiving, lines, body(2)) == (OK, "store", "sink_paused")
 
 
-def test_a_sink_that_does_not_come_back_in_time_has_the_event_stored(receiving, lines):
+def test_an_event_is_stored_if_its_sink_is_not_done_in_time(receiving, lines):
     receiving.start()
     receiving.sink.gate.clear()
     assert reason_of(receiving, lines) == (OK, "store", "out_of_time")
     assert named(lines, "event.settled")[0]["duration_secs"] >= 3.4
 
 
-def test_a_sink_whose_queue_is_full_has_the_event_stored(tmp_path, log, lines):
+def test_an_event_for_a_sink_whose_queue_is_full_is_stored(tmp_path, log, lines):
     made = Receiving(tmp_path, log, queue_max_events=1)
     with closing(made.start()) as receiving:
         receiving.sink.gate.clear()
@@ -178,7 +178,7 @@ def test_a_sink_whose_queue_is_full_has_the_event_stored(tmp_path, log, lines):
             thread.join()
 
 
-def test_a_stop_that_is_out_of_time_has_the_event_stored(receiving, lines):
+def test_an_event_is_stored_if_a_stop_runs_out_of_time(receiving, lines):
     receiving.start()
     receiving.sink.gate.clear()
     answers = []
@@ -199,7 +199,7 @@ def test_a_journal_without_room_leaves_the_event(tmp_path, log, lines, quick):
         assert reason_of(receiving, lines) == (None, "leave", "journal_full")
 
 
-def test_what_cannot_be_read_although_it_looks_like_an_event_is_kept(receiving, lines):
+def test_an_unreadable_body_that_looks_like_an_event_is_stored(receiving, lines):
     receiving.start()
     assert reason_of(receiving, lines, '{"EventType": "NewFileUpload", "FileUploadEvent": {') == (
         OK,
@@ -208,7 +208,7 @@ def test_what_cannot_be_read_although_it_looks_like_an_event_is_kept(receiving, 
     )
 
 
-def test_the_old_format_is_kept_and_named_with_its_remedy(receiving, lines):
+def test_the_old_format_is_stored_and_logged_with_its_remedy(receiving, lines):
     receiving.start()
     old = {"version": "4.0", "eventType": "ClipComplete", "data": {"status": 0}}
     assert reason_of(receiving, lines, old) == (OK, "store", "malformed")
@@ -221,11 +221,11 @@ def test_the_old_format_is_kept_and_named_with_its_remedy(receiving, lines):
 
 @pytest.fixture
 def together(receiving, monkeypatch):
-    """What comes while a first callback is at its sink waits; `push` lets it go on and tells the answers."""
+    """Callbacks that arrive while the first is at its sink wait; `push` then lets it go on and returns all answers."""
     monkeypatch.setattr(receiver, "BATCHES_AT_ONCE", 1)
     monkeypatch.setattr(receiver, "LINGER_SECS", 60.0)
 
-    def come():
+    def arrived():
         return receiving.receiver.status()[0].callbacks_in_flight + receiving.counted("unanswered")
 
     def push(contents):
@@ -236,26 +236,26 @@ def together(receiving, monkeypatch):
             later = []
             for content in contents:  # in this order
                 later.append(threads.submit(receiving.push, content))
-                until(lambda: come() == 1 + len(later))
+                until(lambda: arrived() == 1 + len(later))
             receiving.sink.gate.set()
             return [answer.result() for answer in (first, *later)]
 
     return push
 
 
-def test_those_that_wait_ask_the_journal_once(receiving, together, lines, monkeypatch):
+def test_waiting_callbacks_query_the_journal_once(receiving, together, lines, monkeypatch):
     receiving.start()
-    asked = []
+    queries = []
     known = receiving.journal.known
-    monkeypatch.setattr(receiving.journal, "known", lambda pairs: known(asked.append(list(pairs)) or asked[-1]))
+    monkeypatch.setattr(receiving.journal, "known", lambda pairs: known(queries.append(list(pairs)) or queries[-1]))
     assert together([body(1), body(2), body(3)]) == [OK] * 4
-    assert [len(pairs) for pairs in asked] == [1, 3]
+    assert [len(pairs) for pairs in queries] == [1, 3]
     assert {line["reason"] for line in settled(lines, 4)} == {"delivered"}
     assert len(set(receiving.sink.accepted)) == 4
     until(lambda: receiving.counted("accepted") == 4)
 
 
-def test_one_that_is_refused_harms_none_that_waits_beside_it(receiving, together, lines):
+def test_a_refused_callback_affects_no_other_that_waits(receiving, together, lines):
     receiving.start()
     old = {"version": "4.0", "eventType": "NewFileUpload", "data": {}}
     answers = together([body(1), b"\xff", old, body(2)])
@@ -271,7 +271,7 @@ def test_an_event_that_waits_twice_reaches_its_sink_once(receiving, together):
     assert len(receiving.sink.accepted) == 2
 
 
-def test_what_fails_while_it_is_read_harms_none_that_waits_beside_it(receiving, together, lines, monkeypatch, quick):
+def test_an_error_in_reading_one_callback_affects_no_other(receiving, together, lines, monkeypatch, quick):
     receiving.start()
     read = receiver.read_callback
 
@@ -286,21 +286,21 @@ def test_what_fails_while_it_is_read_harms_none_that_waits_beside_it(receiving, 
     assert named(lines, "callback.failed")
 
 
-def test_the_newest_of_those_that_wait_come_first(receiving, together, lines, monkeypatch):
+def test_the_newest_waiting_callback_is_processed_first(receiving, together, lines, monkeypatch):
     monkeypatch.setattr(receiver, "EVENTS_MAX", 1)
     receiving.start()
     assert together([body(1), body(2), body(3)]) == [OK] * 4
     assert [line["file_id"] for line in settled(lines, 4)] == ["0", "3", "2", "1"]
 
 
-def test_the_oldest_of_too_many_that_wait_is_not_answered(receiving, together, monkeypatch, quick):
+def test_if_too_many_callbacks_wait_the_oldest_is_not_answered(receiving, together, monkeypatch, quick):
     monkeypatch.setattr(receiver, "WAITING_MAX", 2)
     receiving.start()
     assert together([body(1), body(2), body(3)]) == [OK, None, OK, OK]
     assert receiving.counted("unanswered") == 1
 
 
-def test_without_threads_requests_wait_for_the_next_one(receiving, monkeypatch, quick):
+def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monkeypatch, quick):
     receiving.start()
     start = threading.Thread.start
 
@@ -317,7 +317,7 @@ def test_without_threads_requests_wait_for_the_next_one(receiving, monkeypatch, 
     until(lambda: not receiving.receiver.status()[0].callbacks_in_flight)
 
 
-# --- more than sinks are tried for ------------------------------------------------------------------------------------
+# --- beyond the maximum of events or connections ----------------------------------------------------------------------
 
 
 def test_beyond_the_maximum_no_sink_is_tried_and_the_event_is_stored(receiving, lines):
@@ -334,7 +334,7 @@ def test_beyond_the_maximum_no_sink_is_tried_and_the_event_is_stored(receiving, 
     assert receiving.journal.counts() == {("archive", "pending"): 1}
 
 
-def test_beyond_the_maximum_what_a_sink_has_is_not_stored_again(receiving, lines):
+def test_beyond_the_maximum_a_delivered_event_is_not_stored(receiving, lines):
     receiving.start(max_events_in_flight=1)
     assert receiving.push(body(2)) == OK
     until(lambda: not receiving.receiver.status()[0].callbacks_in_flight)
@@ -347,7 +347,7 @@ def test_beyond_the_maximum_what_a_sink_has_is_not_stored_again(receiving, lines
     pushing.join()
 
 
-def test_an_event_whose_first_try_is_under_way_is_stored_without_waiting(receiving, lines):
+def test_an_event_whose_first_try_is_running_is_stored_at_once(receiving, lines):
     receiving.start(max_events_in_flight=1)
     receiving.sink.gate.clear()
     pushing = threading.Thread(target=receiving.push, args=(body(1),))
@@ -356,7 +356,7 @@ def test_an_event_whose_first_try_is_under_way_is_stored_without_waiting(receivi
     assert reason_of(receiving, lines, body(1)) == (OK, "store", "queue_full")
     receiving.sink.gate.set()
     pushing.join()
-    until(lambda: not receiving.journal.counts())  # what the sink has is not tried again
+    until(lambda: not receiving.journal.counts())  # the sink accepted it, so the stored event is deleted
 
 
 def test_beyond_the_maximum_of_connections_the_next_one_waits(receiving):
@@ -372,7 +372,7 @@ def test_beyond_the_maximum_of_connections_the_next_one_waits(receiving):
         assert said(third).startswith(b"HTTP/1.1 200")
 
 
-# --- who may send, and what comes again -------------------------------------------------------------------------------
+# --- permitted senders, and events that come again --------------------------------------------------------------------
 
 
 def test_what_is_not_signed_is_answered_403(receiving, lines):
@@ -406,7 +406,7 @@ def test_a_signed_event_is_the_same_as_without_its_signature(receiving, lines):
     assert reason_of(receiving, lines, body(1)) == (OK, "confirm", "already_delivered")
 
 
-def test_what_comes_from_elsewhere_is_answered_403(receiving):
+def test_a_callback_from_another_network_is_answered_403(receiving):
     receiving.start(allow_from=(ip_network("10.0.0.0/8"),), forwarded_from=(ip_network("127.0.0.1"),))
     assert receiving.push(body()) == (403, b"")
     assert receiving.push(body(), X_Forwarded_For="10.1.2.3") == OK
@@ -422,7 +422,7 @@ def test_two_sources_share_an_address(receiving, lines):
     assert len(set(receiving.sink.accepted)) == 2
 
 
-def test_equal_content_without_an_id_is_another_event_once_it_was_answered(receiving, lines):
+def test_equal_content_without_a_task_id_is_new_after_an_answer(receiving, lines):
     receiving.start()
     deleted = {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["1"]}}
     assert reason_of(receiving, lines, deleted) == (OK, "confirm", "delivered")
@@ -430,7 +430,7 @@ def test_equal_content_without_an_id_is_another_event_once_it_was_answered(recei
     assert len(set(receiving.sink.accepted)) == 2
 
 
-def test_an_event_without_an_id_that_was_not_answered_comes_again_as_the_same(receiving, lines, monkeypatch, quick):
+def test_an_unanswered_event_without_a_task_id_keeps_its_key(receiving, lines, monkeypatch, quick):
     monkeypatch.setattr(receiver, "LEASE_SECS", 1.0)
     receiving.start()
     deleted = {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["1"]}}

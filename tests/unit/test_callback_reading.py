@@ -1,4 +1,4 @@
-"""What a body is, and where a callback may come from."""
+"""Reading of a callback's body and signature, and the networks that may send callbacks."""
 
 import hashlib
 import json
@@ -65,11 +65,11 @@ def refusal_of(content, source=Source()):
         signed({"Garbage": 1}, key="another-key"),
     ],
 )
-def test_with_a_key_what_is_not_signed_with_it_is_refused(content):
+def test_with_a_key_a_body_that_is_not_signed_with_it_is_refused(content):
     assert refusal_of(content, SIGNED) is BAD_SIGNATURE
 
 
-def test_with_a_key_what_cannot_be_read_is_refused():
+def test_with_a_key_an_unreadable_body_is_refused():
     assert refusal_of(b'{"EventType": "NewFileUpload"', SIGNED) is NOT_JSON
 
 
@@ -80,24 +80,24 @@ def test_with_a_key_the_old_format_is_refused_with_its_remedy():
 
 
 @pytest.mark.parametrize("form", [int, str])
-def test_a_right_signature_is_taken_out(form):
+def test_a_valid_signature_is_removed_from_the_event(form):
     content = signed(EVENT)
     callback = read({**content, "T": form(content["T"])}, SIGNED)
     assert callback.event.event == make_event(EVENT, source="pushed", sub_app_id=7)
     assert callback.expired_secs == 0
 
 
-def test_a_signature_in_capitals_is_right():
+def test_a_signature_in_capitals_is_valid():
     content = signed(EVENT)
     assert read({**content, "Sign": content["Sign"].upper()}, SIGNED).event.event.content == EVENT
 
 
-def test_an_expired_signature_is_said_and_the_event_is_read():
+def test_an_expired_signature_is_reported_and_the_event_is_read():
     callback = read(signed(EVENT, expires=NOW - 60), SIGNED)
     assert (callback.expired_secs, callback.event.event.content) == (60, EVENT)
 
 
-def test_without_a_key_the_signature_is_taken_out_too():
+def test_without_a_key_the_signature_is_removed_too():
     callback = read(signed(EVENT, key="whatever", expires=1))
     assert (callback.event.event.content, callback.expired_secs) == (EVENT, 0)
 
@@ -110,7 +110,7 @@ def test_what_does_not_look_like_a_signature_belongs_to_the_event(more):
     assert read({**EVENT, **more}).event.event.content == {**EVENT, **more}
 
 
-# --- what it is -------------------------------------------------------------------------------------------------------
+# --- kinds of bodies --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"GET / HTTP/1.1", b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}'])
@@ -136,22 +136,22 @@ def test_numbers_keep_every_digit():
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "reason"),
     [
         (b'{"EventType": "NewFileUpload", "FileUploadEvent": {', "Expecting"),
         (b'{"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": "\xff"}}', "utf-8"),
         (b'{"EventType": "X", "Y": ' + b"[" * 600 + b"]" * 600 + b"}", "nested more than 512 levels"),
     ],
 )
-def test_a_damaged_event_is_kept_as_it_came(body, says):
+def test_a_damaged_event_is_kept_unchanged(body, reason):
     broken = read(body).event
     assert isinstance(broken, Malformed)
     assert (broken.handle, broken.event.body) == ("1", body)
-    assert says in broken.why
+    assert reason in broken.why
 
 
 @pytest.mark.parametrize("version", ["4.0", 4, 4.0])
-def test_the_old_format_is_kept_and_named(version):
+def test_the_old_format_is_kept_as_malformed_with_its_remedy(version):
     broken = read(signed({"version": version, "eventType": "ClipComplete", "data": {"status": 0}}), SIGNED).event
     assert isinstance(broken, Malformed)
     assert "set the callback format to 3.0" in broken.why
@@ -162,25 +162,25 @@ def too_deep(content):
     return json.dumps(content).encode()[:-1] + b', "Y": ' + b"[" * 600 + b"]" * 600 + b"}"
 
 
-def test_what_cannot_be_read_is_the_same_at_each_try_without_signature():
+def test_an_unreadable_event_keeps_its_key_under_other_signatures():
     first, second = (read(too_deep(signed(EVENT, expires=NOW + secs)), SIGNED).event.event for secs in (600, 605))
     assert first.key == second.key
     assert signed(EVENT)["Sign"] not in first.body.decode()
 
 
-def test_a_text_of_the_old_format_that_is_too_deep_is_kept():
+def test_a_body_of_the_old_format_that_is_too_deep_is_kept():
     broken = read(too_deep({"version": "4.0", "eventType": "ClipComplete"})).event
     assert isinstance(broken, Malformed)
     assert "nested more than 512 levels" in broken.why
 
 
 @given(st.binary(max_size=200))
-def test_no_body_breaks_it(data):
+def test_any_body_is_read_or_refused(data):
     with suppress(RefusedError):
         read(data)
 
 
-# --- where it comes from ----------------------------------------------------------------------------------------------
+# --- the sender's address ---------------------------------------------------------------------------------------------
 
 OURS = Source(allow_from=(ip_network("203.0.113.0/24"),), forwarded_from=(ip_network("10.0.0.0/8"),))
 
@@ -189,7 +189,7 @@ OURS = Source(allow_from=(ip_network("203.0.113.0/24"),), forwarded_from=(ip_net
     ("peer", "forwarded_for"),
     [
         ("198.51.100.1", ""),
-        ("198.51.100.1", "203.0.113.7"),  # who is not a proxy of ours may say what it likes
+        ("198.51.100.1", "203.0.113.7"),  # the header counts only if one of our proxies sent it
         ("10.0.0.1", ""),
         ("10.0.0.1", "198.51.100.1"),
         ("10.0.0.1", "203.0.113.7, 198.51.100.1"),
@@ -198,7 +198,7 @@ OURS = Source(allow_from=(ip_network("203.0.113.0/24"),), forwarded_from=(ip_net
         ("fe80::1%eth0", ""),
     ],
 )
-def test_what_comes_from_elsewhere_is_not_allowed(peer, forwarded_for):
+def test_an_address_outside_the_networks_is_not_allowed(peer, forwarded_for):
     assert not is_allowed(OURS, peer, forwarded_for)
 
 
@@ -214,9 +214,9 @@ def test_what_comes_from_elsewhere_is_not_allowed(peer, forwarded_for):
         ("::ffff:10.0.0.1", "203.0.113.7 , ::ffff:10.9.9.9"),
     ],
 )
-def test_what_comes_from_the_networks_is_allowed(peer, forwarded_for):
+def test_an_address_in_the_networks_is_allowed(peer, forwarded_for):
     assert is_allowed(OURS, peer, forwarded_for)
 
 
-def test_without_networks_all_is_allowed():
+def test_without_networks_every_address_is_allowed():
     assert is_allowed(Source(), "198.51.100.1", "")

@@ -1,4 +1,4 @@
-"""What a stranger, or a client in trouble, can do to the callback server: bounded, counted, and next to no lines."""
+"""Unknown and failing clients of the callback server: bounded and counted, with few log lines."""
 
 import errno
 import os
@@ -20,9 +20,9 @@ def receiving(tmp_path, log):
     made.close()
 
 
-def ask(receiving, data, *, at_once=True):
+def answer_to(receiving, data, *, in_one_piece=True):
     with receiving.connect() as client:
-        for part in [data] if at_once else [bytes([byte]) for byte in data]:
+        for part in [data] if in_one_piece else [bytes([byte]) for byte in data]:
             client.sendall(part)
         return said(client)
 
@@ -49,7 +49,7 @@ def ask(receiving, data, *, at_once=True):
 )
 def test_what_is_not_a_callback_is_refused_and_counted(receiving, lines, data, status, refused_for):
     for _ in range(3):
-        assert ask(receiving, data).startswith(f"HTTP/1.1 {status} ".encode())
+        assert answer_to(receiving, data).startswith(f"HTTP/1.1 {status} ".encode())
     until(lambda: receiving.counted("not_an_event") == 3)
     (line,) = named(lines, "callback.refused")
     assert (line["source"], line["refused_for"], line["peer"]) == ("pushed", refused_for, "127.0.0.1")
@@ -58,7 +58,7 @@ def test_what_is_not_a_callback_is_refused_and_counted(receiving, lines, data, s
 
 
 def test_a_method_that_is_not_allowed_names_the_one_that_is(receiving):
-    assert b"\r\nAllow: POST\r\n" in ask(receiving, request(b"", method="GET"))
+    assert b"\r\nAllow: POST\r\n" in answer_to(receiving, request(b"", method="GET"))
 
 
 def test_a_body_that_grows_too_large_in_chunks_is_refused(receiving):
@@ -73,26 +73,26 @@ def test_a_body_that_grows_too_large_in_chunks_is_refused(receiving):
         assert said(client).startswith(b"HTTP/1.1 413 ")
 
 
-def test_bodies_that_are_not_whole_share_a_bounded_memory(receiving, monkeypatch):
+def test_incomplete_bodies_share_a_bounded_memory(receiving, monkeypatch):
     monkeypatch.setattr(server, "HELD_MAX_BYTES", 300_000)
     with ExitStack() as clients:
         opened = [clients.enter_context(receiving.connect()) for _ in range(6)]
         for client in opened:
             client.sendall(b"POST /vod HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b" " * 70_000)
         until(lambda: receiving.counted("not_an_event") >= 1)
-        assert receiving.push(body()) == OK  # a small one is read all the same
+        assert receiving.push(body()) == OK  # a small body is still read
     until(lambda: receiving.receiver.status()[0].connections == 0)
-    assert receiving.push(body(2, Padding="x" * 100_000)) == OK  # all is given back
+    assert receiving.push(body(2, Padding="x" * 100_000)) == OK  # the memory is free again
 
 
-def test_a_port_scan_is_counted_without_a_line(receiving, lines):
+def test_a_port_scan_is_counted_without_a_log_line(receiving, lines):
     for _ in range(5):
         receiving.connect().close()
     until(lambda: receiving.counted("not_an_event") == 5)
     assert not lines
 
 
-def test_a_client_that_goes_away_in_the_middle_is_counted(receiving, lines):
+def test_a_client_that_disconnects_within_a_request_is_counted(receiving, lines):
     with receiving.connect() as client:
         client.sendall(request(body())[:-1])
     until(lambda: receiving.counted("not_an_event") == 1)
@@ -101,7 +101,7 @@ def test_a_client_that_goes_away_in_the_middle_is_counted(receiving, lines):
 
 
 @pytest.mark.parametrize(("data", "status"), [(b"", b""), (b"POST /vod HT", b"HTTP/1.1 408 ")])
-def test_a_client_that_does_not_come_to_an_end_is_ended(tmp_path, log, monkeypatch, data, status):
+def test_a_request_that_takes_too_long_is_ended(tmp_path, log, monkeypatch, data, status):
     monkeypatch.setattr(server, "REQUEST_SECS", 0.2)
     made = Receiving(tmp_path, log).start()
     try:
@@ -117,16 +117,16 @@ def test_a_client_that_does_not_come_to_an_end_is_ended(tmp_path, log, monkeypat
 
 
 def test_a_request_may_come_byte_by_byte(receiving):
-    assert ask(receiving, request(body()), at_once=False).startswith(b"HTTP/1.1 200 ")
+    assert answer_to(receiving, request(body()), in_one_piece=False).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_request_may_come_in_chunks(receiving):
     data = request(body()).partition(b"\r\n\r\n")[2]
     head = b"POST /vod HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert ask(receiving, head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)).startswith(b"HTTP/1.1 200 ")
+    assert answer_to(receiving, head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_client_that_asks_whether_to_go_on_is_told_so(receiving):
+def test_a_client_that_expects_100_continue_gets_it(receiving):
     data = request(body(), headers="Expect: 100-continue\r\n")
     head, _, rest = data.partition(b"\r\n\r\n")
     with receiving.connect() as client:
@@ -138,17 +138,17 @@ def test_a_client_that_asks_whether_to_go_on_is_told_so(receiving):
 
 def test_http_1_0_is_understood(receiving):
     data = request(body()).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
-    assert ask(receiving, data).split(b" ", 2)[1] == b"200"
+    assert answer_to(receiving, data).split(b" ", 2)[1] == b"200"
 
 
-def test_a_second_request_on_a_connection_is_not_for_us(receiving):
-    answer = ask(receiving, request(body(1)) + request(body(2)))
+def test_a_second_request_on_a_connection_is_ignored(receiving):
+    answer = answer_to(receiving, request(body(1)) + request(body(2)))
     assert answer.count(b"HTTP/1.1 ") == 1
     assert b"\r\nConnection: close\r\n" in answer
     assert len(receiving.sink.accepted) == 1
 
 
-def test_a_query_behind_the_path_does_not_matter(receiving):
+def test_a_query_after_the_path_is_ignored(receiving):
     assert receiving.push(body(), path="/vod?from=tencent") == OK
 
 
@@ -162,11 +162,11 @@ def test_a_client_that_is_gone_before_the_answer_counts_as_unanswered(receiving,
     until(lambda: receiving.counted("unanswered") == 1)
     (line,) = named(lines, "event.settled")
     assert (line["settlement"], line["confirmed"], line["confirm_result"]) == ("confirm", False, "no_answer")
-    assert receiving.push(body()) == OK  # and the next try finds that the sink has it
+    assert receiving.push(body()) == OK  # the ledger knows that the sink has it
     assert len(receiving.sink.calls) == 1
 
 
-def test_without_descriptors_connections_wait_until_there_are_some(tmp_path, log):
+def test_without_free_descriptors_connections_wait_for_some(tmp_path, log):
     made = Receiving(tmp_path, log)
     left = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * 2
 
@@ -186,14 +186,14 @@ def test_without_descriptors_connections_wait_until_there_are_some(tmp_path, log
         made.close()
 
 
-def test_an_error_at_one_request_keeps_no_other_from_its_answer(receiving, lines, monkeypatch):
-    right = receiving.receiver.arrived
+def test_an_error_at_one_request_affects_no_other(receiving, lines, monkeypatch):
+    original = receiving.receiver.arrived
     failing = [RuntimeError("unforeseen")]
 
     def arrived(found):
         if failing:
             raise failing.pop()
-        right(found)
+        original(found)
 
     monkeypatch.setattr(receiving.receiver, "arrived", arrived)
     monkeypatch.setattr(server, "ANSWER_SECS", 0.2)
@@ -201,7 +201,7 @@ def test_an_error_at_one_request_keeps_no_other_from_its_answer(receiving, lines
     assert len(named(lines, "callback.failed")) == 1
 
 
-def test_the_thread_outlives_an_error_of_the_system(receiving, lines, monkeypatch):
+def test_the_thread_survives_an_error_of_the_operating_system(receiving, lines, monkeypatch):
     failing = [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))]
     real = server.heapq.heappop
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def taken():
-    """An address at which another listens."""
+    """An address at which another socket listens."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         yield f"127.0.0.1:{sock.getsockname()[1]}"
 
@@ -52,12 +52,12 @@ def connects(address):
 # --- opened and kept --------------------------------------------------------------------------------------------------
 
 
-def test_an_address_in_use_may_pass(sockets, taken):
+def test_an_address_in_use_is_not_a_configuration_error(sockets, taken):
     with pytest.raises(StorageError, match=rf"^{taken} cannot be listened at: .* \(another program listens there\)"):
         sockets.open([taken])
 
 
-def test_an_address_that_is_not_allowed_is_a_mistake(sockets, free, monkeypatch):
+def test_an_address_that_is_not_allowed_is_a_configuration_error(sockets, free, monkeypatch):
     def refuse(address):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -66,18 +66,18 @@ def test_an_address_that_is_not_allowed_is_a_mistake(sockets, free, monkeypatch)
         sockets.open([free])
 
 
-def test_a_new_address_that_cannot_be_had_is_a_problem(sockets, taken):
+def test_a_new_address_that_cannot_be_opened_is_a_problem(sockets, taken):
     (problem,) = sockets.problems([taken])
     assert problem.startswith(f"sources: {taken} cannot be listened at")
 
 
-def test_what_is_open_stays_the_same_socket(sockets, free):
+def test_an_open_address_keeps_its_socket(sockets, free):
     first = sockets.open([free])[free]
     assert sockets.open([free])[free] is first
     assert not list(sockets.problems([free]))
 
 
-def test_another_address_with_a_port_of_ours_is_not_tried(sockets, free):
+def test_another_address_with_one_of_our_ports_is_not_tried(sockets, free):
     sockets.open([free])
     assert not list(sockets.problems([f"0.0.0.0:{free.rsplit(':', 1)[1]}"]))
 
@@ -93,13 +93,13 @@ def test_a_port_moves_to_another_address_and_back(sockets, free, hosts):
     assert connects(free)
 
 
-def test_what_stays_open_beside_one_of_its_port_is_a_problem(sockets, free):
+def test_two_addresses_that_conflict_on_a_port_are_a_problem(sockets, free):
     sockets.open([free])
     (problem,) = sockets.problems([free, f"0.0.0.0:{free.rsplit(':', 1)[1]}"])
     assert "cannot be listened at" in problem
 
 
-def test_what_is_not_kept_is_closed(sockets, free):
+def test_an_address_that_is_not_kept_is_closed(sockets, free):
     sockets.open([free])
     sockets.keep([])
     assert not connects(free)
@@ -123,7 +123,7 @@ def test_an_inherited_socket_is_used(free):
 # --- passed by systemd ------------------------------------------------------------------------------------------------
 
 
-def test_a_passed_socket_that_no_source_names_is_a_mistake(free):
+def test_a_passed_socket_that_no_source_names_is_an_error(free):
     host, port = free.split(":")
     with socket.create_server((host, int(port))) as passed:
         sockets = CallbackSockets(inherited={}, passed=[passed])
@@ -134,7 +134,7 @@ def test_a_passed_socket_that_no_source_names_is_a_mistake(free):
         assert list(sockets.problems([]))
 
 
-def test_a_passed_socket_that_is_not_of_the_internet_is_a_mistake(tmp_path):
+def test_a_passed_socket_that_is_not_tcp_is_an_error(tmp_path):
     with socket.socket(socket.AF_UNIX) as passed:
         passed.bind(str(tmp_path / "s"))
         with pytest.raises(ConfigError, match="systemd passes a socket"):
@@ -150,7 +150,7 @@ def test_a_passed_socket_is_used_and_never_closed(free):
         assert connects(free)
 
 
-def test_a_passed_socket_stays_one_in_the_next_life_of_the_process(free):
+def test_a_passed_socket_stays_one_after_the_process_re_executes(free):
     host, port = free.split(":")
     first = CallbackSockets(inherited={}, passed=[socket.create_server((host, int(port)))])
     opened = first.open([free])[free]
@@ -163,7 +163,7 @@ def test_a_passed_socket_stays_one_in_the_next_life_of_the_process(free):
 
 
 @pytest.mark.parametrize(("bound", "named"), [("::1", "[::1]"), ("::1", "[0:0:0:0:0:0:0:1]")])
-def test_an_address_of_ipv6_is_found_in_any_form(bound, named):
+def test_an_ipv6_address_is_found_in_any_form(bound, named):
     with socket.create_server((bound, 0), family=socket.AF_INET6) as passed:
         address = f"{named}:{passed.getsockname()[1]}"
         assert CallbackSockets(inherited={}, passed=[passed]).open([address])[address] is passed
@@ -173,7 +173,7 @@ def test_an_address_of_ipv6_is_found_in_any_form(bound, named):
     "environ",
     [{}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"}],
 )
-def test_what_is_passed_to_another_process_is_not_ours(environ):
+def test_sockets_passed_to_another_process_are_ignored(environ):
     assert passed_sockets(environ) == []
     assert not environ
 
@@ -181,7 +181,7 @@ def test_what_is_passed_to_another_process_is_not_ours(environ):
 # --- check, example ---------------------------------------------------------------------------------------------------
 
 
-def test_the_check_tells_what_is_free_in_use_and_not_to_be_had(free, taken):
+def test_the_check_tells_free_used_and_unusable_addresses_apart(free, taken):
     found = {it.what: it.level for it in check_callbacks([free, taken, "192.0.2.1:8088"])}
     assert found == {
         f"callbacks at {free}": Level.GOOD,

@@ -1,4 +1,4 @@
-"""`check --connect` says what it found of the API."""
+"""What `check --connect` reports about credentials, the API and sinks."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def vod():
         yield simulator
 
 
-def test_a_role_without_a_key_is_a_problem_and_vod_is_not_asked(vod, tmp_path, log):
+def test_a_role_without_a_key_is_a_problem_and_vod_gets_no_request(vod, tmp_path, log):
     credentials = {"provider": "cvm_role", "role": "other", "metadata_endpoint": vod.url}
     vod.control(credential_secs=60)
     found = found_at(vod.url, tmp_path, log, credentials=credentials)
@@ -85,7 +85,7 @@ def test_a_role_without_a_key_is_a_problem_and_vod_is_not_asked(vod, tmp_path, l
         ),
     ],
 )
-def test_the_role_and_the_end_of_its_key_are_told(vod, tmp_path, log, changed, role):
+def test_the_role_and_the_expiry_of_its_key_are_shown(vod, tmp_path, log, changed, role):
     vod.control(credential_secs=60)
     credentials = {name: vod.url if value == "URL" else value for name, value in changed.items()}
     found = found_at(vod.url, tmp_path, log, credentials=credentials)
@@ -96,27 +96,27 @@ def test_the_role_and_the_end_of_its_key_are_told(vod, tmp_path, log, changed, r
 
 
 @pytest.mark.parametrize(
-    ("member", "says"),
+    ("member", "text"),
     [(b"", "was refused"), (b',"RequestId":""', "was refused"), (b',"RequestId":"r-1"', "(RequestId r-1)")],
 )
-def test_a_request_id_is_shown_if_there_is_one(tmp_path, log, member, says):
+def test_a_request_id_is_shown_if_there_is_one(tmp_path, log, member, text):
     with raw_server(answers(REFUSED % member)) as url:
         found = found_at(url, tmp_path, log)["source main"]
     assert found.level is Level.PROBLEM
     assert found.remedy == "in CAM, grant vod:PullEvents and vod:ConfirmEvents to the owner of the key"
-    assert says in found.text
+    assert text in found.text
     assert ("RequestId" in found.text) == ("r-1" in found.text)
 
 
 @pytest.mark.parametrize("headers", [[], [b"Date: yesterday"], [b"Date: Fri, 31 Dec 99999999999 23:59:59 GMT"]])
-def test_an_answer_without_a_date_is_told_from_none(tmp_path, log, headers):
+def test_an_answer_without_a_date_differs_from_no_answer(tmp_path, log, headers):
     with raw_server(answers(REFUSED % b"", *headers)) as url:
         clock = found_at(url, tmp_path, log)["clock"]
     assert clock.level is Level.WARNING
     assert clock.text.startswith("not compared: the answer has no Date that can be read")
 
 
-def test_what_cannot_be_reached_is_told_by_its_name_alone(tmp_path, log):
+def test_an_unreachable_endpoint_is_shown_by_host_and_port_only(tmp_path, log):
     found = found_at("http://127.0.0.1:1", tmp_path, log)
     assert "127.0.0.1:1 refused the connection" in found["source main"].text
     assert "_Connection" not in found["source main"].text
@@ -124,22 +124,22 @@ def test_what_cannot_be_reached_is_told_by_its_name_alone(tmp_path, log):
     assert found["clock"].text == "not compared: VOD did not answer"
 
 
-def test_what_cannot_be_reached_is_asked_once(tmp_path, log):
+def test_an_unreachable_endpoint_gets_one_request(tmp_path, log):
     found = found_at("http://127.0.0.1:1", tmp_path, log)
     assert not {"callback of main", "queue of main"} & {*found}
 
 
-# --- what VOD says of the application ---------------------------------------------------------------------------------
+# --- the settings of the application at VOD ---------------------------------------------------------------------------
 
 
-def of_callback(found):
+def callback_findings(found):
     return [(finding.level, finding.text, finding.remedy) for finding in found if finding.what == "callback of main"]
 
 
-def test_normal_callbacks_are_a_problem_with_what_to_do(tmp_path, log, vod):
+def test_normal_callbacks_are_a_problem_with_a_remedy(tmp_path, log, vod):
     vod.control(mode="PUSH", events_off=["NewFileUpload"])
     found = findings_at(vod.url, tmp_path, log)
-    ((level, text, remedy),) = of_callback(found)
+    ((level, text, remedy),) = callback_findings(found)
     assert level is Level.PROBLEM
     assert text.startswith("reliable callbacks are off for this application: VOD sends its events by normal callbacks")
     assert remedy.startswith("VOD console, Callback settings: choose the reliable callback.")
@@ -154,19 +154,19 @@ def test_normal_callbacks_are_a_problem_with_what_to_do(tmp_path, log, vod):
         ("nonsense", " events by normal"),
     ],
 )
-def test_of_a_receivers_address_only_the_host_is_shown(tmp_path, log, url, shown):
+def test_only_the_host_of_a_receivers_address_is_shown(tmp_path, log, url, shown):
     answer = {"Response": {"Mode": "PUSH", "NotificationUrl": url, "RequestId": "r-1"}}
     with raw_server(answers(json.dumps(answer).encode())) as vod_url:
-        ((_, text, _),) = of_callback(findings_at(vod_url, tmp_path, log))
+        ((_, text, _),) = callback_findings(findings_at(vod_url, tmp_path, log))
     assert shown in text
     assert "secret" not in text
 
 
 @pytest.mark.parametrize("mode", ["PIPE", None, 7])
-def test_a_mode_that_is_not_known_is_no_problem(tmp_path, log, mode):
+def test_an_unknown_mode_is_not_a_problem(tmp_path, log, mode):
     answer = {"Response": {"Mode": mode, "CountOfEventsToPull": 0, "RequestId": "r-1"}}
     with raw_server(answers(json.dumps(answer).encode())) as url:
-        (level, text, _), *_ = of_callback(findings_at(url, tmp_path, log))
+        (level, text, _), *_ = callback_findings(findings_at(url, tmp_path, log))
     assert level is Level.INFORMATION
     assert text.startswith("VOD names no mode of callbacks that is known here")
 
@@ -177,7 +177,7 @@ def test_a_switch_that_is_off_is_a_warning_if_a_route_names_the_type(tmp_path, l
         {"name": "gone", "event_types": ["FileDel*"]},
         {"name": "too", "event_types": ["FileDeleted"], "where": "x"},
     )
-    on, off = of_callback(findings_at(vod.url, tmp_path, log, routes=routes))[:2]
+    on, off = callback_findings(findings_at(vod.url, tmp_path, log, routes=routes))[:2]
     assert on[:2] == (Level.GOOD, "reliable callbacks are on")
     assert off[0] is Level.WARNING
     assert off[1].startswith("FileDeleted is switched off, ")
@@ -188,12 +188,12 @@ def test_a_switch_that_is_off_is_a_warning_if_a_route_names_the_type(tmp_path, l
 def test_a_switch_that_is_off_is_a_note_if_a_route_takes_everything(tmp_path, log, vod, event_types):
     vod.control(events_off=["FileDeleted"])
     route = ALL if event_types is None else {**ALL, "event_types": event_types}
-    _, off, unseen = of_callback(findings_at(vod.url, tmp_path, log, routes=[route]))
+    _, off, unseen = callback_findings(findings_at(vod.url, tmp_path, log, routes=[route]))
     assert off[:2] == (Level.INFORMATION, "FileDeleted is switched off: no event of this type comes")
     assert unseen[1].endswith("console only: all types but NewFileUpload, FileDeleted, PersistenceComplete")
 
 
-def test_a_switch_of_a_type_that_no_route_wants_is_not_told(tmp_path, log, vod):
+def test_a_switch_of_a_type_that_no_route_takes_is_not_shown(tmp_path, log, vod):
     vod.control(events_off=["FileDeleted"])
     sources = ({"name": "main", "unrouted": "confirm"}, {"name": "second", "sub_app_id": 2, "unrouted": "confirm"})
     routes = (
@@ -201,16 +201,16 @@ def test_a_switch_of_a_type_that_no_route_wants_is_not_told(tmp_path, log, vod):
         {"name": "other", "event_types": ["FileDeleted"], "sources": ["second"]},
     )
     found = findings_at(vod.url, tmp_path, log, routes=routes, sources=sources)
-    assert [level for level, *_ in of_callback(found)] == [Level.GOOD]
+    assert [level for level, *_ in callback_findings(found)] == [Level.GOOD]
     assert [finding.what for finding in found if finding.level is Level.WARNING] == ["callback of second"]
 
 
-def test_types_that_only_the_console_shows_are_said_to_be_so(tmp_path, log, vod):
+def test_types_that_only_the_console_shows_are_listed(tmp_path, log, vod):
     routes = (
         {"name": "snapshots", "event_types": ["CreateSnapshot*", "NewFileUpload"]},
         {"name": "again", "event_types": ["CreateSnapshot*", "PullComplete"]},
     )
-    _, unseen = of_callback(findings_at(vod.url, tmp_path, log, routes=routes))
+    _, unseen = callback_findings(findings_at(vod.url, tmp_path, log, routes=routes))
     assert unseen[0] is Level.INFORMATION
     assert unseen[1].endswith("in its console only: CreateSnapshot*, PullComplete")
 
@@ -218,7 +218,7 @@ def test_types_that_only_the_console_shows_are_said_to_be_so(tmp_path, log, vod)
 @pytest.mark.parametrize(
     ("action", "what"), [("DescribeEventConfig", "callback of main"), ("DescribeEventsState", "queue of main")]
 )
-def test_a_right_that_is_missing_is_a_note_that_names_it(tmp_path, log, vod, action, what):
+def test_a_missing_permission_is_a_note_that_names_it(tmp_path, log, vod, action, what):
     vod.control(deny=[action])
     found = findings_at(vod.url, tmp_path, log)
     (finding,) = [finding for finding in found if finding.what == what]
@@ -227,14 +227,14 @@ def test_a_right_that_is_missing_is_a_note_that_names_it(tmp_path, log, vod, act
     assert Level.PROBLEM not in {finding.level for finding in found}
 
 
-def test_without_the_right_to_confirm_the_rest_is_asked_all_the_same(tmp_path, log, vod):
+def test_without_permission_to_confirm_the_other_checks_still_run(tmp_path, log, vod):
     vod.control(deny=["ConfirmEvents"], mode="PUSH")
     found = findings_at(vod.url, tmp_path, log)
     assert [finding.what for finding in found if finding.level is Level.PROBLEM] == ["source main", "callback of main"]
 
 
 @pytest.mark.parametrize("fault", ["internal_error", "reset"])
-def test_a_question_that_fails_is_a_warning(tmp_path, log, vod, fault):
+def test_a_request_that_fails_is_a_warning(tmp_path, log, vod, fault):
     vod.control(faults={f"config.{fault}": 1, f"state.{fault}": 1})
     found = findings_at(vod.url, tmp_path, log)
     levels = {finding.what: finding.level for finding in found}
@@ -243,7 +243,7 @@ def test_a_question_that_fails_is_a_warning(tmp_path, log, vod, fault):
 
 
 @pytest.mark.parametrize(("events", "level"), [(0, Level.GOOD), (1234, Level.INFORMATION)])
-def test_what_waits_is_counted_and_never_a_problem(tmp_path, log, vod, events, level):
+def test_waiting_events_are_counted_and_never_a_problem(tmp_path, log, vod, events, level):
     vod.feed(["{}"] * events)
     queue = found_at(vod.url, tmp_path, log)["queue of main"]
     assert queue.level is level
@@ -259,7 +259,7 @@ def test_the_worst_finding_is_the_first():
 # --- sinks ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_probe_has_doubts_about_is_a_warning(tmp_path, log, vod, monkeypatch):
+def test_a_doubt_of_a_probe_is_a_warning(tmp_path, log, vod, monkeypatch):
     monkeypatch.setattr(FileSink, "probe", lambda *_: Doubt("a loss of power may lose lines"))
     found = found_at(vod.url, tmp_path, log)
     assert (found["sink archive"].level, found["sink archive"].text) == (
@@ -268,7 +268,7 @@ def test_what_a_probe_has_doubts_about_is_a_warning(tmp_path, log, vod, monkeypa
     )
 
 
-def test_a_probe_that_fails_in_passing_hides_no_other_finding(tmp_path, log, vod, monkeypatch):
+def test_a_probe_with_a_transient_error_hides_no_other_finding(tmp_path, log, vod, monkeypatch):
     def probe(*_arguments):
         raise TransientError("the disk is full")
 

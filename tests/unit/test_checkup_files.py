@@ -1,4 +1,4 @@
-"""`check --connect` judges the rights of files, and how long certificates are valid."""
+"""`check --connect` checks the permissions of files, the expiry of certificates, and free disk space."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from vodpoller.config.load import from_dict
 from vodpoller.vod.client import VodClient
 
 NOBODY = pwd.getpwnam("nobody")
-needs_root = pytest.mark.skipif("os.getuid() != 0", reason="only root can give files away")
+needs_root = pytest.mark.skipif("os.getuid() != 0", reason="only root can change the owner of files")
 DAY_SECS = 86_400
 
 
@@ -40,7 +40,7 @@ def config_in(folder, **tables):
 
 @pytest.fixture
 def folder(tmp_path):
-    """One to which all folders on the way let everyone through, with a key, a journal and a sink's file."""
+    """A folder that every user can reach and enter, with a key, a journal and a sink's file."""
     for place in (tmp_path, *tmp_path.parents):
         if place.owner() == pwd.getpwuid(os.geteuid()).pw_name and place != Path("/"):
             place.chmod(0o755 if place.name != "tmp" else place.stat().st_mode)
@@ -67,7 +67,7 @@ def test_a_secret_that_everyone_can_read_is_a_warning(folder):
 @pytest.mark.parametrize(
     "name", ["state/journal.db", "state/journal.db-wal", "archive/x.jsonl", "archive/x.jsonl.lock"]
 )
-def test_what_everyone_can_write_is_a_warning(folder, name):
+def test_a_file_that_everyone_can_write_is_a_warning(folder, name):
     path = folder / name
     path.chmod(0o666)
     assert found_in(folder) == [(f"every user of this machine can write {path}", f"chmod o-w {path}")]
@@ -82,7 +82,7 @@ def test_a_folder_in_which_everyone_can_replace_files_is_a_warning(folder, name,
     assert found_in(folder) == ([(text, f"chmod o-w {path}")] if warns else [])
 
 
-def test_what_lies_in_a_folder_that_others_may_not_enter_is_safe(folder):
+def test_files_in_a_folder_that_others_cannot_enter_are_safe(folder):
     (folder / "secret_key").chmod(0o644)
     (folder / "archive/x.jsonl").chmod(0o666)
     folder.chmod(0o750)
@@ -90,7 +90,7 @@ def test_what_lies_in_a_folder_that_others_may_not_enter_is_safe(folder):
 
 
 @pytest.mark.parametrize("gone", [["state", "archive"], ["archive"], []])
-def test_where_all_is_well_it_says_so_also_before_the_first_start(folder, gone):
+def test_safe_files_are_one_good_finding_also_before_the_first_start(folder, gone):
     for name in gone:
         for file in (folder / name).iterdir():
             file.unlink()
@@ -99,18 +99,18 @@ def test_where_all_is_well_it_says_so_also_before_the_first_start(folder, gone):
     assert finding.level is Level.GOOD
 
 
-def give(path, *, uid=NOBODY.pw_uid, gid=NOBODY.pw_gid):
+def change_owner(path, *, uid=NOBODY.pw_uid, gid=NOBODY.pw_gid):
     os.chown(path, uid, gid)
 
 
 @needs_root
 @pytest.mark.parametrize("name", ["state/journal.db-wal", "archive/x.jsonl.lock", "archive"])
 @pytest.mark.parametrize("uid", [NOBODY.pw_uid, 61_234])
-def test_root_is_told_what_the_user_of_the_journals_folder_cannot_write(folder, name, uid):
+def test_root_sees_what_the_owner_of_the_journals_folder_cannot_write(folder, name, uid):
     for path in (folder, *folder.rglob("*")):
-        give(path, uid=uid)
+        change_owner(path, uid=uid)
     path = folder / name
-    give(path, uid=0, gid=0)
+    change_owner(path, uid=0, gid=0)
     ((text, remedy),) = found_in(folder, as_root=True)
     named = "nobody" if uid == NOBODY.pw_uid else "with the id 61234"
     assert text.startswith(f"{path} cannot be written by the user {named}, who owns the journal's folder")
@@ -122,16 +122,16 @@ def test_root_is_told_what_the_user_of_the_journals_folder_cannot_write(folder, 
 
 @needs_root
 @pytest.mark.parametrize("mode", [0o660, 0o666])
-def test_a_file_that_the_group_or_everyone_may_write_needs_no_other_owner(folder, mode):
+def test_a_file_that_group_or_everyone_can_write_keeps_its_owner(folder, mode):
     folder.chmod(0o750)
     for path in (folder, *folder.rglob("*")):
-        give(path)
+        change_owner(path)
     os.chown(folder / "archive/x.jsonl", 0, NOBODY.pw_gid if mode == 0o660 else 0)
     (folder / "archive/x.jsonl").chmod(mode)
     assert found_in(folder, as_root=True) == []
 
 
-def test_what_is_not_a_file_is_left_to_the_checks_of_journal_and_sinks(folder):
+def test_a_folder_in_a_files_place_is_left_to_the_other_checks(folder):
     (folder / "archive/x.jsonl").unlink()
     (folder / "archive/x.jsonl").mkdir(mode=0o777)
     assert found_in(folder, as_root=True) == []
@@ -142,7 +142,7 @@ def test_what_is_not_a_file_is_left_to_the_checks_of_journal_and_sinks(folder):
 
 @pytest.mark.system
 @pytest.mark.parametrize(("days", "warned"), [(2, True), (13, True), (40, False)])
-def test_a_ca_file_that_soon_ends_is_a_warning(tmp_path, folder, days, warned):
+def test_a_ca_file_that_expires_soon_is_a_warning(tmp_path, folder, days, warned):
     path = make_certificate(tmp_path, days=days).path
     hook = {"type": "webhook", "url": "https://app.example", "ca_file": str(path)}
     config = config_in(folder, api={"ca_file": str(path)}, sinks={"archive": hook, "out": {"type": "stdout"}})
@@ -153,7 +153,7 @@ def test_a_ca_file_that_soon_ends_is_a_warning(tmp_path, folder, days, warned):
 
 
 @pytest.mark.system
-def test_a_ca_file_that_has_ended_is_said_to_have_ended(tmp_path, folder):
+def test_an_expired_ca_file_is_reported_as_expired(tmp_path, folder):
     lasting = make_certificate(tmp_path, days=400).path.read_text()
     bundle = tmp_path / "bundle.pem"
     bundle.write_text(make_certificate(tmp_path, days=2).path.read_text() + lasting)
@@ -178,7 +178,7 @@ def client_at(url, log, **settings):
 
 @pytest.mark.system
 @pytest.mark.parametrize(("days", "level"), [(2, Level.WARNING), (40, Level.GOOD)])
-def test_the_end_of_the_endpoints_certificate_is_told(tmp_path, log, days, level):
+def test_the_expiry_of_the_endpoints_certificate_is_shown(tmp_path, log, days, level):
     certificate = make_certificate(tmp_path, days=days)
     with running_receiver() as vod:
         url = certificate.serve(vod).removesuffix("/callback")
@@ -189,14 +189,14 @@ def test_the_end_of_the_endpoints_certificate_is_told(tmp_path, log, days, level
     assert finding.text.endswith("(1 day)" if days == 2 else "(39 days)")
 
 
-def test_an_endpoint_without_tls_is_not_even_connected_to(log):
+def test_an_endpoint_without_tls_gets_no_connection(log):
     with running_receiver() as vod:
         with client_at(vod.url.removesuffix("/callback"), log) as client:
             assert list(check_endpoint(client, time.time())) == []
         assert vod.connections == []
 
 
-def test_an_endpoint_that_cannot_be_reached_is_left_to_the_check_of_its_source(log):
+def test_an_unreachable_endpoint_is_left_to_its_sources_check(log):
     with client_at("https://127.0.0.1:1", log) as client:
         assert list(check_endpoint(client, time.time())) == []
 
@@ -205,7 +205,7 @@ def test_an_endpoint_that_cannot_be_reached_is_left_to_the_check_of_its_source(l
 
 
 def disk(*, free_blocks=2**40, files=1000, free_files=1000):
-    """What a file system of blocks of 1 KiB says of itself."""
+    """Replaces `os.statvfs`: a file system with blocks of 1 KiB."""
     return lambda _: os.statvfs_result((1024, 1024, 2**41, 2**41, free_blocks, files, free_files, free_files, 0, 255))
 
 
@@ -219,17 +219,17 @@ def test_a_full_disk_is_a_problem(folder, state, lacking):
     assert "df -h" in found.remedy
 
 
-def test_a_disk_that_ends_before_the_journal_is_a_warning(folder):
+def test_a_disk_with_less_room_than_the_journal_needs_is_a_warning(folder):
     config = config_in(folder, journal={"path": f"{folder}/state/journal.db", "max_bytes": 2**30})
     (found,) = check_disks(config, look=disk(free_blocks=2**19))
     assert found.level is Level.WARNING
     assert found.text == "it has 512 MiB left, and the journal may grow by 1023 MiB (journal.max_bytes)"
 
 
-def test_a_disk_without_a_number_of_inodes_has_room(folder):
+def test_a_disk_that_does_not_count_inodes_has_room(folder):
     (found,) = check_disks(config_in(folder), look=disk(files=0, free_files=0))
     assert found.level is Level.GOOD
 
 
-def test_the_real_disk_is_asked(folder):
+def test_the_real_disk_can_be_checked(folder):
     assert [found.what for found in check_disks(config_in(folder))] == [f"disk of {folder}/state"]

@@ -53,7 +53,7 @@ VALID = SOURCE + ROUTE + SINK
 
 
 class NoSink:
-    """An entry point may name anything."""
+    """Not a sink, although an entry point names it."""
 
 
 def load(text: str, folder: Path, env: Mapping[str, str] = ENV) -> Config:
@@ -75,7 +75,7 @@ def replaced(old: str, new: str) -> str:
     return VALID.replace(old, new)
 
 
-# --- what can be used but is probably not meant
+# --- valid values that are probably mistakes
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_an_event_type_that_is_not_documented_is_a_warning(types, words, tmp_pat
 
 
 @pytest.mark.parametrize("types", ['["NewFileUpload", "*Complete"]', '["*"]'])
-def test_what_is_documented_is_no_warning(types, tmp_path):
+def test_a_documented_event_type_is_not_a_warning(types, tmp_path):
     assert load(replaced('name = "all"', f'name = "all"\nevent_types = {types}'), tmp_path).warnings == ()
 
 
@@ -155,7 +155,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(home, tmp_path):
     assert found.credentials.secret_key.get() == "k" * 8
 
 
-def test_a_named_user_s_tilde_is_that_user_s_home_folder(tmp_path):
+def test_the_tilde_of_a_named_user_is_that_users_home_folder(tmp_path):
     text = replaced("/var/lib/vodpoller/events.jsonl", "~root/events.jsonl")
     found: Any = load(text, tmp_path).sinks["archive"]
     assert found.path == str(Path("~root/events.jsonl").expanduser())
@@ -172,7 +172,7 @@ def test_a_named_user_s_tilde_is_that_user_s_home_folder(tmp_path):
     ],
 )
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "words"),
     [
         ("$HOME/x", 'has a "$" that no variable follows (write ${HOME};'),
         ("/srv/$${x/$1", 'has a "$" that no variable follows (write ${NAME};'),
@@ -180,17 +180,17 @@ def test_a_named_user_s_tilde_is_that_user_s_home_folder(tmp_path):
         ("~no-such-user/x", 'begins with a ~, but there is no user "no-such-user" (write'),
     ],
 )
-def test_a_dollar_or_tilde_that_means_nothing_in_a_path_is_an_error(key, place, path, says, tmp_path):
+def test_a_dollar_or_tilde_that_means_nothing_in_a_path_is_an_error(key, place, path, words, tmp_path):
     (tmp_path / "there").write_text(WEBHOOK_SECRET)
     there = {name: str(tmp_path / "there") for name in ("key", "secret")}
     found = problems_of(with_paths(**{**there, key: path}), tmp_path)
     wanted = [problem for problem in found if problem.startswith(f"{place}: ")]
-    assert [problem.startswith(f"{place}: {says}") for problem in wanted] == [True]
+    assert [problem.startswith(f"{place}: {words}") for problem in wanted] == [True]
     others = [problem for problem in found if problem not in wanted]
-    assert not others or (key == "key" and len(others) == 1)  # which is in two places
+    assert not others or (key == "key" and len(others) == 1)  # this path is used for both parts of the key
 
 
-def test_a_dollar_may_come_out_of_a_variable(tmp_path):
+def test_a_variables_value_may_hold_a_dollar(tmp_path):
     text = replaced("/var/lib/vodpoller/events.jsonl", "/srv/${ODD}/$${x}.jsonl")
     found: Any = load(text, tmp_path, {**ENV, "ODD": "a$b"}).sinks["archive"]
     assert found.path == "/srv/a$b/${x}.jsonl"
@@ -210,7 +210,7 @@ def test_a_dollar_may_come_out_of_a_variable(tmp_path):
         ("http://127.0.0.1:9", 60, False),
     ],
 )
-def test_a_lease_beyond_vod_s_is_a_warning_unless_it_is_a_simulator_s(endpoint, secs, warned, tmp_path):
+def test_a_lease_longer_than_vods_is_a_warning_except_for_a_simulator(endpoint, secs, warned, tmp_path):
     found = load(VALID + f'[api]\nendpoint = "{endpoint}"\nlease_secs = {secs}', tmp_path)
     assert [warning.startswith("api.lease_secs: ") for warning in found.warnings] == [True] * warned
 
@@ -242,7 +242,7 @@ def warnings_of_root(name: str, folder: Path, mode: int, monkeypatch, *, uid: in
     return config.load(folder / "config.toml", env={**ENV, **env}, for_unit=True).warnings
 
 
-needs_root = pytest.mark.skipif("os.getuid() != 0", reason="only root can make files of root's")
+needs_root = pytest.mark.skipif("os.getuid() != 0", reason="only root can create files that root owns")
 
 
 @needs_root
@@ -260,14 +260,14 @@ def test_root_is_warned_of_a_secret_that_only_root_can_read(kind, mode, units, t
 
 @needs_root
 @pytest.mark.parametrize(("mode", "uid"), [(0o644, 0), (0o600, 1000)])
-def test_a_secret_that_others_can_read_too_is_no_warning(mode, uid, units, tmp_path, monkeypatch):
+def test_a_secret_that_others_can_read_too_is_not_a_warning(mode, uid, units, tmp_path, monkeypatch):
     assert warnings_of_root("hook_secret", tmp_path, mode, monkeypatch, uid=uid) == ()
 
 
 @needs_root
 @pytest.mark.parametrize("name", ["vodpoller.service", "vodpoller@.service", "vodpoller@live.service"])
 @pytest.mark.parametrize("part", ["", ".d/override.conf"])
-def test_a_secret_that_the_unit_loads_is_no_warning(name, part, units, tmp_path, monkeypatch):
+def test_a_secret_that_the_unit_loads_is_not_a_warning(name, part, units, tmp_path, monkeypatch):
     unit = f"{name}{part}"
     (units / unit).parent.mkdir(exist_ok=True)
     (units / unit).write_text("[Service]\nLoadCredential=hook_secret:/etc/vodpoller/hook_secret\n")
@@ -278,7 +278,7 @@ def test_a_secret_that_the_unit_loads_is_no_warning(name, part, units, tmp_path,
 # --- where the key comes from
 
 
-def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
+def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
     (tmp_path / "secret_id").write_text("id-from-a-file")
     assert load(VALID, tmp_path).credentials.origins == {
         "secret_id": "$TENCENTCLOUD_SECRET_ID",
@@ -296,7 +296,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
     }
 
 
-# --- what is wrong, one thing at a time: the text, then what its one problem starts with and what it holds
+# --- one mistake at a time: the text, the key that the one problem begins with, and words that it must contain
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
             ["30 is not less than lease_secs", "less than 30"],
         ),
         (VALID + "[api]\nconfirm_timeout_secs = 6", "api.confirm_timeout_secs", ["more than confirm_reserve_secs"]),
-        # one of a few words
+        # values from a fixed list
         (
             VALID + '[log]\nlevel = "warn"',
             "log.level",
@@ -379,7 +379,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (replaced('name = "main"', ""), "sources[0].name", ['is missing (for example: name = "main")']),
         (replaced('name = "all"', f'name = "{"a" * 65}"'), f"routes.{'a' * 65}.name", ["at most 64"]),
         (VALID.replace("archive", '"a b"').replace('""a b""', '"a b"'), "sinks.a b", ["not a name for a sink"]),
-        # tables that lack
+        # missing tables
         (ROUTE + SINK, "sources", ["there is none", "[[sources]]"]),
         (SOURCE + SINK, "routes", ["there is none", "[[routes]]"]),
         ("sources = []" + ROUTE + SINK, "sources", ["there is none"]),
@@ -489,7 +489,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_one_problem_that_names_its_key_and_the_way_out(tmp_path, text, key, words):
+def test_a_mistake_is_one_problem_that_names_its_key_and_a_remedy(tmp_path, text, key, words):
     (problem,) = problems_of(text, tmp_path)
     assert problem.startswith(f"{key}: ")
     for word in words:
@@ -514,13 +514,13 @@ def test_a_mistake_is_one_problem_that_names_its_key_and_the_way_out(tmp_path, t
         (f"a = {'[' * 5000}", "this is not TOML"),
     ],
 )
-def test_text_that_is_no_toml_is_one_problem_with_line_and_column(tmp_path, text, start):
-    gc.collect()  # else what other tests left may be finalized, and fail, at the depth at which a text ends
+def test_text_that_is_not_toml_is_one_problem_with_line_and_column(tmp_path, text, start):
+    gc.collect()  # else objects of other tests may be finalized, and fail, at the recursion limit that a text reaches
     (problem,) = problems_of(text, tmp_path)
     assert problem.startswith(start)
 
 
-def test_a_missing_file_says_what_to_copy(tmp_path):
+def test_the_error_of_a_missing_file_names_the_file_to_copy(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml: there is no such file \(copy config\.example\.toml"):
         config.load(tmp_path / "none.toml", env=ENV)
 
@@ -633,7 +633,7 @@ PLACES = [
 
 
 @given(place=st.sampled_from(PLACES), value=ANYTHING)
-def test_whatever_stands_in_the_file_is_taken_or_a_problem(place, value):
+def test_any_value_in_the_file_is_accepted_or_a_problem(place, value):
     data = tomllib.loads(VALID + "[api]\n[credentials]\n[journal]\n[log]")
     (*path, last), key = place
     at: Any = data
@@ -666,7 +666,7 @@ def test_whatever_stands_in_the_file_is_taken_or_a_problem(place, value):
         ('sources = ["other"]', False),
     ],
 )
-def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, keys, covered):
+def test_a_source_needs_unrouted_if_some_events_match_no_route(tmp_path, keys, covered):
     route = ROUTE + keys + '\n[[routes]]\nname = "b"\nsources = ["other"]\nsinks = ["archive"]\n'
     other = '[[sources]]\nname = "other"\nsub_app_id = 7\n'
     text = SOURCE + other + route + SINK
@@ -692,7 +692,7 @@ def test_a_source_must_say_what_becomes_of_events_that_no_route_takes(tmp_path, 
         ("vodpoller.sinks:Sink", ["is not a sink"]),
     ],
 )
-def test_an_installed_sink_type_that_cannot_be_used_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):
+def test_an_unusable_installed_sink_type_is_a_problem_with_its_reason(tmp_path, monkeypatch, value, words):
     point = EntryPoint(name="odd", value=value, group="vodpoller.sinks")
     monkeypatch.setattr(validation, "available_sinks", lambda: {**available_sinks(), "odd": point})
     (problem,) = problems_of(SOURCE + ROUTE + '[sinks.archive]\ntype = "odd"', tmp_path)
@@ -735,14 +735,14 @@ def key_of(loaded: Config) -> tuple[str, str, str | None]:
     return found.secret_id.get(), found.secret_key.get(), found.token.get() if found.token else None
 
 
-def test_no_key_anywhere_is_a_problem_that_names_the_three_ways(tmp_path):
+def test_a_missing_key_is_a_problem_that_names_the_three_places(tmp_path):
     problems = problems_of(VALID, tmp_path, {})
     assert [problem.split(": ")[0] for problem in problems] == ["credentials.secret_id", "credentials.secret_key"]
     for way in ("secret_id_file", "$CREDENTIALS_DIRECTORY/secret_id", "TENCENTCLOUD_SECRET_ID"):
         assert way in problems[0]
 
 
-def test_the_key_comes_from_the_environment_where_the_file_leaves_it_out(tmp_path):
+def test_a_key_missing_in_the_file_comes_from_the_environment(tmp_path):
     assert key_of(load(VALID, tmp_path)) == ("AKIDfromenv", "keyfromenv", None)
     loaded = load(VALID, tmp_path, {**ENV, "TENCENTCLOUD_TOKEN": "tokenfromenv"})
     assert key_of(loaded) == ("AKIDfromenv", "keyfromenv", "tokenfromenv")
@@ -753,7 +753,7 @@ ASSUME_ROLE = '[credentials]\nprovider = "assume_role"\nrole_arn = "qcs::cam::ui
 
 
 @pytest.mark.parametrize(
-    ("table", "key", "said"),
+    ("table", "key", "words"),
     [
         (CVM_ROLE + 'secret_id = "a-secret-id"', "secret_id", '"static" or "assume_role", and here it is "cvm_role"'),
         (CVM_ROLE + 'secret_key_file = "gone"', "secret_key_file", '"static" or "assume_role"'),
@@ -773,10 +773,10 @@ ASSUME_ROLE = '[credentials]\nprovider = "assume_role"\nrole_arn = "qcs::cam::ui
         (ASSUME_ROLE + 'sts_endpoint = "http://sts.example"', "sts_endpoint", "is not encrypted"),
     ],
 )
-def test_a_key_that_does_not_fit_the_provider_is_a_problem(tmp_path, table, key, said):
+def test_a_key_that_does_not_fit_the_provider_is_a_problem(tmp_path, table, key, words):
     (problem,) = problems_of(VALID + table, tmp_path)
     assert problem.startswith(f"credentials.{key}: ")
-    assert said in problem
+    assert words in problem
     assert "a-secret-id" not in problem
 
 
@@ -785,7 +785,7 @@ def test_an_assumed_role_needs_a_lasting_key(tmp_path):
     assert [problem.split(": ")[0] for problem in problems] == ["credentials.secret_id", "credentials.secret_key"]
 
 
-def test_the_role_of_a_machine_needs_no_key_and_looks_for_none(tmp_path):
+def test_the_role_of_a_machine_neither_needs_nor_reads_a_key(tmp_path):
     loaded = load(VALID + CVM_ROLE, tmp_path, {})
     assert loaded.role == CvmRole(role="", metadata_endpoint="http://metadata.tencentyun.com")
     assert loaded.all_warnings() == list(loaded.warnings)
@@ -806,7 +806,7 @@ def test_commands_that_do_not_call_vod_need_neither_key_nor_role(tmp_path):
     (tmp_path / "config.toml").write_text(text)
     loaded = config.load(tmp_path / "config.toml", env={}, needs_key=False)
     assert loaded.sources
-    assert loaded.role is None  # else its keys would be asked for
+    assert loaded.role is None  # otherwise a key of the role would be requested
     (tmp_path / "config.toml").write_text(VALID + ASSUME_ROLE)
     assert config.load(tmp_path / "config.toml", env={}, needs_key=False).role is None
     (tmp_path / "config.toml").write_text(text)
@@ -824,7 +824,7 @@ def test_a_reload_keeps_the_temporary_key_of_the_same_role_only(tmp_path):
     assert {"tmp-id", "tmp-key", "tmp-token"} <= set(other.keeping(former).hidden())
 
 
-def test_the_credentials_directory_goes_before_the_environment_and_its_token_with_it(tmp_path):
+def test_key_and_token_come_from_the_credentials_directory_first(tmp_path):
     folder = tmp_path / "credentials"
     folder.mkdir()
     (folder / "secret_id").write_text("AKIDfromdir\n")
@@ -835,7 +835,7 @@ def test_the_credentials_directory_goes_before_the_environment_and_its_token_wit
     assert key_of(load(VALID, tmp_path, env)) == ("AKIDfromdir", "keyfromdir", "tokenfromdir")
 
 
-def test_a_relative_secret_file_lies_beside_the_configuration_or_in_the_credentials_directory(tmp_path):
+def test_a_relative_secret_file_may_be_in_either_of_two_folders(tmp_path):
     folder = tmp_path / "credentials"
     folder.mkdir()
     (folder / "id").write_text("AKIDfromdir")
@@ -847,7 +847,7 @@ def test_a_relative_secret_file_lies_beside_the_configuration_or_in_the_credenti
     assert key_of(load(text, tmp_path, env)) == ("AKIDfromdir", "keyfromfile", None)
 
 
-def test_a_credentials_directory_that_may_not_be_searched_is_a_problem(tmp_path, monkeypatch):
+def test_an_unreadable_credentials_directory_is_a_problem(tmp_path, monkeypatch):
     def refuse(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -902,7 +902,7 @@ def test_a_wrong_secret_is_a_problem_that_does_not_show_it(tmp_path, keys, key, 
     assert "18446744073" not in problem
 
 
-def test_secrets_stay_out_of_every_message_and_of_the_configuration_as_text(tmp_path):
+def test_messages_and_the_configurations_repr_hold_no_secrets(tmp_path):
     text = VALID + '[credentials]\nsecret_id = "hunter2"\nsecret_key = "${KEY}"\ntoken = "hunter2"\n'
     env = {"KEY": "hunter2"}
     assert "hunter2" not in repr(load(text, tmp_path, env))
@@ -923,7 +923,7 @@ def test_all_secrets_can_be_listed_for_redaction_and_rereading(tmp_path):
     assert values == ["AKIDfromenv", "keyfromenv", WEBHOOK_SECRET]
 
 
-def test_a_secret_keeps_its_last_value_when_its_file_goes_bad(tmp_path):
+def test_a_secret_keeps_its_last_value_if_its_file_is_unusable(tmp_path):
     file = tmp_path / "key"
     file.write_text("one\n")
     secret = Secret(path=file)
@@ -962,7 +962,7 @@ UNFIT_KEYS = [
 
 
 def given(way: str, key: str, value: str, folder: Path) -> tuple[str, dict[str, str], str]:
-    """A configuration with one part of the API key in one of its places, and what a problem with it begins with."""
+    """A configuration with one part of the API key in one place, its environment, and how a problem with it begins."""
     file = folder / f"my_{key}"
     other = {"secret_id": "secret_key", "secret_key": "secret_id", "token": "secret_id"}[key]
     rest = f'{VALID}[credentials]\n{other} = "right"\n' + ('secret_key = "right"\n' if key == "token" else "")
@@ -996,13 +996,13 @@ def test_what_cannot_be_part_of_a_key_is_named_with_its_place(tmp_path, way, key
 @pytest.mark.parametrize("way", ["file", "directory", "environment", "inline"])
 @pytest.mark.parametrize("key", ["secret_id", "secret_key", "token"])
 @pytest.mark.parametrize("value", ["hunter2", "hunter2\n", "\r\nhunter2\r\n\r\n", "aZ09+/-_.~*==", "id=="])
-def test_line_ends_around_a_key_are_no_part_of_it(tmp_path, way, key, value):
+def test_line_ends_around_a_key_are_not_part_of_it(tmp_path, way, key, value):
     text, env, _ = given(way, key, value, tmp_path)
     assert getattr(load(text, tmp_path, env).credentials, key).get() == value.strip()
 
 
 @pytest.mark.parametrize(("value", "words"), [UNFIT_KEYS[0], UNFIT_KEYS[-5]])
-def test_a_key_that_is_read_again_is_looked_at_again(tmp_path, value, words):
+def test_a_key_that_is_read_again_is_checked_again(tmp_path, value, words):
     text, env, _ = given("file", "secret_key", "right", tmp_path)
     secret = load(text, tmp_path, env).credentials.secret_key
     (tmp_path / "my_secret_key").write_text(value)
@@ -1021,7 +1021,7 @@ def test_a_key_that_is_read_again_is_looked_at_again(tmp_path, value, words):
         ("inline", "restart the daemon"),
     ],
 )
-def test_what_makes_the_daemon_read_the_key_again_depends_on_where_it_is(tmp_path, way, renewal):
+def test_the_keys_place_decides_how_the_daemon_reads_it_again(tmp_path, way, renewal):
     text, env, _ = given(way, "secret_key", "right", tmp_path)
     assert load(text, tmp_path, env).key_renewal == renewal
 
@@ -1045,12 +1045,12 @@ def test_a_models_own_error_hides_its_input():
     assert "hunter2" not in Table.model_validate({"password": "hunter2"}).model_dump_json()
 
 
-# --- what is right
+# --- valid configurations, and CA files
 
 
 @pytest.mark.parametrize("content", [None, "no PEM", "-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n"])
 @pytest.mark.parametrize("table", ["api", "hook"])
-def test_a_ca_file_that_cannot_be_used_is_named_with_what_it_needs(tmp_path, table, content):
+def test_an_unusable_ca_file_is_a_problem_with_its_reason(tmp_path, table, content):
     path = tmp_path / "ca.pem"
     if content is not None:
         path.write_text(content)
@@ -1059,9 +1059,9 @@ def test_a_ca_file_that_cannot_be_used_is_named_with_what_it_needs(tmp_path, tab
     key = f'ca_file = "{path}"\n'
     text = f"{VALID}{route}{hook}{key}" if table == "hook" else f"[api]\n{key}{VALID}"
     (problem,) = problems_of(text, tmp_path)
-    says = "which does not exist" if content is None else "certificates in PEM"
+    reason = "which does not exist" if content is None else "certificates in PEM"
     assert problem.startswith(f"{'sinks.hook' if table == 'hook' else 'api'}.ca_file: is {path}, which ")
-    assert says in problem
+    assert reason in problem
 
 
 def test_a_minimal_file_gets_the_documented_defaults(tmp_path):
@@ -1101,7 +1101,7 @@ def test_a_minimal_file_gets_the_documented_defaults(tmp_path):
     ("lease", "reserve", "timeout"),
     [("30", 5, 2), ("3600", 5, 2), ("6", 1, 0.4), ("6\nconfirm_reserve_secs = 3", 3, 1.2)],
 )
-def test_the_defaults_of_confirming_shrink_with_the_lease_of_a_simulator(tmp_path, lease, reserve, timeout):
+def test_the_defaults_of_confirming_shrink_with_a_short_lease(tmp_path, lease, reserve, timeout):
     api = load(f"{VALID}[api]\nlease_secs = {lease}", tmp_path).api
     assert (api.confirm_reserve_secs, api.confirm_timeout_secs) == pytest.approx((reserve, timeout))
 
@@ -1119,14 +1119,14 @@ def test_plain_http_is_for_this_machine_only(tmp_path, endpoint, kept):
     assert load(f'{VALID}[api]\nendpoint = "{endpoint}"', tmp_path).api.endpoint == kept
 
 
-def test_the_region_comes_from_the_environment_where_the_file_leaves_it_out(tmp_path):
+def test_a_region_missing_in_the_file_comes_from_the_environment(tmp_path):
     env = {**ENV, "TENCENTCLOUD_REGION": "ap-beijing"}
     assert load(VALID, tmp_path, env).api.region == "ap-beijing"
     assert load(VALID + '[api]\nregion = "ap-guangzhou"', tmp_path, env).api.region == "ap-guangzhou"
     assert load(VALID, tmp_path, {**ENV, "TENCENTCLOUD_REGION": ""}).api.region is None
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path):
     (tmp_path / "config.toml").write_bytes(VALID.replace("\n", "\r\n").encode("utf-8-sig"))
     assert config.load(tmp_path / "config.toml", env=ENV).sources[0].name == "main"
 
@@ -1137,12 +1137,12 @@ def test_globs_may_use_brackets(tmp_path, glob):
     assert load(text, tmp_path).routes[0].event_types == (glob,)
 
 
-def test_a_source_with_a_sub_app_id_and_one_without_are_different_queues(tmp_path):
+def test_sources_with_and_without_a_sub_app_id_are_different_queues(tmp_path):
     text = VALID.replace(SOURCE, SOURCE + SOURCE.replace("main", "other") + "sub_app_id = 7")
     assert [source.sub_app_id for source in load(text, tmp_path).sources] == [None, 7]
 
 
-def test_a_dictionary_does_as_well_as_a_file(tmp_path):
+def test_a_dictionary_is_accepted_like_a_file(tmp_path):
     data = {**tomllib.loads(VALID), "credentials": {"secret_id": "id", "secret_key": Secret(value="key")}}
     loaded = config.from_dict(data, where="demo", base=tmp_path, env={})
     assert key_of(loaded) == ("id", "key", None)
@@ -1167,14 +1167,14 @@ _OPTIONAL = re.compile(r"# (?=[a-z_]+ = |\[)")
 
 
 def models() -> dict[str, type[BaseModel]]:
-    """The model of every table that can be in the file: by the table's name, a sink's by its type."""
+    """The model of every possible table, by the table's name; of sinks and callback sources by their type."""
     tables = {name: model for name, model in TABLES.items() if name != "sinks"}
     own = {"callback": CallbackSource, **{name: available_sinks()[name].load().Config for name in BUILT_IN}}
     return tables | own
 
 
 def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
-    """The example with every optional line in, and of each secret either the value or the file."""
+    """The example with every optional line active; each secret is given either by its value or by its file."""
     text = "\n".join(_OPTIONAL.sub("", line, count=1) for line in EXAMPLE.read_text(encoding="utf-8").splitlines())
     data = tomllib.loads(text)
     for table in (data["api"], *data["sinks"].values()):
@@ -1190,7 +1190,7 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
     return data
 
 
-def test_the_example_is_valid_as_it_stands():
+def test_the_example_is_valid_unchanged():
     loaded = config.load(EXAMPLE, env=ENV)
     assert [source.name for source in loaded.sources] == ["main"]
     assert loaded.coverage == {"main": False}
@@ -1224,7 +1224,7 @@ def test_the_example_has_every_key_with_its_default(tmp_path, name):
         else:
             tables += whole[name] if isinstance(whole[name], list) else [whole[name]]
     shown = {key: value for table in tables for key, value in table.items()}
-    # What all sinks have in common is shown at the first one.
+    # The keys that all sinks share are shown at the first sink only.
     common = set(SinkConfig.model_fields) if name in BUILT_IN and name != "file" else set()
     if name in ("mysql", "sqlite"):  # their keys are shown at "postgresql"
         common |= set(SqlConfig.model_fields)
@@ -1292,6 +1292,6 @@ def test_a_secret_in_a_file_that_others_may_read_is_warned_of(tmp_path, text, ke
 
 
 def test_no_pattern_of_a_key_fills_the_memory():
-    """`\\w` is all of Unicode to pydantic: repeated up to 128 times, it takes tens of MB."""
+    """In pydantic `\\w` matches all of Unicode: repeated up to 128 times, it takes tens of MB."""
     source = Path(tables.__file__).read_text()
     assert not re.findall(r'pattern=r"[^"]*\\w[^"]*"', source)

@@ -53,7 +53,7 @@ def test_a_callback_key_at_a_pull_source_is_refused(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    ("changes", "key", "says"),
+    ("changes", "key", "words"),
     [
         ({"listen": None}, "listen", "must be text"),
         ({"listen": "8088"}, "listen", "is not an address with a port"),
@@ -72,10 +72,10 @@ def test_a_callback_key_at_a_pull_source_is_refused(tmp_path, key):
         ({"sign_key": "a", "sign_key_file": "none"}, "sign_key_file", "given together with sign_key"),
     ],
 )
-def test_what_is_wrong_with_a_key_is_said(tmp_path, changes, key, says):
+def test_a_wrong_value_is_a_problem_that_names_its_key(tmp_path, changes, key, words):
     (problem,) = problems_of(tmp_path, CALLBACK | changes)
     assert problem.startswith(f"sources.pushed.{key}: ")
-    assert says in problem
+    assert words in problem
 
 
 def test_the_extra_that_is_missing_is_named(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_two_sources_share_an_address_with_different_paths(tmp_path):
     assert config.callback_addresses == ("127.0.0.1:8088",)
 
 
-def test_the_listeners_address_is_not_for_callbacks(tmp_path):
+def test_the_listeners_address_is_refused_for_callbacks(tmp_path):
     problems = problems_of(tmp_path, CALLBACK, listener={"address": "127.0.0.1:8088"})
     assert problems == ["sources.pushed.listen: listener.address is the same (give each its own port)"]
 
@@ -110,7 +110,7 @@ def test_the_listeners_address_is_not_for_callbacks(tmp_path):
     ("one", "other"),
     [("127.0.0.1:8088", "0.0.0.0:8088"), ("[::]:8088", "[::1]:8088"), ("[::1]:8088", "[0:0::1]:8088")],
 )
-def test_addresses_of_which_only_one_can_be_are_refused(tmp_path, one, other):
+def test_addresses_that_conflict_are_refused(tmp_path, one, other):
     sources = CALLBACK | {"listen": one, "sign_key": "k" * 16}, CALLBACK | {"name": "b", "listen": other, "path": "/b"}
     (problem,) = problems_of(tmp_path, *sources)
     assert problem.startswith(f'sources.b.listen: sources.pushed.listen = "{one}" is at the same port')
@@ -119,11 +119,11 @@ def test_addresses_of_which_only_one_can_be_are_refused(tmp_path, one, other):
 
 
 @pytest.mark.parametrize("other", ["127.0.0.1:8089", "127.0.0.2:8088", "[::1]:8088", "[::]:8088"])
-def test_addresses_that_can_both_be_are_good(tmp_path, other):
+def test_addresses_that_do_not_conflict_are_accepted(tmp_path, other):
     load(tmp_path, CALLBACK, CALLBACK | {"name": "b", "listen": other, "path": "/b"})
 
 
-def test_routes_that_leave_events_out_ask_for_unrouted_without_leave(tmp_path):
+def test_events_without_a_route_require_unrouted_and_not_leave(tmp_path):
     routes = [{"name": "some", "sinks": ["archive"], "event_types": ["NewFileUpload"]}]
     (problem,) = problems_of(tmp_path, CALLBACK, routes=routes)
     assert problem.startswith("sources.pushed.unrouted: is missing")
@@ -143,7 +143,7 @@ def test_without_a_source_that_pulls_no_key_is_needed(tmp_path):
         ({"provider": "assume_role"}, ["role_arn", "secret_id", "secret_key"]),
     ],
 )
-def test_a_sink_that_signs_needs_what_a_source_that_pulls_does(tmp_path, credentials, missing):
+def test_a_sink_that_signs_needs_the_key_like_a_source_that_pulls(tmp_path, credentials, missing):
     sink = {"type": "tencent", "service": "eb", "version": "2021-04-16", "action": "PutEvents", "params": "{E: @}"}
     tables = {"sinks": {"archive": sink}, "credentials": credentials}
     if missing:
@@ -153,12 +153,12 @@ def test_a_sink_that_signs_needs_what_a_source_that_pulls_does(tmp_path, credent
         assert load(tmp_path, CALLBACK, **tables).role is not None
 
 
-def test_beside_a_source_that_pulls_the_key_is_needed(tmp_path):
+def test_with_a_source_that_pulls_the_key_is_needed(tmp_path):
     problems = problems_of(tmp_path, CALLBACK, {"name": "main"})
     assert {problem.partition(":")[0] for problem in problems} == {"credentials.secret_id", "credentials.secret_key"}
 
 
-def test_both_kinds_may_have_one_application(tmp_path):
+def test_both_types_of_sources_may_share_an_application(tmp_path):
     pulled = {"name": "main", "sub_app_id": 7}
     config = load(tmp_path, CALLBACK | {"sub_app_id": 7}, pulled, env=KEY)
     assert [source.sub_app_id for source in config.sources] == [7, 7]
@@ -183,13 +183,13 @@ def test_networks_are_read(tmp_path):
         ({"forwarded_from": ["127.0.0.1"]}, "forwarded_from"),
     ],
 )
-def test_what_is_probably_not_meant_is_a_warning(tmp_path, changes, key):
+def test_a_probable_mistake_is_a_warning(tmp_path, changes, key):
     (warning,) = load(tmp_path, CALLBACK | changes).warnings
     assert warning.startswith(f"sources.pushed.{key}: ")
 
 
 @pytest.mark.parametrize("changes", [{"sign_key": "k" * 20}, {"allow_from": ["10.0.0.0/8"]}])
-def test_a_key_or_networks_are_enough_against_strangers(tmp_path, changes):
+def test_with_a_sign_key_or_networks_there_is_no_warning(tmp_path, changes):
     assert not load(tmp_path, CALLBACK | {"listen": "0.0.0.0:8088"} | changes).warnings
 
 

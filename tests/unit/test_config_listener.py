@@ -1,4 +1,4 @@
-"""The table [listener]: what it refuses, and who may ask."""
+"""The table [listener]: invalid values, passwords and permitted hosts."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_what_is_not_an_address_is_refused(tmp_path, address):
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:9464", "[::]:9464", "10.0.0.7:9464", "[2001:db8::7]:9464", "a.example:1"])
-def test_other_machines_need_a_password_or_a_permission(tmp_path, address):
+def test_an_address_beyond_loopback_needs_password_or_permission(tmp_path, address):
     assert "password_file" in problem_of(tmp_path, f'address = "{address}"')
     hosts = 'hosts = ["a.example"]'
     assert not load(tmp_path, f'address = "{address}"\npassword_file = "password"\n{hosts}').warnings
@@ -43,7 +43,7 @@ def test_other_machines_need_a_password_or_a_permission(tmp_path, address):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9464", "[::1]:9464", "localhost:9464"])
-def test_this_machine_needs_none(tmp_path, address):
+def test_a_loopback_address_needs_no_password(tmp_path, address):
     assert load(tmp_path, f'address = "{address}"').listener.address == address
 
 
@@ -69,7 +69,7 @@ def test_the_password_is_the_first_line_and_is_hidden(tmp_path):
     assert PASSWORD not in repr(loaded.listener)
 
 
-def test_a_password_that_became_too_short_is_not_taken(tmp_path):
+def test_a_password_that_became_too_short_is_not_used(tmp_path):
     secret = load(tmp_path, 'address = "127.0.0.1:9464"\npassword_file = "password"').listener.password_file
     (tmp_path / "password").write_text("short\n")
     with pytest.raises(OSError, match="less than 8"):
@@ -78,7 +78,7 @@ def test_a_password_that_became_too_short_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["vod.example:9464", "http://vod.example", "::1", "", "a b"])
-def test_a_host_is_one_without_a_port(tmp_path, host):
+def test_a_host_with_a_port_or_a_scheme_is_refused(tmp_path, host):
     assert "is not a host without a port" in problem_of(tmp_path, f'address = "127.0.0.1:1"\nhosts = ["{host}"]')
 
 
@@ -96,12 +96,12 @@ def test_a_wildcard_without_hosts_is_warned_of(tmp_path, address):
         ('address = "[::1]:1"\nhosts = ["VOD.example"]', {"vod.example"}),
     ],
 )
-def test_it_is_asked_by_the_hosts_that_are_named_or_its_own(tmp_path, settings, hosts):
+def test_the_known_hosts_are_those_configured_or_its_own(tmp_path, settings, hosts):
     assert load(tmp_path, settings).listener.known_hosts() == hosts
 
 
 @pytest.mark.parametrize("module", ["waitress", "prometheus_client", "jinja2"])
-def test_a_missing_package_is_named_with_the_command_that_helps(tmp_path, monkeypatch, module):
+def test_a_missing_package_is_named_with_the_command_to_install_it(tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     problem = problem_of(tmp_path, 'address = "127.0.0.1:9464"')
     assert problem == (

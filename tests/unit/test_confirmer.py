@@ -30,7 +30,10 @@ HANDLES = [f"h{number}" for number in range(16)]
 
 
 class FakeVod:
-    """Refuses calls that hold a stale handle, after what its script says; each call takes a while."""
+    """VOD on a fake clock; each call takes `call_secs`.
+
+    A call raises the next error of `script`. If that is None, or the script is used up, it refuses stale handles.
+    """
 
     def __init__(self, clock, *, stale=(), script=(), call_secs=0.01):
         self.clock = clock
@@ -77,7 +80,7 @@ def make_confirmer(vod, log, clock):
 
 @pytest.fixture
 def confirming(clock, log):
-    """Makes a client and confirms with it: (the client, what was confirmed)."""
+    """A function that confirms handles; returns the client and the handles that were confirmed."""
     confirmers = {}
 
     def confirm(handles=HANDLES, *, vod=None, lease_left_secs=25.0, source="main", on_acknowledged=None, **more):
@@ -95,7 +98,7 @@ def confirming(clock, log):
 
 
 @pytest.mark.parametrize("stale", HANDLES)
-def test_one_stale_handle_of_sixteen_costs_at_most_nine_calls_and_none_of_its_mates(confirming, lines, stale):
+def test_one_stale_handle_of_sixteen_is_isolated_in_nine_calls(confirming, lines, stale):
     vod, confirmed = confirming(stale=[stale])
     assert confirmed == frozenset(HANDLES) - {stale}
     assert len(vod.calls) == 9
@@ -105,21 +108,21 @@ def test_one_stale_handle_of_sixteen_costs_at_most_nine_calls_and_none_of_its_ma
 
 
 @pytest.mark.parametrize("stale", [["h0", "h7", "h15"], ["h0", "h1", "h2"], ["h1", "h2", "h3"], HANDLES[::2]])
-def test_every_fresh_handle_is_confirmed_whatever_the_number_of_stale_ones(confirming, stale):
+def test_every_fresh_handle_is_confirmed_among_several_stale_ones(confirming, stale):
     vod, confirmed = confirming(stale=stale)
     assert confirmed == frozenset(HANDLES) - set(stale)
-    # What nine calls left undecided is never mixed again.
+    # Handles that nine calls left undecided are not mixed again.
     assert all(set(later) < set(HANDLES) for later in vod.calls[1:])
 
 
 @pytest.mark.parametrize("stale", [HANDLES, HANDLES[:6]])
-def test_a_set_of_which_nine_calls_take_nothing_costs_no_more(confirming, stale):
+def test_a_set_is_refused_if_nine_calls_confirm_none_of_it(confirming, stale):
     vod, confirmed = confirming(stale=stale)
     assert (len(vod.calls), confirmed) == (9, frozenset())
     assert set(vod.results.values()) == {"refused"}
 
 
-def test_nothing_is_called_where_there_is_nothing_to_confirm(confirming):
+def test_without_handles_no_call_is_made(confirming):
     vod, confirmed = confirming([])
     assert (vod.calls, confirmed) == ([], frozenset())
 
@@ -132,21 +135,21 @@ def test_all_handles_of_a_pull_go_in_one_call(confirming, lines):
     assert lines == []
 
 
-def test_no_call_holds_more_handles_than_vod_takes(confirming):
+def test_no_call_holds_more_handles_than_vod_accepts(confirming):
     handles = [f"h{number}" for number in range(40)]
     vod, confirmed = confirming(handles)
     assert [len(call) for call in vod.calls] == [16, 16, 8]
     assert confirmed == frozenset(handles)
 
 
-def test_a_stale_handle_does_not_keep_the_next_sixteen_from_being_confirmed(confirming):
+def test_a_stale_handle_does_not_block_the_next_sixteen(confirming):
     handles = [f"h{number}" for number in range(32)]
     _, confirmed = confirming(handles, stale=["h3"])
     assert confirmed == frozenset(handles) - {"h3"}
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "reported"),
     [
         ({}, [HANDLES]),
         ({"stale": ["h3"]}, [HANDLES[8:], HANDLES[4:8], HANDLES[:2], ["h2"]]),
@@ -155,16 +158,16 @@ def test_a_stale_handle_does_not_keep_the_next_sixteen_from_being_confirmed(conf
         ({"script": [ThrottledError("slower"), OperatorError("no right")]}, []),
     ],
 )
-def test_what_a_call_had_acknowledged_is_told_before_the_next_call(confirming, clock, more, told):
+def test_acknowledged_handles_are_reported_before_the_next_call(confirming, clock, more, reported):
     vod = FakeVod(clock, **more)
     calls = []
     confirming(vod=vod, on_acknowledged=lambda handles: calls.append((len(vod.calls), handles)))
-    assert sorted(handles for _, handles in calls) == sorted(told)
+    assert sorted(handles for _, handles in calls) == sorted(reported)
     assert all(vod.calls[number - 1] == handles for number, handles in calls)
 
 
 def test_a_call_lasts_no_longer_than_the_first_of_its_leases(confirming, clock):
-    """What VOD did with a handle whose lease is over could only be guessed then."""
+    """If a lease ended during the call, what VOD did with the handle could only be guessed."""
     vod, _ = confirming(lease_left_secs=4.0)
     assert vod.timeouts == [4.0]
 
@@ -177,7 +180,7 @@ def test_transient_errors_repeat_the_same_set(confirming, lines):
 
 
 @pytest.mark.parametrize("error", [TransientError("lost"), ThrottledError("slow down")])
-def test_transient_errors_are_repeated_until_the_lease_ends_and_no_longer(confirming, clock, lines, error):
+def test_transient_errors_are_repeated_only_until_the_lease_ends(confirming, clock, lines, error):
     started = clock()
     vod, confirmed = confirming(script=[error] * 1000, lease_left_secs=12.0)
     assert confirmed == frozenset()
@@ -207,7 +210,8 @@ def test_each_call_may_take_what_is_left_of_the_lease(confirming):
     assert vod.timeouts[1] < 8.0
 
 
-def test_a_refusal_after_a_lost_answer_is_not_split_since_the_lost_one_probably_worked(confirming, lines):
+def test_a_set_refused_after_a_lost_answer_is_not_split(confirming, lines):
+    """The call whose answer was lost probably confirmed the set."""
     vod, confirmed = confirming(script=[TransientError("lost"), refusal()])
     assert vod.calls == [HANDLES] * 2
     assert confirmed == frozenset()
@@ -232,33 +236,35 @@ def test_a_slot_that_comes_after_the_lease_is_not_used(confirming, clock):
     assert set(vod.results.values()) == {"no_answer"}
 
 
-def test_a_refusal_after_throttling_is_split_since_nothing_was_carried_out(confirming):
+def test_a_set_refused_after_throttling_is_split(confirming):
+    """A call that is throttled confirms nothing."""
     vod, confirmed = confirming(stale=["h5"], script=[ThrottledError("slow down")])
     assert confirmed == frozenset(HANDLES) - {"h5"}
     assert len(vod.calls) == 10
 
 
-def test_a_refusal_after_a_refused_token_is_split_since_nothing_was_carried_out(confirming):
+def test_a_set_refused_after_a_refused_token_is_split(confirming):
+    """A call whose token is refused confirms nothing."""
     vod, confirmed = confirming(stale=["h5"], script=[NoKeyError("the token was refused")])
     assert confirmed == frozenset(HANDLES) - {"h5"}
     assert len(vod.calls) == 10
 
 
-def test_throttling_after_a_lost_answer_does_not_make_it_forgotten(confirming):
+def test_throttling_does_not_cancel_an_earlier_lost_answer(confirming):
     script = [TransientError("lost"), ThrottledError("slow down"), refusal()]
     vod, confirmed = confirming(script=script)
     assert len(vod.calls) == 3
     assert confirmed == frozenset()
 
 
-def test_a_lost_answer_in_one_half_leaves_the_other_half_its_chance(confirming):
-    # The whole is refused; of the first half the answer is lost, then it is refused; the second half is fresh.
+def test_a_lost_answer_in_one_half_does_not_affect_the_other_half(confirming):
+    # The whole set is refused. The first half's answer is lost, then that half is refused. The second half is fresh.
     vod, confirmed = confirming(stale=["h0"], script=[None, TransientError("lost"), None])
     assert confirmed == frozenset(HANDLES[8:])
     assert len(vod.calls) == 4
 
 
-def test_an_operator_error_is_loud_and_ends_it(confirming, lines):
+def test_an_operator_error_is_logged_as_error_and_not_repeated(confirming, lines):
     vod, confirmed = confirming(script=[OperatorError("no right to confirm", error_code="UnauthorizedOperation")])
     assert (len(vod.calls), confirmed) == (1, frozenset())
     (line,) = named(lines, "confirm.failed")
@@ -272,7 +278,7 @@ def refused(confirming, clock, times, **more):
     return vod
 
 
-def test_fresh_handles_that_are_refused_again_and_again_hint_at_the_sub_app_id(confirming, clock, lines):
+def test_repeated_refusals_of_fresh_handles_hint_at_the_sub_app_id(confirming, clock, lines):
     refused(confirming, clock, 2)
     assert named(lines, "confirm.refused") == []
     refused(confirming, clock, 5)
@@ -281,7 +287,7 @@ def test_fresh_handles_that_are_refused_again_and_again_hint_at_the_sub_app_id(c
     assert "sub_app_id" in line["hint"]
 
 
-def test_handles_that_are_refused_at_the_end_of_their_lease_hint_at_nothing(confirming, clock, lines):
+def test_refusals_at_the_end_of_the_lease_give_no_hint(confirming, clock, lines):
     refused(confirming, clock, 5, lease_left_secs=1.0)
     assert named(lines, "confirm.refused") == []
 
@@ -296,20 +302,20 @@ def test_a_confirm_that_works_ends_the_suspicion(confirming, clock, lines):
     assert named(lines, "confirm.refused") == []
 
 
-def test_the_suspicion_is_of_one_source(confirming, clock, lines):
+def test_refusals_are_counted_per_source(confirming, clock, lines):
     vod = refused(confirming, clock, 2)
     confirming(vod=vod, source="other")
     assert named(lines, "confirm.refused") == []
 
 
-def test_the_same_failure_is_said_once(confirming, clock, lines):
+def test_the_same_failure_is_logged_once(confirming, clock, lines):
     vod = FakeVod(clock, script=[OperatorError("no right")] * 10)
     for _ in range(10):
         confirming(vod=vod)
     assert len(named(lines, "confirm.failed")) == 1
 
 
-# --- what each handle came to -----------------------------------------------------------------------------------------
+# --- the result of each handle ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -345,7 +351,7 @@ def test_an_error_in_the_middle_leaves_no_handle_without_a_result(confirming, li
 
 
 class Vod:
-    """VOD's confirms on real time: a quota, stale handles, calls that take their time or hang."""
+    """VOD's confirms in real time: a quota, stale handles, calls that are slow or hang."""
 
     def __init__(self, *, slots_per_sec=1000.0, stale=(), call_secs=0.0):
         self.limiter = RateLimiter(slots_per_sec)
@@ -354,7 +360,7 @@ class Vod:
         self.stale = set(stale)
         self.call_secs = call_secs
         self.refusal = None
-        self.refusals = {}  # what makes them, by SubAppId
+        self.refusals = {}  # functions that make the errors, by SubAppId
         self.hanging = set()
         self.released = threading.Event()
         self.lock = threading.Lock()
@@ -434,7 +440,7 @@ def pullers(log):
         one.join()
 
 
-def test_handles_of_several_pulls_share_a_call_while_a_slot_is_awaited(pullers):
+def test_handles_of_pulls_that_wait_for_a_slot_share_calls(pullers):
     vod = Vod(slots_per_sec=4)
     vod.has_slots.clear()
     group = pullers(vod)
@@ -446,7 +452,7 @@ def test_handles_of_several_pulls_share_a_call_while_a_slot_is_awaited(pullers):
     assert max(map(len, vod.calls)) >= 8
 
 
-def test_leases_that_are_nearly_over_share_a_call_with_their_own_pull_only(pullers):
+def test_handles_whose_lease_is_nearly_over_mix_with_no_other_pull(pullers):
     vod = Vod(slots_per_sec=10)
     vod.limiter.acquire()
     group = pullers(vod, reserve_secs=10.0)
@@ -457,9 +463,9 @@ def test_leases_that_are_nearly_over_share_a_call_with_their_own_pull_only(pulle
     assert sorted(map(sorted, vod.calls)) == [["a0", "b0"], ["a1", "b1"], ["a2", "b2"], ["a3", "b3"], ["c"]]
 
 
-@pytest.mark.parametrize("where", [0, 7, 15])
-def test_one_stale_handle_among_fresh_ones_of_other_pulls_costs_them_nothing(pullers, where):
-    stale = f"h{where}"
+@pytest.mark.parametrize("position", [0, 7, 15])
+def test_a_stale_handle_does_not_affect_handles_of_other_pulls(pullers, position):
+    stale = f"h{position}"
     vod = Vod(slots_per_sec=10, stale=[stale])
     vod.has_slots.clear()
     group = pullers(vod)
@@ -468,14 +474,14 @@ def test_one_stale_handle_among_fresh_ones_of_other_pulls_costs_them_nothing(pul
     vod.has_slots.set()
     results = group.join()
     assert {handle for handle, result in results.items() if result != "confirmed"} == {stale}
-    # Some may have been sent before the others came.
-    mates = next(set(call) for call in vod.calls if stale in call)
-    assert len(mates) > 1
-    assert sum(set(call) <= mates for call in vod.calls) <= 9
+    # Some handles may have been sent before the others arrived.
+    sent_together = next(set(call) for call in vod.calls if stale in call)
+    assert len(sent_together) > 1
+    assert sum(set(call) <= sent_together for call in vod.calls) <= 9
 
 
 @pytest.mark.parametrize("stale", [["h0", "h1", "h2"], ["h0", "h7", "h15"], ["h4", "h20", "h39"]])
-def test_three_stale_handles_among_fresh_ones_of_other_pulls_cost_them_no_lease(pullers, stale):
+def test_three_stale_handles_let_no_lease_of_other_pulls_end(pullers, stale):
     vod = Vod(slots_per_sec=40, stale=stale)
     vod.limiter.acquire()
     group = pullers(vod)
@@ -488,13 +494,13 @@ def test_three_stale_handles_among_fresh_ones_of_other_pulls_cost_them_no_lease(
 
 
 @pytest.mark.parametrize("stale", [["h0", "h1", "h2"], ["h1", "h4", "h7"]])
-def test_what_nine_calls_left_undecided_is_not_mixed_with_handles_of_other_pulls(pullers, stale):
+def test_handles_left_undecided_are_not_mixed_with_other_pulls(pullers, stale):
     vod = Vod(stale=stale)
     group = pullers(vod)
     is_other_waiting, are_both_waiting = threading.Event(), threading.Event()
     confirm = vod.confirm
 
-    def confirm_and_let_another_come(*args):
+    def confirm_while_another_waits(*args):
         if len(vod.calls) == 8:
             group.confirm("x0", "x1")
             assert is_other_waiting.wait(10)
@@ -509,7 +515,7 @@ def test_what_nine_calls_left_undecided_is_not_mixed_with_handles_of_other_pulls
             are_both_waiting.wait(2)
         return True
 
-    vod.confirm, vod.await_confirm_slot = confirm_and_let_another_come, await_confirm_slot
+    vod.confirm, vod.await_confirm_slot = confirm_while_another_waits, await_confirm_slot
     group.confirm(*HANDLES).join(10)
     results = group.join()
     assert {handle for handle, result in results.items() if result != "confirmed"} == set(stale)
@@ -533,7 +539,7 @@ def test_a_handle_that_no_call_takes_ends_with_its_own_lease(pullers, lease_left
     assert max(group.took_secs.values()) < lease_left_secs + lateness.allowed_secs
 
 
-def test_a_handle_whose_lease_ends_amid_a_call_costs_the_others_nothing(pullers):
+def test_a_lease_that_ends_during_a_call_affects_no_other_handle(pullers):
     vod = Vod(slots_per_sec=4)
     vod.limiter.acquire()
     answered, lost = vod.confirm, []
@@ -555,7 +561,7 @@ def test_a_handle_whose_lease_ends_amid_a_call_costs_the_others_nothing(pullers)
     assert vod.calls == [["long"]]
 
 
-def test_a_call_that_hangs_costs_its_own_handles_only(pullers):
+def test_a_call_that_hangs_delays_only_its_own_handles(pullers):
     vod = Vod()
     vod.hanging = {"h0"}
     group = pullers(vod)
@@ -575,7 +581,7 @@ def test_a_call_that_hangs_costs_its_own_handles_only(pullers):
         (RefusedHandlesError("what is that", error_code="InvalidParameterValue"), "refused", 3),
     ],
 )
-def test_a_source_whose_confirms_are_refused_asks_seldom_and_comes_to_rest(pullers, error, result, calls_before):
+def test_a_source_whose_confirms_are_refused_calls_rarely(pullers, error, result, calls_before):
     vod = Vod()
     vod.refusal = error
     group = pullers(vod, ask_secs=0.5)
@@ -593,7 +599,7 @@ def test_a_source_whose_confirms_are_refused_asks_seldom_and_comes_to_rest(pulle
     assert min(group.took_secs[f"h{number}"] for number in range(6)) <= 2.5
 
 
-def test_the_time_between_two_asks_counts_from_the_answer_of_the_first(pullers):
+def test_the_pause_between_two_tries_begins_at_the_first_answer(pullers):
     vod = Vod()
     vod.refusal = RefusedHandlesError("what is that", error_code="InvalidParameterValue")
     group = pullers(vod, ask_secs=0.5)
@@ -601,7 +607,7 @@ def test_the_time_between_two_asks_counts_from_the_answer_of_the_first(pullers):
         group.confirm(f"first{number}").join(10)
     before = len(vod.calls)
     vod.call_secs = 0.3
-    for number in range(6):  # their leases are nearly over, so that a refusal of them says nothing of the source
+    for number in range(6):  # their leases are nearly over, so a refusal of them is not a hint about the source
         group.confirm(f"h{number}", lease_left_secs=3.0)
     group.join()
     after = vod.called_at[before:]
@@ -622,18 +628,18 @@ def test_a_source_that_is_allowed_again_goes_on_at_once(pullers):
 
 
 class Handle(str):
-    """Can be seen to be forgotten."""
+    """A handle to which weak references are possible: they show when it is released."""
 
     __slots__ = ("__weakref__",)
 
 
 class Source:
-    """Pullers of one source that confirm batch after batch until they are told to end.
+    """Pullers of one source that confirm batch after batch until `end` is called.
 
     Args:
         confirmer: Shared by the sources of an account.
-        number: Its SubAppId.
-        lease_secs: Of each batch.
+        number: The source's SubAppId.
+        lease_secs: The length of each batch's lease.
     """
 
     THREADS = 16
@@ -681,7 +687,7 @@ class Source:
         (partial(RefusedHandlesError, "what is that", error_code="InvalidParameterValue"), "refused"),
     ],
 )
-def test_a_source_that_is_refused_comes_to_rest_and_slows_no_other(log, lines, error, result):
+def test_a_source_that_is_refused_comes_to_rest_and_delays_no_other(log, lines, error, result):
     vod = Vod(slots_per_sec=40)
     vod.refusals[1] = error
     confirmer = Confirmer(vod=vod, telemetry=Telemetry(log), liveness=Liveness(), reserve_secs=0.0)
@@ -689,7 +695,7 @@ def test_a_source_that_is_refused_comes_to_rest_and_slows_no_other(log, lines, e
     other = Source(confirmer, number=2, lease_secs=20.0)
     try:
         until(lambda: named(lines, "confirm.failed" if result == "not_allowed" else "confirm.refused"))
-        # What was under way when it was found out is over, the splitting of refused sets too.
+        # Wait until the calls that were under way then have ended, with the splitting of refused sets.
         until(lambda: time.monotonic() - vod.called_at[-1 - vod.sub_app_ids[::-1].index(1)] > 1.0, secs=30)
         began, calls, batches = time.monotonic(), len(vod.calls), broken.batches
         time.sleep(6.0)
@@ -700,14 +706,14 @@ def test_a_source_that_is_refused_comes_to_rest_and_slows_no_other(log, lines, e
         broken.end()
         other.end()
 
-    asked = [at for at, number in zip(vod.called_at, vod.sub_app_ids, strict=True) if number == 1 and at > began]
-    assert 1 <= len(asked) <= secs / 2 + 1
-    assert all(later - earlier > 1.95 for earlier, later in pairwise(asked))
+    tries = [at for at, number in zip(vod.called_at, vod.sub_app_ids, strict=True) if number == 1 and at > began]
+    assert 1 <= len(tries) <= secs / 2 + 1
+    assert all(later - earlier > 1.95 for earlier, later in pairwise(tries))
     assert calls_of.count(2) >= 0.8 * 0.97 * 40 * secs
     assert broken.results[result] > 0
     assert not broken.results["confirmed"]
-    assert set(other.results) <= {"confirmed", "stopping", "throttled"}  # the last two by the stop
-    # A pull for each thread and lease, and nothing is kept of what is over.
+    assert set(other.results) <= {"confirmed", "stopping", "throttled"}  # the last two because of the stop
+    # At most one batch per thread and lease; handles of ended leases are not kept.
     assert new_batches <= Source.THREADS * (secs // 3.0 + 1)
     assert broken.most_handles <= 3 * 16 * Source.THREADS
     gc.collect()
@@ -731,7 +737,7 @@ def test_a_stop_ends_the_waits(pullers):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
-def test_an_error_while_a_slot_is_awaited_costs_that_puller_only(pullers, lines, error):
+def test_an_error_in_waiting_for_a_slot_affects_one_puller_only(pullers, lines, error):
     vod = Vod(slots_per_sec=10)
     wait, failures = vod.await_confirm_slot, [error]
 
@@ -749,7 +755,7 @@ def test_an_error_while_a_slot_is_awaited_costs_that_puller_only(pullers, lines,
 
 
 class Lateness:
-    """How late this machine lets a thread go on at worst: what a bound on real time must allow. A context manager."""
+    """A context manager: measures the worst delay with which this machine resumes a thread, for bounds on real time."""
 
     def __enter__(self):
         self.worst_secs = 0.0
@@ -773,21 +779,21 @@ class Lateness:
         return 0.3 + 4 * self.worst_secs
 
 
-class FickleVod(Vod):
-    """Some of those that wait for a slot give up, or fail; notes which threads waited."""
+class UnreliableVod(Vod):
+    """Lets some callers that wait for a slot give up or fail; records which threads waited."""
 
-    def __init__(self, fates, **more):
+    def __init__(self, behaviours, **more):
         super().__init__(**more)
-        self.fates = list(fates)
+        self.behaviours = list(behaviours)
         self.callers = set()
 
     def await_confirm_slot(self, timeout_secs):
         with self.lock:
             self.callers.add(threading.get_ident())
-            fate = self.fates.pop() if self.fates else "waits"
-        if fate == "fails":
+            behaviour = self.behaviours.pop() if self.behaviours else "waits"
+        if behaviour == "fails":
             raise MemoryError
-        return fate == "waits" and super().await_confirm_slot(timeout_secs)
+        return behaviour == "waits" and super().await_confirm_slot(timeout_secs)
 
 
 BATCH = st.tuples(
@@ -798,24 +804,24 @@ BATCH = st.tuples(
 )
 
 
-@settings(  # each example takes a second and more
+@settings(  # each example takes a second or more
     max_examples=settings().max_examples // 6, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     slots_per_sec=st.sampled_from([5, 5, 20, 100]),
     reserve_secs=st.sampled_from([0.0, 0.3]),
-    fates=st.lists(st.sampled_from(["waits", "waits", "waits", "gives up", "fails"]), max_size=12),
+    behaviours=st.lists(st.sampled_from(["waits", "waits", "waits", "gives up", "fails"]), max_size=12),
     batches=st.lists(BATCH, min_size=1, max_size=16),
 )
-def test_no_handle_waits_past_its_lease_and_no_puller_for_ever(log, slots_per_sec, reserve_secs, fates, batches):
-    vod = FickleVod(fates, slots_per_sec=slots_per_sec)
+def test_no_handle_waits_past_its_lease_and_no_puller_for_ever(log, slots_per_sec, reserve_secs, behaviours, batches):
+    vod = UnreliableVod(behaviours, slots_per_sec=slots_per_sec)
     group = Pullers(vod, log, reserve_secs=reserve_secs)
     pullers = {}
     with Lateness() as lateness:
-        for number, (size, lease_secs, what, pause_secs) in enumerate(batches):
+        for number, (size, lease_secs, kind, pause_secs) in enumerate(batches):
             handles = [f"h{number}-{index}" for index in range(size)]
-            vod.stale |= set(handles[: {"one is stale": 1, "three are stale": 3}.get(what, 0)])
-            vod.hanging |= set(handles[:1] if what == "one hangs" else [])
+            vod.stale |= set(handles[: {"one is stale": 1, "three are stale": 3}.get(kind, 0)])
+            vod.hanging |= set(handles[:1] if kind == "one hangs" else [])
             time.sleep(pause_secs)
             pullers[group.confirm(*handles, lease_left_secs=lease_secs)] = (handles, time.monotonic() + lease_secs)
         results = group.join()
@@ -832,6 +838,6 @@ def test_no_handle_waits_past_its_lease_and_no_puller_for_ever(log, slots_per_se
     for call, called_at in zip(vod.calls, vod.called_at, strict=True):
         assert called_at <= min(end_of[handle] for handle in call) + lateness.allowed_secs
     for thread, (handles, ends_at) in pullers.items():
-        # Who waits for a slot, or has handles in a call with others, is held by these; they end with the last lease.
+        # A puller that waits for a slot, or whose handles share a call, may go on until the last lease of all ends.
         waits_only = thread.ident not in vod.callers and not sent & set(handles)
         assert group.ended_at[handles[0]] <= (ends_at if waits_only else last_end) + lateness.allowed_secs

@@ -26,31 +26,31 @@ def test_a_test_without_the_mark_cannot_start_a_process(start):
 
 @pytest.fixture
 def certificate():
-    """A name that conftest.py knows."""
+    """A fixture whose name makes conftest.py mark the tests that use it."""
 
 
 @pytest.fixture
 def system():
-    """Another one."""
+    """Another such name."""
 
 
 @pytest.mark.usefixtures("certificate")
-def test_a_test_has_the_mark_by_a_fixture_that_starts_processes(request):
+def test_a_fixture_that_starts_processes_gives_the_mark(request):
     assert request.node.get_closest_marker("system")
 
 
 @pytest.mark.usefixtures("system")
-def test_a_test_has_the_mark_by_another_such_fixture(request):
+def test_another_such_fixture_gives_the_mark(request):
     assert request.node.get_closest_marker("system")
 
 
-def test_a_test_has_no_mark_by_itself(request):
+def test_a_test_has_no_mark_by_default(request):
     assert request.node.get_closest_marker("system") is None
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("command", [["true"], ["sh", "-c", "exit 0"]], ids=" ".join)
-def test_a_test_with_the_mark_can(command):
+def test_a_test_with_the_mark_can_start_a_process(command):
     assert subprocess.run(command, check=False).returncode == 0
 
 
@@ -62,6 +62,6 @@ def test_what_a_laptop_skips_fails_in_ci(monkeypatch, ci, ends, call):
         call()
 
 
-def test_a_program_that_is_there_ends_nothing(monkeypatch):
+def test_an_installed_program_neither_skips_nor_fails_a_test(monkeypatch):
     monkeypatch.setenv("CI", "true")
     needs("sh")

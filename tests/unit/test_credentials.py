@@ -8,7 +8,7 @@ from vodpoller.vod.credentials import Credentials, StaticCredentials
 
 @pytest.fixture
 def key_in(tmp_path):
-    """Writes a key into a folder, to which a link leads, as Kubernetes mounts secrets; returns the link's swapping."""
+    """A function that writes a key and swaps the link `data` to it, as Kubernetes mounts secrets; key 0 is there."""
 
     def swap(number):
         folder = tmp_path / f"of-{number}"
@@ -24,7 +24,7 @@ def key_in(tmp_path):
 
 
 class SwappedSecret(Secret):
-    """One whose file is swapped right after each of the first readings."""
+    """A secret whose file is swapped after each read, as long as there are `swaps`."""
 
     swaps = ()
 
@@ -54,7 +54,7 @@ def test_files_swapped_between_two_readings_are_one_triple(tmp_path, key_in):
     assert credentials() == triple(2)
 
 
-def test_files_that_never_rest_leave_the_last_triple(tmp_path, key_in):
+def test_files_that_keep_changing_leave_the_last_triple(tmp_path, key_in):
     credentials = credentials_in(tmp_path / "data", SwappedSecret)
     credentials.secret_id.swaps = [lambda at=at: key_in(at) for at in range(1, 20)]
     with pytest.raises(OSError, match="go on changing"):

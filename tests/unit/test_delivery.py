@@ -27,7 +27,7 @@ def test_a_wait_lies_between_half_of_the_exponential_and_all_of_it(attempt):
     assert full_secs / 2 <= Backoff(first_secs=2.0, most_secs=60.0).secs(attempt) <= full_secs
 
 
-def test_waits_of_many_who_failed_together_differ():
+def test_waits_after_failures_at_the_same_time_differ():
     backoff = Backoff(first_secs=10.0, most_secs=60.0)
     assert len({backoff.secs(1) for _ in range(20)}) > 10
 
@@ -47,16 +47,16 @@ def opened(breaker):
     return breaker
 
 
-def test_one_event_that_fails_again_and_again_opens_nothing(breaker):
+def test_one_event_that_keeps_failing_does_not_open_the_breaker(breaker):
     assert {breaker.failed(b"poison") for _ in range(20)} == {False}
     assert not breaker.open
 
 
-def test_so_many_distinct_events_open_it(breaker):
+def test_enough_distinct_events_open_the_breaker(breaker):
     assert [breaker.failed(key) for key in (b"1", b"2", b"2", b"3")] == [False, False, False, True]
 
 
-def test_a_success_between_failures_starts_the_count_anew(breaker):
+def test_a_success_between_failures_restarts_the_count(breaker):
     breaker.failed(b"1")
     breaker.failed(b"2")
     assert breaker.succeeded() is False
@@ -72,7 +72,7 @@ def test_an_open_breaker_waits_before_it_probes(breaker, clock):
     assert breaker.wants_probe()
 
 
-def test_it_probes_one_event_at_a_time(breaker, clock):
+def test_an_open_breaker_probes_one_event_at_a_time(breaker, clock):
     opened(breaker)
     clock.advance(1.0)
     breaker.start_probe(b"4")
@@ -86,7 +86,7 @@ def test_it_probes_one_event_at_a_time(breaker, clock):
     assert breaker.wants_probe()
 
 
-def test_probes_grow_rarer_and_come_every_half_minute_at_least(breaker, clock):
+def test_pauses_between_probes_grow_to_at_most_half_a_minute(breaker, clock):
     opened(breaker)
     waits = []
     for number in range(12):
@@ -102,7 +102,7 @@ def test_probes_grow_rarer_and_come_every_half_minute_at_least(breaker, clock):
     assert max(waits) <= 30
 
 
-def test_the_last_probe_is_another_event_unless_none_comes_for_a_while(breaker, clock):
+def test_the_last_probed_event_is_known_for_a_while(breaker, clock):
     opened(breaker)
     clock.advance(1.0)
     breaker.start_probe(b"4")
@@ -115,7 +115,7 @@ def test_the_last_probe_is_another_event_unless_none_comes_for_a_while(breaker, 
     assert not breaker.was_probed_last(b"4")
 
 
-def test_a_success_closes_it_and_says_so_once(breaker, clock):
+def test_a_success_closes_the_breaker_and_is_reported_once(breaker, clock):
     opened(breaker)
     clock.advance(1.0)
     breaker.start_probe(b"4")
@@ -128,7 +128,7 @@ def test_a_success_closes_it_and_says_so_once(breaker, clock):
 
 
 class Bench:
-    """Workers with what they need; ends them, and expects that their threads end."""
+    """Makes workers with what they need; `close` stops them and checks that their threads end."""
 
     def __init__(self, log):
         self.log = log
@@ -202,7 +202,7 @@ def keys(*numbers):
     return [event(number).key for number in numbers]
 
 
-def test_a_full_queue_leaves_events_unsettled_at_once(bench):
+def test_a_full_queue_refuses_further_events_at_once(bench):
     worker = bench.worker(MemorySink(), queue_max_events=2)
     held, _ = hold_first(bench, worker)
     deliveries, _ = bench.send(worker, 1, 2, 3, 4)
@@ -211,7 +211,7 @@ def test_a_full_queue_leaves_events_unsettled_at_once(bench):
     until(lambda: set(reasons([*held, *deliveries[:2]])) == {Reason.DELIVERED})
 
 
-def test_one_poison_event_condemns_none_of_its_batch(bench):
+def test_one_rejected_event_of_a_batch_affects_no_other(bench):
     worker = bench.worker(MemorySink(batch_events=10))
     hold_first(bench, worker)
     deliveries, sent = bench.send(worker, 1, 2, 3, 4)
@@ -234,7 +234,7 @@ def test_a_batch_that_failed_is_one_failure_to_the_breaker(bench):
     assert not worker.is_open
 
 
-def test_what_failed_in_a_batch_is_repeated_by_itself(bench):
+def test_events_of_a_failed_batch_are_repeated_one_by_one(bench):
     worker = bench.worker(MemorySink(batch_events=10))
     hold_first(bench, worker)
     _, sent = bench.send(worker, 1, 2, deadline_in_secs=10)
@@ -245,7 +245,7 @@ def test_what_failed_in_a_batch_is_repeated_by_itself(bench):
     assert sorted(worker.sink.calls[2:]) == sorted([keys(1), keys(2)])
 
 
-def test_a_partial_failure_is_of_those_it_names(bench):
+def test_a_partial_failure_applies_to_the_events_it_names(bench):
     worker = bench.worker(MemorySink(batch_events=10))
     hold_first(bench, worker)
     deliveries, sent = bench.send(worker, 1, 2, 3)
@@ -257,7 +257,7 @@ def test_a_partial_failure_is_of_those_it_names(bench):
 
 
 @pytest.mark.parametrize("failures", [{7: TransientError("x")}, {-1: TransientError("x")}, {}])
-def test_a_partial_failure_that_names_no_event_of_the_call_accepts_nothing(bench, failures):
+def test_a_partial_failure_without_a_valid_event_accepts_nothing(bench, failures):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(PartialFailureError(failures))
     assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
@@ -273,7 +273,7 @@ def test_an_unforeseen_error_is_transient_and_the_worker_goes_on(bench, lines, e
     assert named(lines, "delivery.failed")[0]["exc_info"] is error
 
 
-def test_a_sink_that_wants_to_end_the_process_fails_one_call(bench, lines):
+def test_a_sink_that_calls_sys_exit_fails_one_call(bench, lines):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(SystemExit(3))
     assert bench.deliver(worker, 1) == [Reason.SINK_FAILED]
@@ -337,7 +337,7 @@ def test_a_rejection_is_not_repeated(bench):
     assert len(worker.sink.calls) == 1
 
 
-def test_so_many_calls_run_at_once_as_the_sink_says(bench):
+def test_the_sinks_concurrency_limits_calls_at_the_same_time(bench):
     worker = bench.worker(MemorySink(concurrency=3))
     worker.sink.gate.clear()
     _, sent = bench.send(worker, *range(9))
@@ -349,13 +349,13 @@ def test_so_many_calls_run_at_once_as_the_sink_says(bench):
     assert sorted(worker.sink.accepted) == sorted(keys(*range(9)))
 
 
-def test_threads_come_as_they_are_needed(bench):
+def test_threads_start_only_when_they_are_needed(bench):
     worker = bench.worker(MemorySink(concurrency=96))
     bench.deliver(worker, 1)
     assert sum(thread.name.startswith(f"sink-{worker.name}-") for thread in threading.enumerate()) == 1
 
 
-def test_where_no_more_threads_are_to_be_had_those_there_are_do_the_work(bench, monkeypatch):
+def test_if_no_more_threads_start_the_existing_ones_do_the_work(bench, monkeypatch):
     worker = bench.worker(MemorySink(concurrency=8))
 
     def refuse(thread):
@@ -368,19 +368,19 @@ def test_where_no_more_threads_are_to_be_had_those_there_are_do_the_work(bench, 
     assert set(reasons(deliveries)) == {Reason.DELIVERED}
 
 
-def test_the_ledger_is_written_before_anyone_hears_of_it(bench):
+def test_the_ledger_is_written_before_the_result_is_set(bench):
     worker = bench.worker(MemorySink())
-    then = []
+    results_at_accept = []
     hold_first(bench, worker, first=1)
     deliveries, sent = bench.send(worker, 1)
-    bench.ledger.at_accept = lambda: then.append(deliveries[0].result)
+    bench.ledger.at_accept = lambda: results_at_accept.append(deliveries[0].result)
     worker.sink.gate.set()
     assert sent.wait(10)
     assert bench.ledger.accepted == [("it", event(1).key)]
-    assert then == [None]
+    assert results_at_accept == [None]
 
 
-def test_what_was_released_in_the_queue_never_reaches_the_sink(bench):
+def test_an_event_released_in_the_queue_never_reaches_the_sink(bench):
     worker = bench.worker(MemorySink())
     hold_first(bench, worker)
     _, sent = bench.send(worker, 1)
@@ -390,7 +390,7 @@ def test_what_was_released_in_the_queue_never_reaches_the_sink(bench):
     assert worker.sink.accepted == keys(1000, 2)
 
 
-def test_what_runs_is_joined_and_delivered_once_and_its_late_success_is_in_the_ledger(bench):
+def test_a_running_delivery_is_joined_and_its_success_is_recorded(bench):
     worker = bench.worker(MemorySink())
     first, sent = hold_first(bench, worker)
     sent.leave()
@@ -402,7 +402,7 @@ def test_what_runs_is_joined_and_delivered_once_and_its_late_success_is_in_the_l
     assert bench.ledger.accepted == [("it", event(1000).key)]
 
 
-def test_a_worker_that_is_stopped_takes_nothing_more(bench):
+def test_a_worker_that_is_stopped_takes_no_more_events(bench):
     worker = bench.worker(MemorySink())
     hold_first(bench, worker)
     queued, _ = bench.send(worker, 1)
@@ -437,8 +437,8 @@ def test_half_of_the_queue_is_kept_for_fresh_events(bench, queue_max_events, roo
 
 
 @pytest.fixture
-def sick(bench):
-    """A worker on a fake clock whose breaker three events have opened."""
+def opened_worker(bench):
+    """A worker on a fake clock whose breaker was opened by three events."""
     clock = FakeClock()
     worker = bench.worker(MemorySink(), breaker_failures=3, monotonic=clock)
     worker.clock = clock
@@ -450,55 +450,55 @@ def sick(bench):
     return worker
 
 
-def test_an_open_breaker_keeps_events_from_the_sink_and_says_so_once(bench, lines, sick):
-    assert bench.deliver(sick, *range(10, 30)) == [Reason.SINK_DOWN] * 20
-    assert sick.sink.calls == []
-    assert sick.room() == 0
+def test_an_open_breaker_holds_events_back_and_is_logged_once(bench, lines, opened_worker):
+    assert bench.deliver(opened_worker, *range(10, 30)) == [Reason.SINK_DOWN] * 20
+    assert opened_worker.sink.calls == []
+    assert opened_worker.room() == 0
     assert len(named(lines, "breaker.opened")) == 1
 
 
-def test_one_event_at_a_time_probes_an_open_breaker(bench, sick):
-    sick.clock.advance(1.0)
-    assert sick.room() == 1
-    sick.sink.gate.clear()
-    probe, sent = bench.send(sick, 4)
-    until(lambda: sick.sink.running)
-    assert bench.deliver(sick, 5, 6) == [Reason.SINK_DOWN] * 2
-    assert sick.room() == 0
-    sick.sink.gate.set()
+def test_one_event_at_a_time_probes_an_open_breaker(bench, opened_worker):
+    opened_worker.clock.advance(1.0)
+    assert opened_worker.room() == 1
+    opened_worker.sink.gate.clear()
+    probe, sent = bench.send(opened_worker, 4)
+    until(lambda: opened_worker.sink.running)
+    assert bench.deliver(opened_worker, 5, 6) == [Reason.SINK_DOWN] * 2
+    assert opened_worker.room() == 0
+    opened_worker.sink.gate.set()
     assert sent.wait(10)
     assert reasons(probe)[0] is Reason.SINK_FAILED
-    assert sick.sink.calls == [keys(4)]
+    assert opened_worker.sink.calls == [keys(4)]
 
 
-def test_the_next_probe_is_another_event(bench, sick):
-    sick.clock.advance(1.0)
-    bench.deliver(sick, 4)
-    sick.clock.advance(2.0)
-    assert bench.deliver(sick, 4) == [Reason.SINK_DOWN]
-    assert bench.deliver(sick, 5) == [Reason.SINK_FAILED]
-    assert sick.sink.calls == [keys(4), keys(5)]
+def test_the_next_probe_is_another_event(bench, opened_worker):
+    opened_worker.clock.advance(1.0)
+    bench.deliver(opened_worker, 4)
+    opened_worker.clock.advance(2.0)
+    assert bench.deliver(opened_worker, 4) == [Reason.SINK_DOWN]
+    assert bench.deliver(opened_worker, 5) == [Reason.SINK_FAILED]
+    assert opened_worker.sink.calls == [keys(4), keys(5)]
 
 
-def test_a_lone_event_is_probed_again_after_a_while(bench, sick):
-    sick.clock.advance(1.0)
-    bench.deliver(sick, 4)
-    sick.clock.advance(30.0)
-    assert bench.deliver(sick, 4) == [Reason.SINK_FAILED]
+def test_a_single_event_is_probed_again_after_a_while(bench, opened_worker):
+    opened_worker.clock.advance(1.0)
+    bench.deliver(opened_worker, 4)
+    opened_worker.clock.advance(30.0)
+    assert bench.deliver(opened_worker, 4) == [Reason.SINK_FAILED]
 
 
-def test_a_rejection_while_the_breaker_is_open_buries_nothing(bench, sick):
-    sick.sink.fail_always(RejectedError("404 to everything"))
-    sick.clock.advance(1.0)
-    assert bench.deliver(sick, 4) == [Reason.SINK_FAILED]
+def test_a_rejection_while_the_breaker_is_open_is_a_failure(bench, opened_worker):
+    opened_worker.sink.fail_always(RejectedError("404 to everything"))
+    opened_worker.clock.advance(1.0)
+    assert bench.deliver(opened_worker, 4) == [Reason.SINK_FAILED]
 
 
-def test_a_success_closes_the_breaker(bench, lines, sick):
-    sick.sink.behaviour = lambda events: None
-    sick.clock.advance(1.0)
-    assert bench.deliver(sick, 4) == [Reason.DELIVERED]
-    assert not sick.is_open
-    assert bench.deliver(sick, 5, 6) == [Reason.DELIVERED] * 2
+def test_a_success_closes_the_breaker(bench, lines, opened_worker):
+    opened_worker.sink.behaviour = lambda events: None
+    opened_worker.clock.advance(1.0)
+    assert bench.deliver(opened_worker, 4) == [Reason.DELIVERED]
+    assert not opened_worker.is_open
+    assert bench.deliver(opened_worker, 5, 6) == [Reason.DELIVERED] * 2
     assert len(named(lines, "breaker.closed")) == 1
 
 
@@ -509,7 +509,7 @@ def test_rejections_of_distinct_events_open_the_breaker(bench):
     assert found == [Reason.REJECTED] * 3 + [Reason.SINK_DOWN] * 3
 
 
-def test_what_is_queued_when_the_breaker_opens_is_left_unsettled(bench):
+def test_queued_events_are_not_attempted_when_the_breaker_opens(bench):
     worker = bench.worker(MemorySink(), breaker_failures=1)
     worker.sink.fail_always(TransientError("down"))
     hold_first(bench, worker)
@@ -520,7 +520,7 @@ def test_what_is_queued_when_the_breaker_opens_is_left_unsettled(bench):
     assert worker.sink.calls == [keys(1000)]
 
 
-def test_what_waits_for_a_repetition_when_the_breaker_opens_is_not_hammered(bench):
+def test_a_breaker_that_opens_also_ends_repetitions(bench):
     worker = bench.worker(MemorySink(), breaker_failures=2)
     worker.sink.fail_always(TransientError("down"))
     first, sent = bench.send(worker, 1, deadline_in_secs=10)
@@ -531,7 +531,7 @@ def test_what_waits_for_a_repetition_when_the_breaker_opens_is_not_hammered(benc
     assert len(worker.sink.calls) <= 3
 
 
-def test_a_failure_that_repeats_is_one_line_not_many(bench, lines):
+def test_a_repeated_failure_is_one_log_line(bench, lines):
     worker = bench.worker(MemorySink())
     worker.sink.fail_always(TransientError("down"))
     for number in range(20):
@@ -544,7 +544,7 @@ def test_a_failure_that_repeats_is_one_line_not_many(bench, lines):
 
 @pytest.fixture
 def paused(bench):
-    """A worker on a fake clock whose receiver asked to be left alone for ten minutes."""
+    """A worker on a fake clock whose receiver asked for a pause of ten minutes."""
     clock = FakeClock()
     worker = bench.worker(MemorySink(concurrency=2), breaker_failures=2, monotonic=clock, wall=clock)
     worker.clock = clock
@@ -555,7 +555,7 @@ def paused(bench):
     return worker
 
 
-def test_a_receiver_that_is_overloaded_gets_nothing_while_it_asked_to_be_left_alone(bench, paused):
+def test_an_overloaded_receiver_gets_nothing_during_its_pause(bench, paused):
     for number in range(10, 25):
         assert bench.deliver(paused, number) == [Reason.SINK_PAUSED]
         paused.clock.advance(30.0)
@@ -566,7 +566,7 @@ def test_a_receiver_that_is_overloaded_gets_nothing_while_it_asked_to_be_left_al
 
 
 @pytest.mark.parametrize("wait_secs", [600.0, 7.5])
-def test_what_a_pause_keeps_back_says_until_when(bench, wait_secs):
+def test_the_result_of_a_paused_event_names_the_end_of_the_pause(bench, wait_secs):
     clock = FakeClock(1_800_000_000.0)
     worker = bench.worker(MemorySink(), monotonic=clock, wall=clock)
     worker.sink.fail_always(TransientError("503 Service Unavailable", retry_after_secs=wait_secs))
@@ -591,7 +591,7 @@ def test_a_probe_waits_for_the_end_of_a_pause_too(bench, paused):
     assert len(paused.sink.calls) == 2
 
 
-def test_what_can_wait_for_the_end_of_a_pause_waits_in_the_queue(bench):
+def test_events_that_can_wait_for_a_pauses_end_stay_in_the_queue(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(TransientError("busy", retry_after_secs=0.7))
     _, first = bench.send(worker, 1, deadline_in_secs=60)
@@ -603,7 +603,7 @@ def test_what_can_wait_for_the_end_of_a_pause_waits_in_the_queue(bench):
     assert worker.sink.called_at[1] - worker.sink.called_at[0] >= 0.69
 
 
-def test_what_is_queued_when_a_pause_begins_and_cannot_wait_is_stored(bench):
+def test_queued_events_that_cannot_wait_for_a_pauses_end_are_stored(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_always(TransientError("busy", retry_after_secs=600.0))
     hold_first(bench, worker)
@@ -618,18 +618,18 @@ def test_what_is_queued_when_a_pause_begins_and_cannot_wait_is_stored(bench):
 
 
 class Robot:
-    """Takes 20 messages a minute; a fake clock says when they came."""
+    """A receiver that accepts 20 messages per minute; records by a fake clock when they arrive."""
 
     def __init__(self, bench):
         self.bench = bench
         self.clock = FakeClock()
-        self.came_at = []
-        self.claims = []  # what is no longer claimed is released
+        self.arrived_at = []
+        self.claims = []  # kept, because a claim that ends releases its deliveries
         self.started_at = self.clock()
 
     def worker(self):
         sink = MemorySink(concurrency=4, max_per_minute=20)
-        sink.behaviour = lambda events: self.came_at.append(self.clock())
+        sink.behaviour = lambda events: self.arrived_at.append(self.clock())
         self.started_at = self.clock()
         return self.bench.worker(sink, queue_max_events=1000, monotonic=self.clock, wall=self.clock)
 
@@ -646,7 +646,7 @@ def robot(bench):
     return Robot(bench)
 
 
-def test_20_a_minute_is_never_exceeded_in_5_minutes_with_a_restart(bench, robot):
+def test_20_per_minute_are_never_exceeded_in_5_minutes_with_a_restart(bench, robot):
     worker, number, sent = robot.worker(), 0, []
     for second in range(1, 301):
         if second == 150:
@@ -658,16 +658,16 @@ def test_20_a_minute_is_never_exceeded_in_5_minutes_with_a_restart(bench, robot)
         robot.clock.advance(1.0)
         sent.extend(robot.send(worker, number, number + 1, lease_secs=10_000.0).deliveries)
         number += 2
-        # The first comes a call's time limit, 1 s, and 3 s after the start, then one each 3 s.
+        # The first arrives 4 s after the start (1 s, the time limit of a call, and 3 s), then one every 3 s.
         of_this_run = int(robot.clock() - robot.started_at - 1) // 3
-        # Its result comes after its call's end, which counts: the clock must not go on before.
+        # A call's end counts for the limit, and the result is set after it: the clock must not advance before.
         until(lambda due=of_this_run: sum(delivery.result is not None for delivery in sent) == due)
-    assert len(robot.came_at) == 99
-    assert max(sum(at <= other < at + 60 for other in robot.came_at) for at in robot.came_at) == 20
-    assert min(later - earlier for earlier, later in pairwise(robot.came_at)) == 3.0
+    assert len(robot.arrived_at) == 99
+    assert max(sum(at <= other < at + 60 for other in robot.arrived_at) for at in robot.arrived_at) == 20
+    assert min(later - earlier for earlier, later in pairwise(robot.arrived_at)) == 3.0
 
 
-def test_what_would_wait_beyond_its_lease_is_stored_at_once(bench, robot):
+def test_an_event_whose_turn_is_after_its_lease_is_stored_at_once(bench, robot):
     worker = robot.worker()
     sent = robot.send(worker, *range(20))
     refused = [delivery for delivery in sent.deliveries if delivery.result]
@@ -678,14 +678,14 @@ def test_what_would_wait_beyond_its_lease_is_stored_at_once(bench, robot):
     assert worker.sink.calls == []
 
 
-def test_what_was_released_takes_no_turn(bench, robot):
+def test_a_released_event_takes_no_turn(bench, robot):
     worker = robot.worker()
     robot.send(worker, *range(7)).leave()
     sent = robot.send(worker, *range(10, 17))
     assert [delivery.result for delivery in sent.deliveries] == [None] * 7
 
 
-def test_few_stored_events_are_queued_before_fresh_ones(bench, robot):
+def test_one_stored_event_at_a_time_is_queued_before_fresh_ones(bench, robot):
     worker = robot.worker()
     assert worker.room() == 1
     _, stored = bench.send(worker, 1)
@@ -698,7 +698,7 @@ def test_few_stored_events_are_queued_before_fresh_ones(bench, robot):
     assert worker.room() == 1
 
 
-def test_a_probe_has_its_turn_as_any_other_call(bench, robot):
+def test_a_probe_waits_for_its_turn_like_any_other_call(bench, robot):
     worker = robot.worker()
     worker.sink.fail_always(TransientError("down"))
     for number in range(100):
@@ -715,7 +715,7 @@ def test_a_probe_has_its_turn_as_any_other_call(bench, robot):
     assert worker.sink.calls[calls:] == [keys(200)]
 
 
-def test_the_pause_that_a_receiver_asked_for_moves_all_turns(bench, robot):
+def test_a_receivers_pause_delays_all_turns(bench, robot):
     worker = robot.worker()
     worker.sink.fail_always(TransientError("45009", retry_after_secs=15.0))
     robot.clock.advance(4.0)
@@ -725,10 +725,10 @@ def test_the_pause_that_a_receiver_asked_for_moves_all_turns(bench, robot):
     assert reasons(sent.deliveries[-2:]) == [Reason.SINK_PAUSED] * 2
 
 
-# --- what a sink examines before it is queued -------------------------------------------------------------------------
+# --- examined by the sink before queueing -----------------------------------------------------------------------------
 
 
-def test_what_is_rejected_unsent_never_counts_for_the_breaker(bench, lines):
+def test_a_rejection_before_sending_never_counts_for_the_breaker(bench, lines):
     worker = bench.worker(MemorySink(), breaker_failures=2)
 
     def reject(event):
@@ -744,16 +744,16 @@ def test_what_is_rejected_unsent_never_counts_for_the_breaker(bench, lines):
     assert "it cannot be evaluated" in named(lines, "delivery.failed")[0]["error_message"]
 
 
-def test_what_is_rejected_unsent_is_so_while_the_breaker_is_open(bench, sick):
-    sick.clock.advance(1.0)
+def test_an_event_is_rejected_unsent_also_while_the_breaker_is_open(bench, opened_worker):
+    opened_worker.clock.advance(1.0)
 
     def reject(event):
         raise RejectedError("sinks.it.body: it cannot be evaluated")
 
-    sick.sink.examined = reject
-    assert bench.deliver(sick, 4) == [Reason.REJECTED]
-    assert sick.is_open
-    assert sick.room() == 1  # the probe is still to come
+    opened_worker.sink.examined = reject
+    assert bench.deliver(opened_worker, 4) == [Reason.REJECTED]
+    assert opened_worker.is_open
+    assert opened_worker.room() == 1  # for the probe, which was not sent
 
 
 def test_an_unforeseen_error_in_examining_is_a_failure(bench, lines):
@@ -764,7 +764,7 @@ def test_an_unforeseen_error_in_examining_is_a_failure(bench, lines):
     assert named(lines, "delivery.failed")[0]["exc_info"]
 
 
-def test_what_is_skipped_is_delivered_without_a_call(bench):
+def test_a_skipped_event_counts_as_delivered_without_a_call(bench):
     worker = bench.worker(MemorySink(), queue_max_events=1)
 
     def skip(event):
@@ -778,16 +778,16 @@ def test_what_is_skipped_is_delivered_without_a_call(bench):
     assert worker.sink.calls == []
 
 
-def test_skipping_neither_waits_for_a_turn_nor_closes_the_breaker(bench, sick):
+def test_skipping_works_while_the_breaker_is_open_and_keeps_it_open(bench, opened_worker):
     def skip(event):
         raise SkippedError("nothing to send")
 
-    sick.sink.examined = skip
-    assert bench.deliver(sick, 4, 5) == [Reason.SKIPPED] * 2
-    assert sick.is_open
+    opened_worker.sink.examined = skip
+    assert bench.deliver(opened_worker, 4, 5) == [Reason.SKIPPED] * 2
+    assert opened_worker.is_open
 
 
-def test_skipping_takes_no_turn_of_others(bench, robot):
+def test_a_skipped_event_takes_no_turn(bench, robot):
     worker = robot.worker()
 
     def skip_odd(it):
@@ -799,11 +799,11 @@ def test_skipping_takes_no_turn_of_others(bench, robot):
     assert reasons(sent.deliveries) == [None, Reason.SKIPPED] * 7
 
 
-# --- what a lack of memory, or a bug, must not keep claimed -----------------------------------------------------------
+# --- a lack of memory, or a bug, leaves nothing claimed ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
-def test_nothing_stays_on_its_way_if_the_ledger_fails(bench, error):
+def test_nothing_stays_in_flight_if_the_ledger_fails(bench, error):
     def broken():
         raise error
 
@@ -818,13 +818,13 @@ def test_nothing_stays_on_its_way_if_the_ledger_fails(bench, error):
     bench.ledger.at_accept = lambda: None
 
 
-def test_what_was_queued_again_is_not_the_business_of_the_thread_that_had_it(bench, monkeypatch):
+def test_a_requeued_event_belongs_to_the_thread_that_takes_it(bench, monkeypatch):
     worker = bench.worker(MemorySink(concurrency=2, batch_events=2))
     hold_first(bench, worker)
-    give_back, slow = worker._give_back, [True]  # noqa: SLF001 - between two steps that are one for all outside
+    give_back, slow = worker._give_back, [True]  # noqa: SLF001 - there is no public seam between these two steps
 
     def late(taken):
-        if slow and len(taken) == 2:  # the thread that had the batch: another one has its events by now
+        if slow and len(taken) == 2:  # the thread that had the batch waits until another has its events
             slow.clear()
             until(lambda: keys(1) in worker.sink.calls)
         give_back(taken)
@@ -846,7 +846,7 @@ def test_what_was_queued_again_is_not_the_business_of_the_thread_that_had_it(ben
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
-def test_nothing_stays_on_its_way_if_taking_it_fails(bench, monkeypatch, error):
+def test_nothing_stays_in_flight_if_taking_it_fails(bench, monkeypatch, error):
     worker = bench.worker(MemorySink())
     start, failures = bench.in_flight.start, [error]
 

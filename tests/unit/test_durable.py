@@ -1,4 +1,4 @@
-"""Folders that survive a loss of power, and locks, on file systems that can do less too."""
+"""Folders that survive a loss of power, and locks; also on file systems that lack one of the two."""
 
 import errno
 import fcntl
@@ -21,17 +21,17 @@ def failing_with(number):
 
 
 @pytest.fixture
-def said():
+def warnings():
     return []
 
 
 # --- folders ---
 
 
-def test_missing_folders_are_made_and_each_is_synced_into_the_one_above(tmp_path, said):
+def test_missing_folders_are_made_and_synced_into_their_parents(tmp_path, warnings):
     steps = []
     folders = Folders(
-        said.append,
+        warnings.append,
         make=lambda path: (steps.append(("make", path.name)), path.mkdir()),
         sync=lambda path: steps.append(("sync", path.name)),
     )
@@ -41,9 +41,9 @@ def test_missing_folders_are_made_and_each_is_synced_into_the_one_above(tmp_path
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_that_cannot_sync_folders_is_told_of_once(tmp_path, monkeypatch, said, number):
+def test_a_file_system_that_cannot_sync_folders_is_one_warning(tmp_path, monkeypatch, warnings, number):
     monkeypatch.setattr(os, "fsync", failing_with(number))
-    folders = Folders(said.append)
+    folders = Folders(warnings.append)
     folders.make(tmp_path / "one" / "two")
     folders.sync(tmp_path)
     fd = os.open(tmp_path, os.O_RDONLY)
@@ -52,31 +52,31 @@ def test_a_file_system_that_cannot_sync_folders_is_told_of_once(tmp_path, monkey
     finally:
         os.close(fd)
     assert (tmp_path / "one" / "two").is_dir()
-    (line,) = said
+    (line,) = warnings
     assert str(tmp_path) in line
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_sync_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch, said, number):
+def test_a_sync_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch, warnings, number):
     monkeypatch.setattr(os, "fsync", failing_with(number))
     with pytest.raises(OSError, match=r"error|space") as excinfo:
-        Folders(said.append).make(tmp_path / "one")
+        Folders(warnings.append).make(tmp_path / "one")
     assert excinfo.value.errno == number
-    assert said == []
+    assert warnings == []
 
 
 @pytest.mark.parametrize("below", ["file", "file/one"])
-def test_a_file_in_a_folders_place_is_named(tmp_path, said, below):
+def test_a_file_in_a_folders_place_is_named(tmp_path, warnings, below):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError) as excinfo:
-        Folders(said.append).make(tmp_path / below)
+        Folders(warnings.append).make(tmp_path / below)
     assert excinfo.value.filename == str(tmp_path / "file")
 
 
-def test_a_new_folder_is_not_for_all(tmp_path, said):
+def test_a_new_folder_is_closed_to_other_users(tmp_path, warnings):
     before = os.umask(0)
     try:
-        Folders(said.append).make(tmp_path / "one")
+        Folders(warnings.append).make(tmp_path / "one")
     finally:
         os.umask(before)
     assert (tmp_path / "one").stat().st_mode & 0o777 == 0o750
@@ -85,7 +85,7 @@ def test_a_new_folder_is_not_for_all(tmp_path, said):
 # --- locks ---
 
 
-def test_a_lock_keeps_others_out_until_it_is_given_back(tmp_path):
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path):
     path = tmp_path / "x.lock"
     assert not is_locked(path)
     assert not path.exists()
@@ -113,7 +113,7 @@ def test_a_lock_that_is_held_for_an_instant_is_waited_for(tmp_path, kind):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_not_a_held_lock(tmp_path, monkeypatch, number):
     monkeypatch.setattr(fcntl, "flock", failing_with(number))
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(OSError, match=r"x\.lock") as excinfo:
@@ -124,20 +124,20 @@ def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatc
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
-# --- words ---
+# --- error texts and access ---
 
 
-def test_a_file_system_without_locks_gets_a_way_out():
+def test_the_error_of_a_file_system_without_locks_has_a_remedy():
     assert "use a local disk" in why(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ESTALE])
-def test_what_mends_itself_may_pass(number):
+def test_an_error_that_can_end_by_itself_may_pass(number):
     assert may_pass(OSError(number, ""))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOLCK, errno.EISDIR])
-def test_what_a_person_must_change_does_not_pass(number):
+def test_an_error_that_the_operator_must_correct_does_not_pass(number):
     assert not may_pass(OSError(number, ""))
 
 
@@ -153,7 +153,7 @@ def test_the_nearest_folder_that_exists_is_found(tmp_path):
     assert existing_folder(tmp_path) == tmp_path
 
 
-def test_a_file_on_the_way_is_not_a_folder(tmp_path):
+def test_a_file_within_the_path_is_not_a_folder(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(NotADirectoryError) as raised:
         existing_folder(tmp_path / "a" / "b")
@@ -161,7 +161,7 @@ def test_a_file_on_the_way_is_not_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("read_only", "number"), [(False, errno.EACCES), (True, errno.EROFS)])
-def test_a_use_that_is_not_allowed_is_the_error_that_it_would_be(tmp_path, monkeypatch, read_only, number):
+def test_check_access_raises_the_error_that_the_use_would_raise(tmp_path, monkeypatch, read_only, number):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY if read_only else 0))
     check_access(tmp_path, os.R_OK)

@@ -51,12 +51,12 @@ def test_a_pattern_that_takes_a_documented_type_is_known(glob):
     [
         ("CreateSnapshotByTimeOffsetComplete", ["CreateSnapshotByTimeOffsetCompleted"], True),
         ("NewFileUpload", ["FileDeleted", "FileUpload*"], True),
-        ("ProcessImageComplete", ["ProcessImageAsyncComplete"], True),  # one that is new
-        ("QualityEnhanceComplete", ["QualityInspectComplete"], False),  # two that exist
+        ("ProcessImageComplete", ["ProcessImageAsyncComplete"], True),  # not documented, nearly the pattern
+        ("QualityEnhanceComplete", ["QualityInspectComplete"], False),  # both are documented
         ("HologramRenderComplete", ["CreateSnapshotByTimeOffsetCompleted"], False),
         ("x" * 1_000_000, ["x" * 100], False),
         ("", ["A"], False),
     ],
 )
-def test_a_type_that_is_not_taken_has_the_pattern_that_was_meant_for_it(event_type, globs, meant):
+def test_the_pattern_meant_for_a_type_that_is_not_taken_is_found(event_type, globs, meant):
     assert meant_for(event_type, globs) == (globs[-1] if meant else None)

@@ -1,4 +1,4 @@
-"""What VOD says survives reading, whatever its shape, and nothing broken takes anything else with it."""
+"""Reading of VOD's answers: each event is kept, whatever its shape, and a broken element affects no other."""
 
 import json
 import time
@@ -23,7 +23,7 @@ from vodpoller.events.event import (
 from vodpoller.events.salvage import is_whole, salvage_events
 from vodpoller.events.snapshots import Snapshot, file_id_of, payload_of, snapshots_of, task_id_of
 
-# A loaded machine is slow, not wrong.
+# No deadline: a loaded machine is slow, which is not a failure.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
@@ -60,7 +60,7 @@ def salvage(text, *, cut=False, sub_app_id=None):
 
 
 def answer_of(*elements):
-    """An answer whose elements are given as they stand in it."""
+    """An answer with the given elements, each a text that is inserted unchanged."""
     return '{"Response":{"EventSet":[' + ",".join(elements) + '],"RequestId":"r"}}'
 
 
@@ -88,7 +88,7 @@ def test_what_is_not_json_is_unreadable(text):
         decode_json(text)
 
 
-def test_an_integer_longer_than_python_converts_is_unreadable_not_a_crash():
+def test_an_integer_that_is_too_long_for_python_is_unreadable():
     with pytest.raises(UnreadableError):
         decode_json("9" * 5000)
 
@@ -109,7 +109,7 @@ def test_an_integer_longer_than_python_converts_is_unreadable_not_a_crash():
         {"EventHandle": ["h"]},
     ],
 )
-def test_what_has_no_handle_is_malformed_and_kept_as_it_came(item):
+def test_an_item_without_a_handle_is_malformed_and_kept_unchanged(item):
     malformed = read(item, sub_app_id=7)
     assert isinstance(malformed, Malformed)
     assert malformed.handle is None
@@ -196,7 +196,7 @@ def test_the_key_depends_on_the_content(one, other):
 
 
 @given(contents)
-def test_the_key_is_the_same_after_a_round_through_the_body(content):
+def test_the_key_is_the_same_after_a_round_trip_through_the_body(content):
     event = make_event(content, source="main", sub_app_id=7)
     assert event_key(decode_json(event.body.decode()), 7) == event.key
 
@@ -245,7 +245,7 @@ def test_raw_tabs_and_escaped_slashes_are_read():
     assert decode_json('{"a":"x\ty","b":"http:\\/\\/h"}') == {"a": "x\ty", "b": "http://h"}
 
 
-def test_of_a_member_that_comes_twice_the_last_counts():
+def test_the_last_of_two_members_with_the_same_name_counts():
     pulled = read_whole(decode_json('{"EventHandle":"old","A":1,"A":2,"EventHandle":"new"}'))
     assert pulled.handle == "new"
     assert pulled.event.body == b'{"A":2}'
@@ -259,7 +259,7 @@ def test_a_handle_of_digits_is_a_handle(handle, text):
 @pytest.mark.parametrize(
     ("content", "event_type"), [({}, ""), ({"EventType": None}, ""), ({"EventType": 3}, ""), ({"EventType": "X"}, "X")]
 )
-def test_the_type_is_what_came_or_empty(content, event_type):
+def test_the_type_is_the_given_one_or_empty(content, event_type):
     assert event_of(content).type == event_type
 
 
@@ -305,7 +305,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-def test_one_broken_element_costs_no_other_event(broken, at):
+def test_one_broken_element_loses_no_other_event(broken, at):
     elements = [element(0), element(1)]
     elements.insert(at, broken)
     items = salvage(answer_of(*elements))
@@ -320,7 +320,7 @@ def test_one_broken_element_costs_no_other_event(broken, at):
 
 @pytest.mark.parametrize("junk", ["null", "7", '"text"', "[]", "nope", "{}", "}", "'x'"])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_junk_between_elements_costs_no_event(junk, at):
+def test_junk_between_elements_loses_no_event(junk, at):
     elements = [element(0), element(1)]
     elements.insert(at, junk)
     items = salvage(answer_of(*elements))
@@ -332,7 +332,7 @@ def test_a_broken_element_with_a_numeric_handle_keeps_it():
     assert [item.handle for item in items] == ["123", None]
 
 
-def test_a_broken_element_is_the_same_under_another_handle_and_another_under_another_sub_app():
+def test_a_broken_elements_key_depends_on_sub_app_but_not_on_handle():
     def key(handle, sub_app_id=None):
         (item,) = salvage(answer_of(f'{{"EventHandle":"{handle}","N":NaN}}'), sub_app_id=sub_app_id)
         return item.event.key
@@ -341,7 +341,7 @@ def test_a_broken_element_is_the_same_under_another_handle_and_another_under_ano
     assert key("one", 1) != key("one", 2)
 
 
-def test_a_cut_at_any_byte_loses_no_event_that_is_whole_and_invents_none():
+def test_a_cut_at_any_byte_leaves_exactly_the_whole_events():
     elements = [element(number, Name="ü\U0001f4a1", E={"FileId": 2**65}) for number in range(3)]
     whole = answer_of(*elements)
     data = whole.encode()
@@ -356,7 +356,7 @@ def test_a_cut_at_any_byte_loses_no_event_that_is_whole_and_invents_none():
         assert all(item.handle is None for item in items if isinstance(item, Malformed)), cut
 
 
-def test_an_answer_that_ends_behind_any_of_its_inner_brackets_is_not_whole():
+def test_an_answer_that_is_cut_anywhere_is_not_whole():
     whole = answer_of(*(element(number, E={"A": [{"B": {}}, "}}"]}) for number in range(3)))
 
     assert is_whole(whole)
@@ -369,7 +369,7 @@ def test_an_answer_with_a_broken_element_is_whole_if_its_end_has_come(broken):
 
 
 @given(st.lists(contents, max_size=4), st.data())
-def test_a_cut_answer_of_any_content_gives_a_beginning_of_its_events(batch, data):
+def test_a_cut_answer_of_any_content_gives_its_first_events(batch, data):
     texts_of = [json.dumps({"EventHandle": f"h{n}", **content}) for n, content in enumerate(batch)]
     whole = answer_of(*texts_of)
     cut = data.draw(st.integers(0, len(whole) - 1))
@@ -406,11 +406,11 @@ def test_salvage_takes_any_text(text):
 
 
 @pytest.mark.parametrize("text", ["", "<html>", '{"Response":{"Error":{"Code":"x', '{"Response":{"EventSet":null'])
-def test_where_there_is_no_event_set_there_is_nothing_to_salvage(text):
+def test_without_an_event_set_there_is_nothing_to_salvage(text):
     assert salvage(text, cut=True) == []
 
 
-# Texts that make a reader slow that looks at them again and again, by their length.
+# Functions of a length: texts that would be slow for a reader that scans them repeatedly.
 HOSTILE = {
     "closing brackets": lambda size: "}" * size,
     "opening brackets": lambda size: "[" * size,
@@ -439,7 +439,7 @@ def test_salvage_takes_time_in_proportion_to_the_text(make):
 
     small = min(secs(20_000) for _ in range(3))
 
-    # Twenty times the text; in proportion to its square, it would be 400 times the time.
+    # The text is 20 times as long; quadratic time would be 400 times as long.
     assert secs(400_000) < 100 * small + 0.2
 
 
@@ -460,7 +460,7 @@ def test_the_documented_snapshot_event_is_typed():
     assert taken.failed == ()
 
 
-def test_the_reliable_callback_without_its_handle_is_the_normal_callback():
+def test_a_reliable_callback_without_handle_is_the_normal_callback():
     (item,) = sample("reliable-callback")["Response"]["EventSet"]
     assert json.loads(read_whole(item).event.body) == sample("normal-callback")
     assert read_whole(item).event.key == event_of(sample("normal-callback")).key
@@ -483,7 +483,7 @@ def test_one_snapshot_can_fail_among_others():
         {"Definition": "10", "TaskId": None, "FileId": [], "SnapshotInfoSet": []},
     ],
 )
-def test_a_snapshot_event_of_another_shape_than_documented_is_still_one(payload):
+def test_a_snapshot_event_of_undocumented_shape_is_still_one(payload):
     taken = snapshots_of(event_of({"SnapshotByTimeOffsetCompleteEvent": payload}))
     assert taken is not None
     assert (taken.task_id, taken.file_id, taken.definition, taken.snapshots) == ("", "", None, ())
@@ -492,7 +492,7 @@ def test_a_snapshot_event_of_another_shape_than_documented_is_still_one(payload)
 @pytest.mark.parametrize(
     "image", [{}, {"ErrCode": None, "TimeOffset": "1", "Url": None}, {"TimeOffset": 1.5, "Url": 3, "ErrCode": []}]
 )
-def test_a_snapshot_of_another_shape_than_documented_has_empty_fields(image):
+def test_a_snapshot_of_undocumented_shape_has_empty_fields(image):
     taken = snapshots_of(event_of({"SnapshotByTimeOffsetCompleteEvent": {"SnapshotInfoSet": [image]}}))
     assert taken is not None
     assert taken.snapshots == (Snapshot(time_offset_ms=None, url="", err_code=0),)

@@ -1,4 +1,4 @@
-"""One request and its answer: what is sent, by which way, and how it fails."""
+"""One request and its answer: what is sent, over which connection or proxy, and how it fails."""
 
 import socket
 import threading
@@ -23,20 +23,20 @@ def prepared(url, body=b"", headers=(), method="POST"):
 
 
 def call(adapter, request, environment=DIRECT, timeout_secs=5.0, **more):
-    """The status, and whether the request was sent twice."""
+    """Send the request; return the status, and whether the request was sent twice."""
     with closing(adapter.send_within(request, environment, timeout_secs, **more)) as response:
         response.raw.read()
         return response.status_code, was_repeated(response)
 
 
-def scripted(*answers, keeps=None):
-    """Gives each request, over whichever connections they come, the next answer; `keeps` gets the requests."""
+def scripted(*answers, seen=None):
+    """Answers each request, on any connection, with the next of `answers`; adds the requests to the list `seen`."""
     left = list(answers)
 
     def serve(connection, _stopping):
         while left and (request := read_request(connection)):
-            if keeps is not None:
-                keeps.append(request)
+            if seen is not None:
+                seen.append(request)
             connection.sendall(left.pop(0))
 
     return serve
@@ -47,7 +47,7 @@ def scripted(*answers, keeps=None):
 
 @pytest.mark.parametrize("name", ["X-Token", "Authorization"])
 @pytest.mark.parametrize("value", ["a\nb", "a\r\nHost: b", "a\rb", "a\r\n b", "a\0b", "a\x7fb", "密钥", "\ud800"])
-def test_a_header_that_cannot_be_sent_is_an_error_before_anything_is(adapter_of, name, value):
+def test_a_header_that_cannot_be_sent_is_an_error_before_connecting(adapter_of, name, value):
     with running_receiver() as receiver:
         request = prepared(receiver.url)
         request.headers[name] = value
@@ -89,9 +89,9 @@ def test_a_body_that_is_text_is_an_error(adapter_of):
         ({"HOST": "app.example", "accept-encoding": "gzip"}, "app.example", "gzip"),
     ],
 )
-def test_host_and_encoding_are_said_once(adapter_of, given, host, encoding):
+def test_host_and_encoding_are_sent_once(adapter_of, given, host, encoding):
     seen = []
-    with raw_server(scripted(OK, keeps=seen)) as url:
+    with raw_server(scripted(OK, seen=seen)) as url:
         call(adapter_of(), prepared(f"{url}a%20b?c=d#e", b"body", given))
     lines = seen[0].decode().lower().split("\r\n")
     assert lines[0] == "post /a%20b?c=d http/1.1"
@@ -129,7 +129,7 @@ def test_head_and_body_are_one_send_if_they_fit_into_a_piece(adapter_of, monkeyp
 # --- connections ---
 
 
-def test_of_an_idle_connection_that_was_closed_nothing_is_told(adapter_of):
+def test_a_closed_idle_connection_is_replaced_silently(adapter_of):
     closed = threading.Event()
 
     def serve(connection, _stopping):
@@ -147,8 +147,8 @@ def test_of_an_idle_connection_that_was_closed_nothing_is_told(adapter_of):
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_what_comes_while_a_connection_is_idle_ends_it(adapter_of, certificate, secure):
-    """The answer to nothing would be taken for that to the next request."""
+def test_data_on_an_idle_connection_ends_it(adapter_of, certificate, secure):
+    """Data that answers no request would be taken for the answer to the next one."""
     context = certificate.context()
     is_idle, has_come = threading.Event(), threading.Event()
     connections = []
@@ -189,8 +189,8 @@ def test_closing_ends_idle_connections(adapter_of):
         until(lambda: ended == [b""])
 
 
-@pytest.mark.parametrize("let_go", [lambda response: response.close(), lambda response: response.raw.release_conn()])
-def test_an_answer_that_is_not_read_ends_its_connection(adapter_of, let_go):
+@pytest.mark.parametrize("release", [lambda response: response.close(), lambda response: response.raw.release_conn()])
+def test_an_answer_that_is_not_read_ends_its_connection(adapter_of, release):
     connections = []
     script = scripted(OK, OK)
 
@@ -200,7 +200,7 @@ def test_an_answer_that_is_not_read_ends_its_connection(adapter_of, let_go):
 
     with raw_server(serve) as url:
         adapter = adapter_of()
-        let_go(adapter.send_within(prepared(url), DIRECT, 5.0))
+        release(adapter.send_within(prepared(url), DIRECT, 5.0))
         assert call(adapter, prepared(url)) == (200, False)
         adapter.close()
     assert len(connections) == 2
@@ -218,13 +218,13 @@ def pump(source, target):
 
 
 @contextmanager
-def tunnelling(asked, wrap):
-    """A proxy that connects wherever it is asked to; yields its URL."""
+def tunnelling(seen, wrap):
+    """A proxy that connects to any address and adds the requests to the list `seen`; yields its URL."""
 
     def serve(connection, _stopping):
         with wrap(connection) as client:
             request = read_request(client)
-            asked.append(request)
+            seen.append(request)
             host, _, port = request.split()[1].decode().rpartition(":")
             with socket.create_connection((host, int(port)), timeout=5) as target:
                 client.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 Connected\r\nX: y\r\n\r\n")
@@ -240,11 +240,11 @@ def tunnelling(asked, wrap):
 @pytest.mark.parametrize("secure", [False, True])
 def test_a_tunnel_of_a_proxy_serves_several_requests(adapter_of, certificate, secure):
     context = certificate.context()
-    asked = []
+    seen = []
     wrap = (lambda connection: context.wrap_socket(connection, server_side=True)) if secure else nullcontext
     with running_receiver() as receiver:
         url = certificate.serve(receiver)
-        with tunnelling(asked, wrap) as proxy:
+        with tunnelling(seen, wrap) as proxy:
             address = proxy.replace("http://", f"http{'s' if secure else ''}://user:p%40ss@")
             adapter = adapter_of(ca_file=certificate.path)
             for _ in range(2):
@@ -252,7 +252,7 @@ def test_a_tunnel_of_a_proxy_serves_several_requests(adapter_of, certificate, se
             adapter.close()
     assert [received.body for received in receiver.received] == [b"x", b"x"]
     assert all("proxy-authorization" not in map(str.lower, received.headers) for received in receiver.received)
-    (request,) = asked
+    (request,) = seen
     assert request.startswith(b"CONNECT 127.0.0.1:%d HTTP/1." % receiver.server_port)
     assert b"authorization: basic dxnlcjpwqhnz\r\n" in request.lower()
 
@@ -262,15 +262,15 @@ def test_a_tunnel_of_a_proxy_serves_several_requests(adapter_of, certificate, se
 def test_a_proxy_gets_the_whole_url_and_its_login(adapter_of, certificate, secure, scheme):
     context = certificate.context()
     seen = []
-    script = scripted(OK, OK, keeps=seen)
+    script = scripted(OK, OK, seen=seen)
 
     def serve(connection, stopping):
         with context.wrap_socket(connection, server_side=True) if secure else nullcontext(connection) as wrapped:
             script(wrapped, stopping)
 
     with raw_server(serve) as url:
-        where = url.rstrip("/").removeprefix("http://")
-        proxy = f"{'https://' if secure else scheme}user:p%40ss@{where}"
+        address = url.rstrip("/").removeprefix("http://")
+        proxy = f"{'https://' if secure else scheme}user:p%40ss@{address}"
         adapter = adapter_of(ca_file=certificate.path)
         for _ in range(2):
             assert call(adapter, prepared("http://app.invalid:81/a?b=c"), Environment(proxy=proxy)) == (200, False)
@@ -284,56 +284,56 @@ def test_a_proxy_gets_the_whole_url_and_its_login(adapter_of, certificate, secur
 # --- failures ---
 
 
-def of_a_kind(kind, adapter, request, said, **more):
+def assert_failure(kind, adapter, request, text, **more):
     with pytest.raises(requests.RequestException) as caught:
         call(adapter, request, **more)
     assert type(caught.value) is kind
     assert caught.value.request is request
-    assert failure_text(caught.value, 0.3).startswith(said)
+    assert failure_text(caught.value, 0.3).startswith(text)
 
 
 def test_a_connection_that_is_refused_is_a_connection_error(adapter_of):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         port = listening.getsockname()[1]
     request = prepared(f"http://127.0.0.1:{port}/")
-    of_a_kind(requests.ConnectionError, adapter_of(), request, "refused the connection")
+    assert_failure(requests.ConnectionError, adapter_of(), request, "refused the connection")
     proxied = prepared("http://app.invalid/")
     environment = Environment(proxy=f"http://127.0.0.1:{port}")
-    of_a_kind(requests.ConnectionError, adapter_of(), proxied, "refused the connection", environment=environment)
+    assert_failure(requests.ConnectionError, adapter_of(), proxied, "refused the connection", environment=environment)
 
 
-def test_an_address_that_swallows_packets_is_a_connect_timeout(adapter_of):
+def test_an_address_that_drops_packets_is_a_connect_timeout(adapter_of):
     with black_hole() as port:
         request = prepared(f"http://127.0.0.1:{port}/")
         more = {"timeout_secs": 5.0, "connect_secs": 0.3}
-        of_a_kind(requests.ConnectTimeout, adapter_of(), request, "could not be reached within 0.3 s", **more)
+        assert_failure(requests.ConnectTimeout, adapter_of(), request, "could not be reached within 0.3 s", **more)
 
 
 @pytest.mark.parametrize("size", [0, 20_000_000])
 def test_silence_is_a_read_timeout_whether_all_was_sent_or_not(adapter_of, size):
     with raw_server(never_reads) as url:
         request = prepared(url, b"x" * size)
-        of_a_kind(requests.ReadTimeout, adapter_of(), request, "did not answer within 0.3 s", timeout_secs=0.3)
+        assert_failure(requests.ReadTimeout, adapter_of(), request, "did not answer within 0.3 s", timeout_secs=0.3)
 
 
 @pytest.mark.parametrize(
-    ("data", "kind", "said"),
+    ("data", "kind", "text"),
     [
         (b"nope\r\n\r\n", requests.ConnectionError, "answered with what is not HTTP"),
         (b"", requests.ConnectionError, "closed the connection"),
         (OK.replace(b": 2", b": 2, 3"), requests.exceptions.InvalidHeader, "answered with several lengths"),
     ],
 )
-def test_what_is_not_an_answer_is_told_as_requests_tells_it(adapter_of, data, kind, said):
+def test_an_invalid_answer_is_the_error_that_requests_raises(adapter_of, data, kind, text):
     with raw_server(scripted(data)) as url:
-        of_a_kind(kind, adapter_of(), prepared(url), said)
+        assert_failure(kind, adapter_of(), prepared(url), text)
 
 
 def test_a_certificate_of_an_unknown_ca_is_an_ssl_error(adapter_of, certificate):
     with running_receiver() as receiver:
         request = prepared(certificate.serve(receiver))
-        of_a_kind(requests.exceptions.SSLError, adapter_of(), request, "cannot be trusted")
+        assert_failure(requests.exceptions.SSLError, adapter_of(), request, "cannot be trusted")
 
 
 def test_an_address_of_another_scheme_is_an_invalid_url(adapter_of):
-    of_a_kind(requests.exceptions.InvalidURL, adapter_of(), prepared("ftp://app.example/"), "could not be asked")
+    assert_failure(requests.exceptions.InvalidURL, adapter_of(), prepared("ftp://app.example/"), "could not be asked")

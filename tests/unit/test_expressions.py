@@ -19,7 +19,7 @@ class Keys(BaseModel):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
         ("Definition == 10", 'column 15: "10" cannot stand here'),
         ("a ==", "column 5: it ends too early"),
@@ -35,8 +35,8 @@ class Keys(BaseModel):
         ("a || !contians(b, 'c')", 'no function contians (did you mean "contains"?'),
     ],
 )
-def test_error_says_where_it_is_and_what_is_wrong(text, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_error_names_its_place_and_its_cause(text, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
         check_expression(text)
 
 
@@ -52,7 +52,7 @@ def test_key_of_a_model_keeps_the_text():
     assert Keys(body="a == `1`").body == "a == `1`"
 
 
-def test_expression_of_several_lines_is_one():
+def test_expression_may_have_several_lines():
     found = Expression(check_expression("{\n  a: b,\r\n\tc: 'd'\n}")).search({"b": 1})
     assert found == {"a": 1, "c": "d"}
 
@@ -64,7 +64,7 @@ def event_of(body):
     return make_event(decode_json(body), source="main", sub_app_id=None)
 
 
-def test_event_that_it_fails_on_is_rejected_naming_the_key():
+def test_event_that_cannot_be_evaluated_is_rejected_with_the_key():
     with pytest.raises(RejectedError, match=r"sinks\.robot\.body: it cannot be evaluated on this event: .*length"):
         Expression("length(Missing)").shape(event_of('{"EventType":"A"}'), "sinks.robot.body")
 
@@ -76,7 +76,7 @@ def test_event_that_was_never_readable_is_rejected():
 
 
 @pytest.mark.parametrize("text", ["Missing", "`null`", "[?a] | [0]", "Sibling"])
-def test_null_says_that_nothing_is_sent(text):
+def test_null_means_that_nothing_is_sent(text):
     assert Expression(text).shape(event_of('{"EventType":"A","Sibling":null}'), "body") is None
 
 
@@ -94,16 +94,16 @@ def test_null_says_that_nothing_is_sent(text):
         ("@ == 'ok'", False),
     ],
 )
-def test_truth_is_as_jmespath_has_it(text, holds):
+def test_truth_is_that_of_jmespath(text, holds):
     assert Expression(text).holds({"errcode": 0}) is holds
 
 
-def test_expression_on_an_answer_that_it_fails_on_says_why():
+def test_expression_that_fails_on_an_answer_names_the_cause():
     with pytest.raises(EvaluationError, match="contains"):
         Expression("contains(errmsg, 'x')").holds({"errcode": 0})
 
 
-def test_two_members_of_one_name_are_the_last_one():
+def test_last_of_two_members_with_the_same_name_counts():
     assert Expression("a").search(decode_json('{"a":1,"b":2,"a":3}')) == 3
 
 
@@ -134,7 +134,7 @@ def test_integers_that_differ_in_the_last_digit_differ():
 
 
 @pytest.mark.parametrize("text", ["to_number('nan')", "to_number('1e999')", "&a", "[&a]"])
-def test_what_has_no_form_in_json_is_an_error(text):
+def test_value_without_a_form_in_json_is_an_error(text):
     with pytest.raises(EvaluationError, match="cannot be written as JSON"):
         encode_found(Expression(text).search({"a": 1}))
 
@@ -149,5 +149,5 @@ def test_half_of_a_surrogate_pair_is_escaped():
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
-def test_what_is_written_reads_as_what_was_found(value):
+def test_value_that_is_written_reads_back_equal(value):
     assert json.loads(encode_found(Expression("@").search(value))) == value

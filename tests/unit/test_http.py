@@ -1,4 +1,4 @@
-"""A call ends in time, whatever it is that does not."""
+"""A call ends within its time limit, whichever of its steps hangs; connections are used again only if that is safe."""
 
 import logging
 import socket
@@ -48,7 +48,7 @@ def call(adapter, url, timeout_secs=5.0, *, body=None, environment=BARE, **more)
 
 
 def failure_of(adapter, url, timeout_secs=0.3, **more):
-    """What a person is told of a call that fails, and within its time."""
+    """The text for the operator of a call that fails; checks that it fails within its time limit."""
     began = time.monotonic()
     with pytest.raises(CALL_ERRORS) as excinfo:
         call(adapter, url, timeout_secs, **more)
@@ -67,7 +67,7 @@ def answers(data=OK, times=1):
 
 
 class Script:
-    """Answers each request, over whichever connections they come, with the next of its answers; None hangs up."""
+    """Answers each request, on any connection, with the next of its answers; None closes the connection."""
 
     def __init__(self, *answers, wrap=lambda connection: connection):
         self.answers = list(answers)
@@ -119,14 +119,14 @@ def status_of(adapter, url, timeout_secs=5.0):
 
 
 class Resolver:
-    """In place of socket.getaddrinfo: knows the names that it was told, and remembers who asked in which thread."""
+    """Replaces socket.getaddrinfo: knows the given names; records each look-up, and if the main thread made it."""
 
     def __init__(self, **addresses):
         self.addresses = addresses
-        self.asked = []
+        self.lookups = []
 
     def __call__(self, host, port, **kwargs):
-        self.asked.append((host, threading.current_thread() is threading.main_thread()))
+        self.lookups.append((host, threading.current_thread() is threading.main_thread()))
         return [entry(address, port) for address in self.addresses.get(host.partition(".")[0], [host])]
 
 
@@ -152,9 +152,9 @@ def entry(address, port):
         never_reads,
         reads_slowly,
     ],
-    ids=["status", "header", "headers", "continue", "body", "chunks", "trailers", "no length", "deaf", "slow"],
+    ids=["status", "header", "headers", "continue", "body", "chunks", "trailers", "no length", "unread", "slow"],
 )
-def test_a_server_that_goes_on_slowly_forever_costs_no_more_than_the_time_limit(adapter_of, serve):
+def test_the_time_limit_ends_a_call_to_an_endlessly_slow_server(adapter_of, serve):
     with raw_server(serve) as url:
         body = b"x" * 20_000_000 if serve in (never_reads, reads_slowly) else b""
         assert failure_of(adapter_of(), url, body=body) == "did not answer within 0.3 s"
@@ -168,28 +168,28 @@ def test_an_endless_head_is_not_read_to_its_end(adapter_of):
             connection.sendall(b"X: y\r\n" * 1000)
 
     with raw_server(serve) as url:
-        said = failure_of(adapter_of(), url, 10.0)
-    assert said == "answered with a head that is too long to be read"
+        text = failure_of(adapter_of(), url, 10.0)
+    assert text == "answered with a head that is too long to be read"
 
 
-def test_a_tls_handshake_that_never_ends_costs_no_more_than_the_time_limit(adapter_of):
+def test_the_time_limit_ends_an_endless_tls_handshake(adapter_of):
     with raw_server(drip(b"", b"\x16")) as url:
         failure_of(adapter_of(), url.replace("http:", "https:"))
     with raw_server(never_reads) as url:
-        said = failure_of(adapter_of(), url.replace("http:", "https:"))
-    assert said == "did not answer within 0.3 s"
+        text = failure_of(adapter_of(), url.replace("http:", "https:"))
+    assert text == "did not answer within 0.3 s"
 
 
-def test_a_tunnel_that_never_opens_costs_no_more_than_the_time_limit(adapter_of):
+def test_the_time_limit_ends_a_tunnel_that_never_opens(adapter_of):
     with raw_server(drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")) as proxy:
         environment = Environment(proxy=proxy)
         assert failure_of(adapter_of(), "https://app.example/", environment=environment)
 
 
-def test_an_address_that_swallows_packets_costs_no_more_than_the_time_limit(adapter_of):
+def test_the_time_limit_ends_a_connect_whose_packets_are_dropped(adapter_of):
     with black_hole() as port:
-        said = failure_of(adapter_of(), f"http://127.0.0.1:{port}/")
-    assert said == "could not be reached within 0.3 s (is a firewall in between?)"
+        text = failure_of(adapter_of(), f"http://127.0.0.1:{port}/")
+    assert text == "could not be reached within 0.3 s (is a firewall in between?)"
 
 
 def test_connecting_can_have_less_time_than_the_whole_call(adapter_of):
@@ -200,14 +200,14 @@ def test_connecting_can_have_less_time_than_the_whole_call(adapter_of):
         assert time.monotonic() - began < 0.2 + SLACK_SECS
 
 
-def test_an_address_that_swallows_packets_leaves_time_for_the_next_one(adapter_of):
+def test_an_address_that_drops_packets_leaves_time_for_the_next_one(adapter_of):
     with black_hole() as port, running_receiver() as receiver:
         addresses = [entry("127.0.0.1", port), entry("127.0.0.1", receiver.server_port)]
         call(adapter_of(resolve=lambda *args, **kwargs: addresses), "http://app.example/", 1.0)
         assert len(receiver.accepted) == 1
 
 
-def test_a_lookup_that_hangs_costs_no_more_than_the_time_limit(adapter_of):
+def test_the_time_limit_ends_a_lookup_that_hangs(adapter_of):
     released, ended = threading.Event(), threading.Event()
 
     def resolve(*args, **kwargs):
@@ -215,13 +215,13 @@ def test_a_lookup_that_hangs_costs_no_more_than_the_time_limit(adapter_of):
         ended.set()
         return []
 
-    said = failure_of(adapter_of(resolve=resolve), "http://app.example/")
-    assert said.startswith("could not be reached within 0.3 s")
+    text = failure_of(adapter_of(resolve=resolve), "http://app.example/")
+    assert text.startswith("could not be reached within 0.3 s")
     released.set()
     until(ended.is_set)
 
 
-def test_what_is_left_of_the_time_shrinks_from_step_to_step(adapter_of):
+def test_all_steps_of_a_call_share_one_time_limit(adapter_of):
     def serve(connection, stopping):
         connection.recv(65_536)
         stopping.wait(0.2)
@@ -250,42 +250,42 @@ def test_a_name_is_looked_up_in_another_thread_once_for_a_connection(adapter_of)
         adapter = adapter_of(resolve=resolver)
         for _ in range(3):
             assert call(adapter, url.replace("127.0.0.1", "app.example")) == b"ok"
-    assert resolver.asked == [("app.example", False)]
+    assert resolver.lookups == [("app.example", False)]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_an_address_needs_no_thread(adapter_of, host):
     resolver = Resolver()
     failure_of(adapter_of(resolve=resolver), f"http://{host}:1/")
-    assert resolver.asked == [(host.strip("[]"), True)]
+    assert resolver.lookups == [(host.strip("[]"), True)]
 
 
-def test_a_name_that_does_not_exist_is_told(adapter_of):
+def test_a_name_that_does_not_exist_is_reported(adapter_of):
     def resolve(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    said = failure_of(adapter_of(resolve=resolve), "http://unknown.example/")
-    assert said == "cannot be found: Name or service not known (is the name right, does DNS work?)"
+    text = failure_of(adapter_of(resolve=resolve), "http://unknown.example/")
+    assert text == "cannot be found: Name or service not known (is the name right, does DNS work?)"
 
 
-def test_a_name_without_an_address_is_told(adapter_of):
-    said = failure_of(adapter_of(resolve=lambda *args, **kwargs: []), "http://unknown.example/")
-    assert said == "cannot be reached: it has no address"
+def test_a_name_without_an_address_is_reported(adapter_of):
+    text = failure_of(adapter_of(resolve=lambda *args, **kwargs: []), "http://unknown.example/")
+    assert text == "cannot be reached: it has no address"
 
 
 def test_no_connection_is_made_to_an_address_that_is_not_permitted(adapter_of):
-    asked = []
+    checked = []
     with running_receiver() as receiver:
-        adapter = adapter_of(resolve=Resolver(app=["127.0.0.1"]), permits=asked.append)
+        adapter = adapter_of(resolve=Resolver(app=["127.0.0.1"]), permits=checked.append)
         with pytest.raises(requests.RequestException) as excinfo:
             call(adapter, receiver.url.replace("127.0.0.1", "app.example"))
         assert receiver.connections == []
-    assert asked == ["127.0.0.1"]
+    assert checked == ["127.0.0.1"]
     assert any(isinstance(cause, ForbiddenAddressError) for cause in causes(excinfo.value))
     assert failure_text(excinfo.value, 5.0) == "is at 127.0.0.1, to which no connection may be made"
 
 
-def test_of_several_addresses_the_permitted_ones_are_used(adapter_of):
+def test_only_the_permitted_of_several_addresses_are_used(adapter_of):
     with running_receiver() as receiver:
         resolver = Resolver(app=["127.0.0.2", "127.0.0.1"])
         adapter = adapter_of(resolve=resolver, permits=lambda address: address == "127.0.0.1")
@@ -293,7 +293,7 @@ def test_of_several_addresses_the_permitted_ones_are_used(adapter_of):
         assert len(receiver.connections) == 1
 
 
-def test_the_address_of_a_proxy_is_not_asked_for(adapter_of):
+def test_the_address_of_a_proxy_needs_no_permission(adapter_of):
     with running_receiver() as proxy:
         address = f"http://127.0.0.1:{proxy.server_port}"
         environment = Environment(proxy=address)
@@ -325,7 +325,7 @@ def test_tls_carries_large_requests_and_answers(adapter_of, certificate):
         adapter.connect_within(url, BARE, 5.0)
 
 
-def test_a_connection_alone_sends_nothing(adapter_of):
+def test_connecting_alone_sends_nothing(adapter_of):
     seen = []
 
     def serve(connection, stopping):
@@ -337,7 +337,7 @@ def test_a_connection_alone_sends_nothing(adapter_of):
     assert seen == [b""]
 
 
-def test_a_connection_alone_keeps_to_the_time_limit(adapter_of):
+def test_connecting_alone_keeps_to_the_time_limit(adapter_of):
     with black_hole() as port:
         began = time.monotonic()
         with pytest.raises(HTTPError) as excinfo:
@@ -369,18 +369,18 @@ def test_an_interim_answer_is_not_the_answer(adapter_of, interim):
 
 
 @pytest.mark.parametrize(
-    ("interim", "says"),
+    ("interim", "text"),
     [
         (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 21, "sent more than 20 interim answers (1xx)"),
         (b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\n" * 1000, "sent more than 20 interim answers (1xx)"),
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n", "wants to switch to another protocol (101)"),
     ],
 )
-def test_interim_answers_without_end_and_a_switch_end_the_connection(adapter_of, interim, says):
+def test_interim_answers_without_end_and_a_switch_end_the_connection(adapter_of, interim, text):
     script = Script(interim + OK, OK)
     with raw_server(script) as url:
         adapter = adapter_of()
-        assert failure_of(adapter, url, 5.0).startswith(says)
+        assert failure_of(adapter, url, 5.0).startswith(text)
         assert call(adapter, url) == b"ok"
         adapter.close()
     assert script.connections == 2
@@ -390,15 +390,15 @@ def test_an_interim_answer_of_a_proxy_is_not_its_answer(adapter_of):
     script = Script(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 407 Login\r\nContent-Length: 0\r\n\r\n")
     with raw_server(script) as proxy:
         environment = Environment(proxy=proxy)
-        said = failure_of(adapter_of(), "https://app.example/", 5.0, environment=environment)
-    assert said.startswith("is behind a proxy that answered 407 Proxy Authentication Required (it wants a login")
+        text = failure_of(adapter_of(), "https://app.example/", 5.0, environment=environment)
+    assert text.startswith("is behind a proxy that answered 407 Proxy Authentication Required (it wants a login")
 
 
-def padded(before):
-    """An answer that just fills the buffer that it is read into."""
+def padded(extra):
+    """An answer that exactly fills the buffer that it is read into, and extra data after it."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: "
     end = b"\r\n\r\nok"
-    return head + b"x" * (8192 - len(head) - len(end)) + end + before
+    return head + b"x" * (8192 - len(head) - len(end)) + end + extra
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_after_something_unforeseen_the_connection_is_not_used_again(adapter_of,
 
 
 @pytest.mark.parametrize("size", [b"-5", b"-1"])
-def test_a_chunk_of_negative_length_is_told(adapter_of, size):
+def test_a_chunk_of_negative_length_is_reported(adapter_of, size):
     with raw_server(answers(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\nok\r\n")) as url:
         assert failure_of(adapter_of(), url, 5.0) == f"sent a chunk of {size.decode()} bytes"
 
@@ -449,13 +449,13 @@ def test_a_chunk_of_negative_length_is_told(adapter_of, size):
         ["Date: " + "9" * 5000],
     ],
 )
-def test_a_strange_header_spoils_no_answer(adapter_of, headers):
+def test_a_strange_header_makes_no_answer_fail(adapter_of, headers):
     with raw_server(answers(answer(200, b"ok", *headers))) as url:
         assert call(adapter_of(), url) == b"ok"
 
 
 def socks_server(script):
-    """RFC 1928: no login, CONNECT, and the answers of a script behind it."""
+    """A SOCKS server (RFC 1928) without login: accepts CONNECT, then answers from a script."""
 
     def serve(connection, stopping):
         version, methods = connection.recv(2)
@@ -470,7 +470,7 @@ def socks_server(script):
 
 @pytest.mark.system
 @pytest.mark.parametrize("unforeseen", [OK + answer(503), b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + OK])
-def test_behind_a_proxy_for_socks_the_same_holds(adapter_of, monkeypatch, unforeseen):
+def test_connections_through_a_socks_proxy_are_reused_as_safely(adapter_of, monkeypatch, unforeseen):
     script = Script(unforeseen, answer(200, b"right"), None, answer(200, b"again"), drip(b"HTTP/1.1 200", b" "))
     with raw_server(socks_server(script)) as url:
         monkeypatch.setenv("http_proxy", url.replace("http:", "socks5h:").rstrip("/"))
@@ -500,7 +500,7 @@ def test_a_connection_that_was_idle_for_long_is_not_used(adapter_of, clock, idle
 
 @pytest.mark.parametrize("failure", [None, resets])
 @pytest.mark.parametrize("size", [0, 5_000_000])
-def test_a_request_on_an_idle_connection_that_breaks_is_sent_again_on_a_new_one(adapter_of, failure, size):
+def test_a_request_on_a_broken_idle_connection_is_sent_again(adapter_of, failure, size):
     script = Script(OK, failure, OK)
     with raw_server(script) as url:
         adapter = adapter_of()
@@ -514,7 +514,7 @@ def test_a_request_on_an_idle_connection_that_breaks_is_sent_again_on_a_new_one(
     assert script.requests[1] == script.requests[2]
 
 
-def test_what_is_sent_again_has_its_own_time_to_connect(adapter_of):
+def test_a_request_that_is_sent_again_has_its_own_connect_time(adapter_of):
     def resets_late(connection, stopping):
         stopping.wait(0.4)
         resets(connection, stopping)
@@ -529,7 +529,7 @@ def test_what_is_sent_again_has_its_own_time_to_connect(adapter_of):
         adapter.close()
 
 
-def test_all_idle_connections_that_break_cost_one_try_each(adapter_of):
+def test_each_idle_connection_that_breaks_takes_one_try(adapter_of):
     broken = threading.Event()
 
     class Breaking(Receiver):
@@ -560,7 +560,7 @@ def test_all_idle_connections_that_break_cost_one_try_each(adapter_of):
 
 
 @pytest.mark.parametrize(
-    ("answered", "says"),
+    ("answered", "text"),
     [
         ([None], "closed the connection without a whole answer"),
         ([OK, breaks_off], "closed the connection without a whole answer"),
@@ -569,25 +569,25 @@ def test_all_idle_connections_that_break_cost_one_try_each(adapter_of):
         ([OK, is_silent], "did not answer within 0.3 s"),
     ],
 )
-def test_a_request_that_may_have_been_heard_is_not_sent_again(adapter_of, answered, says):
+def test_a_request_that_may_have_arrived_is_not_sent_again(adapter_of, answered, text):
     script = Script(*answered, OK)
     with raw_server(script) as url:
         adapter = adapter_of()
         if len(answered) > 1:
             call(adapter, url)
-        assert failure_of(adapter, url, 0.3) == says
+        assert failure_of(adapter, url, 0.3) == text
         adapter.close()
     assert len(script.requests) == len(answered[:2])
 
 
-def test_an_idle_connection_that_swallows_all_is_given_up_in_time_for_a_new_one(adapter_of):
+def test_a_dead_idle_connection_leaves_time_for_a_new_one(adapter_of):
     kept = []
 
     def serve(connection, stopping):
         if not kept:
             read_request(connection)
             connection.sendall(OK)
-            kept.append(connection.dup())  # open, but read by none
+            kept.append(connection.dup())  # stays open, but nothing reads from it
         else:
             read_request(connection)
             connection.sendall(OK)
@@ -619,7 +619,7 @@ def test_no_line_of_a_library_shows_the_query(adapter_of, caplog, line, query):
 # --- the environment ---
 
 
-def test_the_environment_is_that_of_the_url(monkeypatch):
+def test_the_proxy_depends_on_the_url(monkeypatch):
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("no_proxy", "near.example")
     far = environment_of("https://far.example/")
@@ -637,7 +637,7 @@ def test_the_environment_is_that_of_the_url(monkeypatch):
         "http://hunter2@x:0",
     ],
 )
-def test_a_proxy_that_cannot_be_used_is_a_problem_that_does_not_show_it(adapter_of, monkeypatch, proxy):
+def test_an_unusable_proxy_is_a_problem_that_does_not_show_its_url(adapter_of, monkeypatch, proxy):
     monkeypatch.setenv("https_proxy", proxy)
     environment = environment_of("https://app.example/")
     assert "$https_proxy" in environment.problem
@@ -648,7 +648,7 @@ def test_a_proxy_that_cannot_be_used_is_a_problem_that_does_not_show_it(adapter_
     assert failure_text(excinfo.value, 1.0) == f"cannot be asked: {environment.problem}"
 
 
-# --- words ---
+# --- texts and headers ---
 
 
 @pytest.mark.parametrize(
@@ -664,11 +664,11 @@ def test_a_url_is_shown_without_what_may_be_secret(url, shown):
     assert shown_url(url) == shown
 
 
-def test_what_is_told_of_a_failure_holds_nothing_of_the_url(adapter_of):
+def test_the_text_of_a_failure_holds_nothing_of_the_url(adapter_of):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         port = listening.getsockname()[1]
-    said = failure_of(adapter_of(), f"http://127.0.0.1:{port}/hook?token=hunter2")
-    assert said == "refused the connection (is anything running there?)"
+    text = failure_of(adapter_of(), f"http://127.0.0.1:{port}/hook?token=hunter2")
+    assert text == "refused the connection (is anything running there?)"
 
 
 @pytest.mark.parametrize(
@@ -687,7 +687,7 @@ def test_retry_after_is_read_as_seconds_or_a_date(text, secs):
     assert retry_after_secs({"Retry-After": text}, 1_700_000_000.0) == secs
 
 
-def test_an_error_of_no_known_kind_is_named():
+def test_an_error_of_an_unknown_kind_is_named():
     assert failure_text(ZeroDivisionError("x"), 1.0) == "could not be asked: ZeroDivisionError"
 
 

@@ -14,7 +14,7 @@ FAILED = SinkResult(outcome=Outcome.FAILED, reason=Reason.SINK_FAILED, why="late
 
 
 def in_thread(task):
-    """Run it in a thread; returns a function that waits for its result."""
+    """Run `task` in a thread; return a function that waits for its result."""
     results = []
     thread = threading.Thread(target=lambda: results.append(task()), daemon=True)
     thread.start()
@@ -27,7 +27,7 @@ def in_thread(task):
     return result
 
 
-def test_a_wait_whose_time_is_over_says_so():
+def test_a_wait_whose_time_is_over_ends_out_of_time():
     wait = DeliveryWait(min_wait_secs=0.01)
     wait.add(1)
     assert wait.wait(0.03) is WaitEnd.OUT_OF_TIME
@@ -42,7 +42,7 @@ def test_a_wait_without_time_left_does_not_wait(timeout_secs):
     assert time.monotonic() - started < 1
 
 
-def test_a_wait_opens_when_the_last_is_settled_and_not_before():
+def test_a_wait_ends_when_the_last_delivery_is_complete_not_before():
     wait = DeliveryWait()
     wait.add(2)
     result = in_thread(lambda: wait.wait(10))
@@ -52,18 +52,18 @@ def test_a_wait_opens_when_the_last_is_settled_and_not_before():
     assert result() is WaitEnd.COMPLETE
 
 
-def test_a_wait_that_waits_for_nothing_is_open():
+def test_a_wait_for_nothing_is_complete():
     assert DeliveryWait().wait(10) is WaitEnd.COMPLETE
 
 
-def test_settled_before_the_wait_counts():
+def test_a_delivery_that_is_complete_before_the_wait_counts():
     wait = DeliveryWait()
     wait.add(1)
     wait.count_down()
     assert wait.wait(10) is WaitEnd.COMPLETE
 
 
-def test_an_interruption_does_not_end_a_wait_that_is_young():
+def test_an_interruption_before_the_minimum_does_not_end_a_wait():
     wait = DeliveryWait(min_wait_secs=60)
     wait.add(1)
     result = in_thread(lambda: wait.wait(10))
@@ -73,7 +73,7 @@ def test_an_interruption_does_not_end_a_wait_that_is_young():
     assert result() is WaitEnd.STOPPING
 
 
-def test_an_interruption_ends_a_wait_that_is_old_once():
+def test_an_interruption_after_the_minimum_ends_a_wait_once():
     wait = DeliveryWait(min_wait_secs=0.01)
     wait.add(1)
     result = in_thread(lambda: wait.wait(10))
@@ -88,7 +88,7 @@ def test_a_wait_that_has_not_begun_is_interrupted_by_a_stop_only():
     assert wait.interrupt() is False
 
 
-def test_nothing_is_interrupted_where_everything_is_done():
+def test_a_complete_wait_is_not_interrupted():
     wait = DeliveryWait(min_wait_secs=0)
     wait.add(1)
     wait.count_down()
@@ -134,7 +134,7 @@ def is_complete(wait):
     return wait.wait(0) is WaitEnd.COMPLETE
 
 
-def test_a_pair_that_is_on_its_way_is_joined():
+def test_a_pair_in_flight_is_joined():
     in_flight, wait, other = InFlight(), DeliveryWait(), DeliveryWait()
     first = make()
     with in_flight.claim([first], wait), in_flight.claim([make()], other) as claims:
@@ -162,17 +162,17 @@ def test_a_pair_twice_in_one_claim_is_one_delivery_that_ends_the_wait():
         assert is_complete(wait)
 
 
-def test_the_first_result_counts_and_is_told_once():
-    in_flight, told = InFlight(), []
-    delivery = make(on_complete=lambda _delivery, result: told.append(result))
+def test_the_first_result_counts_and_is_reported_once():
+    in_flight, reported = InFlight(), []
+    delivery = make(on_complete=lambda _delivery, result: reported.append(result))
     with in_flight.claim([delivery], None):
         in_flight.complete([delivery], DELIVERED)
         in_flight.complete([delivery], FAILED)
     assert delivery.result is DELIVERED
-    assert told == [DELIVERED]
+    assert reported == [DELIVERED]
 
 
-def test_what_is_complete_can_be_claimed_anew():
+def test_a_complete_pair_can_be_claimed_again():
     in_flight, first, second = InFlight(), make(), make()
     with in_flight.claim([first], None):
         in_flight.complete([first], FAILED)
@@ -180,7 +180,7 @@ def test_what_is_complete_can_be_claimed_anew():
             assert [(claim.delivery, claim.joined) for claim in claims] == [(second, False)]
 
 
-def test_what_waits_when_its_claim_ends_never_starts():
+def test_a_delivery_queued_when_its_claim_ends_never_starts():
     in_flight, delivery = InFlight(), make()
     with in_flight.claim([delivery], DeliveryWait()):
         in_flight.queued([delivery])
@@ -191,7 +191,7 @@ def test_what_waits_when_its_claim_ends_never_starts():
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("wait", [None, DeliveryWait()])
-def test_whatever_ends_a_claim_releases_what_was_not_submitted(wait, error):
+def test_any_error_in_a_claim_releases_what_was_not_submitted(wait, error):
     in_flight = InFlight()
     with pytest.raises(type(error)), in_flight.claim([make(1), make(2)], wait):
         raise error
@@ -199,7 +199,7 @@ def test_whatever_ends_a_claim_releases_what_was_not_submitted(wait, error):
 
 
 @pytest.mark.parametrize("more", [{}, {"on_complete": print}])
-def test_who_joins_what_is_never_submitted_is_told(more):
+def test_a_wait_ends_if_the_delivery_it_joins_is_never_submitted(more):
     in_flight, wait = InFlight(), DeliveryWait()
     outer = in_flight.claim([make(1, **more)], None if more else DeliveryWait())
     outer.__enter__()
@@ -225,25 +225,25 @@ def test_an_error_in_the_middle_of_claiming_leaves_nothing_claimed(at):
     assert len(in_flight) == 0
 
 
-def test_what_nothing_waits_for_is_the_workers_once_it_is_submitted():
-    in_flight, told = InFlight(), []
-    submitted, not_submitted = (make(number, on_complete=lambda it, _: told.append(it)) for number in (1, 2))
+def test_a_submitted_delivery_without_a_wait_stays_with_the_worker():
+    in_flight, reported = InFlight(), []
+    submitted, not_submitted = (make(number, on_complete=lambda it, _: reported.append(it)) for number in (1, 2))
     with in_flight.claim([submitted, not_submitted], None):
         in_flight.queued([submitted])
-    with in_flight.claim([make(1)], DeliveryWait()):  # one that joins it, and gives up
+    with in_flight.claim([make(1)], DeliveryWait()):  # another claim joins it and ends
         pass
     assert in_flight.start([submitted, not_submitted]) == [submitted]
     in_flight.complete([submitted], DELIVERED)
-    assert told == [submitted]
+    assert reported == [submitted]
 
 
-def test_what_is_handed_back_is_on_its_way_until_it_is_forgotten():
-    in_flight, told, wait = InFlight(), [], DeliveryWait()
-    delivery = make(on_complete=lambda _delivery, result: told.append(result))
+def test_a_delivery_with_a_callback_is_in_flight_until_forgotten():
+    in_flight, reported, wait = InFlight(), [], DeliveryWait()
+    delivery = make(on_complete=lambda _delivery, result: reported.append(result))
     with in_flight.claim([delivery], None), in_flight.claim([make()], wait) as claims:
         assert claims[0].joined
         in_flight.complete([delivery], DELIVERED)
-        assert told == [DELIVERED]
+        assert reported == [DELIVERED]
         assert not is_complete(wait)
         assert len(in_flight) == 1
         in_flight.forget([delivery])
@@ -252,22 +252,22 @@ def test_what_is_handed_back_is_on_its_way_until_it_is_forgotten():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError()])
-def test_a_callback_that_fails_keeps_no_other_from_being_told_and_nothing_on_its_way(error):
+def test_a_failing_callback_affects_no_other_and_leaves_no_delivery(error):
     def broken(_delivery, _result):
         raise error
 
-    in_flight, told, wait = InFlight(), [], DeliveryWait()
-    wanted = [make(1, on_complete=broken), make(2, on_complete=lambda *_: told.append(2))]
+    in_flight, reported, wait = InFlight(), [], DeliveryWait()
+    wanted = [make(1, on_complete=broken), make(2, on_complete=lambda *_: reported.append(2))]
     with in_flight.claim(wanted, wait):
         with pytest.raises(type(error)):
             in_flight.complete(wanted, DELIVERED)
-        assert told == [2]
+        assert reported == [2]
         in_flight.forget(wanted[1:])
         assert is_complete(wait)
         assert len(in_flight) == 0
 
 
-def test_what_runs_outlives_its_claim_and_its_late_success_is_known():
+def test_a_running_delivery_outlives_its_claim_and_gets_its_result():
     in_flight, delivery = InFlight(), make()
     with in_flight.claim([delivery], DeliveryWait()):
         assert in_flight.start([delivery]) == [delivery]
@@ -279,7 +279,7 @@ def test_what_runs_outlives_its_claim_and_its_late_success_is_known():
     assert len(in_flight) == 0
 
 
-def test_what_another_caller_waits_for_is_not_released():
+def test_a_delivery_that_another_caller_waits_for_is_kept():
     in_flight, other, delivery = InFlight(), DeliveryWait(), make()
     with in_flight.claim([delivery, make()], DeliveryWait()) as first, in_flight.claim([make()], other):
         in_flight.queued(deliveries(first))
@@ -320,10 +320,10 @@ def test_claims_of_many_threads_never_run_a_pair_twice_at_once():
     assert len(in_flight) == 0
 
 
-# --- late news --------------------------------------------------------------------------------------------------------
+# --- late calls -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_forgotten_twice_does_not_end_the_next_delivery_of_the_pair():
+def test_forgetting_twice_does_not_end_the_pairs_next_delivery():
     in_flight = InFlight()
     first = Delivery(event=event(), sink="it", deadline=0.0)
     with in_flight.claim([first], None):
@@ -335,7 +335,7 @@ def test_what_is_forgotten_twice_does_not_end_the_next_delivery_of_the_pair():
     assert len(in_flight) == 0
 
 
-def test_what_is_done_is_not_queued_again():
+def test_a_complete_delivery_is_not_queued_again():
     in_flight = InFlight()
     delivery = Delivery(event=event(), sink="it", deadline=0.0)
     with in_flight.claim([delivery], None):

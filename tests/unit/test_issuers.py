@@ -1,4 +1,4 @@
-"""The metadata service and STS, whatever they answer."""
+"""Keys from the metadata service and STS: invalid answers, no answers and valid ones."""
 
 import json
 import time
@@ -57,11 +57,11 @@ def sts(url, *, external_id="", secret_key=LASTING["secret_key"], **settings):
     return Sts(role, key=key, key_renewal="send SIGHUP", **settings)
 
 
-def of_metadata(**changes):
+def metadata_body(**changes):
     return json.dumps({**KEY, "ExpiredTime": time.time() + 100, "Code": "Success", **changes}).encode()
 
 
-def of_sts(key=KEY, **changes):
+def sts_body(key=KEY, **changes):
     response = {"Credentials": key, "ExpiredTime": time.time() + 100, "RequestId": "r-1", **changes}
     return json.dumps({"Response": response}).encode()
 
@@ -74,7 +74,7 @@ def problem_of(issuer, kind=TransientError):
     return str(caught.value)
 
 
-# --- answers that are none --------------------------------------------------------------------------------------------
+# --- invalid answers --------------------------------------------------------------------------------------------------
 
 GARBAGE = [
     (b"", "it is not JSON"),
@@ -85,12 +85,12 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize(("body", "said"), GARBAGE)
-def test_garbage_is_not_quoted_as_it_may_hold_half_a_key(receiver, body, said):
+@pytest.mark.parametrize(("body", "reason"), GARBAGE)
+def test_garbage_is_not_quoted_because_it_may_hold_part_of_a_key(receiver, body, reason):
     receiver.answer = Answer(status=200, body=body)
     for issuer in (metadata(base_of(receiver)), sts(base_of(receiver))):
         message = problem_of(issuer)
-        assert said in message or "too long" in said
+        assert reason in message or "too long" in reason
 
 
 BAD_KEYS = [
@@ -101,16 +101,16 @@ BAD_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD_KEYS)
-def test_a_key_without_all_its_parts_is_not_taken(receiver, changes, said):
-    receiver.answer = Answer(status=200, body=of_metadata(**changes))
-    assert said in problem_of(metadata(base_of(receiver)))
-    receiver.answer = Answer(status=200, body=of_sts({**KEY, **changes}))
-    assert said in problem_of(sts(base_of(receiver)))
+@pytest.mark.parametrize(("changes", "reason"), BAD_KEYS)
+def test_a_key_without_all_its_parts_is_refused(receiver, changes, reason):
+    receiver.answer = Answer(status=200, body=metadata_body(**changes))
+    assert reason in problem_of(metadata(base_of(receiver)))
+    receiver.answer = Answer(status=200, body=sts_body({**KEY, **changes}))
+    assert reason in problem_of(sts(base_of(receiver)))
 
 
 @pytest.mark.parametrize(
-    ("ends_at", "said"),
+    ("ends_at", "reason"),
     [
         (None, "does not say when the key ends"),
         ("soon", "does not say when the key ends"),
@@ -119,23 +119,23 @@ def test_a_key_without_all_its_parts_is_not_taken(receiver, changes, said):
         pytest.param(-(10**400), "has ended", id="long ago"),
     ],
 )
-def test_an_end_that_is_none_or_over_is_a_failure(receiver, ends_at, said):
-    receiver.answer = Answer(status=200, body=of_metadata(ExpiredTime=ends_at))
-    assert said in problem_of(metadata(base_of(receiver)))
-    receiver.answer = Answer(status=200, body=of_sts(ExpiredTime=ends_at))
-    assert said in problem_of(sts(base_of(receiver)))
+def test_a_missing_or_past_expiry_is_a_failure(receiver, ends_at, reason):
+    receiver.answer = Answer(status=200, body=metadata_body(ExpiredTime=ends_at))
+    assert reason in problem_of(metadata(base_of(receiver)))
+    receiver.answer = Answer(status=200, body=sts_body(ExpiredTime=ends_at))
+    assert reason in problem_of(sts(base_of(receiver)))
 
 
 @pytest.mark.parametrize("ends_at", [time.time() * 1000, 10**400], ids=["milliseconds", "never"])
-def test_an_end_that_is_too_far_away_is_not_believed(receiver, ends_at):
-    receiver.answer = Answer(status=200, body=of_metadata(ExpiredTime=ends_at))
+def test_an_expiry_that_is_too_far_away_is_limited(receiver, ends_at):
+    receiver.answer = Answer(status=200, body=metadata_body(ExpiredTime=ends_at))
     with closing(metadata(base_of(receiver))) as issuer:
         assert issuer().life_secs == LIFE_MAX_SECS
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 401, 403, 500, 503])
-def test_other_answers_than_200_say_their_status(receiver, status):
-    receiver.answer = Answer(status=status, headers={"Location": "http://127.0.0.1:1/"}, body=of_metadata())
+def test_errors_of_answers_other_than_200_name_the_status(receiver, status):
+    receiver.answer = Answer(status=status, headers={"Location": "http://127.0.0.1:1/"}, body=metadata_body())
     for issuer in (metadata(base_of(receiver)), sts(base_of(receiver))):
         message = problem_of(issuer)
         assert f"answered {status}" in message
@@ -143,25 +143,25 @@ def test_other_answers_than_200_say_their_status(receiver, status):
     assert len(receiver.received) == 2
 
 
-def test_a_code_of_the_metadata_service_is_told(receiver):
-    receiver.answer = Answer(status=200, body=of_metadata(Code="InternalError"))
+def test_a_code_of_the_metadata_service_is_reported(receiver):
+    receiver.answer = Answer(status=200, body=metadata_body(Code="InternalError"))
     assert "gave no key of role r: InternalError" in problem_of(metadata(base_of(receiver)))
-    receiver.answer = Answer(status=200, body=of_metadata(Code="tmp-key-of-test"))
+    receiver.answer = Answer(status=200, body=metadata_body(Code="tmp-key-of-test"))
     assert "an answer without a code" in problem_of(metadata(base_of(receiver)))
 
 
 @pytest.mark.parametrize("body", [b"", b"\n"])
-def test_a_machine_without_a_role_is_for_a_person(receiver, body):
+def test_a_machine_without_a_role_is_an_operator_error(receiver, body):
     receiver.answer = Answer(status=200 if body else 404, body=body)
     assert "bind one to the instance" in problem_of(metadata(base_of(receiver), role=""), OperatorError)
 
 
-def test_a_role_that_the_machine_does_not_have_is_for_a_person(receiver):
+def test_a_role_that_the_machine_does_not_have_is_an_operator_error(receiver):
     receiver.answer = Answer(status=404)
     assert "correct credentials.role" in problem_of(metadata(base_of(receiver)), OperatorError)
 
 
-def test_a_page_in_place_of_the_roles_name_is_no_role(receiver):
+def test_a_page_in_place_of_the_roles_name_is_not_a_role(receiver):
     receiver.answer = Answer(status=200, body=b"<html><body>log in</body></html>")
     assert "not the name of a role" in problem_of(metadata(base_of(receiver), role=""))
 
@@ -177,8 +177,8 @@ def test_a_page_in_place_of_the_roles_name_is_no_role(receiver):
         ("tmp-key-of-test", TransientError),
     ],
 )
-def test_what_sts_refuses_is_for_a_person_or_passes(receiver, code, kind):
-    receiver.answer = Answer(status=200, body=of_sts(Error={"Code": code, "Message": "no"}))
+def test_a_refusal_of_sts_is_an_operator_or_a_transient_error(receiver, code, kind):
+    receiver.answer = Answer(status=200, body=sts_body(Error={"Code": code, "Message": "no"}))
     message = problem_of(sts(base_of(receiver)), kind)
     assert ("trust" in message) == (kind is OperatorError)
 
@@ -186,7 +186,7 @@ def test_what_sts_refuses_is_for_a_person_or_passes(receiver, code, kind):
 # --- no answer --------------------------------------------------------------------------------------------------------
 
 
-def test_a_metadata_service_that_hangs_is_given_up_within_two_seconds(receiver):
+def test_a_call_to_a_metadata_service_that_hangs_ends_after_2_s(receiver):
     receiver.answer = Answer(hangs=True)
     began = time.monotonic()
     assert "did not answer within 2 s" in problem_of(metadata(base_of(receiver)), NoAnswerError)
@@ -204,7 +204,7 @@ def test_two_calls_share_the_two_seconds():
         assert "did not answer within 2 s" in problem_of(metadata(url, role="", monotonic=lambda: times[0]))
 
 
-def test_an_address_where_nothing_answers(receiver):
+def test_an_address_where_nothing_answers_is_a_no_answer_error(receiver):
     with black_hole() as port:
         assert "127.0.0.1" in problem_of(metadata(f"http://127.0.0.1:{port}"), NoAnswerError)
     with raw_server(lambda connection, _stopping: None) as url:
@@ -213,36 +213,36 @@ def test_an_address_where_nothing_answers(receiver):
     assert "refused the connection" in problem_of(sts(url), NoAnswerError)
 
 
-def test_the_metadata_service_is_never_asked_through_a_proxy(receiver, monkeypatch):
+def test_the_metadata_service_is_never_called_through_a_proxy(receiver, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, base_of(receiver))
-    receiver.answer = Answer(status=200, body=of_metadata())
+    receiver.answer = Answer(status=200, body=metadata_body())
     with raw_server(lambda connection, _stopping: None) as url:
         problem_of(metadata(url), NoAnswerError)
     assert receiver.received == []
 
 
-def test_sts_is_asked_through_the_proxy_of_the_environment(receiver, monkeypatch):
+def test_sts_is_called_through_the_proxy_of_the_environment(receiver, monkeypatch):
     monkeypatch.setenv("http_proxy", base_of(receiver))
-    receiver.answer = Answer(status=200, body=of_sts())
+    receiver.answer = Answer(status=200, body=sts_body())
     with closing(sts("http://sts.invalid")) as issuer:
         assert issuer().credentials.token == KEY["Token"]
-    (asked,) = receiver.received
-    assert asked.headers["Host"] == "sts.invalid"
+    (request,) = receiver.received
+    assert request.headers["Host"] == "sts.invalid"
 
 
-# --- answers that are good --------------------------------------------------------------------------------------------
+# --- valid answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ["", ROLE])
-def test_the_role_of_the_machine_is_asked_for_if_it_is_not_given(role):
+def test_the_role_of_the_machine_is_requested_if_it_is_not_given(role):
     with Simulator(SimulatorOptions(credential_secs=60)) as simulator, closing(metadata(simulator.url, role)) as issuer:
         issued = issuer()
     assert issued.role == f"role {ROLE} of this machine"
     assert 55 < issued.life_secs < 60
 
 
-def test_sts_takes_the_signature_of_the_lasting_key():
+def test_sts_accepts_the_signature_of_the_lasting_key():
     options = SimulatorOptions(credential_secs=60, **LASTING)
     with Simulator(options) as simulator:
         with closing(sts(simulator.url, external_id="partner")) as issuer:
@@ -253,7 +253,7 @@ def test_sts_takes_the_signature_of_the_lasting_key():
 
 
 @pytest.mark.parametrize("skew_secs", [-3600.0, 3600.0])
-def test_a_life_is_that_of_the_issuers_clock(skew_secs):
+def test_the_life_of_a_key_is_measured_by_the_issuers_clock(skew_secs):
     options = SimulatorOptions(credential_secs=60, clock_skew_secs=skew_secs, **LASTING)
     with Simulator(options) as simulator:
         for issuer in (metadata(simulator.url, ROLE), sts(simulator.url)):
@@ -262,7 +262,7 @@ def test_a_life_is_that_of_the_issuers_clock(skew_secs):
 
 
 def test_without_a_date_this_machines_clock_counts(receiver):
-    body = of_metadata(ExpiredTime=1_000_100)
+    body = metadata_body(ExpiredTime=1_000_100)
     with (
         raw_server(
             lambda connection, _stopping: (
@@ -278,16 +278,16 @@ def test_without_a_date_this_machines_clock_counts(receiver):
 
 
 def test_a_request_to_sts_names_role_life_and_external_id(receiver):
-    receiver.answer = Answer(status=200, body=of_sts(), headers={"Date": formatdate(time.time(), usegmt=True)})
+    receiver.answer = Answer(status=200, body=sts_body(), headers={"Date": formatdate(time.time(), usegmt=True)})
     with closing(sts(base_of(receiver), external_id="partner")) as issuer:
         issuer()
-    (asked,) = receiver.received
-    assert json.loads(asked.body) == {
+    (request,) = receiver.received
+    assert json.loads(request.body) == {
         "RoleArn": ROLE_ARN,
         "RoleSessionName": "vodpoller",
         "DurationSeconds": 7200,
         "ExternalId": "partner",
     }
-    assert (asked.headers["X-TC-Action"], asked.headers["X-TC-Version"]) == ("AssumeRole", "2018-08-13")
-    assert asked.headers["X-TC-Region"] == "ap-guangzhou"
-    assert "/sts/tc3_request" in asked.headers["Authorization"]
+    assert (request.headers["X-TC-Action"], request.headers["X-TC-Version"]) == ("AssumeRole", "2018-08-13")
+    assert request.headers["X-TC-Region"] == "ap-guangzhou"
+    assert "/sts/tc3_request" in request.headers["Authorization"]
