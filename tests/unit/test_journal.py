@@ -115,13 +115,13 @@ class Locked:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
+def test_a_second_journal_on_the_same_file_is_refused(journal, opened):
     with pytest.raises(JournalError, match="another process has this journal open"):
         opened()
 
 
 @pytest.mark.system
-def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
+def test_another_process_is_refused_until_the_first_has_closed(journal, path):
     code = (
         "import sys; from pathlib import Path; from tests.helpers import log_into\n"
         "from vodpoller.errors import JournalError; from vodpoller.journal.sqlite import *\n"
@@ -318,7 +318,7 @@ def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_in_the_file_when_the_call_returns(journal, path):
+def test_stored_events_are_in_the_file_when_the_call_returns(journal, path):
     journal.store([letter(1), letter(2, dead=True, reason="rejected", error="no")])
     stored = rows(path, "SELECT state, reason, error, confirmed, body FROM letters ORDER BY id")
     assert stored == [("pending", "sink_failed", "", 0, event(1).body), ("dead", "rejected", "no", 0, event(2).body)]
@@ -527,7 +527,7 @@ def test_an_event_with_text_that_sqlite_refuses_is_stored(journal):
     assert journal.counts() == {("it", "dead"): 1}
 
 
-def test_a_journal_that_was_replaced_takes_nothing(journal, path):
+def test_a_journal_that_was_replaced_cannot_be_written(journal, path):
     path.rename(path.with_name("moved"))
     with pytest.raises(StorageError, match="deleted or replaced"):
         journal.store([letter()])
@@ -684,7 +684,7 @@ def test_a_pair_stays_known_while_it_moves_from_memory_to_the_file(opened, path)
     assert rows(path, "SELECT count(*) FROM ledger") == [(1,)]
 
 
-def test_what_was_in_memory_is_written_at_the_close(journal, path):
+def test_pairs_in_memory_are_written_at_the_close(journal, path):
     with Locked(path):
         accept(journal, 1)
     journal.close()
@@ -704,7 +704,7 @@ def test_accept_does_not_raise_on_an_unexpected_error(journal, monkeypatch):
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def test_what_changes_while_it_is_written_is_written_next():
+def test_a_pair_that_changes_during_a_write_is_written_next():
     unwritten = Unwritten()
     unwritten.add("it", [b"k", b"l"], accepted_at=1.0, position=at(10))
     written = unwritten.snapshot()

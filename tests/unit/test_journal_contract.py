@@ -318,7 +318,7 @@ def test_a_portion_that_cannot_be_written_changes_nothing(place, journal):
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_there_after_a_restart(place, journal):
+def test_stored_events_are_there_after_a_restart(place, journal):
     journal.store([letter(1, attempts=4), dead(2)])
     accept(journal, 3, position=at(300))
     journal = place.open()
@@ -459,7 +459,7 @@ def test_a_store_that_cannot_be_written_leaves_nothing(place, journal):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\udfff" * 9000, "\0"])
-def test_no_text_keeps_an_event_from_being_stored(journal, text):
+def test_an_event_is_stored_whatever_its_text(journal, text):
     strange = event(1, event_type=text)
     journal.store([Letter(event=strange, sink="it", dead=False, reason="sink_failed", error=text)])
     (claimed,) = journal.claim_due("it", 1)
@@ -534,7 +534,7 @@ def test_concurrent_claims_give_no_event_twice(journal):
     assert sorted(given) == list(range(60))
 
 
-def test_what_is_released_is_due_at_once(journal):
+def test_a_released_event_is_due_at_once(journal):
     journal.store([letter(1, attempts=2), letter(2)])
     claimed = claim(journal)
     journal.release([claimed[1]])
@@ -616,7 +616,7 @@ def test_a_delay_is_limited_to_15_minutes(journal, clock, how):
     assert len(claim(journal)) == 1
 
 
-def test_what_cannot_be_buried_is_pending_and_due(place, journal):
+def test_an_event_that_cannot_be_buried_is_pending_and_due(place, journal):
     journal.store([letter(1)])
     with place.unwritable(), pytest.raises(StorageError):
         journal.bury([Burial(claimed=claim(journal)[1], attempts=1, reason="rejected", error="no")])
@@ -627,7 +627,7 @@ def test_what_cannot_be_buried_is_pending_and_due(place, journal):
 
 
 @pytest.mark.parametrize("how", ["release", "reschedule", "bury", "accept"])
-def test_what_the_operator_deleted_stays_deleted_and_is_stored_anew(place, journal, how):
+def test_a_deleted_event_stays_deleted_and_can_be_stored_again(place, journal, how):
     journal.store([letter(1), letter(2)])
     claimed = claim(journal)
     place.delete(claimed[1].row)
@@ -711,7 +711,7 @@ def test_partial_prunes_that_add_up_to_1_prune_everything(place, journal, clock,
     assert left[-1] == 0
 
 
-def test_what_is_stored_is_never_pruned(journal, clock):
+def test_stored_events_are_never_pruned(journal, clock):
     journal.store([letter(1), dead(2)])
     clock.advance(1000 * 86_400)
     journal.prune()
@@ -773,7 +773,7 @@ def test_a_confirmed_occurrence_is_never_found_again(place, journal, clock, rest
 
 
 def test_the_confirm_of_an_occurrence_is_written_at_once(place, journal, clock):
-    """If it were not, a kill a moment later would make the next event of equal content be taken for this one."""
+    """Otherwise, after a kill a moment later, the next event of equal content would be taken for this one."""
     keys = identify(journal)
     journal.confirmed(keys)
     with closing(sqlite3.connect(place.path)) as db:

@@ -347,7 +347,7 @@ def test_ids_are_found_as_in_the_log_whatever_the_body(journal, letters, body, f
     assert ids(letters, file_id="2", task_id="t2") == [2]
 
 
-def test_what_is_stored_is_summed_up_by_sink_and_state(journal, letters, wall):
+def test_backlogs_are_counted_by_sink_and_state(journal, letters, wall):
     journal.store([letter(1), letter(2), letter(3, "")])
     wall.advance(60)
     journal.store([letter(4, dead=False), letter(5)])
@@ -428,7 +428,7 @@ def test_rows_are_read_in_portions_and_each_once(journal, path, number):
 
 
 @pytest.mark.parametrize("wanted", [Filter(), Filter(sink="hook"), Filter(state="pending", since=NOW, last_id=9)])
-def test_no_portion_sorts_all_rows_anew(journal, path, wanted):
+def test_no_portion_sorts_all_rows_again(journal, path, wanted):
     where, values = wanted.where()
     query = f"EXPLAIN QUERY PLAN SELECT id FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?"
     with closing(sqlite3.connect(path)) as db:
@@ -590,7 +590,7 @@ def test_a_portion_that_fails_changes_nothing(journal, letters, path):
         replay(letters, "hook", router=Broken())
 
     assert [state for _, state, *_ in states(path)] == ["dead", "dead"]
-    journal.store([letter(3)])  # and nothing is locked
+    journal.store([letter(3)])  # the journal is not locked
 
 
 # --- pending events and other sinks -----------------------------------------------------------------------------------
