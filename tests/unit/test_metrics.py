@@ -157,7 +157,7 @@ def test_the_kinds_of_failed_pulls_are_those_that_are_promised():
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_what_is_not_known_is_absent(shown, known):
+def test_an_unknown_value_has_no_sample(shown, known):
     found = samples(shown if known else Shown())
     for name in ("queue_events", "clock_offset_seconds", "pending_oldest_timestamp_seconds"):
         assert bool(found[name]) is known

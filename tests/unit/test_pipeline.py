@@ -188,7 +188,7 @@ OTHER = make_event({"EventType": "Unheard", "E": {"TaskId": "t-1"}}, source="mai
 
 
 def test_left_events_that_use_much_of_the_quota_are_an_error(bench, lines):
-    bench.requests_per_sec = 0.1  # 96 events a minute
+    bench.requests_per_sec = 0.1  # 96 events per minute
     left_per_minute = [8, 12, 1]
     for number in left_per_minute:
         bench.process(*[(f"h{index}", event(index, event_type="Unheard")) for index in range(number)], source=LEAVES)

@@ -42,7 +42,7 @@ def test_an_event_without_any_result_is_never_settled(on_failure):
 @given(
     st.lists(st.sampled_from([*FAILURES, *SUCCESSES, ALREADY_STORED]), min_size=1), st.sampled_from(["store", "leave"])
 )
-def test_only_what_sinks_or_the_journal_hold_is_confirmed(results, on_failure):
+def test_only_events_that_sinks_or_the_journal_hold_are_confirmed(results, on_failure):
     verdict = settle(results, on_failure=on_failure)
     if all(result in SUCCESSES for result in results):
         assert verdict.settlement is Settlement.CONFIRM

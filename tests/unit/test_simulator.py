@@ -1127,7 +1127,7 @@ def test_a_rate_generates_events_up_to_its_total(run, client, tmp_path, from_fil
     stats = simulator.stats()
     assert (len(events), stats["fed"], stats["feeding"]) == (22, 22, False)
     born = [row["born"] for row in simulator.ledger()]
-    assert born[-1] - born[0] > 0.09  # the first of the rate may be late, the last may not be early
+    assert born[-1] - born[0] > 0.09  # the first generated event may be late, the last must not be early
     if from_file:
         assert [event["Numbered"]["N"] for event in events[2:]] == [*range(20)]
 

@@ -62,7 +62,7 @@ def test_a_quantile_lies_between_the_bounds_of_its_bucket(times, share, secs):
     assert measured(*times).quantile_secs(share) == pytest.approx(secs)
 
 
-def test_what_was_never_measured_has_no_quantile():
+def test_a_duration_never_measured_has_no_quantile():
     assert Distribution().quantile_secs(0.95) is None
 
 

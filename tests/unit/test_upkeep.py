@@ -125,7 +125,7 @@ def test_sources_whose_events_are_pushed_are_known(upkeep, journal, vod):
     assert list(upkeep.pushed) == []
     cannot_ask = None  # the key lacks the right
     for vod.mode_answer, known in (("PUSH", ["main"]), ("PULL", []), ("PUSH", ["main"]), (cannot_ask, [])):
-        # A task that is running is not started a second time, so it is started until the result is there.
+        # A running task is not started a second time, so the tasks are started until the result is there.
         until(lambda known=known: (upkeep.run_all_now(), list(upkeep.pushed))[1] == known)
 
 
