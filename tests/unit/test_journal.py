@@ -40,13 +40,13 @@ def path(tmp_path):
 
 
 def connect_without_waiting(path, factory=sqlite3.Connection):
-    """What is locked is known to be: no caller need wait for it."""
+    """A connection that fails at once if the file is locked, so that no test waits."""
     return sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False, factory=factory)
 
 
 @pytest.fixture
 def opened(path, log, wall):
-    """Opens journals, one after the other, and closes what is still open."""
+    """Opens journals, one after the other, and closes those that are still open at the end of the test."""
     journals = []
 
     def open_one(**more):
@@ -88,7 +88,7 @@ def known(journal, number=0, sink="it"):
 
 
 def rows(path, query):
-    """What another process sees."""
+    """The result of the query as another process sees it."""
     with closing(sqlite3.connect(path, timeout=0)) as db:
         return db.execute(query).fetchall()
 
@@ -115,13 +115,13 @@ class Locked:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_journal_on_the_same_file_is_kept_out(journal, opened):
+def test_a_second_journal_on_the_same_file_is_refused(journal, opened):
     with pytest.raises(JournalError, match="another process has this journal open"):
         opened()
 
 
 @pytest.mark.system
-def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
+def test_another_process_is_refused_until_the_first_has_closed(journal, path):
     code = (
         "import sys; from pathlib import Path; from tests.helpers import log_into\n"
         "from vodpoller.errors import JournalError; from vodpoller.journal.sqlite import *\n"
@@ -130,24 +130,24 @@ def test_another_process_is_kept_out_until_the_first_is_done(journal, path):
     )
     command = [sys.executable, "-c", code, str(path)]
     root = Path(__file__).parents[2]
-    said = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
-    assert "another process has this journal open" in said.stdout
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
+    assert "another process has this journal open" in result.stdout
     journal.close()
-    said = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
-    assert said.stdout == ""
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30, check=True)
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
     "content", [b"this is not a database at all, it is a text" * 100, b"SQLite format 3\0" + b"\xff" * 4096]
 )
-def test_a_corrupt_file_is_said_to_be_and_is_not_touched(opened, path, content):
+def test_a_corrupt_file_is_reported_and_not_changed(opened, path, content):
     path.write_bytes(content)
     with pytest.raises(UnusableJournalError, match=r"the journal is corrupt.*copy.*\.recover.*delivered twice"):
         opened()
     assert path.read_bytes() == content
 
 
-def test_a_page_that_was_damaged_is_noticed_at_the_start(opened, path):
+def test_a_damaged_page_is_found_at_the_start(opened, path):
     journal = opened()
     accept(journal, *range(2000))
     journal.close()
@@ -162,8 +162,8 @@ def test_a_page_that_was_damaged_is_noticed_at_the_start(opened, path):
 def test_a_journal_of_a_later_version_is_not_touched(opened, path, version):
     opened().close()
     change(path, f"PRAGMA user_version = {version}")
-    said = f"version {version}, and this vodpoller knows versions up to {SCHEMA_VERSION}: install the vodpoller that"
-    with pytest.raises(UnusableJournalError, match=said):
+    message = f"version {version}, and this vodpoller knows versions up to {SCHEMA_VERSION}: install the vodpoller that"
+    with pytest.raises(UnusableJournalError, match=message):
         opened()
     assert rows(path, "PRAGMA user_version") == [(version,)]
 
@@ -178,7 +178,7 @@ def test_a_database_of_another_program_is_not_touched(opened, path, table):
 
 
 @pytest.mark.parametrize("missing", ["marks", "positions"])
-def test_a_journal_that_lacks_a_table_is_told_as_corrupt(opened, path, missing):
+def test_a_journal_that_lacks_a_table_is_reported_as_corrupt(opened, path, missing):
     opened().close()
     change(path, f"DROP TABLE {missing}")
     with pytest.raises(UnusableJournalError, match=f"corrupt .no such table: {missing}"):
@@ -188,42 +188,42 @@ def test_a_journal_that_lacks_a_table_is_told_as_corrupt(opened, path, missing):
 def test_a_large_journal_is_not_read_whole_at_the_start(opened, path, monkeypatch):
     opened().close()
     monkeypatch.setattr("vodpoller.journal.opening.QUICK_CHECK_BYTES", 0)
-    said = []
+    statements = []
 
-    class Noting(sqlite3.Connection):
+    class RecordingConnection(sqlite3.Connection):
         def execute(self, statement, *parameters):
-            said.append(statement)
+            statements.append(statement)
             return super().execute(statement, *parameters)
 
-    opened(connect=partial(connect_without_waiting, factory=Noting))
-    assert "PRAGMA journal_mode = WAL" in said
-    assert not any("quick_check" in statement for statement in said)
+    opened(connect=partial(connect_without_waiting, factory=RecordingConnection))
+    assert "PRAGMA journal_mode = WAL" in statements
+    assert not any("quick_check" in statement for statement in statements)
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "says"),
+    ("code", "kind", "advice"),
     [
         (sqlite3.SQLITE_READONLY, UnusableJournalError, "must belong to the user that runs vodpoller"),
         (sqlite3.SQLITE_FULL, JournalError, "Is the disk full"),
         (sqlite3.SQLITE_NOTADB, UnusableJournalError, "recover"),
     ],
 )
-def test_what_sqlite_cannot_open_is_said_with_what_to_do(path, code, kind, says):
+def test_an_error_of_sqlite_at_opening_names_what_to_do(path, code, kind, advice):
     error = sqlite3.OperationalError("no")
     error.sqlite_errorcode = code
-    told = cannot_open(path, error)
-    assert type(told) is kind
-    assert says in str(told)
+    shown = cannot_open(path, error)
+    assert type(shown) is kind
+    assert advice in str(shown)
 
 
-def test_a_place_that_cannot_hold_a_journal_is_said(tmp_path, log):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path, log):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UnusableJournalError, match="folder cannot be made"):
         SqliteJournal(tmp_path / "file" / "journal.db", max_bytes=1, ledger_days=1, telemetry=Telemetry(log))
 
 
 @pytest.mark.parametrize("kind", ["folder", "null", "pipe", "link to a folder"])
-def test_what_is_not_a_regular_file_is_refused_and_gets_no_company(tmp_path, log, kind):
+def test_what_is_not_a_regular_file_is_refused_without_a_lock_file(tmp_path, log, kind):
     path = {"null": Path("/dev/null")}.get(kind, tmp_path / "it")
     if kind == "folder":
         path.mkdir()
@@ -237,7 +237,7 @@ def test_what_is_not_a_regular_file_is_refused_and_gets_no_company(tmp_path, log
 
 
 @pytest.mark.parametrize("name", [":memory:", "file:x?mode=memory"])
-def test_a_name_that_means_something_else_to_sqlite_is_a_file_all_the_same(tmp_path, log, monkeypatch, name):
+def test_a_name_that_is_special_to_sqlite_is_a_plain_file(tmp_path, log, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with closing(SqliteJournal(Path(name), max_bytes=10**6, ledger_days=1, telemetry=Telemetry(log))) as journal:
         journal.store([letter(1)])
@@ -253,10 +253,10 @@ def test_a_name_that_means_something_else_to_sqlite_is_a_file_all_the_same(tmp_p
         (errno.EACCES, UnusableJournalError),
     ],
 )
-@pytest.mark.parametrize("of", ["folder", "lock", "file"])
-def test_only_what_a_person_must_change_stops_the_service(tmp_path, log, monkeypatch, code, kind, of):
+@pytest.mark.parametrize("part", ["folder", "lock", "file"])
+def test_only_errors_that_a_person_must_fix_stop_the_service(tmp_path, log, monkeypatch, code, kind, part):
     path = tmp_path / "sub" / "journal.db"
-    refused = {"folder": path.parent, "lock": path.with_name("journal.db.lock"), "file": path}[of]
+    refused = {"folder": path.parent, "lock": path.with_name("journal.db.lock"), "file": path}[part]
     make, open_file = Path.mkdir, os.open
 
     def fails(name):
@@ -271,7 +271,7 @@ def test_only_what_a_person_must_change_stops_the_service(tmp_path, log, monkeyp
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_not_told_as_a_second_daemon(opened, monkeypatch, code):
+def test_missing_file_locks_are_not_reported_as_a_second_daemon(opened, monkeypatch, code):
     def refuse(fd, how):
         raise OSError(code, os.strerror(code))
 
@@ -282,7 +282,7 @@ def test_a_file_system_without_locks_is_not_told_as_a_second_daemon(opened, monk
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_no_other_user_may_read_what_the_journal_makes(path, log, umask):
+def test_other_users_cannot_read_the_files_of_the_journal(path, log, umask):
     before = os.umask(umask)
     try:
         with closing(SqliteJournal(path, max_bytes=10**6, ledger_days=1, telemetry=Telemetry(log))) as journal:
@@ -295,7 +295,7 @@ def test_no_other_user_may_read_what_the_journal_makes(path, log, umask):
 
 
 @pytest.mark.parametrize(("before", "after"), [(0o644, 0o640), (0o666, 0o660), (0o600, 0o600)])
-def test_what_an_earlier_version_left_open_to_others_is_closed_to_them(opened, path, before, after):
+def test_files_of_an_earlier_version_are_closed_to_other_users(opened, path, before, after):
     opened().close()
     path.chmod(before)
     opened()
@@ -318,26 +318,26 @@ def test_an_opening_that_fails_leaves_nothing_open(path, log, fault):
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_in_the_file_when_the_call_returns(journal, path):
+def test_stored_events_are_in_the_file_when_the_call_returns(journal, path):
     journal.store([letter(1), letter(2, dead=True, reason="rejected", error="no")])
     stored = rows(path, "SELECT state, reason, error, confirmed, body FROM letters ORDER BY id")
     assert stored == [("pending", "sink_failed", "", 0, event(1).body), ("dead", "rejected", "no", 0, event(2).body)]
 
 
-def test_what_stands_in_for_an_event_is_committed_with_a_full_sync(journal):
+def test_a_durable_write_is_committed_with_a_full_sync(journal):
     levels = []
     journal.commits.write(lambda db: levels.append(db.execute("PRAGMA synchronous").fetchone()[0]), durable=True)
     journal.commits.write(lambda db: levels.append(db.execute("PRAGMA synchronous").fetchone()[0]), durable=False)
     assert levels == [2, 1]
 
 
-def test_how_a_commit_syncs_is_told_only_when_it_changes(journal):
-    said = []
-    journal.commits.db.set_trace_callback(said.append)
+def test_the_sync_level_is_set_only_when_it_changes(journal):
+    statements = []
+    journal.commits.db.set_trace_callback(statements.append)
     for durable in (True, False, False, True):
         journal.commits.write(lambda _db: None, durable=durable)
     journal.commits.db.set_trace_callback(None)
-    assert [sql for sql in said if sql.startswith("PRAGMA")] == [
+    assert [sql for sql in statements if sql.startswith("PRAGMA")] == [
         f"PRAGMA synchronous = {level}" for level in ("FULL", "NORMAL", "FULL")
     ]
 
@@ -369,7 +369,7 @@ def dead(number, sink="it", reason="rejected"):
 
 
 @pytest.mark.parametrize("reason", ["rejected", "no_route", "malformed"])
-def test_dead_letters_take_half_of_the_room_and_hold_up_no_pending_ones(opened, reason, lines):
+def test_dead_letters_take_half_and_never_block_pending_events(opened, reason, lines):
     journal = opened(max_bytes=ROOM_OF_TEN)
     with pytest.raises(JournalFullError, match=r"dead letters may take half of journal\.max_bytes = 6000") as raised:
         journal.store([dead(number, reason=reason) for number in range(8)])
@@ -386,7 +386,7 @@ def test_dead_letters_take_half_of_the_room_and_hold_up_no_pending_ones(opened, 
 
 
 @pytest.mark.parametrize("way", ["accepted", "purged", "replayed"])
-def test_room_of_dead_letters_that_was_made_is_found_again(opened, path, way):
+def test_room_that_dead_letters_free_is_used_again(opened, path, way):
     journal = opened(max_bytes=ROOM_OF_TEN)
     journal.store([dead(number) for number in range(5)])
     if way == "accepted":
@@ -400,7 +400,7 @@ def test_room_of_dead_letters_that_was_made_is_found_again(opened, path, way):
         journal.store([dead(11)])
 
 
-def test_pullers_that_store_at_once_take_no_more_than_the_room_there_is(opened):
+def test_pullers_that_store_at_once_stay_within_max_bytes(opened):
     journal = opened(max_bytes=2 * 600)
     refused = []
 
@@ -423,7 +423,7 @@ def test_pullers_that_store_at_once_take_no_more_than_the_room_there_is(opened):
 
 
 @pytest.mark.parametrize("broken", ["locked", "full", "read-only"])
-def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path, broken, lines, wall):
+def test_a_store_that_fails_is_reported_and_stores_nothing(journal, path, broken, lines, wall):
     lock = Locked(path)
     if broken == "locked":
         lock.__enter__()
@@ -450,7 +450,7 @@ def test_a_store_that_cannot_be_written_says_so_and_leaves_nothing(journal, path
     assert journal.counts() == {("it", "pending"): 200}
 
 
-def test_what_is_there_already_takes_no_room_of_what_is_not(opened):
+def test_events_already_stored_need_no_room(opened):
     size = ROW_OVERHEAD_BYTES + len(event(1).body)
     journal = opened(max_bytes=int(2.5 * size))
     journal.store([letter(1)])
@@ -460,12 +460,12 @@ def test_what_is_there_already_takes_no_room_of_what_is_not(opened):
         journal.store([letter(3)])
 
 
-def test_without_stored_events_no_sink_is_missed(journal):
+def test_mark_removed_does_nothing_without_stored_events(journal):
     journal.mark_removed(["it"])
     assert journal.counts() == {}
 
 
-def test_asked_how_it_is_it_tries_to_write(journal, path):
+def test_status_tries_to_write(journal, path):
     found = journal.status()
     assert (found.writable, found.error, found.path, found.limit_bytes) == (True, "", str(path), 10**9)
 
@@ -498,7 +498,7 @@ def test_it_recovers_only_when_something_is_written(journal, lines, what):
     assert len(named(lines, "journal.recovered")) == 1
 
 
-def test_a_journal_that_was_deleted_is_told_with_what_to_do(journal, path):
+def test_a_deleted_journal_is_reported_with_a_remedy(journal, path):
     path.unlink()
     found = journal.status()
     assert not found.writable
@@ -520,14 +520,14 @@ def test_a_full_journal_is_not_writable_until_there_is_room(opened, path):
     assert journal.status().writable
 
 
-def test_text_that_sqlite_does_not_take_does_not_keep_an_event_from_being_stored(journal):
+def test_an_event_with_text_that_sqlite_refuses_is_stored(journal):
     journal.store(
         [Letter(event=event(1, event_type="\ud800"), sink="it", dead=True, reason="x", error="\udfff" * 9000)]
     )
     assert journal.counts() == {("it", "dead"): 1}
 
 
-def test_a_journal_that_was_replaced_takes_nothing(journal, path):
+def test_a_journal_that_was_replaced_cannot_be_written(journal, path):
     path.rename(path.with_name("moved"))
     with pytest.raises(StorageError, match="deleted or replaced"):
         journal.store([letter()])
@@ -541,7 +541,7 @@ def test_a_journal_that_was_replaced_takes_nothing(journal, path):
 # --- group commit -----------------------------------------------------------------------------------------------------
 
 
-def test_no_writer_takes_its_row_for_written_when_the_writing_thread_was_ended(journal):
+def test_writers_get_an_error_if_the_writing_thread_ends(journal):
     def end(db):
         raise SystemExit
 
@@ -563,7 +563,7 @@ def test_no_writer_takes_its_row_for_written_when_the_writing_thread_was_ended(j
     assert set(outcomes) == {StorageError, SystemExit}
 
 
-def test_a_write_that_fails_takes_no_other_of_its_group_along(journal, path):
+def test_a_failed_write_does_not_fail_others_of_its_group(journal, path):
     change(
         path, "CREATE TRIGGER no BEFORE INSERT ON letters WHEN new.sink = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END"
     )
@@ -589,7 +589,7 @@ def test_a_write_that_fails_takes_no_other_of_its_group_along(journal, path):
     assert rows(path, "SELECT count(*) FROM letters") == [(11,)]
 
 
-def test_no_writer_takes_its_row_for_written_when_another_had_a_bug(journal, path):
+def test_a_bug_in_one_write_does_not_lose_the_rows_of_others(journal, path):
     def buggy(db):
         raise OverflowError("a bug")
 
@@ -617,7 +617,7 @@ def test_no_writer_takes_its_row_for_written_when_another_had_a_bug(journal, pat
     assert rows(path, "SELECT name FROM marks WHERE name <> 'started' ORDER BY name") == [("1",), ("2",), ("3",)]
 
 
-def test_a_file_that_is_locked_is_waited_for_once_and_not_once_for_each_of_a_group(journal, path):
+def test_a_group_waits_for_a_locked_file_only_once(journal, path):
     statements = []
     journal.commits.db.set_trace_callback(statements.append)
     for number in range(5):
@@ -648,7 +648,7 @@ def test_many_threads_at_once_lose_nothing(journal, path):
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
-def test_an_acceptance_that_cannot_be_written_is_known_all_the_same_and_written_later(journal, path, lines):
+def test_an_unwritten_acceptance_is_known_and_written_later(journal, path, lines):
     journal.store([letter(1)])
     with Locked(path):
         accept(journal, 1, 2)
@@ -666,7 +666,7 @@ def test_an_acceptance_that_cannot_be_written_is_known_all_the_same_and_written_
     assert len(named(lines, "journal.failed")) == len(named(lines, "journal.recovered")) == 1
 
 
-def test_a_pair_that_goes_from_memory_to_the_file_is_known_at_every_moment(opened, path):
+def test_a_pair_stays_known_while_it_moves_from_memory_to_the_file(opened, path):
     after_reading = []
 
     class Connection(sqlite3.Connection):
@@ -684,14 +684,14 @@ def test_a_pair_that_goes_from_memory_to_the_file_is_known_at_every_moment(opene
     assert rows(path, "SELECT count(*) FROM ledger") == [(1,)]
 
 
-def test_what_was_in_memory_is_written_at_the_close(journal, path):
+def test_pairs_in_memory_are_written_at_the_close(journal, path):
     with Locked(path):
         accept(journal, 1)
     journal.close()
     assert rows(path, "SELECT count(*) FROM ledger") == [(1,)]
 
 
-def test_an_acceptance_of_strange_content_does_not_raise(journal, monkeypatch):
+def test_accept_does_not_raise_on_an_unexpected_error(journal, monkeypatch):
     def broken(work, *, durable):
         raise OverflowError("too large to convert to SQLite INTEGER")
 
@@ -704,7 +704,7 @@ def test_an_acceptance_of_strange_content_does_not_raise(journal, monkeypatch):
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def test_what_changes_while_it_is_written_is_written_next():
+def test_a_pair_that_changes_during_a_write_is_written_next():
     unwritten = Unwritten()
     unwritten.add("it", [b"k", b"l"], accepted_at=1.0, position=at(10))
     written = unwritten.snapshot()
@@ -717,7 +717,7 @@ def at(offset_bytes, inode=7):
     return Position(inode=inode, offset_bytes=offset_bytes)
 
 
-def test_the_mark_stays_below_what_is_in_memory_only(journal, path):
+def test_the_position_stays_before_pairs_that_are_only_in_memory(journal, path):
     accept(journal, 1, position=at(100))
     with Locked(path):
         accept(journal, 2, position=at(200))
@@ -728,8 +728,8 @@ def test_the_mark_stays_below_what_is_in_memory_only(journal, path):
 
 
 @given(st.lists(st.sampled_from(["accept", "accept locked", "flush", "flush locked"]), max_size=12))
-def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, steps):
-    path = tmp_path_factory.mktemp("marks") / "journal.db"
+def test_the_position_is_never_ahead_of_the_ledger_rows(tmp_path_factory, steps):
+    path = tmp_path_factory.mktemp("positions") / "journal.db"
     with closing(SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log_into([])))) as journal:
         journal.commits.db.execute("PRAGMA busy_timeout = 0")
         journal.commits.db.execute("PRAGMA synchronous = OFF")
@@ -748,16 +748,16 @@ def test_whatever_happens_the_mark_is_never_ahead_of_the_rows(tmp_path_factory, 
                 lock.__exit__()
             else:
                 lock.db.close()
-            mark = journal.position("it")
+            position_now = journal.position("it")
             written = rows(path, "SELECT count(*) FROM ledger")[0][0]
-            assert (mark.offset_bytes if mark else 0) <= written
+            assert (position_now.offset_bytes if position_now else 0) <= written
         journal.flush()
         assert rows(path, "SELECT count(*) FROM ledger") == [(number,)]
         assert (journal.position("it") or at(0)).offset_bytes == number
 
 
 @pytest.mark.system
-def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(path):
+def test_stored_events_survive_the_end_of_the_process(path):
     code = (
         "import os, sys; from pathlib import Path; from tests.helpers import *\n"
         "from vodpoller.journal.sqlite import *\n"
@@ -775,7 +775,7 @@ def test_everything_that_was_said_to_be_stored_survives_the_end_of_the_process(p
 # --- what is due ------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_that_is_rescheduled_keeps_what_was_said_last(journal, path, wall):
+def test_a_rescheduled_row_keeps_its_last_error(journal, path, wall):
     journal.store([letter(1, error="first")])
     (row,) = journal.claim_due("it", 1)
     journal.reschedule(row, attempts=2, due_in_secs=5, error=None)
@@ -788,7 +788,7 @@ def test_a_row_that_is_rescheduled_keeps_what_was_said_last(journal, path, wall)
     assert rows(path, "SELECT attempts, error FROM letters") == [(3, "second")]
 
 
-def test_what_is_buried_says_why(journal, path):
+def test_a_buried_row_has_its_reason(journal, path):
     journal.store([letter(1)])
     (row,) = journal.claim_due("it", 1)
     journal.bury([Burial(claimed=row, attempts=1, reason="gave_up", error="\ud800")])
@@ -797,7 +797,7 @@ def test_what_is_buried_says_why(journal, path):
 
 @pytest.mark.parametrize(("number", "kept"), [(DEFERRED_MAX + 5, DEFERRED_MAX), (10, 10)])
 def test_a_reschedule_that_is_dropped_ends_its_claim(journal, path, number, kept):
-    """No more than a thousand wait for a disk that is full."""
+    """At most `DEFERRED_MAX` reschedules wait in memory for a full disk."""
     journal.store([letter(n) for n in range(number)])
     with Locked(path):
         for row in journal.claim_due("it", number):
@@ -821,7 +821,7 @@ def test_a_reschedule_that_can_never_be_written_ends_its_claim(journal, path, er
 
 
 @pytest.mark.parametrize("confirmed_ago_secs", [None, CONFIRMED_KEPT_SECS - 1, CONFIRMED_KEPT_SECS + 1])
-def test_what_a_command_brought_back_though_its_sink_has_it_is_dropped(journal, path, wall, confirmed_ago_secs):
+def test_a_replayed_row_that_its_sink_has_is_dropped(journal, path, wall, confirmed_ago_secs):
     journal.store([letter(1)])
     accept(journal, 2)
     if confirmed_ago_secs is not None:
@@ -831,7 +831,7 @@ def test_what_a_command_brought_back_though_its_sink_has_it_is_dropped(journal, 
     journal.store([letter(3)])
     key = event(2).key.hex()
     change(path, f"UPDATE letters SET key = x'{key}', state = 'pending' WHERE id = 1")
-    is_new = confirmed_ago_secs == CONFIRMED_KEPT_SECS + 1  # identical content, so long after, is a new event
+    is_new = confirmed_ago_secs == CONFIRMED_KEPT_SECS + 1  # identical content after this time is a new event
     assert [row.row for row in journal.claim_due("it", 9)] == ([1, 2] if is_new else [2])
     journal.flush()
     assert journal.counts() == {("it", "pending"): 2 if is_new else 1}
@@ -844,7 +844,7 @@ def ledger_keys(path):
     return {key for (key,) in rows(path, "SELECT key FROM ledger")}
 
 
-def test_rows_that_a_wrong_clock_confirmed_in_the_future_go(journal, path, wall):
+def test_rows_that_a_wrong_clock_confirmed_in_future_are_pruned(journal, path, wall):
     accept(journal, 1)
     wall.advance(86_400)
     journal.confirmed([event(1).key])
@@ -854,7 +854,7 @@ def test_rows_that_a_wrong_clock_confirmed_in_the_future_go(journal, path, wall)
     assert ledger_keys(path) == set()
 
 
-def test_a_clock_that_was_set_moves_the_rows_of_this_process_along(opened, path, wall):
+def test_a_clock_change_shifts_the_rows_of_this_process(opened, path, wall):
     journal = opened()
     journal.store([letter(1, due_in_secs=10)])
     journal.close()
@@ -867,7 +867,7 @@ def test_a_clock_that_was_set_moves_the_rows_of_this_process_along(opened, path,
     assert stamps == [(NOW, NOW + 10), (NOW + 3601, NOW + 3611)]
 
 
-def test_marks_are_what_happened_last(journal, path):
+def test_a_mark_keeps_the_last_time_given(journal, path):
     journal.mark("seen")
     journal.mark("seen", ago_secs=5.0)
     journal.flush()
@@ -886,7 +886,7 @@ OLD = (Path(__file__).parents[1] / "data" / "journal-0.1.sql").read_text()
 
 
 def make_old(path, *, mode=0o644):
-    """A journal of 0.1, as it lies there."""
+    """Make a journal as version 0.1 left it."""
     with closing(sqlite3.connect(path)) as db:
         db.executescript(OLD)
         db.execute("PRAGMA journal_mode = WAL")
@@ -899,7 +899,7 @@ def everything(path):
 
 
 def with_todays_reasons(tables):
-    """The same with what 0.1 called the reasons replaced; the reason is the fifth column of `letters`."""
+    """The tables with the reasons of 0.1 replaced by today's; the reason is the fifth column of `letters`."""
     today = {"unrouted": "no_route", "errored": "sink_failed", "unsettled": "out_of_time"}
     letters = [(*row[:4], today.get(row[4], row[4]), *row[5:]) for row in tables["letters"]]
     assert {row[4] for row in tables["letters"]} & set(today)
@@ -975,8 +975,8 @@ def raise_(error):
 
 
 @pytest.mark.parametrize("version", [1, SCHEMA_VERSION])
-def test_what_sqlite3s_dump_rescues_is_a_journal_again(opened, path, version):
-    """`.dump` leaves the version out, and rows that could not be read are counted in the totals still."""
+def test_the_output_of_sqlite3_dump_is_a_journal_again(opened, path, version):
+    """`.dump` omits the version, and the totals still count rows that could not be read."""
     make_old(path)
     if version != 1:
         opened().close()
@@ -996,7 +996,7 @@ def test_what_sqlite3s_dump_rescues_is_a_journal_again(opened, path, version):
 
 
 def damage(path, *, first=1):
-    """Overwrite all but the first pages, as a dying disk does."""
+    """Overwrite all but the first pages, as a failing disk does."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(4096 * first)
@@ -1004,17 +1004,14 @@ def damage(path, *, first=1):
 
 
 @pytest.mark.parametrize("found_by", ["known", "store", "claim_due", "prune", "counts", "confirmed"])
-def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pulling(
-    opened, path, lines, wall, found_by
-):
+def test_later_corruption_is_reported_with_a_remedy_and_stops_pulls(opened, path, lines, wall, found_by):
     journal = opened()
     accept(journal, *range(500))
     journal.store([letter(number) for number in range(500, 600)])
     journal.close()
     journal = opened()
-    change(
-        path, "INSERT INTO marks VALUES ('other', 1)"
-    )  # so that no reader goes on with the pages that it has in memory
+    # A change by another process, so that no reader goes on with the pages that it has in memory.
+    change(path, "INSERT INTO marks VALUES ('other', 1)")
     damage(path)
     use = {
         "known": lambda: known(journal, 1),
@@ -1027,11 +1024,11 @@ def test_corruption_that_is_found_later_is_said_with_the_way_out_and_ends_the_pu
     for _ in range(3):
         with suppress(StorageError):
             use()
-    said = named(lines, "journal.failed")
-    assert len(said) == 1
-    assert said[0]["level"] == "error"
+    failures = named(lines, "journal.failed")
+    assert len(failures) == 1
+    assert failures[0]["level"] == "error"
     for phrase in ("corrupt", ".recover", "delivered twice", "copy"):
-        assert phrase in said[0]["error_message"]
+        assert phrase in failures[0]["error_message"]
     assert not journal.is_writable
     with pytest.raises(StorageError, match="corrupt"):
         journal.claim_due("it", 1)
@@ -1052,7 +1049,7 @@ def small_wal(monkeypatch):
 
 
 @pytest.mark.parametrize("writes", ["stored events", "ledger rows"])
-def test_a_wal_that_grew_while_another_process_read_is_cut_when_it_is_done(opened, path, lines, small_wal, writes):
+def test_a_wal_that_grew_because_of_a_reader_is_cut_afterwards(opened, path, lines, small_wal, writes):
     now = FakeClock(0.0)
     journal = opened(monotonic=now)
     wal = path.with_name("journal.db-wal")
@@ -1069,10 +1066,10 @@ def test_a_wal_that_grew_while_another_process_read_is_cut_when_it_is_done(opene
         for _ in range(3):
             now.advance(60)
             journal.flush()
-        (said,) = named(lines, "wal.grown")
-        assert said["level"] == "warning"
-        assert said["size_bytes"] >= 3 * 1024 * 1024
-        assert f"fuser {path}" in said["hint"]
+        (warning_line,) = named(lines, "wal.grown")
+        assert warning_line["level"] == "warning"
+        assert warning_line["size_bytes"] >= 3 * 1024 * 1024
+        assert f"fuser {path}" in warning_line["hint"]
     now.advance(60)
     journal.flush()
     assert wal.stat().st_size == 0

@@ -1,4 +1,4 @@
-"""What every journal promises, as `vodpoller.journal.contract` says it; what is SQLite's own is in test_journal."""
+"""The contract of every journal (`vodpoller.journal.contract`); what concerns SQLite only is in test_journal."""
 
 import sqlite3
 import threading
@@ -29,14 +29,14 @@ from vodpoller.telemetry import Telemetry
 LEASE_SECS = 30.0
 CONTENT_KEY = b"content"
 LEDGER_DAYS = 14
-BODY_ROOM = 600  # what one of the events of these tests takes of the room, or a bit more
+BODY_ROOM = 600  # at least the number of bytes that one event of these tests takes in the journal
 
 
 class OnSqlite:
-    """A SQLite journal, and what can happen to one from outside."""
+    """A SQLite journal, and the faults that can come from outside."""
 
     def __init__(self, folder, log, monkeypatch):
-        monkeypatch.setattr(place_module, "BUSY_SECS", 0)  # what is locked stays so
+        monkeypatch.setattr(place_module, "BUSY_SECS", 0)  # in these tests a locked file stays locked
         self.path = folder / "journal.db"
         self.clock = FakeClock(1_800_000_000.0)
         self._log = log
@@ -44,7 +44,7 @@ class OnSqlite:
         self._faults = ExitStack()
 
     def open(self, *, max_bytes=10**9):
-        """The journal, after that it was closed if it was open."""
+        """Open the journal; close it first if it is open."""
         self.close()
         self._opened = SqliteJournal(
             self.path,
@@ -63,7 +63,7 @@ class OnSqlite:
         self._opened = None
 
     def crash(self):
-        """The process ends: what is open from now on is what was in the files."""
+        """Simulate the end of the process: `open` opens a copy of what is in the files now."""
         for file in sorted(self.path.parent.glob(f"{self.path.name}*")):
             (self.path.parent / f"copy-{file.name}").write_bytes(file.read_bytes())
         self.path = self.path.with_name(f"copy-{self.path.name}")
@@ -76,7 +76,7 @@ class OnSqlite:
             other.execute("ROLLBACK")
 
     def delete(self, *rows, state="pending"):
-        """As the operator does it, beside the daemon."""
+        """Delete rows as the operator does while the daemon runs."""
         with Letters(self.path, writable=True, wall=self.clock) as letters:
             assert sum(letters.purge(Filter(state=state, ids=rows))) == len(rows)
 
@@ -93,7 +93,7 @@ class OnSqlite:
             return {key for (key,) in db.execute("SELECT key FROM occurrences")}
 
     def broken(self, how):
-        """A journal with events in it that from now on is closed, cannot be written, or is damaged."""
+        """A journal with events that is now closed, not writable or damaged; and one claimed event of it."""
         journal = self.open()
         accept(journal, *range(500))
         journal.store([letter(number) for number in range(500, 600)])
@@ -104,7 +104,7 @@ class OnSqlite:
             self._faults.enter_context(self.unwritable())
         else:
             journal = self.open()
-            with closing(sqlite3.connect(self.path)) as db:  # nothing of the file is in the journal's memory after this
+            with closing(sqlite3.connect(self.path)) as db:  # after this the journal has no page of the file in memory
                 db.execute("INSERT INTO marks VALUES ('other', 1)")
                 db.commit()
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -162,7 +162,7 @@ def pulled(sent_ago_secs=0.0, source="main"):
 
 
 def identify(journal, number=1, sent_ago_secs=0.0):
-    """The keys of an answer that has just brought this number of events of equal content without an id."""
+    """The keys of an answer that has just brought this number of events of equal content without a task id."""
     return journal.identify([CONTENT_KEY] * number, pulled(sent_ago_secs))
 
 
@@ -179,7 +179,7 @@ def claim(journal, limit=10, sink="it"):
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
-def test_of_what_never_came_nothing_is_known(journal):
+def test_an_event_that_never_came_is_unknown(journal):
     assert journal.known([(event().key, "it")]) == {}
     assert journal.known([]) == {}
 
@@ -216,7 +216,7 @@ def test_many_pairs_are_known_at_once(journal, number):
     assert journal.known(pairs) == dict.fromkeys(pairs[:number], Known.ACCEPTED)
 
 
-def test_a_confirm_of_a_stored_event_lets_its_late_acceptance_age(journal, clock):
+def test_a_late_acceptance_of_a_confirmed_event_expires(journal, clock):
     journal.store([letter()])
     journal.confirmed([event().key])
     journal.flush()
@@ -227,7 +227,7 @@ def test_a_confirm_of_a_stored_event_lets_its_late_acceptance_age(journal, clock
 
 
 @pytest.mark.parametrize("was", [[letter(1)], [dead(1)], []])
-def test_an_acceptance_that_cannot_be_written_is_known_and_written_later(place, journal, was):
+def test_an_unwritten_acceptance_is_known_and_written_later(place, journal, was):
     journal.store(was)
     with place.unwritable():
         accept(journal, 1, 2)
@@ -244,7 +244,7 @@ def test_an_acceptance_that_cannot_be_written_is_known_and_written_later(place, 
 
 
 @pytest.mark.parametrize("ends", ["flushed", "closed"])
-def test_what_could_not_be_written_is_there_after_a_restart(place, journal, ends):
+def test_an_unwritten_acceptance_is_known_after_a_restart(place, journal, ends):
     with place.unwritable():
         accept(journal, 1)
     if ends == "flushed":
@@ -252,7 +252,7 @@ def test_what_could_not_be_written_is_there_after_a_restart(place, journal, ends
     assert known(place.open(), 1) is Known.ACCEPTED
 
 
-def test_the_mark_of_a_file_is_written_with_its_pairs(journal):
+def test_the_position_in_a_file_is_written_with_its_pairs(journal):
     assert journal.position("it") is None
     accept(journal, 1, position=at(100))
     assert journal.position("it") == at(100)
@@ -265,7 +265,7 @@ def test_inodes_use_all_of_their_bits(journal, inode):
     assert journal.position("it") == at(100, inode)
 
 
-def test_the_mark_never_passes_what_is_not_written(place, journal):
+def test_the_position_never_passes_unwritten_pairs(place, journal):
     accept(journal, 1, position=at(100))
     with place.unwritable():
         accept(journal, 2, position=at(200))
@@ -278,7 +278,7 @@ def test_the_mark_never_passes_what_is_not_written(place, journal):
 # --- recovery ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_file_holds_beyond_its_mark_is_accepted(journal):
+def test_events_in_a_file_beyond_its_position_are_accepted(journal):
     journal.store([letter(1), letter(2), letter(1, "other")])
     journal.recover("it", portion(1, 3, to=300))
     assert journal.position("it") == at(300)
@@ -287,7 +287,7 @@ def test_what_a_file_holds_beyond_its_mark_is_accepted(journal):
 
 
 @pytest.mark.parametrize("numbers", [(1, 2), ()])
-def test_each_portion_of_a_recovery_is_for_good(place, journal, numbers):
+def test_each_portion_of_a_recovery_is_kept(place, journal, numbers):
     journal.recover("it", portion(*numbers, to=200))
     journal = place.open()
     assert journal.position("it") == at(200)
@@ -298,7 +298,7 @@ def test_each_portion_of_a_recovery_is_for_good(place, journal, numbers):
 
 
 @pytest.mark.parametrize("secs", [CONFIRMED_KEPT_SECS - 1, CONFIRMED_KEPT_SECS + 1])
-def test_a_recovered_pair_that_was_confirmed_long_ago_is_of_a_new_event(journal, clock, secs):
+def test_a_recovered_pair_confirmed_long_ago_is_a_new_event(journal, clock, secs):
     accept(journal, 1)
     journal.confirmed([event(1).key])
     journal.flush()
@@ -318,7 +318,7 @@ def test_a_portion_that_cannot_be_written_changes_nothing(place, journal):
 # --- storing ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_there_after_a_restart(place, journal):
+def test_stored_events_are_there_after_a_restart(place, journal):
     journal.store([letter(1, attempts=4), dead(2)])
     accept(journal, 3, position=at(300))
     journal = place.open()
@@ -329,7 +329,7 @@ def test_what_is_stored_is_there_after_a_restart(place, journal):
 
 
 @pytest.mark.parametrize("first", [letter(1, attempts=3), dead(1)])
-def test_a_pair_that_is_stored_stays_as_it_is(journal, first):
+def test_storing_a_stored_pair_again_changes_nothing(journal, first):
     journal.store([first])
     before = journal.counts()
     journal.store([letter(1, attempts=9), dead(1)])
@@ -364,7 +364,7 @@ def test_a_pair_that_waits_in_memory_is_not_stored_meanwhile(place, journal):
     assert journal.counts() == {("it", "pending"): 1}
 
 
-def test_threads_that_store_and_accept_at_once_leave_each_pair_in_one_place(journal):
+def test_storing_and_accepting_at_once_leave_a_pair_in_one_place(journal):
     start = threading.Barrier(2)
 
     def run(work):
@@ -384,7 +384,7 @@ def test_threads_that_store_and_accept_at_once_leave_each_pair_in_one_place(jour
     assert {known(journal, number) for number in range(40)} == {Known.ACCEPTED}
 
 
-def test_what_there_is_room_for_is_stored_and_the_rest_is_named(place):
+def test_a_full_journal_stores_what_fits_and_names_the_others(place):
     journal = place.open(max_bytes=2 * BODY_ROOM)
     journal.store([letter(1)])
     with pytest.raises(JournalFullError, match=r"journal.max_bytes = 1200") as raised:
@@ -394,7 +394,7 @@ def test_what_there_is_room_for_is_stored_and_the_rest_is_named(place):
     journal.store([])
 
 
-def test_what_is_held_already_needs_no_room(place):
+def test_events_already_in_the_journal_need_no_room(place):
     journal = place.open(max_bytes=2 * BODY_ROOM)
     journal.store([letter(1), letter(2)])
     accept(journal, 3)
@@ -407,7 +407,7 @@ def test_what_is_held_already_needs_no_room(place):
 
 
 @pytest.mark.parametrize("reason", ["rejected", "no_route", "malformed"])
-def test_dead_letters_take_half_of_the_room_and_keep_no_pending_ones_out(place, reason):
+def test_dead_letters_take_half_and_never_block_pending_events(place, reason):
     journal = place.open(max_bytes=10 * BODY_ROOM)
     journal.store([dead(number, reason=reason) for number in range(4)])
     with pytest.raises(JournalFullError, match=r"half of journal.max_bytes = 6000") as raised:
@@ -430,7 +430,7 @@ def test_an_event_that_gives_up_becomes_a_dead_letter_beyond_the_half(place):
 
 
 @pytest.mark.parametrize("way", ["accepted", "recovered", "deleted"])
-def test_room_that_was_made_is_found_again(place, way):
+def test_freed_room_is_used_again(place, way):
     journal = place.open(max_bytes=BODY_ROOM)
     journal.store([letter(1)])
     with pytest.raises(JournalFullError):
@@ -459,7 +459,7 @@ def test_a_store_that_cannot_be_written_leaves_nothing(place, journal):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\udfff" * 9000, "\0"])
-def test_no_text_keeps_an_event_from_being_stored(journal, text):
+def test_an_event_is_stored_whatever_its_text(journal, text):
     strange = event(1, event_type=text)
     journal.store([Letter(event=strange, sink="it", dead=False, reason="sink_failed", error=text)])
     (claimed,) = journal.claim_due("it", 1)
@@ -490,7 +490,7 @@ def test_a_stored_event_has_its_age(journal, clock, age_secs):
 
 
 @pytest.mark.parametrize("back_secs", [60.0, 10 * 365 * 86_400.0])
-def test_a_clock_that_was_wrong_makes_no_age_and_no_endless_delay(journal, clock, back_secs):
+def test_a_wrong_clock_causes_no_negative_age_or_endless_delay(journal, clock, back_secs):
     clock.advance(back_secs)
     journal.store([letter(1, due_in_secs=10)])
     clock.advance(-back_secs)
@@ -500,7 +500,7 @@ def test_a_clock_that_was_wrong_makes_no_age_and_no_endless_delay(journal, clock
 
 
 @pytest.mark.parametrize("limit", [1, 3, 256])
-def test_what_is_claimed_is_not_given_again_and_takes_no_other_ones_turn(journal, limit):
+def test_a_claimed_event_is_not_claimed_twice_and_delays_no_other(journal, limit):
     journal.store([letter(number) for number in range(10)])
     given = []
     while claimed := claim(journal, limit):
@@ -509,14 +509,14 @@ def test_what_is_claimed_is_not_given_again_and_takes_no_other_ones_turn(journal
     assert given == list(range(10))
 
 
-def test_more_than_a_query_takes_is_claimed_in_order(journal):
+def test_more_rows_than_one_query_reads_are_claimed_in_order(journal):
     journal.store([letter(number, due_in_secs=-number) for number in range(1200)])
     claimed = journal.claim_due("it", 1100)
     assert [stored.event for stored in claimed] == [event(number) for number in range(1199, 99, -1)]
     assert len(journal.claim_due("it", 1100)) == 100
 
 
-def test_claimants_at_once_get_no_event_twice(journal):
+def test_concurrent_claims_give_no_event_twice(journal):
     journal.store([letter(number) for number in range(60)])
     start = threading.Barrier(4)
     given = []
@@ -534,7 +534,7 @@ def test_claimants_at_once_get_no_event_twice(journal):
     assert sorted(given) == list(range(60))
 
 
-def test_what_is_released_is_due_at_once(journal):
+def test_a_released_event_is_due_at_once(journal):
     journal.store([letter(1, attempts=2), letter(2)])
     claimed = claim(journal)
     journal.release([claimed[1]])
@@ -579,7 +579,7 @@ def test_an_accepted_event_holds_no_claim_on_one_of_identical_content(place, jou
     assert list(claim(journal)) == [1]
 
 
-def test_what_is_rescheduled_is_not_given_before_that_is_written(journal, clock):
+def test_a_rescheduled_event_is_not_claimed_before_it_is_written(journal, clock):
     journal.store([letter(1)])
     journal.reschedule(claim(journal)[1], attempts=1, due_in_secs=0, error="no")
     assert claim(journal) == {}
@@ -588,7 +588,7 @@ def test_what_is_rescheduled_is_not_given_before_that_is_written(journal, clock)
 
 
 @pytest.mark.parametrize("due_in_secs", [5.0, 700.0])
-def test_a_reschedule_that_cannot_be_written_holds_its_claim_until_it_is(place, journal, clock, due_in_secs):
+def test_a_reschedule_keeps_its_claim_until_it_is_written(place, journal, clock, due_in_secs):
     journal.store([letter(1)])
     with place.unwritable():
         journal.reschedule(claim(journal)[1], attempts=1, due_in_secs=due_in_secs, error="no")
@@ -603,7 +603,7 @@ def test_a_reschedule_that_cannot_be_written_holds_its_claim_until_it_is(place, 
 
 
 @pytest.mark.parametrize("how", ["store", "reschedule"])
-def test_a_delay_is_kept_up_to_a_quarter_of_an_hour(journal, clock, how):
+def test_a_delay_is_limited_to_15_minutes(journal, clock, how):
     if how == "store":
         journal.store([letter(1, due_in_secs=86_400)])
     else:
@@ -616,7 +616,7 @@ def test_a_delay_is_kept_up_to_a_quarter_of_an_hour(journal, clock, how):
     assert len(claim(journal)) == 1
 
 
-def test_what_cannot_be_buried_is_pending_and_due(place, journal):
+def test_an_event_that_cannot_be_buried_is_pending_and_due(place, journal):
     journal.store([letter(1)])
     with place.unwritable(), pytest.raises(StorageError):
         journal.bury([Burial(claimed=claim(journal)[1], attempts=1, reason="rejected", error="no")])
@@ -627,7 +627,7 @@ def test_what_cannot_be_buried_is_pending_and_due(place, journal):
 
 
 @pytest.mark.parametrize("how", ["release", "reschedule", "bury", "accept"])
-def test_what_the_operator_deleted_stays_deleted_and_is_stored_anew(place, journal, how):
+def test_a_deleted_event_stays_deleted_and_can_be_stored_again(place, journal, how):
     journal.store([letter(1), letter(2)])
     claimed = claim(journal)
     place.delete(claimed[1].row)
@@ -664,7 +664,7 @@ def test_counts_are_by_sink_and_state(journal):
     assert journal.counts() == {("it", "pending"): 2, ("it", "dead"): 1, ("", "dead"): 1}
 
 
-def test_pairs_of_confirmed_events_go_after_ten_minutes(place, journal, clock):
+def test_pairs_of_confirmed_events_are_pruned_after_10_minutes(place, journal, clock):
     accept(journal, 1, 2)
     journal.confirmed([event(1).key])
     journal.flush()
@@ -676,7 +676,7 @@ def test_pairs_of_confirmed_events_go_after_ten_minutes(place, journal, clock):
     assert place.ledger_keys() == {event(2).key}
 
 
-def test_that_a_confirmed_event_is_confirmed_again_does_not_keep_its_pairs(place, journal, clock):
+def test_a_second_confirm_does_not_keep_the_pairs_longer(place, journal, clock):
     accept(journal, 1)
     for secs in (0, CONFIRMED_KEPT_SECS - 1):
         clock.advance(secs)
@@ -688,7 +688,7 @@ def test_that_a_confirmed_event_is_confirmed_again_does_not_keep_its_pairs(place
     assert place.ledger_keys() == set()
 
 
-def test_pairs_of_unconfirmed_events_go_after_the_configured_days(place, journal, clock):
+def test_pairs_of_unconfirmed_events_are_pruned_after_ledger_days(place, journal, clock):
     accept(journal, 1)
     clock.advance(LEDGER_DAYS * 86_400 - 3700)
     accept(journal, 2)
@@ -700,7 +700,7 @@ def test_pairs_of_unconfirmed_events_go_after_the_configured_days(place, journal
 
 
 @pytest.mark.parametrize("calls", [2, 32])
-def test_shares_that_make_a_whole_prune_all(place, journal, clock, calls):
+def test_partial_prunes_that_add_up_to_1_prune_everything(place, journal, clock, calls):
     accept(journal, *range(200))
     clock.advance(LEDGER_DAYS * 86_400 + 1)
     left = []
@@ -711,14 +711,14 @@ def test_shares_that_make_a_whole_prune_all(place, journal, clock, calls):
     assert left[-1] == 0
 
 
-def test_what_is_stored_is_never_pruned(journal, clock):
+def test_stored_events_are_never_pruned(journal, clock):
     journal.store([letter(1), dead(2)])
     clock.advance(1000 * 86_400)
     journal.prune()
     assert journal.counts() == {("it", "pending"): 1, ("it", "dead"): 1}
 
 
-def test_pruning_that_cannot_be_written_is_put_off(place, journal, clock):
+def test_pruning_that_cannot_be_written_is_postponed(place, journal, clock):
     accept(journal, 1)
     clock.advance(LEDGER_DAYS * 86_400 + 1)
     with place.unwritable():
@@ -739,10 +739,10 @@ def test_a_clock_that_was_set_changes_no_age_and_no_delay(journal, clock, secs):
     assert claim(journal)[1].age_secs == 10
 
 
-# --- events without an id of their own --------------------------------------------------------------------------------
+# --- events without a task id -----------------------------------------------------------------------------------------
 
 
-def test_each_arrival_is_an_occurrence_of_its_own_until_its_lease_is_over(journal, clock):
+def test_an_arrival_within_the_lease_is_a_new_occurrence(journal, clock):
     first = identify(journal, 2)
     second = identify(journal)
     assert len({*first, *second, CONTENT_KEY}) == 4
@@ -772,8 +772,8 @@ def test_a_confirmed_occurrence_is_never_found_again(place, journal, clock, rest
     assert identify(journal) == keys[1:]
 
 
-def test_that_an_occurrence_is_confirmed_is_written_at_once(place, journal, clock):
-    """A process that is killed a moment later would take the next event of equal content for this one."""
+def test_the_confirm_of_an_occurrence_is_written_at_once(place, journal, clock):
+    """Otherwise, after a kill a moment later, the next event of equal content would be taken for this one."""
     keys = identify(journal)
     journal.confirmed(keys)
     with closing(sqlite3.connect(place.path)) as db:
@@ -802,7 +802,7 @@ def test_an_occurrence_that_cannot_be_written_is_not_found_again(place, journal,
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_what_empty_answers_prove_is_for_good(place, journal, clock, restarts):
+def test_what_empty_answers_prove_stays_valid(place, journal, clock, restarts):
     keys = identify(journal)
     clock.advance(2 * LEASE_SECS)
     journal.answered_empty(pulled())
@@ -815,7 +815,7 @@ def test_what_empty_answers_prove_is_for_good(place, journal, clock, restarts):
     assert identify(journal) != keys
 
 
-def test_an_answer_that_was_lost_voids_what_empty_ones_prove(journal, clock):
+def test_a_lost_answer_cancels_what_empty_answers_prove(journal, clock):
     keys = identify(journal)
     clock.advance(LEASE_SECS)
     journal.answer_lost("main", sent_ago_secs=0.0)
@@ -824,7 +824,7 @@ def test_an_answer_that_was_lost_voids_what_empty_ones_prove(journal, clock):
     assert identify(journal) == keys
 
 
-def test_an_occurrence_goes_with_its_pairs_ten_minutes_after_its_confirm(place, journal, clock):
+def test_a_confirmed_occurrence_is_pruned_after_10_minutes(place, journal, clock):
     done, open_ = identify(journal, 2)
     journal.accept("it", [done, open_], None)
     clock.advance(5)
@@ -837,7 +837,7 @@ def test_an_occurrence_goes_with_its_pairs_ten_minutes_after_its_confirm(place, 
     assert place.occurrences() == place.ledger_keys() == {open_}
 
 
-def test_an_unconfirmed_occurrence_goes_with_its_pairs_days_after_its_last_lease(place, journal, clock):
+def test_an_unconfirmed_occurrence_is_pruned_after_ledger_days(place, journal, clock):
     (key,) = identify(journal)
     journal.accept("it", [key], None)
     clock.advance(LEDGER_DAYS * 86_400 - 60)
@@ -877,7 +877,7 @@ def accepted(journal, keys):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_lines_that_do_not_say_which_event_they_are_of_get_what_the_sink_lacks(journal, number):
+def test_a_line_without_a_key_takes_an_occurrence_the_sink_lacks(journal, number):
     keys = identify(journal, 3)
     journal.accept("it", keys[:1], None)
     journal.accept("other", keys, None)
@@ -886,7 +886,7 @@ def test_lines_that_do_not_say_which_event_they_are_of_get_what_the_sink_lacks(j
     assert journal.position("it") == at(9)
 
 
-def test_a_line_gets_no_occurrence_that_is_done(journal):
+def test_a_line_does_not_take_an_occurrence_that_is_done(journal):
     keys = done, stored, open_ = identify(journal, 3)
     journal.store([of_occurrence(stored, dead=False), of_occurrence(done, sink="other")])
     journal.confirmed([done, stored])
@@ -914,7 +914,7 @@ def test_a_clock_that_was_set_changes_no_lease(place, journal, clock, secs):
 
 
 def test_lines_keep_their_order_if_one_row_could_not_be_written(place, journal):
-    """A row beyond the mark would have its line taken for an occurrence that was never delivered."""
+    """If a row beyond the position were written, its line would be taken for an occurrence that was never delivered."""
     first, second = identify(journal, 2)
     with place.unwritable():
         journal.accept("it", [first], at(10))
@@ -927,7 +927,7 @@ def test_lines_keep_their_order_if_one_row_could_not_be_written(place, journal):
     assert accepted(journal, [first, second, third]) == [first, second]
 
 
-def test_an_occurrence_is_not_acknowledged_in_the_file_before_its_row_is_there(place, journal):
+def test_an_occurrence_is_not_acknowledged_before_its_ledger_row(place, journal):
     (first,) = identify(journal)
     with place.unwritable():
         journal.accept("it", [first], at(10))
@@ -939,7 +939,7 @@ def test_an_occurrence_is_not_acknowledged_in_the_file_before_its_row_is_there(p
     assert accepted(journal, [first, second]) == [first]
 
 
-def test_what_was_acknowledged_while_its_row_waited_is_written_with_it(place, journal, clock):
+def test_an_acknowledgement_is_written_with_a_row_that_waited(place, journal, clock):
     (key,) = identify(journal)
     with place.unwritable():
         journal.accept("it", [key], None)
@@ -959,10 +959,10 @@ def test_no_pull_starts_while_occurrences_cannot_be_written(place, journal):
     assert journal.is_writable
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- counts and errors ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_counted_with_the_age_of_the_oldest(journal, clock):
+def test_stored_events_are_counted_with_the_age_of_the_oldest(journal, clock):
     journal.store([letter(1)])
     clock.advance(60)
     journal.store([letter(2), letter(3, sink="", dead=True, reason="malformed")])
@@ -985,7 +985,7 @@ def test_the_room_that_is_taken_grows_with_what_is_stored(journal):
 
 
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
-def test_a_journal_that_is_broken_says_so(place, how):
+def test_a_broken_journal_reports_its_error(place, how):
     assert place.open().status().writable
     journal, _ = place.broken(how)
     status = journal.status()
@@ -994,7 +994,7 @@ def test_a_journal_that_is_broken_says_so(place, how):
 
 
 @pytest.mark.parametrize("sinks", [["it"], ["it", "third"]])
-def test_a_pending_event_of_a_sink_that_is_no_more_says_so_until_the_sink_is_back(place, journal, sinks):
+def test_pending_events_of_a_removed_sink_are_marked_until_it_is_back(place, journal, sinks):
     journal.store([letter(1), letter(2, sink="gone"), letter(3, sink="", dead=True, reason="malformed")])
     journal.mark_removed(sinks)
     assert place.reasons() == {"it": "sink_failed", "gone": "sink_removed"}
@@ -1043,12 +1043,12 @@ def test_a_journal_that_is_broken_raises_storage_errors_only(place, how, method)
 
 @pytest.mark.parametrize("method", SILENT)
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
-def test_what_never_raises_does_not_on_a_journal_that_is_broken(place, how, method):
+def test_silent_methods_do_not_raise_on_a_broken_journal(place, how, method):
     journal, claimed = place.broken(how)
     SILENT[method](journal, claimed)
     journal.flush()
 
 
-def test_each_method_of_the_contract_has_its_place_in_these_tables():
+def test_each_method_of_the_contract_is_in_one_of_the_tables():
     public = {name for name in vars(Journal) if not name.startswith("_")}
     assert public - {"is_writable", "trouble", "close"} == {*RAISING, *SILENT}

@@ -1,4 +1,4 @@
-"""What an operator does with the journal, seen from inside one process."""
+"""The operator's actions on the journal, tested within one process."""
 
 import fcntl
 import json
@@ -62,7 +62,7 @@ def states(path):
 
 
 class Routes:
-    """A router that knows by the event type."""
+    """A router that chooses the sinks by the event type."""
 
     def __init__(self, **targets):
         self._targets = targets
@@ -72,7 +72,7 @@ class Routes:
 
 
 def replay(letters, *sinks, router=None, to=None, **wanted):
-    """The number that were marked, and the number that cannot be."""
+    """Replay; return the number of events that were made due and the number of those that cannot be."""
     portions = list(letters.replay(Filter(**wanted), router=router or Routes(), sinks=sinks, to=to))
     return sum(done for done, _ in portions), sum(undone for _, undone in portions)
 
@@ -80,13 +80,13 @@ def replay(letters, *sinks, router=None, to=None, **wanted):
 # --- journals that cannot be used -------------------------------------------------------------------------------------
 
 
-def test_without_a_journal_it_is_said_when_there_will_be_one(path):
+def test_a_missing_journal_is_reported_with_when_it_is_made(path):
     with pytest.raises(JournalError, match="there is no journal yet: vodpoller makes it when it first runs"):
         Letters(path)
     assert not path.exists()
 
 
-def test_a_folder_is_no_journal(path):
+def test_a_folder_is_not_a_journal(path):
     path.mkdir()
 
     with pytest.raises(UnusableJournalError, match="this is a folder, and a journal is a regular file"):
@@ -94,7 +94,7 @@ def test_a_folder_is_no_journal(path):
 
 
 @pytest.mark.parametrize("parts", [["x" * 300], ["x" * 200] * 3], ids=["for the file system", "for SQLite"])
-def test_a_path_that_is_too_long_is_said(tmp_path, parts):
+def test_a_path_that_is_too_long_is_reported(tmp_path, parts):
     path = tmp_path.joinpath(*parts)
     if len(parts) > 1:
         path.parent.mkdir(parents=True)
@@ -104,12 +104,12 @@ def test_a_path_that_is_too_long_is_said(tmp_path, parts):
 
 
 def make_journal(path, log, *letters):
-    """One that no daemon has open."""
+    """Make a journal that no daemon has open."""
     with closing(SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log))) as journal:
         journal.store(letters)
 
 
-def test_a_journal_that_another_program_keeps_for_itself_cannot_be_read(path, log, monkeypatch):
+def test_a_journal_that_another_program_locks_cannot_be_read(path, log, monkeypatch):
     monkeypatch.setattr(letters_module, "BUSY_SECS", 0.0)
     make_journal(path, log)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -120,7 +120,7 @@ def test_a_journal_that_another_program_keeps_for_itself_cannot_be_read(path, lo
         other.execute("ROLLBACK")
 
 
-def test_a_journal_that_is_damaged_while_it_is_read_is_said_to_be(path, log):
+def test_damage_while_the_journal_is_read_is_reported(path, log):
     make_journal(path, log, *[letter(number) for number in range(50)])
     with Letters(path) as letters:
         content = path.read_bytes()
@@ -129,7 +129,7 @@ def test_a_journal_that_is_damaged_while_it_is_read_is_said_to_be(path, log):
             letters.backlogs()
 
 
-def test_a_purge_for_which_the_disk_has_no_room_changes_nothing(journal, letters, path):
+def test_a_purge_on_a_full_disk_changes_nothing(journal, letters, path):
     journal.store([letter(number) for number in range(3)])
     with full_disk(), pytest.raises(JournalError, match="cannot be written"):
         list(letters.purge(Filter(sink="hook")))
@@ -137,30 +137,30 @@ def test_a_purge_for_which_the_disk_has_no_room_changes_nothing(journal, letters
 
 
 @pytest.mark.parametrize(
-    ("version", "said"),
+    ("version", "message"),
     [
         (0, "another program's database"),
         (SCHEMA_VERSION + 1, f"version {SCHEMA_VERSION + 1}, and this vodpoller knows versions up to {SCHEMA_VERSION}"),
         (99, "version 99"),
     ],
 )
-def test_a_journal_of_another_version_is_not_touched(path, version, said):
+def test_a_journal_of_another_version_is_not_touched(path, version, message):
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE letters (id)")
         db.execute(f"PRAGMA user_version = {version}")
 
-    with pytest.raises(UnusableJournalError, match=said):
+    with pytest.raises(UnusableJournalError, match=message):
         Letters(path, writable=True)
 
 
-def test_a_file_without_tables_is_said_to_be_empty(path):
+def test_a_file_without_tables_is_reported_as_empty(path):
     path.touch()
 
     with pytest.raises(JournalError, match="the journal is empty"):
         Letters(path)
 
 
-def test_a_journal_of_0_1_can_be_looked_at_and_replayed_before_the_daemon_brings_it_along(path):
+def test_a_journal_of_0_1_works_before_the_daemon_migrates_it(path):
     with closing(sqlite3.connect(path)) as db:
         db.executescript((Path(__file__).parents[1] / "data" / "journal-0.1.sql").read_text())
 
@@ -171,14 +171,14 @@ def test_a_journal_of_0_1_can_be_looked_at_and_replayed_before_the_daemon_brings
         assert ids(letters, state="pending") == [1, 2, 3, 4, 7]
 
 
-def test_a_file_that_is_no_database_is_not_a_traceback(path):
+def test_a_file_that_is_not_a_database_causes_no_traceback(path):
     path.write_bytes(b"this is not a database" * 100)
 
     with pytest.raises(UnusableJournalError, match=r"journal\.db: the journal is corrupt .*\.recover"):
         Letters(path)
 
 
-def test_a_journal_without_its_tables_is_not_a_traceback(path):
+def test_a_journal_without_its_tables_causes_no_traceback(path):
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -186,7 +186,7 @@ def test_a_journal_without_its_tables_is_not_a_traceback(path):
         list(letters.stored(Filter()))
 
 
-def test_who_only_reads_cannot_write(journal, path):
+def test_a_journal_opened_for_reading_cannot_be_written(journal, path):
     journal.store([letter()])
 
     with Letters(path) as letters:
@@ -206,7 +206,7 @@ def locked(path):
         other.execute("ROLLBACK")
 
 
-def test_a_journal_that_stays_locked_fails_the_write_and_not_the_reading(journal, path, monkeypatch):
+def test_a_locked_journal_fails_writes_but_not_reads(journal, path, monkeypatch):
     journal.store([letter()])
     monkeypatch.setattr(letters_module, "BUSY_SECS", 0.0)
 
@@ -218,26 +218,26 @@ def test_a_journal_that_stays_locked_fails_the_write_and_not_the_reading(journal
     assert [state for _, state, *_ in states(path)] == ["dead"]
 
 
-def test_a_journal_that_is_locked_for_a_moment_is_waited_for(journal, path):
+def test_a_write_waits_for_a_journal_that_is_briefly_locked(journal, path):
     journal.store([letter()])
-    has_it, give_back = threading.Event(), threading.Event()
+    is_locked, unlock = threading.Event(), threading.Event()
 
     def hold():
         with locked(path):
-            has_it.set()
-            give_back.wait(10)
+            is_locked.set()
+            unlock.wait(10)
 
     other = threading.Thread(target=hold)
     other.start()
     with Letters(path, writable=True) as letters:
-        assert has_it.wait(10)
-        threading.Timer(0.1, give_back.set).start()
+        assert is_locked.wait(10)
+        threading.Timer(0.1, unlock.set).start()
         assert replay(letters, "hook") == (1, 0)
     other.join()
 
 
 @pytest.mark.parametrize("daemon", ["runs", "has ended"])
-def test_a_look_makes_no_file(path, log, wall, daemon):
+def test_reading_the_journal_makes_no_file(path, log, wall, daemon):
     journal = SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log), wall=wall)
     journal.store([letter()])
     if daemon == "has ended":
@@ -286,7 +286,7 @@ def test_a_look_makes_no_file(path, log, wall, daemon):
         ({"sink": "hook", "event_type": "*Complete", "reason": "rejected", "since": NOW, "ids": [1, 5]}, [5]),
     ],
 )
-def test_filters_narrow_each_other_down(journal, letters, wall, wanted, found):
+def test_all_given_filters_must_match(journal, letters, wall, wanted, found):
     journal.store(
         [
             letter(1),
@@ -302,7 +302,7 @@ def test_filters_narrow_each_other_down(journal, letters, wall, wanted, found):
     assert letters.count(Filter(**wanted)) == len(found)
 
 
-def test_a_row_tells_all_that_is_known_of_it(journal, letters):
+def test_a_row_has_all_facts_of_a_dead_letter(journal, letters):
     stored = letter(7, attempts=3, error="HTTP status 422")
     journal.store([stored])
 
@@ -315,7 +315,7 @@ def test_a_row_tells_all_that_is_known_of_it(journal, letters):
     assert list(letters.with_bodies(Filter())) == [(row, stored.event.body)]
 
 
-def test_a_pending_row_tells_when_it_is_tried_next(journal, letters):
+def test_a_pending_row_has_the_time_of_its_next_try(journal, letters):
     journal.store([letter(7, dead=False, due_in_secs=20, task_id="t7")])
 
     (row,) = letters.stored(Filter(state="pending"))
@@ -335,7 +335,7 @@ def test_a_pending_row_tells_when_it_is_tried_next(journal, letters):
         (b"[" * 100_000, "", ""),
     ],
 )
-def test_ids_are_found_as_the_log_names_them_and_no_body_breaks_the_search(journal, letters, body, file_id, task_id):
+def test_ids_are_found_as_in_the_log_whatever_the_body(journal, letters, body, file_id, task_id):
     odd = Letter(event=replace(event(1), body=body), sink="hook", dead=True, reason="rejected")
     journal.store([odd, letter(2, task_id="t2")])
 
@@ -347,7 +347,7 @@ def test_ids_are_found_as_the_log_names_them_and_no_body_breaks_the_search(journ
     assert ids(letters, file_id="2", task_id="t2") == [2]
 
 
-def test_what_is_stored_is_summed_up_by_sink_and_state(journal, letters, wall):
+def test_backlogs_are_counted_by_sink_and_state(journal, letters, wall):
     journal.store([letter(1), letter(2), letter(3, "")])
     wall.advance(60)
     journal.store([letter(4, dead=False), letter(5)])
@@ -359,7 +359,7 @@ def test_what_is_stored_is_summed_up_by_sink_and_state(journal, letters, wall):
     ]
 
 
-def test_marks_are_those_that_the_daemon_left(journal, letters):
+def test_marks_are_those_that_the_daemon_wrote(journal, letters):
     journal.mark("pull", ago_secs=-5.0)
     journal.flush()
 
@@ -375,7 +375,7 @@ def test_a_time_or_an_age_is_understood(text, at):
 
 
 @pytest.mark.parametrize("text", ["", "d", "1y", "yesterday", "9" * 400 + "d"])
-def test_what_is_neither_a_time_nor_an_age_is_said(text):
+def test_text_that_is_neither_a_time_nor_an_age_is_refused(text):
     with pytest.raises(ValueError, match="is neither a time"):
         time_since(text, NOW)
 
@@ -387,7 +387,7 @@ def test_the_body_of_a_row_is_as_it_was_stored(journal, letters):
 
 
 class Overtaken(Letters):
-    """Each row that it has found is made due by another command before anything is done with it."""
+    """After each read, another command makes the rows due before this command acts on them."""
 
     def _read(self, query, values):
         rows = super()._read(query, values)
@@ -397,7 +397,7 @@ class Overtaken(Letters):
         return rows
 
 
-def test_what_becomes_pending_amid_a_purge_stays(journal, path):
+def test_an_event_that_becomes_pending_during_a_purge_stays(journal, path):
     journal.store([letter(1)])
     with Overtaken(path, writable=True) as letters:
         letters.path = path
@@ -428,7 +428,7 @@ def test_rows_are_read_in_portions_and_each_once(journal, path, number):
 
 
 @pytest.mark.parametrize("wanted", [Filter(), Filter(sink="hook"), Filter(state="pending", since=NOW, last_id=9)])
-def test_no_portion_sorts_all_rows_anew(journal, path, wanted):
+def test_no_portion_sorts_all_rows_again(journal, path, wanted):
     where, values = wanted.where()
     query = f"EXPLAIN QUERY PLAN SELECT id FROM letters WHERE {where} AND id > ? ORDER BY id LIMIT ?"
     with closing(sqlite3.connect(path)) as db:
@@ -459,7 +459,7 @@ def test_bodies_that_are_large_are_read_a_few_at_a_time(journal, path, monkeypat
 
 
 @pytest.mark.parametrize("of", ["stored", "with_bodies"])
-def test_a_reader_that_pauses_does_not_keep_the_wal_from_being_cut(journal, letters, path, of):
+def test_a_reader_that_pauses_does_not_block_the_wal_checkpoint(journal, letters, path, of):
     journal.store([letter(n) for n in range(2 * CHUNK_ROWS)])
 
     reading = getattr(letters, of)(Filter())
@@ -469,7 +469,7 @@ def test_a_reader_that_pauses_does_not_keep_the_wal_from_being_cut(journal, lett
     assert len(list(reading)) == 2 * CHUNK_ROWS - 1
 
 
-def test_a_slow_reader_holds_nothing_up_and_misses_nothing_that_stays(journal, letters):
+def test_a_slow_reader_blocks_nothing_and_misses_no_row_that_stays(journal, letters):
     journal.store([letter(n, dead=n != 2 * CHUNK_ROWS - 1) for n in range(2 * CHUNK_ROWS)])
 
     reading = letters.stored(Filter())
@@ -482,7 +482,7 @@ def test_a_slow_reader_holds_nothing_up_and_misses_nothing_that_stays(journal, l
     assert rest[-1].error == "meanwhile"
 
 
-def test_replay_and_purge_give_the_daemon_its_turn_between_portions(journal, path):
+def test_replay_and_purge_let_the_daemon_write_between_portions(journal, path):
     journal.store([letter(n) for n in range(3 * CHUNK_ROWS)])
 
     with Watched(path, writable=True) as letters:
@@ -492,7 +492,7 @@ def test_replay_and_purge_give_the_daemon_its_turn_between_portions(journal, pat
             portions.append((done, undone))
         assert portions == [(CHUNK_ROWS, 0)] * 3
         assert letters.most <= CHUNK_ROWS
-        # What came meanwhile was not asked for.
+        # Events that came after the start of the replay are not replayed.
         assert letters.count(Filter()) == 3
 
         deleted = []
@@ -507,7 +507,7 @@ def test_replay_and_purge_give_the_daemon_its_turn_between_portions(journal, pat
 
 
 @pytest.mark.parametrize("reason", ["rejected", "gave_up"])
-def test_what_a_sink_did_not_take_is_due_at_once_and_young_again(journal, letters, path, wall, reason):
+def test_a_replayed_event_is_due_at_once_and_its_age_starts_anew(journal, letters, path, wall, reason):
     journal.store([letter(1, reason=reason, attempts=12)])
     wall.advance(30 * 86_400)
 
@@ -518,7 +518,7 @@ def test_what_a_sink_did_not_take_is_due_at_once_and_young_again(journal, letter
     assert (due.event.key, due.attempts, due.age_secs) == (event(1).key, 0, 0.0)
 
 
-def test_a_replay_is_of_what_was_asked_for_only(journal, letters):
+def test_a_replay_takes_only_the_given_ids(journal, letters):
     journal.store([letter(n) for n in range(1, 4)])
 
     assert replay(letters, "hook", ids=[2, 77]) == (1, 0)
@@ -527,7 +527,7 @@ def test_a_replay_is_of_what_was_asked_for_only(journal, letters):
     assert ids(letters, state="pending") == [2]
 
 
-def test_a_replay_that_was_given_up_halfway_goes_on_where_it_was(journal, letters):
+def test_an_interrupted_replay_can_be_continued(journal, letters):
     journal.store([letter(n) for n in range(2 * CHUNK_ROWS + 10)])
 
     interrupted = letters.replay(Filter(), router=Routes(), sinks=["hook"])
@@ -538,7 +538,7 @@ def test_a_replay_that_was_given_up_halfway_goes_on_where_it_was(journal, letter
     assert replay(letters, "hook") == (0, 0)
 
 
-def test_what_belongs_to_a_sink_that_is_no_more_stays(journal, letters):
+def test_events_of_a_removed_sink_are_not_replayed(journal, letters):
     journal.store([letter(1, "gone"), letter(2)])
 
     assert replay(letters, "hook") == (1, 1)
@@ -546,7 +546,7 @@ def test_what_belongs_to_a_sink_that_is_no_more_stays(journal, letters):
     assert ids(letters) == [1]
 
 
-def test_what_cannot_be_read_stays(journal, letters, path):
+def test_a_malformed_event_is_not_replayed(journal, letters, path):
     broken = replace(event(1), body=b'{"EventType')
     journal.store([Letter(event=broken, sink="", dead=True, reason="malformed", error="cut")])
 
@@ -555,7 +555,7 @@ def test_what_cannot_be_read_stays(journal, letters, path):
     assert [(sink, state, reason) for sink, state, reason, *_ in states(path)] == [("", "dead", "malformed")]
 
 
-def test_what_no_route_took_is_routed_by_todays_routes(journal, letters, path):
+def test_an_event_without_a_route_is_routed_by_todays_routes(journal, letters, path):
     journal.store([letter(1, "", reason="no_route"), letter(2, "", reason="no_route", event_type="FileDeleted")])
 
     assert replay(letters, "hook", "archive", router=Routes(NewFileUpload=("hook", "archive"))) == (1, 1)
@@ -569,8 +569,8 @@ def test_what_no_route_took_is_routed_by_todays_routes(journal, letters, path):
     assert ids(letters) == [2]
 
 
-def test_what_a_sink_has_already_is_not_brought_to_it_again(journal, letters):
-    """No route took the event at first; then VOD brought it again, and one did."""
+def test_a_replay_skips_a_sink_that_has_the_event(journal, letters):
+    """No route took the event at first; then VOD delivered it again, and a route took it."""
     journal.store([letter(1, "", reason="no_route")])
     journal.accept("hook", [event(1).key], None)
 
@@ -579,7 +579,7 @@ def test_what_a_sink_has_already_is_not_brought_to_it_again(journal, letters):
     assert journal.known([(event(1).key, "hook")]) == {(event(1).key, "hook"): Known.ACCEPTED}
 
 
-def test_a_portion_that_fails_is_not_done_at_all(journal, letters, path):
+def test_a_portion_that_fails_changes_nothing(journal, letters, path):
     journal.store([letter(1), letter(2, "", reason="no_route")])
 
     class Broken:
@@ -590,10 +590,10 @@ def test_a_portion_that_fails_is_not_done_at_all(journal, letters, path):
         replay(letters, "hook", router=Broken())
 
     assert [state for _, state, *_ in states(path)] == ["dead", "dead"]
-    journal.store([letter(3)])  # and nothing is locked
+    journal.store([letter(3)])  # the journal is not locked
 
 
-# --- pending ones, and other sinks -----------------------------------------------------------------------------------
+# --- pending events and other sinks -----------------------------------------------------------------------------------
 
 
 def test_pending_events_are_made_due_at_once(journal, letters, path, wall):
@@ -608,7 +608,7 @@ def test_pending_events_are_made_due_at_once(journal, letters, path, wall):
 
 @pytest.mark.parametrize("dead", [True, False])
 def test_stored_events_move_to_another_sink(journal, letters, path, wall, dead):
-    """Of a sink that is gone as of one that is there."""
+    """Both from a removed sink and from one that exists."""
     journal.store(
         [letter(1, "gone", dead=dead, attempts=3), letter(2, "hook", dead=dead), letter(3, "hook", dead=not dead)]
     )
@@ -630,7 +630,7 @@ def test_stored_events_move_to_another_sink(journal, letters, path, wall, dead):
         )
 
 
-def test_what_no_route_took_and_cannot_be_read_moves_as_far_as_it_can(journal, letters):
+def test_events_without_a_sink_move_unless_they_are_malformed(journal, letters):
     broken = replace(event(9), body=b'{"EventType')
     journal.store(
         [
@@ -673,7 +673,7 @@ def test_a_move_to_a_sink_that_knows_the_event_brings_it_there_once(journal, let
 
 
 def outcomes_of(journal, row):
-    """All that the daemon may do with a row when a delivery is over."""
+    """The actions that the daemon may take on a row when its delivery is over."""
     return {
         "accepted": lambda: journal.accept(row.sink, [row.event.key], None),
         "failed": lambda: journal.reschedule(row, attempts=7, due_in_secs=600, error="late"),
@@ -700,7 +700,7 @@ def test_a_row_that_is_purged_while_it_is_delivered_stays_purged(journal, letter
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_a_row_that_moves_while_it_is_delivered_arrives_at_the_other_sink_once(journal, letters, path, wall, outcome):
+def test_a_row_that_moves_during_its_delivery_arrives_once(journal, letters, path, wall, outcome):
     journal.store([letter(1, dead=False)])
     (row,) = journal.claim_due("hook", 9)
 
@@ -715,7 +715,7 @@ def test_a_row_that_moves_while_it_is_delivered_arrives_at_the_other_sink_once(j
 
 
 @pytest.mark.parametrize("to", ["archive", None])
-def test_a_delivery_that_ends_before_the_row_is_moved_leaves_nothing_to_move(journal, path, to):
+def test_a_row_that_is_accepted_before_its_move_does_not_move(journal, path, to):
     journal.store([letter(1, dead=False), letter(2, dead=False)])
     rows = {due.event.key: due for due in journal.claim_due("hook", 9)}
 
@@ -739,7 +739,7 @@ def test_a_delivery_that_ends_before_the_row_is_moved_leaves_nothing_to_move(jou
     [({"file_id": "3"}, [1, 2, 4]), ({"task_id": "t"}, [2, 3]), ({"file_id": "2", "task_id": "t"}, [1, 2, 3, 4])],
 )
 @pytest.mark.parametrize("state", ["dead", "pending"])
-def test_purge_and_replay_find_by_the_ids_of_tencent(journal, letters, wanted, left, state):
+def test_purge_and_replay_filter_by_file_id_and_task_id(journal, letters, wanted, left, state):
     def store():
         given = [(1, "t"), (2, "s"), (3, None), (4, "t")]
         journal.store([letter(n, dead=state == "dead", task_id=task_id) for n, task_id in given])
@@ -776,7 +776,7 @@ def test_purge_and_replay_find_by_the_ids_of_tencent(journal, letters, wanted, l
         (b"1" * 5000, None),
     ],
 )
-def test_a_body_is_put_into_a_line_as_it_is_if_every_reader_takes_it(body, value):
+def test_a_body_is_exported_unchanged_if_it_is_standard_json(body, value):
     assert as_json_value(body) == value
     if value is not None:
         assert json.loads(value) == json.loads(body)
@@ -795,7 +795,7 @@ def test_a_body_is_put_into_a_line_as_it_is_if_every_reader_takes_it(body, value
         ({"ids": [3]}, [1, 2, 3]),
     ],
 )
-def test_purge_deletes_what_was_asked_for_and_no_pending_ones(journal, letters, path, wanted, left):
+def test_purge_deletes_only_the_matching_dead_letters(journal, letters, path, wanted, left):
     journal.store([letter(1), letter(2, "script"), letter(3, dead=False)])
 
     assert sum(letters.purge(Filter(**wanted))) == 3 - len(left)
@@ -803,7 +803,7 @@ def test_purge_deletes_what_was_asked_for_and_no_pending_ones(journal, letters, 
     assert sorted(ids(letters) + ids(letters, state="pending")) == left
 
 
-def test_what_was_purged_makes_room(journal, letters):
+def test_purged_events_are_no_longer_counted(journal, letters):
     journal.store([letter(n) for n in range(300)])
     assert journal.counts()
 
@@ -812,7 +812,7 @@ def test_what_was_purged_makes_room(journal, letters):
     assert not journal.counts()
 
 
-# --- the daemon beside it ---------------------------------------------------------------------------------------------
+# --- with a running daemon --------------------------------------------------------------------------------------------
 
 
 def test_an_open_journal_is_in_use_and_a_closed_one_is_not(path, log, wall):
@@ -825,9 +825,9 @@ def test_an_open_journal_is_in_use_and_a_closed_one_is_not(path, log, wall):
         assert not letters.is_in_use()
 
 
-def test_asking_whether_it_is_in_use_does_not_keep_a_daemon_out(path, log, wall):
+def test_the_check_for_a_daemon_does_not_block_a_daemon(path, log, wall):
     with path.with_name("journal.db.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # as the question does, for an instant
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as `is_in_use` does, for a moment
         threading.Timer(0.03, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
         SqliteJournal(path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log), wall=wall).close()
         with Letters(path) as letters:

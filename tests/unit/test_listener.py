@@ -1,4 +1,4 @@
-"""The listener, asked over real sockets: who may ask, what each path answers, and what clients can do to it."""
+"""The listener over real sockets: access, the answer of each path, and clients that misbehave."""
 
 import errno
 import json
@@ -38,22 +38,22 @@ def client(shown):
         yield client
 
 
-# --- who may ask ------------------------------------------------------------------------------------------------------
+# --- access -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", GUARDED)
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1:1@evil"])
-def test_a_host_that_is_not_named_gets_nothing(client, path, host):
+def test_a_host_that_is_not_configured_gets_nothing(client, path, host):
     answer = client.get(path, host=host)
     assert (answer.status, b"main" in answer.body) == (421, False)
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "localhost:9464", "127.0.0.1:1"])
-def test_a_host_that_is_named_is_known_with_any_port_and_case(client, host):
+def test_a_configured_host_is_accepted_with_any_port_and_case(client, host):
     assert client.get("/status.json", host=host).status == 200
 
 
-def test_an_address_of_ipv6_is_known_as_a_browser_writes_it(shown, client):
+def test_an_ipv6_address_is_accepted_as_a_browser_writes_it(shown, client):
     shown.hosts = ("[::1]",)
     assert [client.get("/metrics", host=it).status for it in ("[::1]:9464", "[::1]", "[::2]", "::1")] == [
         200,
@@ -65,24 +65,24 @@ def test_an_address_of_ipv6_is_known_as_a_browser_writes_it(shown, client):
 
 @pytest.mark.parametrize("path", GUARDED)
 @pytest.mark.parametrize(
-    "said", [None, "", "wrong", PASSWORD + "x", PASSWORD[:-1], f"root:{PASSWORD}", f":{PASSWORD}", "vodpoller:"]
+    "given", [None, "", "wrong", PASSWORD + "x", PASSWORD[:-1], f"root:{PASSWORD}", f":{PASSWORD}", "vodpoller:"]
 )
-def test_without_the_password_nothing_is_told(shown, client, path, said):
+def test_without_the_password_nothing_is_shown(shown, client, path, given):
     shown.password = PASSWORD
-    answer = client.get(path, password=said)
+    answer = client.get(path, password=given)
     assert answer.status == 401
     assert answer.headers["WWW-Authenticate"] == 'Basic realm="vodpoller", charset="UTF-8"'
     assert "there are" not in answer.text
 
 
 @pytest.mark.parametrize("header", ["Basic", "Basic !!!", "Bearer dm9kcG9sbGVyOnBhc3N3b3Jk", "Basic \xff", "x" * 4000])
-def test_a_header_that_is_not_a_password_is_a_wrong_one(shown, client, header):
+def test_an_invalid_authorization_header_is_a_wrong_password(shown, client, header):
     shown.password = PASSWORD
     assert client.get("/metrics", Authorization=header).status == 401
 
 
 @pytest.mark.parametrize("password", [PASSWORD, "пароль из слов", "with:colons:in it"])
-def test_with_the_password_all_is_told(shown, client, password):
+def test_with_the_password_all_paths_answer(shown, client, password):
     shown.password = password
     answers = {path: client.get(path, password=f"vodpoller:{password}").status for path in PATHS}
     assert answers == dict.fromkeys(PATHS, 200)
@@ -108,7 +108,7 @@ def test_other_paths_are_not_found(client, path):
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/nothing"])
-def test_every_answer_forbids_what_it_does_not_need(client, path):
+def test_every_answer_has_strict_security_headers(client, path):
     headers = client.get(path).headers
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
     assert "script" not in headers["Content-Security-Policy"]
@@ -120,11 +120,11 @@ def test_every_answer_forbids_what_it_does_not_need(client, path):
     assert "Server" not in headers
 
 
-# --- what is answered -------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_overdue_thread_and_only_that_is_ill_health(shown, client):
-    shown.report = lambda: 1 / 0  # the disk, VOD and sinks have nothing to do with it
+def test_only_an_overdue_thread_makes_healthz_fail(shown, client):
+    shown.report = lambda: 1 / 0  # the state of disk, VOD and sinks does not count
     assert client.get("/healthz").status == 200
     shown.overdue = {"puller main": 31.0}
     answer = client.get("/healthz")
@@ -132,13 +132,13 @@ def test_an_overdue_thread_and_only_that_is_ill_health(shown, client):
     assert client.get("/readyz").status == 200
 
 
-def test_it_is_ready_only_while_it_pulls(shown, client):
+def test_readyz_succeeds_only_while_the_daemon_is_ready(shown, client):
     assert client.get("/readyz").status == 200
     shown.is_ready = False
     assert (client.get("/readyz").status, client.get("/healthz").status) == (503, 200)
 
 
-def test_between_two_builds_only_the_probes_tell_something(shown):
+def test_between_two_builds_only_healthz_answers(shown):
     builds = []
     with running_listener(shown, current=lambda: builds[-1] if builds else None) as client:
         assert [client.get(path).status for path in PATHS] == [503, 503, 503, 200, 503]
@@ -155,7 +155,7 @@ def test_the_status_is_that_of_the_command(shown, client):
     assert json.loads(answer.body) == json.loads(json.dumps(shown.status.as_json()))
 
 
-def test_an_error_is_told_to_the_log_and_not_to_the_client(shown, client):
+def test_an_error_is_logged_and_not_shown_to_the_client(shown, client):
     shown.report = lambda: {}["missing"]
     for _ in range(3):
         answer = client.get("/status.json")
@@ -164,11 +164,11 @@ def test_an_error_is_told_to_the_log_and_not_to_the_client(shown, client):
     assert (line["task"], type(line["exc_info"])) == ("listener", KeyError)
 
 
-def test_a_disk_that_hangs_holds_up_neither_probes_nor_metrics(shown, client):
-    released, asked = threading.Event(), []
+def test_a_hanging_disk_delays_neither_probes_nor_metrics(shown, client):
+    released, reports = threading.Event(), []
 
     def hang():
-        asked.append(1)
+        reports.append(1)
         assert released.wait(20)
         return shown.status.as_json()
 
@@ -176,7 +176,7 @@ def test_a_disk_that_hangs_holds_up_neither_probes_nor_metrics(shown, client):
     hanging = [threading.Thread(target=client.get, args=("/status.json",)) for _ in range(2)]
     for thread in hanging:
         thread.start()
-    until(lambda: len(asked) == 2)
+    until(lambda: len(reports) == 2)
     try:
         assert [client.get(path).status for path in ("/", "/status.json")] == [503, 503]
         assert [client.get(path).status for path in (*PROBES, "/metrics")] == [200, 200, 200]
@@ -188,11 +188,11 @@ def test_a_disk_that_hangs_holds_up_neither_probes_nor_metrics(shown, client):
     assert client.get("/status.json").status == 200
 
 
-# --- what clients can do to it ----------------------------------------------------------------------------------------
+# --- clients that misbehave -------------------------------------------------------------------------------------------
 
 
 def answer_on(connection):
-    """All that comes until the other side closes."""
+    """All bytes that arrive until the other side closes."""
     received = b""
     while chunk := connection.recv(65536):
         received += chunk
@@ -211,7 +211,7 @@ def test_a_head_beyond_the_limit_ends_the_connection(client):
         b"Content-Length: %d\r\n\r\n" % BODY_MAX_BYTES,
         b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % BODY_MAX_BYTES + b"x" * BODY_MAX_BYTES,
     ],
-    ids=["told", "chunked"],
+    ids=["declared", "chunked"],
 )
 def test_a_body_beyond_the_limit_ends_the_connection(client, head):
     with closing(client.connect()) as connection:
@@ -222,7 +222,7 @@ def test_a_body_beyond_the_limit_ends_the_connection(client, head):
 @pytest.mark.parametrize(
     "request_line", [b"nonsense\r\n\r\n", b"GET /healthz\r\n\r\n\x00", b"\x16\x03\x01\x02\x00\r\n\r\n"]
 )
-def test_what_is_not_a_request_leaves_the_listener_as_it_was(client, request_line):
+def test_an_invalid_request_does_not_harm_the_listener(client, request_line):
     with closing(client.connect()) as connection:
         connection.sendall(request_line)
         connection.recv(65536)
@@ -232,7 +232,7 @@ def test_what_is_not_a_request_leaves_the_listener_as_it_was(client, request_lin
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /healthz HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx"]
 )
-def test_a_connection_that_trickles_ends_with_its_time(shown, sent):
+def test_a_slow_connection_is_closed_at_its_time_limit(shown, sent):
     with running_listener(shown, connection_secs=0.3) as client, closing(client.connect()) as connection:
         connection.sendall(sent)
         connection.settimeout(0.05)
@@ -251,7 +251,7 @@ def test_a_connection_that_trickles_ends_with_its_time(shown, sent):
 
 
 class Trickling(threading.Thread):
-    """Clients that never come to the end of what they send."""
+    """Clients that send slowly and never finish."""
 
     def __init__(self, connections, piece):
         super().__init__()
@@ -268,7 +268,7 @@ class Trickling(threading.Thread):
                     continue
 
 
-def test_clients_that_trickle_keep_no_other_request_waiting(client):
+def test_slow_clients_do_not_delay_other_requests(client):
     with ExitStack() as stack:
         heads = [stack.enter_context(closing(client.connect())) for _ in range(40)]
         bodies = [stack.enter_context(closing(client.connect())) for _ in range(10)]
@@ -286,10 +286,10 @@ def test_clients_that_trickle_keep_no_other_request_waiting(client):
                 thread.join(20)
 
 
-# --- where it listens -------------------------------------------------------------------------------------------------
+# --- addresses --------------------------------------------------------------------------------------------------------
 
 
-def test_an_address_in_use_is_told_once_and_tried_again(shown, monkeypatch):
+def test_an_address_in_use_is_logged_once_and_tried_again(shown, monkeypatch):
     monkeypatch.setattr("vodpoller.listener.server.RETRY_SECS", 0.02)
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
@@ -304,7 +304,7 @@ def test_an_address_in_use_is_told_once_and_tried_again(shown, monkeypatch):
         listener.close()
 
 
-def test_a_system_without_threads_has_no_listener_and_goes_on(shown, monkeypatch):
+def test_a_listener_whose_thread_cannot_start_is_only_logged(shown, monkeypatch):
     def start(thread):
         raise RuntimeError("can't start new thread")
 
@@ -316,7 +316,7 @@ def test_a_system_without_threads_has_no_listener_and_goes_on(shown, monkeypatch
     assert line["error_message"] == "can't start new thread"
 
 
-def test_a_closed_listener_leaves_its_address_to_others(shown):
+def test_a_closed_listener_frees_its_address(shown):
     with running_listener(shown) as client, closing(client.connect()):
         assert client.get("/healthz").status == 200
     socket.create_server(("127.0.0.1", client.port)).close()
@@ -333,7 +333,7 @@ def test_a_closed_listener_leaves_no_descriptor_open(shown):
     assert descriptors() == before
 
 
-def test_it_listens_at_addresses_of_ipv6_too():
+def test_it_listens_on_ipv6_addresses_too():
     try:
         sock = listen("[::1]:0")
     except OSError as error:

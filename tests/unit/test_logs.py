@@ -27,7 +27,7 @@ SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
 
 @pytest.fixture
 def restored_logging():
-    """What `make_logger` sets for the whole process is undone."""
+    """Restore what `make_logger` sets for the whole process."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     with warnings.catch_warnings():
@@ -70,7 +70,7 @@ def journald_stream_of(stream):
 # --- the form of a line -----------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_one_json_object_that_begins_with_what_every_line_has(output):
+def test_a_line_is_a_json_object_that_begins_with_common_fields(output):
     output.logger().info("event.settled", source="main", sinks={"a": "delivered"}, duration_secs=0.5, confirmed=True)
     (line,) = output.lines
     assert list(line)[:3] == ["timestamp", "level", "event"]
@@ -88,7 +88,7 @@ def test_a_line_is_one_json_object_that_begins_with_what_every_line_has(output):
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
-def test_what_is_below_the_level_is_not_written(output, level):
+def test_lines_below_the_level_are_not_written(output, level):
     log = output.logger(level=level)
     every = ["debug", "info", "warning", "error"]
     for name in every:
@@ -125,7 +125,7 @@ def test_an_exception_is_a_field_with_its_traceback(output):
         (ValueError("why"), "why"),
     ],
 )
-def test_a_value_that_json_readers_do_not_hold_changes_no_other_field(output, value, written):
+def test_a_value_that_json_cannot_hold_changes_no_other_field(output, value, written):
     output.logger().info("event.settled", source="main", attempt=1, value=value)
     (line,) = output.lines
     assert (line["level"], line["event"], line["source"], line["attempt"]) == ("info", "event.settled", "main", 1)
@@ -148,7 +148,7 @@ nasty = st.recursive(
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), nasty, max_size=30), st.booleans())
-def test_whatever_is_logged_a_line_is_json_and_no_longer_than_a_line_may_be(fields, has_error):
+def test_any_fields_make_one_json_line_within_the_limit(fields, has_error):
     reserved = {"event", "level", "timestamp", "exc_info", "exception", "stack_info"}
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -168,7 +168,7 @@ def test_whatever_is_logged_a_line_is_json_and_no_longer_than_a_line_may_be(fiel
     assert (read["level"], read["event"]) == ("info", "event.settled")
 
 
-def test_a_line_of_very_many_fields_keeps_what_it_is_about(output):
+def test_a_line_with_very_many_fields_keeps_event_and_source(output):
     output.logger().info("event.settled", source="main", **{f"field_{number}" * 20: "x" * 500 for number in range(500)})
     assert len(output.bytes) <= LINE_MAX_BYTES
     (line,) = output.lines
@@ -191,7 +191,7 @@ def test_a_line_that_fits_is_not_cut(output):
     assert "truncated" not in line
 
 
-# --- what a terminal gets ---------------------------------------------------------------------------------------------
+# --- terminal output --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,14 +208,14 @@ def test_a_line_that_fits_is_not_cut(output):
         ("\U000e0041", "\\udb40\\udc41"),
     ],
 )
-def test_what_a_terminal_would_obey_is_shown_instead(text, shown):
+def test_control_characters_are_shown_as_escapes(text, shown):
     assert printable(text) == shown
 
 
 @pytest.mark.parametrize(
     "text", ["", "two\nlines\tand a tab", "视频 ünïcode ✓", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\\u001b"]
 )
-def test_what_can_be_printed_stays(text):
+def test_printable_text_stays_unchanged(text):
     assert printable(text) == text
 
 
@@ -228,7 +228,7 @@ def test_a_json_document_means_the_same_when_it_is_made_printable(text):
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
 @pytest.mark.parametrize("character", ["\x1b", "\x9b", "\x7f", "\u202e", "\u2066", "\r", "\n"])
-def test_no_line_of_the_log_tells_a_terminal_what_to_do(output, log_format, character):
+def test_no_log_line_holds_control_characters(output, log_format, character):
     output.logger(log_format=log_format).info("event.settled", error_message=f"a{character}b", more=[character])
     assert character not in output.bytes.decode().removesuffix("\n")
 
@@ -276,7 +276,7 @@ def test_a_secret_that_json_escapes_is_found(output, secret):
     assert output.lines[0]["error_message"] == "it is [secret]!"
 
 
-def test_no_half_of_a_secret_is_left_where_a_line_is_cut(output):
+def test_a_line_that_is_cut_shows_no_part_of_a_secret(output):
     log = output.logger(secrets=lambda: [SECRET])
     for before in range(0, 200, 3):
         log.info("event.settled", error_message="y" * before + SECRET * 1000)
@@ -301,7 +301,7 @@ def test_a_secret_of_less_than_8_characters_is_not_looked_for(output, log_format
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
 @pytest.mark.parametrize("secret", ["duration_secs", "settlement", "event.settled", "timestamp"])
-def test_names_of_fields_and_events_are_left_alone(output, log_format, secret):
+def test_a_secret_does_not_change_names_of_fields_and_events(output, log_format, secret):
     log = output.logger(log_format=log_format, secrets=lambda: [secret])
     log.info("event.settled", settlement="confirm", duration_secs=0.5, timestamps=2, error_message=f"it is {secret}!")
     for name in (b"duration_secs", b"settlement", b"event.settled", b"timestamp"):
@@ -318,7 +318,7 @@ def test_a_secret_in_a_value_of_any_kind_is_hidden(output, value):
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_short_secrets_make_no_line_longer_than_a_line_may_be(output, log_format):
+def test_short_secrets_make_no_line_longer_than_the_limit(output, log_format):
     log = output.logger(log_format=log_format, secrets=lambda: ["x"])
     log.info("event.settled", error_message="x" * 15_000)
     assert len(output.bytes) <= LINE_MAX_BYTES
@@ -336,7 +336,7 @@ def test_a_secret_that_changes_is_hidden_from_then_on(output):
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_lines_have_their_priority_where_the_stream_is_the_journal(output, log_format):
+def test_lines_have_a_priority_if_the_stream_is_journald(output, log_format):
     log = output.logger(log_format=log_format, journald_stream=journald_stream_of(output.stream))
     for level in ("debug", "info", "warning", "error"):
         getattr(log, level)("daemon.started")
@@ -344,21 +344,21 @@ def test_lines_have_their_priority_where_the_stream_is_the_journal(output, log_f
 
 
 @pytest.mark.parametrize("journald_stream", ["", "0:0", "nonsense", "8:1"])
-def test_lines_have_no_priority_where_it_is_not(output, journald_stream):
+def test_lines_have_no_priority_on_any_other_stream(output, journald_stream):
     output.logger(journald_stream=journald_stream).info("daemon.started")
     assert output.bytes.startswith(b"{")
 
 
-def test_a_stream_without_a_descriptor_is_no_journal(restored_logging):
+def test_a_stream_without_a_descriptor_is_not_journald(restored_logging):
     stream = StringIO()
     make_logger(stream, log_format="json", journald_stream="8:1").info("daemon.started")
     assert stream.getvalue().startswith("{")
 
 
-# --- where lines go ---------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_went_away_does_not_stop_anything(restored_logging):
+def test_a_closed_pipe_raises_no_error(restored_logging):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stream:
@@ -399,7 +399,7 @@ def test_a_pipe_that_takes_a_piece_at_a_time_gets_the_whole_line():
     assert b"".join(received) == (b"x" * 16_000 + b"\n") * 20
 
 
-# --- nothing reads ----------------------------------------------------------------------------------------------------
+# --- without a reader -------------------------------------------------------------------------------------------------
 
 
 def pipe_pair():
@@ -414,7 +414,7 @@ def socket_pair():
 
 
 def read_lines(fd, *, until_event):
-    """What is in the pipe and comes into it, up to a line of this event: parsed, so each line is a whole one."""
+    """Read and parse lines from the pipe up to the first one of this event. Fails if a line is not whole."""
     data, found = b"", []
     while not found or found[-1]["event"] != until_event:
         data += os.read(fd, 1 << 16)
@@ -426,7 +426,7 @@ def read_lines(fd, *, until_event):
 
 @pytest.fixture(params=[pipe_pair, socket_pair])
 def unread(request, restored_logging):
-    """A logger whose reader does not read: (the logger, what is to be read, what is written)."""
+    """A logger on a pipe or socket that nothing reads: (logger, descriptor to read, descriptor to write)."""
     reading, writing = request.param()
     with os.fdopen(writing, "w") as stream:
         yield make_logger(stream, level="debug", log_format="json"), reading, writing
@@ -434,22 +434,22 @@ def unread(request, restored_logging):
 
 
 def fill(log, number, size):
-    took = []
+    durations = []
     for turn in range(number):
         began = time.monotonic()
         log.info("event.settled", turn=turn, text="x" * size)
-        took.append(time.monotonic() - began)
-    return took
+        durations.append(time.monotonic() - began)
+    return durations
 
 
 @pytest.mark.parametrize("size", [300, 9000])
-def test_without_a_reader_a_line_waits_once_then_lines_are_dropped_at_once(unread, size):
+def test_without_a_reader_one_line_waits_and_others_are_dropped(unread, size):
     log, reading, _ = unread
-    took = fill(log, 1500, size)
-    slow = [secs for secs in took if secs > 0.5]
+    durations = fill(log, 1500, size)
+    slow = [secs for secs in durations if secs > 0.5]
     assert len(slow) == 1
     assert slow[0] < 5
-    assert sum(took) < 10
+    assert sum(durations) < 10
 
     found = read_lines(reading, until_event="log.dropped")
     dropped = found[-1]["dropped_lines"]
@@ -459,7 +459,7 @@ def test_without_a_reader_a_line_waits_once_then_lines_are_dropped_at_once(unrea
     assert read_lines(reading, until_event="daemon.stopped")[-1]["event"] == "daemon.stopped"
 
 
-def test_lines_of_many_threads_stay_whole_although_the_reader_stops_and_goes(unread):
+def test_lines_of_many_threads_stay_whole_while_others_are_dropped(unread):
     log, reading, _ = unread
     threads = [threading.Thread(target=fill, args=(log, 400, 700)) for _ in range(3)]
     for thread in threads:
@@ -471,14 +471,14 @@ def test_lines_of_many_threads_stay_whole_although_the_reader_stops_and_goes(unr
     assert len(settled) - 1 + settled[-1]["dropped_lines"] == 1201
 
 
-def test_the_descriptor_that_others_share_stays_as_it_was(unread):
+def test_a_shared_descriptor_stays_blocking(unread):
     log, _, writing = unread
     fill(log, 3, 10)
     assert os.get_blocking(writing)
 
 
 @pytest.mark.parametrize("trouble", ["reader gone", "no reader yet"])
-def test_what_a_named_pipe_could_not_take_is_told_to_its_next_reader(tmp_path, restored_logging, trouble):
+def test_a_named_pipe_reports_dropped_lines_to_its_next_reader(tmp_path, restored_logging, trouble):
     os.mkfifo(tmp_path / "fifo")
     reading = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     with (tmp_path / "fifo").open("w") as stream:
@@ -526,7 +526,7 @@ def test_a_library_s_exception_is_in_its_line(output):
     assert "ValueError: invalid" in output.lines[0]["exception"]
 
 
-def test_a_library_that_misuses_logging_is_heard_all_the_same(output, capsys):
+def test_a_wrong_logging_call_of_a_library_is_still_logged(output, capsys):
     output.logger()
     record = logging.LogRecord("some.lib", logging.ERROR, "path", 1, "%d and %d", ("one",), None)
     logging.getLogger().handlers[-1].emit(record)
@@ -534,14 +534,14 @@ def test_a_library_that_misuses_logging_is_heard_all_the_same(output, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_level_of_a_library_s_own_is_no_problem(output):
+def test_a_custom_level_of_a_library_is_logged_as_info(output):
     output.logger()
     logging.addLevelName(35, "NOTICE")
     logging.getLogger("some.lib").log(35, "look")
     assert [(line["level"], line["message"]) for line in output.lines] == [("info", "look")]
 
 
-def test_a_second_logger_takes_the_place_of_the_first_for_libraries(output):
+def test_a_second_logger_replaces_the_first_for_libraries(output):
     output.logger()
     output.logger()
     logging.getLogger("some.lib").error("once")
@@ -556,22 +556,22 @@ def repeats(log, clock):
     return Repeats(log, window_secs=300.0, monotonic=clock)
 
 
-def test_the_same_cause_is_said_once_then_counted(repeats, lines, clock):
-    said = [repeats.say("warning", "pull.failed", cause="down", attempt=number) for number in range(5)]
-    assert said == [True, False, False, False, False]
+def test_the_same_cause_is_logged_once_then_counted(repeats, lines, clock):
+    written = [repeats.say("warning", "pull.failed", cause="down", attempt=number) for number in range(5)]
+    assert written == [True, False, False, False, False]
     assert lines == [{"event": "pull.failed", "level": "warning", "attempt": 0}]
     clock.advance(300)
     repeats.say("warning", "pull.failed", cause="down", attempt=9)
     assert lines[1:] == [{"event": "pull.failed", "level": "warning", "attempt": 9, "suppressed_lines": 4}]
 
 
-def test_another_cause_is_said(repeats, lines):
+def test_another_cause_is_logged(repeats, lines):
     repeats.say("warning", "pull.failed", cause="a")
     repeats.say("error", "pull.failed", cause="b")
     assert [line["level"] for line in lines] == ["warning", "error"]
 
 
-def test_what_is_over_is_said_anew_and_its_count_is_told(repeats, lines):
+def test_a_forgotten_cause_returns_its_count_and_is_logged_again(repeats, lines):
     for cause in ("a 1", "a 1", "a 1", "a 2", "b"):
         repeats.say("warning", "pull.failed", cause=cause)
     assert repeats.forget("a") == 2
@@ -582,7 +582,7 @@ def test_what_is_over_is_said_anew_and_its_count_is_told(repeats, lines):
 
 
 @pytest.mark.long
-def test_causes_without_end_do_not_fill_the_memory(repeats, lines):
+def test_very_many_causes_do_not_fill_the_memory(repeats, lines):
     tracemalloc.start()
     try:
         for number in range(20_000):
@@ -594,7 +594,7 @@ def test_causes_without_end_do_not_fill_the_memory(repeats, lines):
     assert kept_bytes < 1_000_000
 
 
-def test_causes_of_megabytes_do_not_fill_the_memory(repeats, lines):
+def test_very_long_causes_do_not_fill_the_memory(repeats, lines):
     tracemalloc.start()
     try:
         for number in range(20):
@@ -609,7 +609,7 @@ def test_causes_of_megabytes_do_not_fill_the_memory(repeats, lines):
     assert repeats.forget("sink ") == 20
 
 
-def test_many_threads_say_it_once(lines, log):
+def test_many_threads_log_the_same_cause_once(lines, log):
     repeats = Repeats(log)
     threads = [
         threading.Thread(target=repeats.say, args=("warning", "pull.failed"), kwargs={"cause": "x"}) for _ in range(20)
@@ -628,7 +628,7 @@ METHODS = {"debug", "info", "warning", "error", "critical", "exception"}
 
 
 def logged_names():
-    """Every event that our code logs: (name or None where it is not a literal, where)."""
+    """Every log call of our code: (name of the event, or None if it is not a literal; place)."""
     root = Path(vodpoller.__file__).parent
     for path in sorted(root.rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -646,29 +646,29 @@ def _literal(node):
 
 
 def test_every_event_that_is_logged_is_in_the_catalogue():
-    strangers = [(name, place) for name, place in logged_names() if name not in CATALOGUE]
-    assert strangers == []
+    unknown = [(name, place) for name, place in logged_names() if name not in CATALOGUE]
+    assert unknown == []
 
 
 def test_every_event_of_the_catalogue_is_logged():
-    said_otherwise = {"library.logged", "log.dropped"}
-    assert set(CATALOGUE) - {name for name, _ in logged_names()} - said_otherwise == set()
+    logged_elsewhere = {"library.logged", "log.dropped"}
+    assert set(CATALOGUE) - {name for name, _ in logged_names()} - logged_elsewhere == set()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_names_are_a_noun_and_what_became_of_it(name):
+def test_names_are_two_words_joined_by_a_dot(name):
     assert re.fullmatch(r"[a-z]+\.[a-z]+", name)
     assert CATALOGUE[name]
 
 
-def test_the_doubles_of_these_tests_log_as_the_logger_does():
+def test_the_test_logger_logs_as_the_real_one_does():
     lines = []
     log_into(lines, level="info").debug("daemon.started")
     log_into(lines).info("daemon.started", source="main")
     assert named(lines, "daemon.started") == [{"event": "daemon.started", "level": "info", "source": "main"}]
 
 
-# --- what belongs together --------------------------------------------------------------------------------------------
+# --- the lines of a batch ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -676,11 +676,11 @@ def pipe(restored_logging):
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with open(writing, "w", encoding="utf-8") as stream:  # noqa: PTH123 - a descriptor
-        yield stream, lambda: _read_what_is_there(reading)
+        yield stream, lambda: _read_available(reading)
     os.close(reading)
 
 
-def _read_what_is_there(fd):
+def _read_available(fd):
     try:
         return os.read(fd, 1 << 20)
     except BlockingIOError:
@@ -699,7 +699,7 @@ def test_the_lines_of_a_batch_are_written_in_one_write(pipe, monkeypatch):
     assert {json.loads(line)["event"] for line in data.splitlines()} == {"event.settled"}
 
 
-def test_each_line_of_a_batch_is_cleared_and_cut_on_its_own(pipe):
+def test_each_line_of_a_batch_is_redacted_and_cut_separately(pipe):
     stream, read = pipe
     log = make_logger(stream, log_format="json", secrets=lambda: ["a long secret"])
     Telemetry(log).scope().settled([{"why": "a long secret"}, {"why": "x" * 20_000}, {"why": "a word"}])

@@ -1,4 +1,4 @@
-"""`/metrics`: exactly the names and labels that are promised, all of them from the start, and what they say."""
+"""`/metrics`: exactly the promised names and labels, all of them from the start, with the right values."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from vodpoller.telemetry import Count, Duration, Gauge
 
 PAGE = Path(__file__).parents[2] / "vodpoller" / "listener" / "README.md"
 
-# "Metrics" in INTERFACES, without those of credentials and callbacks.
+# The labels of each metric, in the order of the table in the listener's README.
 PROMISED = {
     "build_info": "version python",
     "config_last_reload_successful": "",
@@ -65,7 +65,7 @@ def scraped(shown, **headers):
 
 
 def samples(shown):
-    """By name, the value of each label set; histograms by the name without the ending of a sample."""
+    """The value of each label set, by the name of the sample without the prefix `vodpoller_`."""
     found = defaultdict(dict)
     for family in text_string_to_metric_families(scraped(shown).text):
         for sample in family.samples:
@@ -79,7 +79,7 @@ def of(**labels):
 
 @pytest.fixture
 def shown():
-    """Everything that can be known is known, so that every metric has a sample."""
+    """A view in which every value is known, so that every metric has a sample."""
     shown = Shown(clock_offset_secs=-0.5)
     shown.change(
         stored=[StoredStatus(sink="hook", state="pending", events=3, oldest_at=NOW - 60)],
@@ -132,7 +132,7 @@ def test_the_page_has_a_row_for_each_metric():
         ("leases_expired_total", "", 1),
     ],
 )
-def test_every_label_set_is_there_before_anything_happened(name, labels, number):
+def test_every_label_set_exists_from_the_start(name, labels, number):
     found = samples(Shown())[name]
     assert set(found.values()) == {0.0}
     assert len(found) == number
@@ -157,13 +157,13 @@ def test_the_kinds_of_failed_pulls_are_those_that_are_promised():
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_what_is_not_known_is_absent(shown, known):
+def test_an_unknown_value_has_no_sample(shown, known):
     found = samples(shown if known else Shown())
     for name in ("queue_events", "clock_offset_seconds", "pending_oldest_timestamp_seconds"):
         assert bool(found[name]) is known
 
 
-def test_what_was_counted_is_told(shown):
+def test_counted_values_are_exported(shown):
     scope = shown.telemetry.scope()
     scope.count(Count.EVENTS_SETTLED, 7, source="main", settlement="store", reason="sink_down")
     scope.count(Count.DEAD_LETTERS_CREATED, 2, sink="(none)", reason="malformed")
@@ -182,7 +182,7 @@ def test_what_was_counted_is_told(shown):
     assert found["event_settle_duration_seconds_sum"][of(source="main")] == pytest.approx(0.48)
 
 
-def test_what_the_status_says_is_told(shown):
+def test_values_of_the_status_are_exported(shown):
     shown.change(
         sources=[SourceStatus(name="main"), SourceStatus(name="other", last_pull_at=NOW, pulls_in_flight=4)],
         sinks=[SinkStatus(name="hook", down_since=NOW, queued=9, queue_max_events=10)],
@@ -206,7 +206,7 @@ def test_what_the_status_says_is_told(shown):
     assert found["config_last_reload_success_timestamp_seconds"] == {of(): WELL.started_at}
 
 
-def test_a_reload_that_failed_is_told(shown):
+def test_a_failed_reload_is_exported(shown):
     shown.change(reload=ReloadStatus(successful=False, last_success_at=NOW - 5))
     found = samples(shown)
     assert found["config_last_reload_successful"] == {of(): 0}
@@ -228,13 +228,13 @@ def test_the_client_chooses_the_format(shown, accept, content_type, end):
 
 
 @pytest.mark.system
-def test_prometheus_finds_nothing_wrong_with_the_metrics(shown):
+def test_promtool_accepts_the_metrics(shown):
     needs("promtool")
     text = scraped(shown).text
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_scrape_touches_no_disk(shown):
+def test_a_scrape_does_not_use_the_disk(shown):
     shown.report = lambda: 1 / 0
     assert scraped(shown).status == 200

@@ -1,4 +1,4 @@
-"""pyproject.toml and .ci/: what is declared is what is tested."""
+"""pyproject.toml and .ci/: the declared versions are the tested ones."""
 
 import re
 import runpy
@@ -42,19 +42,19 @@ def test_every_dependency_has_a_lower_bound_to_test_with(requirement):
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_the_tests_have_every_extra(extra):
+def test_the_test_extra_includes_every_other_extra(extra):
     (extras,) = re.findall(r"vodpoller\[([a-z,]+)\]", " ".join(PROJECT["optional-dependencies"]["test"]))
     assert extra in extras.split(",")
 
 
 @pytest.mark.parametrize("name", ["requests", "urllib3"])
-def test_what_has_private_methods_overridden_has_an_upper_bound(name):
+def test_a_library_with_overridden_private_methods_is_bounded_above(name):
     (requirement,) = [words for words in PROJECT["dependencies"] if words.startswith(name)]
     assert requirement.endswith(",<3")
 
 
 @pytest.mark.parametrize("name", ["ruff", "mypy", "import-linter", "types-requests", "types-jmespath"])
-def test_what_judges_the_code_is_pinned(name):
+def test_the_tools_that_check_the_code_are_pinned(name):
     (requirement,) = [words for words in PROJECT["optional-dependencies"]["dev"] if words.startswith(name)]
     assert requirement.startswith(f"{name}==")
 

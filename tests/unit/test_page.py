@@ -1,4 +1,4 @@
-"""The status page: what it shows, and that what comes from events, receivers and VOD is text there and nothing else."""
+"""The status page: what it shows; and text of events, receivers and VOD never becomes markup."""
 
 import re
 import time
@@ -23,7 +23,7 @@ IDS = ["script", "turned", "nul", "long"]
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: its elements, and its text."""
+    """A page as a browser reads it: its elements and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -94,11 +94,11 @@ def settle(shown, **changes):
     shown.telemetry.remember(time.time(), [{**fields, **changes}])
 
 
-# --- what is hostile --------------------------------------------------------------------------------------------------
+# --- hostile text -----------------------------------------------------------------------------------------------------
 
 
 def is_harmless(page, hostile):
-    """Nothing of it became part of the page, and it is shown as the characters that it is made of."""
+    """Check that no markup came from the text. Returns True if the page shows the text's characters."""
     assert not {tag for tag, _ in page.elements} & {"script", "img", "iframe", "object", "svg"}
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert not re.search("[\x00-\x08\x0b-\x1f\u200e\u200f\u202a-\u202e\u2066-\u2069]", page.text)
@@ -107,13 +107,13 @@ def is_harmless(page, hostile):
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=IDS)
 @pytest.mark.parametrize("name", ["event_type", "task_id", "file_id", "confirm_error_code"])
-def test_what_an_event_says_is_text(shown, name, hostile):
+def test_fields_of_an_event_are_shown_as_text(shown, name, hostile):
     settle(shown, **{name: hostile, "confirmed": False})
     assert is_harmless(page_of(shown), hostile)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=IDS)
-def test_what_a_receiver_and_vod_say_is_text(shown, hostile):
+def test_errors_of_receivers_and_vod_are_shown_as_text(shown, hostile):
     shown.change(
         sources=[
             SourceStatus(
@@ -132,7 +132,7 @@ def test_what_a_receiver_and_vod_say_is_text(shown, hostile):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=IDS)
-def test_what_is_stored_is_text(shown, hostile):
+def test_stored_events_are_shown_as_text(shown, hostile):
     shown.password = "the password"
     hostile_event = event(1, event_type=hostile, FileUploadEvent={"FileId": hostile, "TaskId": hostile})
     store(shown, letter(1, event=hostile_event, error=hostile))
@@ -143,12 +143,12 @@ def test_what_is_stored_is_text(shown, hostile):
 @pytest.mark.parametrize(
     "hostile", ["%3Cscript%3Ealert(1)%3C/script%3E", "%22%20onfocus=alert(1)%20x=", "%00%E2%80%AE"]
 )
-def test_what_a_link_asks_for_is_text(shown, name, hostile):
+def test_query_parameters_are_shown_as_text(shown, name, hostile):
     store(shown, letter(1))
     assert is_harmless(page_of(shown, f"?{name}={hostile}"), "")
 
 
-def test_a_secret_that_others_repeat_is_hidden(shown):
+def test_a_secret_in_a_text_of_others_is_hidden(shown):
     shown.password = "the password"
     store(shown, letter(1, error=f"no: {shown.secret}"))
     settle(shown, file_id=shown.secret)
@@ -161,7 +161,7 @@ def test_a_secret_that_others_repeat_is_hidden(shown):
 # --- what it shows ----------------------------------------------------------------------------------------------------
 
 
-def test_all_well_says_so(shown):
+def test_without_problems_the_page_says_that_events_flow(shown):
     page = page_of(shown)
     assert "Events flow" in page.text
     assert "Problems" not in page.text
@@ -169,7 +169,7 @@ def test_all_well_says_so(shown):
     assert {"http-equiv": "refresh", "content": "10"} in page.all("meta")
 
 
-def test_a_page_can_stay_as_it_is(shown):
+def test_the_refresh_can_be_switched_off(shown):
     assert "refresh" not in str(page_of(shown, "?refresh=off").all("meta"))
 
 
@@ -197,7 +197,7 @@ def test_a_source_of_callbacks_shows_its_connections(shown):
     assert "none: VOD sends them" in page.text
 
 
-def test_a_backlog_that_vod_does_not_tell_is_not_known(shown):
+def test_an_unknown_backlog_is_shown_as_not_known(shown):
     assert "not known" in page_of(shown).text
 
 
@@ -216,7 +216,7 @@ def test_a_sink_shows_what_waits_for_it(shown):
     assert "gone not configured" in text
 
 
-def test_rates_are_those_of_the_last_time(shown):
+def test_rates_are_those_of_the_recent_past(shown):
     scope = shown.telemetry.scope()
     scope.count(Count.SINK_ATTEMPTS, 1_000_000, sink="hook", result="accepted")
     scope.measure(Duration.SINK_DELIVERY, (("sink", "hook"),), 0.2, 100)
@@ -224,7 +224,7 @@ def test_rates_are_those_of_the_last_time(shown):
     assert re.search(r"up last success .*? ago [\d,.]{5,} /s 2\d\d ms", text)
 
 
-def test_the_last_events_are_there_with_their_reasons(shown):
+def test_the_last_events_are_shown_with_their_reasons(shown):
     settle(shown, settlement="store", reason="sink_down", sinks={"hook": {"outcome": "failed", "reason": "sink_down"}})
     settle(shown, settlement="leave", reason="no_route", sinks={}, confirmed=False, confirm_result="not_allowed")
     text = page_of(shown).text
@@ -233,7 +233,7 @@ def test_the_last_events_are_there_with_their_reasons(shown):
     )
 
 
-def test_an_event_without_a_confirm_says_so(shown):
+def test_an_event_without_a_confirm_is_shown_as_not_tried(shown):
     settle(shown, settlement="leave", reason="journal_full")
     shown.telemetry.recent()[0][1].pop("confirm_result")
     assert "not tried" in page_of(shown).text
@@ -252,7 +252,7 @@ def test_a_dead_letter_shows_its_error_and_the_command_for_it(shown):
 
 
 @pytest.mark.parametrize("password", ["", "the password"])
-def test_bodies_are_shown_only_behind_a_password(shown, password):
+def test_bodies_are_shown_only_if_there_is_a_password(shown, password):
     shown.password = password
     store(shown, letter(7))
     text = page_of(shown, password=password or None).text
@@ -272,7 +272,7 @@ def test_bodies_are_shown_only_behind_a_password(shown, password):
         ("", [1, 2, 3], ""),
     ],
 )
-def test_filters_are_those_of_the_command_and_it_is_shown(shown, query, ids, options):
+def test_filters_are_those_of_the_command_which_is_shown(shown, query, ids, options):
     store(
         shown,
         letter(1),
@@ -295,27 +295,27 @@ def test_filters_are_those_of_the_command_and_it_is_shown(shown, query, ids, opt
         ("?sink=%00", "sink has characters that cannot be printed"),
     ],
 )
-def test_a_filter_that_cannot_be_is_told(shown, query, words):
+def test_an_impossible_filter_is_reported(shown, query, words):
     store(shown, letter(1))
     text = page_of(shown, query).text
     assert words in text
     assert "deadletters purge" not in text
 
 
-def test_of_many_the_first_are_shown(shown):
+def test_only_the_first_stored_events_are_shown(shown):
     store(shown, *(letter(number) for number in range(40)))
     text = page_of(shown).text
     assert text.count("1 attempt") + text.count("0 attempts") == 25
     assert "These are the first" in text
 
 
-def test_a_search_that_takes_long_is_given_up_in_time(shown, monkeypatch):
+def test_a_long_search_ends_at_its_time_limit(shown, monkeypatch):
     monkeypatch.setattr("vodpoller.listener.stored.SEARCH_SECS", -1.0)
     store(shown, letter(1), letter(2))
     assert "None among those that were looked at in time" in page_of(shown, "?file_id=999").text
 
 
-def test_a_journal_that_cannot_be_read_leaves_the_rest(shown):
+def test_an_unreadable_journal_does_not_hide_the_other_parts(shown):
     shown.journal_path.write_bytes(b"this is not a database, but it is long enough to look at")
     page = page_of(shown)
     assert "Events flow" in page.text

@@ -11,7 +11,7 @@ CALL_SECS = 5.0
 
 
 class Receiver:
-    """Notes when requests reach it, each at some moment of its call; calls begin as soon as they may."""
+    """Records when requests reach it, each at some moment of its call; a call begins as soon as it is allowed."""
 
     def __init__(self, max_per_minute, threads):
         self.max_per_minute = max_per_minute
@@ -21,7 +21,7 @@ class Receiver:
         self.restart()
 
     def restart(self):
-        """The calls that run end with their process."""
+        """Start a new process: the running calls end with the old one."""
         self.ends = []
         self.spacing = Spacing(max_per_minute=self.max_per_minute, call_secs=CALL_SECS, monotonic=self.clock)
 
@@ -39,8 +39,8 @@ class Receiver:
             self.spacing.end()
         self.clock.now = max(self.clock(), at)
 
-    def most_in_a_minute(self):
-        # Floats: what is exactly 60 s apart may seem a little less.
+    def maximum_in_a_minute(self):
+        # Because of rounding, a distance of exactly 60 s may appear slightly shorter.
         return max(sum(at <= other < at + 60 - 1e-6 for other in self.arrivals) for at in self.arrivals)
 
 
@@ -51,16 +51,16 @@ calls = st.tuples(
 
 
 @given(st.integers(1, 8), st.integers(1, 4), st.lists(calls, min_size=1, max_size=60))
-def test_no_60_seconds_have_more_arrivals_whatever_calls_take(max_per_minute, threads, calls):
+def test_no_60_seconds_have_more_arrivals_than_max_per_minute(max_per_minute, threads, calls):
     receiver = Receiver(max_per_minute, threads)
     for lasts, arrives, idle_secs, restarts in calls:
         if restarts:
             receiver.restart()
         receiver.call(lasts, arrives, idle_secs)
-    assert receiver.most_in_a_minute() <= max_per_minute
+    assert receiver.maximum_in_a_minute() <= max_per_minute
 
 
-def test_calls_that_are_quick_come_evenly():
+def test_short_calls_are_evenly_spaced():
     receiver = Receiver(20, 4)
     for _ in range(100):
         receiver.call(0.0, 0.0, 0.0)
@@ -68,7 +68,7 @@ def test_calls_that_are_quick_come_evenly():
     assert gaps == pytest.approx([3.0] * 99)
 
 
-def test_a_call_that_lasts_longer_than_a_minute_takes_one_turn():
+def test_a_call_longer_than_a_minute_takes_only_one_slot():
     clock = FakeClock()
     spacing = Spacing(max_per_minute=2, call_secs=1.0, monotonic=clock)
     clock.advance(600.0)
@@ -83,7 +83,7 @@ def test_a_call_that_lasts_longer_than_a_minute_takes_one_turn():
     assert len(begun) == 10
 
 
-def test_without_a_limit_nothing_is_held():
+def test_without_a_limit_no_call_is_delayed():
     pause = Pause(max_per_minute=None, call_secs=5.0, monotonic=FakeClock())
     pause.begin()
     pause.end()

@@ -62,20 +62,20 @@ class Bench:
     def store(self, *numbers, sink="it"):
         self.journal.store([Letter(event=event(n), sink=sink, dead=False, reason="sink_failed") for n in numbers])
 
-    def go(self):
-        """What happens every second, and what comes of it."""
+    def tick(self):
+        """Run what upkeep runs every second, and wait for the results."""
         self.journal.flush()
         submitted = self.retrier.submit_due()
-        self.settle()
+        self.finish_deliveries()
         return submitted
 
-    def settle(self):
-        """All that is under way comes to its end, and that is written."""
-        self.land()
+    def finish_deliveries(self):
+        """Wait until all deliveries have ended, and write the results."""
+        self.await_deliveries()
         self.journal.flush()
 
-    def land(self):
-        """All that is under way comes to its end."""
+    def await_deliveries(self):
+        """Wait until all deliveries have ended."""
 
         def is_idle():
             self.retrier.write_results(0)
@@ -104,44 +104,44 @@ def bench(tmp_path, log):
     bench.close()
 
 
-def test_nothing_is_submitted_where_nothing_is_stored(bench):
-    assert bench.go() == 0
+def test_nothing_is_submitted_if_nothing_is_stored(bench):
+    assert bench.tick() == 0
 
 
-def test_a_journal_that_cannot_be_read_is_asked_again_later(bench, monkeypatch):
+def test_an_unreadable_journal_is_read_again_later(bench, monkeypatch):
     def broken(*_):
         raise StorageError("the journal cannot be written: database is locked")
 
     bench.store(1)
     with monkeypatch.context() as patched:
         patched.setattr(bench.journal, "claim_due", broken)
-        assert bench.go() == 0
+        assert bench.tick() == 0
     assert bench.rows("state") == [("pending",)]
-    assert bench.go() == 1
+    assert bench.tick() == 1
     assert bench.known(1) is Known.ACCEPTED
 
 
-def test_due_rows_are_delivered_once_and_gone(bench, lines):
+def test_due_rows_are_delivered_once_and_deleted(bench, lines):
     bench.store(1, 2)
     bench.wall.advance(60)
-    assert bench.go() == 2
-    assert bench.go() == 0
+    assert bench.tick() == 2
+    assert bench.tick() == 0
     assert sorted(bench.sink.accepted) == sorted([event(1).key, event(2).key])
     assert bench.known(1) is Known.ACCEPTED
     assert bench.journal.counts() == {}
-    said = named(lines, "pending.delivered")
-    assert [(line["sink"], line["attempts"], line["age_secs"]) for line in said] == [("it", 1, 60.0)] * 2
+    delivered_lines = named(lines, "pending.delivered")
+    assert [(line["sink"], line["attempts"], line["age_secs"]) for line in delivered_lines] == [("it", 1, 60.0)] * 2
     assert bench.retrier.delivered == 2
 
 
-def test_a_row_that_is_skipped_is_gone_and_said_to_be(bench, lines):
+def test_a_skipped_row_is_deleted_and_logged_as_skipped(bench, lines):
     bench.store(1)
 
     def skip(event):
         raise SkippedError("nothing to send")
 
     bench.sink.examined = skip
-    assert bench.go() == 1
+    assert bench.tick() == 1
     assert bench.known(1) is Known.ACCEPTED
     assert bench.journal.counts() == {}
     assert bench.sink.calls == []
@@ -155,16 +155,16 @@ def test_a_row_that_is_rejected_unsent_becomes_a_dead_letter(bench, lines):
         raise RejectedError("sinks.it.body: it cannot be evaluated")
 
     bench.sink.examined = reject
-    assert bench.go() == 1
+    assert bench.tick() == 1
     assert bench.known(1) is Known.DEAD
     assert bench.sink.calls == []
     assert "cannot be evaluated" in named(lines, "event.dead")[0]["error_message"]
 
 
-def test_rows_of_other_sinks_and_dead_rows_are_left_alone(bench):
+def test_rows_of_other_sinks_and_dead_rows_are_not_submitted(bench):
     bench.store(1, sink="gone")
     bench.journal.store([Letter(event=event(2), sink="it", dead=True, reason="rejected")])
-    assert bench.go() == 0
+    assert bench.tick() == 0
     assert len(bench.journal.counts()) == 2
 
 
@@ -174,8 +174,8 @@ def test_a_row_that_fails_backs_off_and_is_finally_given_up(bench, lines):
     stored_at, waits, age = bench.wall(), [], 0.0
     while age < GIVE_UP_SECS:
         bench.wall.now = stored_at + age
-        assert bench.go() == 1
-        assert bench.go() == 0
+        assert bench.tick() == 1
+        assert bench.tick() == 0
         ((state, due_at),) = bench.rows("state, due_at")
         assert state == "pending"
         waits.append(due_at - bench.wall())
@@ -185,78 +185,78 @@ def test_a_row_that_fails_backs_off_and_is_finally_given_up(bench, lines):
     assert all(wait <= 900 for wait in waits)
     assert bench.rows("attempts, error") == [(12, "still down")]
     bench.wall.now = stored_at + GIVE_UP_SECS
-    assert bench.go() == 1
+    assert bench.tick() == 1
     assert bench.rows("state, reason, attempts, error") == [("dead", "gave_up", 13, "still down")]
     assert named(lines, "event.dead")[0]["reason"] == "gave_up"
-    assert bench.go() == 0
+    assert bench.tick() == 0
 
 
-def test_a_row_that_is_rejected_is_buried(bench, lines):
+def test_a_rejected_row_becomes_a_dead_letter(bench, lines):
     bench.store(1)
     bench.sink.fail_always(RejectedError("no such tenant"))
-    bench.go()
+    bench.tick()
     assert bench.rows("state, reason, error") == [("dead", "rejected", "no such tenant")]
     (line,) = named(lines, "event.dead")
     assert (line["level"], line["sink"], line["error_message"]) == ("error", "it", "no such tenant")
     assert bench.known(1) is Known.DEAD
 
 
-def test_a_rejection_that_finds_the_breaker_open_buries_nothing(bench):
+def test_a_rejection_with_an_open_breaker_makes_no_dead_letter(bench):
     bench.store(*range(6))
     bench.sink.fail_always(RejectedError("404 to everything"))
-    bench.go()
+    bench.tick()
     bench.monotonic.advance(1.0)
     bench.wall.advance(5)
-    bench.go()
+    bench.tick()
     assert bench.journal.counts() == {("it", "dead"): 3, ("it", "pending"): 3}
 
 
 def test_retry_after_is_honoured(bench):
     bench.store(1)
     bench.sink.fail_always(TransientError("busy", retry_after_secs=700.0))
-    bench.go()
+    bench.tick()
     assert bench.rows("due_at") == [(bench.wall() + 700.0,)]
 
 
-def test_an_open_breaker_is_not_hammered(bench):
+def test_a_sink_with_an_open_breaker_gets_only_probes(bench):
     bench.store(*range(10))
     bench.sink.fail_always(TransientError("down"))
-    bench.go()
+    bench.tick()
     assert bench.worker.is_open
     before = len(bench.sink.calls)
     bench.wall.advance(1000)
     for _ in range(20):
-        assert bench.go() == 0
+        assert bench.tick() == 0
     assert len(bench.sink.calls) == before
     bench.monotonic.advance(1.0)
-    bench.go()
-    bench.go()
+    bench.tick()
+    bench.tick()
     assert len(bench.sink.calls) == before + 1
 
 
-def test_probes_take_turns_among_the_stored_events(bench):
+def test_probes_alternate_between_the_stored_events(bench):
     bench.store(*range(6))
     bench.sink.fail_always(TransientError("down"))
-    bench.go()
+    bench.tick()
     probed = len(bench.sink.calls)
     for _ in range(4):
         bench.monotonic.advance(40.0)
         bench.wall.advance(2000.0)
-        bench.go()
+        bench.tick()
     tried = [call[0] for call in bench.sink.calls[probed:]]
     assert len(tried) == 4
     assert all(first != second for first, second in pairwise(tried))
 
 
-def test_everything_goes_out_once_the_sink_is_back(bench):
+def test_all_stored_events_are_delivered_when_the_sink_is_back(bench):
     bench.store(*range(30))
     bench.sink.fail_always(TransientError("down"))
-    bench.go()
+    bench.tick()
     bench.sink.behaviour = lambda events: None
     for _ in range(12):
         bench.monotonic.advance(40.0)
         bench.wall.advance(1000.0)
-        bench.go()
+        bench.tick()
     assert bench.journal.counts() == {}
     assert sorted(bench.sink.accepted) == sorted(event(number).key for number in range(30))
 
@@ -269,7 +269,7 @@ def test_rows_whose_delivery_still_runs_are_not_submitted_twice(bench):
     bench.wall.advance(1000)
     assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
     bench.sink.gate.set()
-    bench.settle()
+    bench.finish_deliveries()
     assert len(bench.sink.calls) == 1
 
 
@@ -280,10 +280,10 @@ def test_a_row_whose_event_a_puller_is_delivering_is_not_submitted(bench):
         assert bench.sink.calls == []
 
 
-def test_a_row_whose_event_was_accepted_meanwhile_is_dropped_without_a_delivery(bench):
+def test_a_row_that_was_accepted_meanwhile_is_deleted_undelivered(bench):
     bench.store(1)
     bench.journal.accept("it", [event(1).key], None)
-    assert bench.go() == 0
+    assert bench.tick() == 0
     assert bench.journal.counts() == {}
     assert bench.sink.calls == []
 
@@ -295,10 +295,10 @@ def test_nothing_is_submitted_while_the_journal_cannot_be_read(bench, monkeypatc
     bench.store(1)
     with monkeypatch.context() as patched:
         patched.setattr(bench.journal, "known", unreadable)
-        assert bench.go() == 0
+        assert bench.tick() == 0
     assert bench.sink.calls == []
     bench.wall.advance(2)
-    assert bench.go() == 1
+    assert bench.tick() == 1
     assert bench.journal.counts() == {}
 
 
@@ -311,10 +311,10 @@ def test_nothing_is_delivered_while_the_journal_cannot_be_written(bench, monkeyp
         bench.retrier.run(0.05)
     assert bench.sink.calls == []
     bench.journal.flush()
-    assert bench.go() == 2
+    assert bench.tick() == 2
 
 
-def test_calls_that_hang_keep_no_stored_event_from_idle_threads(bench):
+def test_hanging_calls_do_not_block_idle_threads(bench):
     sink = MemorySink(concurrency=16)
     held, over = threading.Semaphore(12), threading.Event()
     sink.behaviour = lambda _events: over.wait(30) if held.acquire(blocking=False) else None
@@ -331,16 +331,16 @@ def test_calls_that_hang_keep_no_stored_event_from_idle_threads(bench):
         retrier.stop()
 
 
-def test_half_of_the_queue_is_left_for_fresh_events(bench):
+def test_half_of_the_queue_is_left_for_new_events(bench):
     bench.sink.gate.clear()
     bench.store(*range(50))
     assert bench.retrier.submit_due() == 10
     bench.sink.gate.set()
-    bench.settle()
+    bench.finish_deliveries()
 
 
 class CannotBegin:
-    """A connection that begins no transaction."""
+    """A connection on which `BEGIN` fails."""
 
     def __init__(self, error):
         self._error = error
@@ -350,13 +350,13 @@ class CannotBegin:
             raise self._error
 
 
-def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch):
+def test_an_event_whose_outcome_is_not_written_is_tried_again(bench, monkeypatch):
     bench.store(1)
     bench.sink.fail_with(TransientError("down"))
     with monkeypatch.context() as patched:
         patched.setattr(bench.journal.commits, "db", CannotBegin(ValueError("neither now nor later")))
-        bench.go()
-    assert bench.go() == 1
+        bench.tick()
+    assert bench.tick() == 1
     assert bench.journal.counts() == {}
 
 
@@ -365,7 +365,7 @@ def test_an_outcome_that_cannot_be_written_is_found_out_again(bench, monkeypatch
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
 @pytest.mark.parametrize("where", ["claim", "known", "submit", "queued"])
-def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench, monkeypatch, where, error):
+def test_an_error_before_the_worker_does_not_block_the_next_try(bench, monkeypatch, where, error):
     def broken(*args):
         raise error
 
@@ -376,8 +376,8 @@ def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench,
         patched.setattr(place, where, broken)
         with pytest.raises(type(error)):
             bench.retrier.submit_due()
-    bench.settle()
-    bench.go()  # they are due still: nothing was written of them
+    bench.finish_deliveries()
+    bench.tick()  # they are still due: nothing was written about them
     assert bench.journal.counts() == {}
     assert sorted(bench.sink.accepted) == sorted(event(number).key for number in range(5))
 
@@ -387,9 +387,7 @@ def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench,
     ("failing", "answer"),
     [("reschedule", TransientError("down")), ("bury", RejectedError("no")), ("age", TransientError("down"))],
 )
-def test_an_error_in_writing_down_what_came_of_a_row_keeps_it_from_no_next_try(
-    bench, monkeypatch, failing, answer, error
-):
+def test_an_error_in_writing_a_result_does_not_block_the_next_try(bench, monkeypatch, failing, answer, error):
     def broken(*args, **more):
         raise error
 
@@ -402,19 +400,19 @@ def test_an_error_in_writing_down_what_came_of_a_row_keeps_it_from_no_next_try(
             patched.setattr(bench.retrier, "_monotonic", broken)
             bench.sink.gate.set()
             with pytest.raises(type(error)):
-                bench.settle()
+                bench.finish_deliveries()
         else:
             patched.setattr(bench.journal, failing, broken)
             with pytest.raises(type(error)):
-                bench.go()
+                bench.tick()
     bench.monotonic.advance(60)
     bench.wall.advance(60)
-    bench.go()
+    bench.tick()
     assert bench.sink.accepted == [event(1).key]
 
 
 @pytest.mark.parametrize("secs", [30.0, GIVE_UP_SECS])
-def test_a_row_goes_on_ageing_while_it_is_delivered(bench, secs, lines):
+def test_a_row_ages_while_it_is_delivered(bench, secs, lines):
     bench.store(1)
     bench.sink.fail_with(TransientError("down"))
     bench.sink.gate.clear()
@@ -422,40 +420,40 @@ def test_a_row_goes_on_ageing_while_it_is_delivered(bench, secs, lines):
     assert bench.retrier.submit_due() == 1
     bench.monotonic.advance(secs)
     bench.sink.gate.set()
-    bench.settle()
+    bench.finish_deliveries()
     assert bench.known(1) is (Known.DEAD if secs == GIVE_UP_SECS else Known.PENDING)
     bench.monotonic.advance(60)
     bench.wall.advance(1000)
     if secs < GIVE_UP_SECS:
-        bench.go()
+        bench.tick()
         assert named(lines, "pending.delivered")[0]["age_secs"] == 1060.0
 
 
 @pytest.mark.parametrize("answer", [TransientError("down"), TransientError("busy", retry_after_secs=700.0)])
-def test_a_row_is_not_tried_again_before_what_came_of_it_is_written(bench, answer):
+def test_a_row_is_not_tried_again_before_its_result_is_written(bench, answer):
     bench.store(1)
     bench.sink.fail_always(answer)
     assert bench.retrier.submit_due() == 1
-    bench.land()
+    bench.await_deliveries()
     assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
     bench.journal.flush()
     assert [bench.retrier.submit_due() for _ in range(3)] == [0, 0, 0]
     bench.monotonic.advance(1000)
     bench.wall.advance(1000)
-    assert bench.go() == 1
+    assert bench.tick() == 1
     assert len(bench.sink.calls) == 2
 
 
-def test_a_dead_letter_is_said_only_if_it_is_written(bench, monkeypatch, lines):
+def test_a_dead_letter_is_logged_only_if_it_is_written(bench, monkeypatch, lines):
     bench.store(1)
     bench.sink.fail_always(RejectedError("no such tenant"))
     with monkeypatch.context() as patched:
         patched.setattr(bench.journal.commits, "db", CannotBegin(sqlite3.OperationalError("disk is full")))
-        bench.go()
+        bench.tick()
     assert named(lines, "event.dead") == []
     assert bench.known(1) is Known.PENDING
     bench.wall.advance(1000)
-    bench.go()
+    bench.tick()
     assert len(named(lines, "event.dead")) == 1
 
 
@@ -463,7 +461,7 @@ def test_a_dead_letter_is_said_only_if_it_is_written(bench, monkeypatch, lines):
 
 
 class CountedConnection:
-    """The connection that writes, with the number of its transactions."""
+    """The connection that writes; it counts its transactions."""
 
     def __init__(self, connection):
         self._connection = connection
@@ -478,20 +476,20 @@ class CountedConnection:
 
 
 def fails_some(events):
-    """The first three events: taken, rejected, failed; and so on."""
+    """Accept, reject and fail in turn, by the remainder of the FileId divided by 3."""
     number = int(events[0].content["FileUploadEvent"]["FileId"]) % 3
     if number:
         raise RejectedError("no") if number == 1 else TransientError("down")
 
 
-def test_more_than_the_queue_holds_is_delivered_without_a_lap_between_portions(bench):
+def test_more_events_than_the_queue_holds_are_delivered_in_one_run(bench):
     bench.store(*range(100))
     assert bench.retrier.run(60) is False
     assert len(bench.sink.accepted) == 100
     assert bench.journal.counts() == {}
 
 
-def test_stored_events_go_out_in_the_order_in_which_they_are_due(bench):
+def test_stored_events_are_delivered_in_the_order_of_due_times(bench):
     for number in (3, 1, 4, 0, 2):
         bench.wall.advance(1)
         bench.store(number)
@@ -502,7 +500,7 @@ def test_stored_events_go_out_in_the_order_in_which_they_are_due(bench):
     assert bench.sink.accepted == [event(number).key for number in (3, 1, 4, 0, 2, *range(10, 70))]
 
 
-def test_what_is_delivered_while_others_come_is_written_in_one_transaction(bench):
+def test_gathered_results_are_written_in_one_transaction(bench):
     counted = bench.journal.commits.db = CountedConnection(bench.journal.commits.db)
     bench.retrier = bench.retrier_that_gathers(60)
     bench.store(*range(9))
@@ -512,7 +510,7 @@ def test_what_is_delivered_while_others_come_is_written_in_one_transaction(bench
     assert len(bench.sink.accepted) == 9
 
 
-def test_an_event_is_under_way_until_what_came_of_it_is_written(bench):
+def test_an_event_stays_in_flight_until_its_result_is_written(bench):
     bench.store(1)
     bench.retrier.submit_due()
     until(lambda: bench.retrier.results)
@@ -526,7 +524,7 @@ def test_an_event_is_under_way_until_what_came_of_it_is_written(bench):
     assert len(bench.sink.calls) == 1
 
 
-def test_a_portion_that_finds_the_disk_full_loses_and_repeats_nothing(bench, monkeypatch, lines):
+def test_a_full_disk_neither_loses_nor_repeats_events(bench, monkeypatch, lines):
     bench.retrier = bench.retrier_that_gathers(60)
     bench.store(0, 1, 2)
     bench.sink.behaviour = fails_some
@@ -536,7 +534,7 @@ def test_a_portion_that_finds_the_disk_full_loses_and_repeats_nothing(bench, mon
         assert [bench.known(number) for number in (0, 1, 2)] == [Known.ACCEPTED, Known.PENDING, Known.PENDING]
         assert not bench.journal.is_writable
         assert len(bench.sink.calls) == 3
-        # What failed is held until that can be written; what was rejected is due.
+        # The failed event stays claimed until that can be written; the rejected one is due.
         (due,) = bench.journal.claim_due("it", 9)
         assert due.event == event(1)
         bench.journal.release([due])
@@ -547,7 +545,7 @@ def test_a_portion_that_finds_the_disk_full_loses_and_repeats_nothing(bench, mon
     assert named(lines, "event.dead") == []
 
 
-def test_a_sink_that_hangs_keeps_no_other_from_its_stored_events(bench):
+def test_a_hanging_sink_does_not_delay_stored_events_of_others(bench):
     hanging = MemorySink()
     hanging.gate.clear()
     worker = bench.worker_of("hangs", hanging)
@@ -572,7 +570,7 @@ def test_a_sink_that_hangs_keeps_no_other_from_its_stored_events(bench):
         assert worker.join(10)
 
 
-def test_a_stop_writes_what_was_handed_back_and_leaves_the_rest_pending(bench):
+def test_a_stop_writes_results_and_leaves_other_events_pending(bench):
     bench.store(*range(30))
     bench.sink.gate.clear()
     bench.retrier.submit_due()
@@ -588,7 +586,7 @@ def test_a_stop_writes_what_was_handed_back_and_leaves_the_rest_pending(bench):
     assert bench.retrier.submit_due() == 0
 
 
-def test_a_stop_ends_a_run_that_waits_for_a_sink_that_hangs(bench):
+def test_a_stop_ends_a_run_that_waits_for_a_hanging_sink(bench):
     bench.store(1)
     bench.sink.gate.clear()
     running = threading.Thread(target=bench.retrier.run, args=(600,))

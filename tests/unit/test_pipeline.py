@@ -55,7 +55,7 @@ LEAVES = Source(unrouted="leave")
 
 
 class FakeVod:
-    """Confirms, and remembers what; or fails as a test says."""
+    """Records the handles that it confirms, or raises the error that the test sets."""
 
     def __init__(self):
         self.confirmed = []
@@ -73,7 +73,7 @@ class FakeVod:
         return "r-confirm"
 
 
-class Line:
+class Bench:
     """A whole pipeline on a real journal, with real workers and sinks in memory."""
 
     def __init__(self, tmp_path, log, sinks=("a", "b")):
@@ -159,14 +159,14 @@ class Line:
 
 
 @pytest.fixture
-def line(tmp_path, log):
-    line = Line(tmp_path, log)
-    yield line
-    line.close()
+def bench(tmp_path, log):
+    bench = Bench(tmp_path, log)
+    yield bench
+    bench.close()
 
 
-def one(line, number=1, **more):
-    return line.process((f"h{number}", event(number)), **more)
+def one(bench, number=1, **more):
+    return bench.process((f"h{number}", event(number)), **more)
 
 
 def settled(lines):
@@ -187,32 +187,32 @@ OTHER = make_event({"EventType": "Unheard", "E": {"TaskId": "t-1"}}, source="mai
 # --- unrouted, malformed, where ---------------------------------------------------------------------------------------
 
 
-def test_events_that_are_left_and_take_much_of_the_quota_are_an_error(line, lines):
-    line.requests_per_sec = 0.1  # 96 events a minute
-    of_each_minute = [8, 12, 1]
-    for number in of_each_minute:
-        line.process(*[(f"h{index}", event(index, event_type="Unheard")) for index in range(number)], source=LEAVES)
-        line.ahead_secs += 60.0
-    (said,) = [it for it in named(lines, "event.left") if it["level"] == "error"]
-    assert said["quota_share"] == pytest.approx(12 / 96, abs=0.02)
-    assert "route them, or set unrouted" in said["hint"]
+def test_left_events_that_use_much_of_the_quota_are_an_error(bench, lines):
+    bench.requests_per_sec = 0.1  # 96 events per minute
+    left_per_minute = [8, 12, 1]
+    for number in left_per_minute:
+        bench.process(*[(f"h{index}", event(index, event_type="Unheard")) for index in range(number)], source=LEAVES)
+        bench.ahead_secs += 60.0
+    (logged,) = [it for it in named(lines, "event.left") if it["level"] == "error"]
+    assert logged["quota_share"] == pytest.approx(12 / 96, abs=0.02)
+    assert "route them, or set unrouted" in logged["hint"]
 
 
-def test_dropped_events_that_a_route_seems_to_mean_are_said_once(line, lines):
-    line.routes = [Route(sinks=("a",), event_types=("NewFileUplod",))]
+def test_a_route_that_may_be_misspelled_is_logged_once(bench, lines):
+    bench.routes = [Route(sinks=("a",), event_types=("NewFileUplod",))]
     for number in range(3):
-        assert line.process(("h", event(number)), source=Source(unrouted="confirm")) == ["h"]
-    (said,) = named(lines, "config.warning")
-    assert "takes 'NewFileUplod': is that a misspelling?" in said["message"]
+        assert bench.process(("h", event(number)), source=Source(unrouted="confirm")) == ["h"]
+    (logged,) = named(lines, "config.warning")
+    assert "takes 'NewFileUplod': is that a misspelling?" in logged["message"]
 
 
-def test_what_there_is_room_for_is_stored_and_its_batch_mate_is_left(line, monkeypatch):
+def test_only_events_without_room_in_the_journal_are_left(bench, monkeypatch):
     def full(letters):
         raise JournalFullError("max_bytes", refused=[event(1).key])
 
-    monkeypatch.setattr(line.journal, "store", full)
-    line.sinks["a"].fail_always(RejectedError("no"))
-    assert line.process(("h1", event(1)), ("h2", event(2))) == ["h2"]
+    monkeypatch.setattr(bench.journal, "store", full)
+    bench.sinks["a"].fail_always(RejectedError("no"))
+    assert bench.process(("h1", event(1)), ("h2", event(2))) == ["h2"]
 
 
 @pytest.mark.parametrize(
@@ -224,18 +224,18 @@ def test_what_there_is_room_for_is_stored_and_its_batch_mate_is_left(line, monke
         (None, ["h"], {("", "dead"): 1}),
     ],
 )
-def test_an_event_that_no_route_takes_goes_where_its_source_says(line, lines, unrouted, confirmed, counts):
+def test_an_event_without_a_route_is_settled_as_unrouted_says(bench, lines, unrouted, confirmed, counts):
     for _ in range(3):
-        assert line.process(("h", OTHER), source=Source(unrouted=unrouted)) == confirmed
-    assert line.journal.counts() == counts
+        assert bench.process(("h", OTHER), source=Source(unrouted=unrouted)) == confirmed
+    assert bench.journal.counts() == counts
     assert len(named(lines, "event.left")) == (unrouted == "leave")
     assert not named(lines, "config.warning")
     assert bool(named(lines, "event.dead")) == bool(counts)
 
 
-def test_an_unrouted_event_costs_its_batch_mates_nothing(line):
-    assert line.process(("h", OTHER), ("h1", event(1)), source=Source(unrouted="leave")) == ["h1"]
-    assert line.known(1, "a") is Known.ACCEPTED
+def test_an_unrouted_event_does_not_affect_others_of_its_batch(bench):
+    assert bench.process(("h", OTHER), ("h1", event(1)), source=Source(unrouted="leave")) == ["h1"]
+    assert bench.known(1, "a") is Known.ACCEPTED
 
 
 def malformed(handle="hm"):
@@ -245,25 +245,23 @@ def malformed(handle="hm"):
 @pytest.mark.parametrize(
     ("on_failure", "confirmed", "counts"), [("store", ["h1", "hm"], {("", "dead"): 1}), ("leave", ["h1"], {})]
 )
-def test_a_malformed_event_is_a_dead_letter_and_costs_its_batch_mates_nothing(
-    line, lines, on_failure, confirmed, counts
-):
-    assert line.process(("h1", event(1)), malformed=[malformed()], source=Source(on_failure=on_failure)) == confirmed
-    assert line.journal.counts() == counts
+def test_a_malformed_event_follows_on_failure_and_affects_no_other(bench, lines, on_failure, confirmed, counts):
+    assert bench.process(("h1", event(1)), malformed=[malformed()], source=Source(on_failure=on_failure)) == confirmed
+    assert bench.journal.counts() == counts
     assert named(lines, "event.malformed")[0]["has_handle"] is True
 
 
-def test_of_a_malformed_event_without_a_handle_there_is_a_line(line, lines):
-    assert line.process(("h1", event(1)), malformed=[malformed(None)]) == ["h1"]
-    assert line.journal.counts() == {}
+def test_a_malformed_event_without_a_handle_is_only_logged(bench, lines):
+    assert bench.process(("h1", event(1)), malformed=[malformed(None)]) == ["h1"]
+    assert bench.journal.counts() == {}
     assert named(lines, "event.malformed")[0]["has_handle"] is False
 
 
-def test_a_where_that_fails_rejects_the_event_at_its_sink_and_not_at_the_others(line, lines):
-    line.routes = [Route(sinks=("a",), where="length(Missing)"), Route(sinks=("b",))]
-    assert one(line) == ["h1"]
-    assert line.known(1, "a") is Known.DEAD
-    assert line.known(1, "b") is Known.ACCEPTED
+def test_a_failing_where_rejects_the_event_only_at_its_own_sink(bench, lines):
+    bench.routes = [Route(sinks=("a",), where="length(Missing)"), Route(sinks=("b",))]
+    assert one(bench) == ["h1"]
+    assert bench.known(1, "a") is Known.DEAD
+    assert bench.known(1, "b") is Known.ACCEPTED
     assert settled(lines) == [("store", "rejected", True, {"a": "rejected", "b": "delivered"})]
     assert "`where` cannot be evaluated" in named(lines, "event.dead")[0]["error_message"]
 
@@ -271,144 +269,144 @@ def test_a_where_that_fails_rejects_the_event_at_its_sink_and_not_at_the_others(
 # --- delivering -------------------------------------------------------------------------------------------------------
 
 
-def test_one_dead_sink_of_two_keeps_nothing_from_the_other(line, lines):
-    line.sinks["a"].fail_always(RejectedError("no"))
-    assert line.process(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
-    assert [line.known(number, "a") for number in (1, 2)] == [Known.DEAD] * 2
-    assert [line.known(number, "b") for number in (1, 2)] == [Known.ACCEPTED] * 2
+def test_a_sink_that_rejects_everything_does_not_affect_the_other(bench, lines):
+    bench.sinks["a"].fail_always(RejectedError("no"))
+    assert bench.process(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
+    assert [bench.known(number, "a") for number in (1, 2)] == [Known.DEAD] * 2
+    assert [bench.known(number, "b") for number in (1, 2)] == [Known.ACCEPTED] * 2
     assert settled(lines) == [("store", "rejected", True, {"a": "rejected", "b": "delivered"})] * 2
 
 
-def test_what_every_sink_accepted_is_confirmed_and_not_stored(line, lines):
-    assert line.process(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
-    assert line.journal.counts() == {}
+def test_an_event_that_all_sinks_accepted_is_confirmed_not_stored(bench, lines):
+    assert bench.process(("h1", event(1)), ("h2", event(2))) == ["h1", "h2"]
+    assert bench.journal.counts() == {}
     assert settled(lines) == [("confirm", "delivered", True, {"a": "delivered", "b": "delivered"})] * 2
 
 
-def test_nothing_is_confirmed_before_the_ledger_holds_it(line):
+def test_nothing_is_confirmed_before_the_ledger_holds_it(bench):
     then = []
-    line.vod.at_confirm = lambda: then.extend(line.known(1, sink) for sink in line.sinks)
-    one(line)
+    bench.vod.at_confirm = lambda: then.extend(bench.known(1, sink) for sink in bench.sinks)
+    one(bench)
     assert then == [Known.ACCEPTED] * 2
 
 
-def test_nothing_is_confirmed_before_what_a_sink_lacks_is_stored(line):
+def test_nothing_is_confirmed_before_rejected_pairs_are_stored(bench):
     then = []
-    line.sinks["a"].fail_always(RejectedError("no"))
-    line.vod.at_confirm = lambda: then.append(line.known(1, "a"))
-    one(line)
+    bench.sinks["a"].fail_always(RejectedError("no"))
+    bench.vod.at_confirm = lambda: then.append(bench.known(1, "a"))
+    one(bench)
     assert then == [Known.DEAD]
 
 
-def test_an_event_twice_in_a_batch_is_delivered_once_and_both_handles_are_confirmed(line):
-    assert line.process(("h1", event(1)), ("h2", event(1))) == ["h1", "h2"]
-    assert line.sinks["a"].accepted == [event(1).key]
+def test_an_event_twice_in_a_batch_is_delivered_once_confirmed_twice(bench):
+    assert bench.process(("h1", event(1)), ("h2", event(1))) == ["h1", "h2"]
+    assert bench.sinks["a"].accepted == [event(1).key]
 
 
-def test_a_sink_that_has_no_time_left_gets_nothing_and_the_event_is_stored(line):
-    line.sinks["a"].gate.clear()
-    assert one(line, lease_secs=5.01) == ["h1"]
-    assert line.known(1, "a") is Known.PENDING
+def test_an_event_without_time_left_for_its_sink_is_stored(bench):
+    bench.sinks["a"].gate.clear()
+    assert one(bench, lease_secs=5.01) == ["h1"]
+    assert bench.known(1, "a") is Known.PENDING
 
 
-def test_a_slow_sink_s_event_is_stored_and_confirmed_in_time_and_its_late_success_is_known(line, lines):
-    line.sinks["a"].gate.clear()
+def test_an_event_of_a_slow_sink_is_stored_until_its_late_success(bench, lines):
+    bench.sinks["a"].gate.clear()
     started = time.monotonic()
-    assert one(line, lease_secs=5.2) == ["h1"]
+    assert one(bench, lease_secs=5.2) == ["h1"]
     assert time.monotonic() - started < 4
-    assert line.known(1, "a") is Known.PENDING
-    assert line.journal.counts() == {("a", "pending"): 1}
-    line.sinks["a"].gate.set()
-    until(lambda: line.known(1, "a") is Known.ACCEPTED)
-    assert line.journal.counts() == {}
-    assert line.sinks["a"].accepted == [event(1).key]
+    assert bench.known(1, "a") is Known.PENDING
+    assert bench.journal.counts() == {("a", "pending"): 1}
+    bench.sinks["a"].gate.set()
+    until(lambda: bench.known(1, "a") is Known.ACCEPTED)
+    assert bench.journal.counts() == {}
+    assert bench.sinks["a"].accepted == [event(1).key]
     assert settled(lines) == [("store", "out_of_time", True, {"a": "out_of_time", "b": "delivered"})]
 
 
-def test_a_success_that_comes_while_the_event_is_being_stored_leaves_no_row(line, monkeypatch):
-    store, release = line.journal.store, line.sinks["a"].gate.set
-    line.sinks["a"].gate.clear()
+def test_a_success_while_the_event_is_being_stored_leaves_no_row(bench, monkeypatch):
+    store, release = bench.journal.store, bench.sinks["a"].gate.set
+    bench.sinks["a"].gate.clear()
 
     def late(letters):
         release()
-        until(lambda: len(line.in_flight) == 0)
+        until(lambda: len(bench.in_flight) == 0)
         store(letters)
 
-    monkeypatch.setattr(line.journal, "store", late)
-    assert one(line, lease_secs=5.1) == ["h1"]
-    assert line.known(1, "a") is Known.ACCEPTED
+    monkeypatch.setattr(bench.journal, "store", late)
+    assert one(bench, lease_secs=5.1) == ["h1"]
+    assert bench.known(1, "a") is Known.ACCEPTED
 
 
-def test_a_wait_that_a_sink_asked_for_is_stored_with_the_event(line):
-    line.sinks["a"].fail_always(TransientError("busy", retry_after_secs=600.0))
-    one(line)
-    assert line.rows("SELECT due_at - stored_at FROM letters") == [(600.0,)]
+def test_a_retry_after_is_stored_with_the_event(bench):
+    bench.sinks["a"].fail_always(TransientError("busy", retry_after_secs=600.0))
+    one(bench)
+    assert bench.rows("SELECT due_at - stored_at FROM letters") == [(600.0,)]
 
 
-def test_an_unforeseen_error_leaves_no_pair_on_its_way_for_ever(line, monkeypatch):
+def test_an_unexpected_error_leaves_no_pair_in_flight(bench, monkeypatch):
     def broken(deliveries):
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patched:
-        patched.setattr(line.workers["b"], "submit", broken)
+        patched.setattr(bench.workers["b"], "submit", broken)
         with pytest.raises(RuntimeError):
-            one(line)
-    until(lambda: len(line.in_flight) == 0)
-    assert line.vod.confirmed == []
-    assert one(line) == ["h1"]
-    assert line.known(1, "b") is Known.ACCEPTED
+            one(bench)
+    until(lambda: len(bench.in_flight) == 0)
+    assert bench.vod.confirmed == []
+    assert one(bench) == ["h1"]
+    assert bench.known(1, "b") is Known.ACCEPTED
 
 
 # --- redelivery -------------------------------------------------------------------------------------------------------
 
 
-def test_a_redelivered_event_goes_to_the_sinks_that_lack_it_only(line, lines):
-    line.sinks["b"].fail_with(RejectedError("no"))
-    one(line, source=Source(on_failure="leave"))
-    assert one(line, source=Source(on_failure="leave")) == ["h1"]
-    assert len(line.sinks["a"].calls) == 1
-    assert len(line.sinks["b"].calls) == 2
+def test_a_redelivered_event_goes_only_to_sinks_that_lack_it(bench, lines):
+    bench.sinks["b"].fail_with(RejectedError("no"))
+    one(bench, source=Source(on_failure="leave"))
+    assert one(bench, source=Source(on_failure="leave")) == ["h1"]
+    assert len(bench.sinks["a"].calls) == 1
+    assert len(bench.sinks["b"].calls) == 2
     assert [line["redelivered"] for line in named(lines, "event.settled")] == [False, True]
 
 
 @pytest.mark.parametrize("error", [TransientError("down", retry_after_secs=60.0), RejectedError("no")])
-def test_a_redelivered_event_that_is_stored_is_not_tried_again_but_confirmed(line, lines, error):
-    line.sinks["a"].fail_with(error)
-    line.vod.refusal = RefusedHandlesError("stale")
-    assert one(line) == []
-    counts = line.journal.counts()
-    line.vod.refusal = None
-    assert one(line) == ["h1"]
-    assert len(line.sinks["a"].calls) == 1
-    assert line.journal.counts() == counts
+def test_a_redelivered_stored_event_is_confirmed_and_not_retried(bench, lines, error):
+    bench.sinks["a"].fail_with(error)
+    bench.vod.refusal = RefusedHandlesError("stale")
+    assert one(bench) == []
+    counts = bench.journal.counts()
+    bench.vod.refusal = None
+    assert one(bench) == ["h1"]
+    assert len(bench.sinks["a"].calls) == 1
+    assert bench.journal.counts() == counts
     assert [line["confirmed"] for line in named(lines, "event.settled")] == [False, True]
 
 
-def test_an_event_whose_delivery_still_runs_joins_it(line, lines):
-    line.sinks["a"].gate.clear()
-    one(line, source=Source(on_failure="leave"), lease_secs=5.1)
-    assert line.vod.confirmed == []
+def test_an_event_whose_delivery_still_runs_joins_it(bench, lines):
+    bench.sinks["a"].gate.clear()
+    one(bench, source=Source(on_failure="leave"), lease_secs=5.1)
+    assert bench.vod.confirmed == []
     wait = DeliveryWait()
-    again = threading.Thread(target=one, args=(line,), kwargs={"source": Source(on_failure="leave"), "wait": wait})
+    again = threading.Thread(target=one, args=(bench,), kwargs={"source": Source(on_failure="leave"), "wait": wait})
     again.start()
     until(lambda: wait.is_waiting)
-    line.sinks["a"].gate.set()
+    bench.sinks["a"].gate.set()
     again.join(10)
-    assert line.vod.confirmed == ["h1"]
-    assert len(line.sinks["a"].calls) == 1
+    assert bench.vod.confirmed == ["h1"]
+    assert len(bench.sinks["a"].calls) == 1
     assert named(lines, "event.settled")[1]["redelivered"] is True
 
 
-def test_a_confirmed_event_may_come_again_later_as_a_new_one(line, monkeypatch):
-    one(line)
-    line.journal.flush()
+def test_a_confirmed_event_may_come_again_later_as_a_new_one(bench, monkeypatch):
+    one(bench)
+    bench.journal.flush()
     now = time.time()
-    monkeypatch.setattr(line.journal, "_wall", lambda: now + 601)
-    one(line)
-    assert len(line.sinks["a"].calls) == 2
+    monkeypatch.setattr(bench.journal, "_wall", lambda: now + 601)
+    one(bench)
+    assert len(bench.sinks["a"].calls) == 2
 
 
-# --- events without an id of their own --------------------------------------------------------------------------------
+# --- events without a task id -----------------------------------------------------------------------------------------
 
 CAST = make_event(
     {"EventType": "MediaCastStatusChanged", "MediaCastStatusChangedEvent": {"CastId": "c1", "Status": "Working"}},
@@ -418,23 +416,23 @@ CAST = make_event(
 
 
 @pytest.fixture
-def casts(line):
-    line.routes = [Route(sinks=("a", "b"), event_types=("MediaCastStatusChanged",))]
-    return line
+def casts(bench):
+    bench.routes = [Route(sinks=("a", "b"), event_types=("MediaCastStatusChanged",))]
+    return bench
 
 
-def test_equal_events_without_an_id_are_delivered_each(casts, lines):
+def test_equal_events_without_a_task_id_are_all_delivered(casts, lines):
     assert casts.process(("h1", CAST), ("h2", CAST)) == ["h1", "h2"]
     assert casts.process(("h3", CAST)) == ["h3"]
     accepted = casts.sinks["a"].accepted
     assert accepted == casts.sinks["b"].accepted
     assert len({*accepted, CAST.key}) == 4
-    said = named(lines, "event.settled")
-    assert [line["key"] for line in said] == [key.hex() for key in accepted]
-    assert [line["redelivered"] for line in said] == [False] * 3
+    logged = named(lines, "event.settled")
+    assert [line["key"] for line in logged] == [key.hex() for key in accepted]
+    assert [line["redelivered"] for line in logged] == [False] * 3
 
 
-def test_one_that_comes_again_goes_to_the_sinks_that_lack_it_under_its_key(casts, lines):
+def test_a_redelivered_occurrence_keeps_its_key(casts, lines):
     casts.sinks["b"].fail_with(RejectedError("no"))
     assert casts.process(("h1", CAST), source=Source(on_failure="leave")) == []
     casts.ahead_secs = 31.0
@@ -445,7 +443,7 @@ def test_one_that_comes_again_goes_to_the_sinks_that_lack_it_under_its_key(casts
     assert again["redelivered"] is True
 
 
-def test_one_whose_occurrence_cannot_be_written_is_left_and_its_batch_mates_are_not(casts, lines, monkeypatch):
+def test_only_events_whose_occurrence_is_not_written_are_left(casts, lines, monkeypatch):
     def unwritable(content_keys, pulled):
         raise StorageError("the disk is full")
 
@@ -462,14 +460,14 @@ def test_one_whose_occurrence_cannot_be_written_is_left_and_its_batch_mates_are_
 
 
 @pytest.mark.parametrize("unrouted", ["confirm", "leave"])
-def test_one_that_goes_nowhere_is_not_written_down(line, monkeypatch, unrouted):
-    monkeypatch.setattr(line.journal, "identify", None)
-    line.process(("h", CAST), source=Source(unrouted=unrouted))
+def test_an_event_without_a_sink_gets_no_occurrence(bench, monkeypatch, unrouted):
+    monkeypatch.setattr(bench.journal, "identify", None)
+    bench.process(("h", CAST), source=Source(unrouted=unrouted))
 
 
-def test_equal_malformed_events_are_a_dead_letter_each(line):
-    assert line.process(malformed=[malformed("h1"), malformed("h2")]) == ["h1", "h2"]
-    assert line.journal.counts() == {("", "dead"): 2}
+def test_equal_malformed_events_are_a_dead_letter_each(bench):
+    assert bench.process(malformed=[malformed("h1"), malformed("h2")]) == ["h1", "h2"]
+    assert bench.journal.counts() == {("", "dead"): 2}
 
 
 # --- when it cannot be stored -----------------------------------------------------------------------------------------
@@ -482,16 +480,14 @@ def test_equal_malformed_events_are_a_dead_letter_each(line):
         (JournalFullError("max_bytes", refused=[OTHER.key]), "journal_full"),
     ],
 )
-def test_what_the_journal_cannot_take_stays_with_vod_and_its_batch_mates_do_not(
-    line, lines, monkeypatch, error, reason
-):
+def test_only_an_event_that_cannot_be_stored_is_left(bench, lines, monkeypatch, error, reason):
     def broken(letters):
         raise error
 
-    monkeypatch.setattr(line.journal, "store", broken)
-    line.routes = [Route(sinks=("a",), event_types=("NewFileUpload",)), Route(sinks=("b",), event_types=("Unheard",))]
-    line.sinks["b"].fail_always(RejectedError("no"))
-    assert line.process(("h1", event(1)), ("h", OTHER)) == ["h1"]
+    monkeypatch.setattr(bench.journal, "store", broken)
+    bench.routes = [Route(sinks=("a",), event_types=("NewFileUpload",)), Route(sinks=("b",), event_types=("Unheard",))]
+    bench.sinks["b"].fail_always(RejectedError("no"))
+    assert bench.process(("h1", event(1)), ("h", OTHER)) == ["h1"]
     assert [(line["settlement"], line["reason"]) for line in named(lines, "event.settled")] == [
         ("confirm", "delivered"),
         ("leave", reason),
@@ -500,38 +496,36 @@ def test_what_the_journal_cannot_take_stays_with_vod_and_its_batch_mates_do_not(
 
 
 @pytest.mark.parametrize("is_untried", [False, True])
-def test_a_journal_that_cannot_be_read_delivers_and_confirms_nothing_that_is_not_stored(
-    line, lines, monkeypatch, is_untried
-):
+def test_with_an_unreadable_journal_nothing_is_sent_or_confirmed(bench, lines, monkeypatch, is_untried):
     def unreadable(pairs):
         raise StorageError("cannot be read")
 
-    monkeypatch.setattr(line.journal, "known", unreadable)
-    monkeypatch.setattr(line.journal, "store", lambda letters: unreadable(()))
-    assert one(line, is_untried=is_untried) == []
-    assert line.sinks["a"].calls == []
+    monkeypatch.setattr(bench.journal, "known", unreadable)
+    monkeypatch.setattr(bench.journal, "store", lambda letters: unreadable(()))
+    assert one(bench, is_untried=is_untried) == []
+    assert bench.sinks["a"].calls == []
     assert settled(lines) == [("leave", "journal_failed", False, {"a": "journal_failed", "b": "journal_failed"})]
 
 
-def test_on_failure_leave_stores_nothing(line, lines):
-    line.sinks["a"].fail_with(RejectedError("no"))
-    assert one(line, source=Source(on_failure="leave")) == []
-    assert line.journal.counts() == {}
+def test_on_failure_leave_stores_nothing(bench, lines):
+    bench.sinks["a"].fail_with(RejectedError("no"))
+    assert one(bench, source=Source(on_failure="leave")) == []
+    assert bench.journal.counts() == {}
     assert settled(lines) == [("leave", "left_by_configuration", False, {"a": "rejected", "b": "delivered"})]
 
 
-def test_a_puller_that_is_needed_elsewhere_stores_what_its_sinks_have_not_taken(line):
-    line.sinks["a"].gate.clear()
+def test_a_puller_that_must_yield_stores_undelivered_events(bench):
+    bench.sinks["a"].gate.clear()
     started = time.monotonic()
-    assert one(line, wait=DeliveryWait(min_wait_secs=0.02, should_yield=lambda: True)) == ["h1"]
+    assert one(bench, wait=DeliveryWait(min_wait_secs=0.02, should_yield=lambda: True)) == ["h1"]
     assert time.monotonic() - started < 5
-    assert line.known(1, "a") is Known.PENDING
+    assert bench.known(1, "a") is Known.PENDING
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
+# --- log lines and counters -------------------------------------------------------------------------------------------
 
 
-def test_the_fate_of_an_event_is_one_line_with_its_ids(line, lines):
+def test_the_fate_of_an_event_is_one_line_with_its_ids(bench, lines):
     content = {
         "EventType": "NewFileUpload",
         "SnapshotByTimeOffsetCompleteEvent": {
@@ -541,71 +535,71 @@ def test_the_fate_of_an_event_is_one_line_with_its_ids(line, lines):
         },
     }
     taken = make_event(content, source="main", sub_app_id=None)
-    line.process(("h1", taken))
-    (said,) = named(lines, "event.settled")
-    assert said["level"] == "info"
-    assert (said["source"], said["event_type"], said["key"]) == ("main", "NewFileUpload", taken.key.hex())
-    assert said["routes"] == ("r",)
-    assert (said["pull_request_id"], said["confirm_request_id"]) == ("r-pull", "r-confirm")
-    assert said["sinks"]["a"] == {"outcome": "delivered", "reason": "delivered"}
-    assert (said["task_id"], said["file_id"]) == ("t-1", "5285890784273533167")
-    assert said["failed_snapshots"] == [{"time_offset_ms": 20, "err_code": 70000}]
-    assert 0 <= said["duration_secs"] < 20
-    assert 0 < said["lease_left_secs"] <= 30
+    bench.process(("h1", taken))
+    (logged,) = named(lines, "event.settled")
+    assert logged["level"] == "info"
+    assert (logged["source"], logged["event_type"], logged["key"]) == ("main", "NewFileUpload", taken.key.hex())
+    assert logged["routes"] == ("r",)
+    assert (logged["pull_request_id"], logged["confirm_request_id"]) == ("r-pull", "r-confirm")
+    assert logged["sinks"]["a"] == {"outcome": "delivered", "reason": "delivered"}
+    assert (logged["task_id"], logged["file_id"]) == ("t-1", "5285890784273533167")
+    assert logged["failed_snapshots"] == [{"time_offset_ms": 20, "err_code": 70000}]
+    assert 0 <= logged["duration_secs"] < 20
+    assert 0 < logged["lease_left_secs"] <= 30
 
 
-def test_events_are_counted_by_many_pullers_at_once(line):
+def test_events_are_counted_by_many_pullers_at_once(bench):
     events = [(f"h{number}", event(number)) for number in range(8)]
 
     def puller():
         for _ in range(5):
-            line.process(*events)
+            bench.process(*events)
 
     pullers = [threading.Thread(target=puller) for _ in range(4)]
     for thread in pullers:
         thread.start()
     for thread in pullers:
         thread.join(20)
-    assert (line.telemetry.total(Count.EVENTS_SETTLED), line.pipeline.unconfirmed_events) == (160, 0)
-    assert line.telemetry.total(Count.CONFIRMS, result="confirmed", source="main") == 160
+    assert (bench.telemetry.total(Count.EVENTS_SETTLED), bench.pipeline.unconfirmed_events) == (160, 0)
+    assert bench.telemetry.total(Count.CONFIRMS, result="confirmed", source="main") == 160
     outcomes = {
-        outcome: line.telemetry.total(Count.SINK_DELIVERIES, outcome=outcome) for outcome in ("delivered", "known")
+        outcome: bench.telemetry.total(Count.SINK_DELIVERIES, outcome=outcome) for outcome in ("delivered", "known")
     }
     assert sum(outcomes.values()) == 320
-    settled = line.telemetry.numbers().durations[Duration.EVENT_SETTLE, (("source", "main"),)]
+    settled = bench.telemetry.numbers().durations[Duration.EVENT_SETTLE, (("source", "main"),)]
     assert sum(settled.numbers) == 160
-    assert line.pipeline.last_confirm_at > 0
+    assert bench.pipeline.last_confirm_at > 0
 
 
-def test_an_undocumented_type_is_counted_under_another_name(line):
-    line.routes = [Route(sinks=("a",))]
-    line.process(("h1", event(1)), ("h2", event(2, event_type="InventedByAnEvent")), ("h3", event(3, event_type="")))
+def test_an_undocumented_event_type_is_counted_as_other(bench):
+    bench.routes = [Route(sinks=("a",))]
+    bench.process(("h1", event(1)), ("h2", event(2, event_type="InventedByAnEvent")), ("h3", event(3, event_type="")))
     types = {
-        label: line.telemetry.total(Count.EVENTS_RECEIVED, event_type=label) for label in ("NewFileUpload", "other")
+        label: bench.telemetry.total(Count.EVENTS_RECEIVED, event_type=label) for label in ("NewFileUpload", "other")
     }
     assert types == {"NewFileUpload": 1, "other": 2}
-    assert line.telemetry.total(Count.EVENTS_RECEIVED) == 3
+    assert bench.telemetry.total(Count.EVENTS_RECEIVED) == 3
 
 
 @pytest.mark.parametrize(("lease_secs", "expired"), [(0.0, 1), (30.0, 0)])
-def test_an_event_whose_lease_ended_unconfirmed_is_counted(line, lease_secs, expired):
-    line.vod.refusal = OperatorError("no right", error_code="UnauthorizedOperation")
-    line.process(("h1", event(1)), lease_secs=lease_secs)
-    assert line.telemetry.total(Count.LEASES_EXPIRED, source="main") == expired
+def test_an_event_whose_lease_ended_unconfirmed_is_counted(bench, lease_secs, expired):
+    bench.vod.refusal = OperatorError("no right", error_code="UnauthorizedOperation")
+    bench.process(("h1", event(1)), lease_secs=lease_secs)
+    assert bench.telemetry.total(Count.LEASES_EXPIRED, source="main") == expired
 
 
-def test_an_event_that_is_left_on_purpose_has_no_expired_lease(line):
-    line.process(("h1", event(1, event_type="Other")), source=Source(unrouted="leave"), lease_secs=0.0)
-    assert line.telemetry.total(Count.LEASES_EXPIRED) == 0
+def test_an_event_left_on_purpose_counts_no_expired_lease(bench):
+    bench.process(("h1", event(1, event_type="Other")), source=Source(unrouted="leave"), lease_secs=0.0)
+    assert bench.telemetry.total(Count.LEASES_EXPIRED) == 0
 
 
-def test_the_fates_of_the_last_events_are_kept_with_short_texts(line, lines):
+def test_the_last_events_are_remembered_with_short_texts(bench, lines):
     long = event(1, FileUploadEvent={"FileId": "f" * 1_000_000, "TaskId": "t"})
-    line.process(("h1", long))
-    ((_, kept),) = line.telemetry.recent()
+    bench.process(("h1", long))
+    ((_, kept),) = bench.telemetry.recent()
     assert (kept["file_id"], kept["task_id"], kept["reason"]) == ("f" * 200, "t", "delivered")
-    (said,) = named(lines, "event.settled")
-    assert len(said["file_id"]) == 1_000_000
+    (logged,) = named(lines, "event.settled")
+    assert len(logged["file_id"]) == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -619,52 +613,50 @@ def test_the_fates_of_the_last_events_are_kept_with_short_texts(line, lines):
         (RuntimeError("a bug"), "no_answer"),
     ],
 )
-def test_the_line_names_what_came_of_the_confirm_and_of_which_call(line, lines, error, result):
-    line.vod.refusal = error
-    one(line)
-    (said,) = named(lines, "event.settled")
-    assert (said["confirm_result"], said["confirmed"]) == (result, error is None)
+def test_the_line_names_the_result_and_the_call_of_the_confirm(bench, lines, error, result):
+    bench.vod.refusal = error
+    one(bench)
+    (logged,) = named(lines, "event.settled")
+    assert (logged["confirm_result"], logged["confirmed"]) == (result, error is None)
     if getattr(error, "error_code", ""):
-        assert (said["confirm_error_code"], said["confirm_request_id"]) == (error.error_code, "r-9")
+        assert (logged["confirm_error_code"], logged["confirm_request_id"]) == (error.error_code, "r-9")
 
 
 @pytest.mark.parametrize(
     ("error", "result"), [(TransientError("lost"), "no_answer"), (ThrottledError("slower"), "throttled")]
 )
-def test_a_confirm_that_fails_until_the_lease_ends_says_how(line, lines, error, result):
-    line.vod.refusal = error
-    one(line, lease_secs=0.3)
+def test_the_line_names_why_a_confirm_failed_until_the_lease_ended(bench, lines, error, result):
+    bench.vod.refusal = error
+    one(bench, lease_secs=0.3)
     assert named(lines, "event.settled")[0]["confirm_result"] == result
 
 
-def test_a_handle_that_is_refused_after_a_lost_answer_is_said_to_be_so(line, lines):
+def test_a_refusal_after_a_lost_answer_is_named_in_the_line(bench, lines):
     errors = [TransientError("lost"), RefusedHandlesError("stale")]
 
     def fail():
-        line.vod.refusal = errors.pop(0)
+        bench.vod.refusal = errors.pop(0)
 
-    line.vod.at_confirm = fail
-    one(line)
-    (said,) = named(lines, "event.settled")
-    assert (said["confirm_result"], said["confirmed"]) == ("refused_after_lost", False)
-    line.journal.flush()
-    assert line.rows("SELECT confirmed_at IS NOT NULL FROM ledger") == [
-        (1,),
-        (1,),
-    ]  # VOD has forgotten it: an equal event in ten minutes is a new one
-    assert line.pipeline.unconfirmed_events == 0
+    bench.vod.at_confirm = fail
+    one(bench)
+    (logged,) = named(lines, "event.settled")
+    assert (logged["confirm_result"], logged["confirmed"]) == ("refused_after_lost", False)
+    bench.journal.flush()
+    # VOD has forgotten the event: an equal event in ten minutes is a new one.
+    assert bench.rows("SELECT confirmed_at IS NOT NULL FROM ledger") == [(1,), (1,)]
+    assert bench.pipeline.unconfirmed_events == 0
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
-def test_an_unforeseen_error_leaves_no_event_without_its_line(line, lines, monkeypatch, error):
+def test_an_unexpected_error_leaves_no_event_without_its_line(bench, lines, monkeypatch, error):
     def broken(letters):
         raise error
 
-    line.sinks["a"].fail_always(RejectedError("no"))
-    monkeypatch.setattr(line.journal, "store", broken)
+    bench.sinks["a"].fail_always(RejectedError("no"))
+    monkeypatch.setattr(bench.journal, "store", broken)
     with pytest.raises(type(error)):
-        line.process(("h1", event(1)), ("h2", event(2)))
-    assert line.vod.confirmed == []
+        bench.process(("h1", event(1)), ("h2", event(2)))
+    assert bench.vod.confirmed == []
     assert [line["confirmed"] for line in named(lines, "event.settled")] == [False, False]
 
 
@@ -672,19 +664,19 @@ def test_an_unforeseen_error_leaves_no_event_without_its_line(line, lines, monke
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_a_handle_is_confirmed_only_if_every_event_that_has_it_may_be(line, lines, where):
+def test_a_handle_is_confirmed_only_if_every_event_that_has_it_may_be(bench, lines, where):
     items = [("shared", event(1)), ("shared", event(2)), ("alone", event(3))]
     items.insert(where, ("shared", OTHER))
-    assert line.process(*items, source=Source(unrouted="leave")) == ["alone"]
+    assert bench.process(*items, source=Source(unrouted="leave")) == ["alone"]
     reasons = [(line["event_type"], line["reason"], line["confirmed"]) for line in named(lines, "event.settled")]
     assert reasons.count(("NewFileUpload", "shared_handle", False)) == 2
     assert reasons.count(("NewFileUpload", "delivered", True)) == 1
     assert reasons.count(("Unheard", "no_route", False)) == 1
 
 
-def test_a_handle_that_a_malformed_event_shares_is_kept_with_it(line, lines):
+def test_a_handle_shared_with_a_malformed_event_is_not_confirmed(bench, lines):
     source = Source(on_failure="leave")
-    assert line.process(("hm", event(1)), ("h2", event(2)), malformed=[malformed("hm")], source=source) == ["h2"]
+    assert bench.process(("hm", event(1)), ("h2", event(2)), malformed=[malformed("hm")], source=source) == ["h2"]
     assert [line["reason"] for line in named(lines, "event.settled")] == [
         "shared_handle",
         "delivered",
@@ -692,33 +684,33 @@ def test_a_handle_that_a_malformed_event_shares_is_kept_with_it(line, lines):
     ]
 
 
-def test_a_handle_whose_events_may_all_be_confirmed_is_confirmed_once(line):
-    assert line.process(("shared", event(1)), ("shared", event(2))) == ["shared"]
+def test_a_handle_whose_events_may_all_be_confirmed_is_confirmed_once(bench):
+    assert bench.process(("shared", event(1)), ("shared", event(2))) == ["shared"]
 
 
 # --- why it was stored ------------------------------------------------------------------------------------------------
 
 
-def stored(line, columns="reason, error"):
-    return line.rows(f"SELECT {columns} FROM letters ORDER BY id")
+def stored(bench, columns="reason, error"):
+    return bench.rows(f"SELECT {columns} FROM letters ORDER BY id")
 
 
 @pytest.fixture
-def sick(line):
-    """A line whose sink `a` has a breaker that one failure opens."""
-    line.workers["a"].stop()
-    line.workers["a"] = Worker(
+def fragile(bench):
+    """A bench whose sink `a` has a breaker that one failure opens."""
+    bench.workers["a"].stop()
+    bench.workers["a"] = Worker(
         name="a",
-        sink=line.sinks["a"],
-        ledger=line.journal,
-        in_flight=line.in_flight,
+        sink=bench.sinks["a"],
+        ledger=bench.journal,
+        in_flight=bench.in_flight,
         queue_max_events=1,
         breaker_failures=1,
-        telemetry=Telemetry(line.log),
+        telemetry=Telemetry(bench.log),
         liveness=Liveness(),
     )
-    line.workers["a"].start()
-    return line
+    bench.workers["a"].start()
+    return bench
 
 
 @pytest.mark.parametrize(
@@ -728,62 +720,62 @@ def sick(line):
         (TransientError("429", retry_after_secs=90.0), "sink_paused", r"left alone until 20\d\d-.*Z: 429"),
     ],
 )
-def test_an_event_that_was_not_attempted_is_stored_with_the_reason(sick, lines, error, reason, why):
-    sick.sinks["a"].fail_always(error)
-    one(sick, 1)
-    one(sick, 2)
+def test_an_event_that_was_not_attempted_is_stored_with_the_reason(fragile, lines, error, reason, why):
+    fragile.sinks["a"].fail_always(error)
+    one(fragile, 1)
+    one(fragile, 2)
     assert settled(lines)[1] == ("store", reason, True, {"a": reason, "b": "delivered"})
-    (_, (second_reason, second_error)) = stored(sick)
+    (_, (second_reason, second_error)) = stored(fragile)
     assert second_reason == reason
     assert re.search(why, second_error)
 
 
-def test_an_event_that_finds_the_queue_full_is_stored_with_the_reason(sick, lines):
-    sick.sinks["a"].gate.clear()
-    sick.process(*((f"h{number}", event(number)) for number in range(4)), lease_secs=5.4)
+def test_an_event_that_finds_the_queue_full_is_stored_with_the_reason(fragile, lines):
+    fragile.sinks["a"].gate.clear()
+    fragile.process(*((f"h{number}", event(number)) for number in range(4)), lease_secs=5.4)
     reasons = [line["sinks"]["a"]["reason"] for line in named(lines, "event.settled")]
     assert reasons.count("queue_full") >= 2
     assert set(reasons) == {"queue_full", "out_of_time"}
-    assert sorted(reason for (reason,) in stored(sick, "reason")) == sorted(reasons)
-    assert all(error for (error,) in stored(sick, "error"))
+    assert sorted(reason for (reason,) in stored(fragile, "reason")) == sorted(reasons)
+    assert all(error for (error,) in stored(fragile, "error"))
 
 
 @pytest.mark.parametrize(("at_sink", "place"), [(True, "had not answered"), (False, "waited in the sink's queue")])
-def test_an_event_that_a_stop_interrupts_is_stored_with_the_reason(line, lines, at_sink, place):
-    line.sinks["a"].gate.clear()
+def test_an_event_that_a_stop_interrupts_is_stored_with_the_reason(bench, lines, at_sink, place):
+    bench.sinks["a"].gate.clear()
     if not at_sink:
-        line.process(("h0", event(0)), lease_secs=5.1)
+        bench.process(("h0", event(0)), lease_secs=5.1)
     wait = DeliveryWait()
-    thread = threading.Thread(target=one, args=(line,), kwargs={"wait": wait})
+    thread = threading.Thread(target=one, args=(bench,), kwargs={"wait": wait})
     thread.start()
-    until(lambda: wait.is_waiting and line.sinks["a"].calls and line.known(1, "b") is Known.ACCEPTED)
+    until(lambda: wait.is_waiting and bench.sinks["a"].calls and bench.known(1, "b") is Known.ACCEPTED)
     wait.interrupt(stopping=True)
     thread.join(10)
     assert settled(lines)[-1] == ("store", "stopping", True, {"a": "stopping", "b": "delivered"})
-    assert place in stored(line)[-1][1]
+    assert place in stored(bench)[-1][1]
 
 
-def test_what_a_stopped_worker_does_not_take_says_so(line, lines):
-    line.workers["a"].stop()
-    one(line)
-    assert stored(line) == [("stopping", "the daemon was stopping")]
+def test_an_event_for_a_stopped_worker_is_stored_with_the_reason(bench, lines):
+    bench.workers["a"].stop()
+    one(bench)
+    assert stored(bench) == [("stopping", "the daemon was stopping")]
 
 
-def test_what_is_known_already_says_so(line, lines):
-    line.sinks["a"].fail_with(TransientError("down", retry_after_secs=60.0))
-    line.vod.refusal = RefusedHandlesError("stale")
-    one(line)
-    line.vod.refusal = None
-    one(line)
+def test_sinks_that_have_the_event_already_are_named_in_the_line(bench, lines):
+    bench.sinks["a"].fail_with(TransientError("down", retry_after_secs=60.0))
+    bench.vod.refusal = RefusedHandlesError("stale")
+    one(bench)
+    bench.vod.refusal = None
+    one(bench)
     assert settled(lines)[-1] == ("store", "already_stored", True, {"a": "already_stored", "b": "already_delivered"})
-    assert stored(line, "reason, error, attempts") == [("sink_failed", "down", 1)]
+    assert stored(bench, "reason, error, attempts") == [("sink_failed", "down", 1)]
 
 
-def test_a_second_pipeline_on_the_same_journal_after_a_crash_delivers_nothing_twice(tmp_path, log):
-    line = Line(tmp_path, log)
-    line.vod.refusal = RefusedHandlesError("stale")
-    one(line)
-    line.close()
-    with closing(Line(tmp_path, log)) as again:
+def test_a_second_pipeline_on_the_same_journal_repeats_nothing(tmp_path, log):
+    bench = Bench(tmp_path, log)
+    bench.vod.refusal = RefusedHandlesError("stale")
+    one(bench)
+    bench.close()
+    with closing(Bench(tmp_path, log)) as again:
         assert one(again) == ["h1"]
         assert again.sinks["a"].calls == []

@@ -28,13 +28,13 @@ class Source:
 
 
 class FakePipeline:
-    """Client and pipeline: each pull hangs until a test answers; a batch then delivers until it is released."""
+    """Client and pipeline: each pull waits until the test answers it; then its batch waits until `finish`."""
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
         self.answers = Queue()
         self.lock = threading.Lock()
-        self.here = threading.local()
+        self.per_thread = threading.local()
         self.pulls_at = []
         self.pulling = 0
         self.delivering = []
@@ -55,7 +55,7 @@ class FakePipeline:
             self.pulling -= 1
         if isinstance(answer, BaseException):
             raise answer
-        events, hung_secs, self.here.after, may_lack_events = answer
+        events, hung_secs, self.per_thread.after, may_lack_events = answer
         return Pull(
             events=("event",) * events,
             malformed=(),
@@ -68,9 +68,9 @@ class FakePipeline:
     def process(self, batch, wait):
         with self.lock:
             self.batches.append(batch)
-        if isinstance(self.here.after, Exception):
-            raise self.here.after
-        if self.here.after:
+        if isinstance(self.per_thread.after, Exception):
+            raise self.per_thread.after
+        if self.per_thread.after:
             wait.min_wait_secs = self.min_wait_secs
             wait.add(1)
             with self.lock:
@@ -92,17 +92,17 @@ class FakePipeline:
 
 
 class Pulls:
-    """What the journal is told of pulls."""
+    """In place of the journal: records what is reported about pulls."""
 
     def __init__(self):
-        self.told = []
+        self.reports = []
 
     def answered_empty(self, pulled):
-        self.told.append(("empty", pulled.source, pulled.lease_secs))
+        self.reports.append(("empty", pulled.source, pulled.lease_secs))
 
     def answer_lost(self, source, *, sent_ago_secs):
         assert sent_ago_secs >= 0
-        self.told.append(("lost", source))
+        self.reports.append(("lost", source))
 
 
 class Bench:
@@ -157,18 +157,18 @@ def bench(log):
 
 
 def settles(condition, value, *, secs=0.05):
-    """It comes to rest at the value: it may pass the value on its way to another, and come back."""
-    has_been_so_since = None
+    """Wait until the condition has kept this value for `secs`; it may have other values before."""
+    steady_since = None
 
-    def rests():
-        nonlocal has_been_so_since
+    def is_steady():
+        nonlocal steady_since
         if condition() != value:
-            has_been_so_since = None
+            steady_since = None
             return False
-        has_been_so_since = has_been_so_since or time.monotonic()
-        return time.monotonic() - has_been_so_since >= secs
+        steady_since = steady_since or time.monotonic()
+        return time.monotonic() - steady_since >= secs
 
-    until(rests, what=lambda: f"it is {condition()}, not {value}")
+    until(is_steady, what=lambda: f"it is {condition()}, not {value}")
     return True
 
 
@@ -185,7 +185,7 @@ def test_idle_is_one_outstanding_pull(bench):
     assert pipeline.most_pulling == 1
 
 
-def test_what_a_pull_brought_is_processed_as_one_batch(bench):
+def test_the_events_of_a_pull_are_processed_as_one_batch(bench):
     poller, pipeline = bench.poller()
     pipeline.answer(3, after=None)
     pipeline.answer()
@@ -205,28 +205,28 @@ def test_without_long_poll_each_tick_is_one_pull(bench):
     assert settles(lambda: (len(pipeline.pulls_at), pipeline.pulling), (2, 1))
 
 
-def test_without_long_poll_a_backlog_is_drained_all_the_same(bench):
+def test_without_long_poll_a_backlog_is_still_drained(bench):
     _, pipeline = bench.poller(long_poll=False)
     for _ in range(3):
         pipeline.answer(16, hung_secs=0.0, after=None)
     until(lambda: len(pipeline.pulls_at) >= 4)
 
 
-def test_empty_answers_that_did_not_hang_start_a_second_apart(bench):
+def test_pulls_with_quick_empty_answers_start_a_second_apart(bench):
     clock = FakeClock()
     pipeline = FakePipeline(clock)
     pipeline.automatic = lambda: (0, 0.01, None, False)
-    bench.poller(pipeline, clock=clock, wait=on(clock))
+    bench.poller(pipeline, clock=clock, wait=waiting_on(clock))
     until(lambda: len(pipeline.pulls_at) >= 10)
     assert all(later - earlier >= 1.0 for earlier, later in pairwise(pipeline.pulls_at))
 
 
-def on(clock):
-    """A pause takes its time on the fake clock and none on the wall."""
+def waiting_on(clock):
+    """A `wait` that advances the fake clock and takes no real time."""
 
     def wait(condition, secs):
         clock.advance(secs)
-        condition.wait(0.0005)  # lets go of the lock for a moment
+        condition.wait(0.0005)  # releases the lock for a moment
 
     return wait
 
@@ -234,13 +234,13 @@ def on(clock):
 # --- backlog ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_puller_hands_the_pulling_over_before_it_delivers(bench):
+def test_another_puller_pulls_before_a_puller_delivers(bench):
     _, pipeline = bench.poller()
     pipeline.answer(16, hung_secs=3.0)
     assert settles(lambda: (len(pipeline.delivering), pipeline.pulling), (1, 1))
 
 
-def test_pulls_grow_with_the_backlog_to_the_pullers_there_are_and_no_further(bench):
+def test_pulls_grow_with_the_backlog_up_to_max_concurrent_pulls(bench):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
     for _ in range(40):
         pipeline.answer(16, hung_secs=0.0, after=None)
@@ -278,7 +278,7 @@ def test_a_source_with_one_puller_pulls_one_at_a_time(bench):
     assert pipeline.most_pulling == 1
 
 
-def test_where_every_puller_waits_for_a_sink_the_longest_waiting_goes_on(bench):
+def test_if_all_pullers_wait_for_sinks_the_longest_waiting_goes_on(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=2)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
@@ -291,14 +291,14 @@ def test_where_every_puller_waits_for_a_sink_the_longest_waiting_goes_on(bench):
     assert settles(lambda: (pipeline.pulling, len(pipeline.delivering)), (1, 1))
 
 
-def test_no_puller_is_hurried_while_another_is_free(bench):
+def test_no_wait_is_interrupted_while_another_puller_is_free(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=3)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
     assert settles(lambda: (len(pipeline.delivering), pipeline.interrupted), (1, []), secs=0.1)
 
 
-def test_where_no_more_threads_are_to_be_had_the_pullers_there_are_go_on(bench, monkeypatch):
+def test_without_new_threads_the_existing_pullers_go_on(bench, monkeypatch):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
 
     def refuse(thread):
@@ -313,7 +313,7 @@ def test_where_no_more_threads_are_to_be_had_the_pullers_there_are_go_on(bench, 
     assert pipeline.pulling == 1
 
 
-def test_where_not_even_a_first_thread_is_to_be_had_the_next_tick_tries_again(bench, monkeypatch):
+def test_without_a_first_thread_the_next_tick_tries_again(bench, monkeypatch):
     poller, pipeline = bench.poller(start=False)
 
     def refuse(thread):
@@ -332,17 +332,17 @@ def test_where_not_even_a_first_thread_is_to_be_had_the_next_tick_tries_again(be
 
 
 def failing(bench, error, *, number=12, max_concurrent_pulls=3):
-    """How long after the first the pulls of a source start that fails all the time."""
+    """A poller whose pulls always fail, and the start of each pull in seconds after the first."""
     clock = FakeClock()
     pipeline = FakePipeline(clock)
     pipeline.automatic = lambda: error
-    poller, _ = bench.poller(pipeline, clock=clock, wait=on(clock), max_concurrent_pulls=max_concurrent_pulls)
+    poller, _ = bench.poller(pipeline, clock=clock, wait=waiting_on(clock), max_concurrent_pulls=max_concurrent_pulls)
     until(lambda: len(pipeline.pulls_at) >= number)
     return poller, [at - pipeline.pulls_at[0] for at in pipeline.pulls_at[:number]]
 
 
-@pytest.mark.parametrize("attempt", range(5))  # waits are random: look often
-def test_pulls_that_fail_steadily_back_off_to_a_minute(bench, attempt):
+@pytest.mark.parametrize("attempt", range(5))  # the waits are random: test several of them
+def test_pulls_that_always_fail_back_off_to_a_minute(bench, attempt):
     _, after = failing(bench, TransientError("down"))
     assert sum(at < 8.0 for at in after) <= 5
     assert after[1] <= 0.2
@@ -351,7 +351,7 @@ def test_pulls_that_fail_steadily_back_off_to_a_minute(bench, attempt):
     assert min(gaps[7:]) >= 30
 
 
-def test_an_operator_error_backs_off_longer_and_has_the_credentials_read_again(bench, lines):
+def test_an_operator_error_backs_off_longer_and_rereads_credentials(bench, lines):
     poller, after = failing(bench, OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound"), number=6)
     assert sum(at < 8.0 for at in after) <= 4
     assert bench.operator_errors >= 5
@@ -369,7 +369,7 @@ def test_an_operator_error_backs_off_longer_and_has_the_credentials_read_again(b
         (TransientError("no answer within 10 s"), "no answer within 10 s", ""),
     ],
 )
-def test_its_status_tells_cause_and_remedy_apart(bench, error, cause, remedy):
+def test_the_status_separates_cause_and_remedy(bench, error, cause, remedy):
     poller, _ = failing(bench, error, number=1)
     status = poller.status()
     assert status.error == cause
@@ -397,12 +397,12 @@ def test_a_failed_pull_is_counted_and_remembered(bench, error, code):
     assert bench.telemetry.total(Count.PULL_ERRORS) == 1
 
 
-def test_retry_after_is_honoured(bench):
+def test_retry_after_delays_the_next_pull(bench):
     _, after = failing(bench, TransientError("busy", retry_after_secs=50.0), number=4)
     assert all(later - earlier >= 50.0 for earlier, later in pairwise(after))
 
 
-def test_an_unforeseen_error_in_a_pull_is_backed_off_from_and_logged_with_its_cause(bench, lines):
+def test_an_unexpected_error_in_a_pull_backs_off_and_is_logged(bench, lines):
     error = ValueError("a bug")
     poller, after = failing(bench, error, number=5)
     assert sum(at < 8.0 for at in after) <= 5
@@ -411,14 +411,14 @@ def test_an_unforeseen_error_in_a_pull_is_backed_off_from_and_logged_with_its_ca
     assert (line["level"], line["exc_info"]) == ("error", error)
 
 
-def test_a_failure_that_repeats_is_few_lines(bench, lines):
+def test_a_repeated_failure_makes_few_lines(bench, lines):
     failing(bench, TransientError("down"), number=7)
     assert len(named(lines, "pull.failed")) <= 2
 
 
-def test_pullers_that_fail_together_have_failed_once(bench, lines):
-    clock = FakeClock()  # so that it is together, however busy the machine is
-    _, pipeline = bench.poller(FakePipeline(clock), clock=clock, wait=on(clock), max_concurrent_pulls=4)
+def test_pulls_that_fail_together_count_as_one_failure(bench, lines):
+    clock = FakeClock()  # so that they fail at the same time on a busy machine too
+    _, pipeline = bench.poller(FakePipeline(clock), clock=clock, wait=waiting_on(clock), max_concurrent_pulls=4)
     for _ in range(10):
         pipeline.answer(16, hung_secs=0.0, after=None)
     until(lambda: pipeline.pulling == 4)
@@ -429,10 +429,10 @@ def test_pullers_that_fail_together_have_failed_once(bench, lines):
     pipeline.fail(TransientError("down"))
     pipeline.answer()
     until(lambda: named(lines, "pull.recovered"))
-    assert named(lines, "pull.recovered")[0]["failures"] == 2, "the four together, and the one after them"
+    assert named(lines, "pull.recovered")[0]["failures"] == 2, "one for the four together, and one for the later pull"
 
 
-def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
+def test_a_source_that_recovers_pulls_again_and_logs_it(bench, lines):
     poller, pipeline = bench.poller()
     pipeline.fail(TransientError("down"))
     until(lambda: len(pipeline.pulls_at) == 2)
@@ -448,7 +448,7 @@ def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reports"),
     [
         (TransientError("no answer"), [("lost", "main")]),
         (TransientError("500", error_code="InternalError.Db"), [("lost", "main")]),
@@ -459,33 +459,33 @@ def test_a_source_that_is_back_pulls_on_and_says_so(bench, lines):
         (OperatorError("no such key", error_code="AuthFailure.SecretIdNotFound"), []),
     ],
 )
-def test_a_pull_that_vod_may_have_answered_with_events_is_remembered(bench, error, told):
+def test_a_pull_whose_answer_may_be_lost_is_reported_as_lost(bench, error, reports):
     poller, pipeline = bench.poller()
     pipeline.fail(error)
     until(lambda: poller.problem is not None)
-    assert bench.pulls.told == told
+    assert bench.pulls.reports == reports
 
 
-def test_an_empty_answer_is_remembered_before_the_next_pull(bench):
+def test_an_empty_answer_is_reported_before_the_next_pull(bench):
     _, pipeline = bench.poller()
     pipeline.answer(0)
     until(lambda: len(pipeline.pulls_at) == 2)
-    assert bench.pulls.told == [("empty", "main", 30.0)]
+    assert bench.pulls.reports == [("empty", "main", 30.0)]
 
 
-@pytest.mark.parametrize(("number", "told"), [(0, [("lost", "main")]), (3, [("lost", "main")])])
-def test_an_answer_that_may_lack_events_proves_nothing_even_if_it_is_empty(bench, number, told):
+@pytest.mark.parametrize(("number", "reports"), [(0, [("lost", "main")]), (3, [("lost", "main")])])
+def test_an_answer_that_may_lack_events_is_reported_as_lost(bench, number, reports):
     _, pipeline = bench.poller()
     pipeline.answer(number, after=None, may_lack_events=True)
     until(lambda: len(pipeline.pulls_at) == 2)
-    assert bench.pulls.told == told
+    assert bench.pulls.reports == reports
 
 
-def test_an_answer_with_events_says_nothing_of_others(bench):
+def test_an_answer_with_events_is_not_reported(bench):
     _, pipeline = bench.poller()
     pipeline.answer(3, after=None)
     until(lambda: len(pipeline.pulls_at) == 2)
-    assert bench.pulls.told == []
+    assert bench.pulls.reports == []
 
 
 @pytest.mark.parametrize("end", [Poller.wake, Poller.go_on])
@@ -500,7 +500,7 @@ def test_a_wake_ends_the_back_off(bench, end):
     until(lambda: len(pipeline.pulls_at) == 2)
 
 
-def test_a_batch_whose_processing_fails_costs_no_puller(bench, lines):
+def test_a_puller_survives_a_batch_whose_processing_fails(bench, lines):
     poller, pipeline = bench.poller(max_concurrent_pulls=2)
     for number in range(5):
         pipeline.answer(16, hung_secs=2.0, after=RuntimeError("a bug"))
@@ -510,10 +510,10 @@ def test_a_batch_whose_processing_fails_costs_no_puller(bench, lines):
     assert poller.problem is None
 
 
-# --- when events cannot be taken care of ------------------------------------------------------------------------------
+# --- while pulling is not allowed -------------------------------------------------------------------------------------
 
 
-def test_no_pull_starts_while_events_cannot_be_taken_care_of(bench):
+def test_no_pull_starts_while_pulling_is_not_allowed(bench):
     bench.may_pull = False
     poller, pipeline = bench.poller()
     poller.tick()
@@ -523,7 +523,7 @@ def test_no_pull_starts_while_events_cannot_be_taken_care_of(bench):
     until(lambda: pipeline.pulling == 1)
 
 
-def test_pulling_goes_on_by_itself_when_events_can_be_taken_care_of_again(bench):
+def test_pulling_continues_by_itself_when_it_is_allowed_again(bench):
     bench.may_pull = False
     _, pipeline = bench.poller()
     bench.may_pull = True
@@ -541,7 +541,7 @@ def test_a_puller_in_its_back_off_is_not_overdue(bench):
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_awaits_the_outstanding_pull_and_what_it_brings_and_starts_none(bench):
+def test_a_stop_waits_for_the_outstanding_pull_and_its_events(bench):
     poller, pipeline = bench.poller()
     until(lambda: pipeline.pulling == 1)
     poller.stop()
@@ -564,7 +564,7 @@ def test_a_stop_ends_pullers_that_wait(bench):
     assert len(pipeline.pulls_at) == 1
 
 
-def test_a_pull_that_was_not_sent_because_of_the_stop_is_no_failure(bench, lines):
+def test_a_pull_that_a_stop_prevents_is_not_a_failure(bench, lines):
     poller, pipeline = bench.poller()
     until(lambda: pipeline.pulling == 1)
     poller.stop()
@@ -574,7 +574,7 @@ def test_a_pull_that_was_not_sent_because_of_the_stop_is_no_failure(bench, lines
     assert lines == []
 
 
-def test_a_hurry_ends_every_wait_for_sinks(bench):
+def test_interrupting_the_poller_ends_every_wait_for_sinks(bench):
     poller, pipeline = bench.poller()
     pipeline.answer(16, hung_secs=2.0)
     pipeline.answer(16, hung_secs=2.0)
@@ -583,7 +583,7 @@ def test_a_hurry_ends_every_wait_for_sinks(bench):
     until(lambda: len(pipeline.interrupted) == 2)
 
 
-def test_a_hurry_ends_the_wait_of_what_a_pull_brings_later_too(bench):
+def test_interrupting_the_poller_ends_the_waits_of_later_batches_too(bench):
     poller, pipeline = bench.poller()
     until(lambda: pipeline.pulling == 1)
     poller.stop()

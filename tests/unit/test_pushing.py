@@ -1,4 +1,4 @@
-"""The simulator pushes as VOD does with normal callbacks."""
+"""The simulator pushes events as VOD's normal callbacks do."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ def run():
 
 @pytest.fixture
 def raw():
-    """Starts a server that answers the first piece of each connection with some bytes, then ends it."""
+    """Starts a server that answers the first data of each connection with the given bytes, then closes it."""
     with contextlib.ExitStack() as stack:
 
         def start(answer):
@@ -57,8 +57,8 @@ def bodies(count):
     return [json.dumps({"EventType": "Numbered", "Numbered": {"N": number}}) for number in range(count)]
 
 
-def settled(simulator):
-    """Its stats as soon as there is nothing left to push."""
+def final_stats(simulator):
+    """Wait until every event is confirmed or lost, and return the stats."""
 
     def found():
         stats = simulator.stats()
@@ -70,11 +70,11 @@ def settled(simulator):
 # --- not answered -----------------------------------------------------------------------------------------------------
 
 
-def test_without_an_answer_in_time_an_event_is_lost_after_three(run, receiver):
+def test_an_event_without_an_answer_in_time_is_lost_after_3_tries(run, receiver):
     receiver.answer = Answer(hangs=True)
     simulator = run(receiver.url, push_limit_secs=0.2)
     simulator.feed(bodies(2))
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["lost"], stats["confirmed"], stats["pushes"], stats["pushes_unanswered"]) == (2, 0, 6, 6)
     assert stats["redeliveries"] == 4
     assert len(receiver.received) == 6
@@ -90,7 +90,7 @@ def test_a_port_where_no_process_listens_loses_the_event(run):
     with HeldPort() as port:
         simulator = run(port.url)
         simulator.feed(bodies(1))
-        assert settled(simulator)["pushes_unanswered"] == 3
+        assert final_stats(simulator)["pushes_unanswered"] == 3
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_a_port_where_no_process_listens_loses_the_event(run):
     ],
     ids=["nothing", "half a head", "not HTTP", "no status", "a hint", "endless"],
 )
-def test_what_is_not_a_whole_answer_does_not_count(run, raw, answer):
+def test_an_incomplete_or_invalid_answer_does_not_count(run, raw, answer):
     simulator = run(raw(answer))
     simulator.feed(bodies(1))
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["lost"], stats["pushes_unanswered"], stats["push_answers"]) == (1, 3, {})
 
 
@@ -118,18 +118,18 @@ def test_the_next_try_comes_as_soon_as_one_has_failed(run, receiver):
     simulator.feed(bodies(1))
     until(lambda: len(receiver.received) == 1, what="the first try")
     receiver.answer = Answer()
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["confirmed"], stats["lost"], stats["pushes"]) == (1, 0, 2)
 
 
 # --- answered ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_event_is_posted_once_as_it_is(run, receiver):
+def test_each_event_is_posted_once_and_unchanged(run, receiver):
     simulator = run(f"{receiver.url}/of?app=1")
     fed = [*bodies(5), "{}", '{"EventType":"\\u4e2d\\/"}', "{broken", "not an object"]
     simulator.feed(fed)
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert sorted(one.body.decode() for one in receiver.received) == sorted(fed)
     assert {(one.method, one.path) for one in receiver.received} == {("POST", "/callback/of?app=1")}
     assert receiver.received[0].headers == {
@@ -147,22 +147,22 @@ def test_any_answer_counts_whatever_its_status(run, receiver, status):
     receiver.answer = Answer(status=status)
     simulator = run(receiver.url)
     simulator.feed(bodies(1))
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["confirmed"], stats["pushes"], stats["push_answers"]) == (1, 1, {str(status): 1})
 
 
-def test_what_announces_an_answer_is_not_yet_one(run, raw):
+def test_an_early_hints_answer_is_not_the_final_answer(run, raw):
     simulator = run(raw(b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"))
     simulator.feed(bodies(1))
-    assert settled(simulator)["push_answers"] == {"200": 1}
+    assert final_stats(simulator)["push_answers"] == {"200": 1}
 
 
-def test_events_of_the_start_and_of_the_rate_are_pushed(run, receiver):
-    settled(run(receiver.url, events=3, rate=200.0, feed=4))
+def test_initial_and_generated_events_are_pushed(run, receiver):
+    final_stats(run(receiver.url, events=3, rate=200.0, feed=4))
     until(lambda: len(receiver.received) == 7, what="all that was fed")
 
 
-def test_what_is_pushed_at_once_is_bounded_by_open_files(run, receiver, monkeypatch):
+def test_concurrent_pushes_are_limited_by_open_files(run, receiver, monkeypatch):
     monkeypatch.setattr(pushing.resource, "getrlimit", lambda _: (202, 1000))
     receiver.answer = Answer(hangs=True)
     simulator = run(receiver.url)
@@ -172,26 +172,26 @@ def test_what_is_pushed_at_once_is_bounded_by_open_files(run, receiver, monkeypa
     assert (stats["pushing_now"], stats["outstanding"], stats["visible"]) == (2, 2, 3)
     receiver.answer = Answer()
     receiver.released.set()
-    assert settled(simulator)["confirmed"] == 5
+    assert final_stats(simulator)["confirmed"] == 5
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_lost_that_were_sent_but_one(run, receiver):
+def test_the_fault_push_lost_spares_the_last_try(run, receiver):
     simulator = run(receiver.url, faults={"push.lost": 1.0}, push_limit_secs=2.0)
     simulator.feed(bodies(4))
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["confirmed"], stats["pushes"], stats["pushes_unanswered"]) == (4, 12, 8)
     assert stats["faults"] == {"push.lost": 8}
     assert len(receiver.accepted) == 12
 
 
 @pytest.mark.parametrize("name", ["push.reset", "reset"])
-def test_resets_in_and_after_the_request_spare_one_try(run, receiver, name):
+def test_the_fault_push_reset_spares_the_last_try(run, receiver, name):
     simulator = run(receiver.url, faults={name: 1.0})
     simulator.feed(bodies(30))
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["confirmed"], stats["pushes"], stats["faults"]) == (30, 90, {"push.reset": 60})
     assert 30 < len(receiver.received) < 90
 
@@ -202,7 +202,7 @@ def test_a_slow_answer_counts_if_it_is_in_time(run, receiver, slow_secs, limit_s
     faults = {"push.slow": 1.0}
     simulator = run(receiver.url, faults=faults, slow_secs=slow_secs, push_limit_secs=limit_secs, push_tries=2)
     simulator.feed(bodies(1))
-    stats = settled(simulator)
+    stats = final_stats(simulator)
     assert (stats["confirmed"], stats["pushes"]) == (1, pushes)
     assert time.monotonic() - began >= 0.3
 
@@ -210,16 +210,16 @@ def test_a_slow_answer_counts_if_it_is_in_time(run, receiver, slow_secs, limit_s
 def test_no_fault_hits_the_only_try(run, receiver):
     simulator = run(receiver.url, faults={"push.reset": 1.0}, push_tries=1)
     simulator.feed(bodies(3))
-    assert settled(simulator)["faults"] == {}
+    assert final_stats(simulator)["faults"] == {}
 
 
-# --- signed -----------------------------------------------------------------------------------------------------------
+# --- signatures -------------------------------------------------------------------------------------------------------
 
 
-def test_a_signed_body_has_two_members_more(run, receiver):
+def test_a_signed_body_has_two_more_members(run, receiver):
     simulator = run(receiver.url, push_sign_key="a-key", clock_skew_secs=1000)
     simulator.feed([*bodies(20), "{}"])
-    settled(simulator)
+    final_stats(simulator)
     kinds = set()
     for one in receiver.received:
         body = json.loads(one.body)
@@ -231,7 +231,7 @@ def test_a_signed_body_has_two_members_more(run, receiver):
     assert kinds == {int, str}
 
 
-def test_what_is_not_an_object_is_pushed_without_signature(run, receiver):
+def test_a_body_that_is_not_an_object_is_pushed_unsigned(run, receiver):
     run(receiver.url, push_sign_key="a-key").feed(["[]"])
     until(lambda: receiver.received, what="the push")
     assert receiver.received[0].body == b"[]"
@@ -245,10 +245,10 @@ def called(simulator, action):
     return requests.post(simulator.url, "{}", headers=headers, timeout=10).json()["Response"]
 
 
-def test_pulls_get_events_as_soon_as_the_mode_is_another(run, receiver):
+def test_events_can_be_pulled_as_soon_as_the_mode_is_pull(run, receiver):
     simulator = run(receiver.url, poll_secs=0.0)
     simulator.feed(bodies(2))
-    settled(simulator)
+    final_stats(simulator)
     assert called(simulator, "PullEvents")["EventSet"] is None
     simulator.control(mode="PULL")
     simulator.feed(bodies(3))
@@ -256,31 +256,31 @@ def test_pulls_get_events_as_soon_as_the_mode_is_another(run, receiver):
     assert len(receiver.received) == 2
 
 
-def test_what_waits_is_pushed_as_soon_as_there_is_a_url(receiver):
+def test_waiting_events_are_pushed_as_soon_as_there_is_a_url(receiver):
     with Simulator(SimulatorOptions(mode="PUSH")) as simulator:
         simulator.feed(bodies(3))
         assert simulator.stats()["visible"] == 3
         simulator.control(push=receiver.url)
-        assert settled(simulator)["confirmed"] == 3
+        assert final_stats(simulator)["confirmed"] == 3
 
 
-def test_what_was_fed_before_the_start_is_pushed(receiver):
+def test_events_fed_before_the_start_are_pushed(receiver):
     simulator = Simulator(SimulatorOptions(push=receiver.url))
     simulator.feed(bodies(2))
     with simulator:
-        assert settled(simulator)["confirmed"] == 2
+        assert final_stats(simulator)["confirmed"] == 2
 
 
 @pytest.mark.parametrize("mode", [None, "PUSH", "PULL"])
-def test_the_application_tells_where_it_pushes(run, receiver, mode):
+def test_describe_event_config_shows_mode_and_url(run, receiver, mode):
     config = called(run(receiver.url, mode=mode), "DescribeEventConfig")
     assert (config["Mode"], config["NotificationUrl"]) == (mode or "PUSH", receiver.url)
 
 
-# --- life -------------------------------------------------------------------------------------------------------------
+# --- stopping, and the command ----------------------------------------------------------------------------------------
 
 
-def test_a_stop_ends_what_is_on_its_way(receiver):
+def test_a_stop_ends_the_running_pushes(receiver):
     receiver.answer = Answer(hangs=True)
     with Simulator(SimulatorOptions(push=receiver.url, push_limit_secs=600)) as simulator:
         simulator.feed(bodies(3))
@@ -310,7 +310,7 @@ def command():
 
 
 @pytest.mark.system
-def test_the_command_lists_at_its_end_what_was_lost(command, tmp_path):
+def test_the_command_lists_lost_events_at_its_end(command, tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(bodies(2)))
     with HeldPort() as port:

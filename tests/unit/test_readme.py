@@ -1,4 +1,4 @@
-"""The pages: their tables are the models' own, their commands and options exist, and their links lead somewhere."""
+"""The documentation pages: tables agree with the models, commands and options exist, links have targets."""
 
 import dataclasses
 import os
@@ -41,8 +41,8 @@ def _bounds(field: FieldInfo) -> str:
         for inner in getattr(part, "__metadata__", ()):
             metadata += getattr(inner, "metadata", [])
     signs = {annotated_types.Ge: ("≥", "ge"), annotated_types.Gt: (">", "gt"), annotated_types.Le: ("≤", "le")}
-    said = [f"{signs[type(m)][0]} {getattr(m, signs[type(m)][1]):,}" for m in metadata if type(m) in signs]
-    return "".join(f", {bound}" for bound in said)
+    bounds = [f"{signs[type(m)][0]} {getattr(m, signs[type(m)][1]):,}" for m in metadata if type(m) in signs]
+    return "".join(f", {bound}" for bound in bounds)
 
 
 def _type(field: FieldInfo) -> str:
@@ -115,7 +115,7 @@ def test_the_table_of_keys_is_that_of_the_models() -> None:
 
 @pytest.mark.parametrize("page", [OPERATING, CHINESE], ids=lambda page: page.name)
 @pytest.mark.parametrize(("name", "values"), [("reasons", Reason), ("confirm results", ConfirmResult)])
-def test_every_reason_has_its_row_in_its_order(page, name, values) -> None:
+def test_every_reason_has_a_row_in_the_order_of_the_enum(page, name, values) -> None:
     _, rest = page.read_text().split(f"<!-- {name}: begin -->\n")
     table, _ = rest.split(f"<!-- {name}: end -->")
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[-len(values) :] == [value.value for value in values]
@@ -144,7 +144,7 @@ def test_the_recipe_for_a_video_finds_what_was_delivered_later() -> None:
 
 
 @pytest.mark.parametrize("command", ["list", "show", "export", "replay", "purge"])
-def test_what_the_pages_say_of_stored_events_is_there(command: str) -> None:
+def test_the_deadletters_options_of_the_pages_exist(command: str) -> None:
     options = CliRunner().invoke(main, ["deadletters", command, "--help"]).output
     assert "--pending" in options
     for line in re.findall(rf"vodpoller deadletters {command}( [^\n`#]*)", TEXT):
@@ -153,7 +153,7 @@ def test_what_the_pages_say_of_stored_events_is_there(command: str) -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """The names by which the headings of a page are linked to, as GitHub makes them."""
+    """The anchors that GitHub makes for the headings of a page."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
     )
@@ -161,7 +161,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_to_a_page_and_a_heading(page: Path) -> None:
+def test_every_link_of_a_page_has_a_target(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
@@ -174,7 +174,7 @@ def test_the_first_page_is_short() -> None:
 
 
 @pytest.mark.parametrize("command", ["demo", "pytest"])
-def test_the_first_page_has_the_commands_that_show_and_test(command: str) -> None:
+def test_the_first_page_has_the_demo_and_the_test_command(command: str) -> None:
     assert len(re.findall(rf"^python3 -m venv .*{command}.*$", README.read_text(), re.MULTILINE)) == 1
 
 
@@ -184,7 +184,7 @@ def test_the_first_page_names_every_command(command: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_log_event_of_a_page_is_of_the_catalogue(page: Path) -> None:
+def test_every_log_event_of_a_page_is_in_the_catalogue(page: Path) -> None:
     prefixes = {name.partition(".")[0] for name in CATALOGUE}
     others = {f"{table}.{key}" for table, model in TABLES.items() for key in model.model_fields}
     others |= {f"event.{field.name}" for field in dataclasses.fields(Event)}
@@ -193,7 +193,7 @@ def test_every_log_event_of_a_page_is_of_the_catalogue(page: Path) -> None:
     assert {name for name in named if name.partition(".")[0] in prefixes} - others <= set(CATALOGUE)
 
 
-def test_every_warning_of_the_log_that_asks_something_of_a_person_is_among_the_problems() -> None:
+def test_every_log_event_that_needs_action_is_in_the_problem_table() -> None:
     _, rest = OPERATING.read_text().split("\n## When something is wrong\n")
     problems = rest.partition("\n## ")[0]
     wanted = {name for name in CATALOGUE if name.endswith((".failed", ".stuck", ".refused", ".unreadable", ".overdue"))}
@@ -201,12 +201,12 @@ def test_every_warning_of_the_log_that_asks_something_of_a_person_is_among_the_p
 
 
 def _blocks(page: Path) -> list[str]:
-    """The pieces of code of a page, without comments, which are words."""
+    """The code blocks of a page, without their comments, which are translated."""
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
     return [re.sub(r" +# .*$", "", block, flags=re.MULTILINE) for block in blocks]
 
 
-def test_the_commands_of_the_chinese_page_are_those_of_the_english_one() -> None:
+def test_the_chinese_page_has_the_commands_of_the_english_page() -> None:
     assert _blocks(CHINESE) == _blocks(OPERATING)
     assert len(_blocks(CHINESE)) > 15
 
@@ -216,11 +216,11 @@ def _names_by_section(page: Path) -> list[list[str]]:
     return [sorted(set(re.findall(r"`([^`]+)`", section))) for section in sections]
 
 
-def test_the_sections_of_the_chinese_page_name_what_the_english_ones_do() -> None:
+def test_the_chinese_sections_name_the_same_as_the_english_ones() -> None:
     assert _names_by_section(CHINESE) == _names_by_section(OPERATING)
 
 
-def test_the_tables_of_the_chinese_page_have_the_rows_of_the_english_one() -> None:
+def test_the_chinese_tables_have_the_rows_of_the_english_ones() -> None:
     rows = [re.findall(r"^\|.*$", page.read_text(), re.MULTILINE) for page in (CHINESE, OPERATING)]
     cells = [[sorted(re.findall(r"`[^`]+`", row.split("|")[1])) for row in found] for found in rows]
     assert cells[0] == cells[1]
@@ -235,7 +235,7 @@ def test_the_map_names_every_module() -> None:
 
 
 @pytest.mark.parametrize("page", [README, SINKS], ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_table_of_sinks_has_a_row_for_each_that_ships(page: Path) -> None:
+def test_the_table_of_sinks_has_a_row_for_each_shipped_sink(page: Path) -> None:
     _, rest = page.read_text().split("| type | accepts an event when |")
     rows = re.findall(r"^\| `(\w+)` \|.*$", rest.partition("\n\n")[0], re.MULTILINE)
     assert rows == sorted(name for name, point in available_sinks().items() if point.value.startswith("vodpoller."))
@@ -246,7 +246,7 @@ def _code(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_small_configuration_is_complete_as_it_stands(tmp_path: Path) -> None:
+def test_the_small_configuration_is_valid_without_warnings(tmp_path: Path) -> None:
     (text,) = _code(README, "toml")
     path = tmp_path / "config.toml"
     path.write_text(text)
@@ -256,7 +256,7 @@ def test_the_small_configuration_is_complete_as_it_stands(tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*fileds are useless:UserWarning")
-def test_the_developers_pages_python_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_code_of_the_developers_page_works(capsys: pytest.CaptureFixture[str]) -> None:
     own, official = _code(TESTS, "python")
     exec(own, {})
     with Simulator(SimulatorOptions(events=40)) as simulator:

@@ -1,4 +1,4 @@
-"""What speaks against a configuration before anything is stopped, and what leads to a daemon whose file is broken."""
+"""The checks of a new configuration before a reload, and how the command finds the daemon if the file is broken."""
 
 import socket
 import threading
@@ -58,7 +58,7 @@ def works(*_arguments):
 # --- the sinks --------------------------------------------------------------------------------------------------------
 
 
-def test_all_that_the_probes_say_is_said(tmp_path):
+def test_the_errors_of_all_probes_are_reported(tmp_path):
     errors = [ConfigError(["sinks.a: closed", "sinks.a: empty"]), OSError(13, "Permission denied"), ValueError()]
     probes = {name: fails(error) for name, error in zip("abc", errors, strict=True)}
     config = config_with(tmp_path, {**probes, "d": works})
@@ -72,7 +72,7 @@ def test_all_that_the_probes_say_is_said(tmp_path):
     )
 
 
-def test_a_probe_that_hangs_holds_nothing_up_for_long(tmp_path, monkeypatch):
+def test_a_hanging_probe_is_reported_after_its_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(reload_module, "PROBES_SECS", 0.2)
     over = threading.Event()
     config = config_with(tmp_path, {"slow": lambda *_arguments: over.wait(60), "quick": works})
@@ -92,14 +92,14 @@ def test_probes_run_at_the_same_time(tmp_path):
 # --- the journal ------------------------------------------------------------------------------------------------------
 
 
-def test_another_spelling_is_not_another_journal(tmp_path):
+def test_another_spelling_of_the_path_is_the_same_journal(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     running = config_with(tmp_path, {"a": works})
     new = replace(running, journal=Journal(path=tmp_path / "link" / "journal.db"))
     check_successor(new, running, LOG)
 
 
-def test_a_journal_that_cannot_be_written_is_not_given_up(tmp_path):
+def test_a_journal_that_cannot_be_written_refuses_the_reload(tmp_path):
     running = config_with(tmp_path, {"a": works})
     with pytest.raises(ConfigError, match=r"^journal\.path: .* cannot be written: the disk is full"):
         check_successor(running, running, LOG, trouble="the disk is full")
@@ -117,11 +117,11 @@ def test_an_address_in_use_is_refused_and_a_free_one_is_not(tmp_path):
             ConfigError, match=f"^listener.address: {address} cannot be listened at: Address already in"
         ):
             check_successor(new, running, LOG)
-        check_successor(new, new, LOG)  # it is this process's own
+        check_successor(new, new, LOG)  # this process itself listens there
     check_successor(new, running, LOG)
 
 
-# --- the same or another ----------------------------------------------------------------------------------------------
+# --- the same or another configuration --------------------------------------------------------------------------------
 
 TEXT = """
 [credentials]
@@ -146,7 +146,7 @@ def loaded(folder, text=TEXT, key="the-key-of-the-id"):
     return load(path, env={})
 
 
-def test_what_a_secrets_file_holds_makes_no_other_configuration(tmp_path):
+def test_a_changed_secret_file_is_not_another_configuration(tmp_path):
     assert loaded(tmp_path) == loaded(tmp_path, key="another-key-of-the-id")
 
 
@@ -162,7 +162,7 @@ def test_what_a_secrets_file_holds_makes_no_other_configuration(tmp_path):
         ("[[sources]]", "[log]\nlevel = 'debug'\n[[sources]]"),
     ],
 )
-def test_anything_else_makes_another_configuration(tmp_path, was, is_now):
+def test_any_other_change_is_another_configuration(tmp_path, was, is_now):
     (tmp_path / "other").write_text("the-key-of-the-id")
     assert loaded(tmp_path) != loaded(tmp_path, TEXT.replace(was, is_now))
 
@@ -174,7 +174,7 @@ def test_equal_secrets_have_the_same_hash(tmp_path):
     assert len({first, Secret(path=tmp_path / "key"), Secret(value="b"), Secret(value="b")}) == 2
 
 
-# --- what leads to the daemon -----------------------------------------------------------------------------------------
+# --- finding the daemon -----------------------------------------------------------------------------------------------
 
 JOURNAL = '[journal]\npath = "${WHERE}/j.db"\n'
 FOUND = Path("/x/j.db")
@@ -194,7 +194,7 @@ DEFAULT = Journal().path
         (None, DEFAULT, Daemon().shutdown_secs),
     ],
 )
-def test_a_broken_file_still_leads_to_its_journal(tmp_path, text, path, shutdown_secs):
+def test_the_journal_path_is_found_even_in_a_broken_file(tmp_path, text, path, shutdown_secs):
     file = tmp_path / "config.toml"
     if text is not None:
         file.write_text(text)
@@ -207,7 +207,7 @@ def test_a_broken_file_still_leads_to_its_journal(tmp_path, text, path, shutdown
 
 @pytest.fixture
 def command(tmp_path, log):
-    """The command, beside a daemon that answers as it is told; None answers nothing."""
+    """Runs the command while a daemon gives this answer, or none if it is None."""
     path = tmp_path / "config.toml"
     path.write_text(f'[journal]\npath = "{tmp_path}/j.db"\n[daemon]\nshutdown_secs = 1.0\n')
 
@@ -231,7 +231,7 @@ def command(tmp_path, log):
 
 
 @pytest.mark.parametrize(
-    ("answer", "exit_code", "said"),
+    ("answer", "exit_code", "expected"),
     [
         ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "runs on with the former"]),
         ({"result": "ended", "problems": ["a: b"]}, 1, ["a: b"]),
@@ -241,13 +241,13 @@ def command(tmp_path, log):
         ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself anew", "sink a"]),
     ],
 )
-def test_the_command_says_what_the_daemon_says(command, answer, exit_code, said):
+def test_the_command_prints_the_answer_of_the_daemon(command, answer, exit_code, expected):
     done = command(answer)
     assert done.exit_code == exit_code
-    assert [words for words in said if words not in done.output] == []
+    assert [words for words in expected if words not in done.output] == []
 
 
-def test_a_daemon_that_does_not_answer_in_time_is_exit_1(command, monkeypatch):
+def test_without_an_answer_in_time_the_command_ends_with_1(command, monkeypatch):
     monkeypatch.setattr(reload_command, "BEYOND_STOP_SECS", -0.9)
     done = command(None)
     assert done.exit_code == 1

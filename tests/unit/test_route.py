@@ -1,4 +1,4 @@
-"""`vodpoller route` says where events go, and touches nothing."""
+"""`vodpoller route` shows where events go, and changes nothing."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def judged(done):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{", "cannot be read: Expecting property name"),
         (f"{UPLOAD}\n{{\n", ", line 2: cannot be read: "),
@@ -67,59 +67,59 @@ def judged(done):
         ("\udcff", "cannot be read: it is not UTF-8 text"),
     ],
 )
-def test_what_cannot_be_read_is_named_and_ends_with_1(run, tmp_path, text, says):
+def test_an_unreadable_event_is_named_and_ends_with_1(run, tmp_path, text, message):
     path = tmp_path / "events.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     done = run("--json", path, SAMPLE)
     assert done.exit_code == 1
     assert f"vodpoller: {path}" in done.stderr
-    assert says in done.stderr
+    assert message in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["event_type"] == "CreateSnapshotByTimeOffsetComplete"
 
 
-def test_a_file_that_is_not_there_ends_with_1(run, tmp_path):
+def test_a_missing_file_ends_with_1(run, tmp_path):
     done = run(tmp_path / "none.json")
     assert done.exit_code == 1
     assert "none.json: cannot be read: no such file or directory" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ('sinks = ["hook"]', 'routes.uploads.sinks: there is no sink "hok"'),
         ('unrouted = "dead_letter"', "sources.main.unrouted: is missing"),
         ("where = \"FileUploadEvent.FileId == '5285890784246869930'\"", "routes.uploads.where"),
     ],
 )
-def test_routes_that_cannot_be_used_end_with_78(run, wrong, says):
+def test_routes_that_cannot_be_used_end_with_78(run, wrong, message):
     right = {"sinks": 'sinks = ["hok"]', "unrouted": "", "where": 'where = "a b"'}[wrong.partition(" ")[0]]
     done = run(SAMPLE, config=CONFIG.replace(wrong, right))
     assert done.exit_code == EXIT_CONFIG
-    assert says in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [([], "say which source they come from"), (["--source", "mian"], "no source of the configuration is 'mian'")],
 )
-def test_a_source_that_is_not_clear_is_asked_for(run, args, says):
+def test_an_unclear_source_is_a_usage_error(run, args, message):
     done = run(*args, SAMPLE, config=CONFIG + SECOND)
     assert done.exit_code == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert "main, second" in done.stderr
 
 
-def test_without_an_event_it_wants_one(run):
+def test_without_a_file_it_is_a_usage_error(run):
     assert run().exit_code == 2
 
 
-def test_an_empty_answer_is_said_to_be_so(run):
+def test_an_answer_without_events_is_reported(run):
     done = run("-", given='{"Response": {"EventSet": null}}')
     assert (done.exit_code, done.stdout) == (0, "")
     assert "-: an answer without an event" in done.stderr
 
 
-def test_each_route_is_told_with_its_reason(run):
+def test_each_route_is_listed_with_its_reason(run):
     assert run("-", given=UPLOAD.replace("930", "931")).stdout.splitlines()[2:] == [
         "  route snapshots does not: its event_types do not match: CreateSnapshotByTimeOffsetComplete",
         "  route uploads does not: its `where` does not hold: FileUploadEvent.FileId == '5285890784246869930' is false",
@@ -127,19 +127,19 @@ def test_each_route_is_told_with_its_reason(run):
     ]
 
 
-def test_a_mistyped_pattern_is_proposed(run):
+def test_a_pattern_that_may_be_mistyped_is_named(run):
     done = run("-", given=DELETED, config=CONFIG.replace("NewFile*", "FileDelete"))
     assert "no route takes it, so it becomes a dead letter (was FileDelete to take it?)" in done.stdout
 
 
-def test_a_where_that_fails_is_a_dead_letter_of_its_sinks(run):
+def test_a_failing_where_makes_dead_letters_for_its_sinks(run):
     done = run("-", given=UPLOAD, config=CONFIG.replace("FileUploadEvent.FileId == '5285890784246869930'", "length(A)"))
     assert "route uploads does not: `where` cannot be evaluated on this event" in done.stdout
     assert "  sink hook rejects it: a dead letter" in done.stdout
     assert "no route takes it" not in done.stdout
 
 
-def test_what_goes_where_is_told_for_a_person_and_for_programs(run):
+def test_the_routing_is_printed_as_text_and_as_json(run):
     done = run(SAMPLE)
     assert done.exit_code == 0
     assert done.stdout.startswith(f"{SAMPLE}, event 1: CreateSnapshotByTimeOffsetComplete\n  key: ")
@@ -157,7 +157,7 @@ def test_what_goes_where_is_told_for_a_person_and_for_programs(run):
     assert len(bytes.fromhex(found["key"])) == 32
 
 
-def test_nothing_is_made_or_changed(run, tmp_path, monkeypatch):
+def test_no_file_is_made_or_changed(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = CONFIG.replace("/proc/no/such/place", str(tmp_path / "events.jsonl"))
     text += f'[journal]\npath = "{tmp_path}/state/journal.db"\n'
@@ -165,25 +165,25 @@ def test_nothing_is_made_or_changed(run, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["config.toml"]
 
 
-def test_the_key_is_that_of_the_sources_application(run):
+def test_the_key_depends_on_the_application_of_the_source(run):
     keys = {
         judged(run("--json", "--source", name, SAMPLE, config=CONFIG + SECOND))[0]["key"] for name in ("main", "second")
     }
     assert len(keys) == 2
 
 
-def test_an_event_without_an_id_of_its_own_has_no_key_yet(run):
+def test_an_event_without_a_task_id_has_no_key_yet(run):
     (found,) = judged(run("--json", "-", given=DELETED))
     assert found["key"] is None
     assert "key: a new one at each arrival, as it has no id of its own" in run("-", given=DELETED).stdout
 
 
-def test_a_terminal_gets_no_commands_from_an_event(run):
+def test_control_characters_of_an_event_are_not_printed(run):
     done = run("-", given='{"EventType": "A\\u001b[2J"}')
     assert "\x1b" not in done.stdout
 
 
-def test_what_is_read_for_it_are_the_daemons_own_routes(tmp_path):
+def test_the_routes_are_those_of_the_daemon(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(CONFIG)
     routing = load_routing(path, env={})

@@ -38,7 +38,7 @@ def test_an_event_that_no_route_takes_is_unrouted():
         ("join('', Mixed)", {"Mixed": [1]}),
     ],
 )
-def test_a_where_that_cannot_be_evaluated_rejects_the_event_for_its_sinks_and_no_others(where, more):
+def test_a_failing_where_rejects_the_event_only_for_its_sinks(where, more):
     result = routed(Route(sinks=("a", "b"), where=where), Route(sinks=("c",)), **more)
     assert result.sinks == ("c",)
     assert set(result.failed) == {"a", "b"}
@@ -46,7 +46,7 @@ def test_a_where_that_cannot_be_evaluated_rejects_the_event_for_its_sinks_and_no
     assert not result.is_unrouted
 
 
-def test_a_sink_that_another_route_reaches_does_not_suffer_from_a_where_that_fails():
+def test_a_failing_where_does_not_affect_a_sink_of_another_route():
     result = routed(Route(sinks=("a",), where="length(Missing)"), Route(sinks=("a",)))
     assert result.sinks == ("a",)
     assert result.failed == {}
@@ -69,7 +69,7 @@ def test_a_sink_that_another_route_reaches_does_not_suffer_from_a_where_that_fai
         ("FileUploadEvent", True),
     ],
 )
-def test_where_holds_as_jmespath_has_it(where, holds):
+def test_where_holds_if_jmespath_counts_its_value_as_true(where, holds):
     assert routed(Route(where=where), number=7).is_unrouted is not holds
 
 
@@ -105,7 +105,7 @@ def test_an_event_goes_to_a_sink_once_in_the_order_of_the_routes():
     assert result.sinks == ("b", "a", "c")
 
 
-def test_what_is_remembered_of_a_type_is_not_what_holds_for_another_event():
+def test_the_cache_of_an_event_type_leaves_out_the_result_of_where():
     router = Router([Route(where="FileUploadEvent.FileId == '7'"), Route(sinks=("all",), event_types=("A",))])
     assert router.route(event(7)).sinks == ("archive",)
     assert router.route(event(8)).is_unrouted
@@ -114,7 +114,7 @@ def test_what_is_remembered_of_a_type_is_not_what_holds_for_another_event():
 
 
 @pytest.mark.long
-def test_a_queue_that_is_fed_nonsense_types_does_not_fill_the_memory():
+def test_very_many_event_types_do_not_fill_the_memory():
     router = Router([Route()])
     tracemalloc.start()
     try:
@@ -130,14 +130,14 @@ def test_a_queue_that_is_fed_nonsense_types_does_not_fill_the_memory():
     ("glob", "event_type"),
     [("CreateSnapshotByTimeOffsetCompleted", "CreateSnapshotByTimeOffsetComplete"), ("FileUpload*", "NewFileUpload")],
 )
-def test_the_pattern_that_was_meant_for_a_type_is_named_for_its_sources_only(glob, event_type):
+def test_a_similar_pattern_is_named_only_for_its_sources(glob, event_type):
     router = Router([Route(event_types=(glob,), sources=("main",)), Route(event_types=("FileDeleted",))])
     assert router.similar_routed("main", event_type) == glob
     assert router.similar_routed("other", event_type) is None
     assert router.similar_routed("main", "HologramRender") is None
 
 
-def test_types_of_megabytes_are_not_kept():
+def test_very_long_event_types_are_not_kept():
     router = Router([Route(event_types=("New*",))])
     tracemalloc.start()
     try:
@@ -152,7 +152,7 @@ def test_types_of_megabytes_are_not_kept():
     assert kept_bytes < 1_000_000
 
 
-# --- what a person is told --------------------------------------------------------------------------------------------
+# --- judgements for the operator --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_types_of_megabytes_are_not_kept():
         (Route(sources=("main",), event_types=("New*",), where="EventType"), ""),
     ],
 )
-def test_a_route_says_why_it_does_not_take_an_event(route, why_not):
+def test_a_judgement_names_why_a_route_does_not_take_an_event(route, why_not):
     (judgement,) = Router([route]).judge(event())
     assert judgement.why_not.startswith(why_not)
     assert judgement.takes == (why_not == "")
@@ -192,7 +192,7 @@ ROUTES = st.builds(
     event_type=st.sampled_from(["NewFileUpload", "Other", "Third"]),
     wanted=st.sampled_from([None, 0, "", "x", [], [1]]),
 )
-def test_what_a_person_is_told_is_what_happens(routes, source, event_type, wanted):
+def test_the_judgements_agree_with_the_routing(routes, source, event_type, wanted):
     router = Router(routes)
     given_event = event(source=source, event_type=event_type, Wanted=wanted)
     routed = router.route(given_event)

@@ -1,4 +1,4 @@
-"""The process around a daemon: what a reload decides, and what comes of each failure amid it."""
+"""The process around a daemon: the decisions of a reload, and the effect of each failure during one."""
 
 import socket
 import threading
@@ -43,7 +43,7 @@ def config_in(folder, *, journal="journal.db", sink="archive", shutdown_secs=5.0
 
 
 class StubSignals:
-    """In the place of signals, which reach the main thread only."""
+    """Replaces real signals, which only the main thread receives."""
 
     def __init__(self):
         self._received = SimpleQueue()
@@ -67,7 +67,7 @@ class StubSignals:
 
 
 class StubDaemon:
-    """In the place of what runs with one configuration; notes what is done with it."""
+    """Replaces the daemon of one configuration; records what is done with it."""
 
     def __init__(self, config, done, telemetry):
         self._config, self._done, self.telemetry = config, done, telemetry
@@ -75,21 +75,21 @@ class StubDaemon:
         self.while_stopping = lambda: None
         self.start_error = None
 
-    def _note(self, what):
+    def _record(self, what):
         self._done.append(f"{what} {next(iter(self._config.sinks))}")
 
     def start(self):
-        self._note("start")
+        self._record("start")
         if self.start_error:
             raise self.start_error
 
     def stop(self):
-        self._note("stop")
+        self._record("stop")
         self.while_stopping()
         return self.stuck
 
     def refresh(self):
-        self._note("refresh")
+        self._record("refresh")
 
     def status(self):
         journal = JournalStatus(path=str(self._config.journal.path), writable=True)
@@ -123,13 +123,13 @@ class StubDaemon:
 class StubNotifier(Notifier):
     def __init__(self):
         super().__init__("")
-        self.said = []
+        self.sent = []
 
     def notify(self, *assignments):
-        self.said += assignments
+        self.sent += assignments
 
     def states(self):
-        return [said for said in self.said if said in (READY, RELOADING, STOPPING)]
+        return [state for state in self.sent if state in (READY, RELOADING, STOPPING)]
 
 
 class Running:
@@ -142,7 +142,7 @@ class Running:
         self.done, self.built, self.executed = [], [], []
         self.build_errors = {}
         self.at_build = lambda daemon: None
-        self.execute_error = StoppingError("in the place of another program in this process")
+        self.execute_error = StoppingError("instead of another program in this process")
         self.signals, self.notifier = StubSignals(), StubNotifier()
         self.exit_codes = []
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -158,7 +158,7 @@ class Running:
             execute=self._execute,
         )
         self._thread.start()
-        until(lambda: READY in self.notifier.said)
+        until(lambda: READY in self.notifier.sent)
         return self
 
     def __exit__(self, *_exception):
@@ -226,19 +226,19 @@ def running(tmp_path, lines):
     ],
     ids=["problems of the file", "a bug"],
 )
-def test_what_cannot_be_read_is_refused_and_nothing_is_stopped(running, lines, error, problems):
+def test_an_unreadable_configuration_is_refused_without_a_stop(running, lines, error, problems):
     running.next_config = error
     assert running.reload() == {"result": "refused", "problems": problems}
     assert running.done == ["refresh archive"]
     assert named(lines, "reload.failed")[0]["problems"] == problems
-    said = running.status()
-    assert said["reload"]["successful"] is False
-    assert said["problems"][0]["what"] == "configuration"
-    assert all(problem in said["problems"][0]["cause"] for problem in problems)
+    status = running.status()
+    assert status["reload"]["successful"] is False
+    assert status["problems"][0]["what"] == "configuration"
+    assert all(problem in status["problems"][0]["cause"] for problem in problems)
     assert running.notifier.states() == [READY, RELOADING, READY]
 
 
-def test_what_a_probe_says_is_refused_and_nothing_is_stopped(running, tmp_path):
+def test_a_failed_probe_refuses_the_reload_without_a_stop(running, tmp_path):
     (tmp_path / "other.jsonl").mkdir()
     running.next_config = config_in(tmp_path, sink="other")
     answer = running.reload()
@@ -250,7 +250,7 @@ def test_what_a_probe_says_is_refused_and_nothing_is_stopped(running, tmp_path):
 @pytest.mark.parametrize(
     "error", [ConfigError(["sinks.other: wrong"]), JournalError("sinks.other: wrong"), ValueError("sinks.other: wrong")]
 )
-def test_if_it_cannot_be_built_the_former_one_is_built_again(running, tmp_path, error):
+def test_if_a_build_fails_the_former_configuration_is_built_again(running, tmp_path, error):
     running.next_config = config_in(tmp_path, sink="other")
     running.build_errors["other"] = [error]
     assert running.reload() == {"result": "refused", "problems": ["sinks.other: wrong"]}
@@ -258,7 +258,7 @@ def test_if_it_cannot_be_built_the_former_one_is_built_again(running, tmp_path, 
     assert running.reload()["result"] == "done"
 
 
-def test_if_it_cannot_be_started_it_is_stopped_again(running, tmp_path):
+def test_a_daemon_that_cannot_start_is_stopped_again(running, tmp_path):
     running.next_config = config_in(tmp_path, sink="other")
 
     def spoil(daemon):
@@ -270,13 +270,13 @@ def test_if_it_cannot_be_started_it_is_stopped_again(running, tmp_path):
     assert running.done[2:] == ["build other", "start other", "stop other", "build archive", "start archive"]
 
 
-def test_if_the_former_one_cannot_be_built_either_it_ends_with_1(running, lines, tmp_path):
+def test_if_the_former_configuration_fails_too_it_ends_with_1(running, lines, tmp_path):
     running.next_config = config_in(tmp_path, sink="other")
     running.build_errors = {"other": [ConfigError(["wrong"])], "archive": [JournalError("gone")]}
     assert running.reload() == {"result": "ended", "problems": ["wrong"]}
     assert running.ends_with() == 1
-    said = [line["problems"] for line in named(lines, "reload.failed")]
-    assert said == [["the former configuration: gone"], ["wrong"]]
+    reported = [line["problems"] for line in named(lines, "reload.failed")]
+    assert reported == [["the former configuration: gone"], ["wrong"]]
     assert running.notifier.states() == [READY, RELOADING, STOPPING]
 
 
@@ -307,7 +307,7 @@ def test_the_journal_stays_if_the_stop_itself_stores_events(running, tmp_path):
     assert running.done == ["refresh archive", "stop archive", "build archive", "start archive"]
 
 
-def test_the_journal_stays_if_what_is_stored_cannot_be_told(running, tmp_path):
+def test_the_journal_stays_if_its_stored_events_cannot_be_read(running, tmp_path):
     running.next_config = config_in(tmp_path, journal="other.db")
     answer = running.reload()
     assert "cannot be read" in answer["problems"][0]
@@ -317,7 +317,7 @@ def test_the_journal_stays_if_what_is_stored_cannot_be_told(running, tmp_path):
 # --- a thread that hangs ----------------------------------------------------------------------------------------------
 
 
-def test_a_thread_that_hangs_is_left_behind_and_askers_passed_on(running, tmp_path):
+def test_a_hanging_thread_causes_an_exec_that_keeps_connections(running, tmp_path):
     running.built[0].stuck = ["sink archive"]
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
@@ -329,7 +329,7 @@ def test_a_thread_that_hangs_is_left_behind_and_askers_passed_on(running, tmp_pa
     assert "build other" not in running.done
 
 
-def test_a_stop_that_never_ends_is_left_behind(tmp_path, lines, monkeypatch):
+def test_a_stop_that_never_ends_causes_an_exec(tmp_path, lines, monkeypatch):
     monkeypatch.setattr(service_module, "BEYOND_STOP_SECS", -0.5)
     over = threading.Event()
     running = Running(tmp_path, lines)
@@ -353,7 +353,7 @@ def test_if_the_program_cannot_be_executed_it_ends_with_1(running, tmp_path):
     assert running.ends_with() == 1
 
 
-def test_what_asked_before_executing_anew_is_told(tmp_path, lines):
+def test_a_request_from_before_the_exec_is_answered(tmp_path, lines):
     asker, connection = socket.socketpair()
     with closing(asker):
         running = Running(tmp_path, lines)
@@ -372,7 +372,7 @@ def test_what_asked_before_executing_anew_is_told(tmp_path, lines):
     assert named(lines, "daemon.reloaded")[0]["executed_anew_for"] == ["sink never"]
 
 
-def test_executed_anew_it_keeps_a_journal_with_stored_events(tmp_path, lines):
+def test_after_an_exec_a_journal_with_stored_events_is_kept(tmp_path, lines):
     running = Running(tmp_path, lines)
     store_one(running.config)
     service = Service(
@@ -389,17 +389,17 @@ def test_executed_anew_it_keeps_a_journal_with_stored_events(tmp_path, lines):
     assert running.built[0].status().journal.path == str(running.config.journal.path)
 
 
-def test_what_was_passed_on_is_in_no_childs_environment():
+def test_the_handover_is_removed_from_the_environment():
     environ = {"VODPOLLER_HANDOVER": '{"stuck": ["sink a"], "asking": [7], "listening": {"x": 8}}', "HOME": "/"}
     assert Handover.of(environ) == Handover(stuck=["sink a"], asking=[7], listening={"x": 8})
     assert environ == {"HOME": "/"}
     assert Handover.of(environ) == Handover()
 
 
-# --- a signal amid it -------------------------------------------------------------------------------------------------
+# --- a signal during a reload -----------------------------------------------------------------------------------------
 
 
-def test_a_signal_while_the_file_is_read_stops_what_runs(running):
+def test_a_signal_while_the_file_is_read_stops_the_daemon(running):
     over = threading.Event()
 
     def read():
@@ -414,7 +414,7 @@ def test_a_signal_while_the_file_is_read_stops_what_runs(running):
     assert running.done == ["refresh archive", "stop archive"]
 
 
-def test_a_signal_while_it_stops_builds_nothing(running, tmp_path):
+def test_after_a_signal_during_the_stop_nothing_is_built(running, tmp_path):
     running.built[0].while_stopping = running.signals.end
     running.next_config = config_in(tmp_path, sink="other")
     answer = running.reload()
@@ -422,7 +422,7 @@ def test_a_signal_while_it_stops_builds_nothing(running, tmp_path):
     assert running.done == ["refresh archive", "stop archive"]
 
 
-def test_a_signal_while_it_builds_brings_nothing_back(running, tmp_path):
+def test_after_a_signal_during_the_build_nothing_is_started(running, tmp_path):
     running.next_config = config_in(tmp_path, sink="other")
     running.at_build = lambda daemon: None
 
@@ -443,14 +443,14 @@ def test_a_signal_while_it_builds_brings_nothing_back(running, tmp_path):
 # --- done -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_configuration_is_refreshed_and_nothing_else(running, tmp_path, lines):
-    running.next_config = replace(config_in(tmp_path), warnings=("said elsewhere",))
+def test_the_same_configuration_is_only_refreshed(running, tmp_path, lines):
+    running.next_config = replace(config_in(tmp_path), warnings=("logged elsewhere",))
     assert running.reload() == {"result": "done", "changed": False, "stuck": [], "problems": []}
     assert running.done == ["refresh archive"]
     assert named(lines, "daemon.reloaded")[0]["changed"] is False
 
 
-def test_another_configuration_takes_the_place_of_the_former(running, tmp_path, lines):
+def test_another_configuration_replaces_the_former_one(running, tmp_path, lines):
     running.next_config = config_in(tmp_path, sink="other")
     assert running.reload()["changed"] is True
     assert running.done == ["refresh archive", "stop archive", "build other", "start other"]
@@ -459,7 +459,7 @@ def test_another_configuration_takes_the_place_of_the_former(running, tmp_path, 
     assert running.reload()["changed"] is False
 
 
-def test_probes_are_answered_while_it_builds(tmp_path, lines):
+def test_probes_are_answered_during_a_build(tmp_path, lines):
     running = Running(tmp_path, lines)
     answers = []
     with HeldPort() as port:
@@ -476,36 +476,36 @@ def test_probes_are_answered_while_it_builds(tmp_path, lines):
 
 
 def test_after_a_reload_the_socket_writes_to_the_new_log(running, tmp_path, lines):
-    of_new = []
-    running.lines = of_new
+    new_lines = []
+    running.lines = new_lines
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
     lines.clear()
     running.built[-1].status = None
     with pytest.raises(ConnectionError):
         running.status()
-    until(lambda: named(of_new, "task.failed"))
+    until(lambda: named(new_lines, "task.failed"))
     assert lines == []
 
 
-def test_counts_live_over_a_reload(running, tmp_path):
+def test_counts_survive_a_reload(running, tmp_path):
     running.built[0].telemetry.scope().count(Count.EVENTS_SETTLED, 5)
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
     assert running.status()["settled_events"] == 5
 
 
-def test_a_reload_that_is_done_ends_the_problem_of_the_last(running, tmp_path):
+def test_a_successful_reload_clears_the_problem_of_a_failed_one(running, tmp_path):
     running.next_config = ConfigError(["wrong"])
     running.reload()
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
-    said = running.status()
-    assert said["problems"] == []
-    assert said["reload"]["successful"] is True
+    status = running.status()
+    assert status["problems"] == []
+    assert status["reload"]["successful"] is True
 
 
-def test_status_is_answered_amid_a_reload(running, tmp_path):
+def test_status_is_answered_during_a_reload(running, tmp_path):
     over = threading.Event()
     running.built[0].while_stopping = lambda: over.wait(30)
     running.next_config = config_in(tmp_path, sink="other")
@@ -516,7 +516,7 @@ def test_status_is_answered_amid_a_reload(running, tmp_path):
     until(lambda: not running.status()["reload"]["under_way"])
 
 
-def test_two_who_ask_are_both_told(running, tmp_path):
+def test_two_concurrent_reload_requests_are_both_answered(running, tmp_path):
     over = threading.Event()
     running.built[0].while_stopping = lambda: over.wait(30)
     running.next_config = config_in(tmp_path, sink="other")

@@ -42,7 +42,7 @@ def test_an_event_without_any_result_is_never_settled(on_failure):
 @given(
     st.lists(st.sampled_from([*FAILURES, *SUCCESSES, ALREADY_STORED]), min_size=1), st.sampled_from(["store", "leave"])
 )
-def test_only_what_sinks_or_the_journal_hold_is_confirmed(results, on_failure):
+def test_only_events_that_sinks_or_the_journal_hold_are_confirmed(results, on_failure):
     verdict = settle(results, on_failure=on_failure)
     if all(result in SUCCESSES for result in results):
         assert verdict.settlement is Settlement.CONFIRM
@@ -68,7 +68,7 @@ def test_the_reason_of_an_event_is_the_worst_of_its_sinks(results, number):
         (FAILURES[-1], Reason.JOURNAL_FAILED),
     ],
 )
-def test_what_is_left_says_that_the_configuration_wants_it_so(failure, reason):
+def test_an_event_left_by_configuration_has_that_reason(failure, reason):
     assert settle([DELIVERED, failure], on_failure="leave").reason is reason
 
 
@@ -81,7 +81,7 @@ def test_what_is_left_says_that_the_configuration_wants_it_so(failure, reason):
         ("leave", Settlement.LEAVE),
     ],
 )
-def test_an_event_that_no_route_takes_goes_where_its_source_says(unrouted, settlement):
+def test_an_unrouted_event_is_settled_as_its_source_says(unrouted, settlement):
     verdict = settle_unrouted(unrouted)
     assert (verdict.settlement, verdict.reason) == (settlement, Reason.NO_ROUTE)
 
@@ -93,6 +93,6 @@ def test_an_event_that_no_route_takes_goes_where_its_source_says(unrouted, settl
         ("leave", Settlement.LEAVE, Reason.LEFT_BY_CONFIGURATION),
     ],
 )
-def test_what_cannot_be_read_is_stored_unless_the_configuration_forbids_it(on_failure, settlement, reason):
+def test_a_malformed_event_is_stored_unless_on_failure_is_leave(on_failure, settlement, reason):
     verdict = settle_malformed(on_failure=on_failure)
     assert (verdict.settlement, verdict.reason) == (settlement, reason)

@@ -1,4 +1,4 @@
-"""The signature is right when it is the one that the official SDK computes for the same request."""
+"""A signature is correct if the official SDK computes the same one for the same request."""
 
 import warnings
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ CASES = {
 
 
 def official_request(case, monkeypatch):
-    """What the SDK would send: its headers and its body."""
+    """The headers and the body that the SDK would send."""
     sent = []
 
     def keep(_api, request):
@@ -92,7 +92,7 @@ def test_signs_as_the_official_sdk_does(case, monkeypatch):
         assert prepared.headers.get(name) == headers.get(name), name
 
 
-def test_one_auth_signs_right_when_day_and_credentials_change_between_requests(monkeypatch):
+def test_one_auth_follows_changes_of_day_and_credentials(monkeypatch):
     day, keys = MIDNIGHT - 1, PERMANENT
     auth = Tc3Auth(lambda: keys, wall=lambda: day)
     for day in (MIDNIGHT - 1, MIDNIGHT, MIDNIGHT - 1):
@@ -102,7 +102,7 @@ def test_one_auth_signs_right_when_day_and_credentials_change_between_requests(m
             assert prepared.headers["Authorization"] == headers["Authorization"]
 
 
-def test_the_token_of_earlier_credentials_does_not_stay():
+def test_the_token_of_former_credentials_is_removed():
     keys = Credentials("id", "key", "token")
     auth = Tc3Auth(lambda: keys, wall=lambda: MIDNIGHT)
     prepared = auth(post("https://vod.tencentcloudapi.com/", "{}"))
@@ -121,7 +121,7 @@ def test_the_token_of_earlier_credentials_does_not_stay():
         ("https://[::1]/", "[::1]"),
     ],
 )
-def test_host_holds_the_port_unless_it_is_the_schemes_own(url, host):
+def test_host_has_the_port_unless_it_is_the_default_of_the_scheme(url, host):
     assert signed(url, "{}").headers["Host"] == host
 
 
@@ -131,7 +131,7 @@ def test_one_auth_serves_two_endpoints():
         assert auth(post(f"https://{host}/", "{}")).headers["Host"] == host
 
 
-def test_text_and_bytes_of_a_body_sign_alike_and_no_body_signs_as_an_empty_one():
+def test_text_and_bytes_sign_alike_and_no_body_as_an_empty_one():
     url = "https://vod.tencentcloudapi.com/"
     assert signed(url, "ü").headers["Authorization"] == signed(url, "ü".encode()).headers["Authorization"]
     bare = PreparedRequest()
@@ -140,7 +140,7 @@ def test_text_and_bytes_of_a_body_sign_alike_and_no_body_signs_as_an_empty_one()
     assert auth(bare).headers["Authorization"] == signed(url, b"").headers["Authorization"]
 
 
-def test_another_service_signs_otherwise():
+def test_the_name_of_the_service_is_part_of_the_signature():
     prepared = Tc3Auth(lambda: PERMANENT, service="sts", wall=lambda: MIDNIGHT)(post("https://sts.example/", "{}"))
     assert "/sts/tc3_request," in prepared.headers["Authorization"]
 

@@ -45,7 +45,7 @@ from vodpoller.simulator.service import Simulator
 SECRET_ID, SECRET_KEY = "AKIDsimulated", "a-key-of-no-worth"
 
 pytestmark = [
-    # The SDK calls what Python 3.12 deprecates, and does not know members that documented samples show.
+    # The SDK calls a function that Python 3.12 deprecates, and does not know some members of the documented samples.
     pytest.mark.filterwarnings("ignore:datetime.datetime.utcfromtimestamp:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*fileds are useless:UserWarning"),
 ]
@@ -215,7 +215,7 @@ def taken(queue, limit=16):
     return [json.loads(element) for element in queue.take(limit)]
 
 
-def test_a_confirm_after_the_lease_is_stale_and_the_event_comes_again_under_a_new_handle():
+def test_after_the_lease_a_confirm_is_stale_and_the_handle_is_new():
     clock = Clock()
     queue = queue_of(clock)
     queue.feed([b'{"EventType":"A"}'])
@@ -241,17 +241,17 @@ def test_one_stale_handle_fails_a_confirm(atomic, confirmed, bad):
     queue = queue_of(Clock())
     queue.generate(3)
     handles = handles_of(taken(queue))
-    spoilt = {"unknown": "no-handle", "repeated": handles[0], "confirmed before": handles[2]}[bad]
+    bad_handle = {"unknown": "no-handle", "repeated": handles[0], "confirmed before": handles[2]}[bad]
     if bad == "confirmed before":
         queue.confirm([handles[2]], atomic=True)
     before = queue.confirmed
     with pytest.raises(StaleHandlesError) as stale:
-        queue.confirm([handles[0], spoilt, handles[1]], atomic=atomic)
-    assert stale.value.handles == (spoilt,)
+        queue.confirm([handles[0], bad_handle, handles[1]], atomic=atomic)
+    assert stale.value.handles == (bad_handle,)
     assert queue.confirmed - before == confirmed
 
 
-def test_what_comes_again_comes_before_what_was_never_pulled_and_the_oldest_first():
+def test_redelivered_events_come_before_new_ones_oldest_first():
     clock = Clock()
     queue = queue_of(clock)
     queue.feed(body.encode() for body in bodies(6))
@@ -267,7 +267,7 @@ def numbers_of(events):
 
 
 def refused_of(queue, handles, *, atomic=True):
-    """The handles that a confirm is told are refused."""
+    """Confirm; return the handles that are reported as refused."""
     try:
         queue.confirm(handles, atomic=atomic)
     except ForgottenHandlesError as error:
@@ -276,7 +276,7 @@ def refused_of(queue, handles, *, atomic=True):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_the_first_handles_are_refused_while_their_lease_lasts_and_come_again(number):
+def test_the_first_handles_are_refused_until_their_lease_ends(number):
     clock = Clock()
     queue = queue_of(clock, forget_confirms=number)
     queue.feed(body.encode() for body in bodies(5))
@@ -286,7 +286,7 @@ def test_the_first_handles_are_refused_while_their_lease_lasts_and_come_again(nu
     clock.now = 29.9
     assert refused_of(queue, handles[number:]) == []
     for handle in handles[:number]:
-        assert refused_of(queue, [handle]) == [handle]  # asked alone, and at the end of its lease
+        assert refused_of(queue, [handle]) == [handle]  # alone, and just before the end of its lease
     clock.now = 30.0
     with pytest.raises(StaleHandlesError):
         queue.confirm(handles[:1], atomic=True)
@@ -297,7 +297,7 @@ def test_the_first_handles_are_refused_while_their_lease_lasts_and_come_again(nu
 
 
 @pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4, 5], [5, 3, 4], [1, 0]])
-def test_a_refused_set_may_be_halved_without_more_handles_being_refused(asked):
+def test_halving_a_refused_set_refuses_no_more_handles(asked):
     queue = queue_of(Clock(), forget_confirms=2)
     queue.generate(6)
     handles = handles_of(taken(queue))
@@ -320,7 +320,7 @@ def test_a_refused_set_may_be_halved_without_more_handles_being_refused(asked):
 
 
 @pytest.mark.parametrize("times", [2, 9])
-def test_a_handle_that_is_asked_for_again_counts_once_among_the_refused(times):
+def test_a_handle_that_is_refused_again_counts_once(times):
     queue = queue_of(Clock(), forget_confirms=2)
     queue.generate(3)
     first, second, third = handles_of(taken(queue))
@@ -333,7 +333,7 @@ def test_a_handle_that_is_asked_for_again_counts_once_among_the_refused(times):
 
 @pytest.mark.parametrize(("atomic", "confirmed"), [(True, 0), (False, 3)])
 @pytest.mark.parametrize("with_stale", [False, True])
-def test_a_refused_handle_does_to_the_others_what_a_stale_one_does(atomic, confirmed, with_stale):
+def test_a_refused_handle_affects_the_others_as_a_stale_one_does(atomic, confirmed, with_stale):
     queue = queue_of(Clock(), forget_confirms=1)
     queue.generate(4)
     handles = handles_of(taken(queue))
@@ -344,7 +344,7 @@ def test_a_refused_handle_does_to_the_others_what_a_stale_one_does(atomic, confi
     assert refused_of(queue, handles[:1], atomic=atomic) == handles[:1]
 
 
-def test_an_event_that_has_come_again_is_never_refused():
+def test_a_redelivered_event_is_never_refused():
     clock = Clock()
     queue = queue_of(clock, forget_confirms=100)
     queue.feed(body.encode() for body in bodies(2))
@@ -366,7 +366,7 @@ def test_an_event_that_has_come_again_is_never_refused():
         (b' {"A":1}', rb' {"A":1}'),
     ],
 )
-def test_a_body_is_passed_on_as_it_is(body, element):
+def test_a_body_is_passed_on_unchanged(body, element):
     queue = queue_of(Clock())
     queue.feed([body])
     (sent,) = queue.take(16)
@@ -374,7 +374,7 @@ def test_a_body_is_passed_on_as_it_is(body, element):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_ledger_tells_what_became_of_each_event(keep):
+def test_the_ledger_has_the_state_of_each_event(keep):
     clock = Clock()
     queue = queue_of(clock, keep_bodies=keep, wall_offset_secs=1000.0)
     queue.feed(body.encode() for body in bodies(4))
@@ -398,7 +398,7 @@ def test_the_ledger_tells_what_became_of_each_event(keep):
     assert {row["body"] for row in queue.ledger()} == {None}
 
 
-def test_latencies_are_told_from_birth():
+def test_latencies_are_measured_from_birth():
     clock = Clock()
     queue = queue_of(clock)
     queue.generate(1)
@@ -421,7 +421,7 @@ steps = st.one_of(
 
 
 @given(st.lists(steps, max_size=30), st.integers(0, 3))
-def test_every_event_is_confirmed_or_leased_or_visible_whatever_happens(script, forget):
+def test_every_event_is_always_confirmed_leased_or_visible(script, forget):
     clock = Clock()
     queue = queue_of(clock, forget_confirms=forget)
     handles = []
@@ -461,7 +461,7 @@ def test_every_event_is_confirmed_or_leased_or_visible_whatever_happens(script, 
     assert queue.forgotten == forget or all(row["times_delivered"] > 1 for row in queue.ledger())
 
 
-def test_a_sliding_second_forgets_what_is_a_second_old():
+def test_a_sliding_second_drops_what_is_a_second_old():
     second = SlidingSecond()
     for now in (0.0, 0.5, 0.75):
         second.add(now)
@@ -473,7 +473,7 @@ def test_a_sliding_second_forgets_what_is_a_second_old():
 # --- generated events -------------------------------------------------------------------------------------------------
 
 
-def test_generated_events_are_of_several_types_of_documented_shape_and_no_id_comes_twice():
+def test_generated_events_have_documented_shapes_and_unique_ids():
     generator = EventGenerator(3)
     texts = [generator.body(number, 1700000000.25) for number in range(400)]
     events = [json.loads(text) for text in texts]
@@ -488,14 +488,14 @@ def test_generated_events_are_of_several_types_of_documented_shape_and_no_id_com
     assert len({payload["FileId"] for payload in snapshots}) == len(snapshots)
     assert all(len(payload["FileId"]) == 20 for payload in snapshots)
     assert all(
-        payload["SnapshotInfoSet"][0]["Url"].endswith("?born=1700000000.250000")  # what benchmarks read
+        payload["SnapshotInfoSet"][0]["Url"].endswith("?born=1700000000.250000")  # the benchmarks read this
         for payload in snapshots
     )
     codes = Counter(image["ErrCode"] != 0 for payload in snapshots for image in payload["SnapshotInfoSet"])
     assert 0 < codes[True] < codes[False] / 4
 
 
-def test_runs_have_no_generated_event_in_common_unless_they_share_a_seed():
+def test_generated_events_repeat_only_with_the_same_seed():
     first, same, other = (EventGenerator(seed).body(1, 1.0) for seed in (1, 1, 2))
     assert first == same
     assert first != other
@@ -590,7 +590,7 @@ def waiting(client):
     return client.DescribeEventsState(models.DescribeEventsStateRequest()).CountOfEventsToPull
 
 
-def test_the_official_client_reads_how_callbacks_are_set(run, sdk):
+def test_the_official_client_reads_the_settings_of_callbacks(run, sdk):
     simulator = run(secret_id=SECRET_ID, secret_key=SECRET_KEY)
     client = sdk(simulator)
     assert event_config(client) == ("PULL", "", "ON", "ON", "ON")
@@ -603,25 +603,25 @@ def test_the_official_client_counts_the_events_that_wait(run, sdk):
     assert waiting(client) == 20
     client.PullEvents(models.PullEventsRequest())
     assert waiting(client) == 4
-    until(lambda: waiting(client) == 20, what="what was leased waits again")
+    until(lambda: waiting(client) == 20, what="the leased events wait again")
 
 
 @pytest.mark.parametrize("action", ["DescribeEventConfig", "DescribeEventsState"])
-def test_a_question_about_another_application_is_refused(run, client, action):
+def test_a_query_about_another_application_is_refused(run, client, action):
     api = client(run(sub_app_id=5))
     assert code_of(api.call(action)) == "InvalidParameterValue.SubAppId"
     assert code_of(api.call(action, {"SubAppId": 5})) is None
     assert code_of(api.call(action, {"SubAppId": 5, "ExtInfo": ""})) == "UnknownParameter"
 
 
-def test_the_quota_of_the_backlog_is_less_than_that_of_pulls(run, client):
+def test_backlog_queries_have_a_lower_quota_than_pulls(run, client):
     api = client(run(requests_per_sec=100))
     codes = [code_of(api.call("DescribeEventsState")) for _ in range(25)]
     assert codes == [None] * 20 + ["RequestLimitExceeded"] * 5
     assert {code_of(api.call("DescribeEventConfig")) for _ in range(25)} == {None}
 
 
-def test_pulls_bring_nothing_while_the_application_pushes(run, client):
+def test_pulls_are_empty_while_the_application_pushes(run, client):
     simulator = run(mode="PUSH", events=3, poll_secs=0.0)
     api = client(simulator)
     assert api.pull() == []
@@ -630,7 +630,7 @@ def test_pulls_bring_nothing_while_the_application_pushes(run, client):
     assert len(api.pull()) == 3
 
 
-def test_a_pull_that_hangs_gets_its_events_when_the_mode_is_changed(run, client):
+def test_a_hanging_pull_gets_its_events_when_the_mode_changes(run, client):
     simulator = run(mode="PUSH", events=3, poll_secs=20.0)
     api = client(simulator)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -641,7 +641,7 @@ def test_a_pull_that_hangs_gets_its_events_when_the_mode_is_changed(run, client)
 
 
 def signed(body, *, names="content-type;host", host="h", sent_host=None, service="vod", date=None, at=None):
-    """Headers of a request that is signed in any way, right or wrong."""
+    """The headers of a request with a right or a wrong signature."""
     at = int(time.time()) if at is None else at
     date = date or datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
     values = {"content-type": "application/json", "host": host, "x-tc-action": "pullevents"}
@@ -689,14 +689,14 @@ def signed(body, *, names="content-type;host", host="h", sent_host=None, service
         ({}, {"X-TC-Timestamp": None}, "MissingParameter"),
     ],
 )
-def test_what_is_signed_must_be_what_is_sent(run, client, how, changes, code):
+def test_the_signed_request_must_be_the_sent_request(run, client, how, changes, code):
     simulator = run(events=1, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     headers = {name: value for name, value in (signed(b"{}", **how) | changes).items() if value is not None}
     _, _, content = client(simulator).request("POST", "/", b"{}", headers)
     assert code_of(json.loads(content)["Response"]) == code
 
 
-def test_a_body_that_was_changed_on_the_way_fails_the_signature(run, client):
+def test_a_body_that_was_changed_after_signing_is_refused(run, client):
     simulator = run(events=1, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     _, _, content = client(simulator).request("POST", "/", b'{"SubAppId":1}', signed(b"{}"))
     assert code_of(json.loads(content)["Response"]) == "AuthFailure.SignatureFailure"
@@ -735,7 +735,7 @@ def test_each_wrong_request_has_its_code_and_takes_no_event(run, client, action,
     assert simulator.stats()["visible"] == 1
 
 
-def test_a_body_that_is_no_json_is_a_parameter_error(run, client):
+def test_a_body_that_is_not_json_is_a_parameter_error(run, client):
     headers = {"X-TC-Action": "PullEvents", "X-TC-Version": "2018-07-17"}
     _, _, content = client(run()).request("POST", "/", b"{", headers)
     assert code_of(json.loads(content)["Response"]) == "InvalidParameter"
@@ -769,7 +769,7 @@ def test_confirms_can_have_a_quota_of_their_own(run, client, confirms, allowed):
     assert [code_of(api.call("PullEvents")) for _ in range(5)].count(None) == 4
 
 
-def test_an_event_whose_lease_runs_out_goes_to_the_pull_that_hangs(run, client):
+def test_an_event_whose_lease_ends_goes_to_the_hanging_pull(run, client):
     simulator = run(events=1, poll_secs=10.0, visibility_secs=0.2)
     api = client(simulator)
     (first,) = api.pull()
@@ -782,7 +782,7 @@ def test_an_event_whose_lease_runs_out_goes_to_the_pull_that_hangs(run, client):
 
 
 @pytest.mark.parametrize(("stale", "confirmed"), [("atomic", 0), ("per_handle", 2)])
-def test_a_stale_handle_fails_the_call_and_its_mates_as_told(run, client, stale, confirmed):
+def test_a_stale_handle_affects_the_others_as_the_option_says(run, client, stale, confirmed):
     simulator = run(events=2, stale=stale)
     api = client(simulator)
     answer = api.confirm([*handles_of(api.pull()), "stale"])
@@ -799,7 +799,7 @@ def test_a_stale_handle_fails_the_call_and_its_mates_as_told(run, client, stale,
         (["PullEvents", "ConfirmEvents"], ["UnauthorizedOperation"] * 2),
     ],
 )
-def test_a_denied_action_is_not_carried_out_until_the_right_is_given(run, client, denied, codes):
+def test_a_denied_action_has_no_effect_until_the_right_is_granted(run, client, denied, codes):
     simulator = run(events=17, secret_id=None)
     api = client(simulator)
     handles = handles_of(api.pull())
@@ -814,7 +814,7 @@ def test_a_denied_action_is_not_carried_out_until_the_right_is_given(run, client
     assert code_of(api.confirm(handles)) == (None if codes[1] else "InvalidParameterValue.EventHandle")
 
 
-def test_a_wrong_signature_is_told_before_a_missing_right(run, sdk):
+def test_a_wrong_signature_is_reported_before_a_missing_right(run, sdk):
     simulator = run(deny=["PullEvents"], secret_id=SECRET_ID, secret_key=SECRET_KEY)
     assert sdk_code(sdk(simulator, secret_key="another")) == "AuthFailure.SignatureFailure"
     assert sdk_code(sdk(simulator)) == "UnauthorizedOperation"
@@ -822,7 +822,7 @@ def test_a_wrong_signature_is_told_before_a_missing_right(run, sdk):
 
 @pytest.mark.parametrize("stale", ["atomic", "per_handle"])
 @pytest.mark.parametrize(("refused", "other"), [(5, 6), (0, None)])
-def test_the_confirms_of_one_application_can_be_refused_lease_after_lease(run, client, stale, refused, other):
+def test_confirms_of_one_application_can_be_refused_in_every_lease(run, client, stale, refused, other):
     simulator = run(events=2, batch=1, stale=stale, refuse_confirms_of=[refused], visibility_secs=0.3, poll_secs=10.0)
     api = client(simulator)
     of_app = {app: {} if app is None else {"SubAppId": app} for app in (refused, other)}
@@ -830,7 +830,7 @@ def test_the_confirms_of_one_application_can_be_refused_lease_after_lease(run, c
         (event,) = api.call("PullEvents", of_app[refused])["EventSet"]
         answer = api.confirm(handles_of([event]), **of_app[refused])
         assert code_of(answer) == "InvalidParameterValue"
-        assert "subappid" not in answer["Error"]["Message"].lower()  # VOD is not that clear
+        assert "subappid" not in answer["Error"]["Message"].lower()  # the message of VOD does not name it either
     (event,) = api.call("PullEvents", of_app[other])["EventSet"]
     assert code_of(api.confirm(handles_of([event]), **of_app[other])) is None
     simulator.control(refuse_confirms_of=[])
@@ -840,7 +840,7 @@ def test_the_confirms_of_one_application_can_be_refused_lease_after_lease(run, c
 
 
 @pytest.mark.parametrize(("stale", "confirmed"), [("atomic", 0), ("per_handle", 3)])
-def test_a_refused_confirm_is_a_parameter_error_until_the_event_comes_again(run, client, stale, confirmed):
+def test_a_refused_confirm_is_a_parameter_error_until_redelivery(run, client, stale, confirmed):
     simulator = run(events=4, stale=stale, forget_confirms=1, visibility_secs=1.0, poll_secs=10.0)
     api = client(simulator)
     first, *others = handles_of(api.pull())
@@ -863,7 +863,7 @@ EMPTY_FORMS = {
 
 
 @pytest.mark.parametrize("form", EMPTY_FORMS)
-def test_an_empty_queue_answers_in_the_form_that_was_chosen(run, client, form):
+def test_an_empty_queue_answers_in_the_chosen_form(run, client, form):
     simulator = run(empty=form)
     answer = client(simulator).call("PullEvents")
     assert answer.pop("RequestId")
@@ -871,7 +871,7 @@ def test_an_empty_queue_answers_in_the_form_that_was_chosen(run, client, form):
     assert (simulator.stats()["pulls_empty"], simulator.stats()["errors"]) == (1, {})
 
 
-def test_mixed_empty_answers_go_through_all_forms(run, client):
+def test_mixed_empty_answers_use_all_forms_in_turn(run, client):
     api = client(run(empty="mixed"))
     answers = [api.call("PullEvents") for _ in range(8)]
     for answer in answers:
@@ -886,7 +886,7 @@ def test_an_empty_queue_answers_after_the_poll_time(run, client):
     assert 0.29 < time.monotonic() - started_at < 5
 
 
-def test_pulls_that_hang_get_what_is_fed_at_once_the_longest_waiting_first(run, client):
+def test_hanging_pulls_get_new_events_in_the_order_of_their_waiting(run, client):
     simulator = run(poll_secs=30.0)
     got = []
 
@@ -906,7 +906,7 @@ def test_pulls_that_hang_get_what_is_fed_at_once_the_longest_waiting_first(run, 
     assert [len(events) for _, events in got] == [1, 1]
 
 
-def test_a_client_that_leaves_while_its_pull_hangs_takes_no_event(run, client):
+def test_a_client_that_disconnects_during_its_pull_takes_no_event(run, client):
     simulator = run(poll_secs=30.0)
     host, port = simulator.url.removeprefix("http://").split(":")
     head = "POST / HTTP/1.1\r\nX-TC-Action: PullEvents\r\nX-TC-Version: 2018-07-17\r\nContent-Length: 2\r\n\r\n{}"
@@ -919,7 +919,7 @@ def test_a_client_that_leaves_while_its_pull_hangs_takes_no_event(run, client):
     assert len(client(simulator).pull()) == 3
 
 
-def test_round_trips_of_many_connections_pass_at_the_same_time(run, client):
+def test_round_trips_of_many_connections_run_at_the_same_time(run, client):
     simulator = run(events=640, rtt_secs=0.4)
     apis = [client(simulator) for _ in range(64)]
     got = []
@@ -941,7 +941,7 @@ def test_the_date_header_shows_the_skewed_clock(run, client):
     assert headers["Content-Type"] == "application/json"
 
 
-def test_debug_lines_tell_of_each_answer(stack, client):
+def test_each_answer_has_a_debug_line(stack, client):
     stream = io.StringIO()
     log = make_logger(stream, level="debug", log_format="json")
     simulator = stack.enter_context(Simulator(SimulatorOptions(events=2, poll_secs=0), log))
@@ -962,7 +962,7 @@ def test_debug_lines_tell_of_each_answer(stack, client):
     ("fault", "error", "leased"),
     [("reset", ConnectionResetError, 0), ("lost", http.client.RemoteDisconnected, 1)],
 )
-def test_a_connection_that_breaks_leaves_the_work_undone_or_done(run, client, fault, error, leased):
+def test_a_reset_takes_no_event_and_a_lost_answer_takes_one(run, client, fault, error, leased):
     simulator = run(events=1, faults={fault: 1.0})
     with pytest.raises(error) as raised:
         client(simulator).pull()
@@ -971,7 +971,7 @@ def test_a_connection_that_breaks_leaves_the_work_undone_or_done(run, client, fa
     assert (stats["outstanding"], stats["faults"]) == (leased, {f"pull.{fault}": 1})
 
 
-def test_a_confirm_whose_answer_is_lost_has_worked(run, client):
+def test_a_confirm_whose_answer_is_lost_has_taken_effect(run, client):
     simulator = run(events=2, faults={"confirm.lost": 1.0})
     api = client(simulator)
     handles = handles_of(api.pull())
@@ -982,7 +982,7 @@ def test_a_confirm_whose_answer_is_lost_has_worked(run, client):
     assert code_of(client(simulator).confirm(handles)) == "InvalidParameterValue.EventHandle"
 
 
-def test_http_5xx_is_no_json_and_takes_nothing(run, client):
+def test_http_5xx_is_not_json_and_takes_no_event(run, client):
     simulator = run(events=1, faults={"http_5xx": 1.0})
     status, headers, content = client(simulator).send("PullEvents")
     assert status in {500, 502, 503, 504}
@@ -992,7 +992,7 @@ def test_http_5xx_is_no_json_and_takes_nothing(run, client):
 
 
 @pytest.mark.parametrize(("fault", "code"), [("internal_error", "InternalError"), ("limit", "RequestLimitExceeded")])
-def test_errors_of_the_service_take_nothing(run, client, fault, code):
+def test_errors_of_the_service_take_no_event(run, client, fault, code):
     simulator = run(events=1, faults={f"pull.{fault}": 1.0})
     api = client(simulator)
     assert code_of(api.call("PullEvents")) == code
@@ -1001,7 +1001,7 @@ def test_errors_of_the_service_take_nothing(run, client, fault, code):
     assert (stats["visible"], stats["refused_by_limit"]) == (1, 0)
 
 
-def test_a_truncated_answer_breaks_the_connection_or_the_json_and_the_events_are_leased(run, client):
+def test_a_truncated_answer_breaks_the_connection_or_the_json(run, client):
     simulator = run(events=20, batch=1, faults={"truncated": 1.0})
     broken = Counter()
     for _ in range(20):
@@ -1017,7 +1017,7 @@ def test_a_truncated_answer_breaks_the_connection_or_the_json_and_the_events_are
     assert simulator.stats()["outstanding"] == 20
 
 
-def test_a_slow_answer_is_late_and_its_lease_runs_from_before(run, client):
+def test_the_lease_of_a_slow_answer_starts_before_its_delay(run, client):
     simulator = run(events=1, faults={"slow": 1.0}, slow_secs=0.4, visibility_secs=0.1)
     api = client(simulator)
     started_at = time.monotonic()
@@ -1040,17 +1040,19 @@ def test_calls_of_one_action_can_hang_while_the_other_answers_at_once(run, clien
     assert hung_secs >= 1.49
     assert max(took_secs.values()) < 1.4
     assert (simulator.stats()["confirmed"], simulator.stats()["faults"]) == (16, {f"{slow}.slow": 1})
-    assert (simulator.stats()["birth_to_confirm_secs"]["max"] < 1.4) == (slow == "confirm")  # carried out, then late
+    assert (simulator.stats()["birth_to_confirm_secs"]["max"] < 1.4) == (
+        slow == "confirm"
+    )  # a slow confirm takes effect before its delay
 
 
-def test_a_fault_of_one_action_counts_before_the_general_one(run, client):
+def test_a_fault_of_one_action_overrides_the_general_one(run, client):
     simulator = run(events=1, faults={"internal_error": 1.0, "confirm.internal_error": 0.0})
     api = client(simulator)
     assert code_of(api.call("PullEvents")) == "InternalError"
     assert code_of(api.confirm(["a"])) == "InvalidParameterValue.EventHandle"
 
 
-def test_faults_happen_about_as_often_as_told_and_the_same_with_the_same_seed(run, client):
+def test_faults_have_the_given_rate_and_repeat_with_the_same_seed(run, client):
     def codes():
         api = client(run(faults={"internal_error": 0.3}, seed=11))
         return [code_of(api.call("PullEvents")) for _ in range(200)]
@@ -1086,7 +1088,7 @@ RAW_LINES = [
 ]
 
 
-def test_lines_of_a_file_come_as_they_are_readable_or_not(run, client, tmp_path):
+def test_lines_of_a_file_are_served_unchanged_even_if_invalid(run, client, tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b"\n".join(RAW_LINES[:2]) + b"\n\n  \n" + b"\n".join(RAW_LINES[2:]))
     simulator = run(events_file=path)
@@ -1113,7 +1115,7 @@ def test_a_port_in_use_fails_the_start(run):
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_rate_brings_events_until_its_total(run, client, tmp_path, from_file):
+def test_a_rate_generates_events_up_to_its_total(run, client, tmp_path, from_file):
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(bodies(30)))
     more = {"events_file": path} if from_file else {}
@@ -1125,12 +1127,12 @@ def test_a_rate_brings_events_until_its_total(run, client, tmp_path, from_file):
     stats = simulator.stats()
     assert (len(events), stats["fed"], stats["feeding"]) == (22, 22, False)
     born = [row["born"] for row in simulator.ledger()]
-    assert born[-1] - born[0] > 0.09  # the first of the rate may be late, the last may not be early
+    assert born[-1] - born[0] > 0.09  # the first generated event may be late, the last must not be early
     if from_file:
         assert [event["Numbered"]["N"] for event in events[2:]] == [*range(20)]
 
 
-def test_the_lines_of_a_file_end_a_rate_without_a_total(run, tmp_path):
+def test_a_rate_without_a_total_ends_with_its_file(run, tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(bodies(5)))
     simulator = run(rate=500.0, events_file=path)
@@ -1138,7 +1140,7 @@ def test_the_lines_of_a_file_end_a_rate_without_a_total(run, tmp_path):
     assert simulator.stats()["fed"] == 5
 
 
-def test_a_rate_without_a_total_goes_on(run):
+def test_a_rate_without_a_total_and_file_does_not_end(run):
     simulator = run(rate=1000.0)
     until(lambda: simulator.stats()["fed"] > 100, what="events are born")
     assert simulator.stats()["feeding"]
@@ -1147,7 +1149,7 @@ def test_a_rate_without_a_total_goes_on(run):
 # --- control ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_control_endpoints_tell_feed_and_change(run, client):
+def test_the_control_endpoints_report_feed_and_change(run, client):
     simulator = run(events=1, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     control = client(simulator)
     assert json.loads(control.request("POST", "/_feed", b"{}\n\n{broken\n")[2]) == {"fed": 2}
@@ -1166,7 +1168,7 @@ def test_the_control_endpoints_tell_feed_and_change(run, client):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "status", "said"),
+    ("method", "path", "body", "status", "message"),
     [
         ("POST", "/_control", b'{"port": 5}', 400, "port"),
         ("POST", "/_control", b'{"faults": {"reset": 3}}', 400, "reset"),
@@ -1183,16 +1185,16 @@ def test_the_control_endpoints_tell_feed_and_change(run, client):
         ("POST", "/_stats", b"", 404, "/_stats"),
     ],
 )
-def test_a_wrong_control_request_changes_nothing_and_says_why(run, client, method, path, body, status, said):
+def test_a_wrong_control_request_changes_nothing_and_names_why(run, client, method, path, body, status, message):
     simulator = run(events=1)
     api = client(simulator)
     got, _, content = api.request(method, path, body)
     assert got == status
-    assert said in content.decode()
+    assert message in content.decode()
     assert len(api.pull()) == 1
 
 
-def test_control_from_the_same_process_refuses_what_cannot_change(run):
+def test_control_refuses_an_option_that_cannot_change(run):
     with pytest.raises(ValueError, match="visibility_secs"):
         run().control(visibility_secs=1.0)
 
@@ -1211,7 +1213,7 @@ def test_control_from_the_same_process_refuses_what_cannot_change(run):
         b"POST / HTTP/1.1\r\nX: " + b"x" * 70_000,
     ],
 )
-def test_what_is_no_request_is_answered_400_and_ends_the_connection(run, sent):
+def test_an_invalid_request_is_answered_400_and_disconnected(run, sent):
     simulator = run()
     host, port = simulator.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as peer:
@@ -1233,7 +1235,7 @@ def test_what_is_no_request_is_answered_400_and_ends_the_connection(run, sent):
         (b"\xff", "not HTTP"),
     ],
 )
-def test_a_client_that_does_not_speak_http_is_disconnected_with_a_line(hello, words):
+def test_a_client_that_does_not_use_http_causes_a_warning(hello, words):
     warnings = []
     with Simulator(warn=warnings.append) as simulator:
         host, port = simulator.url.removeprefix("http://").split(":")
@@ -1246,7 +1248,7 @@ def test_a_client_that_does_not_speak_http_is_disconnected_with_a_line(hello, wo
 
 
 @pytest.mark.system
-def test_a_client_with_https_ends_at_once_and_the_command_says_why():
+def test_a_client_with_https_fails_at_once_and_the_command_warns():
     root = str(Path(vodpoller.__file__).parents[1])
     command = [sys.executable, "-m", "vodpoller", "simulate"]
     with subprocess.Popen(
@@ -1262,9 +1264,9 @@ def test_a_client_with_https_ends_at_once_and_the_command_says_why():
 
 
 def test_the_help_lists_every_fault():
-    said = CliRunner().invoke(main, ["simulate", "--help"]).output
+    help_text = CliRunner().invoke(main, ["simulate", "--help"]).output
     for fault in FAULTS:
-        assert re.search(rf"\b{fault}\b", said), fault
+        assert re.search(rf"\b{fault}\b", help_text), fault
 
 
 @pytest.mark.parametrize(
@@ -1276,29 +1278,29 @@ def test_the_help_lists_every_fault():
         ("--slow-secs", "slow"),
     ],
 )
-def test_the_help_says_what_an_option_does(option, words):
-    said = " ".join(CliRunner().invoke(main, ["simulate", "--help"]).output.split())
-    _, _, rest = said.partition(f" {option} ")
+def test_the_help_describes_the_option(option, words):
+    help_text = " ".join(CliRunner().invoke(main, ["simulate", "--help"]).output.split())
+    _, _, rest = help_text.partition(f" {option} ")
     assert words in re.split(r" --(?!requests)", rest)[0]
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--deny", "ConfirmEvent"], "deny: 'ConfirmEvent' is not one of PullEvents, ConfirmEvents"),
         (["--confirms-per-sec", "-1"], "confirms_per_sec: -1.0 is not a number of 0 or more"),
         (["--forget-confirms", "-1"], "forget_confirms: -1 is not a whole number of 0 or more"),
     ],
 )
-def test_the_command_refuses_a_value_that_is_wrong(args, said):
+def test_the_command_refuses_a_wrong_value(args, message):
     result = CliRunner().invoke(main, ["simulate", *args])
     assert result.exit_code == 2
-    assert said in result.output
+    assert message in result.output
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("denied", [["ConfirmEvents"], ["PullEvents", "ConfirmEvents"]])
-def test_the_command_denies_each_action_that_is_named(client, denied):
+def test_the_command_denies_each_named_action(client, denied):
     options = [part for action in denied for part in ("--deny", action)]
     command = [sys.executable, "-m", "vodpoller", "simulate", "--events", "1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
@@ -1310,7 +1312,7 @@ def test_the_command_denies_each_action_that_is_named(client, denied):
     assert [action for action, code in codes.items() if code == "UnauthorizedOperation"] == denied
 
 
-def test_requests_in_pieces_in_one_piece_and_with_100_continue_are_served(run):
+def test_split_joined_and_100_continue_requests_are_served(run):
     simulator = run()
     host, port = simulator.url.removeprefix("http://").split(":")
     request = b"POST /_feed HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
@@ -1330,10 +1332,10 @@ def test_requests_in_pieces_in_one_piece_and_with_100_continue_are_served(run):
     assert simulator.stats()["fed"] == 4
 
 
-# --- life -------------------------------------------------------------------------------------------------------------
+# --- start and stop ---------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_simulator_cuts_its_connections_and_still_tells_what_happened(client):
+def test_a_stopped_simulator_disconnects_clients_and_keeps_its_stats(client):
     simulator = Simulator(SimulatorOptions(poll_secs=30.0))
     assert simulator.url == ""
     assert simulator.start() == simulator.url

@@ -58,7 +58,7 @@ def key_of(simulator):
 
 
 def assumed_role(simulator, monkeypatch, **changes):
-    """The SDK's provider, which knows https only unless it is told otherwise."""
+    """The SDK's provider for an assumed role, changed to use http instead of https."""
     monkeypatch.setattr(credential, "HttpProfile", lambda: HttpProfile(protocol="http"))
     given = {**LASTING, **changes}
     return credential.STSAssumeRoleCredential(
@@ -70,22 +70,22 @@ def assumed_role(simulator, monkeypatch, **changes):
     )
 
 
-def test_without_the_option_no_key_is_handed_out(run):
+def test_without_the_option_no_key_is_issued(run):
     simulator = run(credential_secs=0.0)
     with pytest.raises(HTTPError, match="404"):
         metadata(simulator)
 
 
-def test_a_role_that_is_not_there_is_not_found(run):
+def test_a_missing_role_is_not_found(run):
     with pytest.raises(HTTPError, match="404"):
         metadata(run(), "other")
 
 
-def test_a_key_that_it_did_not_issue_does_not_exist(run):
+def test_a_key_that_was_not_issued_is_not_found(run):
     assert code_of(run(), credential.Credential("made-up", "key", "token")) == "AuthFailure.SecretIdNotFound"
 
 
-def test_the_parts_of_two_issued_keys_do_not_go_together(run):
+def test_parts_of_two_issued_keys_cannot_be_mixed(run):
     simulator = run()
     one, other = key_of(simulator), key_of(simulator)
     mixed = credential.Credential(one.secret_id, one.secret_key, other.token)
@@ -115,7 +115,7 @@ def test_the_sdks_assumed_role_can_pull(run, monkeypatch):
     assert simulator.stats()["credentials_issued"] == 1
 
 
-def test_the_sdks_role_of_the_machine_can_pull(run, monkeypatch):
+def test_the_sdks_cvm_role_can_pull(run, monkeypatch):
     simulator = run()
     monkeypatch.setattr(credential.CVMRoleCredential, "_role_endpoint", simulator.url + METADATA_PATH)
     assert pull(simulator, credential.CVMRoleCredential()).EventSet is None

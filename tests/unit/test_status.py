@@ -35,13 +35,13 @@ def source(**more):
     return [SourceStatus(name="main", **more)]
 
 
-def test_a_daemon_that_is_well_has_no_problems():
+def test_a_healthy_daemon_has_no_problems():
     assert WELL.problems() == []
     assert WELL.as_json()["problems"] == []
     assert WELL.as_line() == "main: pulling; 3 pending; 5 events settled"
 
 
-def test_a_source_of_callbacks_to_which_nothing_comes_is_not_a_problem():
+def test_a_callback_source_without_callbacks_is_not_a_problem():
     status = replace(WELL, sources=[SourceStatus(name="pushed", type="callback")], at=NOW + 10**6)
     assert status.problems() == []
     assert status.as_line().startswith("pushed: receiving; ")
@@ -111,7 +111,7 @@ def test_each_problem_names_cause_and_remedy(changed, what, words):
     assert all(word in str(first) for word in words), str(first)
 
 
-def test_events_that_are_pushed_are_the_first_problem():
+def test_a_source_whose_events_are_pushed_is_a_problem():
     status = replace(WELL, sources=[replace(WELL.sources[0], is_pushed=True)])
     (problem,) = status.problems()
     assert problem.what == "source main"
@@ -132,12 +132,12 @@ def test_events_that_are_pushed_are_the_first_problem():
         {"stored": [StoredStatus(sink="gone", state="dead", events=9, oldest_at=NOW)]},
     ],
 )
-def test_what_may_pass_by_itself_is_not_a_problem(changed):
+def test_a_state_that_may_end_by_itself_is_not_a_problem(changed):
     assert replace(WELL, **changed).problems() == []
 
 
 @pytest.mark.parametrize(("sink", "what"), [("hook", "sink hook"), ("", "dead letters")])
-def test_dead_letters_count_if_that_is_wanted(sink, what):
+def test_dead_letters_are_a_problem_only_with_strict(sink, what):
     status = replace(WELL, stored=[StoredStatus(sink=sink, state="dead", events=9, oldest_at=NOW)])
     (problem,) = status.problems(strict=True)
     assert problem.what == what
@@ -145,7 +145,7 @@ def test_dead_letters_count_if_that_is_wanted(sink, what):
     assert status.as_json(strict=True)["problems"]
 
 
-def test_what_causes_other_problems_comes_first():
+def test_a_problem_that_causes_others_comes_first():
     status = replace(
         WELL,
         journal=JournalStatus(path="/j.db", writable=False),
@@ -171,7 +171,7 @@ def test_the_json_has_every_part_and_readable_times():
     json.dumps(found)
 
 
-def test_the_line_says_what_is_wrong_and_how_much_is_stored():
+def test_the_line_names_problems_and_the_number_of_stored_events():
     status = replace(
         WELL,
         sources=source(error="connection refused"),
@@ -185,7 +185,7 @@ def test_the_line_says_what_is_wrong_and_how_much_is_stored():
     )
 
 
-def test_the_line_says_what_to_do_about_a_source():
+def test_the_line_names_the_remedy_for_a_source():
     status = replace(WELL, sources=source(error="AuthFailure", remedy="compare the key"))
     assert status.as_line().startswith("main: cannot pull: AuthFailure | compare the key; ")
 
@@ -193,7 +193,7 @@ def test_the_line_says_what_to_do_about_a_source():
 @pytest.mark.parametrize(
     ("strict", "problems"), [(False, ["daemon", "sink gone"]), (True, ["daemon", "sink gone", "sink hook"])]
 )
-def test_without_a_daemon_that_comes_first(strict, problems):
+def test_a_missing_daemon_is_the_first_problem(strict, problems):
     status = SilentStatus(
         running=False,
         cause="no daemon runs",

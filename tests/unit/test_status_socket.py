@@ -39,14 +39,14 @@ def test_a_request_is_answered(listen, path):
     assert ask(path, {"again": 1}, timeout_secs=5) == {"asked": {"again": 1}}
 
 
-def test_only_its_own_user_may_ask(listen, path):
+def test_only_the_user_of_the_daemon_may_connect(listen, path):
     listen()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @contextmanager
 def in_folder_of(path):
-    """The folder as working directory: names in it are short enough for any socket call."""
+    """Change to the folder of the path, where the file's name is short enough for any socket call."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -57,32 +57,32 @@ def in_folder_of(path):
 
 @pytest.fixture
 def dead(path):
-    """What a process that was killed leaves there."""
+    """The socket file that a killed process leaves."""
     with closing(socket.socket(socket.AF_UNIX)) as listening, in_folder_of(path) as name:
         listening.bind(name)
 
 
-def test_where_nothing_is_no_daemon_answers(path):
+def test_without_a_socket_file_no_daemon_answers(path):
     assert ask(path, {}, timeout_secs=5) is None
 
 
-def test_where_a_daemon_died_no_daemon_answers(path, dead):
+def test_at_the_socket_file_of_a_dead_daemon_no_daemon_answers(path, dead):
     assert ask(path, {}, timeout_secs=5) is None
 
 
-def test_what_a_dead_process_left_is_replaced(listen, path, dead):
+def test_the_socket_file_of_a_dead_process_is_replaced(listen, path, dead):
     listen()
     assert ask(path, {}, timeout_secs=5) == {"asked": {}}
 
 
-def test_a_closed_socket_leaves_no_name(listen, path):
+def test_a_closed_socket_leaves_no_file(listen, path):
     listen().close()
     assert not path.exists()
     assert ask(path, {}, timeout_secs=5) is None
 
 
 @pytest.mark.parametrize("sent", [b"", b"\n", b"[1]\n", b"\xff\xff\n", b"x" * 10_000 + b"\n"])
-def test_a_request_that_cannot_be_read_ends_nothing(listen, path, sent):
+def test_an_unreadable_request_does_not_stop_the_socket(listen, path, sent):
     listen()
     with closing(socket.socket(socket.AF_UNIX)) as client:
         with in_folder_of(path) as name:
@@ -92,13 +92,13 @@ def test_a_request_that_cannot_be_read_ends_nothing(listen, path, sent):
         client.settimeout(5)
         try:
             assert b"not a JSON object" in client.recv(1000)
-        except ConnectionResetError:  # it had enough before all of the request was read
+        except ConnectionResetError:  # it closed the connection before it had read the whole request
             assert len(sent) > 4096
     assert ask(path, {}, timeout_secs=5) == {"asked": {}}
 
 
 @pytest.mark.parametrize("sent", [b"", b"{"])
-def test_a_client_that_says_nothing_more_holds_others_up_for_a_moment_only(listen, path, sent, monkeypatch):
+def test_a_silent_client_delays_others_only_briefly(listen, path, sent, monkeypatch):
     monkeypatch.setattr(status_socket, "CLIENT_SECS", 0.3)
     listen()
     over = threading.Event()
@@ -106,7 +106,7 @@ def test_a_client_that_says_nothing_more_holds_others_up_for_a_moment_only(liste
         with in_folder_of(path) as name:
             client.connect(name)
 
-        def drip():  # each byte comes well within the time for one
+        def drip():  # each byte comes well within the time limit
             with suppress(OSError):
                 while sent and not over.wait(0.1):
                     client.sendall(sent)
@@ -120,7 +120,7 @@ def test_a_client_that_says_nothing_more_holds_others_up_for_a_moment_only(liste
             dripping.join()
 
 
-def test_closing_does_not_wait_for_an_answer_that_hangs(listen, path, monkeypatch):
+def test_closing_does_not_wait_for_a_hanging_answer(listen, path, monkeypatch):
     monkeypatch.setattr(status_socket, "CLIENT_SECS", 0.2)
     asked, over = threading.Event(), threading.Event()
 
@@ -140,7 +140,7 @@ def test_closing_does_not_wait_for_an_answer_that_hangs(listen, path, monkeypatc
         over.set()
 
 
-def test_a_bug_in_the_answer_is_logged_and_ends_nothing(listen, path, lines):
+def test_a_bug_in_an_answer_is_logged_and_stops_nothing(listen, path, lines):
     answers = [RuntimeError("a bug")]
 
     def answer(request):
@@ -155,15 +155,15 @@ def test_a_bug_in_the_answer_is_logged_and_ends_nothing(listen, path, lines):
     assert named(lines, "task.failed")
 
 
-def test_where_it_cannot_be_made_that_is_an_error(tmp_path, log):
+def test_a_socket_file_that_cannot_be_made_is_an_error(tmp_path, log):
     with pytest.raises(OSError, match=r"No such file|not a directory"):
         StatusSocket(tmp_path / "missing" / "journal.db.sock", dict, log=lambda: log)
 
 
-# --- what is answered later -------------------------------------------------------------------------------------------
+# --- later answers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_request_that_takes_long_holds_up_no_other(listen, path):
+def test_a_slow_request_does_not_delay_others(listen, path):
     askers, answers = SimpleQueue(), []
     listen(later={"slow": askers.put})
     asking = threading.Thread(target=lambda: answers.append(ask(path, {"command": "slow"}, timeout_secs=30)))
@@ -176,7 +176,7 @@ def test_a_request_that_takes_long_holds_up_no_other(listen, path):
     assert answers == [{"done": 1}]
 
 
-def test_a_client_that_has_gone_away_fails_no_later_answer(listen, path):
+def test_a_client_that_disconnected_does_not_break_later_answers(listen, path):
     askers = SimpleQueue()
     listen(later={"slow": askers.put})
     with pytest.raises(TimeoutError):
@@ -185,7 +185,7 @@ def test_a_client_that_has_gone_away_fails_no_later_answer(listen, path):
     assert ask(path, {}, timeout_secs=10) == {"asked": {}}
 
 
-# --- without its path -------------------------------------------------------------------------------------------------
+# --- sockets whose path is not given ----------------------------------------------------------------------------------
 
 
 def test_a_socket_that_listens_already_is_taken_over(listen, path):
@@ -208,5 +208,5 @@ def test_the_socket_of_a_process_is_found(tmp_path, log):
 
 
 @pytest.mark.parametrize("pid", [2**22 + 1])
-def test_of_a_process_that_cannot_be_seen_no_socket_is_found(pid):
+def test_a_process_that_cannot_be_seen_has_no_socket(pid):
     assert socket_of_process(pid) is None

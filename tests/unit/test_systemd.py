@@ -33,7 +33,7 @@ def silent(listening):
 
 
 @pytest.mark.parametrize("address", ["", "/nonexistent/socket", "@nothing-listens-here", "/" + "x" * 300])
-def test_a_manager_that_does_not_listen_is_no_reason_to_fail(address):
+def test_a_manager_that_does_not_listen_causes_no_error(address):
     notifier = Notifier(address)
     notifier.ready()
     notifier.status("fine")
@@ -50,7 +50,7 @@ def test_each_state_is_one_datagram(manager, method, datagram):
     assert received(listening) == datagram
 
 
-def test_a_reload_says_when_it_began(manager):
+def test_a_reload_sends_the_time_when_it_began(manager):
     address, listening = manager
     before = time.monotonic_ns() // 1000
     Notifier(address).reloading()
@@ -64,7 +64,7 @@ def test_a_reload_says_when_it_began(manager):
 @pytest.mark.parametrize(
     ("secs", "datagram"), [(120, b"EXTEND_TIMEOUT_USEC=120000000"), (0.5, b"EXTEND_TIMEOUT_USEC=500000")]
 )
-def test_the_start_may_take_longer_if_that_is_said(manager, secs, datagram):
+def test_extend_asks_for_more_time_to_start(manager, secs, datagram):
     address, listening = manager
     Notifier(address).extend(secs)
     assert received(listening) == datagram
@@ -76,7 +76,7 @@ def test_several_assignments_are_lines_of_one_datagram(manager):
     assert received(listening) == b"READY=1\nSTATUS=fine"
 
 
-def test_a_status_is_sent_where_it_changed(manager):
+def test_a_status_is_sent_only_if_it_changed(manager):
     address, listening = manager
     notifier = Notifier(address)
     for text in ("fine", "fine", "worse", "worse"):
@@ -92,13 +92,13 @@ def test_a_status_of_several_lines_assigns_nothing_else(manager):
     assert received(listening) == b"STATUS=cannot pull: <html> STOPPING=1"
 
 
-def test_a_status_that_no_encoding_holds_is_sent_as_far_as_it_goes(manager):
+def test_characters_of_a_status_that_cannot_be_encoded_are_replaced(manager):
     address, listening = manager
     Notifier(address).status("VOD says \ud800")
     assert received(listening) == b"STATUS=VOD says ?"
 
 
-def test_a_status_too_long_for_a_datagram_is_no_reason_to_fail(manager):
+def test_a_status_too_long_for_a_datagram_causes_no_error(manager):
     Notifier(manager[0]).status("x" * 10_000_000)
 
 
@@ -113,7 +113,7 @@ def test_a_status_too_long_for_a_datagram_is_no_reason_to_fail(manager):
         ({"WATCHDOG_USEC": "soon"}, None),
     ],
 )
-def test_the_watchdog_s_period_is_that_of_the_environment_if_this_process_is_meant(environ, secs):
+def test_the_watchdog_period_must_be_meant_for_this_process(environ, secs):
     assert Notifier.of(environ).watchdog_secs == secs
 
 
@@ -126,7 +126,7 @@ def liveness(clock):
 
 
 def in_other_thread(task, *args):
-    """Runs in a thread that then stays, since a thread's identity may be given to the next."""
+    """Run the task in a thread that then stays, since the identity of an ended thread may be used again."""
     done, end = threading.Event(), threading.Event()
 
     def run():
@@ -160,7 +160,7 @@ def test_an_end_without_a_beginning_does_no_harm(liveness):
     assert liveness.overdue(0.0) == {}
 
 
-def test_a_new_step_of_a_thread_takes_the_place_of_the_last(liveness, clock):
+def test_a_new_step_of_a_thread_replaces_the_last_one(liveness, clock):
     liveness.begin("a", 10.0)
     clock.advance(100.0)
     liveness.begin("b", 10.0)
@@ -168,7 +168,7 @@ def test_a_new_step_of_a_thread_takes_the_place_of_the_last(liveness, clock):
 
 
 @pytest.mark.parametrize("hung_first", [True, False])
-def test_a_thread_that_hangs_is_not_hidden_by_one_of_the_same_name_that_does_not(liveness, clock, hung_first):
+def test_a_hanging_thread_is_not_hidden_by_one_of_the_same_name(liveness, clock, hung_first):
     release = in_other_thread(liveness.begin, "sink hook", 1.0 if hung_first else 1000.0)
     liveness.begin("sink hook", 1000.0 if hung_first else 1.0)
     clock.advance(100.0)
@@ -176,7 +176,7 @@ def test_a_thread_that_hangs_is_not_hidden_by_one_of_the_same_name_that_does_not
     release()
 
 
-def test_of_two_that_hang_the_longest_counts(liveness, clock):
+def test_of_two_hanging_threads_the_longest_counts(liveness, clock):
     release = in_other_thread(liveness.begin, "sink hook", 1.0)
     clock.advance(10.0)
     liveness.begin("sink hook", 1.0)

@@ -38,7 +38,7 @@ def measured(*secs):
 @pytest.mark.parametrize(
     ("secs", "bucket"), [(0.0, 0), (0.005, 0), (0.0051, 1), (30.0, len(BUCKETS_SECS) - 1), (31.0, len(BUCKETS_SECS))]
 )
-def test_a_time_counts_for_the_first_bound_that_it_does_not_pass(secs, bucket):
+def test_a_duration_counts_in_the_first_bucket_that_holds_it(secs, bucket):
     numbers = measured(secs).numbers
     assert [at for at, number in enumerate(numbers) if number] == [bucket]
 
@@ -62,11 +62,11 @@ def test_a_quantile_lies_between_the_bounds_of_its_bucket(times, share, secs):
     assert measured(*times).quantile_secs(share) == pytest.approx(secs)
 
 
-def test_what_was_never_measured_has_no_quantile():
+def test_a_duration_never_measured_has_no_quantile():
     assert Distribution().quantile_secs(0.95) is None
 
 
-def test_lately_is_since_the_last_sample_but_one(telemetry, clock):
+def test_lately_starts_at_the_sample_before_the_last(telemetry, clock):
     scope = telemetry.scope()
     for number in (10, 20, 60):
         scope.count(Count.PULLS, number, source="main", result="events")
@@ -80,14 +80,14 @@ def test_lately_is_since_the_last_sample_but_one(telemetry, clock):
     assert sum(lately.durations[Duration.EVENT_SETTLE, OF_MAIN].numbers) == 60
 
 
-def test_lately_is_since_the_start_at_first(telemetry, clock):
+def test_without_a_sample_lately_starts_at_the_start(telemetry, clock):
     telemetry.scope().count(Count.JOURNAL_ERRORS, 3)
     assert telemetry.lately().per_sec(Count.JOURNAL_ERRORS) == 0.0  # no time has passed
     clock.advance(2)
     assert telemetry.lately().per_sec(Count.JOURNAL_ERRORS) == 1.5
 
 
-def test_a_gauge_forgets_what_is_not_known_any_more(telemetry):
+def test_a_gauge_drops_values_that_are_no_longer_known(telemetry):
     assert telemetry.gauge(Gauge.QUEUE_EVENTS) == {}
     telemetry.scope().set(Gauge.QUEUE_EVENTS, {OF_MAIN: 7})
     assert telemetry.gauge(Gauge.QUEUE_EVENTS) == {OF_MAIN: 7}
@@ -108,11 +108,11 @@ def test_the_last_events_are_remembered_the_latest_first(telemetry):
     assert recent[-1] == (1.0, line(50))
 
 
-def test_what_is_long_is_not_remembered(telemetry):
+def test_long_values_are_not_remembered_whole(telemetry):
     telemetry.scope().remember(0.0, [line("f" * 1000, failed_snapshots=[{}] * 1000, task_id="t")])
     assert telemetry.recent() == [(0.0, line("f" * REMEMBERED_CHARS, task_id="t"))]
 
 
 @pytest.mark.parametrize(("sink", "label"), [("hook", "hook"), ("gone", REMOVED_SINK), ("", NO_SINK)])
-def test_the_label_of_a_stored_events_sink_is_of_a_closed_set(sink, label):
+def test_the_sink_label_of_a_stored_event_is_from_a_closed_set(sink, label):
     assert sink_label(sink, ["hook"]) == label

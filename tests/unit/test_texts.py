@@ -1,4 +1,4 @@
-"""Events in a text that a person gives."""
+"""Events in a text that the operator gives to a command."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def with_handle(content, handle="h1"):
 @pytest.mark.parametrize(
     "text", ["", " \n\n", "[", '{"EventType": "A"', "[1,]", '{\n  "EventType": "A",\n  "B": {},\n}', "NaN", "no JSON"]
 )
-def test_what_is_not_json_is_one_event_that_cannot_be_read(text):
+def test_text_that_is_not_json_is_one_unreadable_event(text):
     (found,) = found_in(text)
     assert found.event is None
     assert found.why
@@ -40,20 +40,20 @@ def test_a_value_that_is_not_an_object_is_not_an_event(value):
         assert {it.why for it in found} == {"an event is a JSON object, and this is another value"}
 
 
-def test_a_line_that_is_broken_costs_no_other():
+def test_a_broken_line_does_not_affect_the_others():
     lines = [json.dumps(UPLOAD), '{"EventType":', "", json.dumps(with_handle({"EventType": "B"})), "7"]
     found = found_in("\n".join(lines) + "\n")
     assert [it.place for it in found] == ["line 1", "line 2", "line 4", "line 5"]
     assert [it.event.type if it.event else None for it in found] == ["NewFileUpload", None, "B", None]
 
 
-def test_what_the_daemon_could_not_confirm_is_not_an_event_of_an_answer():
+def test_an_element_without_a_usable_handle_is_not_an_event():
     answer = {"Response": {"EventSet": [UPLOAD, with_handle(UPLOAD), with_handle(UPLOAD, "")], "RequestId": "r"}}
     found = found_in(json.dumps(answer))
     assert [it.why for it in found] == ["it has no usable EventHandle", "", "it has no usable EventHandle"]
 
 
-def test_an_event_nested_beyond_reason_is_named():
+def test_an_event_that_is_nested_too_deep_is_named():
     deep = '{"EventType":"A","B":' + "[" * 600 + "]" * 600 + "}"
     (found,) = found_in(deep)
     assert "levels deep" in found.why
@@ -61,7 +61,7 @@ def test_an_event_nested_beyond_reason_is_named():
 
 @pytest.mark.parametrize("events", [None, [], "left out"])
 @pytest.mark.parametrize("form", ["of VOD", "of an SDK"])
-def test_an_answer_without_events_brings_none(events, form):
+def test_an_answer_without_events_has_none(events, form):
     inner = {"RequestId": "r"} if events == "left out" else {"EventSet": events, "RequestId": "r"}
     if form == "of VOD":
         assert found_in(json.dumps({"Response": inner})) == []
@@ -69,7 +69,7 @@ def test_an_answer_without_events_brings_none(events, form):
         assert found_in(json.dumps(inner)) == []
 
 
-def test_an_error_of_vod_brings_no_event():
+def test_an_error_of_vod_has_no_event():
     assert found_in('{"Response": {"Error": {"Code": "ResourceNotFound", "Message": "no event"}}}') == []
 
 

@@ -1,4 +1,4 @@
-"""systemd/: what the units promise, and that systemd itself finds nothing wrong with them."""
+"""systemd/: the settings of the units, and the checks of systemd itself."""
 
 import ipaddress
 import os
@@ -63,25 +63,26 @@ def with_stub(text):
     return re.sub(r"^(ExecStart|ExecReload)=\S+", r"\1=/bin/true", text, flags=re.MULTILINE)
 
 
-# --- what makes a failure worse ---------------------------------------------------------------------------------------
+# --- failures, stops and starts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ExecStartPre", "ExecCondition"])
-def test_nothing_runs_before_the_program_as_its_failure_would_be_repeated_for_ever(unit, name):
+def test_no_command_runs_before_the_program(unit, name):
+    """Its failure would be repeated without end."""
     assert ("Service", name) not in unit
 
 
-def test_what_a_person_must_mend_is_not_restarted(unit):
+def test_an_error_that_a_person_must_fix_causes_no_restart(unit):
     assert unit["Service", "RestartPreventExitStatus"] == [f"{EXIT_CONFIG} 243"]
 
 
-def test_everything_else_is_restarted_for_as_long_as_it_takes(unit):
+def test_any_other_failure_is_restarted_without_limit(unit):
     assert unit["Service", "Restart"] == ["on-failure"]
     assert unit["Service", "RestartSec"] == ["5"]
     assert unit["Unit", "StartLimitIntervalSec"] == ["0"]
 
 
-def test_a_stop_is_not_cut_off_while_the_daemon_still_settles(unit):
+def test_the_time_limit_of_a_stop_is_longer_than_shutdown_secs(unit):
     assert secs(unit, "TimeoutStopSec") == 40
     assert TABLES["daemon"]().shutdown_secs + 10 <= secs(unit, "TimeoutStopSec")
 
@@ -90,7 +91,7 @@ def test_programs_of_a_sink_may_finish_during_a_stop(unit):
     assert unit["Service", "KillMode"] == ["mixed"]
 
 
-def test_a_busy_machine_is_not_taken_for_a_hang(unit):
+def test_the_watchdog_allows_for_a_busy_machine(unit):
     assert secs(unit, "WatchdogSec") == 60
 
 
@@ -99,7 +100,7 @@ def test_a_start_may_take_minutes(unit):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("RestartSec", "starts it again after {} s"),
         ("StateDirectory", "can write nothing but `/var/lib/{}`"),
@@ -107,21 +108,21 @@ def test_a_start_may_take_minutes(unit):
         ("RestartPreventExitStatus", "status {}"),
     ],
 )
-def test_the_readme_says_what_the_unit_says(unit, name, said):
+def test_the_readme_agrees_with_the_unit(unit, name, message):
     readme = " ".join((ROOT / "systemd" / "README.md").read_text().split())
-    assert any(said.format(value) in readme for value in unit["Service", name][-1].split())
+    assert any(message.format(value) in readme for value in unit["Service", name][-1].split())
 
 
-def test_a_dump_of_memory_cannot_leak_the_key(unit):
+def test_a_core_dump_cannot_leak_the_key(unit):
     assert unit["Service", "LimitCORE"] == ["0"]
 
 
-def test_the_journal_drops_no_line_at_full_speed(unit):
+def test_journald_drops_no_line_at_full_speed(unit):
     assert unit["Service", "LogRateLimitIntervalSec"] == ["0"]
 
 
 @pytest.mark.parametrize("name", ["StandardOutput", "StandardError", "SyslogLevelPrefix"])
-def test_lines_go_to_the_journal_which_reads_their_priority(unit, name):
+def test_lines_go_to_journald_which_reads_their_priority(unit, name):
     assert ("Service", name) not in unit
 
 
@@ -171,7 +172,7 @@ def denies(unit, address):
 
 
 @pytest.mark.parametrize("address", ["169.254.0.23", "100.100.100.200", "fd00:ec2::254"])
-def test_it_cannot_fetch_the_keys_of_its_machine(unit, address):
+def test_it_cannot_reach_a_metadata_service(unit, address):
     assert denies(unit, address)
 
 
@@ -218,16 +219,16 @@ def test_the_job_runs_once_with_the_services_configuration(unit, job):
     ("name", "value"),
     [
         pytest.param("Type", "exec", id="neither notifies nor has to end within the time of a start"),
-        pytest.param("Restart", "no", id="comes again by the timer only"),
-        pytest.param("WatchdogSec", "0", id="reports nothing in between"),
+        pytest.param("Restart", "no", id="is started again by the timer only"),
+        pytest.param("WatchdogSec", "0", id="sends nothing to the watchdog"),
         pytest.param("RuntimeMaxSec", "1h", id="ends, even if it hangs"),
     ],
 )
-def test_the_job_does_without_what_only_a_daemon_does(job, name, value):
+def test_the_job_has_no_setting_that_only_a_daemon_needs(job, name, value):
     assert job["Service", name][-1] == value
 
 
-def test_all_else_that_the_job_has_is_the_services(unit, job):
+def test_all_other_settings_of_the_job_are_those_of_the_service(unit, job):
     changed = {name for name in job if job[name] != unit.get(name)}
     names = ("Type", "ExecStart", "Restart", "WatchdogSec", "RuntimeMaxSec")
     assert changed == {("Service", name) for name in names}
@@ -241,7 +242,7 @@ def test_the_timer_starts_the_unit_of_its_name_every_5_minutes():
 
 
 @pytest.mark.parametrize("path", [JOB, TIMER], ids=lambda path: path.name)
-def test_the_readme_installs_what_the_job_needs(path):
+def test_the_readme_installs_the_files_of_the_job(path):
     assert f" systemd/{path.name} /etc/systemd/system/" in (ROOT / "systemd" / "README.md").read_text()
 
 
@@ -263,8 +264,8 @@ def test_the_folder_of_an_instance_is_not_inside_that_of_the_service(unit, insta
     assert of_instance == f"{of_service}-%i"
 
 
-def test_all_else_of_an_instance_is_as_in_the_service(unit, instances):
-    """A change of one unit belongs into the other, too."""
+def test_all_other_settings_of_an_instance_are_as_in_the_service(unit, instances):
+    """A change of one unit must be made in the other too."""
     text = INSTANCES.read_text()
     for of_instance, of_service in (
         ("vodpoller %i,", "vodpoller,"),
@@ -278,7 +279,7 @@ def test_all_else_of_an_instance_is_as_in_the_service(unit, instances):
     assert [*parsed(text)] == [*unit]
 
 
-def test_the_readme_says_where_an_instance_has_its_things(instances):
+def test_the_readme_names_the_paths_of_an_instance(instances):
     readme = (ROOT / "systemd" / "README.md").read_text()
     (state,) = instances["Service", "StateDirectory"]
     assert f"/var/lib/{state.replace('%i', 'NAME')}/journal.db" in readme
@@ -289,14 +290,14 @@ def test_the_readme_says_where_an_instance_has_its_things(instances):
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("edit", "said"), [(lambda text: text, ""), (lambda text: text.replace("\nKill", "\nUnKill"), "UnKill")]
+    ("edit", "message"), [(lambda text: text, ""), (lambda text: text.replace("\nKill", "\nUnKill"), "UnKill")]
 )
-def test_systemd_judges_the_unit_of_an_instance(tmp_path, edit, said):
+def test_systemd_checks_the_unit_of_an_instance(tmp_path, edit, message):
     path = tmp_path / INSTANCES.name.replace("@", "@one")
     path.write_text(edit(with_stub(INSTANCES.read_text())))
     checked = systemd_analyze("verify", "--recursive-errors=yes", str(path))
-    assert said in checked.stderr
-    assert (checked.stderr == "") == (said == "")
+    assert message in checked.stderr
+    assert (checked.stderr == "") == (message == "")
 
 
 # --- the socket of callbacks ------------------------------------------------------------------------------------------
@@ -304,21 +305,21 @@ def test_systemd_judges_the_unit_of_an_instance(tmp_path, edit, said):
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("edit", "said"), [(lambda text: text, ""), (lambda text: text.replace("\nBacklog", "\nUnBacklog"), "UnBacklog")]
+    ("edit", "message"), [(lambda text: text, ""), (lambda text: text.replace("\nBacklog", "\nUnBacklog"), "UnBacklog")]
 )
-def test_systemd_judges_the_socket(tmp_path, edit, said):
+def test_systemd_checks_the_socket_of_callbacks(tmp_path, edit, message):
     (tmp_path / UNIT.name).write_text(with_stub(UNIT.read_text()))
     (tmp_path / SOCKET.name).write_text(edit(SOCKET.read_text()))
     checked = systemd_analyze("verify", "--recursive-errors=yes", *(str(it) for it in tmp_path.iterdir()))
-    assert said in checked.stderr
-    assert (checked.stderr == "") == (said == "")
+    assert message in checked.stderr
+    assert (checked.stderr == "") == (message == "")
 
 
-# --- systemd's own judgement ------------------------------------------------------------------------------------------
+# --- systemd's own checks ---------------------------------------------------------------------------------------------
 
 
 def verified(folder, edit=lambda text: text):
-    """What systemd says about the service, about the job in its place and about the timer, edited, in a folder."""
+    """systemd's check of the service, and of the job that replaces it with the timer; `edit` changes their texts."""
     (folder / "vodpoller.service.d").mkdir()
     for path in (UNIT, TIMER):
         (folder / path.name).write_text(edit(with_stub(path.read_text())))
@@ -330,29 +331,29 @@ def verified(folder, edit=lambda text: text):
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", ["TimeoutStopSec", "Type=exec", "OnCalendar"])
-def test_the_check_notices_what_is_wrong_in_each_file(tmp_path, name):
-    """Verifying means something: a misspelt setting does not pass."""
+def test_the_check_finds_a_misspelled_setting_in_each_file(tmp_path, name):
+    """This shows that the check can fail."""
     assert (
         f"Un{name.partition('=')[0]}" in verified(tmp_path, lambda text: text.replace(f"\n{name}", f"\nUn{name}"))[-1]
     )
 
 
 @pytest.mark.system
-def test_systemd_finds_nothing_wrong_with_any(tmp_path):
+def test_systemd_accepts_all_units(tmp_path):
     assert verified(tmp_path) == (0, 0, "")
 
 
 @pytest.mark.system
-def test_its_exposure_is_at_most_one_and_a_half():
+def test_the_exposure_level_is_at_most_1_5():
     checked = systemd_analyze("security", "--offline=true", "--threshold=15", str(UNIT))
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert float(re.search(r"Overall exposure level for \S+: ([\d.]+)", checked.stdout)[1]) <= 1.5
 
 
-# --- what the unit counts on ------------------------------------------------------------------------------------------
+# --- assumptions of the unit ------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_that_the_services_user_may_not_read_is_one_to_mend_not_to_retry(tmp_path, monkeypatch):
+def test_an_unreadable_configuration_ends_with_exit_code_78(tmp_path, monkeypatch):
     path = tmp_path / "config.toml"
     path.write_text("")
     monkeypatch.setattr(os, "access", lambda *_words, **_named: False)
@@ -367,13 +368,13 @@ def denied(path, *_words, **_named):
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("in_journal", [True, False])
-def test_what_stops_a_start_is_an_error_in_the_journal(tmp_path, in_journal):
+@pytest.mark.parametrize("in_journald", [True, False])
+def test_a_failed_start_is_an_error_in_journald(tmp_path, in_journald):
     reader, writer = os.pipe()
     with os.fdopen(reader, encoding="utf-8") as stderr, os.fdopen(writer, "wb") as sent:
         status = os.fstat(sent.fileno())
-        env = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not in_journal)}"}
+        env = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not in_journald)}"}
         command = [sys.executable, "-m", "vodpoller", "run", "-c", str(tmp_path / "none.toml")]
         assert subprocess.run(command, stderr=sent, env=env, check=False, timeout=60).returncode == EXIT_CONFIG
         sent.close()
-        assert stderr.read().startswith("<3>vodpoller: " if in_journal else "vodpoller: ")
+        assert stderr.read().startswith("<3>vodpoller: " if in_journald else "vodpoller: ")

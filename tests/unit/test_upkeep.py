@@ -1,4 +1,4 @@
-"""What is periodic comes to an end: a reload closes the journal that its tasks use."""
+"""The periodic tasks end at a stop, since a reload closes the journal that they use."""
 
 import threading
 
@@ -12,7 +12,7 @@ from vodpoller.upkeep import Upkeep
 
 
 class StubJournal:
-    """Counts what its flushing does, and waits in it for the gate."""
+    """Counts its flushes; each of them waits for the gate."""
 
     def __init__(self):
         self.flushes = 0
@@ -55,7 +55,7 @@ def telemetry():
 
 @pytest.fixture
 def vod():
-    """Answers with a number of events that wait, once its gate is open."""
+    """Answers with a number of waiting events as soon as its gate is open."""
     return SlowVod()
 
 
@@ -63,12 +63,12 @@ class SlowVod:
     def __init__(self):
         self.gate = threading.Event()
         self.asked = 0
-        self.says = "PULL"
+        self.mode_answer = "PULL"
 
     def mode(self):
-        if self.says is None:
+        if self.mode_answer is None:
             raise OperatorError("not allowed")
-        return self.says
+        return self.mode_answer
 
     def waiting(self):
         self.asked += 1
@@ -99,7 +99,7 @@ def own_threads():
     return {thread for thread in threading.enumerate() if "APScheduler" in thread.name or "ThreadPool" in thread.name}
 
 
-def test_a_task_that_runs_at_the_stop_is_awaited(upkeep, journal):
+def test_a_stop_waits_for_a_running_task(upkeep, journal):
     until(lambda: journal.flushes)
     upkeep.stop()
     assert not upkeep.join(0.05)
@@ -107,7 +107,7 @@ def test_a_task_that_runs_at_the_stop_is_awaited(upkeep, journal):
     assert upkeep.join(30)
 
 
-def test_a_question_to_vod_holds_no_stop_up_and_its_answer_is_late(upkeep, journal, telemetry, vod):
+def test_a_slow_query_to_vod_does_not_delay_a_stop(upkeep, journal, telemetry, vod):
     journal.gate.set()
     until(lambda: vod.asked)
     upkeep.stop()
@@ -124,12 +124,12 @@ def test_sources_whose_events_are_pushed_are_known(upkeep, journal, vod):
     vod.gate.set()
     assert list(upkeep.pushed) == []
     cannot_ask = None  # the key lacks the right
-    for vod.says, known in (("PUSH", ["main"]), ("PULL", []), ("PUSH", ["main"]), (cannot_ask, [])):
-        # What runs at this moment is not run once more, so it is told again and again.
+    for vod.mode_answer, known in (("PUSH", ["main"]), ("PULL", []), ("PUSH", ["main"]), (cannot_ask, [])):
+        # A running task is not started a second time, so the tasks are started until the result is there.
         until(lambda known=known: (upkeep.run_all_now(), list(upkeep.pushed))[1] == known)
 
 
-def test_its_threads_end_with_it(upkeep, journal, vod):
+def test_the_threads_end_at_a_stop(upkeep, journal, vod):
     journal.gate.set()
     vod.gate.set()
     until(lambda: journal.flushes)

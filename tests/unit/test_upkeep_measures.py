@@ -1,4 +1,4 @@
-"""What the periodic tasks tell the metrics; what they do to events is tested with whole daemons."""
+"""The metrics that the periodic tasks set; their work on events is tested with whole daemons."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def start(journal, telemetry):
         upkeep.stop()
 
 
-def test_dead_letters_are_measured_under_names_of_a_closed_set(start, journal, telemetry):
+def test_dead_letters_are_counted_with_labels_of_a_closed_set(start, journal, telemetry):
     sinks = ["hook", "gone", "gone too", ""]
     journal.store([Letter(event=event(at), sink=it, dead=True, reason="rejected") for at, it in enumerate(sinks)])
     start({})
@@ -63,7 +63,7 @@ def test_dead_letters_are_measured_under_names_of_a_closed_set(start, journal, t
 
 
 @pytest.mark.parametrize("error", [OperatorError("no right"), TransientError("no answer")])
-def test_a_queue_that_is_not_told_of_hides_no_other(start, telemetry, error):
+def test_an_unknown_backlog_does_not_hide_that_of_another_source(start, telemetry, error):
     def fail():
         raise error
 

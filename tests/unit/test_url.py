@@ -1,4 +1,4 @@
-"""Which URLs a request can go to."""
+"""The URLs to which a request can be sent."""
 
 import pytest
 
@@ -23,7 +23,7 @@ from vodpoller.httpclient.url import http_parts
         "https://[nonsense]/",
     ],
 )
-def test_what_no_request_can_go_to_is_refused(url):
+def test_a_url_to_which_no_request_can_be_sent_is_refused(url):
     with pytest.raises(ValueError, match=r"(?i)address|port|ipv6"):
         http_parts(url)
 

@@ -1,4 +1,4 @@
-"""One request and one answer, whatever the answer is made of."""
+"""One request and one answer, whatever the answer contains."""
 
 import gzip
 import json
@@ -44,9 +44,9 @@ from vodpoller.vod.client import VodClient
 from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
 
-# A loaded machine is slow, not wrong.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
+# A slow example on a busy machine is not a failure.
+settings.register_profile("without-deadline", deadline=None)
+settings.load_profile("without-deadline")
 
 URL = "https://vod.tencentcloudapi.com/"
 SAMPLE = (Path(__file__).parents[1] / "samples" / "reliable-callback.json").read_bytes()
@@ -66,7 +66,7 @@ def lines():
 
 
 class Canned:
-    """A transport whose requests `responses` answers, which stands in for the adapters of requests."""
+    """A transport whose requests `responses` answers, because `responses` replaces the adapters of requests."""
 
     def send_within(self, request, environment, timeout_secs, *, connect_secs=None):
         return HTTPAdapter().send(request, stream=True, timeout=(connect_secs, timeout_secs))
@@ -77,7 +77,7 @@ class Canned:
 
 @pytest.fixture
 def client_of(lines, request):
-    """Makes clients that log into `lines`, and closes them. With the fixture `vod`, it is that which answers them."""
+    """Makes clients that log into `lines`, and closes them. With the fixture `vod`, `responses` answers them."""
     transport = Canned() if "vod" in request.fixturenames else None
     clients = []
 
@@ -133,9 +133,9 @@ def events_named(lines, event):
 
 
 class Loopback:
-    """Answers each request with the next of its replies, the last one again and again.
+    """Answers each request with the next of its replies, and repeats the last one.
 
-    A reply writes to the socket and says whether the connection stays open.
+    A reply writes to the socket and returns True if the connection stays open.
     """
 
     def __init__(self, *replies):
@@ -216,7 +216,7 @@ def serving(*replies):
 
 
 def sends(body, *headers, status="200 OK", length=None, keep=True):
-    """A reply with Content-Length, the true one unless told otherwise."""
+    """A reply with Content-Length, the true one unless `length` is given."""
     head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}", *headers]
 
     def reply(connection):
@@ -247,7 +247,7 @@ def sends_chunks(*chunks, ended=True):
 
 
 def drips(body, *, length, each_secs=0.02):
-    """The body, and then a space every moment until the client breaks off or `length` is reached."""
+    """The body, then a space every `each_secs` until the client disconnects or `length` is reached."""
 
     def reply(connection):
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (length, body))
@@ -317,7 +317,7 @@ CONFIRM_ERRORS = [
 
 
 @pytest.mark.parametrize(("code", "kind"), PULL_ERRORS)
-def test_an_error_at_pull_is_named_by_what_to_do(vod, client_of, code, kind):
+def test_an_error_code_of_a_pull_has_its_exception(vod, client_of, code, kind):
     vod.post(URL, json=error_of(code))
     with pytest.raises(kind) as caught:
         client_of().pull("main", None)
@@ -328,7 +328,7 @@ def test_an_error_at_pull_is_named_by_what_to_do(vod, client_of, code, kind):
 
 
 @pytest.mark.parametrize(("code", "message", "kind"), CONFIRM_ERRORS)
-def test_an_error_at_confirm_is_named_by_what_to_do(vod, client_of, code, message, kind):
+def test_an_error_code_of_a_confirm_has_its_exception(vod, client_of, code, message, kind):
     vod.post(URL, json=error_of(code, message))
     with pytest.raises(kind) as caught:
         client_of().confirm(7, ["h1"])
@@ -338,16 +338,16 @@ def test_an_error_at_confirm_is_named_by_what_to_do(vod, client_of, code, messag
     assert len(vod.calls) == 1
 
 
-def test_a_refused_token_of_a_key_that_is_renewed_is_told_and_may_pass(vod, client_of):
+def test_a_refused_token_of_a_renewed_key_is_reported(vod, client_of):
     vod.post(URL, json=error_of("AuthFailure.TokenFailure"))
-    told = []
-    client = client_of(on_refused_token=told.append)
+    refused_tokens = []
+    client = client_of(on_refused_token=refused_tokens.append)
     for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
         with pytest.raises(NoKeyError) as caught:
             call()
         assert (caught.value.error_code, caught.value.request_id) == ("AuthFailure.TokenFailure", "r-1")
         assert pull_error_code(caught.value) == "auth"
-    assert told == [KEYS.token] * 2
+    assert refused_tokens == [KEYS.token] * 2
 
 
 def test_without_a_key_nothing_is_sent(vod, client_of):
@@ -363,7 +363,7 @@ def test_without_a_key_nothing_is_sent(vod, client_of):
 
 @pytest.mark.parametrize("code", ["SignatureFailure", "SecretIdNotFound", "InvalidSecretId", "TokenFailure", "New"])
 @pytest.mark.parametrize("renewal", ["send SIGHUP", "restart the service"])
-def test_a_wrong_key_comes_with_what_makes_the_daemon_read_it_again(vod, client_of, code, renewal):
+def test_the_error_for_a_wrong_key_names_how_to_read_it_again(vod, client_of, code, renewal):
     vod.post(URL, json=error_of(f"AuthFailure.{code}"))
     client = client_of(key_renewal=renewal)
     for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
@@ -390,7 +390,7 @@ def test_a_wrong_key_comes_with_what_makes_the_daemon_read_it_again(vod, client_
         ("NoSuchVersion", "", "api.endpoint"),
     ],
 )
-def test_an_error_for_the_operator_says_what_to_do(vod, client_of, code, message, advice):
+def test_an_operator_error_names_the_remedy(vod, client_of, code, message, advice):
     vod.post(URL, json=error_of(code, message))
     with pytest.raises(OperatorError, match=advice):
         client_of().pull("main", None)
@@ -405,7 +405,7 @@ def test_an_error_of_another_shape_is_transient(vod, client_of, error):
 
 @pytest.mark.parametrize("content_type", ["text/html", "application/json;charset=utf-8", "application/octet-stream"])
 @pytest.mark.parametrize("status", [200, 400, 403, 500])
-def test_the_error_counts_whatever_content_type_and_status_say(vod, client_of, content_type, status):
+def test_an_error_counts_whatever_its_content_type_and_status(vod, client_of, content_type, status):
     body = json.dumps(error_of("AuthFailure.SecretIdNotFound"))
     vod.post(URL, body=body, status=status, content_type=content_type)
     with pytest.raises(OperatorError) as caught:
@@ -413,14 +413,14 @@ def test_the_error_counts_whatever_content_type_and_status_say(vod, client_of, c
     assert caught.value.error_code == "AuthFailure.SecretIdNotFound"
 
 
-def test_an_error_counts_before_the_events_beside_it(vod, client_of):
+def test_an_error_takes_precedence_over_the_events_beside_it(vod, client_of):
     vod.post(URL, json=response_of(Error={"Code": "InternalError", "Message": ""}, EventSet=[{"EventHandle": "h"}]))
     with pytest.raises(TransientError):
         client_of().pull("main", None)
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "says"),
+    ("status", "kind", "phrase"),
     [
         (500, ForeignAnswerError, "fault"),
         (502, ForeignAnswerError, "fault"),
@@ -434,11 +434,11 @@ def test_an_error_counts_before_the_events_beside_it(vod, client_of):
     ],
 )
 @pytest.mark.parametrize("body", [b"", b"<html>teapot</html>", b'{"Response":{}}', answer_of(element(1))])
-def test_another_status_without_an_error_is_transient_and_readable(vod, client_of, status, kind, says, body):
+def test_another_status_without_an_error_is_transient_and_readable(vod, client_of, status, kind, phrase, body):
     vod.post(URL, body=body, status=status)
     client = client_of()
     for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
-        with pytest.raises(kind, match=says) as caught:
+        with pytest.raises(kind, match=phrase) as caught:
             call()
         assert type(caught.value) is kind
         assert str(status) in str(caught.value)
@@ -491,7 +491,7 @@ def test_retry_after_is_passed_on(client_of, retry_after, secs, status):
         b"\xff\xfe",
     ],
 )
-def test_what_is_no_answer_of_vod_is_transient(vod, client_of, body):
+def test_an_answer_that_is_not_of_vod_is_transient(vod, client_of, body):
     vod.post(URL, body=body)
     client = client_of()
     for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
@@ -523,7 +523,7 @@ def test_what_is_no_answer_of_vod_is_transient(vod, client_of, body):
         ({"body": "no JSON"}, "unusable"),
     ],
 )
-def test_each_failed_pull_is_counted_under_one_of_a_few_names(vod, client_of, answer, counted):
+def test_each_failed_pull_has_a_code_of_a_closed_set(vod, client_of, answer, counted):
     vod.post(URL, **answer)
     with pytest.raises(VodpollerError) as caught:
         client_of().pull("main", None)
@@ -531,25 +531,25 @@ def test_each_failed_pull_is_counted_under_one_of_a_few_names(vod, client_of, an
     assert counted in PULL_ERROR_CODES
 
 
-def test_an_unforeseen_error_of_a_pull_has_a_name_too():
+def test_an_unexpected_error_of_a_pull_has_a_code_too():
     assert pull_error_code(ValueError("a bug")) == "unusable"
 
 
 @pytest.mark.parametrize("event_set", [{}, {"EventHandle": "h"}, "text", 7, True])
-def test_an_event_set_that_is_no_list_is_transient(vod, client_of, event_set):
+def test_an_event_set_that_is_not_a_list_is_transient(vod, client_of, event_set):
     vod.post(URL, json=response_of(EventSet=event_set))
     with pytest.raises(TransientError, match="EventSet"):
         client_of().pull("main", None)
 
 
-def test_messages_hold_an_excerpt_not_a_body(vod, client_of):
+def test_a_message_quotes_an_excerpt_and_not_the_whole_body(vod, client_of):
     vod.post(URL, body="é" * 100_000)
     with pytest.raises(TransientError) as caught:
         client_of().pull("main", None)
     assert str(caught.value).count("é") == 100
 
 
-def test_a_message_of_any_length_is_cut(vod, client_of):
+def test_a_long_message_is_cut(vod, client_of):
     vod.post(URL, json=error_of("InternalError", "x" * 100_000))
     with pytest.raises(TransientError) as caught:
         client_of().pull("main", None)
@@ -593,7 +593,7 @@ def test_the_documented_answer_is_pulled(vod, client_of):
     assert pull.hung_secs > 0
 
 
-def test_an_element_that_is_no_event_costs_no_other(vod, client_of):
+def test_an_element_that_is_not_an_event_affects_no_other(vod, client_of):
     vod.post(URL, body=answer_of(element(0), "null", '"x"', '{"EventType":"T"}', element(1)))
     pull = client_of().pull("main", None)
     assert handles_of(pull) == ["h0", "h1"]
@@ -609,7 +609,7 @@ def test_an_element_that_is_no_event_costs_no_other(vod, client_of):
         ('{"EventHandle":"bad","N":' + "[" * 5000 + "]" * 5000 + "}", "bad"),
     ],
 )
-def test_an_element_that_is_not_json_costs_no_other(vod, client_of, lines, broken, handle):
+def test_an_element_that_is_not_json_affects_no_other(vod, client_of, lines, broken, handle):
     vod.post(URL, body=answer_of(element(0), broken, element(1)))
     pull = client_of().pull("main", None)
     assert handles_of(pull) == ["h0", "h1"]
@@ -618,8 +618,8 @@ def test_an_element_that_is_not_json_costs_no_other(vod, client_of, lines, broke
     assert (line["level"], line["events"], line["malformed"], line["source"]) == ("warning", 2, 1, "main")
 
 
-def test_an_element_of_any_depth_costs_no_other(vod, client_of):
-    # Around the interpreter's limit there are depths that can be read and not be written again.
+def test_an_element_of_any_depth_affects_no_other(vod, client_of):
+    # Near the interpreter's recursion limit, some depths can be read but not be written again.
     for depth in range(900, 1000, 3):
         deep = '{"EventHandle":"deep","N":' + "[" * depth + "]" * depth + "}"
         vod.upsert("POST", URL, body=answer_of(element(0), deep, element(1)))
@@ -628,7 +628,7 @@ def test_an_element_of_any_depth_costs_no_other(vod, client_of):
         assert handles == {"h0", "deep", "h1"}, depth
 
 
-def test_only_malformed_elements_with_a_handle_are_a_pull(vod, client_of):
+def test_a_pull_may_have_only_malformed_elements_with_a_handle(vod, client_of):
     vod.post(URL, body=answer_of('{"EventHandle":"bad","N":NaN}'))
     pull = client_of().pull("main", None)
     assert pull.events == ()
@@ -670,9 +670,9 @@ def test_a_confirm_without_sub_app_id_has_none(vod, client_of):
     assert json.loads(vod.calls[0].request.body) == {"EventHandles": ["h1"]}
 
 
-# --- questions about an application -----------------------------------------------------------------------------------
+# --- queries about an application -------------------------------------------------------------------------------------
 
-QUESTIONS = {
+QUERIES = {
     "DescribeEventConfig": lambda client: client.event_config(15),
     "DescribeEventsState": lambda client: client.waiting_events(15),
 }
@@ -681,11 +681,11 @@ QUESTIONS = {
 @pytest.mark.parametrize(
     "code", ["UnauthorizedOperation", "AuthFailure.UnauthorizedOperation", "UnauthorizedOperation.X"]
 )
-@pytest.mark.parametrize("action", QUESTIONS)
-def test_a_question_without_its_right_is_told_which_right_it_needs(vod, client_of, action, code):
+@pytest.mark.parametrize("action", QUERIES)
+def test_the_error_of_a_query_without_its_right_names_the_right(vod, client_of, action, code):
     vod.post(URL, json=error_of(code))
     with pytest.raises(OperatorError) as caught:
-        QUESTIONS[action](client_of())
+        QUERIES[action](client_of())
     assert is_missing_right(caught.value)
     assert caught.value.advice == f"in CAM, grant vod:{action} to the owner of the key"
 
@@ -698,11 +698,11 @@ def test_a_question_without_its_right_is_told_which_right_it_needs(vod, client_o
         ("RequestLimitExceeded", ThrottledError),
     ],
 )
-@pytest.mark.parametrize("action", QUESTIONS)
-def test_another_refusal_of_a_question_is_not_a_missing_right(vod, client_of, action, code, kind):
+@pytest.mark.parametrize("action", QUERIES)
+def test_another_error_of_a_query_is_not_a_missing_right(vod, client_of, action, code, kind):
     vod.post(URL, json=error_of(code))
     with pytest.raises(kind) as caught:
-        QUESTIONS[action](client_of())
+        QUERIES[action](client_of())
     assert not is_missing_right(caught.value)
     assert caught.value.request_id == "r-1"
 
@@ -717,22 +717,22 @@ def test_a_backlog_that_is_not_a_number_is_transient(vod, client_of, number):
 @pytest.mark.parametrize(
     "members", [{}, {"Mode": None, "NotificationUrl": None, "DeleteMediaCompleteEventSwitch": None}]
 )
-def test_what_an_answer_leaves_out_is_not_switched_off(vod, client_of, members):
+def test_a_switch_that_an_answer_leaves_out_is_not_off(vod, client_of, members):
     vod.post(URL, json=response_of(**members))
     assert client_of().event_config(None) == EventConfig(mode="", notification_url="", off=(), request_id="r-1")
 
 
-@pytest.mark.parametrize("action", QUESTIONS)
-def test_a_question_is_one_signed_request(vod, client_of, action):
+@pytest.mark.parametrize("action", QUERIES)
+def test_a_query_is_one_signed_request(vod, client_of, action):
     vod.post(URL, json=response_of(CountOfEventsToPull=3))
-    QUESTIONS[action](client_of())
+    QUERIES[action](client_of())
     (call,) = vod.calls
     assert json.loads(call.request.body) == {"SubAppId": 15}
     assert call.request.headers["X-TC-Action"] == action
     assert call.request.headers["Authorization"].startswith("TC3-HMAC-SHA256 Credential=AKIDexample/")
 
 
-def test_the_quota_of_the_backlog_is_kept_to(client_of):
+def test_backlog_queries_keep_to_their_quota(client_of):
     clock = FakeClock()
     with Simulator(SimulatorOptions(requests_per_sec=0, mode="PUSH", events_off=["FileDeleted"])) as simulator:
         client = client_of(simulator.url, requests_per_sec=100, monotonic=clock, sleep=clock.advance)
@@ -743,10 +743,10 @@ def test_the_quota_of_the_backlog_is_kept_to(client_of):
         assert (config.mode, config.off) == ("PUSH", ("FileDeleted",))
 
 
-# --- credentials, and what is sent ------------------------------------------------------------------------------------
+# --- credentials, TLS and proxies -------------------------------------------------------------------------------------
 
 
-def test_credentials_are_asked_at_each_request(vod, client_of):
+def test_credentials_are_read_at_each_request(vod, client_of):
     vod.post(URL, json=response_of())
     keys = Credentials("first", "key")
     client = client_of(credentials=lambda: keys)
@@ -757,7 +757,7 @@ def test_credentials_are_asked_at_each_request(vod, client_of):
 
 
 @pytest.mark.parametrize("bad", ["line\nbreak", "密钥"])
-def test_a_token_that_no_header_holds_is_for_the_operator_and_not_in_the_message(client_of, bad):
+def test_an_invalid_token_is_an_operator_error_that_hides_it(client_of, bad):
     with serving(sends(answer_of())) as server:
         client = client_of(server.url, credentials=lambda: Credentials("id", "key", bad))
         with pytest.raises(OperatorError, match="header") as caught:
@@ -776,13 +776,13 @@ def test_no_secret_is_in_any_log_line_or_error(client_of, lines):
             client.pull("main", None)
         client.pull("main", None)
         client.close()
-    said = json.dumps([*lines, str(caught.value)])
+    texts = json.dumps([*lines, str(caught.value)])
     for secret in ("the-secret-key", "the-token", "Signature="):
-        assert secret not in said
+        assert secret not in texts
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", None])
-def test_tls_is_verified_by_what_is_configured_or_the_environment_says(client_of, monkeypatch, certificate, variable):
+def test_tls_is_verified_by_ca_file_or_the_environment(client_of, monkeypatch, certificate, variable):
     vod = Receiver()
     vod.answer = Answer(200, body=answer_of(element(1)))
     with running_receiver(vod):
@@ -817,7 +817,7 @@ def test_ca_file_is_read_again_at_reopen(client_of, certificate, tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"])
-def test_a_missing_ca_bundle_is_for_the_operator(client_of, monkeypatch, variable):
+def test_a_missing_ca_bundle_is_an_operator_error(client_of, monkeypatch, variable):
     monkeypatch.setenv(variable, "/nowhere/own.pem")
     with pytest.raises(OperatorError, match=rf"\${variable} is /nowhere/own\.pem, which does not exist"):
         client_of("https://127.0.0.1:1").pull("main", None)
@@ -864,8 +864,8 @@ def test_a_proxy_that_refuses_the_tunnel_is_transient_and_readable(client_of, mo
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://"])
-def test_a_proxy_that_cannot_be_used_is_for_the_operator(client_of, monkeypatch, proxy):
-    monkeypatch.setitem(sys.modules, "socks", None)  # as where PySocks is not installed
+def test_a_proxy_that_cannot_be_used_is_an_operator_error(client_of, monkeypatch, proxy):
+    monkeypatch.setitem(sys.modules, "socks", None)  # as if PySocks were not installed
     monkeypatch.setenv("https_proxy", proxy)
     with pytest.raises(OperatorError, match="proxy"):
         client_of().pull("main", None)
@@ -912,7 +912,7 @@ def test_a_confirm_on_a_connection_that_broke_is_sent_again(client_of):
         ("AuthFailure.SecretIdNotFound", OperatorError),
     ],
 )
-def test_a_refusal_of_a_confirm_that_was_sent_again_leaves_open_what_became_of_it(client_of, code, kind):
+def test_a_refusal_of_a_repeated_confirm_leaves_its_result_open(client_of, code, kind):
     refused = sends(json.dumps(error_of(code)).encode())
     with serving(sends(answer_of(element(1))), sends_raw(b""), refused) as server:
         client = client_of(server.url)
@@ -927,7 +927,7 @@ def test_a_refusal_of_a_confirm_that_was_sent_again_leaves_open_what_became_of_i
 
 
 @pytest.mark.parametrize("code", ["RequestLimitExceeded", "AuthFailure.SecretIdNotFound"])
-def test_a_refusal_of_a_pull_that_was_sent_again_does_not_say_that_it_brought_nothing(client_of, code):
+def test_a_refusal_of_a_repeated_pull_leaves_its_result_open(client_of, code):
     refused = sends(json.dumps(error_of(code)).encode())
     with serving(sends(answer_of(element(1))), sends_raw(b""), refused) as server:
         client = client_of(server.url)
@@ -1016,7 +1016,7 @@ def test_broken_http_is_transient(client_of, data):
         for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
             with pytest.raises(TransientError):
                 call()
-            assert server.broken_off.wait(10)  # else the next call might be sent over a connection that is just closing
+            assert server.broken_off.wait(10)  # otherwise the next call might use a connection that is closing
         client.close()
         assert len(server.requests) == 2
 
@@ -1036,20 +1036,20 @@ CUT_AT = ANSWER.index(b'"h2"') + 20  # inside the third event
     ],
     ids=["content-length", "chunked", "inside a chunk", "until close", "length of the cut text"],
 )
-def test_of_a_cut_answer_the_whole_events_are_pulled(client_of, lines, reply):
+def test_the_whole_events_of_a_cut_answer_are_pulled(client_of, lines, reply):
     with serving(reply) as server:
         client = client_of(server.url)
         pull = client.pull("main", None)
         client.close()
     assert handles_of(pull) == ["h0", "h1"]
     assert pull.may_lack_events
-    assert [item.handle for item in pull.malformed] == [None]  # it comes again: it must be no dead letter
+    assert [item.handle for item in pull.malformed] == [None]  # it comes again, so it must not become a dead letter
     (line,) = events_named(lines, "answer.salvaged")
     assert (line["events"], line["malformed"]) == (2, 1)
 
 
-def test_of_a_cut_compressed_answer_the_whole_events_are_pulled(client_of):
-    # Without redundancy, so that the decoder has handed out most of what it has read.
+def test_the_whole_events_of_a_cut_compressed_answer_are_pulled(client_of):
+    # Text without redundancy, so that the decoder has returned most of what it has read.
     answer = answer_of(*(element(n, "".join(chr(0x4E00 + i * 7 % 9973) for i in range(n, 9000 + n))) for n in range(4)))
     packed = gzip.compress(answer)
     with serving(sends(packed[: len(packed) // 2], "Content-Encoding: gzip", length=len(packed), keep=False)) as server:
@@ -1061,7 +1061,7 @@ def test_of_a_cut_compressed_answer_the_whole_events_are_pulled(client_of):
     assert handles
 
 
-def test_a_cut_after_the_last_byte_of_json_loses_nothing_and_warns_of_nothing(client_of, lines):
+def test_a_cut_after_the_last_byte_of_json_causes_no_warning(client_of, lines):
     with serving(sends_chunks(ANSWER, ended=False)) as server:
         client = client_of(server.url)
         pull = client.pull("main", None)
@@ -1080,7 +1080,7 @@ def test_a_cut_before_the_first_whole_event_is_transient(client_of):
         client.close()
 
 
-def test_an_answer_beyond_the_deadline_is_broken_off_and_its_whole_events_kept(client_of):
+def test_the_whole_events_of_an_answer_beyond_the_deadline_are_kept(client_of):
     with serving(drips(ANSWER[:CUT_AT], length=5000), sends(answer_of())) as server:
         client = client_of(server.url, timeout_secs=0.3)
         began = time.monotonic()
@@ -1114,15 +1114,15 @@ def test_silence_is_transient_within_the_timeout(client_of, sent):
         done.set()
 
 
-def dribbles_its_head(connection):
+def sends_its_head_slowly(connection):
     for piece in [b"HTTP/1.1 200 OK\r\nX: "] + [b"x"] * 500:
         time.sleep(0.02)
         connection.sendall(piece)
     return False
 
 
-def test_a_head_that_is_dribbled_is_transient_within_the_timeout(client_of):
-    with serving(dribbles_its_head) as server:
+def test_a_slow_head_is_transient_within_the_timeout(client_of):
+    with serving(sends_its_head_slowly) as server:
         client = client_of(server.url, timeout_secs=0.2, confirm_timeout_secs=0.2)
         for call in (lambda: client.pull("main", None), lambda: client.confirm(None, ["h"])):
             began = time.monotonic()
@@ -1132,7 +1132,7 @@ def test_a_head_that_is_dribbled_is_transient_within_the_timeout(client_of):
         client.close()
 
 
-def test_a_lookup_that_hangs_is_transient_within_the_timeout(client_of):
+def test_a_hanging_lookup_is_transient_within_the_timeout(client_of):
     released = threading.Event()
     transport = DeadlineAdapter(connections=1, resolve=lambda *args, **kwargs: released.wait(20) and [])
     client = client_of("http://vod.example", timeout_secs=0.2, transport=transport)
@@ -1181,7 +1181,7 @@ def test_a_gzip_bomb_is_not_unpacked_beyond_the_bound(client_of):
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         client.close()
-    assert handles_of(pull) == ["h1"]  # what came whole before the bound
+    assert handles_of(pull) == ["h1"]  # it was complete before the bound
     assert peak_bytes < 2_000_000
 
 
@@ -1190,7 +1190,7 @@ def test_a_gzip_bomb_is_not_unpacked_beyond_the_bound(client_of):
     [drips(b" " * 200_000, length=10**6), sends_chunks(*[b" " * 50_000] * 20)],
     ids=["content-length", "chunks"],
 )
-def test_an_answer_beyond_the_bound_is_broken_off(client_of, reply):
+def test_an_answer_beyond_the_bound_closes_its_connection(client_of, reply):
     with serving(reply, sends(answer_of())) as server:
         client = client_of(server.url, answer_max_bytes=100_000)
         with pytest.raises(OperatorError, match=r"longer than 100000 bytes.*api\.endpoint") as caught:
@@ -1202,7 +1202,7 @@ def test_an_answer_beyond_the_bound_is_broken_off(client_of, reply):
 
 
 @pytest.mark.parametrize("extra", [element(2)[:-1], " " * 100_000], ids=["an event", "blanks"])
-def test_of_an_answer_beyond_the_bound_the_whole_events_are_pulled_and_an_error_is_logged(client_of, lines, extra):
+def test_the_whole_events_before_the_bound_are_pulled_with_an_error(client_of, lines, extra):
     body = answer_of(element(1), extra + "x" * 100_000)
     with serving(sends(body)) as server:
         client = client_of(server.url, answer_max_bytes=len(element(1)) + 200)
@@ -1221,7 +1221,7 @@ def test_an_answer_of_vod_takes_8_mib_at_most(client_of):
         client.close()
 
 
-def test_a_confirms_answer_beyond_the_bound_leaves_open_what_became_of_it(client_of):
+def test_a_confirms_answer_beyond_the_bound_is_transient(client_of):
     with serving(sends(b'{"Response":' + b" " * 200_000)) as server:
         client = client_of(server.url, answer_max_bytes=50)
         with pytest.raises(TransientError, match="longer than 50 bytes"):
@@ -1240,13 +1240,13 @@ def test_a_confirms_answer_beyond_the_bound_leaves_open_what_became_of_it(client
         ['{"EventHandle":"' + "h" * 100_000 + '","N":NaN}'],
     ],
 )
-def test_an_answer_without_one_usable_handle_is_a_failed_pull(vod, client_of, elements):
+def test_an_answer_without_any_usable_handle_is_a_failed_pull(vod, client_of, elements):
     vod.post(URL, body=answer_of(*elements))
     with pytest.raises(TransientError, match="cannot be used"):
         client_of().pull("main", None)
 
 
-def test_an_element_without_a_handle_beside_one_with_is_malformed(vod, client_of):
+def test_an_element_without_a_handle_beside_others_is_malformed(vod, client_of):
     vod.post(URL, body=answer_of("{}", element(1)))
     pull = client_of().pull("main", None)
     assert handles_of(pull) == ["h1"]
@@ -1274,7 +1274,7 @@ HOSTILE_ANSWERS = {
 
 
 @pytest.mark.parametrize("form", HOSTILE_ANSWERS.values(), ids=HOSTILE_ANSWERS)
-def test_what_an_error_quotes_of_an_answer_is_short(vod, client_of, form):
+def test_an_error_quotes_only_a_short_part_of_an_answer(vod, client_of, form):
     vod.post(URL, body=form % (b"x" * 1_000_000))
     with pytest.raises(TransientError) as caught:
         client_of().pull("main", None)
@@ -1326,7 +1326,7 @@ def timestamps(vod):
 
 
 @pytest.mark.parametrize("skew_secs", [-3600, 400, 10**8])
-def test_a_wrong_clock_is_corrected_by_the_servers_and_said_once(vod, client_of, lines, skew_secs):
+def test_a_wrong_clock_is_corrected_by_the_servers_and_logged_once(vod, client_of, lines, skew_secs):
     now = 1_700_000_000
     vod.post(URL, **expired(now))
     vod.post(URL, json=response_of())
@@ -1355,7 +1355,7 @@ def test_a_corrected_clock_is_corrected_again_when_it_steps(vod, client_of, line
 
 
 @pytest.mark.parametrize("headers", [{}, {"Date": "yesterday"}, {"Date": formatdate(1_700_000_030, usegmt=True)}])
-def test_an_expired_signature_under_a_right_clock_is_for_the_operator(vod, client_of, headers):
+def test_an_expired_signature_with_a_right_clock_is_an_operator_error(vod, client_of, headers):
     vod.post(URL, json=error_of("AuthFailure.SignatureExpire"), headers=headers)
     with pytest.raises(OperatorError, match="NTP"):
         client_of(wall=lambda: 1_700_000_000.0).pull("main", None)
@@ -1369,7 +1369,7 @@ def test_a_signature_that_stays_expired_is_sent_twice_at_most(vod, client_of):
     assert len(vod.calls) == 2
 
 
-def test_another_thread_correcting_the_clock_meanwhile_is_said_once(vod, client_of, lines):
+def test_two_threads_that_correct_the_clock_log_it_once(vod, client_of, lines):
     now = 1_700_000_000
     client = client_of(wall=lambda: float(now - 3600))
     barrier = threading.Barrier(2, timeout=10)
@@ -1411,7 +1411,7 @@ class Clock:
         self.now += secs
 
 
-def test_the_lease_starts_when_the_request_is_sent_after_the_wait_for_a_slot(vod, client_of):
+def test_the_lease_starts_when_the_pull_is_sent_after_its_slot_came(vod, client_of):
     clock = Clock()
 
     def answer(_request):
@@ -1455,7 +1455,7 @@ def test_confirms_that_have_fallen_behind_pulls_catch_up(client_of):
     assert waits[-10:] == [0] * 10
 
 
-def test_a_slot_that_does_not_come_before_the_lease_ends_is_not_waited_for(client_of):
+def test_a_slot_after_the_end_of_the_lease_is_not_waited_for(client_of):
     clock = Clock()
     client = client_of(requests_per_sec=0.5, monotonic=clock.monotonic, sleep=clock.sleep)
     assert client.await_confirm_slot(1.0) is True
@@ -1473,7 +1473,7 @@ def test_a_confirm_without_time_left_is_not_sent(vod, client_of):
 
 
 @pytest.mark.parametrize("answer", [{"json": error_of("RequestLimitExceeded")}, {"body": b"", "status": 429}])
-def test_a_throttled_request_halves_the_pace_of_its_action(vod, client_of, answer):
+def test_a_throttled_request_halves_the_rate_of_its_action(vod, client_of, answer):
     clock = Clock()
     client = client_of(requests_per_sec=10, monotonic=clock.monotonic, sleep=clock.sleep)
     vod.post(URL, **answer)
@@ -1511,7 +1511,7 @@ def test_a_call_without_an_answer_is_one_debug_line(vod, client_of, lines):
 
 
 class Arrivals:
-    """Many threads in one: a wait says when its thread sends, and does not hold up the others."""
+    """Many threads simulated in one: a wait only sets when its thread sends, and does not delay the others."""
 
     def __init__(self, quota, **more):
         self.now = 0.0
@@ -1540,7 +1540,7 @@ def test_no_second_holds_more_requests_than_the_quota(quota, spare, gaps):
 
 
 @pytest.mark.parametrize("quota", [1, 10, 100, 1000])
-def test_a_crowd_gets_98_percent_of_the_quota(quota):
+def test_many_threads_get_97_percent_of_the_quota(quota):
     arrivals = Arrivals(quota)
     last = [arrivals.send_at(0.0) for _ in range(20 * quota)][-1]
     assert 20 * quota / last == pytest.approx(0.97 * quota, rel=0.06)
@@ -1577,39 +1577,39 @@ def test_a_slot_that_comes_too_late_is_not_used_up():
     assert clock.waits == [pytest.approx(1.0, abs=0.03)]
 
 
-def pace_of(arrivals, now):
-    """The rate that the limiter works with, from two slots in the future."""
+def rate_of(arrivals, now):
+    """The current rate of the limiter, computed from two future slots."""
     *_, first, later = [arrivals.send_at(now) for _ in range(5)]
     return 1 / (0.97 * (later - first))
 
 
-def test_a_refusal_halves_the_rate_once_a_second_and_it_comes_back_slowly():
+def test_a_refusal_halves_the_rate_once_per_second_until_it_recovers():
     arrivals = Arrivals(100)
     for _ in range(10):  # reported by ten threads
         arrivals.limiter.throttled()
-    assert pace_of(arrivals, 0.0) == pytest.approx(50)
+    assert rate_of(arrivals, 0.0) == pytest.approx(50)
     arrivals.now = 0.9
     arrivals.limiter.throttled()
-    assert pace_of(arrivals, 0.9) == pytest.approx(63.5)
+    assert rate_of(arrivals, 0.9) == pytest.approx(63.5)
     arrivals.now = 2.0
     arrivals.limiter.throttled()
-    assert pace_of(arrivals, 2.0) == pytest.approx(40)
-    assert pace_of(arrivals, 4.0) == pytest.approx(70)
-    assert pace_of(arrivals, 100.0) == pytest.approx(100)
+    assert rate_of(arrivals, 2.0) == pytest.approx(40)
+    assert rate_of(arrivals, 4.0) == pytest.approx(70)
+    assert rate_of(arrivals, 100.0) == pytest.approx(100)
 
 
-def test_the_rate_never_falls_below_one_a_second():
+def test_the_rate_never_falls_below_one_per_second():
     arrivals = Arrivals(2)
     for now in range(0, 100, 2):
         arrivals.now = float(now)
         arrivals.limiter.throttled()
-    assert pace_of(arrivals, 98.0) == pytest.approx(1)
+    assert rate_of(arrivals, 98.0) == pytest.approx(1)
 
 
-def test_a_quota_below_one_a_second_stays_what_it_is():
+def test_a_quota_below_one_per_second_is_not_reduced():
     arrivals = Arrivals(0.5)
     arrivals.limiter.throttled()
-    assert pace_of(arrivals, 0.0) == pytest.approx(0.5)
+    assert rate_of(arrivals, 0.0) == pytest.approx(0.5)
 
 
 def test_threads_never_share_a_slot():
