@@ -154,7 +154,7 @@ def test_check_says_what_the_configuration_does_and_touches_nothing(system):
     done = run_command("check", "-c", path)
 
     assert done.returncode == 0
-    assert done.stdout.startswith(f"{path}: good\n")
+    assert done.stdout.startswith(f"{path}: valid\n")
     assert "all events -> archive" in done.stdout
     assert SECRET_KEY not in done.stdout
     assert sorted(system.folder.iterdir()) == before

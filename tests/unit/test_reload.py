@@ -233,12 +233,12 @@ def command(tmp_path, log):
 @pytest.mark.parametrize(
     ("answer", "exit_code", "said"),
     [
-        ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "runs on with the former"]),
+        ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "continues with the former"]),
         ({"result": "ended", "problems": ["a: b"]}, 1, ["a: b"]),
         ({"error": "this vodpoller (0.1.0) knows no command 'reload'"}, 1, ["knows no command"]),
-        ({"result": "done", "changed": True, "stuck": []}, 0, ["with the new configuration"]),
-        ({"result": "done", "changed": False, "stuck": []}, 0, ["the configuration is the same"]),
-        ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself anew", "sink a"]),
+        ({"result": "done", "changed": True, "stuck": []}, 0, ["uses the new configuration"]),
+        ({"result": "done", "changed": False, "stuck": []}, 0, ["the configuration has not changed"]),
+        ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself again", "sink a"]),
     ],
 )
 def test_the_command_says_what_the_daemon_says(command, answer, exit_code, said):
@@ -251,4 +251,4 @@ def test_a_daemon_that_does_not_answer_in_time_is_exit_1(command, monkeypatch):
     monkeypatch.setattr(reload_command, "BEYOND_STOP_SECS", -0.9)
     done = command(None)
     assert done.exit_code == 1
-    assert "did not say how it went" in done.output
+    assert "did not report the result" in done.output
