@@ -1153,7 +1153,7 @@ def test_a_secret_too_short_to_be_looked_for_is_a_warning(system, secret_key, wa
     done = run_command("check", "-c", path)
 
     assert done.returncode == 0
-    assert (f"{path}: warning: credentials.secret_key: it is so short" in done.stderr) is warns
+    assert (f"{path}: warning: credentials.secret_key: it is too short" in done.stderr) is warns
 
 
 def test_a_wrong_key_is_told_from_a_wrong_id(system):

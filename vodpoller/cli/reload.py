@@ -10,7 +10,7 @@ import click
 from vodpoller.cli.configuration import config_option
 from vodpoller.cli.exits import EXIT_CONFIG, EXIT_FAILURE
 from vodpoller.cli.failure import fail
-from vodpoller.config.glance import glance_at
+from vodpoller.config.lenient import read_leniently
 from vodpoller.status_socket import ask, socket_of_process, socket_path
 
 BEYOND_STOP_SECS: Final = 35.0  # for trying the new configuration and building it
@@ -35,7 +35,7 @@ def reload(config_path: Path, *, pid: int | None) -> None:
     """
     if not pid and not config_path.exists():  # the default journal may belong to another daemon
         fail([f"{config_path}: there is no such file"], EXIT_CONFIG)
-    journal, daemon = glance_at(config_path, env=os.environ)
+    journal, daemon = read_leniently(config_path, env=os.environ)
     path = (socket_of_process(pid) if pid else None) or socket_path(journal.path)
     _print_result(_ask_reload(path, daemon.shutdown_secs + BEYOND_STOP_SECS))
 

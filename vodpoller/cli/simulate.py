@@ -89,7 +89,7 @@ from vodpoller.simulator.service import serve
     "--forget-confirms",
     default=0,
     show_default=True,
-    help="Number of handles, the first to be confirmed, that are refused until their lease ends: then they come again.",
+    help="Number of handles, the first to be confirmed, that are refused during their lease: their events come again.",
 )
 @click.option(
     "--clock-skew-secs", default=0.0, show_default=True, help="Number of seconds by which its clock is ahead."

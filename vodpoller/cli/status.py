@@ -20,7 +20,7 @@ from vodpoller.cli.exits import EXIT_FAILURE
 from vodpoller.cli.failure import fail
 from vodpoller.cli.letters import open_letters
 from vodpoller.cli.output import make_console
-from vodpoller.config.glance import glance_at
+from vodpoller.config.lenient import read_leniently
 from vodpoller.config.model import Config
 from vodpoller.logs import printable
 from vodpoller.status import SilentStatus, StoredStatus
@@ -43,7 +43,7 @@ def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
     # If the file cannot be used any more, a daemon may still run with its former configuration: it is asked first.
     if not config_path.exists():
         load_config(config_path, needs_key=False)  # prints the problem and exits
-    answer, trouble = _ask_status(glance_at(config_path, env=os.environ)[0].path, strict=strict)
+    answer, trouble = _ask_status(read_leniently(config_path, env=os.environ)[0].path, strict=strict)
     report = answer or _status_of_journal(load_config(config_path, needs_key=False), trouble, strict=strict)
     if as_json:
         click.echo(json.dumps(report))
