@@ -280,7 +280,7 @@ class Journal(BaseModel):
 
     path: Annotated[Path, Field(strict=False)] = Field(
         default=Path("/var/lib/vodpoller/journal.db"),
-        description="The journal's file; its folder is created if it is missing.",
+        description="The journal's file; its folder is made if it is missing.",
     )
     max_bytes: Annotated[int, Field(ge=2**20, le=2**50)] = Field(
         default=2**30,
