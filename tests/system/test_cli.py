@@ -199,8 +199,8 @@ def test_the_demo_shows_a_redelivery_by_a_confirm_that_was_refused(demo):
     [
         ("events that VOD had", 25),
         ("confirmed", 25),
-        ("whose confirm VOD refused at first", 1),
-        ("redelivered, not delivered twice", 1),
+        ("events whose confirm VOD refused at first", 1),
+        ("events redelivered, not delivered twice", 1),
         ("dead letters in the journal", 1),
     ],
 )

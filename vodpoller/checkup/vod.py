@@ -70,8 +70,8 @@ def _key_finding(source: Source, error: VodpollerError | None) -> Finding:
         case None | RefusedHandlesError():
             request = _request_id_in(error) if error else ""
             text = (
-                f"VOD accepts the key and lets it confirm{request}; the right to pull is not tested, because a pull takes"
-                " events"
+                f"VOD accepts the key and lets it confirm{request}; the right to pull is not tested, because a pull"
+                " takes events"
             )
             return Finding(what=what, level=Level.GOOD, text=text)
         case OperatorError():
