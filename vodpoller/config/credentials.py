@@ -28,7 +28,7 @@ KEYS_OF_A_GIVEN_KEY: Final = ("secret_id", "secret_id_file", "secret_key", "secr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundCredentials:
     """The credentials that sign requests.
 
     Args:
@@ -40,7 +40,7 @@ class Found:
     role: Role | None = None
 
 
-def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> Found | None:
+def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> FoundCredentials | None:
     """Find the API key, and the role if there is one. Returns None if there is a problem with them.
 
     Args:
@@ -69,7 +69,7 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
     if provider != "cvm_role":
         return _with_key(draft, validation, found, provider, needs_key=needs_key)
     valid = validation.validated(CredentialsTable, found, ("credentials",))
-    return Found(key=_no_key(), role=_role_of(valid)) if valid else None
+    return FoundCredentials(key=_no_key(), role=_role_of(valid)) if valid else None
 
 
 def _refuse_keys_of_others(draft: Draft, provider: str, table: Mapping[str, Any]) -> None:
@@ -114,7 +114,7 @@ def _role_of(valid: CredentialsTable) -> Role | None:
 
 def _with_key(
     draft: Draft, validation: Validation, found: dict[str, Any], provider: str, *, needs_key: bool
-) -> Found | None:
+) -> FoundCredentials | None:
     """The credentials, for a provider that needs a given API key.
 
     Args:
@@ -130,7 +130,7 @@ def _with_key(
     token_place = _find_credential(draft, "token", found, only=places["secret_key"])
     is_missing = None in places.values() or (provider == "assume_role" and "role_arn" not in found)
     if is_missing and not needs_key:
-        return Found(key=_no_key())  # without a role: the key to assume it, or its name, is missing
+        return FoundCredentials(key=_no_key())  # without a role: the key to assume it, or its name, is missing
     for key, place in places.items():
         if place is None:
             draft.problems.add(
@@ -153,7 +153,7 @@ def _with_key(
     )
     with suppress(OSError, UnicodeDecodeError):  # each file could be read a moment ago
         found_key.reread()  # the files were read one by one, and may have been replaced in between
-    return Found(key=found_key, role=_role_of(valid))
+    return FoundCredentials(key=found_key, role=_role_of(valid))
 
 
 def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:

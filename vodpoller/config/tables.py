@@ -69,7 +69,8 @@ class Api(BaseModel):
     )
     lease_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=LEASE_SECS,
-        description="How long VOD reserves pulled events for this client. VOD: 30; only a simulator has another value.",
+        description="Number of seconds for which VOD reserves pulled events for this client. VOD: 30; only a simulator"
+        " has another value.",
     )
     confirm_reserve_secs: Annotated[float, Field(gt=0, le=3600)] = Field(
         default_factory=_default_reserve_secs,
