@@ -1,4 +1,4 @@
-"""`vodpoller demo`: the real daemon against the built-in simulator, told as a short story."""
+"""`vodpoller demo`: the real daemon against the built-in simulator, with a sentence for each step."""
 
 import io
 import json
@@ -24,13 +24,13 @@ from vodpoller.simulator.service import Simulator
 from vodpoller.systemd import Notifier
 
 EVENTS: Final = 24
-EVENTS_A_SEC: Final = 6.0
+EVENTS_PER_SEC: Final = 6.0
 LEASE_SECS: Final = 4.0
 LIMIT_SECS: Final = 25.0
 BROKEN: Final = '{"EventType":"CreateSnapshotByTimeOffsetComplete","SnapshotByTimeOffsetCompleteEvent":{"TaskId":oops}}'
 CONFIGURATION: Final = """\
-# What `vodpoller demo` ran with. Its simulator has ended, so there is nothing to pull; `vodpoller deadletters` finds
-# the journal by this file.
+# The configuration of `vodpoller demo`. Its simulator has ended, so there is nothing to pull; `vodpoller deadletters`
+# finds the journal with this file.
 
 [api]
 endpoint = {url}
@@ -56,14 +56,14 @@ path = {file}
 [journal]
 path = {journal}
 """
-# The sentence for `event.settled` or `event.dead` says what the first three say; the last two are the demo's own doing.
-NOT_TOLD: Final = frozenset(
+# The sentences for `event.settled` and `event.dead` cover the first three; the demo itself causes the last two.
+WITHOUT_SENTENCE: Final = frozenset(
     {"answer.salvaged", "confirm.failed", "event.malformed", "daemon.stopping", "daemon.stopped"}
 )
 
 
 class _Narrator(io.StringIO):
-    """Stands where the log goes and says in a sentence what each line means."""
+    """Receives the log lines, and prints a sentence that explains each of them."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -71,43 +71,45 @@ class _Narrator(io.StringIO):
         self.redelivered = 0
 
     def write(self, text: str) -> int:
-        for line in text.splitlines():  # those of a batch come together
+        for line in text.splitlines():  # the lines of a batch arrive in one write
             entry: dict[str, Any] = json.loads(line)
-            said = self._sentence(entry)
-            if said:
+            sentence = self._sentence(entry)
+            if sentence:
                 clock = entry["timestamp"][11:19]
-                self._console.print(f"[dim]{clock}[/dim]  {said}", highlight=False, soft_wrap=True)
+                self._console.print(f"[dim]{clock}[/dim]  {sentence}", highlight=False, soft_wrap=True)
         return len(text)
 
     def _sentence(self, entry: dict[str, Any]) -> str:
         problem = escape(entry.get("error_message", ""))
         match entry["event"]:
             case "daemon.started":
-                said = "the daemon is up and pulls"
+                sentence = "the daemon has started and pulls"
             case "event.settled":
-                said = self._settled(entry)
+                sentence = self._settled(entry)
             case "event.dead":
-                said = f"[red]dead letter[/red]   {_name(entry)}: kept in the journal for a person, as {problem}"
-            case name if name in NOT_TOLD:
-                said = ""
+                sentence = (
+                    f"[red]dead letter[/red]   {_name(entry)}: kept in the journal for a person, because {problem}"
+                )
+            case name if name in WITHOUT_SENTENCE:
+                sentence = ""
             case other:
-                said = f"{entry['level']}: {other} {problem}"
-        return said
+                sentence = f"{entry['level']}: {other} {problem}"
+        return sentence
 
     def _settled(self, entry: dict[str, Any]) -> str:
         name, sinks = _name(entry), entry["sinks"]
         if not entry["confirmed"]:
             went = ", ".join(sinks) or "no sink"
             why = f"VOD did not confirm it ({entry.get('confirm_error_code') or entry['confirm_result']})"
-            return f"[yellow]unconfirmed[/yellow]   {name} → {went}; {why}, so it comes again when its lease is over"
+            return f"[yellow]unconfirmed[/yellow]   {name} → {went}; {why}, so it comes again when its lease ends"
         if entry["settlement"] == "store":
-            return ""  # `event.dead` has told of it
+            return ""  # the sentence for `event.dead` covers it
         if sinks and all(sink["reason"] == "already_delivered" for sink in sinks.values()):
             self.redelivered += 1
             return f"[yellow]again[/yellow]         {name}: delivered before, so confirmed without a second delivery"
-        went = ", ".join(sinks) or "no route wants it"
+        went = ", ".join(sinks) or "no route takes it"
         failed = len(entry.get("failed_snapshots", ()))
-        note = f", {failed} image failed" if failed else ""
+        note = f", failed images: {failed}" if failed else ""
         took_ms = entry["duration_secs"] * 1000
         return f"[green]settled[/green]       {name} → {went}; confirmed after {took_ms:.0f} ms{note}"
 
@@ -117,20 +119,22 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def run_demo(folder: Path | None) -> int:
-    """Show a queue being drained: deliveries, a refused confirm and the redelivery it leads to, a dead letter.
+    """Show a queue being drained: deliveries, a refused confirm and the redelivery that follows, a dead letter.
 
     Args:
-        folder: Where the demo's file, journal and configuration go; None takes a new temporary folder. They are kept.
+        folder: For the file, the journal and the configuration, which are kept; None makes a new temporary folder.
 
     Returns:
-        The exit code: 0 if everything went as it should.
+        The exit code: 0 if everything happened as expected.
     """
     console = Console()
     folder = (folder or Path(tempfile.mkdtemp(prefix="vodpoller-demo-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"[bold]vodpoller demo[/bold]: {EVENTS} events and a broken one come to a simulated queue of VOD.\n")
+    console.print(
+        f"[bold]vodpoller demo[/bold]: {EVENTS} events and a broken one arrive in a simulated queue of VOD.\n"
+    )
     options = SimulatorOptions(
-        rate=EVENTS_A_SEC, feed=EVENTS, visibility_secs=LEASE_SECS, poll_secs=1.0, forget_confirms=1
+        rate=EVENTS_PER_SEC, feed=EVENTS, visibility_secs=LEASE_SECS, poll_secs=1.0, forget_confirms=1
     )
     with Simulator(options) as simulator:
         narrator = _Narrator(console)
@@ -145,12 +149,12 @@ def run_demo(folder: Path | None) -> int:
         simulator.feed([BROKEN])
         ends_at = time.monotonic() + LIMIT_SECS
         service.run(until=lambda: _is_done(simulator, narrator) or time.monotonic() > ends_at)
-        return _close(console, simulator.stats(), path, redelivered=narrator.redelivered)
+        return _print_summary(console, simulator.stats(), path, redelivered=narrator.redelivered)
 
 
 def _write_configuration(folder: Path, url: str) -> Path:
     path = folder / "demo.toml"
-    path.touch(mode=0o600)  # a key is in it, though one that opens nothing
+    path.touch(mode=0o600)  # it contains a key, although a worthless one
     strings = {"url": url, "file": str(folder / "events.jsonl"), "journal": str(folder / "journal.db")}
     quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in strings.items()}
     path.write_text(CONFIGURATION.format(lease_secs=LEASE_SECS, **quoted), encoding="utf-8")
@@ -162,7 +166,7 @@ def _is_done(simulator: Simulator, narrator: _Narrator) -> bool:
     return bool(stats["fed"] > EVENTS and stats["confirmed"] == stats["fed"] and narrator.redelivered)
 
 
-def _close(console: Console, stats: dict[str, Any], configuration: Path, *, redelivered: int) -> int:
+def _print_summary(console: Console, stats: dict[str, Any], configuration: Path, *, redelivered: int) -> int:
     path = configuration.with_name("events.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines()
     twice = len(lines) - len(set(lines))
@@ -172,21 +176,21 @@ def _close(console: Console, stats: dict[str, Any], configuration: Path, *, rede
     table.add_row("events that VOD had", str(stats["fed"]))
     table.add_row("confirmed", str(stats["confirmed"]))
     table.add_row("snapshot events in the file", f"{len(lines)}, {twice} of them twice" if twice else str(len(lines)))
-    table.add_row("whose confirm VOD refused at first", str(stats["confirms_forgotten"]))
-    table.add_row("redelivered, not delivered twice", str(redelivered))
+    table.add_row("events whose confirm VOD refused at first", str(stats["confirms_forgotten"]))
+    table.add_row("events redelivered, not delivered twice", str(redelivered))
     table.add_row("dead letters in the journal", str(len(dead)))
     console.print()
     console.print(table)
     steps = [f"cat {quote(str(path))}"]
     steps += [f"{_program()} deadletters show {number} -c {quote(str(configuration))}" for number in dead[-1:]]
-    said = ["Next, to be typed as they stand:", *(f"  {step}" for step in steps)]
-    said.append('With your own account: README.md, "Use it with your account".')
-    console.print("\n".join(said), markup=False, emoji=False, highlight=False, soft_wrap=True)
+    hints = ["Next, type these commands:", *(f"  {step}" for step in steps)]
+    hints.append('With your own account: README.md, "Use it with your account".')
+    console.print("\n".join(hints), markup=False, emoji=False, highlight=False, soft_wrap=True)
     return 0 if stats["confirmed"] == stats["fed"] and redelivered and len(dead) == 1 and not twice else 1
 
 
 def _program() -> str:
-    """This program, as a shell in any folder finds it."""
+    """The command of this program, as a shell in any folder accepts it."""
     called = Path(sys.argv[0]).absolute()
     if called.name != "vodpoller":
         return f"{quote(sys.executable)} -m vodpoller"

@@ -154,7 +154,7 @@ def test_check_says_what_the_configuration_does_and_touches_nothing(system):
     done = run_command("check", "-c", path)
 
     assert done.returncode == 0
-    assert done.stdout.startswith(f"{path}: good\n")
+    assert done.stdout.startswith(f"{path}: valid\n")
     assert "all events -> archive" in done.stdout
     assert SECRET_KEY not in done.stdout
     assert sorted(system.folder.iterdir()) == before
@@ -199,8 +199,8 @@ def test_the_demo_shows_a_redelivery_by_a_confirm_that_was_refused(demo):
     [
         ("events that VOD had", 25),
         ("confirmed", 25),
-        ("whose confirm VOD refused at first", 1),
-        ("redelivered, not delivered twice", 1),
+        ("events whose confirm VOD refused at first", 1),
+        ("events redelivered, not delivered twice", 1),
         ("dead letters in the journal", 1),
     ],
 )

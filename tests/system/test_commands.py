@@ -167,8 +167,8 @@ def test_a_journal_that_is_no_file_ends_with_78(system, command, place):
         (["show", "0"], "ID"),
         (["purge", "--yes", "9" * 20], "ID"),
         (["replay", "--state", "dead"], "No such option"),
-        (["replay", "--to", "hok"], "no sink of the configuration is 'hok' (there are: archive)"),
-        (["replay", "--pending", "--to", ""], "there are: archive"),
+        (["replay", "--to", "hok"], "the configuration has no sink 'hok' (its sinks: archive)"),
+        (["replay", "--pending", "--to", ""], "its sinks: archive"),
         (["list", "--reason", "sink_failed"], "dead letters never have the reason 'sink_failed'"),
         (["purge", "--yes", "--pending", "--reason", "malformed"], "never have the reason 'malformed'"),
     ],
@@ -197,9 +197,9 @@ def test_an_id_of_the_other_state_is_said_to_be_so(system, command):
     prepared(system, letter(1), letter(2, dead=False, reason="sink_failed"))
     yes = ["--yes"] if command == "purge" else []
 
-    assert_fails(letters_command(system, command, "--pending", "1", *yes), 1, "1 is a dead letter and not pending")
+    assert_fails(letters_command(system, command, "--pending", "1", *yes), 1, "1 is a dead letter, not a pending event")
     if command != "replay":
-        assert_fails(letters_command(system, command, "2", *yes), 1, "2 is pending and no dead letter (add --pending)")
+        assert_fails(letters_command(system, command, "2", *yes), 1, "2 is a pending event, not a dead letter")
         assert len(listed(system, "--pending")) == 1
     assert len(listed(system)) == 1
 
@@ -473,7 +473,7 @@ def test_replay_says_what_it_cannot_deliver_and_delivers_the_rest(system):
 
     done = letters_command(system, "replay")
 
-    assert_fails(done, 1, "2 cannot be: unreadable, without a route, or of a sink that no longer exists")
+    assert_fails(done, 1, "2 cannot be delivered: unreadable, without a route, or of a sink that no longer exists")
     assert done.stdout == "1 to be delivered again\n1 delivered\n"
     assert_arrived_once(system, bodies[:1])
     assert [row["id"] for row in listed(system)] == [2, 3]
@@ -746,7 +746,7 @@ def test_purge_asks_and_takes_no_for_an_answer(system, answer):
     done = purge(system, answer=answer)
 
     assert_fails(done, 1, "Aborted!")
-    assert "Delete 2 dead letters for good?" in done.stdout
+    assert "Delete 2 dead letters permanently?" in done.stdout
     assert len(listed(system)) == 2
 
 
@@ -772,7 +772,7 @@ def test_purge_deletes_pending_events_if_it_is_told_to(system):
 
     done = purge(system, "--pending", "--sink", "gone", answer="y\n")
 
-    assert "Delete 1 pending events for good?" in done.stdout
+    assert "Delete 1 pending events permanently?" in done.stdout
     assert done.stdout.endswith("1 deleted\n")
     assert [row["id"] for row in listed(system)] == [1]
     assert [row["id"] for row in listed(system, "--pending")] == [3]
@@ -1119,7 +1119,7 @@ def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system
         "files",
         f"disk of {system.folder}",
     }
-    assert {what: verdict for what, (verdict, _) in found.items() if verdict != "good"} == {
+    assert {what: verdict for what, (verdict, _) in found.items() if verdict != "OK"} == {
         "queue of main": "note",
         "callback of main": "note",
     }
@@ -1140,7 +1140,7 @@ def test_it_looks_on_while_the_daemon_works_too(system):
     done = run_command("check", "--connect", "-c", system.config_path)
     found = findings(done)
 
-    assert found["source main"][0] == found["journal"][0] == "good"
+    assert found["source main"][0] == found["journal"][0] == "OK"
     assert simulator.feed('{"EventType": "FileDeleted"}') == 1
     until(simulator.all_confirmed)
     assert daemon.terminate()[0] == 0
@@ -1153,7 +1153,7 @@ def test_a_secret_too_short_to_be_looked_for_is_a_warning(system, secret_key, wa
     done = run_command("check", "-c", path)
 
     assert done.returncode == 0
-    assert (f"{path}: warning: credentials.secret_key: it is so short" in done.stderr) is warns
+    assert (f"{path}: warning: credentials.secret_key: it is too short" in done.stderr) is warns
 
 
 def test_a_wrong_key_is_told_from_a_wrong_id(system):
@@ -1202,7 +1202,7 @@ def test_a_clock_that_is_off_is_measured_and_does_not_spoil_the_key(system, skew
 
     found = connect(system, 0)
 
-    assert found["source main"][0] == "good"
+    assert found["source main"][0] == "OK"
     verdict, text = found["clock"]
     assert verdict == "warning"
     assert abs(int(re.search(rf"is (\d+) s {side} VOD's", text)[1]) - 7200) <= 2
@@ -1218,7 +1218,7 @@ def test_an_endpoint_that_is_not_there_is_said_to_be_so(system):
     assert not {"callback of main", "queue of main"} & {*found}
     assert "is api.endpoint right, and this machine online?" in found["source main"][1]
     assert "VOD did not answer" in found["clock"][1]
-    assert found["sink archive"][0] == found["journal"][0] == "good"
+    assert found["sink archive"][0] == found["journal"][0] == "OK"
 
 
 def test_sinks_that_cannot_be_reached_are_each_told_apart(system):
@@ -1233,7 +1233,7 @@ def test_sinks_that_cannot_be_reached_are_each_told_apart(system):
     assert "give the path of a regular file" in found["sink archive"][1]
     assert "refused" in found["sink hook"][1]
     assert "no-such-program" in found["sink script"][1]
-    assert found["source main"][0] == found["journal"][0] == "good"
+    assert found["source main"][0] == found["journal"][0] == "OK"
 
 
 @pytest.mark.parametrize(("state", "option"), [("pending", "--pending "), ("dead", "")])
@@ -1285,7 +1285,7 @@ def test_places_that_this_user_may_not_write_to_are_named(outsider):
 
     found = findings(done)
     assert done.returncode == 1
-    assert found["source main"][0] == "good"
+    assert found["source main"][0] == "OK"
     assert found["sink archive"][0] == found["journal"][0] == "PROBLEM"
     assert "the user that runs vodpoller needs the right to write there" in found["sink archive"][1]
     assert f"{outsider.folder} cannot be written by this user" in found["journal"][1]
@@ -1441,7 +1441,7 @@ def test_check_warns_of_types_that_do_not_exist_and_is_strict_if_asked(system, e
 
     assert (lenient.returncode, strict.returncode) == (0, EX_CONFIG)
     for done in (lenient, strict):
-        assert f"{path}: good" in done.stdout
+        assert f"{path}: valid" in done.stdout
         (line,) = done.stderr.splitlines()
         assert re.match(rf'{path}: warning: routes\.\w+\.event_types: "{event_type}" matches no event type', line)
 

@@ -128,7 +128,7 @@ def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
 
     assert done.returncode == 78
     assert f"{system.config_path}: line " in done.stderr
-    assert "the daemon runs on with the former configuration" in done.stderr
+    assert "the daemon continues with the former configuration" in done.stderr
     until(system.archive.exists)  # reopened all the same, as logrotate needs it
     (failed,) = daemon.await_log("reload.failed")
     assert failed["level"] == "error"
@@ -234,7 +234,7 @@ def test_a_changed_route_under_load_loses_and_doubles_nothing(system, by):
         system.configure(simulator.url, sinks=file_sink(system, "after"))
         if by == "command":
             done = reload(system)
-            assert (done.returncode, done.stdout) == (0, "reloaded: the daemon runs with the new configuration\n")
+            assert (done.returncode, done.stdout) == (0, "reloaded: the daemon now uses the new configuration\n")
         else:
             daemon.signal(signal.SIGHUP)
             assert daemon.await_log("daemon.reloaded", secs=SLOW_SECS)[0]["changed"] is True
@@ -255,7 +255,7 @@ def test_the_same_configuration_stops_nothing(system):
     daemon = system.daemon()
     done = reload(system)
     assert done.returncode == 0
-    assert "the configuration is the same" in done.stdout
+    assert "the configuration has not changed" in done.stdout
     (line,) = daemon.await_log("daemon.reloaded")
     assert line["changed"] is False
     assert len(daemon.log("daemon.started")) == 1
@@ -346,7 +346,7 @@ def test_a_sink_that_hangs_is_left_behind_by_executing_anew(system, plugin):
         done = reload(system)
 
         assert done.returncode == 0, done.stderr
-        assert "executed itself anew, because a thread hung: sink never" in done.stdout
+        assert "executed itself again, because a thread hung: sink never" in done.stdout
         assert daemon.process.poll() is None
         (said,) = daemon.await_log("daemon.reloaded")
         assert said["executed_anew_for"] == ["sink never"]

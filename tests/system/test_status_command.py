@@ -242,7 +242,7 @@ def test_a_daemon_that_hangs_is_told(system):
     until(lambda: not status_of(system)["problems"])
     daemon.signal(signal.SIGSTOP)
     try:
-        first_problem(system, "gives no answer", "timed out", "journalctl", what="daemon")
+        first_problem(system, "does not answer", "timed out", "journalctl", what="daemon")
         assert status_of(system)["running"] is True
     finally:
         daemon.signal(signal.SIGCONT)

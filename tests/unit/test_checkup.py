@@ -168,7 +168,7 @@ def test_an_unknown_mode_is_not_a_problem(tmp_path, log, mode):
     with raw_server(answers(json.dumps(answer).encode())) as url:
         (level, text, _), *_ = callback_findings(findings_at(url, tmp_path, log))
     assert level is Level.INFORMATION
-    assert text.startswith("VOD names no mode of callbacks that is known here")
+    assert text.startswith("VOD reports an unknown mode of callbacks")
 
 
 def test_a_switch_that_is_off_is_a_warning_if_a_route_names_the_type(tmp_path, log, vod):

@@ -78,7 +78,7 @@ def test_a_file_that_everyone_can_write_is_a_warning(folder, name):
 def test_a_folder_in_which_everyone_can_replace_files_is_a_warning(folder, name, mode, warns):
     path = folder / name
     path.chmod(mode)
-    text = f"every user of this machine can put other files in the place of those in {path}"
+    text = f"every user of this machine can replace the files in {path}"
     assert found_in(folder) == ([(text, f"chmod o-w {path}")] if warns else [])
 
 

@@ -174,9 +174,9 @@ def test_the_tilde_of_a_named_user_is_that_users_home_folder(tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("$HOME/x", 'has a "$" that no variable follows (write ${HOME};'),
-        ("/srv/$${x/$1", 'has a "$" that no variable follows (write ${NAME};'),
-        ("/srv/x$", 'has a "$" that no variable follows (write ${NAME};'),
+        ("$HOME/x", 'has a "$" without a variable (write ${HOME};'),
+        ("/srv/$${x/$1", 'has a "$" without a variable (write ${NAME};'),
+        ("/srv/x$", 'has a "$" without a variable (write ${NAME};'),
         ("~no-such-user/x", 'begins with a ~, but there is no user "no-such-user" (write'),
     ],
 )
@@ -378,7 +378,7 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
         (replaced('name = "all"', 'name = "all of it"'), "routes[0].name", ['letters, digits, ".", "_" and "-"']),
         (replaced('name = "main"', ""), "sources[0].name", ['is missing (for example: name = "main")']),
         (replaced('name = "all"', f'name = "{"a" * 65}"'), f"routes.{'a' * 65}.name", ["at most 64"]),
-        (VALID.replace("archive", '"a b"').replace('""a b""', '"a b"'), "sinks.a b", ["not a name for a sink"]),
+        (VALID.replace("archive", '"a b"').replace('""a b""', '"a b"'), "sinks.a b", ["not a valid name for a sink"]),
         # missing tables
         (ROUTE + SINK, "sources", ["there is none", "[[sources]]"]),
         (SOURCE + SINK, "routes", ["there is none", "[[routes]]"]),
@@ -455,8 +455,8 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
         ),
         # variables
         (VALID + '[log]\nlevel = "${LEVEL}"', "log.level", ["no variable LEVEL", "$${"]),
-        (VALID + '[log]\nlevel = "${LEVEL"', "log.level", ["no variable follows"]),
-        (VALID + '[log]\nlevel = "${LEVEL:-info}"', "log.level", ["no variable follows"]),
+        (VALID + '[log]\nlevel = "${LEVEL"', "log.level", ["without a variable"]),
+        (VALID + '[log]\nlevel = "${LEVEL:-info}"', "log.level", ["without a variable"]),
         (replaced('["archive"]', '["${SINK}", "archive"]'), "routes.all.sinks[0]", ["no variable SINK"]),
         (replaced('"file"', '"${TYPE}"'), "sinks.archive.type", ["no variable TYPE"]),
         # files
@@ -500,13 +500,13 @@ def test_a_mistake_is_one_problem_that_names_its_key_and_a_remedy(tmp_path, text
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("a = ", "line 1, column 5: this is not a value (text stands in quotes"),
+        ("a = ", "line 1, column 5: this is not a value (write text in quotes"),
         ("\n[log]\nlevel = debug", "line 3, column 9: this is not a value"),
         ('[log]\nlevel = "info\nformat = 1', "line 2, column 14: a text is not closed on its line"),
         ("[log]\n[log]\n", "line 2, column 5: this table begins for the second time"),
         ("a = 1\na = 2\n", "line 2, column 6: a key is given twice"),
         ("a 1", "line 1, column 3: a key has no ="),
-        ("a = 1 b = 2", "line 1, column 7: something stands behind the value"),
+        ("a = 1 b = 2", "line 1, column 7: there is more text after the value"),
         ("[log", "line 1, column 5: the name of a table is not closed"),
         ("a = 'x", "line 1, column 7: a text is not closed"),
         ("a = '''x", "line 1, column 9: "),
@@ -755,11 +755,11 @@ ASSUME_ROLE = '[credentials]\nprovider = "assume_role"\nrole_arn = "qcs::cam::ui
 @pytest.mark.parametrize(
     ("table", "key", "words"),
     [
-        (CVM_ROLE + 'secret_id = "a-secret-id"', "secret_id", '"static" or "assume_role", and here it is "cvm_role"'),
+        (CVM_ROLE + 'secret_id = "a-secret-id"', "secret_id", '"static" or "assume_role", but provider is "cvm_role"'),
         (CVM_ROLE + 'secret_key_file = "gone"', "secret_key_file", '"static" or "assume_role"'),
         (CVM_ROLE + "duration_secs = 7200", "duration_secs", 'provider = "assume_role"'),
-        (ASSUME_ROLE + 'role = "r"', "role", 'provider = "cvm_role", and here it is "assume_role"'),
-        ('[credentials]\nrole_arn = "qcs::cam::uin/1:roleName/r"', "role_arn", 'here it is "static"'),
+        (ASSUME_ROLE + 'role = "r"', "role", 'provider = "cvm_role", but provider is "assume_role"'),
+        ('[credentials]\nrole_arn = "qcs::cam::uin/1:roleName/r"', "role_arn", 'provider is "static"'),
         ('[credentials]\nmetadata_endpoint = "http://m"', "metadata_endpoint", 'provider = "cvm_role"'),
         ('[credentials]\nprovider = "cvm_roll"', "provider", 'did you mean "cvm_role"?'),
         ("[credentials]\nprovider = 5", "provider", "is a whole number"),

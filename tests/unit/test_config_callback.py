@@ -58,7 +58,7 @@ def test_a_callback_key_at_a_pull_source_is_refused(tmp_path, key):
         ({"listen": None}, "listen", "must be text"),
         ({"listen": "8088"}, "listen", "is not an address with a port"),
         ({"listen": "0.0.0.0:0"}, "listen", "is not an address with a port"),
-        ({"listen": "localhost:8088"}, "listen", "has a name in place of an IP address"),
+        ({"listen": "localhost:8088"}, "listen", "has a name instead of an IP address"),
         ({"path": "vod"}, "path", "is not the path of a URL"),
         ({"path": "/vod?key=1"}, "path", "is not the path of a URL"),
         ({"unrouted": "leave"}, "unrouted", '"leave" would lose events'),
@@ -113,9 +113,9 @@ def test_the_listeners_address_is_refused_for_callbacks(tmp_path):
 def test_addresses_that_conflict_are_refused(tmp_path, one, other):
     sources = CALLBACK | {"listen": one, "sign_key": "k" * 16}, CALLBACK | {"name": "b", "listen": other, "path": "/b"}
     (problem,) = problems_of(tmp_path, *sources)
-    assert problem.startswith(f'sources.b.listen: sources.pushed.listen = "{one}" is at the same port')
+    assert problem.startswith(f'sources.b.listen: sources.pushed.listen = "{one}" uses the same port')
     (problem,) = problems_of(tmp_path, sources[1], listener={"address": one, "hosts": ["x"], "unauthenticated": True})
-    assert problem.startswith(f'sources.b.listen: listener.address = "{one}" is at the same port')
+    assert problem.startswith(f'sources.b.listen: listener.address = "{one}" uses the same port')
 
 
 @pytest.mark.parametrize("other", ["127.0.0.1:8089", "127.0.0.2:8088", "[::1]:8088", "[::]:8088"])
@@ -168,7 +168,7 @@ def test_the_sign_key_is_a_secret_of_the_configuration(tmp_path):
     (tmp_path / "key").write_text("short\n")
     config = load(tmp_path, CALLBACK | {"sign_key_file": "key"})
     assert "short" in [secret.get() for secret in config.secrets()]
-    assert any(line.startswith("sources.pushed.sign_key: it is so short") for line in config.all_warnings())
+    assert any(line.startswith("sources.pushed.sign_key: it is too short") for line in config.all_warnings())
 
 
 def test_networks_are_read(tmp_path):

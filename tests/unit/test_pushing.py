@@ -320,7 +320,7 @@ def test_the_command_lists_lost_events_at_its_end(command, tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert sorted(out.splitlines()) == bodies(2)
-    assert err == "vodpoller: events that are lost, none of whose posts was answered: 2\n"
+    assert err == "vodpoller: number of lost events (no post of them was answered): 2\n"
 
 
 @pytest.mark.system
@@ -329,5 +329,5 @@ def test_the_command_says_that_nothing_was_lost(command, receiver):
     until(lambda: requests.get(f"{simulator.url}/_stats", timeout=10).json()["confirmed"] == 2, what="both")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=20)
-    assert (out, err) == ("", "vodpoller: events that are lost, none of whose posts was answered: 0\n")
+    assert (out, err) == ("", "vodpoller: number of lost events (no post of them was answered): 0\n")
     assert all("Sign" in json.loads(one.body) for one in receiver.received)

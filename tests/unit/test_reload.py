@@ -12,7 +12,7 @@ from tests.helpers import log_into
 from vodpoller import reload as reload_module
 from vodpoller.cli import reload as reload_command
 from vodpoller.cli.app import main
-from vodpoller.config.glance import glance_at
+from vodpoller.config.lenient import read_leniently
 from vodpoller.config.load import from_dict, load
 from vodpoller.config.tables import Daemon, Journal, Listener
 from vodpoller.errors import ConfigError
@@ -198,7 +198,7 @@ def test_the_journal_path_is_found_even_in_a_broken_file(tmp_path, text, path, s
     file = tmp_path / "config.toml"
     if text is not None:
         file.write_text(text)
-    journal, daemon = glance_at(file, env={"WHERE": "/x"})
+    journal, daemon = read_leniently(file, env={"WHERE": "/x"})
     assert (journal.path, daemon.shutdown_secs) == (path, shutdown_secs)
 
 
@@ -233,12 +233,12 @@ def command(tmp_path, log):
 @pytest.mark.parametrize(
     ("answer", "exit_code", "expected"),
     [
-        ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "runs on with the former"]),
+        ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "continues with the former"]),
         ({"result": "ended", "problems": ["a: b"]}, 1, ["a: b"]),
         ({"error": "this vodpoller (0.1.0) knows no command 'reload'"}, 1, ["knows no command"]),
-        ({"result": "done", "changed": True, "stuck": []}, 0, ["with the new configuration"]),
-        ({"result": "done", "changed": False, "stuck": []}, 0, ["the configuration is the same"]),
-        ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself anew", "sink a"]),
+        ({"result": "done", "changed": True, "stuck": []}, 0, ["uses the new configuration"]),
+        ({"result": "done", "changed": False, "stuck": []}, 0, ["the configuration has not changed"]),
+        ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself again", "sink a"]),
     ],
 )
 def test_the_command_prints_the_answer_of_the_daemon(command, answer, exit_code, expected):
@@ -251,4 +251,4 @@ def test_without_an_answer_in_time_the_command_ends_with_1(command, monkeypatch)
     monkeypatch.setattr(reload_command, "BEYOND_STOP_SECS", -0.9)
     done = command(None)
     assert done.exit_code == 1
-    assert "did not say how it went" in done.output
+    assert "did not report the result" in done.output

@@ -100,7 +100,7 @@ def test_routes_that_cannot_be_used_end_with_78(run, wrong, message):
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [([], "say which source they come from"), (["--source", "mian"], "no source of the configuration is 'mian'")],
+    [([], "the source of the events is not clear"), (["--source", "mian"], "the configuration has no source 'mian'")],
 )
 def test_an_unclear_source_is_a_usage_error(run, args, message):
     done = run(*args, SAMPLE, config=CONFIG + SECOND)
@@ -135,7 +135,7 @@ def test_a_pattern_that_may_be_mistyped_is_named(run):
 def test_a_failing_where_makes_dead_letters_for_its_sinks(run):
     done = run("-", given=UPLOAD, config=CONFIG.replace("FileUploadEvent.FileId == '5285890784246869930'", "length(A)"))
     assert "route uploads does not: `where` cannot be evaluated on this event" in done.stdout
-    assert "  sink hook rejects it: a dead letter" in done.stdout
+    assert "  sink hook rejects it: it becomes a dead letter" in done.stdout
     assert "no route takes it" not in done.stdout
 
 
@@ -175,7 +175,7 @@ def test_the_key_depends_on_the_application_of_the_source(run):
 def test_an_event_without_a_task_id_has_no_key_yet(run):
     (found,) = judged(run("--json", "-", given=DELETED))
     assert found["key"] is None
-    assert "key: a new one at each arrival, as it has no id of its own" in run("-", given=DELETED).stdout
+    assert "key: a new one at each arrival, because the event has no id of its own" in run("-", given=DELETED).stdout
 
 
 def test_control_characters_of_an_event_are_not_printed(run):

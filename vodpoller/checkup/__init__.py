@@ -1,1 +1,1 @@
-"""`vodpoller check --connect`: everything that the daemon will need, tried without using it up."""
+"""`vodpoller check --connect`: test all that the daemon needs, without consuming an event or writing."""

@@ -1,4 +1,4 @@
-"""Checks of the addresses at which callbacks come in."""
+"""Checks of the addresses at which callbacks are received."""
 
 import errno
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from vodpoller.checkup.finding import Finding, Level
 
 
 def check_callbacks(addresses: Iterable[str]) -> Iterator[Finding]:
-    """Try to listen where callbacks are to come in; nothing is accepted meanwhile.
+    """Try to listen at the addresses for callbacks. No connection is accepted meanwhile.
 
     Args:
         addresses: IP address and port of each, as in the configuration.
@@ -24,4 +24,4 @@ def check_callbacks(addresses: Iterable[str]) -> Iterator[Finding]:
             else:
                 yield Finding(what=what, level=Level.PROBLEM, text=why_not(address, error), remedy="correct `listen`")
         else:
-            yield Finding(what=what, level=Level.GOOD, text="the address is free and can be listened at")
+            yield Finding(what=what, level=Level.GOOD, text="the address is free and can be used")

@@ -1,4 +1,4 @@
-"""Checks of certificates: how long VOD's is valid, and those that vouch for others in a `ca_file`."""
+"""Checks of certificates: how long the certificate of VOD and those in each `ca_file` are valid."""
 
 import ssl
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ _SOON_DAYS: Final = 14
 
 
 def check_endpoint(vod: VodClient, now: float) -> Iterator[Finding]:
-    """How long the certificate is valid that is shown in VOD's place; nothing without TLS, or behind a proxy.
+    """Check how long the certificate of the API endpoint is valid. No finding without TLS, or behind a proxy.
 
     Args:
-        vod: Connects.
+        vod: Makes the connection.
         now: In seconds since 1970.
     """
     try:
         ends_at = vod.certificate_ends_at()
-    except VodpollerError:  # the source's own check says so
+    except VodpollerError:  # the check of the source reports this
         return
     if ends_at is None:
         return
@@ -33,12 +33,12 @@ def check_endpoint(vod: VodClient, now: float) -> Iterator[Finding]:
         what="certificate of VOD",
         level=Level.WARNING if is_soon else Level.GOOD,
         text=f"it is trusted, and {validity(ends_at, now)}",
-        remedy="if it is not Tencent's, but that of a proxy or gateway of yours, renew it there" if is_soon else "",
+        remedy="if it belongs to a proxy or gateway of yours, and not to Tencent, renew it there" if is_soon else "",
     )
 
 
 def check_ca_files(config: Config, now: float) -> Iterator[Finding]:
-    """Certificates in the `ca_file`s of the configuration that have ended, or soon will.
+    """Find certificates in the `ca_file`s of the configuration that have ended or will end soon.
 
     Args:
         config: Valid, so that each file holds certificates.
@@ -65,9 +65,9 @@ def _check_ca_file(key: str, path: Path, now: float) -> Iterator[Finding]:
         yield Finding(
             what=key,
             level=Level.WARNING,
-            text=f"{len(ending)} of {len(ends)} certificates in {path}: the first {does} on {_date(ending[0])}. What it"
-            " vouches for is then not trusted any more",
-            remedy="put its successor into the file, beside it; SIGHUP reads the file again",
+            text=f"{len(ending)} of {len(ends)} certificates in {path}: the first {does} on {_date(ending[0])}. From"
+            " then on, certificates that it has signed are not trusted",
+            remedy="add its successor to the file; SIGHUP reads the file again",
         )
     elif ends:
         yield Finding(

@@ -1,4 +1,4 @@
-"""All checks, one after the other."""
+"""Run all checks, one after the other."""
 
 import os
 import time
@@ -21,17 +21,17 @@ from vodpoller.vod.client import VodClient
 
 
 def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
-    """Try all that the daemon needs: sources at VOD, the clock, the sinks, the journal. Consumes and writes nothing.
+    """Test all that the daemon needs: sources at VOD, the clock, the sinks, the journal. Consumes and writes nothing.
 
     Args:
         config: Valid.
-        log: For the client's own lines.
+        log: Destination of the log lines of clients and sinks.
     """
     refresher = refresher_of(config, Telemetry(log))
     if refresher is not None:
         yield check_role(refresher)
     vod = VodClient.configured(
-        # No lease runs out meanwhile, so an answer may take longer than the daemon would wait for it.
+        # No lease ends meanwhile, so an answer may take longer than in the daemon.
         config.api.model_copy(update={"confirm_timeout_secs": config.api.timeout_secs}),
         credentials=refresher or config.credentials,
         key_renewal=config.key_renewal,
@@ -49,9 +49,9 @@ def check_connections(config: Config, log: Logger) -> Iterator[Finding]:
             refresher.stop()
     for name, sink_class in config.sink_classes.items():
         try:
-            said = sink_class.probe(name, config.sinks[name], context_of(name, config, log, refresher))
-            level = Level.WARNING if isinstance(said, Doubt) else Level.GOOD
-            yield Finding(what=f"sink {name}", level=level, text=said)
+            text = sink_class.probe(name, config.sinks[name], context_of(name, config, log, refresher))
+            level = Level.WARNING if isinstance(text, Doubt) else Level.GOOD
+            yield Finding(what=f"sink {name}", level=level, text=text)
         except VodpollerError as error:
             yield Finding(what=f"sink {name}", level=Level.PROBLEM, text=str(error))
     yield from check_callbacks(config.callback_addresses)

@@ -1,7 +1,7 @@
 """Checks of the rights of files and folders: who can read secrets, and who can write what the daemon writes.
 
-They are judged by owner, group and mode. Outside the journal's folder, drop-ins of the unit and lists of access control
-may say otherwise, so that what is found there is never more than a warning.
+The checks read owner, group and mode. Outside the journal's folder, drop-ins of the unit and access control lists may
+change these rights, so a finding there is at most a warning.
 """
 
 import os
@@ -25,14 +25,14 @@ _BESIDE_FILE: Final = ("", ".lock")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _User:
-    """Who runs the daemon, as far as it can be known."""
+    """The user that probably runs the daemon."""
 
     uid: int
     gids: Collection[int]
     name: str
 
     def may_write(self, path: Path) -> bool:
-        """Whether it may write a file, or make files in a folder."""
+        """Whether the user may write a file, or create files in a folder."""
         status = path.stat()
         if status.st_uid == self.uid:
             bits = status.st_mode >> 6
@@ -43,12 +43,12 @@ class _User:
 
 
 def check_files(config: Config, *, as_root: bool) -> Iterator[Finding]:
-    """Look at the rights of secrets' files, of the journal, and of the files of sinks.
+    """Check the rights of the files of secrets, of the journal, and of the files of sinks.
 
     Args:
         config: Valid.
-        as_root: Whether root asks, who may write everything: then it is also judged whether the owner of the journal's
-            folder may, who probably runs the daemon.
+        as_root: Whether root runs the check. Root may write everything; so it is also checked what the owner of the
+            journal's folder, who probably runs the daemon, may write.
     """
     journal = Path(os.path.realpath(config.journal.path))
     written = [*_written_at(journal, _BESIDE_JOURNAL)]
@@ -56,19 +56,19 @@ def check_files(config: Config, *, as_root: bool) -> Iterator[Finding]:
         written += _written_at(file, _BESIDE_FILE)
     written = list(dict.fromkeys(written))
     found = [
-        *_exposed([secret.path for secret in config.secrets() if secret.path is not None]),
-        *_open_to_all(written),
-        *(_closed_to(_owner_of(journal), written, journal.parent) if as_root else ()),
+        *_readable_by_all([secret.path for secret in config.secrets() if secret.path is not None]),
+        *_writable_by_all(written),
+        *(_not_writable_by(_owner_of(journal), written, journal.parent) if as_root else ()),
     ]
     yield from found
     if not found:
-        text = "others can neither read a secret's file nor write what vodpoller writes"
+        text = "other users can neither read the files of secrets nor write the files that vodpoller writes"
         yield Finding(what=_WHAT, level=Level.GOOD, text=text)
 
 
 def _written_at(path: Path, endings: Sequence[str]) -> Iterator[Path]:
-    """What exists of a file, of those beside it, and of the folder that holds them or is to hold them."""
-    with suppress(OSError):  # the check of the journal or sink says what is wrong
+    """The file and the files beside it, if they exist, and their folder (or its nearest parent that exists)."""
+    with suppress(OSError):  # the check of the journal or sink reports the problem
         yield existing_folder(path.parent)
     for ending in endings:
         file = path.with_name(path.name + ending)
@@ -77,7 +77,7 @@ def _written_at(path: Path, endings: Sequence[str]) -> Iterator[Path]:
                 yield file
 
 
-def _exposed(paths: Sequence[Path]) -> Iterator[Finding]:
+def _readable_by_all(paths: Sequence[Path]) -> Iterator[Finding]:
     for path in dict.fromkeys(paths):
         if _mode_for_all(path) & stat.S_IROTH:
             yield Finding(
@@ -88,11 +88,11 @@ def _exposed(paths: Sequence[Path]) -> Iterator[Finding]:
             )
 
 
-def _open_to_all(paths: Sequence[Path]) -> Iterator[Finding]:
+def _writable_by_all(paths: Sequence[Path]) -> Iterator[Finding]:
     for path in paths:
         mode = _mode_for_all(path)
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            does = "put other files in the place of those in" if stat.S_ISDIR(mode) else "write"
+            does = "replace the files in" if stat.S_ISDIR(mode) else "write"
             yield Finding(
                 what=_WHAT,
                 level=Level.WARNING,
@@ -102,7 +102,7 @@ def _open_to_all(paths: Sequence[Path]) -> Iterator[Finding]:
 
 
 def _mode_for_all(path: Path) -> int:
-    """The mode of a file or folder; 0 if the folders on the way do not let everyone through, or it is gone."""
+    """The mode of a file or folder; 0 if not every user may enter its parent folders, or if it does not exist."""
     try:
         is_open = all(parent.stat().st_mode & stat.S_IXOTH for parent in path.resolve().parents)
         return path.stat().st_mode if is_open else 0
@@ -111,7 +111,7 @@ def _mode_for_all(path: Path) -> int:
 
 
 def _owner_of(journal: Path) -> _User | None:
-    """The owner of the journal's folder, if it is there and not root's."""
+    """The owner of the journal's folder; None if the folder does not exist or belongs to root."""
     try:
         status = journal.parent.stat()
     except OSError:
@@ -120,13 +120,13 @@ def _owner_of(journal: Path) -> _User | None:
         return None
     try:
         entry = pwd.getpwuid(status.st_uid)
-    except KeyError:  # a user of DynamicUser= that is not running
+    except KeyError:  # the user of a service with DynamicUser= that does not run now
         return _User(uid=status.st_uid, gids=(status.st_gid,), name=f"with the id {status.st_uid}")
     return _User(uid=entry.pw_uid, gids=os.getgrouplist(entry.pw_name, entry.pw_gid), name=entry.pw_name)
 
 
-def _closed_to(user: _User | None, paths: Sequence[Path], own_folder: Path) -> Iterator[Finding]:
-    """What the user that owns a folder cannot write, there and elsewhere."""
+def _not_writable_by(user: _User | None, paths: Sequence[Path], own_folder: Path) -> Iterator[Finding]:
+    """The paths that a user cannot write. Inside the user's own folder this is a problem, elsewhere a warning."""
     if user is None:
         return
     for path in paths:
@@ -138,5 +138,5 @@ def _closed_to(user: _User | None, paths: Sequence[Path], own_folder: Path) -> I
                 level=Level.PROBLEM if path.is_relative_to(own_folder) else Level.WARNING,
                 text=f"{path} cannot be written by the user {user.name}, who owns the journal's folder and so probably"
                 " runs vodpoller",
-                remedy=f"if so, give it to that user: chown {user.uid} {path}",
+                remedy=f"if so, make that user the owner: chown {user.uid} {path}",
             )

@@ -1,4 +1,4 @@
-"""What came of a check."""
+"""The result of a check."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,24 +6,24 @@ from enum import Enum
 
 
 class Level(Enum):
-    """What a finding means, the worst first."""
+    """The severity of a finding, the worst first."""
 
     PROBLEM = "problem"
     """It keeps events from flowing."""
     WARNING = "warning"
-    """Events flow, and something is probably not meant so or will not last."""
+    """Events flow, but something is probably a mistake, or will stop working."""
     INFORMATION = "information"
-    """Worth knowing, and nothing has to be done."""
+    """Useful to know; nothing has to be done."""
     GOOD = "good"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What came of one check.
+    """The result of one check.
 
     Args:
-        what: What was looked at, and where.
-        level: What it means.
+        what: What was checked, and where.
+        level: The severity.
         text: What was found.
         remedy: What to do; empty if there is nothing to do, or the text says it.
     """

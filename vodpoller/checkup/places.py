@@ -1,4 +1,4 @@
-"""What a configuration writes."""
+"""The files that a configuration writes."""
 
 from pathlib import Path
 from typing import Final

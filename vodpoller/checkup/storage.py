@@ -1,4 +1,4 @@
-"""Checks of the journal, and of what is stored in it."""
+"""Checks of the journal, and of the events that are stored in it."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from vodpoller.journal.place import problem_of_place
 
 
 def check_journal(path: Path) -> Finding:
-    """Whether the journal can be written, or made."""
+    """Check whether the journal can be written or made."""
     if not_a_file := problem_of_place(path):
         return Finding(what="journal", level=Level.PROBLEM, text=not_a_file)
-    # os.path says False if a folder on the way may not be entered, and pathlib raises.
+    # os.path returns False if a parent folder may not be entered; pathlib raises.
     folder = next(parent for parent in path.parents if os.path.lexists(parent))
     is_there = folder == path.parent and os.path.lexists(path)
     problem = None
@@ -30,19 +30,22 @@ def check_journal(path: Path) -> Finding:
         what="journal",
         level=Level.PROBLEM,
         text=f"{problem} cannot be written by this user",
-        remedy="give it to the user that runs vodpoller, or set journal.path",
+        remedy="make the user that runs vodpoller its owner, or set journal.path",
     )
 
 
 def check_stored(config: Config) -> Iterator[Finding]:
-    """What is stored for sinks that are gone: nothing but a person brings it on. What cannot be read is skipped."""
+    """Find events that are stored for removed sinks: only a person can decide what happens to them.
+
+    A journal that does not exist or may not be read is skipped.
+    """
     try:
         with Letters(config.journal.path, makes_files=False) as letters:
             backlogs = letters.backlogs()
     except UnusableJournalError as error:
         yield Finding(what="stored events", level=Level.PROBLEM, text=str(error))
         return
-    except JournalError:  # there is none yet, or this user may not read it, which the line before tells
+    except JournalError:  # it does not exist yet, or this user may not read it, which `check_journal` reports
         return
     for backlog in backlogs:
         if backlog.sink and backlog.sink not in config.sinks:
@@ -56,7 +59,7 @@ def _of_removed_sink(backlog: Backlog) -> Finding:
     return Finding(
         what="stored events",
         level=Level.PROBLEM if is_pending else Level.WARNING,
-        text=f"{backlog.events:,} {what} are of the sink {backlog.sink}, which the configuration no longer has",
-        remedy=f"bring it back, or `vodpoller deadletters replay {option}--sink {backlog.sink} --to SINK`, or"
+        text=f"{backlog.events:,} {what} are stored for the sink {backlog.sink}, which the configuration no longer has",
+        remedy=f"add the sink again, or `vodpoller deadletters replay {option}--sink {backlog.sink} --to SINK`, or"
         f" `vodpoller deadletters purge {option}--sink {backlog.sink}`",
     )

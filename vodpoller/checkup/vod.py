@@ -1,4 +1,4 @@
-"""Checks of VOD: key and right to confirm, how callbacks are set, what waits, and the clock."""
+"""Checks of VOD: the key and its right to confirm, the settings of callbacks, the waiting events, and the clock."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,10 +23,10 @@ _CONSOLE: Final = "VOD console, Callback settings"
 
 
 def check_role(refresher: Refresher) -> Finding:
-    """Ask for the temporary key of the role.
+    """Request a temporary key of the role.
 
     Args:
-        refresher: Was not asked so far.
+        refresher: One that has not been called yet.
     """
     with suppress(NoKeyError):
         refresher()
@@ -41,22 +41,22 @@ def check_role(refresher: Refresher) -> Finding:
 
 
 def check_source(vod: VodClient, source: Source, routes: Sequence[Route]) -> Iterator[Finding]:
-    """Ask VOD about a source, as far as its key goes.
+    """Check a source at VOD, as far as the rights of its key allow.
 
     Args:
-        vod: Asked.
-        source: Its SubAppId.
-        routes: All of the configuration.
+        vod: The client of VOD.
+        source: The source.
+        routes: All routes of the configuration.
     """
     error = _error_of_confirm(vod, source)
-    yield _of_key(source, error)
+    yield _key_finding(source, error)
     if isinstance(error, RefusedHandlesError | None) or is_missing_right(error):
         yield from _check_callback(vod, source, routes)
         yield _check_backlog(vod, source)
 
 
 def _error_of_confirm(vod: VodClient, source: Source) -> VodpollerError | None:
-    """Confirm a handle that cannot exist: VOD says that it is wrong only if key, right and SubAppId are right."""
+    """Confirm a handle that cannot exist: VOD refuses it only if key, right and SubAppId are correct."""
     try:
         vod.confirm(source.sub_app_id, [IMPOSSIBLE_HANDLE])
     except VodpollerError as error:
@@ -64,27 +64,30 @@ def _error_of_confirm(vod: VodClient, source: Source) -> VodpollerError | None:
     return None
 
 
-def _of_key(source: Source, error: VodpollerError | None) -> Finding:
+def _key_finding(source: Source, error: VodpollerError | None) -> Finding:
     what = f"source {source.name}"
     match error:
         case None | RefusedHandlesError():
-            said = _said_in(error) if error else ""
-            text = f"VOD takes the key and lets it confirm{said}; the right to pull is not tried, as that takes events"
+            request = _request_id_in(error) if error else ""
+            text = (
+                f"VOD accepts the key and lets it confirm{request}; the right to pull is not tested, because a pull"
+                " takes events"
+            )
             return Finding(what=what, level=Level.GOOD, text=text)
         case OperatorError():
             return Finding(
-                what=what, level=Level.PROBLEM, text=f"{error.message}{_said_in(error)}", remedy=error.advice
+                what=what, level=Level.PROBLEM, text=f"{error.message}{_request_id_in(error)}", remedy=error.advice
             )
         case _:
             remedy = "" if error.request_id else "is api.endpoint right, and this machine online?"
-            return Finding(what=what, level=Level.PROBLEM, text=f"{error}{_said_in(error)}", remedy=remedy)
+            return Finding(what=what, level=Level.PROBLEM, text=f"{error}{_request_id_in(error)}", remedy=remedy)
 
 
-def _said_in(error: VodpollerError) -> str:
+def _request_id_in(error: VodpollerError) -> str:
     return f" (RequestId {error.request_id})" if error.request_id else ""
 
 
-# --- how callbacks are set --------------------------------------------------------------------------------------------
+# --- the settings of callbacks ----------------------------------------------------------------------------------------
 
 
 def _check_callback(vod: VodClient, source: Source, routes: Sequence[Route]) -> Iterator[Finding]:
@@ -92,16 +95,16 @@ def _check_callback(vod: VodClient, source: Source, routes: Sequence[Route]) -> 
     try:
         config = vod.event_config(source.sub_app_id)
     except VodpollerError as error:
-        yield _unasked(what, EVENT_CONFIG, "how callbacks are set", error)
+        yield _not_checked(what, EVENT_CONFIG, "the settings of callbacks", error)
         return
-    yield _of_mode(what, config)
+    yield _mode_finding(what, config)
     if config.mode != "PUSH":
-        wanted = _Wanted(source, routes)
-        yield from _of_switches(what, wanted, config)
-        yield from _of_console_only(what, wanted)
+        wanted = _WantedTypes(source, routes)
+        yield from _switch_findings(what, wanted, config)
+        yield from _console_only_findings(what, wanted)
 
 
-def _of_mode(what: str, config: EventConfig) -> Finding:
+def _mode_finding(what: str, config: EventConfig) -> Finding:
     match config.mode:
         case "PULL":
             return Finding(what=what, level=Level.GOOD, text="reliable callbacks are on")
@@ -111,32 +114,32 @@ def _of_mode(what: str, config: EventConfig) -> Finding:
                 level=Level.PROBLEM,
                 text="reliable callbacks are off for this application: VOD sends its events"
                 f"{_receiver_of(config)} by normal callbacks, and none can be pulled",
-                remedy=f"{_CONSOLE}: choose the reliable callback. The normal ones end with it, so see first that their"
-                " receiver is no longer needed; or does sub_app_id name another application than is meant?",
+                remedy=f"{_CONSOLE}: choose the reliable callback. This ends the normal ones, so make sure first that"
+                " their receiver is no longer needed. Or does sub_app_id name the wrong application?",
             )
         case other:
             return Finding(
                 what=what,
                 level=Level.INFORMATION,
-                text=f"VOD names no mode of callbacks that is known here ({other[:40]!r})",
+                text=f"VOD reports an unknown mode of callbacks ({other[:40]!r})",
                 remedy=f"{_CONSOLE}: is the reliable callback chosen?",
             )
 
 
 def _receiver_of(config: EventConfig) -> str:
-    """Where normal callbacks go; the rest of the address may be a secret."""
+    """Host and port of the receiver of normal callbacks; the other parts of its URL may be secret."""
     try:
         return f" to {host_and_port(config.notification_url)}" if urlsplit(config.notification_url).hostname else ""
     except ValueError:
         return ""
 
 
-class _Wanted:
+class _WantedTypes:
     """The types that the routes of one source want.
 
     Args:
         source: The source.
-        routes: All of the configuration.
+        routes: All routes of the configuration.
     """
 
     def __init__(self, source: Source, routes: Sequence[Route]) -> None:
@@ -147,11 +150,11 @@ class _Wanted:
         self.everything = len(self._naming) < len(of_source)
 
     def by_name(self, event_type: str) -> list[str]:
-        """The routes that want a type in particular, and not because they take everything."""
+        """The routes that want a type because of their `event_types`, not because they take every type."""
         return Router(self._naming).routes_for(self._source.name, event_type)
 
 
-def _of_switches(what: str, wanted: _Wanted, config: EventConfig) -> Iterator[Finding]:
+def _switch_findings(what: str, wanted: _WantedTypes, config: EventConfig) -> Iterator[Finding]:
     """Types that are switched off although a route wants them."""
     for event_type in config.off:
         wanting = wanted.by_name(event_type)
@@ -161,15 +164,15 @@ def _of_switches(what: str, wanted: _Wanted, config: EventConfig) -> Iterator[Fi
                 level=Level.WARNING,
                 text=f"{event_type} is switched off, so that no event of this type comes; routes that want it:"
                 f" {', '.join(wanting)}",
-                remedy=f"{_CONSOLE}: switch it on; or take the type out of these routes",
+                remedy=f"{_CONSOLE}: switch it on; or remove the type from these routes",
             )
         elif wanted.everything:
             text = f"{event_type} is switched off: no event of this type comes"
             yield Finding(what=what, level=Level.INFORMATION, text=text)
 
 
-def _of_console_only(what: str, wanted: _Wanted) -> Iterator[Finding]:
-    """The wanted types of which VOD does not tell whether it sends them."""
+def _console_only_findings(what: str, wanted: _WantedTypes) -> Iterator[Finding]:
+    """The wanted types for which VOD does not report whether it sends them."""
     unseen = [glob for glob in wanted.globs if glob not in SWITCHED_TYPES]
     if wanted.everything:
         unseen.append(f"{'all other types' if unseen else 'all types'} but {', '.join(SWITCHED_TYPES)}")
@@ -182,7 +185,7 @@ def _of_console_only(what: str, wanted: _Wanted) -> Iterator[Finding]:
         )
 
 
-# --- what waits -------------------------------------------------------------------------------------------------------
+# --- waiting events ---------------------------------------------------------------------------------------------------
 
 
 def _check_backlog(vod: VodClient, source: Source) -> Finding:
@@ -190,7 +193,7 @@ def _check_backlog(vod: VodClient, source: Source) -> Finding:
     try:
         waiting = vod.waiting_events(source.sub_app_id)
     except VodpollerError as error:
-        return _unasked(what, EVENTS_STATE, "for the number of events that wait", error)
+        return _not_checked(what, EVENTS_STATE, "the number of waiting events", error)
     if not waiting:
         return Finding(what=what, level=Level.GOOD, text="no event waits at VOD, by its count of the last 3 minutes")
     return Finding(
@@ -202,15 +205,15 @@ def _check_backlog(vod: VodClient, source: Source) -> Finding:
     )
 
 
-def _unasked(what: str, action: str, about: str, error: VodpollerError) -> Finding:
+def _not_checked(what: str, action: str, about: str, error: VodpollerError) -> Finding:
     if is_missing_right(error):
         return Finding(
             what=what,
             level=Level.INFORMATION,
-            text=f"not looked at: the key may not ask {about}",
+            text=f"not checked: the key has no right to read {about}",
             remedy=f"to have this checked, allow vod:{action} in CAM, too; vodpoller runs without it",
         )
-    return Finding(what=what, level=Level.WARNING, text=f"not looked at: {error}{_said_in(error)}")
+    return Finding(what=what, level=Level.WARNING, text=f"not checked: {error}{_request_id_in(error)}")
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def check_clock(vod: VodClient) -> Finding:
     """Compare this machine's clock with that of VOD's last answer."""
     skew_secs = vod.skew_secs
     if skew_secs is None:
-        why = "the answer has no Date that can be read (does a proxy take it out?)" if vod.has_answered else _NO_ANSWER
+        why = "the answer has no Date that can be read (does a proxy remove it?)" if vod.has_answered else _NO_ANSWER
         return Finding(what="clock", level=Level.WARNING, text=f"not compared: {why}")
     text = f"this machine's clock is {abs(skew_secs):.0f} s {'behind' if skew_secs > 0 else 'ahead of'} VOD's"
     if abs(skew_secs) <= CLOCK_TOLERANCE_SECS:
@@ -228,6 +231,6 @@ def check_clock(vod: VodClient) -> Finding:
     return Finding(
         what="clock",
         level=Level.WARNING,
-        text=f"{text}; vodpoller signs with VOD's time until that is mended",
+        text=f"{text}; vodpoller signs with VOD's time until this is corrected",
         remedy="synchronize it (NTP)",
     )

@@ -1,6 +1,6 @@
-"""The program: a list of its commands, whose modules are imported when they run.
+"""The program: the list of its commands. The module of a command is imported only when the command runs.
 
-So `--version`, `--help` and completion are quick. The list says of a command the first sentence of its own help.
+So `--version`, `--help` and completion are fast. The list has the first sentence of the help of each command.
 """
 
 import errno
@@ -16,18 +16,18 @@ from vodpoller.cli.lazy import LazyCommand, LazyGroup
 from vodpoller.process import Signals, let_signals_act
 
 UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
-CATCHING: Final = ("run", "once")  # they handle signals themselves, from the first instant
+CATCH_SIGNALS: Final = ("run", "once")  # these commands handle signals themselves, from the start
 
 COMMANDS: Final = (
     LazyCommand(
         "check",
         "vodpoller.cli.check:check",
-        "Validate the configuration and say what it does.",
+        "Validate the configuration and print a summary of it.",
     ),
     LazyCommand(
         "deadletters",
         "vodpoller.cli.deadletters:deadletters",
-        "Look at stored events, replay, move or purge them: dead letters, which wait for a person, or pending ones.",
+        "List, show, export, replay or purge stored events: dead letters, which wait for a person, or pending ones.",
     ),
     LazyCommand(
         "demo",
@@ -37,20 +37,20 @@ COMMANDS: Final = (
     LazyCommand(
         "example",
         "vodpoller.cli.example:example",
-        "Print an example file: a configuration, a unit, and what else runs or watches vodpoller.",
+        "Print an example file: a configuration, a unit, and other files to run or monitor vodpoller.",
     ),
     LazyCommand(
-        "once", "vodpoller.cli.run:once", "Pull until the first empty answer, deliver what is due, and end: for cron."
+        "once", "vodpoller.cli.run:once", "Pull until the first empty answer, deliver what is due, and exit: for cron."
     ),
     LazyCommand(
         "reload",
         "vodpoller.cli.reload:reload",
-        "Have the running daemon take its configuration anew, or say what is wrong with it.",
+        "Make the running daemon read its configuration again, or print what is wrong with it.",
     ),
     LazyCommand(
         "route",
         "vodpoller.cli.route:route",
-        "Say which routes take an event, which sinks get it, and why the other routes do not take it.",
+        "Print which routes take an event, which sinks get it, and why the other routes do not take it.",
     ),
     LazyCommand("run", "vodpoller.cli.run:run", "Run the daemon until SIGTERM or SIGINT; SIGHUP reloads."),
     LazyCommand("schema", "vodpoller.cli.schema:schema", "Print the JSON Schema of the configuration, for editors."),
@@ -62,13 +62,13 @@ COMMANDS: Final = (
     LazyCommand(
         "status",
         "vodpoller.cli.status:status",
-        "Say whether events flow, and if not why: what the running daemon says, or the journal if none runs.",
+        "Print whether events flow and, if not, why: from the running daemon, or from the journal if no daemon runs.",
     ),
 )
 
 
 class Program(LazyGroup):
-    """All commands. Click handles a closed pipe; this handles the other outputs that cannot be written."""
+    """All commands. Click handles a closed pipe; this class handles all other outputs that cannot be written."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command that the arguments name."""
@@ -79,14 +79,14 @@ class Program(LazyGroup):
                 raise
             with suppress(OSError):
                 click.echo(f"vodpoller: the output cannot be written: {error.strerror}", err=True)
-            os._exit(EXIT_FAILURE)  # the interpreter's own end would try to write it once more
+            os._exit(EXIT_FAILURE)  # a normal exit would try to write the output again
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command. Signals are let in before it is imported, which takes a while."""
+        """Find the command. Signals take effect before it is imported, because the import takes time."""
         if not ctx.resilient_parsing:
-            if args[0] in CATCHING:
+            if args[0] in CATCH_SIGNALS:
                 ctx.obj = Signals()
                 ctx.obj.catch()
             else:
@@ -101,4 +101,4 @@ class Program(LazyGroup):
 )
 @click.version_option(__version__, prog_name="vodpoller")
 def main() -> None:
-    """Deliver the events of Tencent Cloud VOD's reliable callback, each of them, to where you want them."""
+    """Deliver every event of Tencent Cloud VOD's reliable callback to the sinks of your choice."""

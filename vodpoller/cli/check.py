@@ -15,23 +15,25 @@ from vodpoller.vod.credentials import AssumedRole, CvmRole
 
 @click.command()
 @config_option
-@click.option("--connect", is_flag=True, help="Also try key, clock and rights at VOD, every sink and the journal.")
+@click.option(
+    "--connect", is_flag=True, help="Also test the key, its rights at VOD, the clock, every sink and the journal."
+)
 @click.option("--strict", is_flag=True, help="Exit code 78 if there is a warning about the configuration.")
 def check(config_path: Path, *, connect: bool, strict: bool) -> None:
-    """Validate the configuration and say what it does. Never consumes an event, writes nothing."""
+    """Validate the configuration and print a summary of it. Consumes no event and writes nothing."""
     config = load_config(config_path, for_unit=True)
-    click.echo(f"{config_path}: good")
+    click.echo(f"{config_path}: valid")
     warnings = config.all_warnings()
     for warning in warnings:
         click.echo(f"{config_path}: warning: {warning}", err=True)
     for source in config.sources:
         app = f"SubAppId {source.sub_app_id}" if source.sub_app_id else "the account's main application"
-        rest = "every event has a route" if config.coverage[source.name] else f"other events: {source.unrouted}"
-        how = f"at {config.api.endpoint}"
+        coverage = "every event has a route" if config.coverage[source.name] else f"other events: {source.unrouted}"
+        origin = f"at {config.api.endpoint}"
         if isinstance(source, CallbackSource):
             signed = "signed" if source.sign_key else "not signed"
-            how = f"by callbacks to {source.listen}{source.path}, {signed}"
-        click.echo(f"  source {source.name}: {app} {how}; {rest}")
+            origin = f"by callbacks to {source.listen}{source.path}, {signed}"
+        click.echo(f"  source {source.name}: {app} {origin}; {coverage}")
     for route in config.routes:
         types = ", ".join(route.event_types) if route.event_types else "all events"
         condition = f" where {route.where}" if route.where else ""
@@ -41,27 +43,27 @@ def check(config_path: Path, *, connect: bool, strict: bool) -> None:
         click.echo(f"  sink {name}: {sink.type}{f', {place}' if place else ''}")
     if config.role is not None or config.credentials.origins:
         click.echo(f"  key: {_key_of(config)}")
-    works = True
+    is_ready = True
     if connect:
         from vodpoller.cli.connections import show_connections  # noqa: PLC0415 - without --connect, requests is not needed
 
-        works = show_connections(config)
+        is_ready = show_connections(config)
     if strict and warnings:
         sys.exit(EXIT_CONFIG)
-    if not works:
+    if not is_ready:
         sys.exit(EXIT_FAILURE)
 
 
 def _key_of(config: Config) -> str:
-    """Where the key is from, and what makes the daemon use another one."""
+    """Where the key comes from, and what the operator does to make the daemon use a new one."""
     origins = ", ".join(f"{name} from {origin}" for name, origin in config.credentials.origins.items())
     given = f"{origins}; after a change of it, {config.key_renewal}"
     match config.role:
         case None:
             return given
         case CvmRole():
-            return f"{config.role}; it is renewed by itself"
+            return f"{config.role}; it is renewed automatically"
         case AssumedRole():
-            return f"{config.role}; it is renewed by itself. The lasting key: {given}"
+            return f"{config.role}; it is renewed automatically. The lasting key: {given}"
         case _:
             assert_never(config.role)

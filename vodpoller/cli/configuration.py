@@ -18,7 +18,7 @@ config_option = click.option(
     "-c",
     "--config",
     "config_path",
-    # Without click's own check of readability: a file that the user may not read is exit 78, as every other problem.
+    # click must not check that the file is readable: an unreadable file ends with exit code 78, as every other problem.
     type=click.Path(path_type=Path, readable=False),
     default=DEFAULT_CONFIG,
     show_default=True,
@@ -27,7 +27,7 @@ config_option = click.option(
 
 
 def load_config(path: Path, *, needs_key: bool = True, for_unit: bool = False) -> Config:
-    """Read the configuration, or exit with all its problems.
+    """Read the configuration. If it has problems, print all of them and exit.
 
     Args:
         path: The file.

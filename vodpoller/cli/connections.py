@@ -17,23 +17,23 @@ _VERDICTS: Final[Mapping[Level, tuple[str, str]]] = {
     Level.PROBLEM: ("PROBLEM", "bold red"),
     Level.WARNING: ("warning", "yellow"),
     Level.INFORMATION: ("note", ""),
-    Level.GOOD: ("good", "green"),
+    Level.GOOD: ("OK", "green"),
 }
 
 
 def show_connections(config: Config) -> bool:
-    """Try everything that the daemon needs, and print the results. Returns whether events can flow.
+    """Test everything that the daemon needs, and print the results. Returns whether events can flow.
 
     Args:
         config: Valid.
     """
     findings = worst_first(check_connections(config, make_log(config)))
-    searched = searched_for(config.hidden())  # what VOD or a receiver said may repeat a secret
+    searched = searched_for(config.hidden())  # an answer of VOD or of a receiver may contain a secret
     table = Table()
-    for name in ("what", "", "found"):
+    for name in ("check", "result", "detail"):
         table.add_column(name, overflow="fold")
     for finding in findings:
-        table.add_row(finding.what, Text(*_VERDICTS[finding.level]), cleared(_said(finding), searched))
+        table.add_row(finding.what, Text(*_VERDICTS[finding.level]), cleared(_detail(finding), searched))
     levels = Counter(finding.level for finding in findings)
     console = make_console()
     console.print(table)
@@ -41,19 +41,19 @@ def show_connections(config: Config) -> bool:
     return not levels[Level.PROBLEM]
 
 
-def _said(finding: Finding) -> str:
-    """What was found and, on a line of its own, what to do."""
+def _detail(finding: Finding) -> str:
+    """What was found and, on a separate line, what to do."""
     return printable(finding.text) + (f"\n-> {printable(finding.remedy)}" if finding.remedy else "")
 
 
 def _summary(levels: Mapping[Level, int]) -> str:
-    """What all findings together say, for a person who reads no more than this line."""
+    """One line for all findings, for a person who reads only this line."""
     problems, warnings = levels.get(Level.PROBLEM, 0), levels.get(Level.WARNING, 0)
     if problems:
-        said = "1 problem keeps" if problems == 1 else f"{problems} problems keep"
-        said += " events from flowing"
+        summary = "1 problem keeps" if problems == 1 else f"{problems} problems keep"
+        summary += " events from flowing"
     else:
-        said = "Nothing that was looked at keeps events from flowing"
+        summary = "No check found a problem that keeps events from flowing"
     if warnings:
-        said += f"; {warnings} warning{'' if warnings == 1 else 's'}"
-    return f"{said}."
+        summary += f"; {warnings} warning{'' if warnings == 1 else 's'}"
+    return f"{summary}."

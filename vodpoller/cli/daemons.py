@@ -1,4 +1,4 @@
-"""Opening the daemon, for the commands that run it."""
+"""Open the daemon, for the commands that run it."""
 
 import os
 import sys
@@ -28,10 +28,10 @@ _COPIES: Final = tuple(f".v{version}" for version in range(1, SCHEMA_VERSION))  
 
 
 def open_service(path: Path, signals: Signals) -> Service:
-    """Open the daemon as a service, or exit: with a message, or because a signal asked for it meanwhile.
+    """Open the daemon as a service. Exit with a message if that fails, or without one if a signal asks for it.
 
     Args:
-        path: Its configuration.
+        path: The configuration file.
         signals: The signals that were received.
     """
     handover = Handover.of(os.environ)
@@ -56,11 +56,11 @@ def _build(config: Config, **parts: Any) -> Daemon:
 
 
 def open_daemon(config: Config, *, signals: Signals | None = None, quiet: bool = False) -> Daemon:
-    """Open the daemon for one round, or exit: with a message, or because a signal asked for it meanwhile.
+    """Open the daemon for one round. Exit with a message if that fails, or without one if a signal asks for it.
 
     Args:
         config: Valid.
-        signals: The signals that were received, None if the command does not handle them.
+        signals: The signals that were received; None if the command does not handle signals.
         quiet: As for `make_log`.
     """
     with _exit_if_it_fails(exit_code_if_stopped=EXIT_FAILURE), _given_to_owner(config):
@@ -84,7 +84,7 @@ def _exit_if_it_fails(*, exit_code_if_stopped: int) -> Iterator[None]:
 
 @contextmanager
 def _given_to_owner(config: Config) -> Iterator[None]:
-    """Give the files that root creates to the owner of their folder: the daemon runs as another user."""
+    """Make the owner of each folder the owner of the files that root creates in it: the daemon runs as another user."""
     try:
         yield
     finally:

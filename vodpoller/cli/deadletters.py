@@ -15,7 +15,7 @@ from vodpoller.cli.configuration import config_option, load_config
 from vodpoller.cli.exits import EXIT_FAILURE
 from vodpoller.cli.failure import fail
 from vodpoller.cli.lazy import LazyCommand, LazyGroup
-from vodpoller.cli.letters import LETTER_ID, filter_of, filter_options, open_letters, say_missing
+from vodpoller.cli.letters import LETTER_ID, filter_of, filter_options, open_letters, report_missing
 from vodpoller.cli.output import iso_time, make_console
 from vodpoller.journal.operator import Filter, StoredEvent, as_json_value
 from vodpoller.logs import printable
@@ -25,22 +25,24 @@ SHOWN_CHARS: Final = 80
 
 @click.group(cls=LazyGroup)
 def deadletters() -> None:
-    """Look at stored events, replay, move or purge them: dead letters, which wait for a person, or pending ones."""
+    """List, show, export, replay or purge stored events: dead letters, which wait for a person, or pending ones."""
 
 
 deadletters.add_command(
     LazyCommand(
         "replay",
         "vodpoller.cli.replay:replay",
-        "Deliver dead letters after all: those named, those that the options mean, or all.",
+        "Try to deliver dead letters again: those with the given ids, those that match the options, or all.",
     )
 )
 
 
 @deadletters.command("list")
 @filter_options
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Rows of the table.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, without a limit.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="Maximum number of rows in the table."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, without a limit.")
 def list_letters(config_path: Path, *, limit: int, as_json: bool, **options: Any) -> None:
     """List dead letters, the oldest first."""
     wanted = filter_of(options)
@@ -58,7 +60,7 @@ def _print_letters(rows: Sequence[StoredEvent], total: int, *, pending: bool) ->
     folded = ("event type", "file id\ntask id", "error")
     since = "since\nnext try" if pending else "since"
     for name in ("id", since, "sink", "event type", "file id\ntask id", "reason", "tries", "error"):
-        # On a narrow terminal these get more lines; nothing is cut off.
+        # On a narrow terminal these columns wrap, so that no text is cut off.
         table.add_column(name, no_wrap=name not in folded, overflow="fold")
     for row in rows:
         error = row.error if len(row.error) <= SHOWN_CHARS else row.error[: SHOWN_CHARS - 1] + "…"
@@ -81,10 +83,10 @@ def _print_letters(rows: Sequence[StoredEvent], total: int, *, pending: bool) ->
 @deadletters.command()
 @click.argument("letter_id", metavar="ID", type=LETTER_ID)
 @config_option
-@click.option("--pending", is_flag=True, help="Only if it is one that will be tried again.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, the body in it as a string.")
+@click.option("--pending", is_flag=True, help="Only if the event is pending (will be tried again).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with the body as a string.")
 def show(letter_id: int, config_path: Path, *, pending: bool, as_json: bool) -> None:
-    """Show one stored event whole, with its body. What a terminal would not print is written as JSON escapes."""
+    """Show one stored event with its body. Characters that a terminal cannot print are written as JSON escapes."""
     with open_letters(load_config(config_path, needs_key=False)) as letters:
         wanted = [Filter(ids=[letter_id], state=state) for state in ("pending", "dead")[: 1 if pending else 2]]
         found = next((pair for which in wanted for pair in letters.with_bodies(which)), None)
@@ -107,9 +109,10 @@ def show(letter_id: int, config_path: Path, *, pending: bool, as_json: bool) -> 
 @click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=LETTER_ID)
 @filter_options
 def export(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> None:
-    """Print dead letters with their bodies, one JSON object a line: those named, those that the options mean, or all.
+    """Print dead letters with their bodies: those with the given ids, those that match the options, or all.
 
-    A body that is JSON is the member `body` as it is, with every digit; one that is not is in base64 as `body_base64`.
+    The output has one JSON object per line. A body that is JSON is the member `body`, unchanged, with every digit. A
+    body that is not JSON is the member `body_base64`, in base64.
     """
     with open_letters(load_config(config_path, needs_key=False)) as letters:
         for row, body in letters.with_bodies(filter_of(options, ids=letter_ids)):
@@ -117,7 +120,7 @@ def export(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> No
             value = as_json_value(body)
             member = f'"body_base64": "{b64encode(body).decode()}"' if value is None else f'"body": {value}'
             click.echo(f"{known}, {member}}}")
-        missing = say_missing(letters, letter_ids, pending=options["pending"])
+        missing = report_missing(letters, letter_ids, pending=options["pending"])
     if missing:
         sys.exit(EXIT_FAILURE)
 
@@ -125,20 +128,21 @@ def export(letter_ids: tuple[int, ...], config_path: Path, **options: Any) -> No
 @deadletters.command()
 @click.argument("letter_ids", metavar="[ID]...", nargs=-1, type=LETTER_ID)
 @filter_options
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def purge(letter_ids: tuple[int, ...], config_path: Path, *, yes: bool, **options: Any) -> None:
-    """Delete dead letters for good: those named, those that the options mean, or all.
+    """Delete dead letters permanently: those with the given ids, those that match the options, or all.
 
-    With --pending, an event that is on its way to its sink at this moment may still reach it.
+    With --pending, an event that is being delivered at this moment may still reach its sink.
     """
     wanted = filter_of(options, ids=letter_ids)
     with open_letters(load_config(config_path, needs_key=False), writable=True) as letters:
-        missing = say_missing(letters, letter_ids, pending=options["pending"])
-        wanted = replace(wanted, last_id=letters.last_id())  # not what comes while the question waits for its answer
+        missing = report_missing(letters, letter_ids, pending=options["pending"])
+        # Events that are stored while the question waits for an answer are not deleted.
+        wanted = replace(wanted, last_id=letters.last_id())
         number = letters.count(wanted)
         if number and not yes:
             what = "pending events" if options["pending"] else "dead letters"
-            click.confirm(f"Delete {number:,} {what} for good?", abort=True)
+            click.confirm(f"Delete {number:,} {what} permanently?", abort=True)
         deleted = sum(letters.purge(wanted))
     click.echo(f"{deleted:,} deleted")
     if missing:

@@ -14,7 +14,7 @@ _LIST = "\b\n" + "\n".join(f"{name:{_WIDTH}}{example.about}" for name, example i
 @click.command(epilog=_LIST)
 @click.argument("name", type=click.Choice(list(EXAMPLES)))
 def example(name: str) -> None:
-    """Print an example file: a configuration, a unit, and what else runs or watches vodpoller.
+    """Print an example file: a configuration, a unit, and other files to run or monitor vodpoller.
 
     For instance: vodpoller example config > config.toml
     """

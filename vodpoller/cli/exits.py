@@ -1,4 +1,4 @@
-"""Exit codes, and the exit of a command that has threads."""
+"""The exit codes, and the exit of a command that has threads."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ EXIT_CONFIG: Final = 78
 
 
 def end(code: int) -> NoReturn:
-    """Exit at once. The interpreter's own exit would wait for a thread that hangs in a sink.
+    """Exit at once. A normal exit would wait for a thread that hangs in a sink.
 
     Args:
         code: The exit code.

@@ -1,4 +1,4 @@
-"""The message of a command that cannot go on."""
+"""The message of a command that cannot continue."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ def fail(problems: Iterable[str], code: int) -> NoReturn:
     """Print problems to stderr, one line each, and exit.
 
     Args:
-        problems: Why the command cannot go on.
+        problems: Why the command cannot continue.
         code: The exit code.
     """
     priority = "<3>" if is_journald(sys.stderr, os.environ.get("JOURNAL_STREAM", "")) else ""

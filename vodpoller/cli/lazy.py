@@ -1,4 +1,4 @@
-"""Groups of commands whose modules are imported when they are run, and not to list them."""
+"""Groups of commands. The module of a command is imported when the command runs, not when the group is listed."""
 
 from importlib import import_module
 
@@ -6,14 +6,14 @@ import click
 
 
 class LazyCommand(click.Command):
-    """Stands in a group's list for a command that is imported when it is run or its help is shown.
+    """Represents a command in a group. The command itself is imported when it runs or when its help is shown.
 
-    So help and completion name every command at once, without what the commands themselves need.
+    So help and completion list every command fast, without the imports that the commands need.
 
     Args:
         name: The name in the group.
-        place: The command: `module:name`.
-        summary: What the list says: the first sentence of the command's own help.
+        place: The place of the command: `module:name`.
+        summary: The text in the list: the first sentence of the help of the command.
     """
 
     def __init__(self, name: str, place: str, summary: str) -> None:
@@ -30,7 +30,7 @@ class LazyCommand(click.Command):
 
 
 class LazyGroup(click.Group):
-    """A group that may hold `LazyCommand`s, besides others."""
+    """A group that may contain `LazyCommand`s and other commands."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

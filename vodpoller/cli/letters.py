@@ -1,4 +1,4 @@
-"""Stored events on the command line: opening the journal, and the options that select events."""
+"""Stored events on the command line: the access to the journal, and the options that select events."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ def open_letters(config: Config, *, writable: bool = False) -> Iterator[Letters]
     """Open the journal for the operator, or exit if it cannot be used.
 
     Args:
-        config: Its `journal.path` is opened.
+        config: The configuration whose `journal.path` is opened.
         writable: Whether stored events will be changed.
     """
     try:
@@ -38,17 +38,21 @@ def open_letters(config: Config, *, writable: bool = False) -> Iterator[Letters]
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that select stored events, and `--config`."""
     for option in (
-        click.option("--pending", is_flag=True, help="Those that will be tried again, instead of dead letters."),
-        click.option("--task-id", help="The id of the task that the event tells of."),
+        click.option(
+            "--pending", is_flag=True, help="Select pending events (which will be tried again) instead of dead letters."
+        ),
+        click.option("--task-id", help="The id of the task that the event reports."),
         click.option("--file-id", help="The id of the video that the event is about."),
-        click.option("--since", help="Stored since: a time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d)."),
+        click.option(
+            "--since", help="Stored at or after a time (2026-11-23, 2026-11-23T08:00) or within an age (90m, 12h, 3d)."
+        ),
         click.option(
             "--reason",
             type=click.Choice(_REASONS_OF_BOTH),
-            help="Why they are stored; those after no_route with --pending.",
+            help="The reason why they are stored. The reasons after no_route need --pending.",
         ),
-        click.option("--type", "event_type", help="The event type; * and ? are allowed."),
-        click.option("--sink", help="The sink that lacks them."),
+        click.option("--type", "event_type", help="The event type, as a pattern with * and ?."),
+        click.option("--sink", help="The sink that has not accepted them."),
     ):
         command = option(command)
     return config_option(command)
@@ -59,18 +63,19 @@ def filter_of(options: Mapping[str, Any], *, ids: Sequence[int] = ()) -> Filter:
 
     Args:
         options: The values of `filter_options`.
-        ids: The ids that were named; empty for all.
+        ids: The ids that were given; empty for all.
 
     Raises:
-        click.BadParameter: They contradict each other, or one cannot be read.
+        click.BadParameter: The options contradict each other, or one cannot be read.
     """
     state, reason = "pending" if options["pending"] else "dead", options["reason"]
     if reason is not None and reason not in REASONS[state]:
         what, other = (
-            ("pending events", "leave --pending out") if options["pending"] else ("dead letters", "add --pending")
+            ("pending events", "remove --pending") if options["pending"] else ("dead letters", "add --pending")
         )
         raise click.BadParameter(
-            f"{what} never have the reason {reason!r} but {', '.join(REASONS[state])} ({other})", param_hint="--reason"
+            f"{what} never have the reason {reason!r}, only {', '.join(REASONS[state])} ({other})",
+            param_hint="--reason",
         )
     try:
         since = time_since(options["since"], time.time()) if options["since"] else None
@@ -80,25 +85,27 @@ def filter_of(options: Mapping[str, Any], *, ids: Sequence[int] = ()) -> Filter:
     return Filter(state=state, ids=ids, since=since, **named)
 
 
-def say_missing(letters: Letters, ids: Sequence[int], *, pending: bool, also_pending: bool = False) -> bool:
-    """Print the ids that do not exist, or not in the requested state. Returns whether there are any.
+def report_missing(letters: Letters, ids: Sequence[int], *, pending: bool, also_pending: bool = False) -> bool:
+    """Print each id that does not exist, or exists only in the other state. Returns whether there is one.
 
     Args:
         letters: The journal.
-        ids: The ids that were named.
-        pending: Whether pending events were requested, and not dead letters.
-        also_pending: Whether pending events will do if dead letters were requested.
+        ids: The ids that were given.
+        pending: Whether pending events were requested; if not, dead letters.
+        also_pending: Whether a pending event also counts as found if dead letters were requested.
     """
     if not ids:
         return False
-    there = {state: {row.id for row in letters.stored(Filter(state=state, ids=ids))} for state in ("dead", "pending")}
-    found = there["pending"] if pending else there["dead"] | (there["pending"] if also_pending else set())
+    existing = {
+        state: {row.id for row in letters.stored(Filter(state=state, ids=ids))} for state in ("dead", "pending")
+    }
+    found = existing["pending"] if pending else existing["dead"] | (existing["pending"] if also_pending else set())
     missing = [number for number in ids if number not in found]
     for number in missing:
-        if number in there["dead"]:
-            why = f"{number} is a dead letter and not pending (leave --pending out)"
-        elif number in there["pending"]:
-            why = f"{number} is pending and no dead letter (add --pending)"
+        if number in existing["dead"]:
+            why = f"{number} is a dead letter, not a pending event (remove --pending)"
+        elif number in existing["pending"]:
+            why = f"{number} is a pending event, not a dead letter (add --pending)"
         else:
             why = f"there is no {'pending event' if pending else 'dead letter'} {number}"
             why += " (see `vodpoller deadletters list`)"

@@ -14,7 +14,7 @@ PIPED_WIDTH: Final = 200
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """The console for tables. In a pipe or a file, tables are as wide as they need to be.
+    """The console for tables. In a pipe or a file, a table may be up to `PIPED_WIDTH` characters wide.
 
     Args:
         stderr: Whether to write to stderr instead of stdout.
@@ -27,8 +27,8 @@ def make_log(config: Config, *, quiet: bool = False, lines: LineLogger | None = 
     """The log on stderr.
 
     Args:
-        config: Its level, its format, and the secrets that it hides.
-        quiet: Leave out the line of each event, because a bar shows the progress.
+        config: Gives the level, the format, and the secrets that must not appear in a line.
+        quiet: Whether to omit the lines of level "info", because a progress bar is shown.
         lines: As for `make_logger`.
     """
     return make_logger(
@@ -42,5 +42,5 @@ def make_log(config: Config, *, quiet: bool = False, lines: LineLogger | None = 
 
 
 def iso_time(at: float) -> str:
-    """A time, in seconds since 1970, as ISO 8601 writes it."""
+    """Format a time, in seconds since 1970, as ISO 8601 in UTC."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -26,20 +26,22 @@ _STDIN: Final = "-"
 _UNROUTED: Final = {
     "dead_letter": "becomes a dead letter",
     "confirm": "is confirmed and dropped",
-    "leave": "is left with VOD, which brings it again",
+    "leave": "is left with VOD, which delivers it again",
 }
 
 
 @click.command()
 @click.argument("paths", metavar="EVENT.json...", nargs=-1, required=True)
 @config_option
-@click.option("--source", "source_name", metavar="NAME", help="The source that they come from, if there are several.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option(
+    "--source", "source_name", metavar="NAME", help="The source of the events; required if there are several sources."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per event and line.")
 def route(paths: tuple[str, ...], config_path: Path, *, source_name: str | None, as_json: bool) -> None:
-    """Say which routes take an event, which sinks get it, and why the other routes do not take it.
+    """Print which routes take an event, which sinks get it, and why the other routes do not take it.
 
-    Each file, or - for standard input, holds one event, a JSON list of them, one per line, or an answer of PullEvents.
-    Nothing is pulled, opened or delivered, and no secret is read. Exit code 1: something could not be read.
+    Each file, or - for standard input, contains one event, a JSON list of events, one event per line, or an answer of
+    PullEvents. Nothing is pulled, opened or delivered, and no secret is read. Exit code 1: something could not be read.
     """
     try:
         routing = load_routing(config_path, env=os.environ)
@@ -66,12 +68,12 @@ def _source_of(routing: Routing, name: str | None) -> AnySource:
     names = ", ".join(source.name for source in routing.sources)
     if name is None:
         if len(routing.sources) > 1:
-            raise click.UsageError(f"say which source they come from: --source (there are: {names})")
+            raise click.UsageError(f"the source of the events is not clear: add --source (sources: {names})")
         return routing.sources[0]
     for source in routing.sources:
         if source.name == name:
             return source
-    raise click.BadParameter(f"no source of the configuration is {name!r} (there are: {names})", param_hint="--source")
+    raise click.BadParameter(f"the configuration has no source {name!r} (its sources: {names})", param_hint="--source")
 
 
 def _events_of(path: str, source: AnySource) -> Iterator[FoundEvent]:
@@ -99,13 +101,13 @@ def _as_json(router: Router, event: Event) -> str:
 
 
 def _key_of(event: Event) -> str | None:
-    """The key that the daemon will give the event; None if that is made at its arrival."""
+    """The key that the daemon will give the event; None if the key is made when the event arrives."""
     return event.key.hex() if has_own_id(event.content) else None
 
 
 def _explain(place: str, router: Router, event: Event, source: AnySource) -> None:
     click.echo(f"{place}: {printable(event.type) or 'an event without EventType'}")
-    click.echo(f"  key: {_key_of(event) or 'a new one at each arrival, as it has no id of its own'}")
+    click.echo(f"  key: {_key_of(event) or 'a new one at each arrival, because the event has no id of its own'}")
     for judgement in router.judge(event):
         if judgement.takes:
             click.echo(f"  route {judgement.route} takes it: {', '.join(judgement.sinks)}")
@@ -113,10 +115,10 @@ def _explain(place: str, router: Router, event: Event, source: AnySource) -> Non
             click.echo(f"  route {judgement.route} does not: {printable(judgement.why_not)}")
     routed = router.route(event)
     for sink in routed.failed:
-        click.echo(f"  sink {sink} rejects it: a dead letter")
+        click.echo(f"  sink {sink} rejects it: it becomes a dead letter")
     if routed.is_unrouted:
-        meant = router.similar_routed(source.name, event.type)
-        hint = f" (was {meant} to take it?)" if meant else ""
+        similar = router.similar_routed(source.name, event.type)
+        hint = f" (was {similar} to take it?)" if similar else ""
         click.echo(f"  no route takes it, so it {_UNROUTED[source.unrouted or 'dead_letter']}{hint}")
     elif routed.sinks:
         click.echo(f"  goes to: {', '.join(routed.sinks)}")

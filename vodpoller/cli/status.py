@@ -20,30 +20,30 @@ from vodpoller.cli.exits import EXIT_FAILURE
 from vodpoller.cli.failure import fail
 from vodpoller.cli.letters import open_letters
 from vodpoller.cli.output import make_console
-from vodpoller.config.glance import glance_at
+from vodpoller.config.lenient import read_leniently
 from vodpoller.config.model import Config
 from vodpoller.logs import printable
 from vodpoller.status import SilentStatus, StoredStatus
 from vodpoller.status_socket import ask, socket_path
 
-STATUS_SECS: Final = 5.0  # the daemon looks into its journal before it answers
+STATUS_SECS: Final = 5.0  # the daemon reads its journal before it answers
 
 
 @click.command()
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--strict", is_flag=True, help="Dead letters are a problem, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--strict", is_flag=True, help="Dead letters count as a problem, too.")
 def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
-    """Say whether events flow, and if not why: what the running daemon says, or the journal if none runs.
+    """Print whether events flow and, if not, why: from the running daemon, or from the journal if no daemon runs.
 
     Exit code 0: all is well. 1: no daemon runs, a source cannot be pulled, a sink is down, the journal cannot be
     written, events are stored for a sink that the configuration no longer has, a temporary key cannot be renewed, or
     the last reload was refused.
     """
-    # A daemon that runs on with its former configuration is asked also if the file cannot be used any more.
+    # If the file cannot be used any more, a daemon may still run with its former configuration: it is asked first.
     if not config_path.exists():
-        load_config(config_path, needs_key=False)  # says so, and exits
-    answer, trouble = _ask_status(glance_at(config_path, env=os.environ)[0].path, strict=strict)
+        load_config(config_path, needs_key=False)  # prints the problem and exits
+    answer, trouble = _ask_status(read_leniently(config_path, env=os.environ)[0].path, strict=strict)
     report = answer or _status_of_journal(load_config(config_path, needs_key=False), trouble, strict=strict)
     if as_json:
         click.echo(json.dumps(report))
@@ -54,7 +54,7 @@ def status(config_path: Path, *, as_json: bool, strict: bool) -> None:
 
 
 def _ask_status(journal_path: Path, *, strict: bool) -> tuple[Mapping[str, Any] | None, str]:
-    """What the daemon answers; if it gives no status, why not: empty if none listens."""
+    """The status that the daemon answers, or None and the reason; the reason is empty if no daemon listens."""
     path = socket_path(journal_path)
     trouble = ""
     try:
@@ -71,29 +71,29 @@ def _ask_status(journal_path: Path, *, strict: bool) -> tuple[Mapping[str, Any] 
 
 
 def _status_of_journal(config: Config, trouble: str, *, strict: bool) -> Mapping[str, Any]:
-    """The status as far as the journal knows it.
+    """The part of the status that is known from the journal.
 
     Args:
-        config: Its journal is read.
-        trouble: Why a daemon that listens gave no status; empty if none listens.
-        strict: As for the daemon.
+        config: The configuration whose journal is read.
+        trouble: Why a daemon that listens gave no status; empty if no daemon listens.
+        strict: Whether dead letters count as a problem.
     """
     with open_letters(config) as letters:
         is_in_use = letters.is_in_use()
         marks = letters.marks()
         stored = [StoredStatus(**asdict(found)) for found in letters.backlogs()]
-    remedy = "`systemctl status vodpoller` and `journalctl -u vodpoller -e` say more"
+    remedy = "`systemctl status vodpoller` and `journalctl -u vodpoller -e` show more"
     if trouble:
-        cause = f"it runs, but gives no answer: {trouble}"
+        cause = f"it runs, but does not answer with its status: {trouble}"
         remedy += "; if it hangs, or was updated since it started, restart it"
     elif is_in_use:
         cause = (
-            "a process has the journal open, but gives no answer: the daemon is starting or stopping, or it is a"
+            "a process has the journal open, but does not answer: the daemon is starting or stopping, or it is a"
             " `vodpoller once` or `replay`"
         )
     else:
         cause = "no daemon runs with this journal"
-        remedy = f"`systemctl start vodpoller`; if it does not stay up, {remedy}"
+        remedy = f"`systemctl start vodpoller`; if it does not keep running, {remedy}"
     return SilentStatus(
         running=is_in_use,
         cause=cause,
@@ -117,7 +117,7 @@ def _print_status(report: Mapping[str, Any]) -> None:
         console.print(Text.assemble(("PROBLEM", "bold red"), f" {what}: {cause}"), soft_wrap=True)
         console.print(f"  {remedy}", soft_wrap=True)
     if report["pid"] is not None:
-        console.print(f"vodpoller {report['version']} runs since {report['started_at']}, process {report['pid']}")
+        console.print(f"vodpoller {report['version']} has run since {report['started_at']}, process {report['pid']}")
         _print_parts(console, report)
     else:
         console.print(f"Last start: {report['started_at'] or 'never'}; last pull: {report['last_pull_at'] or 'never'}")
@@ -141,10 +141,10 @@ def _print_status(report: Mapping[str, Any]) -> None:
 def _print_parts(console: Console, report: Mapping[str, Any]) -> None:
     sources = Table("source", "type", "last answer", "error")
     for row in report["sources"]:
-        said = printable(row["error"]) if row["error"] else ""
+        error = printable(row["error"]) if row["error"] else ""
         next_pull = f" (next try {row['next_pull_at']})" if row["next_pull_at"] else ""
         answered_at = row["last_callback_at"] if row["type"] == "callback" else row["last_pull_at"]
-        sources.add_row(printable(row["name"]), row["type"], answered_at or "never", said + next_pull)
+        sources.add_row(printable(row["name"]), row["type"], answered_at or "never", error + next_pull)
     sinks = Table("sink", "state", "queued", "next try", "error")
     for row in report["sinks"]:
         if row["down_since"]:

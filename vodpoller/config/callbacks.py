@@ -1,4 +1,4 @@
-"""`[[sources]]` with `type = "callback"`: its keys, and the lists of networks among them."""
+"""The keys of `[[sources]]` with `type = "callback"`, and the type of their lists of networks."""
 
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Annotated, Any, Final
@@ -41,12 +41,12 @@ class CallbackSource(AnySource, HasSecrets):
     """`[[sources]]` with `type = "callback"`: normal callbacks, which VOD sends here."""
 
     listen: str = Field(
-        description="Where it listens: IP address and port; `0.0.0.0` is all of IPv4, `[::]` all of IPv6. Sources may"
-        " share it, each with its own `path`.",
+        description="The IP address and port to listen on; `0.0.0.0` is every IPv4 address, `[::]` every IPv6 address."
+        " Sources may share it, each with its own `path`.",
         examples=["127.0.0.1:8088"],
     )
     path: str = Field(
-        description="The path of the callback URL that is set at VOD; a query behind it does not matter.",
+        description="The path of the callback URL that is set at VOD; a query after it is ignored.",
         examples=["/vod/callback"],
     )
     sign_key: Secret | None = Field(
@@ -54,7 +54,7 @@ class CallbackSource(AnySource, HasSecrets):
         description="The key that is set at VOD for callbacks. With it, a callback that is not signed is refused.",
     )
     sign_key_file: str | None = Field(
-        default=None, description="The file that holds it, in place of `sign_key`.", examples=["sign_key"]
+        default=None, description="The file that contains this key, instead of `sign_key`.", examples=["sign_key"]
     )
     allow_from: Networks | None = Field(
         default=None,
@@ -63,18 +63,18 @@ class CallbackSource(AnySource, HasSecrets):
     )
     forwarded_from: Networks | None = Field(
         default=None,
-        description="The proxies whose header `X-Forwarded-For` says where a callback comes from.",
+        description="The proxies whose header `X-Forwarded-For` names the origin of a callback.",
         examples=[["127.0.0.1"]],
     )
     max_events_in_flight: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=256,
-        description="The maximum number of events that sinks are tried for at once. Of more, each is stored in the"
-        " journal at once, and answered.",
+        description="The maximum number of events that are delivered at the same time. An event beyond it is stored in"
+        " the journal without an attempt, and answered.",
     )
     max_connections: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=1024,
-        description="The maximum number of connections. More wait until one has ended; of sources that share `listen`"
-        " the largest value counts.",
+        description="The maximum number of connections. Others wait until one has ended. If sources share `listen`, the"
+        " largest value applies.",
     )
 
     @field_validator("listen")
@@ -82,7 +82,7 @@ class CallbackSource(AnySource, HasSecrets):
     def _is_address(cls, value: str) -> str:
         problem = problem_in_address(value, _EXAMPLE)
         if not problem and not _is_ip_address(host_of(value)):
-            problem = f"has a name in place of an IP address (for example {_EXAMPLE})"
+            problem = f"has a name instead of an IP address (for example {_EXAMPLE})"
         if not problem and (missing := missing_modules(CALLBACK_MODULES)):
             problem = (
                 f"needs packages that are not installed: {quoted_all(missing)} (pip install 'vodpoller[callback]')"

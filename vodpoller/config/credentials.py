@@ -1,4 +1,4 @@
-"""The API key, wherever it is: in the file, under `$CREDENTIALS_DIRECTORY`, or in the environment."""
+"""Find the API key: in the configuration, under `$CREDENTIALS_DIRECTORY`, or in the environment."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,20 +28,20 @@ KEYS_OF_A_GIVEN_KEY: Final = ("secret_id", "secret_id_file", "secret_key", "secr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What signs requests.
+class FoundCredentials:
+    """The credentials that sign requests.
 
     Args:
-        key: The API key that is given; an empty one if there is none and none is needed.
-        role: Whose temporary keys are used in its place; None if it is used itself.
+        key: The given API key; an empty one if no key is given and none is needed.
+        role: The role whose temporary keys are used instead; None if `key` itself signs requests.
     """
 
     key: StaticCredentials
     role: Role | None = None
 
 
-def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> Found | None:
-    """Find the API key, and the role if there is one. None if there is a problem with them.
+def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -> FoundCredentials | None:
+    """Find the API key, and the role if there is one. Returns None if there is a problem with them.
 
     Args:
         draft: The table and the environment.
@@ -52,7 +52,7 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
     if not isinstance(table, dict):
         validation.table("credentials", CredentialsTable)
         return None
-    found = {key: value for key, value in table.items() if value is not None}  # a caller's dict may hold None
+    found = {key: value for key, value in table.items() if value is not None}  # data of `from_dict` may contain None
     provider = found.get("provider", "static")
     if provider not in ("static", *KEYS_OF_ROLES):
         validation.validated(CredentialsTable, found, ("credentials",))
@@ -69,7 +69,7 @@ def find_credentials(draft: Draft, validation: Validation, *, needs_key: bool) -
     if provider != "cvm_role":
         return _with_key(draft, validation, found, provider, needs_key=needs_key)
     valid = validation.validated(CredentialsTable, found, ("credentials",))
-    return Found(key=_no_key(), role=_role_of(valid)) if valid else None
+    return FoundCredentials(key=_no_key(), role=_role_of(valid)) if valid else None
 
 
 def _refuse_keys_of_others(draft: Draft, provider: str, table: Mapping[str, Any]) -> None:
@@ -80,13 +80,13 @@ def _refuse_keys_of_others(draft: Draft, provider: str, table: Mapping[str, Any]
             whose = " or ".join(quoted(name) for name in owners[key])
             draft.problems.add(
                 ("credentials", key),
-                f"belongs to provider = {whose}, and here it is {quoted(provider)} (take the key out, or correct"
+                f"belongs to provider = {whose}, but provider is {quoted(provider)} (delete this key, or correct"
                 " provider)",
             )
 
 
 def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
-    """What tccli takes from the environment, too."""
+    """The values that tccli also takes from the environment."""
     names = {"role_arn": "TENCENTCLOUD_ROLE_ARN", "role_session_name": "TENCENTCLOUD_ROLE_SESSION_NAME"}
     return {key: value for key, name in names.items() if (value := env.get(name))}
 
@@ -114,28 +114,28 @@ def _role_of(valid: CredentialsTable) -> Role | None:
 
 def _with_key(
     draft: Draft, validation: Validation, found: dict[str, Any], provider: str, *, needs_key: bool
-) -> Found | None:
-    """The same, for a provider that needs a given key.
+) -> FoundCredentials | None:
+    """The credentials, for a provider that needs a given API key.
 
     Args:
-        draft: As above.
-        validation: As above.
-        found: The table; gets what it leaves out.
-        provider: Whose keys it may have.
-        needs_key: As above.
+        draft: As for `find_credentials`.
+        validation: As for `find_credentials`.
+        found: The table; secrets that it lacks are added to it.
+        provider: "static" or "assume_role".
+        needs_key: As for `find_credentials`.
     """
     given = dict(found)
     places = {key: _find_credential(draft, key, found) for key in ("secret_id", "secret_key")}
-    # A token belongs to one key: a token found in another place would make a permanent key invalid.
+    # A token belongs to one key: a token found in another place would make a lasting key invalid.
     token_place = _find_credential(draft, "token", found, only=places["secret_key"])
     is_missing = None in places.values() or (provider == "assume_role" and "role_arn" not in found)
     if is_missing and not needs_key:
-        return Found(key=_no_key())  # and no role: there is nothing to assume it with, or it has no name
+        return FoundCredentials(key=_no_key())  # without a role: the key to assume it, or its name, is missing
     for key, place in places.items():
         if place is None:
             draft.problems.add(
                 ("credentials", key),
-                f"is nowhere to be found (set {key}_file in [credentials], or provide $CREDENTIALS_DIRECTORY/{key}"
+                f"was not found (set {key}_file in [credentials], or provide $CREDENTIALS_DIRECTORY/{key}"
                 f" as systemd's LoadCredential= does, or set the variable TENCENTCLOUD_{key.upper()})",
             )
     valid = validation.validated(CredentialsTable, found, ("credentials",))
@@ -151,13 +151,13 @@ def _with_key(
     found_key = StaticCredentials(
         secret_id=valid.secret_id, secret_key=valid.secret_key, token=valid.token, origins=origins
     )
-    with suppress(OSError, UnicodeDecodeError):  # each could be read a moment ago
-        found_key.reread()  # the files were read one by one, and may have been swapped in between
-    return Found(key=found_key, role=_role_of(valid))
+    with suppress(OSError, UnicodeDecodeError):  # each file could be read a moment ago
+        found_key.reread()  # the files were read one by one, and may have been replaced in between
+    return FoundCredentials(key=found_key, role=_role_of(valid))
 
 
 def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str | None = None) -> str | None:
-    """Add one secret that the table leaves out. Returns its place: "file", "directory", "env", or None."""
+    """Add one secret to the table if the table lacks it. Returns its place: "file", "directory", "env", or None."""
     if key in table or f"{key}_file" in table:
         return "file"
     directory = draft.surroundings.credentials_directory
@@ -188,7 +188,7 @@ def _check_key(draft: Draft, key: str, secret: Secret, *, from_environment: bool
         variable = f"$TENCENTCLOUD_{key.upper()} " if from_environment else ""
         draft.problems.add(
             ("credentials", f"{key}_file" if secret.path else key),
-            f"{f'{secret.path} ' if secret.path else variable}{problem} (write the key alone, nothing around it)",
+            f"{f'{secret.path} ' if secret.path else variable}{problem} (write only the key itself)",
         )
 
 
@@ -200,7 +200,7 @@ def key_renewal(credentials: StaticCredentials, surroundings: Surroundings) -> s
 
     Args:
         credentials: The API key, as it was found.
-        surroundings: Names the folder of systemd's copies.
+        surroundings: Gives the folder of systemd's copies.
     """
     directory = surroundings.credentials_directory
     paths = [credentials.secret_id.path, credentials.secret_key.path]

@@ -23,11 +23,11 @@ class Problems:
 
         Args:
             where: Its place.
-            what: The problem, and in brackets what would be right.
+            what: The problem and, in brackets, what would be right.
         """
         self.found.append((where, what))
 
-    def concern(self, where: Location) -> bool:
+    def any_at(self, where: Location) -> bool:
         """Whether there is a problem at this place or inside it."""
         return any(place[: len(where)] == where for place, _ in self.found)
 
@@ -42,7 +42,7 @@ class Draft:
     Args:
         data: The tables, with their variables replaced.
         env: The environment.
-        surroundings: The folders of secret files that have a relative name.
+        surroundings: The folders of secret files with a relative name.
         problems: The configuration cannot be used because of these.
         warnings: The configuration can be used in spite of these.
     """

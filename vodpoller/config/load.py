@@ -47,8 +47,8 @@ def from_dict(
 
     Args:
         data: The tables.
-        where: The beginning of each problem: the name of the file.
-        base: The folder of secret files that have a relative name, unless `$CREDENTIALS_DIRECTORY` is set.
+        where: The name of the file, with which each problem begins.
+        base: The folder of secret files with a relative name, unless `$CREDENTIALS_DIRECTORY` is set.
         env: As for `load`.
         needs_key: As for `load`.
         for_unit: As for `load`.
@@ -64,7 +64,7 @@ def from_dict(
 
 
 def load_routing(path: Path, *, env: Mapping[str, str]) -> Routing:
-    """Read of the file only where events go, so that neither secrets nor anything that sinks need has to be there.
+    """Read only the part of the file that says where events go. Secrets, and what sinks need, may be missing.
 
     Args:
         path: As for `load`.
@@ -76,7 +76,7 @@ def load_routing(path: Path, *, env: Mapping[str, str]) -> Routing:
     data = read_file(path)
     sinks = data.get("sinks", {})
     part: dict[str, Any] = {name: data[name] for name in ("sources", "routes") if name in data}
-    # Of the sinks, routes need the names.
+    # Routes need only the names of the sinks.
     part["sinks"] = {name: {} for name in sinks} if isinstance(sinks, dict) else sinks
     draft = _draft_of(part, base=path.parent, env=env)
     validation = Validation(draft)
@@ -110,7 +110,7 @@ def _sources_and_routes(validation: Validation) -> tuple[tuple[AnySource, ...], 
 
 
 def _may_pull(draft: Draft) -> bool:
-    """Whether a source may pull, for which the API key is needed."""
+    """Whether a source may pull: only then is the API key needed."""
     items = draft.items("sources")
     return not items or any(source.get("type") != "callback" for _, source in items)
 
@@ -122,8 +122,8 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
     api = validation.table("api", Api, lambda table: _with_region(table, draft.env))
     sources, routes = _sources_and_routes(validation)
     sinks, sink_classes = validation.sinks()
-    is_used = _may_pull(draft) or any(sink_class.needs_key for sink_class in sink_classes.values())
-    credentials = find_credentials(draft, validation, needs_key=needs_key and is_used)
+    is_key_used = _may_pull(draft) or any(sink_class.needs_key for sink_class in sink_classes.values())
+    credentials = find_credentials(draft, validation, needs_key=needs_key and is_key_used)
     journal = validation.table("journal", Journal)
     log = validation.table("log", Log)
     daemon = validation.table("daemon", Daemon)

@@ -31,20 +31,20 @@ class Routing:
 class Config:
     """The whole configuration, valid by itself and in its cross references.
 
-    Two are equal if they say the same. What the files hold that they name, and the warnings, do not matter.
+    Two configurations are equal if they have the same settings. The content of the files that they name, and the
+    warnings, are not compared.
 
     Args:
         api: As in the file, as are `journal`, `log`, `daemon`, `listener`.
-        credentials: The API key that is given; an empty one if `role`
-            needs none, or if nothing uses it and there is none.
-        role: Whose temporary keys are used in its place; None if it is used itself.
-        issued: These keys.
-        earlier: What configurations before this one hid, which may still appear somewhere.
+        credentials: The given API key; an empty one if `role` needs none, or if no key is given and nothing uses one.
+        role: The role whose temporary keys are used instead; None if `credentials` itself signs requests.
+        issued: The temporary keys of the role.
+        earlier: Secrets of earlier configurations. They may still appear in a text, and must stay hidden.
         sources: At least one.
         routes: At least one; they name existing sources and sinks only.
-        sinks: The configuration of each sink by its name; each is of its class's own `Config`.
-        sink_classes: The class of each sink by its name; called with the name and the configuration it gives the sink.
-        coverage: By the name of each source, whether the routes take every event of it. If not, it has `unrouted`.
+        sinks: The configuration of each sink by its name: an instance of `Config` of the class of the sink.
+        sink_classes: The class of each sink by its name; called with name and configuration, it returns the sink.
+        coverage: For each source, by its name: whether the routes take all its events. If not, it has `unrouted`.
         key_renewal: What the operator does after the API key was replaced at its place, in words for a person:
             "send SIGHUP".
         warnings: What can be used but is probably a mistake, one line each: `key: the problem (what would be right)`.
@@ -79,7 +79,7 @@ class Config:
 
     @property
     def callback_addresses(self) -> tuple[str, ...]:
-        """The addresses at which callbacks come in, each once."""
+        """The addresses at which callbacks are received, without repetitions."""
         return tuple(dict.fromkeys(source.listen for source in self.callbacks))
 
     def all_warnings(self) -> list[str]:
@@ -92,7 +92,7 @@ class Config:
         for name, sink in self.sinks.items():
             found += [(f"sinks.{name}.{key}", secret) for key, secret in sink.named_secrets()]
         short = [key for key, secret in found if 0 < len(secret.get()) < SEARCHED_MIN_CHARACTERS]
-        why = "it is so short that it is not looked for in log lines (use a secret of 8 characters or more)"
+        why = "it is too short to be found and hidden in log lines (use a secret of 8 characters or more)"
         return [*self.warnings, *(f"{key}: {why}" for key in short)]
 
     def secrets(self) -> tuple[Secret, ...]:
@@ -102,15 +102,15 @@ class Config:
         return (*self.credentials.secrets(), *of_sources, *of_sinks, *self.listener.secrets())
 
     def hidden(self) -> list[str]:
-        """What must be in no line and no answer: the secrets' values, and the last ones before these."""
+        """The texts that must not appear in a log line or an answer: present and former values of the secrets."""
         own = [value for secret in self.secrets() for value in secret.known()]
         return [*own, *self.issued.known(), *self.earlier]
 
     def keeping(self, former: "Config") -> "Config":
-        """The same, with what a configuration that ran so far leaves: its temporary keys if the role is the same.
+        """A copy with what must survive a reload: temporary keys, if the role is the same, and texts to hide.
 
         Args:
-            former: That one.
+            former: The configuration that was in use until now.
         """
         is_same = (self.role, self.credentials) == (former.role, former.credentials)
         hidden = dict.fromkeys(former.hidden())

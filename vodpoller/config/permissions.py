@@ -1,4 +1,4 @@
-"""The permissions of secrets: every user of this machine can read them, or the user of the unit cannot."""
+"""Warnings about secrets that every user of this machine can read, or that the user of the unit cannot read."""
 
 import os
 import re
@@ -22,7 +22,7 @@ _LOAD_CREDENTIAL: Final = re.compile(r"^\s*LoadCredential(?:Encrypted)?\s*=\s*([
 _LOADED_CREDENTIALS: Final = frozenset({"secret_id", "secret_key"})  # by the unit file of this package
 
 # `secret_key`, `token`, the header Authorization, the variable DB_PASSWORD; not Content-Type or LANG, and not
-# `secret_id`, which every request shows.
+# `secret_id`, which every request contains.
 _SECRET_KEY: Final = re.compile(
     r"secret(?!_id$)|token|passw|authori[sz]ation|cookie|(api|access|sign)[-_]?key|^dsn$", re.IGNORECASE
 )
@@ -33,7 +33,7 @@ def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -
 
     Args:
         draft: The tables, and the warnings.
-        sink_classes: By the name of each sink, its class.
+        sink_classes: The class of each sink, by its name.
     """
     if os.geteuid() != 0:
         return
@@ -50,7 +50,7 @@ def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -
         for key in model.secret_file_keys():
             place = (*where, key)
             file_name = table.get(key) if isinstance(table, dict) else None
-            if isinstance(file_name, str) and not draft.problems.concern(place):
+            if isinstance(file_name, str) and not draft.problems.any_at(place):
                 _check_reader(draft, place, file_name)
 
 
@@ -94,7 +94,7 @@ def exposed_secrets(path: Path, data: Mapping[str, Any]) -> list[str]:
 
     Args:
         path: The file.
-        data: Its tables, with their variables.
+        data: Its tables, before variables are replaced.
     """
     try:
         is_exposed = path.stat().st_mode & stat.S_IROTH
@@ -102,14 +102,14 @@ def exposed_secrets(path: Path, data: Mapping[str, Any]) -> list[str]:
         return []
     found = _secrets_in(data) if is_exposed else ()
     return [
-        f"{key}: is a secret in a file that every user of this machine may read (put it into a file of its own and name"
-        f" that, as `secret_key_file` does; or take it from the environment, ${{NAME}}; or chmod o= {path})"
+        f"{key}: is a secret in a file that every user of this machine may read (put it into a separate file and name"
+        f" that file, as with `secret_key_file`; or take it from the environment, ${{NAME}}; or chmod o= {path})"
         for key in found
     ]
 
 
 def _secrets_in(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys with a name that means a secret, if the value is neither the name of a file nor a variable."""
+    """The keys whose name means a secret and whose value is neither the name of a file nor a variable."""
     for key, value in tables.items():
         place = f"{prefix}{key}"
         match value:

@@ -1,4 +1,4 @@
-"""From a file to data: TOML, with the variables and the `~` of its texts replaced."""
+"""Read a TOML file, and replace the variables and the `~` in its texts."""
 
 import os
 import pwd
@@ -17,7 +17,7 @@ _VARIABLE: Final = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)\}?")
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file, as they stand there.
+    """The tables of a TOML file, before variables are replaced.
 
     Args:
         path: The file.
@@ -36,7 +36,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: line {line}: this is not UTF-8 text (save the file as UTF-8)"]) from None
     except OSError as error:
         raise ConfigError(
-            [f"{path}: cannot be read: {error.strerror or error} (a file that this user may read)"]
+            [f"{path}: cannot be read: {error.strerror or error} (make it readable for this user)"]
         ) from None
     try:
         return tomllib.loads(text)
@@ -45,12 +45,12 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def replace_variables(data: Mapping[str, Any], *, env: Mapping[str, str], problems: Problems) -> dict[str, Any]:
-    """The same tables with `${VAR}` replaced in texts, and also `~` in those that are paths.
+    """The same tables, with `${VAR}` replaced in texts and `~` replaced in paths.
 
     Args:
         data: The tables.
         env: The variables.
-        problems: Receives what cannot be replaced; such a text stays as it is.
+        problems: Receives a problem for each text that cannot be replaced; such a text is not changed.
     """
     replacement = _Replacement(env, problems)
     return {key: replacement.value(value, (key,)) for key, value in data.items()}
@@ -64,7 +64,7 @@ class _Replacement:
         self._problems = problems
 
     def value(self, value: Any, where: Location) -> Any:
-        """Any value, with all that is in it."""
+        """Replace the variables in a value and in everything that it contains."""
         match value:
             case str() if _is_path(where):
                 return self._path(value, where)
@@ -83,8 +83,8 @@ class _Replacement:
             if "{" not in found[0]:
                 self._problems.add(
                     where,
-                    f'has a "$" that no variable follows (write ${{{found["name"] or "NAME"}}}; a path that holds the'
-                    " character itself can come out of a variable only)",
+                    f'has a "$" without a variable (write ${{{found["name"] or "NAME"}}}; if the path itself'
+                    ' contains a "$", put the path into a variable)',
                 )
                 return text
         replaced = _VARIABLE.sub(lambda found: self._variable(found, where), text)
@@ -95,7 +95,9 @@ class _Replacement:
             home = (user == "~" and self._env.get("HOME")) or _home_of(user[1:])
         except KeyError:
             whose = f"there is no user {quoted(user[1:])}" if user != "~" else "this user has no home"
-            self._problems.add(where, f"begins with a ~, but {whose} (write the whole path, or ./~ for a name)")
+            self._problems.add(
+                where, f"begins with a ~, but {whose} (write the whole path; or ./~ if the name itself begins with ~)"
+            )
             return text
         return f"{home.rstrip('/')}{slash}{rest}" or "/"
 
@@ -104,12 +106,12 @@ class _Replacement:
             return "${"
         name = found["name"]
         if name is None or not found[0].endswith("}") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            self._problems.add(where, 'has a "${" that no variable follows (write ${NAME}, or $${ for the characters)')
+            self._problems.add(where, 'has a "${" without a variable (write ${NAME}; or $${ for the text "${")')
         elif name not in self._env:
             self._problems.add(
                 where,
-                f"the environment has no variable {name} (set it where the daemon is started,"
-                " or write $${ for the characters)",
+                f"the environment has no variable {name} (set it where the daemon is started;"
+                ' or write $${ for the text "${")',
             )
         else:
             return self._env[name]
@@ -117,7 +119,7 @@ class _Replacement:
 
 
 def _is_path(where: Location) -> bool:
-    """Whether the value at a place is a path. Sinks of other packages should name their keys in the same way."""
+    """Whether the value at a place is a path, by its key. Sinks of other packages should use such names."""
     match where:
         case ("sources" | "routes", _, str(key)):
             return key.endswith("_file")

@@ -22,7 +22,7 @@ def check_references(
     api: Api | None,
     listener: Listener | None,
 ) -> None:
-    """Add a problem for everything that does not fit together.
+    """Add a problem for each conflict between tables.
 
     Args:
         draft: The tables, and the problems.
@@ -46,22 +46,24 @@ def _check_names(draft: Draft) -> None:
         first = draft.names(table)
         for at, item in draft.items(table):
             if first.get(str(item.get("name")), at) != at:
-                draft.problems.add((table, at, "name"), f"another of the {table} has this name (give each its own)")
+                draft.problems.add(
+                    (table, at, "name"), f"another of the {table} has this name (give each its own name)"
+                )
 
 
 def _check_sub_app_ids(draft: Draft) -> None:
     first: dict[int | None, int] = {}
     for at, item in draft.items("sources"):
-        if item.get("type") == "callback":  # nothing is taken from another by it
+        if item.get("type") == "callback":  # it takes no events from another source
             continue
         sub_app_id = item.get("sub_app_id")
         if isinstance(sub_app_id, int | None) and first.setdefault(sub_app_id, at) != at:
             other = draft.key(("sources", first[sub_app_id]))
-            same = "neither this source nor" if sub_app_id is None else "this is also that of"
+            same = f"neither this source nor {other} has one" if sub_app_id is None else f"this is also that of {other}"
             draft.problems.add(
                 ("sources", at, "sub_app_id"),
-                f"{same} {other}{' has one' if sub_app_id is None else ''}, and two sources of one queue take"
-                " each other's events (give each its own SubAppId, or keep one source)",
+                f"{same}, and two sources that pull one queue take each other's events (give each its own SubAppId,"
+                " or keep one source)",
             )
 
 
@@ -78,24 +80,24 @@ def _check_callbacks(draft: Draft, listener: Listener | None) -> None:
             )
         if listener is not None and listener.address is not None and listen == listener.address:
             draft.problems.add(("sources", at, "listen"), "listener.address is the same (give each its own port)")
-        _warn_of_strangers(draft, at, item)
+        _warn_of_open_source(draft, at, item)
     _check_overlaps(draft, listener)
 
 
 def _check_overlaps(draft: Draft, listener: Listener | None) -> None:
-    """One address in two forms, or all addresses and one of them: the system allows one socket of the two only."""
+    """Find one address in two forms, or all addresses and one of them: the system allows only one of the sockets."""
     taken = {} if listener is None or listener.address is None else {listener.address: "listener.address"}
     for at, item in draft.items("sources"):
         where = ("sources", at, "listen")
-        if item.get("type") != "callback" or not isinstance(item.get("listen"), str) or draft.problems.concern(where):
+        if item.get("type") != "callback" or not isinstance(item.get("listen"), str) or draft.problems.any_at(where):
             continue
         listen = item["listen"]
         for address, key in taken.items():
             if address != listen and _overlap(address, listen):
                 draft.problems.add(
                     where,
-                    f"{key} = {quoted(address)} is at the same port, and the system allows one of the two only"
-                    " (write the same address, if both are sources; or give each its own port)",
+                    f"{key} = {quoted(address)} uses the same port, and the system allows only one of the two"
+                    " (write the same address if both are sources; or give each its own port)",
                 )
                 break
         taken.setdefault(listen, draft.key(where))
@@ -104,7 +106,7 @@ def _check_overlaps(draft: Draft, listener: Listener | None) -> None:
 def _overlap(one: str, other: str) -> bool:
     try:
         hosts = [ip_address(host_of(address)) for address in (one, other)]
-    except ValueError:  # the listener's may be a name
+    except ValueError:  # the listener's host may be a name
         return False
     is_same = hosts[0] == hosts[1] or (
         hosts[0].version == hosts[1].version and any(host.is_unspecified for host in hosts)
@@ -112,19 +114,19 @@ def _overlap(one: str, other: str) -> bool:
     return is_same and port_of(one) == port_of(other)
 
 
-def _warn_of_strangers(draft: Draft, at: int, source: Mapping[str, Any]) -> None:
-    """Every machine that reaches a callback source may send it what looks like an event."""
+def _warn_of_open_source(draft: Draft, at: int, source: Mapping[str, Any]) -> None:
+    """Warn of a callback source that accepts events from every machine that can reach it."""
     listen = source.get("listen")
     has_key = "sign_key" in source or "sign_key_file" in source
     if isinstance(listen, str) and not (has_key or "allow_from" in source or is_loopback(host_of(listen))):
         draft.warnings.add(
             ("sources", at, "sign_key_file"),
-            "is missing, and so is allow_from: all who can reach the address can send events (set a key at VOD and"
-            " here, or name the networks that may send, or listen at 127.0.0.1 behind a proxy)",
+            "is missing, and so is allow_from: every machine that can reach the address can send events (set a key at"
+            " VOD and here, or set allow_from, or listen on 127.0.0.1 behind a proxy)",
         )
     if "forwarded_from" in source and "allow_from" not in source:
         draft.warnings.add(
-            ("sources", at, "forwarded_from"), "does nothing without allow_from (add allow_from, or leave it out)"
+            ("sources", at, "forwarded_from"), "has no effect without allow_from (add allow_from, or delete this key)"
         )
 
 
@@ -146,7 +148,7 @@ def _check_routes(draft: Draft) -> None:
 def _check_names_exist(draft: Draft, where: Location, names: Any, known: Collection[str]) -> None:
     kind = str(where[-1])
     for at, name in texts_in(names).items():
-        if name not in known and not draft.problems.concern((*where, at)):
+        if name not in known and not draft.problems.any_at((*where, at)):
             others = f"there are: {quoted_all(known)}" if known else f"there are no {kind} at all"
             draft.problems.add(where, f"there is no {kind[:-1]} {quoted(name)} ({suggestion(name, known)}{others})")
 
@@ -160,8 +162,8 @@ def _check_event_types(draft: Draft) -> None:
             hint = f"did you mean {quoted(near)}? " if near else ""
             draft.warnings.add(
                 ("routes", at, "event_types"),
-                f"{quoted(glob)} matches no event type that Tencent documents ({hint}case matters; if the type is"
-                " newer than this program, all is well)",
+                f"{quoted(glob)} matches no event type that Tencent documents ({hint}case matters; ignore this if the"
+                " type is newer than this program)",
             )
 
 
@@ -186,8 +188,8 @@ def _check_lease(draft: Draft, api: Api | None) -> None:
     if api is not None and api.lease_secs > LEASE_SECS and not is_loopback(urlsplit(api.endpoint).hostname or ""):
         draft.warnings.add(
             ("api", "lease_secs"),
-            f"{api.lease_secs:g} is more than the {LEASE_SECS:g} s after which VOD hands events out again, which"
-            " nothing can extend: a later confirm fails (leave it out; only a simulator has another value)",
+            f"{api.lease_secs:g} is more than the {LEASE_SECS:g} s after which VOD delivers events again, and nothing"
+            " can extend this time: a later confirm fails (delete this key; only a simulator needs another value)",
         )
 
 
@@ -197,20 +199,20 @@ def _check_listener(draft: Draft, listener: Listener | None) -> None:
     if listener.is_exposed:
         draft.problems.add(
             ("listener", "unauthenticated"),
-            "is false, there is no password_file, and other machines can reach the address (give password_file; or"
-            " unauthenticated = true, if all who can reach it may see what it shows; or an address of this machine"
-            " only, such as 127.0.0.1:9464)",
+            "is false, there is no password_file, and other machines can reach the address (set password_file; or"
+            " unauthenticated = true, if everyone who can reach it may see its pages; or an address that only this"
+            " machine can reach, such as 127.0.0.1:9464)",
         )
     if listener.is_wildcard and not listener.hosts:
         draft.warnings.add(
             ("listener", "hosts"),
-            "is missing, and the address stands for all of this machine's: only requests from this machine will be"
-            ' answered, apart from the two probes (name the hosts by which it is asked: hosts = ["vod.example"])',
+            "is missing, and the address means all addresses of this machine: only requests from this machine will be"
+            ' answered, apart from the two probes (set the hosts that requests name: hosts = ["vod.example"])',
         )
 
 
 def find_coverage(draft: Draft) -> dict[str, bool]:
-    """By the name of each source, whether the routes take every event of it. If not, `unrouted` must be there.
+    """For each source, by its name: whether the routes take all its events. If not, `unrouted` must be set.
 
     Args:
         draft: The tables, and the problems.
@@ -222,10 +224,10 @@ def find_coverage(draft: Draft) -> dict[str, bool]:
         covered = any(_takes_everything(route, name) for _, route in routes)
         coverage[name] = covered
         if routes and not covered and "unrouted" not in source:
-            leave = "" if source.get("type") == "callback" else ', "leave" lets them circle at VOD'
+            leave = "" if source.get("type") == "callback" else ', "leave" lets VOD deliver them again and again'
             draft.problems.add(
                 ("sources", at, "unrouted"),
-                "is missing, and the routes do not take every event of this source (say what happens to the others:"
+                "is missing, and the routes do not take every event of this source (choose what happens to the others:"
                 f' "dead_letter" keeps them for a person, "confirm" drops them{leave})',
             )
     return coverage

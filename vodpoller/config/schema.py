@@ -14,7 +14,7 @@ from vodpoller.sinks.registry import available_sinks
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the file, for editors; it knows the sink types that are installed and can be loaded."""
+    """The JSON Schema of the file, with the tables of the sink types that are installed and can be loaded."""
     sinks: dict[str, type[SinkConfig]] = {}
     for name, point in available_sinks().items():
         try:

@@ -33,7 +33,7 @@ def load_sink_class(point: EntryPoint) -> type[Sink[Any]]:
     ):
         raise UnusableSinkError(
             f"the sink type {quoted(point.name)} is not a sink: {point.value} must be a vodpoller.sinks.Sink"
-            " with a Config (ask those who made the package)"
+            " with a Config (ask the authors of the package)"
         )
     return sink_class
 

@@ -30,7 +30,7 @@ _CONFIRM_TIMEOUT_SECS: Final = 2.0
 LISTENER_MODULES: Final = ("waitress", "prometheus_client", "jinja2")
 _PASSWORD_MIN_CHARACTERS: Final = 8
 
-# Bounds on lengths stand beside a pattern, and no \w in it: of `\w{1,128}` pydantic's engine makes 10 MB.
+# The maximum length is not in the pattern, and the pattern has no \w: pydantic's engine takes 10 MB for `\w{1,128}`.
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=NAME_MAX_LENGTH)]
 
 
@@ -50,11 +50,11 @@ class Api(BaseModel):
 
     endpoint: str = Field(
         default="https://vod.tencentcloudapi.com",
-        description="Where the API is: a URL without a path. Plain http only on this machine, for the simulator.",
+        description="The URL of the API, without a path. Plain http only on this machine, for the simulator.",
     )
     region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = Field(
         default=None,
-        description="The region that requests name; VOD needs none. Left out: $TENCENTCLOUD_REGION, if set.",
+        description="The region in requests; VOD needs none. Left out: $TENCENTCLOUD_REGION, if set.",
         examples=["ap-guangzhou"],
     )
     ca_file: CaFile | None = Field(
@@ -69,18 +69,19 @@ class Api(BaseModel):
     )
     lease_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=LEASE_SECS,
-        description="How long VOD reserves pulled events for this client. VOD: 30; only a simulator has another value.",
+        description="Number of seconds for which VOD reserves pulled events for this client. VOD: 30; only a simulator"
+        " has another value.",
     )
     confirm_reserve_secs: Annotated[float, Field(gt=0, le=3600)] = Field(
         default_factory=_default_reserve_secs,
-        description="The end of the lease that is kept for confirming; deliveries stop there. Less than `lease_secs`."
-        " Left out with a `lease_secs` below 30: a sixth of that.",
+        description="The last part of the lease, reserved for confirming: deliveries stop when it begins. Less than"
+        " `lease_secs`. Left out with a `lease_secs` below 30: a sixth of `lease_secs`.",
         json_schema_extra={"default": _RESERVE_SECS},
     )
     confirm_timeout_secs: Annotated[float, Field(gt=0, le=60)] = Field(
         default_factory=_default_confirm_timeout_secs,
         description="The time limit of one attempt to confirm; at most `confirm_reserve_secs`."
-        " Left out with a reserve below 5: two fifths of that.",
+        " Left out with a `confirm_reserve_secs` below 5: two fifths of it.",
         json_schema_extra={"default": _CONFIRM_TIMEOUT_SECS},
     )
     requests_per_sec: Annotated[float, Field(ge=1, le=10_000)] = Field(
@@ -123,9 +124,9 @@ class CredentialsTable(HasSecrets):
 
     provider: Literal["static", "cvm_role", "assume_role"] = Field(
         default="static",
-        description="Where the key is from: `static` is one that is given here, in files or in the environment;"
-        " `cvm_role` a temporary one of this machine's role; `assume_role` a temporary one of a role that a given key"
-        " may assume. Temporary keys are renewed by themselves.",
+        description="The origin of the key: `static`, a key that is given here, in files or in the environment;"
+        " `cvm_role`, a temporary key of this machine's role; `assume_role`, a temporary key of a role that a given key"
+        " may assume. Temporary keys are renewed automatically.",
     )
     secret_id: Secret | None = Field(default=None, description="The SecretId of the API key.")
     secret_id_file: str | None = Field(
@@ -150,12 +151,12 @@ class CredentialsTable(HasSecrets):
     )
     role: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,.@-]+$", max_length=128)] | None = Field(
         default=None,
-        description="`cvm_role`: the name of the role. Left out: the metadata service is asked.",
+        description="`cvm_role`: the name of the role. Left out: the metadata service is asked for it.",
         examples=["vodpoller"],
     )
     metadata_endpoint: str = Field(
         default="http://metadata.tencentyun.com",
-        description="`cvm_role`: where the metadata service is. No proxy is used for it.",
+        description="`cvm_role`: the URL of the metadata service. No proxy is used for it.",
     )
     role_arn: Annotated[str, Field(pattern=r"^qcs::cam::[A-Za-z0-9_/:+=,.@-]+$", max_length=512)] | None = Field(
         default=None,
@@ -163,20 +164,22 @@ class CredentialsTable(HasSecrets):
         examples=["qcs::cam::uin/100000000001:roleName/vodpoller"],
     )
     role_session_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,.@-]+$", min_length=2, max_length=128)] = Field(
-        default="vodpoller", description="`assume_role`: what the account's audit shows."
+        default="vodpoller", description="`assume_role`: the name that the account's audit shows."
     )
     duration_secs: Annotated[int, Field(ge=900, le=43200)] = Field(
         default=7200, description="`assume_role`: the life of a temporary key; the role may allow less."
     )
     external_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_+=,.@:/-]+$", min_length=2, max_length=128)] | None = Field(
-        default=None, description="`assume_role`: what the role's trust asks for.", examples=["partner-42"]
+        default=None,
+        description="`assume_role`: the external id that the trust of the role requires.",
+        examples=["partner-42"],
     )
     sts_endpoint: str = Field(
         default="https://sts.tencentcloudapi.com",
-        description="`assume_role`: where STS is. `api.ca_file` is used for it, too.",
+        description="`assume_role`: the URL of STS. `api.ca_file` is used for it, too.",
     )
     sts_region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = Field(
-        default="ap-guangzhou", description="`assume_role`: the region that requests to STS name."
+        default="ap-guangzhou", description="`assume_role`: the region in requests to STS."
     )
 
     @field_validator("metadata_endpoint")
@@ -198,8 +201,8 @@ class AnySource(BaseModel):
     name: Name = Field(description="The name of the source in logs and routes.", examples=["main"])
     type: Literal["pull", "callback"] = Field(
         default="pull",
-        description="How its events come: `pull` asks VOD for them (reliable callback), `callback` lets VOD send them"
-        " here (normal callback).",
+        description="How its events arrive. `pull`: vodpoller asks VOD for them (reliable callback); `callback`: VOD"
+        " sends them (normal callback).",
     )
     sub_app_id: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = Field(
         default=None,
@@ -215,7 +218,7 @@ class AnySource(BaseModel):
         default=None,
         description="What happens to an event that no route takes: `dead_letter` keeps it for a person, `confirm` drops"
         " it, `leave` leaves it with VOD, which delivers it again and again (pulled events only). Required if the"
-        " routes do not cover all.",
+        " routes do not take all events.",
         examples=["dead_letter"],
     )
 
@@ -224,7 +227,7 @@ class Source(AnySource):
     """`[[sources]]` with `type = "pull"`: one event queue of VOD."""
 
     interval_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
-        default=1.0, description="The interval of the check that a pull is running."
+        default=1.0, description="The interval of the checks whether a pull is running."
     )
     long_poll: bool = Field(
         default=True,
@@ -243,7 +246,7 @@ class Route(BaseModel):
     name: Name = Field(description="The name of the route in logs.", examples=["snapshots"])
     event_types: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
-        description="Patterns of the event types it takes, with `*`, `?` and `[abc]`, case-sensitive. Left out: all.",
+        description="Patterns of event types that it takes, with `*`, `?` and `[abc]`, case-sensitive. Left out: all.",
         examples=[["CreateSnapshotByTimeOffsetComplete"]],
     )
     sources: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
@@ -286,7 +289,8 @@ class Journal(BaseModel):
     )
     ledger_days: Annotated[float, Field(ge=4, le=3650)] = Field(
         default=5.0,
-        description="How long an unconfirmed event is remembered as delivered. VOD keeps events for 4 days.",
+        description="Number of days for which an unconfirmed event is remembered as delivered. VOD keeps events for 4"
+        " days.",
     )
 
     @field_validator("path")
@@ -332,23 +336,23 @@ class Listener(HasSecrets):
 
     address: str | None = Field(
         default=None,
-        description="Where it listens: HOST:PORT, an IPv6 address in square brackets. Left out: there is no listener.",
+        description="The address to listen on: HOST:PORT, an IPv6 address in square brackets. Left out: no listener.",
         examples=["127.0.0.1:9464"],
     )
     password_file: SecretFile | None = Field(
         default=None,
-        description="The file whose first line is the password, 8 characters at least; the user's name is `vodpoller`."
-        " The two probes need no password. Left out: nothing needs one, and the page shows no bodies.",
+        description="The file whose first line is the password, at least 8 characters; the user name is `vodpoller`."
+        " The two probes need no password. Left out: no request needs one, and the page shows no bodies.",
         examples=["listener_password"],
     )
     unauthenticated: bool = Field(
         default=False,
-        description="Whether other machines may ask without a password. Needed for an `address` that they can reach,"
-        " unless there is a `password_file`.",
+        description="Whether other machines may send requests without a password. Must be true for an `address` that"
+        " they can reach, unless there is a `password_file`.",
     )
     hosts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
-        description="The names and addresses, without ports, by which it is asked; the two probes answer to any."
+        description="The host names and addresses, without ports, that requests may name; the two probes accept any."
         " Left out: the host of `address`, `localhost`, `127.0.0.1` and `[::1]`.",
         examples=[["vod.example"]],
     )
@@ -388,7 +392,7 @@ class Listener(HasSecrets):
 
     @property
     def is_exposed(self) -> bool:
-        """Whether other machines may ask it without a password and without leave."""
+        """Whether other machines can reach it although no password is set and `unauthenticated` is false."""
         is_open = self.password_file is None and not self.unauthenticated
         return self.address is not None and is_open and not is_loopback(host_of(self.address))
 
@@ -398,7 +402,7 @@ class Listener(HasSecrets):
         return self.address is not None and _is_unspecified(host_of(self.address))
 
     def known_hosts(self) -> frozenset[str]:
-        """The hosts by which it may be asked, as a browser writes them, in lower case."""
+        """The hosts that requests may name, as a browser writes them, in lower case."""
         own = host_of(self.address or "")
         default = (f"[{own}]" if ":" in own else own, "localhost", "127.0.0.1", "[::1]")
         return frozenset(host.lower() for host in self.hosts or default)
@@ -423,16 +427,16 @@ def host_of(address: str) -> str:
 
 
 def port_of(address: str) -> int:
-    """The port of such an address."""
+    """The port of an address with a port."""
     return urlsplit(f"//{address}").port or 0
 
 
 def problem_in_address(address: str, example: str) -> str:
-    """What is wrong with an address that is to have a host and a port; empty if nothing is.
+    """What is wrong with an address that must have a host and a port; empty if nothing is wrong.
 
     Args:
-        address: As it was written.
-        example: What would be right.
+        address: The address, as in the configuration.
+        example: A correct address, for the message.
     """
     try:
         parts = urlsplit(f"//{address}")
@@ -461,7 +465,7 @@ def _has_open_bracket(glob: str) -> bool:
     """Whether a "[" has no "]", so that fnmatch takes it for the character itself."""
     at = 0
     while (at := glob.find("[", at)) >= 0:
-        # A "]" right at the start, or after "!", is one of the characters.
+        # A "]" directly after "[" or "[!" is one of the characters.
         start = at + 2 if glob[at + 1 : at + 2] == "!" else at + 1
         end = glob.find("]", start + 1)
         if end < 0:

@@ -1,4 +1,4 @@
-"""Validation of single tables, each by its model; pydantic's errors become problems in plain words."""
+"""Validate single tables, each by its model; errors of pydantic become problems in plain words."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -49,7 +49,7 @@ class Validation:
     def table(
         self, name: str, model: type[_Model], prepare: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     ) -> _Model | None:
-        """Validate a table of which there is one.
+        """Validate a table that is not in a list.
 
         Args:
             name: Its name.
@@ -75,7 +75,7 @@ class Validation:
         Args:
             name: The name of the list.
             model_of: Gives the model of a table.
-            example: For the message if there is no table: what to write.
+            example: What to write, for the message if there is no table.
         """
         items = self._draft.data.get(name)
         if not items and isinstance(items, list | None):
@@ -135,7 +135,7 @@ class Validation:
             )
             return None
         if not re.fullmatch(NAME_PATTERN, name) or len(name) > NAME_MAX_LENGTH:
-            self._problems.add(where, f"is not a name for a sink ({NAME_RULE})")
+            self._problems.add(where, f"is not a valid name for a sink ({NAME_RULE})")
         type_name = table.get("type")
         place = (*where, "type")
         if "type" not in table:
@@ -149,7 +149,7 @@ class Validation:
                 return load_sink_class(available[type_name])
             except UnusableSinkError as error:
                 self._problems.add(place, str(error))
-        elif not self._problems.concern(place):
+        elif not self._problems.any_at(place):
             self._problems.add(
                 place,
                 f"no sink type {quoted(type_name)} is installed ({suggestion(type_name, available)}"
@@ -162,11 +162,13 @@ class Validation:
         context = detail.get("ctx", {})
         if context.get("key"):
             place = (*place[:-1], context["key"])
-        if detail["type"] != "default_factory_not_called" and not self._problems.concern((*where, *place)):
-            self._problems.add((*where, *place), in_words(detail, model, tables=_ELSEWHERE.get(str(where[0]), TABLES)))
+        if detail["type"] != "default_factory_not_called" and not self._problems.any_at((*where, *place)):
+            self._problems.add(
+                (*where, *place), in_words(detail, model, tables=_OTHER_TABLES.get(str(where[0]), TABLES))
+            )
 
 
-_ELSEWHERE: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
+_OTHER_TABLES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "sinks": {},
     "sources": {
         **{name: model for name, model in TABLES.items() if name != "sources"},
@@ -174,7 +176,7 @@ _ELSEWHERE: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
         '[[sources]] with type = "callback"': CallbackSource,
     },
 }
-"""By the name of a table, those that a key may belong to which it does not have; for others, all."""
+"""For each table, by its name: the tables to which an unknown key of it may belong. For other tables: all."""
 
 
 def _model_of_source(table: Mapping[str, Any]) -> type[AnySource]:

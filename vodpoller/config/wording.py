@@ -1,4 +1,4 @@
-"""The errors of pydantic and TOML in plain words, for a person who writes a configuration."""
+"""Errors of pydantic and TOML in plain words, for a person who writes a configuration."""
 
 import difflib
 import json
@@ -51,7 +51,7 @@ def in_words(  # noqa: C901, PLR0911, PLR0912 - flat: one case for each kind of 
     Args:
         detail: The error of pydantic.
         model: The model of the table.
-        tables: The other tables, for the hint where an unknown key belongs. Empty for a sink: its type has own keys.
+        tables: The other tables, for the hint where an unknown key belongs. Empty for a sink: its type has the keys.
     """
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     place = detail["loc"]
@@ -150,7 +150,7 @@ def missing_modules(names: Iterable[str]) -> list[str]:
 
 
 def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[BaseModel]]) -> str:
-    """The message for a key that a table does not have, with a hint which key may be meant.
+    """The message for a key that a table does not have, with a hint about the key that may be meant.
 
     Args:
         key: As it was written.
@@ -170,7 +170,7 @@ def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[B
     elif near := _nearest(key, known):
         hint = f"did you mean {near}?"
     else:
-        hint = f"known here: {', '.join(known)}" if known else "delete it"
+        hint = f"keys of this table: {', '.join(known)}" if known else "delete it"
     return f"there is no such key here ({hint})"
 
 
@@ -215,7 +215,7 @@ _CHARACTERS: Final[Mapping[str, str]] = {" ": "a blank", "\t": "a tab", '"': "a 
 
 
 def _character(char: str) -> str:
-    """The name of a character that a person may not see."""
+    """The name of a character, since the character itself may be invisible."""
     if char in _CHARACTERS:
         return _CHARACTERS[char]
     kind = (
@@ -263,7 +263,7 @@ _TOML_MESSAGE: Final = re.compile(
     r"(?P<message>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
 )
 _TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
-    "Invalid value": ("this is not a value", 'text stands in quotes; numbers, true and false do not: name = "main"'),
+    "Invalid value": ("this is not a value", 'write text in quotes; numbers, true and false without: name = "main"'),
     "Cannot overwrite": ("a key is given twice", "delete one of the two lines"),
     "Cannot declare": ("this table begins for the second time", "put its keys together, or write [[…]] for a list"),
     "Illegal character '\\n'": ("a text is not closed on its line", 'end it with "'),
@@ -271,7 +271,7 @@ _TOML_WORDS: Final[Mapping[str, tuple[str, str]]] = {
     "Expected '\"'": ("a text is not closed", 'end it with "'),
     "Unescaped '\\'": ("a backslash in a text", "write \\\\, or 'single quotes' around the text"),
     "Expected '=' after": ("a key has no =", "key = value"),
-    "Expected newline": ("something stands behind the value", "one key = value on each line; text in quotes"),
+    "Expected newline": ("there is more text after the value", "one key = value on each line; text in quotes"),
     "Expected ']' at": ("the name of a table is not closed", "[table] or [[list of tables]]"),
     "Invalid statement": ("this is not a key", "key = value, with letters, digits, _ and - in the key"),
     "Unclosed array": ("a list is not closed", "end it with ]"),

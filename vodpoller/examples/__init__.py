@@ -1,7 +1,7 @@
 """The files that `vodpoller example NAME` prints: one file in this folder and one entry below for each.
 
-Those that have their place elsewhere in the repository are links here, so that there is one copy of each, which a wheel
-and an editable installation have alike.
+Files whose place is elsewhere in the repository are links here. So there is one copy of each, both in a wheel and in an
+editable installation.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Example:
 
     Args:
         file: Its name in this folder.
-        about: What it is and where it goes, as part of a sentence.
+        about: What the file is and where it belongs, as part of a sentence.
     """
 
     file: str
@@ -28,20 +28,20 @@ class Example:
 
 
 EXAMPLES: Final[Mapping[str, Example]] = {
-    "alerts": Example(file="alerts.yml", about="alerting rules for Prometheus; for one of its `rule_files`"),
+    "alerts": Example(file="alerts.yml", about="alerting rules for Prometheus; for its `rule_files`"),
     "config": Example(
         file="config.example.toml", about="the configuration, with every key explained; for /etc/vodpoller/config.toml"
     ),
     "containerfile": Example(
-        file="Containerfile", about="an image of vodpoller, to be built in the folder of its sources"
+        file="Containerfile", about="an image of vodpoller; to build in the folder of its sources"
     ),
-    "dashboard": Example(file="dashboard.json", about="a dashboard for Grafana, to be imported there"),
+    "dashboard": Example(file="dashboard.json", about="a dashboard for Grafana; to import there"),
     "logrotate": Example(
         file="vodpoller.logrotate", about="rotates the files of sinks; for /etc/logrotate.d/vodpoller"
     ),
     "socket": Example(
         file="vodpoller.socket",
-        about="the port of callbacks, open over restarts; for /etc/systemd/system/vodpoller.socket",
+        about="the port for callbacks, open during restarts; for /etc/systemd/system/vodpoller.socket",
     ),
     "sql": Example(file="tables.sql", about="the tables of the sinks postgresql, mysql and sqlite, for a database"),
     "unit": Example(file="vodpoller.service", about="the service; for /etc/systemd/system/vodpoller.service"),

@@ -1,8 +1,8 @@
--- The tables of the sinks `postgresql`, `mysql` and `sqlite`. Take the part of your database.
+-- The tables of the sinks `postgresql`, `mysql` and `sqlite`. Use the part for your database.
 --
 -- `vodpoller_events` is for a sink without `statement`: one row for each event. Columns of your own may be added, if they
 -- have a default or may be null. The body's type must not change the body: not jsonb, not MySQL's JSON.
--- `vodpoller_inbox` is for a sink with `statement`: it remembers which events the statement has been run for. It must be
+-- `vodpoller_inbox` is for a sink with `statement`: it remembers the events for which the statement was run. It must be
 -- in the same database as the tables that the statement changes. The sink deletes old rows of it.
 
 -- [postgresql] ---------------------------------------------------------------------------------------------------------

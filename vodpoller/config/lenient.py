@@ -1,4 +1,4 @@
-"""What leads from a configuration's file to the daemon that runs with it, also if the file cannot be used."""
+"""Read what is needed to find the daemon that runs with a configuration file, even if the file cannot be used."""
 
 import re
 import tomllib
@@ -15,8 +15,8 @@ from vodpoller.config.tables import Daemon, Journal
 Table = TypeVar("Table", bound=BaseModel)
 
 
-def glance_at(path: Path, *, env: Mapping[str, str]) -> tuple[Journal, Daemon]:
-    """The tables `[journal]` and `[daemon]`. One that cannot be read is taken for empty: it has its defaults.
+def read_leniently(path: Path, *, env: Mapping[str, str]) -> tuple[Journal, Daemon]:
+    """Read the tables `[journal]` and `[daemon]`. A table that cannot be read has its defaults.
 
     Args:
         path: The TOML file.
@@ -32,9 +32,9 @@ def glance_at(path: Path, *, env: Mapping[str, str]) -> tuple[Journal, Daemon]:
 
 
 def _table_in(text: str, name: str) -> Any:
-    """One table of a text that may not be TOML elsewhere."""
-    stretch = re.search(rf"^[ \t]*\[{name}\].*\n(?:(?![ \t]*\[).*\n?)*", text, re.MULTILINE)
-    for part in (text, stretch[0] if stretch else ""):
+    """One table of a text whose other parts may not be TOML."""
+    table = re.search(rf"^[ \t]*\[{name}\].*\n(?:(?![ \t]*\[).*\n?)*", text, re.MULTILINE)
+    for part in (text, table[0] if table else ""):
         try:
             return tomllib.loads(part).get(name, {})
         except (ValueError, RecursionError):
