@@ -285,7 +285,7 @@ def test_behind_a_proxy_only_the_proxy_is_reached(monkeypatch, url, spelled):
         monkeypatch.setenv("all_proxy", spelled.format(port))
         text = WebhookSink.probe("it", hook(url), sink_context())
         until(lambda: None in heard)
-    assert text == f"the proxy 127.0.0.1:{port} accepts connections (what is behind it was not tried)"
+    assert text == f"the proxy 127.0.0.1:{port} accepts connections (the server behind it was not tried)"
     assert heard == [b"", None]
 
 
