@@ -1,4 +1,4 @@
-"""For the tests of sinks: what every sink promises, as tests, and VOD's simulator as a fixture.
+"""Test support for authors of sinks: a conformance suite for every sink, and VOD's simulator as a fixture.
 
     from vodpoller.testing import SinkHarness, sink_conformance, vod_simulator
 
@@ -32,35 +32,35 @@ from vodpoller.sinks.registry import available_sinks
 
 __all__ = ["Simulator", "SinkConformance", "SinkHarness", "event", "sink_conformance", "vod_simulator"]
 
-_TESTS_OF: Final[Mapping[str, str]] = {
+_TESTS_BY_ABILITY: Final[Mapping[str, str]] = {
     "hang": "test_a_receiver_that_hangs_costs_no_more_than_the_time_limit",
     "refuse": "test_of_a_call_with_a_refused_event_the_others_are_accepted",
     "reject": "test_a_rejected_event_is_an_error_of_its_own_and_harms_no_other",
 }
-SLACK_SECS: Final = 1.5  # what a busy machine may add to a time limit
+SLACK_SECS: Final = 1.5  # a call on a busy machine may exceed its time limit by this
 
 
 def event(number: int = 0, **more: Any) -> Event:
-    """An event about the file of that number.
+    """Make an event about a file.
 
     Args:
-        number: Makes events differ.
-        more: Further members of its content.
+        number: The id of the file; events with different numbers are different events.
+        more: Further members of the event's content.
     """
     content = {"EventType": "NewFileUpload", "FileUploadEvent": {"FileId": str(number)}, **more}
     return make_event(content, source="main", sub_app_id=None)
 
 
 class SinkHarness(ABC):
-    """Makes the sink that is tested, and plays its receiver. One is made for each test.
+    """Makes the sink under test, and simulates its receiver. Each test has its own harness.
 
     Args:
-        tmp_path: An empty folder of the test's own.
+        tmp_path: An empty folder for this test.
 
     Attributes:
-        sink_type: The name of its entry point.
-        cannot: Which of "hang", "refuse" and "reject" cannot happen to such a sink, each with the reason: the suite
-            has no tests of them then. A sink that takes one event at a time has none to refuse among others.
+        sink_type: The name of the sink's entry point.
+        cannot: Those of "hang", "refuse" and "reject" that cannot happen to such a sink, each with the reason. The
+            suite then has no tests of them. For example, "refuse" needs a sink that takes several events in one call.
     """
 
     sink_type: str
@@ -77,22 +77,22 @@ class SinkHarness(ABC):
 
     @abstractmethod
     def build(self, context: SinkContext) -> Sink[Any]:
-        """Make the sink. The receiver accepts at first."""
+        """Make the sink. At first, the receiver accepts all events."""
 
     @abstractmethod
     def accept(self) -> None:
-        """From now on, the receiver takes everything, also what it did not take before."""
+        """From now on, the receiver accepts all events, also those that it has refused before."""
 
     @abstractmethod
     def fail(self) -> None:
-        """From now on, the receiver takes nothing, and says so: it may be able to later."""
+        """From now on, the receiver answers every event with a failure that may pass."""
 
     def reject(self) -> None:
-        """From now on, the receiver takes nothing, and says that it never will."""
+        """From now on, the receiver answers that it will never accept any event."""
         raise NotImplementedError
 
     def refuse(self, event: Event) -> None:
-        """From now on, the receiver says of this event, and of no other, that it never will take it."""
+        """From now on, the receiver answers that it will never accept this event. It accepts all others."""
         raise NotImplementedError
 
     def hang(self) -> None:
@@ -104,10 +104,11 @@ class SinkHarness(ABC):
         """The bodies that the receiver holds, in the order of their arrival.
 
         Args:
-            count: Number that the test expects: a receiver that is told later than the sink waits for them.
+            count: The number of bodies that the test expects. A receiver that gets them after `deliver` has returned
+                waits for them.
         """
 
-    def close(self) -> None:  # noqa: B027 - a receiver that is a file needs nothing
+    def close(self) -> None:  # noqa: B027 - not abstract: a receiver that is a file needs no end
         """End the receiver."""
 
 
@@ -115,10 +116,10 @@ def sink_conformance(harness_class: type[SinkHarness]) -> type["SinkConformance"
     """Make the conformance suite of one sink.
 
     Args:
-        harness_class: Makes the sink and plays its receiver.
+        harness_class: Makes the sink and simulates its receiver.
 
     Returns:
-        A class of tests, to be given a name that pytest finds: `TestRows = sink_conformance(RowsHarness)`.
+        A class of tests. Assign it to a name that pytest collects: `TestRows = sink_conformance(RowsHarness)`.
     """
 
     class Conformance(SinkConformance):
@@ -129,27 +130,27 @@ def sink_conformance(harness_class: type[SinkHarness]) -> type["SinkConformance"
             made.close()
 
     for ability in harness_class.cannot:
-        setattr(Conformance, _TESTS_OF[ability], None)  # pytest collects functions only
+        setattr(Conformance, _TESTS_BY_ABILITY[ability], None)  # so that pytest does not collect the test
     return Conformance
 
 
 def _deliver(sink: Sink[Any], events: Sequence[Event], timeout_secs: float = 10.0) -> None:
-    """As a worker does: no more at once than the sink takes."""
+    """Deliver like a worker: in calls of at most `batch_events` events."""
     for start in range(0, len(events), sink.batch_events):
         sink.deliver(events[start : start + sink.batch_events], timeout_secs)
 
 
 class SinkConformance:
-    """What every sink promises. A subclass has a fixture `harness`; `sink_conformance` makes one."""
+    """The tests that every sink must pass. A subclass has a fixture `harness`; `sink_conformance` makes a subclass."""
 
     @pytest.fixture
     def harness(self) -> SinkHarness:
-        """What is tested."""
+        """The harness of the sink under test."""
         raise NotImplementedError("override the fixture harness, or use sink_conformance()")
 
     @pytest.fixture
     def sink(self, harness: SinkHarness) -> Iterator[Sink[Any]]:
-        """The sink, open; a sink that recovers has done so."""
+        """The sink under test, open and, if it is `Recoverable`, recovered."""
         made = harness.build(SinkContext(log=structlog.get_logger()))
         if isinstance(made, Recoverable):
             assert list(made.recover(None, [None])) == []
@@ -191,7 +192,7 @@ class SinkConformance:
     def test_of_a_call_with_a_refused_event_the_others_are_accepted(
         self, harness: SinkHarness, sink: Sink[Any]
     ) -> None:
-        assert sink.batch_events > 1, 'say in the harness\'s "cannot" that it takes one event at a time ("refuse")'
+        assert sink.batch_events > 1, 'the sink takes one event per call: put "refuse" into the harness\'s "cannot"'
         harness.refuse(event(1))
         with pytest.raises(PartialFailureError) as raised:
             sink.deliver([event(0), event(1), event(2)][: sink.batch_events], 5.0)
@@ -278,7 +279,7 @@ class SinkConformance:
 
     def test_the_position_of_a_file_is_the_end_of_what_was_accepted(self, sink: Sink[Any]) -> None:
         if not isinstance(sink, Recoverable):
-            # A sink with one of the two methods would be taken for one that cannot tell what it holds.
+            # A sink with only one of the two methods would not count as `Recoverable`.
             assert not hasattr(sink, "position")
             assert not hasattr(sink, "recover")
             return
@@ -290,9 +291,9 @@ class SinkConformance:
 
 @pytest.fixture
 def vod_simulator() -> Iterator[Simulator]:
-    """VOD's event API at `vod_simulator.url`, with an empty queue; ask `vod_simulator.feed([body])` to fill it.
+    """VOD's event API at `vod_simulator.url`, with an empty queue; `vod_simulator.feed([body])` adds events.
 
-    It runs in a thread of this process, and takes every API key.
+    It runs in a thread of this process, and accepts every API key.
     """
     with Simulator() as simulator:
         yield simulator

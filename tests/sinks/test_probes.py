@@ -97,7 +97,7 @@ def test_a_file_that_is_there_can_be_written_and_still_be_opened(used, tmp_path)
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path):
     for path in (tmp_path / "events.jsonl", tmp_path / "one" / "two" / "events.jsonl"):
-        assert FileSink.probe("it", file_config(path), sink_context()) == f"{path} can be made"
+        assert FileSink.probe("it", file_config(path), sink_context()) == f"{path} can be created"
     assert tree(tmp_path) == []
 
 
@@ -285,7 +285,7 @@ def test_behind_a_proxy_only_the_proxy_is_reached(monkeypatch, url, spelled):
         monkeypatch.setenv("all_proxy", spelled.format(port))
         text = WebhookSink.probe("it", hook(url), sink_context())
         until(lambda: None in heard)
-    assert text == f"the proxy 127.0.0.1:{port} accepts connections (what is behind it was not tried)"
+    assert text == f"the proxy 127.0.0.1:{port} accepts connections (the server behind it was not tried)"
     assert heard == [b"", None]
 
 

@@ -153,7 +153,7 @@ def test_a_cwd_that_is_no_folder_is_a_config_error(opened, tmp_path, place):
 
 def test_a_cwd_that_this_user_may_not_enter_is_a_config_error(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match=r"sinks\.script\.cwd: .* may not be entered"):
+    with pytest.raises(ConfigError, match=r"sinks\.script\.cwd: .* cannot be entered"):
         opened([SH], cwd=str(tmp_path))
 
 
@@ -271,10 +271,10 @@ def test_the_format_is_that_of_the_configuration(opened, tmp_path):
         ("exit 1", RejectedError, "exited with 1"),
         ("exit 255", RejectedError, "exited with 255"),
         ("echo no such customer >&2; exit 2", RejectedError, "exited with 2: no such customer"),
-        ("exit 75", TransientError, "exited with 75 (it asks to be called again later)"),
-        ("echo busy >&2; exit 75", TransientError, "exited with 75 (it asks to be called again later): busy"),
-        ("exit 126", TransientError, "exited with 126 (something that it calls cannot be executed)"),
-        ("exit 127", TransientError, "exited with 127 (something that it calls was not found)"),
+        ("exit 75", TransientError, "exited with 75 (it asks for another attempt later)"),
+        ("echo busy >&2; exit 75", TransientError, "exited with 75 (it asks for another attempt later): busy"),
+        ("exit 126", TransientError, "exited with 126 (a program that it calls cannot be executed)"),
+        ("exit 127", TransientError, "exited with 127 (a program that it calls was not found)"),
         ("kill -TERM $$", TransientError, "was killed by SIGTERM"),
         ("kill -KILL $$", TransientError, "was killed by SIGKILL (did memory run out?)"),
         ("echo oh >&2; kill -SEGV $$", TransientError, "was killed by SIGSEGV: oh"),
@@ -375,7 +375,7 @@ def test_memory_that_is_short_before_the_start_is_transient(opened, monkeypatch)
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    assert "cannot be started: Cannot allocate memory (memory is short" in failure_of(opened(["true"]))
+    assert "cannot be started: Cannot allocate memory (not enough memory" in failure_of(opened(["true"]))
 
 
 def test_an_exit_code_that_somebody_else_took_is_never_a_success(opened):

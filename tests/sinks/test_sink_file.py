@@ -804,9 +804,9 @@ def test_a_file_of_nothing_but_zeros_is_emptied(restarted, path):
 def test_a_file_that_cannot_be_ours_is_refused_and_left_alone(opened, path, content):
     path.write_bytes(content)
     sink = opened()
-    with pytest.raises(ConfigError, match="something else than JSON lines"):
+    with pytest.raises(ConfigError, match="its content is not JSON lines"):
         sink.recover(None, [None])
-    with pytest.raises(TransientError, match="something else than JSON lines"):
+    with pytest.raises(TransientError, match="its content is not JSON lines"):
         sink.deliver([event(1)], 5.0)
     assert path.read_bytes() == content
 

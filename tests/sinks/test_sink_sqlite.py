@@ -273,7 +273,7 @@ def test_a_file_that_does_not_exist_is_made_only_if_asked_for(tmp_path, make):
     with pytest.raises(ConfigError, match=r"^sinks\.it: "):
         SqliteSink.probe("it", config, sink_context())
     makes = config.model_copy(update={"create_table": True})
-    assert SqliteSink.probe("it", makes, sink_context()) == f"{path} will be made"
+    assert SqliteSink.probe("it", makes, sink_context()) == f"{path} will be created"
     assert list(tmp_path.iterdir()) == []
     make(create_table=True).deliver([event(1)], 5.0)
     assert path.exists()
@@ -285,7 +285,7 @@ def test_the_probe_names_a_statement_with_a_mistake(db, make, tmp_path):
     with pytest.raises(ConfigError, match="numbr"):
         SqliteSink.probe("it", config, sink_context())
     good = config.model_copy(update={"statement": COUNT})
-    assert SqliteSink.probe("it", good, sink_context()).endswith("and the statement can be read")
+    assert SqliteSink.probe("it", good, sink_context()).endswith("and the statement is valid")
     assert number_in(db) == 0
 
 
@@ -295,10 +295,10 @@ def test_the_probe_names_a_statement_with_a_mistake(db, make, tmp_path):
 class FakeSession:
     def __init__(self):
         self.closed = threading.Event()
-        self.was_cut = threading.Event()
+        self.was_aborted = threading.Event()
 
-    def cut(self):
-        self.was_cut.set()
+    def abort(self):
+        self.was_aborted.set()
 
     def close(self):
         self.closed.set()
@@ -327,7 +327,7 @@ def test_a_connection_that_comes_too_late_is_closed():
 
 def test_a_call_that_does_not_end_is_cut_and_its_connection_closed():
     def hang(session, secs):
-        assert session.was_cut.wait(5)
+        assert session.was_aborted.wait(5)
         lost(session, secs)
 
     session = FakeSession()
@@ -360,7 +360,7 @@ def test_what_is_in_use_at_a_reload_is_closed_when_it_is_done():
     sessions = Sessions(lambda secs: FakeSession(), time.monotonic)
 
     def reload_meanwhile(session, secs):
-        sessions.forget()
+        sessions.discard_all()
         assert not session.closed.is_set()
         return session
 
@@ -375,7 +375,7 @@ def test_closing_cuts_what_is_in_use_and_nothing_more_is_opened():
     def hang(session, secs):
         held.append(session)
         began.set()
-        session.was_cut.wait(5)
+        session.was_aborted.wait(5)
 
     thread = threading.Thread(target=use, args=(sessions, hang))
     thread.start()
@@ -396,10 +396,10 @@ def test_closing_cuts_what_is_in_use_and_nothing_more_is_opened():
         (SqliteConfig, {"path": "x", "table": "a;b"}, "not the name of a table"),
         (SqliteConfig, {"path": "x", "statement": "SELECT :nme"}, "'nme'"),
         (SqliteConfig, {"path": "x", "statement": "SELECT 1", "table": "t"}, "keep one of the two"),
-        (SqliteConfig, {"path": "x", "inbox_days": 13}, "at least give_up_after_secs"),
-        (SqliteConfig, {"path": "x", "give_up_after_secs": 30 * 86_400.0}, "37: an event"),
+        (SqliteConfig, {"path": "x", "inbox_days": 13}, "(give_up_after_secs and 7 days more)"),
+        (SqliteConfig, {"path": "x", "give_up_after_secs": 30 * 86_400.0}, "at least 37 ("),
         (PostgresqlConfig, {"dsn": DSN, "statement": "SELECT %(nme)s"}, "'nme'"),
-        (PostgresqlConfig, {"dsn": DSN, "statement": "SELECT 1 % 2"}, "%% for the sign"),
+        (PostgresqlConfig, {"dsn": DSN, "statement": "SELECT 1 % 2"}, "%% for a percent sign"),
         (PostgresqlConfig, {"dsn": DSN, "batch_max_events": 1001}, "1000"),
         (PostgresqlConfig, {}, "is missing"),
         (PostgresqlConfig, {"dsn": "hst=hunter2"}, "not a connection string"),

@@ -133,10 +133,10 @@ def test_more_threads_than_the_quota_can_use_are_not_started(opened):
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ("EventType", "it makes a text, and the parameters of an action are an object"),
-        ("[EventType]", "it makes a list"),
-        ("`1`", "it makes a number"),
-        ("`true`", "it makes a boolean"),
+        ("EventType", "the result is a string, but the parameters of an action are an object"),
+        ("[EventType]", "the result is a list"),
+        ("`1`", "the result is a number"),
+        ("`true`", "the result is a boolean"),
         ("{Sum: sum(EventType)}", "it cannot be evaluated on this event"),
         ("{A: &EventType}", "cannot be written as JSON"),
     ],
@@ -154,7 +154,7 @@ def test_an_event_without_parameters_is_rejected_and_not_sent(opened, api, param
 
 def test_for_an_event_of_which_params_make_null_nothing_is_sent(opened, api):
     sink = opened(params="Nothing")
-    with pytest.raises(SkippedError, match="finds null"):
+    with pytest.raises(SkippedError, match="the result is null"):
         sink.examine(event(1))
     assert not api.received
 

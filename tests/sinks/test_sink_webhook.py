@@ -254,7 +254,7 @@ def test_the_environments_proxy_is_used_and_looked_up_once(opened, receiver, mon
     assert received.headers["Proxy-Authorization"].startswith("Basic ")
     receiver.answer = Answer(503)
     error = failure_of(sink)
-    assert str(error) == "app.invalid:80 (by the proxy 127.0.0.1) answered 503 Service Unavailable"
+    assert str(error) == "app.invalid:80 (through the proxy 127.0.0.1) answered 503 Service Unavailable"
 
 
 # --- the answer ---

@@ -267,7 +267,7 @@ def test_the_probe_says_what_is_there_and_writes_nothing(database):
     assert "has the table vodpoller_events" in said
     assert "hunter2" not in said
     make_counter(database)
-    assert probe(database, statement=COUNT_ONE).endswith("has the table vodpoller_inbox, and the statement can be read")
+    assert probe(database, statement=COUNT_ONE).endswith("has the table vodpoller_inbox, and the statement is valid")
     assert (rows(database), counted(database)) == (0, 0)
 
 
@@ -296,5 +296,5 @@ def test_the_probe_warns_of_commits_that_a_loss_of_power_may_lose(database, log,
     finally:
         database.server.as_admin(setting.format(name, good))
     assert isinstance(said, Doubt)
-    assert f"; a loss of power may lose what is committed, because of {name} = {weak}" in said
+    assert f"; a loss of power may lose committed events, because of {name} = {weak}" in said
     assert [line["setting"] for line in named(lines, "database.nondurable")] == [f"{name} = {weak}"]

@@ -87,12 +87,12 @@ def test_an_expression_that_does_not_compile_names_key_and_position(key):
         ({"url_file": Secret(value="robot.example/hook")}, "url_file", "not an http or https address"),
         ({"url_file": Secret(value="https://me:hunter2@robot.example/")}, "url_file", "it holds credentials"),
         ({"url_file": Secret(value="https://robot.example/" + "a" * 2048)}, "url_file", "longer than 2048 characters"),
-        ({"url": WITH_TOKEN, "sign": "dingtalk"}, "sign", '"dingtalk" signs with a secret, and there is none'),
-        ({"url": WITH_TOKEN, "sign": "feishu", "secret": "x" * 22}, "sign", "there is no body that makes one"),
+        ({"url": WITH_TOKEN, "sign": "dingtalk"}, "sign", '"dingtalk" needs a secret (add secret_file)'),
+        ({"url": WITH_TOKEN, "sign": "feishu", "secret": "x" * 22}, "sign", "add body, which makes the message"),
         ({"url": WITH_TOKEN, "sign": "dingtalk", "secret": SECRET}, "secret", "it does not begin with SEC"),
-        ({"url": WITH_TOKEN, "sign": "feishu", "secret": SECRET}, "secret", "no bot has such a secret"),
+        ({"url": WITH_TOKEN, "sign": "feishu", "secret": SECRET}, "secret", "it is not the secret of a Feishu bot"),
         ({"url": WITH_TOKEN, "sign": "standard", "secret": "SEC" + "0" * 7}, "secret", "whsec_ and base64 of 24"),
-        ({"url": WITH_TOKEN, "body": "@", "format": "cloudevents"}, "format", "has no effect beside body"),
+        ({"url": WITH_TOKEN, "body": "@", "format": "cloudevents"}, "format", "has no effect together with body"),
         ({"url": WITH_TOKEN, "method": "GET"}, "method", "Input should be 'POST', 'PUT' or 'PATCH'"),
         ({"url": WITH_TOKEN, "max_per_minute": 0}, "max_per_minute", "greater than or equal to 1"),
         ({"url": WITH_TOKEN, "max_per_minute": 60_001}, "max_per_minute", "less than or equal to 60000"),
@@ -181,7 +181,7 @@ def test_feishu_finds_its_signature_in_the_message(opened, receiver):
 
 
 def test_a_message_without_place_for_feishus_signature_is_rejected(opened):
-    with pytest.raises(RejectedError, match="what it finds is not an object"):
+    with pytest.raises(RejectedError, match="the result is not an object"):
         opened(sign="feishu", secret="feishu-secret", body="'text'").examine(event(1))
 
 

@@ -146,7 +146,7 @@ def conserved(stats):
         ({"stale": "both"}, "stale"),
         ({"sub_app_id": "1"}, "sub_app_id"),
         ({"deny": ["ConfirmEvent"]}, "'ConfirmEvent' is not one of PullEvents, ConfirmEvents"),
-        ({"mode": "pull"}, "mode: 'pull' is none of PULL, PUSH"),
+        ({"mode": "pull"}, "mode: 'pull' is not one of PULL, PUSH"),
         ({"events_off": ["FileDelete"]}, "'FileDelete' is not one of NewFileUpload, FileDeleted, PersistenceComplete"),
         ({"deny": [["PullEvents"]]}, "deny: ['PullEvents']"),
         ({"deny": "PullEvents"}, "deny: 'PullEvents' is not a list"),
@@ -1230,9 +1230,9 @@ def test_an_invalid_request_is_answered_400_and_disconnected(run, sent):
     ("hello", "words"),
     [
         (bytes.fromhex("160301020001000100"), "TLS"),
-        (b"\x05\x01\x00", "not HTTP"),  # SOCKS
-        (b"\x00" * 100, "not HTTP"),
-        (b"\xff", "not HTTP"),
+        (b"\x05\x01\x00", "did not send HTTP"),  # SOCKS
+        (b"\x00" * 100, "did not send HTTP"),
+        (b"\xff", "did not send HTTP"),
     ],
 )
 def test_a_client_that_does_not_use_http_causes_a_warning(hello, words):

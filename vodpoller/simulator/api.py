@@ -1,6 +1,6 @@
-"""What each request to the API gets, as VOD answers it: pulls, confirms, and questions about the application.
+"""The answers to all requests to the API: pulls, confirms, and queries about the application.
 
-Faults come first, then signature and rights, then the quota, then the parameters.
+A request first meets its fault, then the checks of signature and rights, then the quota, then its parameters' check.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ _EMPTY_FORMS: Final[Mapping[str, bytes]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Call:
-    """One request to the API, on its way."""
+    """One request to the API that is not answered yet."""
 
     action: str
     fault: Fault | None
@@ -69,31 +69,31 @@ class _Call:
 
 
 class SlidingSecond:
-    """Counts what happened in the second that has just passed."""
+    """Counts the occurrences in the last second."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
         self.peak = 0
 
     def count(self, now: float) -> int:
-        """The number of times that it happened after `now` less one second."""
+        """Number of occurrences after `now` minus one second."""
         while self._times and self._times[0] <= now - 1:
             self._times.popleft()
         return len(self._times)
 
     def add(self, now: float) -> None:
-        """It happened."""
+        """Add an occurrence."""
         self._times.append(now)
         self.peak = max(self.peak, self.count(now))
 
 
 class Api:
-    """The API and the control endpoints over one queue; lives in one event loop.
+    """The API and the control endpoints for one queue, in one event loop.
 
     Args:
-        options: How it behaves.
-        log: Gets a debug line for each answer.
-        warn: Told what is wrong with a client that does not even speak HTTP.
+        options: The options.
+        log: Gets a debug line for each answer; None: no lines.
+        warn: Called with a text about a client that does not send HTTP.
     """
 
     def __init__(self, options: SimulatorOptions, log: Logger | None, warn: Callable[[str], None]) -> None:
@@ -101,7 +101,7 @@ class Api:
         self._options = options
         self._log = log
         seed = secrets.randbits(63) if options.seed is None else options.seed
-        self._random = Random(seed)  # noqa: S311 - faults and handles, not secrets
+        self._random = Random(seed)  # noqa: S311 - for faults and handles, not for secrets
         self._faults: Mapping[str, tuple[tuple[Fault, float], ...]] = faults_by_action(options.faults)
         self._queue = EventQueue(
             visibility_secs=options.visibility_secs,
@@ -134,17 +134,17 @@ class Api:
         self.bad_requests = 0
         self.connections: set[Connection] = set()
 
-    # --- life ---
+    # --- running ---
 
     async def run(self, ready: Callable[[str], None], stop: asyncio.Event) -> None:
         """Serve until `stop` is set.
 
         Args:
             ready: Called with the base URL once connections are accepted.
-            stop: Ends it; all connections are cut.
+            stop: Setting it ends the API and all connections.
 
         Raises:
-            OSError: The address cannot be listened on, or the events' file cannot be read.
+            OSError: The address cannot be used, or the events' file cannot be read.
         """
         options = self._options
         loop = asyncio.get_running_loop()
@@ -161,10 +161,10 @@ class Api:
             server.close()
             await self._pusher.stop()
             for call in list(self._hanging):
-                self._unhang(call)
+                self._stop_hanging(call)
             for connection in list(self.connections):
                 connection.drop()
-            await asyncio.sleep(0)  # the turn in which the transports close their sockets
+            await asyncio.sleep(0)  # one turn of the loop, in which the transports close their sockets
             await server.wait_closed()
 
     def date(self) -> bytes:
@@ -221,13 +221,13 @@ class Api:
             _after(self._options.rtt_secs / 2, send)
             return
         try:
-            _fail_on_purpose(call.fault)
+            _raise_fault(call.fault)
             if call.action == ASSUME_ROLE and self._options.credential_secs:
                 self._reply(call, self._assume_role(call))
                 return
             self._authorize(call)
             self._limit(call.action)
-            self._carry_out(call, self._parameters(call))
+            self._execute(call, self._parameters(call))
         except ApiError as error:
             self._errors[error.code] += 1
             self._reply(call, _error(error.code, str(error)), code=error.code)
@@ -294,7 +294,7 @@ class Api:
             raise ApiError("InvalidParameterValue.SubAppId", "There is no such SubAppId.")
         return parameters
 
-    def _carry_out(self, call: _Call, parameters: Mapping[str, Any]) -> None:
+    def _execute(self, call: _Call, parameters: Mapping[str, Any]) -> None:
         match call.action:
             case "PullEvents":
                 self._pull(call)
@@ -342,21 +342,21 @@ class Api:
             return
         elements = [] if self._options.has_push_mode else self._queue.take(self._options.batch)
         if elements:
-            self._give(call, elements)
+            self._answer_pull(call, elements)
         elif self._options.poll_secs:
-            timer = asyncio.get_running_loop().call_later(self._options.poll_secs, self._give_nothing, call)
+            timer = asyncio.get_running_loop().call_later(self._options.poll_secs, self._answer_empty, call)
             self._hanging[call] = timer
             call.connection.on_lost = partial(self._abandon, call)
         else:
-            self._give_nothing(call)
+            self._answer_empty(call)
 
-    def _give(self, call: _Call, elements: Sequence[bytes]) -> None:
-        self._watch_leases()
+    def _answer_pull(self, call: _Call, elements: Sequence[bytes]) -> None:
+        self._schedule_expiry()
         self._counts["pulls"] += 1
         self._reply(call, b'"EventSet":[%b],' % b",".join(elements), events=len(elements))
 
-    def _give_nothing(self, call: _Call) -> None:
-        self._unhang(call)
+    def _answer_empty(self, call: _Call) -> None:
+        self._stop_hanging(call)
         self._counts["pulls"] += 1
         self._counts["pulls_empty"] += 1
         form: str = self._options.empty
@@ -365,41 +365,41 @@ class Api:
             self._empties += 1
         self._reply(call, _EMPTY_FORMS[form], events=0)
 
-    def _unhang(self, call: _Call) -> None:
+    def _stop_hanging(self, call: _Call) -> None:
         timer = self._hanging.pop(call, None)
         if timer is not None:
             timer.cancel()
             call.connection.on_lost = None
 
     def _abandon(self, call: _Call) -> None:
-        self._unhang(call)
+        self._stop_hanging(call)
         self._counts["pulls_abandoned"] += 1
 
     def _wake(self) -> None:
-        """Events may have become visible: push them, or give them to the pulls that have hung the longest."""
+        """Push the visible events, or answer hanging pulls with them, the oldest pull first."""
         self._pusher.push()
         while not self._options.has_push_mode and self._hanging and self._queue.visible:
             call = next(iter(self._hanging))
-            self._unhang(call)
+            self._stop_hanging(call)
             if call.connection.closed:
                 self._counts["pulls_abandoned"] += 1
             else:
-                self._give(call, self._queue.take(self._options.batch))
+                self._answer_pull(call, self._queue.take(self._options.batch))
 
-    def _watch_leases(self) -> None:
+    def _schedule_expiry(self) -> None:
         at = self._queue.next_expiry
         if self._expiry is None and at is not None:
             wait_secs = max(at - time.monotonic(), 0.0)
-            self._expiry = asyncio.get_running_loop().call_later(wait_secs, self._end_leases)
+            self._expiry = asyncio.get_running_loop().call_later(wait_secs, self._expire_leases)
 
-    def _end_leases(self) -> None:
+    def _expire_leases(self) -> None:
         self._expiry = None
         self._queue.expire()
         self._wake()
-        self._watch_leases()
+        self._schedule_expiry()
 
     def _reply(self, call: _Call, members: bytes, *, code: str = "", events: int | None = None) -> None:
-        """Send the answer after the rest of the round trip, spoilt by the call's fault."""
+        """Send the answer after the second half of the round trip, with the effect of the call's fault."""
         request_id = str(UUID(int=self._random.getrandbits(128), version=4))
         body = b'{"Response":{%b"RequestId":"%b"}}' % (members, request_id.encode())
         if self._log is not None:
@@ -418,9 +418,9 @@ class Api:
                 send = call.connection.cut
             case "truncated":
                 at = self._random.randrange(1, len(body))
-                # The connection breaks half-way, or a proxy takes the half for the whole.
-                whole = self._random.random() < 0.5  # noqa: PLR2004 - a coin
-                send = partial(call.connection.send, body[:at] if whole else body, cut_at=None if whole else at)
+                # Either the connection breaks within the body, or the cut body has a matching Content-Length.
+                is_framed = self._random.random() < 0.5  # noqa: PLR2004 - each with the same probability
+                send = partial(call.connection.send, body[:at] if is_framed else body, cut_at=None if is_framed else at)
             case "slow":
                 delay_secs += self._options.slow_secs
             case _:
@@ -430,7 +430,7 @@ class Api:
     # --- control ---
 
     def feed(self, bodies: Iterable[bytes]) -> int:
-        """Events are born, and pulls that hang get them."""
+        """Add events to the queue, and answer the hanging pulls."""
         count = self._queue.feed(bodies)
         self._wake()
         return count
@@ -439,7 +439,7 @@ class Api:
         """Change options.
 
         Raises:
-            ValueError: An option is unknown, or cannot be changed while running, or has no such value.
+            ValueError: An option is unknown, cannot be changed while running, or has an invalid value.
         """
         if unknown := sorted(changes.keys() - CONTROLLABLE):
             raise ValueError(f"{unknown[0]}: cannot be changed while running; {', '.join(sorted(CONTROLLABLE))} can")
@@ -448,14 +448,14 @@ class Api:
             values["faults"] = parse_faults(values["faults"])
         self._options = dataclasses.replace(self._options, **values)
         self._faults = faults_by_action(self._options.faults)
-        self._wake()  # the mode may be another
+        self._wake()  # the mode may have changed
 
     def ledger(self, *, start: int, count: int | None, bodies: bool, lost: bool) -> list[LedgerRow]:
         """See `EventQueue.ledger`."""
         return self._queue.ledger(start=start, count=count, bodies=bodies, lost=lost)
 
     def stats(self) -> dict[str, Any]:
-        """What `Simulator.stats` describes."""
+        """See `Simulator.stats`."""
         return {
             **{name: self._counts[name] for name in _COUNTED},
             "pulls_hanging_now": len(self._hanging),
@@ -475,7 +475,7 @@ class Api:
 _COUNTED: Final = ("pulls", "pulls_empty", "pulls_abandoned", "confirms", "confirms_stale", "refused_by_limit")
 
 
-def _fail_on_purpose(fault: Fault | None) -> None:
+def _raise_fault(fault: Fault | None) -> None:
     if fault == "internal_error":
         raise ApiError("InternalError", "Something broke inside the service.")
     if fault == "limit":

@@ -1,4 +1,4 @@
-"""Events as VOD would send them: the bodies of generated ones, and those that a file holds."""
+"""Bodies of events: generated as VOD would send them, or read from a file."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any, Final
 
-# The members that the documented sample of a callback shows as null beside the one with the payload.
+# The members that are null beside the payload in the documented sample of a callback.
 _SIBLINGS: Final = (
     "FileUploadEvent",
     "ProcedureStateChangeEvent",
@@ -124,7 +124,7 @@ def _transcoded() -> str:
     return _template("TranscodeComplete", "TranscodeCompleteEvent", payload)
 
 
-def _unheard_of() -> str:
+def _unknown_type() -> str:
     payload = {
         "TaskId": "251000800-HologramRender-%(task)st0",
         "FileId": "%(file)s",
@@ -135,43 +135,55 @@ def _unheard_of() -> str:
 
 
 class EventGenerator:
-    """Bodies as VOD would send them, of several types, mostly `CreateSnapshotByTimeOffsetComplete`.
+    """Generates bodies as VOD would send them, of several types, mostly `CreateSnapshotByTimeOffsetComplete`.
 
-    A body depends on nothing but its number, its birth and the seed, so it need not be stored. In snapshot events the
-    first `Url` ends with `?born=` and the moment of birth, in Unix seconds: latencies can be told from what arrives.
+    A body depends only on its number, the time when it was added to the queue, and the seed, so it need not be stored.
+    In snapshot events the first `Url` ends with `?born=` and this time, in Unix seconds, so that a receiver can
+    measure the latency.
 
     Args:
-        seed: Runs with different seeds have no id in common.
+        seed: Seed of all ids. Runs with different seeds have no id in common.
     """
 
     def __init__(self, seed: int) -> None:
         random = Random(seed)  # noqa: S311 - ids, not secrets
-        # An odd factor permutes the integers of that width, so no id comes twice.
+        # Multiplication by an odd factor permutes the integers of that width, so no id occurs twice.
         self._task = (random.getrandbits(128), random.getrandbits(128) | 1)
         self._file = (random.getrandbits(63), random.getrandbits(63) | 1)
-        well, other = _snapshots(10), _snapshots(20)
+        snapshots, other_snapshots = _snapshots(10), _snapshots(20)
         self._templates = (
             *(
-                well,
+                snapshots,
                 _uploaded(),
-                well,
+                snapshots,
                 _snapshots(10, failed=True),
-                well,
+                snapshots,
                 _procedure(),
-                other,
-                well,
-                _unheard_of(),
-                well,
+                other_snapshots,
+                snapshots,
+                _unknown_type(),
+                snapshots,
             ),
-            *(other, _deleted(), well, well, _transcoded(), well, _procedure(), well, other, well),
+            *(
+                other_snapshots,
+                _deleted(),
+                snapshots,
+                snapshots,
+                _transcoded(),
+                snapshots,
+                _procedure(),
+                snapshots,
+                other_snapshots,
+                snapshots,
+            ),
         )
 
     def body(self, number: int, born: float) -> bytes:
         """The event's body, without a handle.
 
         Args:
-            number: Which event.
-            born: When it was born, in Unix seconds.
+            number: Number of the event.
+            born: Unix time at which it was added to the queue, in seconds.
         """
         task_start, task_factor = self._task
         file_start, file_factor = self._file
@@ -184,18 +196,18 @@ class EventGenerator:
 
 
 def with_members(body: bytes, members: bytes) -> bytes:
-    """The body with more members in front of its own; one that is not an object stays as it is.
+    """Insert members before those of a body. A body that is not an object is returned unchanged.
 
     Args:
-        body: A callback's.
-        members: JSON, as they stand in an object.
+        body: The body of a callback.
+        members: The JSON of the members, without braces.
     """
     if not body.startswith(b"{"):
         return body
-    gap = b"" if _NO_MEMBERS.match(body) else b","
-    return b"{" + members + gap + body[1:]
+    separator = b"" if _NO_MEMBERS.match(body) else b","
+    return b"{" + members + separator + body[1:]
 
 
 def lines_of(text: bytes) -> list[bytes]:
-    """The bodies in a text that has one per line. Lines without text are skipped."""
+    """The bodies in a text with one body per line. Blank lines are skipped."""
     return [line for line in text.split(b"\n") if line.strip()]

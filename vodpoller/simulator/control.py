@@ -1,4 +1,4 @@
-"""The control endpoints: what happened so far, more events, other options; for tests and for people with curl."""
+"""The control endpoints, for tests and for a person with curl: statistics, ledger, new events, changed options."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -12,28 +12,28 @@ from vodpoller.simulator.server import DIGITS, Connection, Request
 
 
 class Controlled(Protocol):
-    """What the endpoints ask. `service.Simulator` has the same methods for use from Python, and documents them."""
+    """The methods behind the endpoints. `service.Simulator` has the same methods for Python, and documents them."""
 
     def feed(self, bodies: Iterable[bytes]) -> int:
-        """Events are born."""
+        """Add events to the queue."""
 
     def control(self, changes: Mapping[str, Any]) -> None:
         """Change options."""
 
     def stats(self) -> dict[str, Any]:
-        """What has happened so far."""
+        """The statistics so far."""
 
     def ledger(self, *, start: int, count: int | None, bodies: bool, lost: bool) -> list[LedgerRow]:
-        """What became of each event."""
+        """The state of each event."""
 
 
 def answer_control(controlled: Controlled, request: Request, connection: Connection) -> None:
     """Answer a request to a control endpoint.
 
     Args:
-        controlled: What is asked.
-        request: Any but one to the API.
-        connection: The one that it came on.
+        controlled: Provides the answers.
+        request: Any request but one to the API.
+        connection: The connection of the request.
     """
     try:
         target = urlsplit(request.target)
@@ -43,13 +43,13 @@ def answer_control(controlled: Controlled, request: Request, connection: Connect
         return
     if answer is None:
         known = "POST / (the API), GET /_stats, GET /_ledger, POST /_feed, POST /_control"
-        connection.send(orjson.dumps({"error": f"there is only {known}"}), status=404)
+        connection.send(orjson.dumps({"error": f"unknown endpoint; there are {known}"}), status=404)
         return
     connection.send(orjson.dumps(answer))
 
 
 def _answer_of(controlled: Controlled, method: str, path: str, query: Mapping[str, list[str]], body: bytes) -> Any:
-    """What the endpoint says; None if there is none."""
+    """The answer of the endpoint; None if there is no such endpoint."""
     match method, path:
         case "GET", "/_stats":
             return controlled.stats()
@@ -62,7 +62,7 @@ def _answer_of(controlled: Controlled, method: str, path: str, query: Mapping[st
         case "POST", "/_control":
             changes = orjson.loads(body)
             if not isinstance(changes, dict):
-                raise ValueError("the body must be an object of options")  # noqa: TRY004 - answered as other bad values
+                raise ValueError("the body must be an object of options")  # noqa: TRY004 - answered like other invalid values
             controlled.control(changes)
             return {"changed": sorted(changes)}
         case _:

@@ -1,12 +1,12 @@
-"""How the API refuses a request."""
+"""The error of a request that the API refuses."""
 
 
 class ApiError(Exception):
-    """The answer is an error.
+    """The API answers a request with an error.
 
     Args:
-        code: As Tencent names it.
-        message: For a person.
+        code: Tencent's code of the error.
+        message: The text for a person.
     """
 
     def __init__(self, code: str, message: str) -> None:

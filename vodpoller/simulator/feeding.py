@@ -1,4 +1,4 @@
-"""Where the queue's events come from: some are there at the start, others are born at a rate."""
+"""Adds events to the queue: some at the start, others at a rate."""
 
 import asyncio
 import time
@@ -10,12 +10,12 @@ from vodpoller.simulator.queue import EventQueue
 
 
 class Feeder:
-    """Feeds the queue as the options say, in the event loop that runs.
+    """Adds events to the queue as the options say, in the running event loop.
 
     Args:
-        options: `events`, `rate`, `feed` and `events_file` of them.
-        queue: Where events are born.
-        on_fed: Called each time that the rate has brought events.
+        options: The options; `events`, `rate`, `feed` and `events_file` are used.
+        queue: The queue.
+        on_fed: Called each time after the rate has added events.
     """
 
     def __init__(self, options: SimulatorOptions, queue: EventQueue, *, on_fed: Callable[[], None]) -> None:
@@ -29,20 +29,20 @@ class Feeder:
 
     @property
     def is_feeding(self) -> bool:
-        """Whether the rate still brings events."""
+        """Whether the rate still adds events."""
         return self._paced < self._paced_total
 
     def read_file(self) -> None:
         """Read the events' file, if there is one.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         if self._options.events_file is not None:
             self._lines = lines_of(self._options.events_file.read_bytes())
 
     def start(self) -> None:
-        """Feed what is there at the start; the event loop then brings the rest in time."""
+        """Add the first events; the event loop then adds the others at the rate."""
         options = self._options
         self._started_at = time.monotonic()
         self._queue.generate(options.events)
@@ -55,7 +55,7 @@ class Feeder:
         self._feed_due()
 
     def _feed_due(self) -> None:
-        """Feed what is due by now, so that the rate holds however late timers are."""
+        """Add the events that are due by now, so that late timers do not change the rate."""
         rate = self._options.rate
         elapsed_secs = time.monotonic() - self._started_at
         due = int(min(elapsed_secs * rate + 1, self._paced_total)) - self._paced

@@ -1,6 +1,6 @@
 """Temporary keys of a role: the metadata service of a CVM, and AssumeRole of STS.
 
-The documents are "Instance role" (product/213/47668) and "AssumeRole" (product/1312/48197).
+Sources: "Instance role" (product/213/47668) and "AssumeRole" (product/1312/48197).
 """
 
 import time
@@ -18,20 +18,20 @@ METADATA_PATH: Final = "/latest/meta-data/cam/security-credentials/"
 ROLE: Final = "simulated-role"
 
 _STS_VERSION: Final = "2018-08-13"
-_KEPT: Final = 1000
+_KEPT_KEYS: Final = 1000
 _PARAMETERS: Final = frozenset(
     {"RoleArn", "RoleSessionName", "DurationSeconds", "Policy", "ExternalId", "Tags", "SourceIdentity"}
 )
 
 
 class Issuing:
-    """Hands out keys, and knows those that it handed out.
+    """Issues temporary keys, and knows those that it has issued.
 
     Args:
-        random: What they are made of.
+        random: Source of the keys.
 
     Attributes:
-        issued: Their number.
+        issued: Number of issued keys.
     """
 
     def __init__(self, random: Random) -> None:
@@ -40,16 +40,16 @@ class Issuing:
         self.issued = 0
 
     def key_of(self, secret_id: str) -> Key | None:
-        """What belongs to a SecretId that was handed out."""
+        """The issued key with this SecretId; None if there is none."""
         return self._keys.get(secret_id)
 
     def answer_metadata(self, target: str, connection: Connection, *, life_secs: float, now: float) -> None:
         """Answer a request to the metadata service.
 
         Args:
-            target: Begins with `METADATA_PATH`.
-            connection: The one that it came on.
-            life_secs: Of a key.
+            target: The path, which begins with `METADATA_PATH`.
+            connection: The connection of the request.
+            life_secs: Lifetime of a key, in seconds.
             now: Unix time, in seconds.
         """
         match target.removeprefix(METADATA_PATH):
@@ -63,15 +63,15 @@ class Issuing:
                 connection.send(b"not found", status=404, content_type=b"text/plain")
 
     def assume_role(self, request: Request, *, life_secs: float, now: float) -> bytes:
-        """Hand out a key of a role; returns the members of the answer.
+        """Issue a key of a role. Returns the members of the answer.
 
         Args:
-            request: Its signature is right.
-            life_secs: Of the key, whatever was asked for.
+            request: The request, with a valid signature.
+            life_secs: Lifetime of the key in seconds, whatever the request asks for.
             now: Unix time, in seconds.
 
         Raises:
-            ApiError: It is not what AssumeRole takes.
+            ApiError: The request is not valid for AssumeRole.
         """
         if request.headers.get("x-tc-version") != _STS_VERSION:
             raise ApiError("NoSuchVersion", f"The version of STS is {_STS_VERSION}.")
@@ -88,19 +88,19 @@ class Issuing:
         self.issued += 1
         ends_at = int(now + life_secs)
         names = ("TmpSecretId", "TmpSecretKey", "Token")
-        made = {name: f"sim{name}{self._random.getrandbits(160):040x}" for name in names}
-        key = Key(secret_key=made["TmpSecretKey"], token=made["Token"], ends_at=ends_at)
-        self._keys[made["TmpSecretId"]] = key
-        if len(self._keys) > _KEPT:
+        issued = {name: f"sim{name}{self._random.getrandbits(160):040x}" for name in names}
+        key = Key(secret_key=issued["TmpSecretKey"], token=issued["Token"], ends_at=ends_at)
+        self._keys[issued["TmpSecretId"]] = key
+        if len(self._keys) > _KEPT_KEYS:
             del self._keys[next(iter(self._keys))]
-        return made, ends_at
+        return issued, ends_at
 
 
 def parameters_in(request: Request) -> dict[str, Any]:
     """The parameters of a request to an API.
 
     Raises:
-        ApiError: Its body is not an object.
+        ApiError: Its body is not a JSON object.
     """
     try:
         content = orjson.loads(request.body)

@@ -1,4 +1,4 @@
-"""How the simulator behaves: its options, what may be changed while it runs, and the faults that can be switched on."""
+"""The options of the simulator: which of them may be changed while it runs, and which faults can be switched on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ Mode = Literal["PULL", "PUSH"]
 Fault = Literal["reset", "http_5xx", "internal_error", "limit", "truncated", "slow", "lost"]
 
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
-PUSH: Final = "push"  # before the names of faults, as the values of ACTIONS
+PUSH: Final = "push"  # the prefix of the faults of pushes, like the values of ACTIONS
 PUSH_FAULTS: Final[tuple[Fault, ...]] = ("reset", "slow", "lost")
 CONTROLLABLE: Final = frozenset(
     {
@@ -40,14 +40,14 @@ CONTROLLABLE: Final = frozenset(
     }
 )
 
-HANDLES_MAX: Final = 16  # in one call, and events in one answer
+HANDLES_MAX: Final = 16  # of a confirm; also the maximum number of events in an answer
 ACTIONS: Final[Mapping[str, str]] = {
     "PullEvents": "pull",
     "ConfirmEvents": "confirm",
     "DescribeEventConfig": "config",
     "DescribeEventsState": "state",
 }
-# The event types that `DescribeEventConfig` tells of, each with the member that says whether VOD sends it.
+# The event types in the answer of `DescribeEventConfig`, each with the member that says whether VOD sends it.
 SWITCHES: Final[Mapping[str, str]] = {
     "NewFileUpload": "UploadMediaCompleteEventSwitch",
     "FileDeleted": "DeleteMediaCompleteEventSwitch",
@@ -62,69 +62,70 @@ _TEXTS: Final = ("push", "push_sign_key", "secret_id", "secret_key", "token")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatorOptions:
-    """How the simulator behaves. Those named in `CONTROLLABLE` can be changed while it runs.
+    """The options of the simulator. Those in `CONTROLLABLE` can be changed while it runs.
 
     Args:
         host: The address to listen on.
-        port: The port to listen on; 0 takes a free one.
-        events: The number of generated events that are in the queue at the start.
-        rate: Events per second that are born while it runs; 0 for none. They are the lines of `events_file` if that
-            is given, else generated ones.
-        feed: The number of events that `rate` brings in all; 0 for no end (or for all lines of `events_file`).
-        events_file: A file with one callback body per line. Each line is passed on as it is, readable or not: the
-            handle is put in after its first `{`, and a line that starts with anything else is served without one.
-            Lines without text are skipped. All of them are fed at the start if `rate` is 0.
-        poll_secs: How long a pull of an empty queue hangs; 5 at VOD. 0 answers at once.
-        visibility_secs: How long a pulled event is leased, from the moment the answer is made; 30 at VOD.
-        batch: The maximum number of events that a pull gets, 1 to 16; 16 at VOD.
-        secret_id: The SecretId that requests must be signed with. None, together with `secret_key`: nothing is
+        port: The port to listen on; 0: a free port.
+        events: Number of generated events that are in the queue at the start.
+        rate: Number of events per second that are added to the queue while it runs; 0: none. They are the lines of
+            `events_file` if it is given, else generated events.
+        feed: Total number of events that `rate` adds; 0: no limit (or all lines of `events_file`).
+        events_file: A file with one callback body per line. Each line is sent as it is, even if it is not valid JSON:
+            the handle is inserted after its first `{`; a line that does not start with `{` is sent without a handle.
+            Blank lines are skipped. If `rate` is 0, all lines are added at the start.
+        poll_secs: Time for which a pull of an empty queue waits for events; 5 at VOD. 0: it is answered immediately.
+        visibility_secs: The lease of a pulled event, from the moment when the answer is made; 30 at VOD.
+        batch: Maximum number of events in the answer to a pull, 1 to 16; 16 at VOD.
+        secret_id: The SecretId with which requests must be signed. If `secret_id` and `secret_key` are None, nothing is
             verified.
-        secret_key: The SecretKey that belongs to it.
-        token: The temporary token that signed requests must carry; None for none.
-        credential_secs: The life of temporary keys, which a metadata service and AssumeRole of STS hand out at the
-            same address; 0 for none. Requests to VOD must be signed with one of them, or with `secret_id`; AssumeRole
-            with `secret_id`, if it is given.
-        requests_per_sec: The quota of each action over any second that has just passed; 0 for no limit. 100 at VOD.
-        confirms_per_sec: The quota of ConfirmEvents; None for `requests_per_sec`.
-        rtt_secs: The round trip that each API request takes: half of it passes before it is looked at, half after.
-        empty: What a pull gets when there is nothing: an `EventSet` that is null, the error `ResourceNotFound`, an
+        secret_key: The SecretKey that belongs to `secret_id`.
+        token: The temporary token that signed requests must carry; None: no token.
+        credential_secs: The lifetime of temporary keys, which a metadata service and AssumeRole of STS issue at the
+            same address; 0: there are no such services. Requests to VOD must be signed with an issued key or with
+            `secret_id`; requests to AssumeRole with `secret_id`, if it is given.
+        requests_per_sec: The quota of each action, in any interval of one second; 0: no limit. 100 at VOD.
+        confirms_per_sec: The quota of ConfirmEvents; None: `requests_per_sec`.
+        rtt_secs: Round-trip time of each API request: half of it passes before the request is read, half after it is
+            processed.
+        empty: The answer to a pull of an empty queue: an `EventSet` that is null, the error `ResourceNotFound`, an
             empty list, no `EventSet` at all, or each of them in turn ("mixed").
-        stale: What a confirm with a handle that is stale or refused does besides failing: nothing ("atomic"), or it
-            confirms the other handles ("per_handle"). Tencent does not document which.
-        sub_app_id: The only SubAppId that exists; None takes every one, and its absence.
-        mode: What `DescribeEventConfig` says of the application: "PULL", reliable callbacks; or "PUSH", normal ones.
-            While it is "PUSH" pulls bring nothing, and events that are born are pushed, or wait without `push`.
-            None: "PUSH" if there is `push`, else "PULL".
-        push: The URL to which events are posted, each as it is and on a connection of its own, as many at once as there
-            are. None for none.
-        push_sign_key: What `Sign` in the body of each push is made with, with `T` 10 minutes ahead. None for no `Sign`.
-        push_limit_secs: The time that a push has, from its connection to the head of its answer; 5 at VOD.
-        push_tries: The maximum number of pushes of an event, the next one as soon as one has ended without an answer;
-            3 at VOD. Any answer counts, whatever its status. An event without an answer is lost.
-        events_off: The types of `SWITCHES` that `DescribeEventConfig` says are switched off. Events that are fed come
-            all the same.
-        deny: The actions that the key has no right to: they are answered with `UnauthorizedOperation`.
-        refuse_confirms_of: The SubAppIds whose confirms are refused with `InvalidParameterValue`, whatever their
-            handles, while their pulls bring events: as if each confirm named another application than the pull.
-        faults: Probability of each fault of `FAULTS`, 0 to 1. The names may be narrowed to one action: "pull.reset",
-            "confirm.lost", "config.limit", "state.slow". `reset`, `http_5xx`, `internal_error` and `limit` keep the
-            request from being carried out; with `truncated`, `slow` and `lost` it is carried out, and the answer is cut
-            off, late by `slow_secs`, or never sent. Of these, pushes know three ("push.lost"): `reset` breaks the
-            connection in the middle of the request or after it, `slow` makes the answer late, and with `lost` it never
-            arrives. They spare one push of each event.
-        slow_secs: What the fault `slow` adds.
-        seed: Of everything random and of the generated events' ids. None takes a new one, so that no two runs bring the
-            same events.
-        forget_confirms: The number of handles, the first that are asked to be confirmed, that are refused with
-            `InvalidParameterValue` as long as their lease lasts, whichever call names them. Their events come again,
-            and are then confirmed as any other. `stale` says what becomes of the other handles of such a call.
-        clock_skew_secs: What the simulator's clock is ahead of this machine's: in its `Date` header and where it judges
-            a request's timestamp.
-        keep_bodies: Keep the bodies of confirmed events for the ledger. Generated ones cost no memory and are always
-            there.
+        stale: The effect of a stale or refused handle on the other handles of its confirm, which fails: none of them is
+            confirmed ("atomic"), or they are confirmed ("per_handle"). Tencent does not document which is right.
+        sub_app_id: The only SubAppId that exists; None: every SubAppId is accepted, and also none.
+        mode: The mode in the answer of `DescribeEventConfig`: "PULL" for reliable callbacks, "PUSH" for normal ones.
+            In mode "PUSH", pulls get no events; new events are pushed to `push`, or stay in the queue without it.
+            None: "PUSH" if `push` is given, else "PULL".
+        push: The URL to which events are posted, each unchanged and on its own connection, and all events of the queue
+            at the same time. None: events are not pushed.
+        push_sign_key: The key of the member `Sign` in the body of each push; `T` is 10 minutes ahead. None: no `Sign`.
+        push_limit_secs: Time limit of a push, from the start of its connection to the head of its answer; 5 at VOD.
+        push_tries: Maximum number of pushes of an event; 3 at VOD. The next one begins as soon as one has ended without
+            an answer. Every answer counts, whatever its status. An event without an answer is lost.
+        events_off: The types of `SWITCHES` that are off in the answer of `DescribeEventConfig`. This does not affect
+            which events are sent.
+        deny: The actions for which the key has no right: they are answered with `UnauthorizedOperation`.
+        refuse_confirms_of: The SubAppIds whose confirms are all refused with `InvalidParameterValue`, although their
+            pulls get events: as if each confirm named another application than the pull.
+        faults: Probability of each fault of `FAULTS`, 0 to 1. A name with a prefix is a fault of one action only:
+            "pull.reset", "confirm.lost", "config.limit", "state.slow". With `reset`, `http_5xx`, `internal_error` and
+            `limit` the request is not processed. With `truncated`, `slow` and `lost` it is processed, and the answer is
+            cut off, late by `slow_secs`, or never sent. Three of them exist for pushes ("push.lost"): `reset` breaks
+            the connection in the middle of the request or after it, `slow` makes the answer late, and with `lost` the
+            answer never arrives. At least one push of each event has no fault.
+        slow_secs: The delay of the fault `slow`, in seconds.
+        seed: Seed of all random decisions and of the generated events' ids. None: a new seed, so that no two runs have
+            the same events.
+        forget_confirms: Number of handles (the first ones to be confirmed) that every confirm refuses with
+            `InvalidParameterValue` until their lease ends. Their events come again, and can then be confirmed. `stale`
+            decides on the other handles of such a confirm.
+        clock_skew_secs: Difference of the simulator's clock to this machine's clock, for its `Date` header and for the
+            check of a request's timestamp; positive: the simulator's clock is ahead.
+        keep_bodies: Keep the bodies of confirmed events for the ledger. Generated bodies need no memory, and are always
+            available.
 
     Raises:
-        ValueError: A value is out of its bounds; says which and what would be right.
+        ValueError: A value is out of its bounds. The text says which one, and what would be right.
     """
 
     host: str = "127.0.0.1"
@@ -162,18 +163,18 @@ class SimulatorOptions:
     keep_bodies: bool = False
 
     def __post_init__(self) -> None:
-        for right, problem in self._judged():
-            if not right:
+        for is_right, problem in self._checks():
+            if not is_right:
                 raise ValueError(problem)
         _check_faults(self.faults)
 
     @property
     def has_push_mode(self) -> bool:
-        """Whether the application has normal callbacks set."""
+        """Whether the application is set to normal callbacks."""
         return self.mode == "PUSH" or (self.mode is None and self.push is not None)
 
-    def _judged(self) -> Iterator[tuple[bool, str]]:
-        """What must hold of the values, each with what is said if it does not."""
+    def _checks(self) -> Iterator[tuple[bool, str]]:
+        """The results of all checks of the values, each with the text of its error."""
         for name in _SECS:
             value = getattr(self, name)
             yield _is_number(value) and value >= 0, f"{name}: {value!r} is not a number of 0 or more"
@@ -184,7 +185,7 @@ class SimulatorOptions:
             yield isinstance(getattr(self, name), str | None), f"{name}: must be a string"
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            yield value in choices, f"{name}: {value!r} is none of {', '.join(filter(None, choices))}"
+            yield value in choices, f"{name}: {value!r} is not one of {', '.join(filter(None, choices))}"
         confirms = self.confirms_per_sec
         is_quota = confirms is None or (_is_number(confirms) and confirms >= 0)
         yield is_quota, f"confirms_per_sec: {confirms!r} is not a number of 0 or more"
@@ -211,7 +212,7 @@ def _is_number(value: object) -> bool:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number; JSON's true and false are not."""
+    """Whether a value is a whole number; JSON's true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -220,7 +221,7 @@ def _is_url(text: str) -> bool:
         url = urlsplit(text)
         is_whole_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
         return is_whole_url and url.username is None and text.isascii() and " " not in text
-    except ValueError:  # of the port, or of the brackets of an address
+    except ValueError:  # the port, or the brackets of an address, are not valid
         return False
 
 
@@ -247,7 +248,7 @@ def _check_faults(faults: object) -> None:
         if fault not in (PUSH_FAULTS if prefix == PUSH else FAULTS) or prefix not in ("", PUSH, *ACTIONS.values()):
             known, pushed = ", ".join(FAULTS), ", ".join(f"{PUSH}.{fault}" for fault in PUSH_FAULTS)
             narrowed = ", ".join(f"{prefix}.NAME" for prefix in ACTIONS.values())
-            raise ValueError(f"faults: {name!r} is unknown; known are {known}, also as {narrowed}; {pushed}")
+            raise ValueError(f"faults: {name!r} is unknown; known are {known}, each also as {narrowed}; {pushed}")
         if not _is_number(probability) or not 0 <= probability <= 1:
             raise ValueError(f"faults: {name}: {probability!r} is not a probability from 0 to 1")
 
@@ -259,13 +260,13 @@ def parse_faults(text: str) -> dict[str, float]:
         text: Names and probabilities; empty for none.
 
     Raises:
-        ValueError: A name is unknown or a probability is none; says which.
+        ValueError: A name is unknown, or a probability is not valid. The text says which.
     """
     faults: dict[str, float] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, probability = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise ValueError(f"faults: {part!r} lacks its probability; write {part}=0.1")
+            raise ValueError(f"faults: {part!r} has no probability; write {part}=0.1")
         try:
             faults[name] = float(probability)
         except ValueError:
@@ -275,7 +276,7 @@ def parse_faults(text: str) -> dict[str, float]:
 
 
 def faults_by_action(faults: Mapping[str, float]) -> dict[str, tuple[tuple[Fault, float], ...]]:
-    """The faults of each action and of `PUSH`; a name that is narrowed counts before the general one."""
+    """The faults of each action and of `PUSH`; a name with a prefix takes precedence over the name without one."""
     known = [*((action, prefix, FAULTS) for action, prefix in ACTIONS.items()), (PUSH, PUSH, PUSH_FAULTS)]
     return {
         action: tuple(

@@ -1,10 +1,10 @@
-"""Normal callbacks: events are posted to a URL until an answer comes, a few times at most.
+"""Normal callbacks: each event is posted to a URL until it is answered, up to a maximum number of tries.
 
-The body is that of a pull without its handle (Tencent Cloud's event overview, product/266/33948). That VOD ignores
-status and body of the answer, waits 5 s for it and sends three times in all is on an archived page of it. These are not
-documented: when the next try begins (here: as soon as one has ended without an answer), whether there is one after a
-connection that breaks (here: yes), whether connections are kept (here: no), and whether `T` is a number or a string
-(here: either, by chance).
+The body is that of a pulled event without its handle (Tencent Cloud's event overview, product/266/33948). An archived
+version of that page says that VOD ignores status and body of the answer, waits 5 s for it, and sends an event three
+times at most. Not documented are: when the next try begins (here: as soon as one has ended without an answer), whether
+VOD tries again after a broken connection (here: yes), whether it reuses connections (here: no), and whether `T` is a
+number or a string (here: chosen at random).
 """
 
 import asyncio
@@ -24,23 +24,23 @@ from vodpoller.simulator.options import Fault, SimulatorOptions
 from vodpoller.simulator.queue import EventQueue
 from vodpoller.simulator.server import reset
 
-_SIGNED_SECS: Final = 600  # how far `T` is ahead
-_OTHER_FILES: Final = 200  # that this process may have open
-_AT_ONCE_MAX: Final = 20_000
-_BEGUN_AT_ONCE: Final = 50
+_SIGN_AHEAD_SECS: Final = 600  # `T` is this far ahead
+_RESERVED_FILES: Final = 200  # open files of this process that are not pushes
+_CONCURRENT_MAX: Final = 20_000
+_STARTS_PER_TURN: Final = 50
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])[ \r]")
-_FINAL_STATUS: Final = 200  # those below announce another one (RFC 9110, section 15.2)
+_FINAL_STATUS: Final = 200  # lower ones announce a further status (RFC 9110, section 15.2)
 
 
 class Pusher:
-    """Pushes what is in the queue while the options say so, in the event loop that runs.
+    """Pushes the events of the queue while the options say so, in the running event loop.
 
     Args:
-        options: Those that hold now.
-        queue: Where the events are.
-        random: Decides what is not documented.
-        draw_fault: The fault of the next try; None for none.
-        now: Unix time.
+        options: Returns the current options.
+        queue: The queue.
+        random: Source of the choices that are not documented.
+        draw_fault: Returns the fault of the next try; None: no fault.
+        now: Unix time, in seconds.
     """
 
     def __init__(
@@ -58,40 +58,40 @@ class Pusher:
         self._draw_fault = draw_fault
         self._now = now
         self._limit = 0
-        self._is_beginning = False
+        self._is_scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._pushes = 0
         self._unanswered = 0
         self._answers: Counter[int] = Counter()
 
-    # --- life ---
+    # --- running ---
 
     def start(self) -> None:
-        """From now on `push` does something."""
+        """Enable `push`."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = files == resource.RLIM_INFINITY
-        self._limit = _AT_ONCE_MAX if unlimited else max(min(files - _OTHER_FILES, _AT_ONCE_MAX), 1)
+        self._limit = _CONCURRENT_MAX if unlimited else max(min(files - _RESERVED_FILES, _CONCURRENT_MAX), 1)
 
     async def stop(self) -> None:
-        """End all that is on its way."""
+        """End all pushes."""
         self._limit = 0
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def push(self) -> None:
-        """Begin to push all that is visible."""
-        if self._limit and not self._is_beginning:
-            self._is_beginning = True
-            asyncio.get_running_loop().call_soon(self._begin)
+        """Begin to push all visible events."""
+        if self._limit and not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._start_pushes)
 
-    def _begin(self) -> None:
-        """Begin a few, then the answers that have come are read: their time must not end because others begin."""
-        self._is_beginning = False
+    def _start_pushes(self) -> None:
+        """Start a few pushes, then let the loop read answers: new pushes must not use up the time of others."""
+        self._is_scheduled = False
         options = self._options()
         if options.push is None or not options.has_push_mode:
             return
-        for _ in range(min(_BEGUN_AT_ONCE, self._limit - len(self._tasks))):
+        for _ in range(min(_STARTS_PER_TURN, self._limit - len(self._tasks))):
             number = self._queue.take_to_push()
             if number is None:
                 return
@@ -106,7 +106,7 @@ class Pusher:
         self.push()
 
     def stats(self) -> dict[str, Any]:
-        """What `Simulator.stats` says of pushes."""
+        """The part of `Simulator.stats` about pushes."""
         return {
             "pushes": self._pushes,
             "pushes_unanswered": self._unanswered,
@@ -123,9 +123,9 @@ class Pusher:
             faults_left -= fault is not None
             self._queue.count_delivery(number)
             if await self._is_answered(url, self._queue.body(number), fault):
-                self._queue.answered(number)
+                self._queue.mark_answered(number)
                 return
-        self._queue.lose(number)
+        self._queue.mark_lost(number)
 
     async def _is_answered(self, url: str, body: bytes, fault: Fault | None) -> bool:
         self._pushes += 1
@@ -142,7 +142,7 @@ class Pusher:
         """Send the body and wait for the answer's status.
 
         Raises:
-            OSError: The connection breaks, or what comes is not an answer.
+            OSError: The connection breaks, or the answer is not HTTP.
             EOFError: The connection ends before the answer.
             asyncio.LimitOverrunError: The answer's head has no end.
         """
@@ -158,7 +158,7 @@ class Pusher:
                 raise ConnectionResetError
             writer.write(request)
             if fault == "lost":
-                await asyncio.get_running_loop().create_future()  # until the time is over
+                await asyncio.get_running_loop().create_future()  # until the time limit
             status = await _status(reader)
             if fault == "slow":
                 await asyncio.sleep(self._options().slow_secs)
@@ -170,7 +170,7 @@ class Pusher:
         key = self._options().push_sign_key
         if key is None:
             return body
-        expires = int(self._now()) + _SIGNED_SECS
+        expires = int(self._now()) + _SIGN_AHEAD_SECS
         sign = hashlib.md5(f"{key}{expires}".encode(), usedforsecurity=False).hexdigest()
         members = {"Sign": sign, "T": self._random.choice((expires, str(expires)))}
         return with_members(body, orjson.dumps(members)[1:-1])
@@ -187,6 +187,6 @@ async def _status(reader: asyncio.StreamReader) -> int:
         head = await reader.readuntil(b"\r\n\r\n")
         found = _STATUS.match(head)
         if found is None:
-            raise ConnectionError("what came is not HTTP")
+            raise ConnectionError("the answer is not HTTP")
         if (status := int(found[1])) >= _FINAL_STATUS:
             return status

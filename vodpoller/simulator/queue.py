@@ -1,4 +1,4 @@
-"""The queue behind the API: leases, handles, redelivery. It knows no network and does not wait."""
+"""The queue behind the API: leases, handles, redelivery."""
 
 import time
 from array import array
@@ -16,10 +16,10 @@ _LATENCIES_KEPT: Final = 20_000
 
 
 class StaleHandlesError(VodpollerError):
-    """A confirm named handles whose lease is over, that were confirmed before, or that never were.
+    """A confirm named handles whose lease is over, that are confirmed already, or that never existed.
 
     Args:
-        handles: Which.
+        handles: These handles.
     """
 
     def __init__(self, handles: Sequence[str]) -> None:
@@ -28,10 +28,10 @@ class StaleHandlesError(VodpollerError):
 
 
 class ForgottenHandlesError(VodpollerError):
-    """A confirm named handles that are refused on purpose (`forget_confirms`), and no stale ones.
+    """A confirm named handles that the simulator refuses (`forget_confirms`), and no stale ones.
 
     Args:
-        handles: Which.
+        handles: These handles.
     """
 
     def __init__(self, handles: Sequence[str]) -> None:
@@ -40,11 +40,12 @@ class ForgottenHandlesError(VodpollerError):
 
 
 class LedgerRow(TypedDict):
-    """What became of one event.
+    """The state of one event.
 
-    `times_delivered` counts pulls and pushes. `confirmed` is true, too, if a push was answered. `stranded` says that it
-    was pulled, that its lease ran out, and that it has not been pulled since; `lost`, that no push was answered, and
-    none will come. Times are in Unix seconds. `body` is None if it was not asked for, or not kept.
+    `times_delivered` counts pulls and pushes. `confirmed` is also true if a push was answered. `stranded` means that
+    the event was pulled, its lease has ended, and it has not been pulled again. `lost` means that no push was answered,
+    and no push will follow. `born` is the time when it was added to the queue. Times are Unix times in seconds. `body`
+    is None if it was not requested, or not kept.
     """
 
     number: int
@@ -59,20 +60,19 @@ class LedgerRow(TypedDict):
 
 
 class EventQueue:
-    """The queue behind the API: leases, handles, redelivery. Not thread-safe; without network and without waiting.
+    """The queue behind the API: leases, handles, redelivery. Not thread-safe; it uses no network and never waits.
 
-    The events that were fed are at each instant divided into the confirmed, the leased, the pushed, the visible and the
-    lost.
+    At each instant, every event is in exactly one of these states: confirmed, leased, pushed, visible or lost.
 
     Args:
-        visibility_secs: How long a lease lasts.
-        generator: Makes the bodies of generated events whenever they are needed.
-        random: Where handles come from.
-        forget_confirms: The number of handles that are refused until their lease is over: the first that are asked to
-            be confirmed, of events that are under their first lease.
-        keep_bodies: Whether the bodies of confirmed events stay for the ledger.
+        visibility_secs: Duration of a lease.
+        generator: Makes the bodies of generated events when they are needed.
+        random: Source of the handles.
+        forget_confirms: Number of handles that are refused until their lease is over: the first ones to be confirmed
+            among those of events under their first lease.
+        keep_bodies: Whether the bodies of confirmed events are kept for the ledger.
         monotonic: The clock, in seconds.
-        wall_offset_secs: What makes Unix time of the clock's.
+        wall_offset_secs: Unix time minus the time of the clock.
     """
 
     def __init__(
@@ -89,21 +89,21 @@ class EventQueue:
         self._visibility_secs = visibility_secs
         self._generator = generator
         self._random = random
-        self._to_refuse = forget_confirms
+        self._refusals_left = forget_confirms
         self._keep_bodies = keep_bodies
         self._monotonic = monotonic
         self._wall_offset_secs = wall_offset_secs
-        # One entry for each event, by its number: arrays, since a million of them must fit beside what is measured.
+        # One entry per event, by its number. Arrays, since benchmarks need a million events in little memory.
         self._born = array("d")
         self._confirmed_at = array("d")
-        self._times = array("I")
+        self._deliveries = array("I")
         self._generated = bytearray()
         self._bodies: dict[int, bytes] = {}
-        self._never_pulled = 0
-        self._again: list[int] = []
+        self._next_new = 0
+        self._returned: list[int] = []
         self._leased: dict[str, int] = {}
         self._leases: deque[tuple[float, list[str]]] = deque()
-        self._refused: set[str] = set()  # of the leased
+        self._refused: set[str] = set()  # a part of the leased handles
         self._pushed: set[int] = set()
         self._lost: set[int] = set()
         self._pull_latencies: deque[float] = deque(maxlen=_LATENCIES_KEPT)
@@ -114,55 +114,55 @@ class EventQueue:
 
     @property
     def fed(self) -> int:
-        """The number of events that there ever were."""
+        """Number of events that were ever added."""
         return len(self._born)
 
     @property
     def leased(self) -> int:
-        """The number of events that are leased, as of the last `expire`, or pushed."""
+        """Number of events that are leased, as of the last `expire`, or being pushed."""
         return len(self._leased) + len(self._pushed)
 
     @property
     def visible(self) -> int:
-        """The number of events that the next pulls can have, as of the last `expire`."""
-        return len(self._again) + self.fed - self._never_pulled
+        """Number of events that can be pulled, as of the last `expire`."""
+        return len(self._returned) + self.fed - self._next_new
 
     @property
     def next_expiry(self) -> float | None:
-        """When `expire` has something to do next, on the clock; None if nothing is leased."""
+        """Time of the clock at which the next lease ends; None if nothing is leased."""
         return self._leases[0][0] if self._leases else None
 
     def feed(self, bodies: Iterable[bytes]) -> int:
-        """Events are born.
+        """Add events to the queue.
 
         Args:
-            bodies: Callback bodies, one an event; they are not read.
+            bodies: Callback bodies, one per event; they are not parsed.
 
         Returns:
             Their number.
         """
         before = self.fed
         for number, body in enumerate(bodies, before):
-            self._bear(generated=False)
+            self._add(generated=False)
             self._bodies[number] = body
         return self.fed - before
 
     def generate(self, count: int) -> None:
-        """That number of generated events are born."""
+        """Add a number of generated events."""
         for _ in range(count):
-            self._bear(generated=True)
+            self._add(generated=True)
 
-    def _bear(self, *, generated: bool) -> None:
+    def _add(self, *, generated: bool) -> None:
         self._born.append(self._monotonic())
         self._confirmed_at.append(nan)
-        self._times.append(0)
+        self._deliveries.append(0)
         self._generated.append(generated)
 
     def take(self, limit: int) -> list[bytes]:
         """Lease events, the oldest first.
 
         Args:
-            limit: Their maximum number.
+            limit: Maximum number of events.
 
         Returns:
             Elements for `EventSet`, each with its new handle.
@@ -176,7 +176,7 @@ class EventQueue:
             handles.append(handle)
             self._leased[handle] = number
             elements.append(with_members(self.body(number), b'"EventHandle":"%b"' % handle.encode()))
-            if not self._times[number]:
+            if not self._deliveries[number]:
                 self._pull_latencies.append(now - self._born[number])
             self.count_delivery(number)
         if handles:
@@ -184,18 +184,19 @@ class EventQueue:
         return elements
 
     def _pop(self) -> int | None:
-        # What was pulled before is older than all that never was.
-        if self._again:
-            return heappop(self._again)
-        if self._never_pulled < self.fed:
-            self._never_pulled += 1
-            return self._never_pulled - 1
+        # Every event that was pulled before is older than those that were never pulled.
+        if self._returned:
+            return heappop(self._returned)
+        if self._next_new < self.fed:
+            self._next_new += 1
+            return self._next_new - 1
         return None
 
     def take_to_push(self) -> int | None:
-        """The number of the oldest event that is visible; None if none is.
+        """Take the oldest visible event, which then counts as pushed until `mark_answered` or `mark_lost`.
 
-        It is pushed from now on, until `answered` or `lose`.
+        Returns:
+            The number of the event; None if none is visible.
         """
         self.expire()
         number = self._pop()
@@ -204,36 +205,36 @@ class EventQueue:
         return number
 
     def count_delivery(self, number: int) -> None:
-        """The event is sent, or pulled, once more."""
-        self.redeliveries += self._times[number] > 0
-        self._times[number] += 1
+        """Count a push or pull of the event."""
+        self.redeliveries += self._deliveries[number] > 0
+        self._deliveries[number] += 1
 
-    def answered(self, number: int) -> None:
-        """A push of the event was answered: VOD forgets it."""
+    def mark_answered(self, number: int) -> None:
+        """A push of the event was answered: remove it from the queue."""
         self._pushed.remove(number)
-        self._forget(number)
+        self._remove(number)
 
-    def lose(self, number: int) -> None:
-        """No push of the event was answered: VOD gives it up."""
+    def mark_lost(self, number: int) -> None:
+        """No push of the event was answered: it is lost."""
         self._pushed.remove(number)
         self._lost.add(number)
 
     def body(self, number: int) -> bytes:
-        """That of an event which VOD has not forgotten, or keeps."""
+        """The body of an event that is in the queue, or whose body is kept."""
         if self._generated[number]:
             return self._generator.body(number, self._born[number] + self._wall_offset_secs)
         return self._bodies[number]
 
     def confirm(self, handles: Sequence[str], *, atomic: bool) -> None:
-        """Let VOD forget events.
+        """Confirm events: remove them from the queue.
 
         Args:
-            handles: Of their last pull. The second of two equal ones is stale.
-            atomic: One handle that is stale or refused keeps the others from being confirmed.
+            handles: Handles of their last pull. The second of two equal handles is stale.
+            atomic: Whether nothing is confirmed if one handle is stale or refused.
 
         Raises:
             StaleHandlesError: Some handles are stale.
-            ForgottenHandlesError: Some handles are refused on purpose.
+            ForgottenHandlesError: Some handles are refused because of `forget_confirms`.
         """
         self.expire()
         leased = [handle for handle in dict.fromkeys(handles) if handle in self._leased]
@@ -249,17 +250,17 @@ class EventQueue:
             raise ForgottenHandlesError(refused)
 
     def _is_refused(self, handle: str) -> bool:
-        """Whether it is refused until its lease is over: decided when it is first asked for."""
-        if self._to_refuse and handle not in self._refused and self._times[self._leased[handle]] == 1:
-            self._to_refuse -= 1
+        """Whether a handle is refused until its lease is over. Decided at its first confirm."""
+        if self._refusals_left and handle not in self._refused and self._deliveries[self._leased[handle]] == 1:
+            self._refusals_left -= 1
             self.forgotten += 1
             self._refused.add(handle)
         return handle in self._refused
 
     def _confirm(self, handle: str) -> None:
-        self._forget(self._leased.pop(handle))
+        self._remove(self._leased.pop(handle))
 
-    def _forget(self, number: int) -> None:
+    def _remove(self, number: int) -> None:
         now = self._monotonic()
         self._confirmed_at[number] = now
         self._confirm_latencies.append(now - self._born[number])
@@ -268,25 +269,25 @@ class EventQueue:
             self._bodies.pop(number, None)
 
     def expire(self) -> None:
-        """Make visible again what was leased for too long."""
+        """Make the events visible again whose lease has ended."""
         now = self._monotonic()
         while self._leases and self._leases[0][0] <= now:
             for handle in self._leases.popleft()[1]:
                 number = self._leased.pop(handle, None)
                 if number is not None:
                     self._refused.discard(handle)
-                    heappush(self._again, number)
+                    heappush(self._returned, number)
 
     def ledger(
         self, *, start: int = 0, count: int | None = None, bodies: bool = False, lost: bool = False
     ) -> list[LedgerRow]:
-        """What became of the events, in the order of their birth.
+        """The states of the events, in the order in which they were added.
 
         Args:
-            start: The number of events to leave out at the beginning.
-            count: The number to tell of; None for all.
-            bodies: Tell their bodies, too.
-            lost: Tell only of those that are lost.
+            start: Number of events to skip at the beginning.
+            count: Maximum number of events; None: all.
+            bodies: Whether the rows have the bodies.
+            lost: Whether only lost events are included.
         """
         self.expire()
         numbers: Sequence[int] = sorted(self._lost) if lost else range(self.fed)
@@ -301,10 +302,10 @@ class EventQueue:
         has_body = with_body and (self._generated[number] or number in self._bodies)
         return LedgerRow(
             number=number,
-            times_delivered=self._times[number],
+            times_delivered=self._deliveries[number],
             confirmed=confirmed,
             leased=leased,
-            stranded=self._times[number] > 0 and is_at_vod,
+            stranded=self._deliveries[number] > 0 and is_at_vod,
             lost=lost,
             born=self._born[number] + self._wall_offset_secs,
             confirmed_at=self._confirmed_at[number] + self._wall_offset_secs if confirmed else None,
@@ -312,7 +313,7 @@ class EventQueue:
         )
 
     def stats(self) -> dict[str, Any]:
-        """Counts, and how long after their birth the latest 20,000 events were pulled and confirmed, in seconds."""
+        """Counts, and the times in seconds from adding to the first pull and to the confirm (latest 20,000 events)."""
         self.expire()
         return {
             "fed": self.fed,

@@ -1,6 +1,6 @@
-"""HTTP/1.1 for the simulator: requests cut out of what a connection brings, answers whole, cut off or never sent.
+"""HTTP/1.1 for the simulator: it parses requests, and sends answers completely, in part or not at all.
 
-It is not a server for general use: what it does beyond HTTP is break connections in the ways that networks do.
+It is not a server for general use: it can also break connections in the ways that networks do.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ REASONS: Final = {200: b"OK", 400: b"Bad Request", 404: b"Not Found", 500: b"Int
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
 }
-# What no request begins with: all but printable ASCII and line ends.
-_NO_HTTP: Final = frozenset(range(256)) - frozenset(b"\r\n") - frozenset(range(0x21, 0x7F))
+# The bytes with which no request begins: all but printable ASCII and line ends.
+_NOT_HTTP: Final = frozenset(range(256)) - frozenset(b"\r\n") - frozenset(range(0x21, 0x7F))
 _TLS_HANDSHAKE: Final = 0x16  # RFC 8446, section 5.1
 
 
@@ -33,8 +33,8 @@ class Request:
     Args:
         method: As sent.
         target: Path and query, as sent.
-        headers: By name in lower case.
-        body: Its bytes.
+        headers: The values by name in lower case.
+        body: The bytes of the body.
     """
 
     method: str
@@ -44,21 +44,23 @@ class Request:
 
 
 class _BadRequestError(Exception):
-    """What came is not the HTTP that this server speaks."""
+    """The client has sent something that this server does not support."""
 
 
-def _what_came(data: bytes) -> str:
+def _not_http_text(data: bytes) -> str:
     if data[0] == _TLS_HANDSHAKE:
-        return "a client began with TLS and was disconnected: the simulator speaks plain HTTP, use its http:// address"
-    return f"a client sent what is not HTTP and was disconnected: it began with {data!r}"
+        return (
+            "a client began with TLS and was disconnected: the simulator has plain HTTP only, use its http:// address"
+        )
+    return f"a client did not send HTTP and was disconnected: it began with {data!r}"
 
 
 class Handler(Protocol):
-    """What requests are for.
+    """Handles the requests of all connections.
 
     Attributes:
-        connections: Those that are open.
-        bad_requests: The number of those that were not HTTP/1.1.
+        connections: The open connections.
+        bad_requests: Number of requests that were not HTTP/1.1.
     """
 
     connections: "set[Connection]"
@@ -68,14 +70,14 @@ class Handler(Protocol):
         """The value of the `Date` header."""
 
     def warn(self, message: str, /) -> None:
-        """A client does not even speak HTTP."""
+        """Report a client that does not send HTTP."""
 
     def handle(self, request: Request, connection: "Connection") -> None:
         """Answer a request on its connection, now or later."""
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection: HTTP/1.1 with keep-alive, one request after the other.
+    """One client's connection: HTTP/1.1 with keep-alive, one request at a time.
 
     Args:
         handler: Gets each request.
@@ -91,12 +93,12 @@ class Connection(asyncio.Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether the client would not read an answer any more."""
+        """Whether the connection has ended, so that no answer can be sent."""
         return self._transport is None or self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As in asyncio."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker; TCP is nothing else
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker; always true for TCP
         self._transport = transport
         self._handler.connections.add(self)
 
@@ -115,10 +117,10 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         if self._busy or self.closed:
             return
-        if self._buffer and self._buffer[0] in _NO_HTTP:
-            # A client that begins so would not understand an answer.
+        if self._buffer and self._buffer[0] in _NOT_HTTP:
+            # Such a client would not understand an answer.
             self._handler.bad_requests += 1
-            self._handler.warn(_what_came(bytes(self._buffer[:16])))
+            self._handler.warn(_not_http_text(bytes(self._buffer[:16])))
             self.drop()
             return
         try:
@@ -169,10 +171,10 @@ class Connection(asyncio.Protocol):
         """Answer the request.
 
         Args:
-            body: The whole body.
-            status: Of HTTP.
-            content_type: Of the body.
-            cut_at: End the connection after this number of bytes of the body.
+            body: The complete body.
+            status: The HTTP status.
+            content_type: The media type of the body.
+            cut_at: Close the connection after this number of bytes of the body; None: send the complete body.
         """
         if self._transport is None or self._transport.is_closing():
             return
@@ -193,7 +195,7 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._next)
 
     def drop(self) -> None:
-        """End the connection at once, whatever is still to be sent."""
+        """End the connection immediately, and discard unsent data."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -203,13 +205,13 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def reset(self) -> None:
-        """End the connection as a crashed peer or an angry middlebox does."""
+        """End the connection with a reset, as a crashed peer or a firewall does."""
         if self._transport is not None:
             reset(self._transport)
 
 
 def reset(transport: asyncio.WriteTransport) -> None:
-    """End a connection so that its peer sees it reset."""
+    """End a connection so that the peer gets a connection reset."""
     # With a linger time of 0 the kernel sends RST instead of FIN.
     sock = transport.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

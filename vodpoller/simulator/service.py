@@ -1,11 +1,11 @@
-"""The VOD event API on loopback: what a consumer can be tried, tested and measured against without an account.
+"""The VOD event API on loopback, to try, test and measure a consumer without an account.
 
 It answers `PullEvents`, `ConfirmEvents`, `DescribeEventConfig` and `DescribeEventsState` (version 2018-07-17) as
 Tencent Cloud documents them (product/266/34183, 266/34184, 266/57589; signature v3 in product/266/38490): long polls,
-leases, new handles at each redelivery, quotas and errors. Signatures are verified by code of its own, so that agreement
-with a client means something. The faults of networks and services can be switched on, each with its probability.
+leases, new handles at each redelivery, quotas and errors. Signatures are verified by independent code, so that a
+mistake of the client is found. Faults of networks and services can be switched on, each with a probability.
 
-`Simulator` serves it from a background thread, `serve` from the main thread of a command.
+`Simulator` runs it in a background thread, `serve` in the main thread of a command.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ _T = TypeVar("_T")
 
 
 class Simulator:
-    """Runs the API in a background thread of this process; installs no signal handlers. A context manager.
+    """Runs the API in a background thread of this process, without signal handlers. It is a context manager.
 
-    `feed`, `control`, `stats` and `ledger` may be called from any thread while it runs; `stats` and `ledger` also
-    after it was stopped.
+    While it runs, `feed`, `control`, `stats` and `ledger` may be called from any thread; after it was stopped, `stats`
+    and `ledger`.
 
     Args:
-        options: How it behaves; None for the defaults.
-        log: Gets a debug line for each answer.
-        warn: Told what is wrong with a client that does not even speak HTTP.
+        options: The options; None: the defaults.
+        log: Gets a debug line for each answer; None: no lines.
+        warn: Called with a text about a client that does not send HTTP.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Simulator:
             The base URL. Connections are accepted from now on.
 
         Raises:
-            OSError: The address cannot be listened on, or the events' file cannot be read.
+            OSError: The address cannot be used, or the events' file cannot be read.
         """
         started: Future[str] = Future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="simulator", daemon=True)
@@ -83,7 +83,7 @@ class Simulator:
             started.set_exception(error)
 
     def stop(self) -> None:
-        """Cut all connections and end the thread. Further calls do nothing."""
+        """End all connections and the thread. Further calls do nothing."""
         loop, thread, self._thread = self._loop, self._thread, None
         if thread is None:
             return
@@ -102,7 +102,7 @@ class Simulator:
         """Put events into the queue.
 
         Args:
-            bodies: Callback bodies, one an event, passed on as they are.
+            bodies: Callback bodies, one per event, which are sent unchanged.
 
         Returns:
             Their number.
@@ -114,42 +114,44 @@ class Simulator:
         """Change options of `CONTROLLABLE`; `faults` may be a string, as `parse_faults` reads it.
 
         Raises:
-            ValueError: An option is unknown, or cannot be changed while running, or has no such value.
+            ValueError: An option is unknown, cannot be changed while running, or has an invalid value.
         """
         self._call(lambda: self._api.control(changes))
 
     def stats(self) -> dict[str, Any]:
-        """What has happened so far; `GET /_stats` answers the same.
+        """The statistics so far; `GET /_stats` returns the same.
 
         Returns:
-            `pulls` that were answered, `pulls_empty` among them, `pulls_abandoned` by their clients while they hung,
-            `pulls_hanging_now`; `confirms` that succeeded and `confirms_stale`; `refused_by_limit`; `requests` by
-            action, `errors` by code, `faults` by action and name, `bad_requests` that were not HTTP/1.1;
-            `credentials_issued`, temporary keys;
-            `peak_requests_per_sec` by action, over any second, refused ones included; `connections_now`; `feeding`:
-            whether `rate` still brings events; `pushes`, `pushes_unanswered` among them, `push_answers` by status,
-            `pushing_now`; `fed`, divided into `confirmed` (or answered), `outstanding` (leased, or being pushed),
-            `visible` and `lost` (no push was answered); `redeliveries`; `confirms_forgotten`: handles that
-            `forget_confirms` refused, each counted once; percentiles `birth_to_first_pull_secs` and
-            `birth_to_confirm_secs` (or answer) of the latest 20,000 events.
+            Pulls: `pulls` that were answered, `pulls_empty` among them, `pulls_abandoned` (the client ended the
+            connection before an answer) and `pulls_hanging_now` (not answered yet).
+            Confirms: `confirms` that succeeded, `confirms_stale`, and `confirms_forgotten`: handles that
+            `forget_confirms` refused, each counted once.
+            Requests: `requests` by action, `errors` by code, `faults` by action and name, `refused_by_limit`,
+            `bad_requests` that were not HTTP/1.1, `connections_now`, `credentials_issued` (temporary keys), and
+            `peak_requests_per_sec` by action: the maximum in any second, refused requests included.
+            Pushes: `pushes`, `pushes_unanswered` among them, `push_answers` by status, `pushing_now`.
+            Events: `fed`, the sum of `confirmed` (or answered), `outstanding` (leased, or being pushed), `visible` and
+            `lost` (no push was answered); `redeliveries`; `feeding`: whether `rate` still adds events; percentiles of
+            `birth_to_first_pull_secs` and `birth_to_confirm_secs` (or to the answer of a push), the times since an
+            event was added, of the latest 20,000 events.
         """
         return self._call(self._api.stats)
 
     def ledger(
         self, *, start: int = 0, count: int | None = None, bodies: bool = False, lost: bool = False
     ) -> list[LedgerRow]:
-        """What became of each event; `GET /_ledger?from=START&n=COUNT&bodies=1&lost=1` answers the same.
+        """The state of each event; `GET /_ledger?from=START&n=COUNT&bodies=1&lost=1` returns the same.
 
         Args:
-            start: The number of events to leave out at the beginning.
-            count: The number to tell of; None for all.
-            bodies: Tell their bodies, too.
-            lost: Tell only of those that VOD would have lost: no push was answered.
+            start: Number of events to skip at the beginning.
+            count: Maximum number of events; None: all.
+            bodies: Whether the rows have the bodies.
+            lost: Whether only lost events are included: VOD would have lost them, since no push was answered.
         """
         return self._call(lambda: self._api.ledger(start=start, count=count, bodies=bodies, lost=lost))
 
     def _call(self, function: Callable[[], _T]) -> _T:
-        """Run something where the queue lives: in the loop while there is one."""
+        """Call a function in the event loop, or directly if the loop has ended."""
         loop = self._loop
         if loop is None:
             return function()
@@ -174,16 +176,16 @@ def serve(
     """Serve from the main thread until SIGINT or SIGTERM.
 
     Args:
-        options: How it behaves.
-        log: Gets a debug line for each answer.
+        options: The options.
+        log: Gets a debug line for each answer; None: no lines.
         ready: Called with the base URL once connections are accepted.
-        warn: Told what is wrong with a client that does not even speak HTTP.
+        warn: Called with a text about a client that does not send HTTP.
 
     Returns:
         The events that VOD would have lost, with their bodies: none of their pushes was answered.
 
     Raises:
-        OSError: The address cannot be listened on, or the events' file cannot be read.
+        OSError: The address cannot be used, or the events' file cannot be read.
     """
 
     async def serve_here() -> list[LedgerRow]:

@@ -1,6 +1,7 @@
-"""The check of a request's signature, by code that shares nothing with `vodpoller.vod.signature`.
+"""The check of a request's signature.
 
-So that the simulator and the client agree only if both do as Tencent Cloud's document says.
+It shares no code with `vodpoller.vod.signature`, so that the simulator and the client agree only if both follow Tencent
+Cloud's document.
 """
 
 import hashlib
@@ -25,12 +26,12 @@ _PORT: Final = re.compile(r":[0-9]+\Z")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What belongs to a SecretId.
+    """The key with a SecretId.
 
     Args:
         secret_key: Its SecretKey.
-        token: Its token; None if it needs none.
-        ends_at: Until when it is good: Unix time, in seconds.
+        token: Its token; None for a permanent key.
+        ends_at: Unix time at which it expires, in seconds.
     """
 
     secret_key: str
@@ -42,21 +43,21 @@ def verify(request: Request, *, key_of: Callable[[str], Key | None], now: float,
     """Check a request's TC3-HMAC-SHA256 signature as the documents of signature v3 (product/266/38490) describe it.
 
     Args:
-        request: With the headers `X-TC-Timestamp` and `Authorization`.
-        key_of: What belongs to a SecretId; None if it does not exist.
+        request: A request with the headers `X-TC-Timestamp` and `Authorization`.
+        key_of: Returns the key with a SecretId; None if it does not exist.
         now: Unix time, in seconds.
-        service: The product that is asked.
+        service: The service of the API, as it is signed.
 
     Raises:
-        ApiError: With the code that Tencent gives the failure.
+        ApiError: The signature is not valid. The code is the one that Tencent uses.
     """
     headers = request.headers
     timestamp = headers["x-tc-timestamp"]
     claim = _AUTHORIZATION.fullmatch(headers["authorization"])
     if claim is None:
         raise ApiError("AuthFailure.InvalidAuthorization", "The Authorization header is not that of signature v3.")
-    owned = key_of(claim["id"])
-    if owned is None:
+    key = key_of(claim["id"])
+    if key is None:
         raise ApiError("AuthFailure.SecretIdNotFound", "There is no such SecretId.")
     if not DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
         raise ApiError("AuthFailure.SignatureExpire", f"X-TC-Timestamp is more than {_SIGNATURE_SECS} s off.")
@@ -67,11 +68,11 @@ def verify(request: Request, *, key_of: Callable[[str], Key | None], now: float,
     date = datetime.fromtimestamp(int(timestamp), UTC).strftime("%Y-%m-%d")
     if (claim["date"], claim["service"]) != (date, service):
         raise failure
-    if not _is_signed(request, claim, owned.secret_key, service):
+    if not _is_signed(request, claim, key.secret_key, service):
         raise failure
-    if owned.token is not None and headers.get("x-tc-token") != owned.token:
+    if key.token is not None and headers.get("x-tc-token") != key.token:
         raise ApiError("AuthFailure.TokenFailure", "X-TC-Token is not the token of this SecretId.")
-    if now >= owned.ends_at:
+    if now >= key.ends_at:
         raise ApiError("AuthFailure.TokenFailure", "The token has expired.")
 
 
@@ -81,8 +82,8 @@ def _is_signed(request: Request, claim: re.Match[str], secret_key: str, service:
     for part in (date, service, "tc3_request"):
         key = hmac.digest(key, part.encode(), "sha256")
     digest = hashlib.sha256(request.body).hexdigest()
-    # VOD's host never has a port, so that the document leaves open what is signed of one: Python's SDK signs the whole
-    # header, that of Node.js leaves the port out.
+    # VOD's host never has a port, so the document does not say whether a port is signed: the Python SDK signs the whole
+    # header, the Node.js SDK leaves the port out.
     for host in {headers["host"], _PORT.sub("", headers["host"])}:
         values = {**headers, "host": host}
         signed = "".join(f"{name}:{values[name].lower()}\n" for name in claim["headers"].split(";"))

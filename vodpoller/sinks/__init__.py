@@ -1,7 +1,7 @@
-"""Sinks: where events go. What is named here is all that the author of a sink needs, stable from 1.0 on.
+"""Sinks: the destinations of events. The names below are all that the author of a sink needs, stable from 1.0 on.
 
-Everything else in vodpoller is internal. The sinks that come with it are a file or a folder each; `README.md` beside
-this file shows how to write one.
+Everything else in vodpoller is internal. Each sink that comes with vodpoller is a file or a folder here; `README.md`
+beside this file shows how to write a sink.
 """
 
 from vodpoller.errors import ConfigError, PartialFailureError, RejectedError, SkippedError, TransientError

@@ -19,40 +19,41 @@ from vodpoller.vod.credentials import Credentials
 
 
 class SinkConfig(HasSecrets):
-    """The keys that every sink has; a sink's own model adds to them."""
+    """The keys that every sink has; the model of a sink type adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    type: str = Field(description="Which sink this is: the name of an entry point.")
+    type: str = Field(description="The sink type: the name of an entry point.")
     format: Format = Field(
         default="callback",
-        description="The body of an event: `callback` is that of a normal callback, `cloudevents` is the same inside a"
-        " CloudEvent 1.0 (JSON).",
+        description="The format of an event's body: `callback` is the body of a normal callback, `cloudevents` is the"
+        " same body inside a CloudEvent 1.0 (JSON).",
     )
     queue_max_events: Annotated[int, Field(ge=16, le=100_000)] = Field(
         default=1024,
-        description="Maximum number of events that wait for the sink in memory; more are stored at once.",
+        description="Maximum number of events that wait for the sink in memory; further events are stored immediately.",
     )
     breaker_failures: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=5, description="Number of distinct events in a row whose failure stops attempts until a probe succeeds."
+        default=5,
+        description="Number of different events that must fail in a row before attempts stop until a probe succeeds.",
     )
     give_up_after_secs: Annotated[float, Field(gt=0)] = Field(
         default=604_800.0, description="Age at which a stored event becomes a dead letter."
     )
 
     def claims(self) -> frozenset[str]:
-        """What only one sink may hold: two sinks with a claim in common are an error.
+        """The resources that only one sink may hold. Two sinks with a claim in common are a configuration error.
 
-        A file is "file:" and its real path; the journal claims its own in the same way.
+        A file is named by "file:" and its real path. The journal claims its own files in the same way.
         """
         return frozenset()
 
     def shares(self) -> frozenset[str]:
-        """As `claims`, what other sinks may share in the same way, but nothing may claim: a database in a file."""
+        """Resources, named as in `claims`, that sinks may share but none may claim, such as a database in a file."""
         return frozenset()
 
     def place(self) -> str:
-        """Where events go, as `check` shows it: a path, a program, or the host of a URL, whose rest may be a secret."""
+        """Where events go, as `check` shows it: a path, a program, or only the host of a URL that may hold a secret."""
         found = {name: getattr(self, name, None) for name in ("path", "url", "command")}
         match found:
             case {"path": str(path)}:
@@ -66,7 +67,7 @@ class SinkConfig(HasSecrets):
 
 
 class Doubt(str):
-    """What a probe returns if events get there, and something is probably not meant so: `check` shows a warning."""
+    """The result of a probe if events can be delivered but a setting is probably a mistake: `check` shows a warning."""
 
     __slots__ = ()
 
@@ -79,14 +80,15 @@ class SinkContext:
     """What a sink gets from the program around it.
 
     Args:
-        log: Destination of its log lines, each of which names the sink by itself. The first argument is the name of
-            what happened, which begins with the sink's type: `log.warning("rows.locked", path=...)`.
-        monotonic: The clock of waits and time limits, in seconds.
-        wall: The clock of what a person reads, in seconds since 1970.
-        credentials: Gives Tencent Cloud's API key as it is at this moment, to be asked for each request and never
-            shown; None if there is none. It does not block, and raises `NoKeyError` while there is no temporary key.
-        on_refused_token: Told the token of a temporary key that Tencent Cloud refuses, and soon returns: another key is
-            asked for, or looked for in its files. None if there is no such key.
+        log: Destination of the sink's log lines; the sink's name is added to each of them. The first argument is the
+            name of the log event, which begins with the sink's type: `log.warning("rows.locked", path=...)`.
+        monotonic: The clock for waits and time limits, in seconds.
+        wall: The clock for times that a person reads, in seconds since 1970.
+        credentials: Returns Tencent Cloud's API key as it is at this moment. A sink calls it for each request, and
+            never shows the key. It does not block, except that it waits for the first temporary key; it raises
+            `NoKeyError` while there is no temporary key. None if there is no key.
+        on_refused_token: A sink calls it with the token of a temporary key that Tencent Cloud has refused. It returns
+            soon; a new key is then requested, or read from its files. None if there is no temporary key.
     """
 
     log: Logger
@@ -97,14 +99,14 @@ class SinkContext:
 
 
 class Sink(ABC, Generic[ConfigT]):
-    """Where events go. A sink knows nothing of leases, handles, retries or the ledger: its worker does.
+    """A destination of events. Leases, handles, retries and the ledger are the task of its worker.
 
     A new sink is one module with a subclass and its `Config`, and one line under the entry points
-    "vodpoller.sinks". What it needs is opened by its constructor: a `ConfigError` says what the operator must mend, a
-    `TransientError` what may pass (a full disk).
+    "vodpoller.sinks". The constructor opens what the sink needs. It raises `ConfigError` for a problem that the
+    operator must correct, and `TransientError` for one that may pass (a full disk).
 
     Args:
-        name: Of the sink.
+        name: Name of the sink.
         config: Its settings, validated.
         context: The log and the clocks.
 
@@ -114,7 +116,7 @@ class Sink(ABC, Generic[ConfigT]):
         batch_events: Maximum number of events in one call.
         timeout_secs: The time limit that `deliver` gets, in seconds.
         max_per_minute: Maximum number of calls in any 60 s, which are then evenly spaced; None: no limit.
-        needs_key: Whether it cannot do without the key of `[credentials]`.
+        needs_key: Whether the sink cannot work without the API key of `[credentials]`.
     """
 
     Config: type[ConfigT]
@@ -131,76 +133,80 @@ class Sink(ABC, Generic[ConfigT]):
 
     @classmethod
     def probe(cls, name: str, config: ConfigT, context: SinkContext) -> str:
-        """Look whether events could get there, without a sink being made: the daemon may be running.
+        """Check whether events could be delivered, without constructing a sink: the daemon may be running.
 
-        It delivers nothing, writes nothing and makes no file or folder.
+        It delivers nothing, writes nothing and creates no file or folder.
 
         Args:
-            name: Of the sink.
+            name: Name of the sink.
             config: Its settings, validated.
             context: As for the constructor.
 
         Returns:
-            One line that says what is there; a `Doubt` if the operator is to look at it.
+            One line that says what was found; a `Doubt` if the operator should look at it.
 
         Raises:
-            ConfigError: It cannot be reached; says what is wrong and what to do, as at construction.
+            ConfigError: Events cannot be delivered. The text says what is wrong and what to do, as at construction.
         """
         return "nothing to reach"
 
     def examine(self, event: Event) -> None:
-        """Look at an event before it is queued for `deliver`, without sending anything.
+        """Check an event before it is queued for `deliver`, without sending anything.
 
-        What this raises never counts for the breaker and costs no call: the receiver is not asked.
+        An error raised here never counts for the breaker, since the receiver was not called.
 
         Args:
             event: The event.
 
         Raises:
-            SkippedError: Nothing is to be sent for it: it counts as delivered.
-            RejectedError: It can never be sent.
+            SkippedError: Nothing is to be sent for the event; it counts as delivered.
+            RejectedError: The event can never be sent.
         """
 
     @abstractmethod
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
-        """Take events. Returning means: all of them are accepted, and would survive a loss of power.
+        """Deliver events. Returning means that all of them are accepted and would survive a loss of power.
 
         Args:
             events: One to `batch_events` events.
-            timeout_secs: Time limit of the call, in seconds; it is the sink's duty to keep to it.
+            timeout_secs: Time limit of the call, in seconds. The sink itself must keep to it.
 
         Raises:
             RejectedError: No event was accepted and none ever will be.
             TransientError: No event was accepted; a later call may succeed. Any unknown exception means the same.
-            PartialFailureError: Some events were not accepted, each with an error of these kinds.
+            PartialFailureError: Some events were not accepted; it holds an error of the kinds above for each of them.
         """
 
     def reopen(self) -> None:
-        """A reload: open files again, read secrets again. Called from another thread than `deliver`."""
+        """Open files and read secrets again, at a reload. Called from another thread than `deliver`."""
 
     def close(self) -> None:
-        """The last call. What the sink holds is free then: after a reload another one may need it in this process."""
+        """Release all resources. This is the last call; after a reload another sink may need them in this process."""
 
 
 @runtime_checkable
 class Recoverable(Protocol):
-    """What a sink has besides if it can say after a crash what it holds: then each event is in it exactly once.
+    """Further methods of a sink that can find its events again after a crash: it holds each event exactly once.
 
-    A crash may come between a sink's accepting and the ledger's entry. Without this, the event is delivered again.
+    A crash may come after a sink has accepted an event and before the ledger has the entry. Without these methods, the
+    event is then delivered again.
     """
 
     def position(self) -> Position:
-        """Where the sink's file ends after the last accepted call."""
+        """The end of the sink's file after the last accepted call."""
 
     def recover(self, mark: Position | None, sub_app_ids: Collection[int | None]) -> Iterable[Portion]:
-        """Called once before the first `deliver`: what was accepted beyond the mark and never reached the ledger.
+        """Find the events that were accepted after the mark and never reached the ledger.
+
+        It is called once, before the first `deliver`. A torn line is cut off.
 
         Args:
             mark: The position that the ledger knows; None if it knows none.
-            sub_app_ids: The SubAppIds whose events may be in the file: a key depends on it, a line does not hold it.
+            sub_app_ids: The SubAppIds whose events may be in the file. A key depends on its SubAppId, which a line does
+                not hold.
 
         Returns:
-            What lies beyond the mark, in portions that can each be written down before the next is taken: a process
-            that ends in between goes on from the position of the last one. After them, `position` says where the file
-            ends. A torn line is cut off.
+            What lies after the mark, in portions. Each can be stored before the next one is read: a process that ends
+            in between continues from the position of the last one. After all of them, `position` returns the end of
+            the file.
         """

@@ -1,4 +1,4 @@
-"""Events as the standard input of a command, which is started for each of them without a shell."""
+"""Events as the standard input of a command, which is started for each event, without a shell."""
 
 import errno
 import math
@@ -25,45 +25,47 @@ from vodpoller.sinks.formats import encode
 
 _INHERITED = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR"})
 _OWN_PREFIX = "VODPOLLER_"
-# Linux refuses to start a program with a single variable of more than 128 KiB; the body has the whole value.
+# Linux refuses to start a program if one variable is longer than 128 KiB. The body on stdin has the whole value.
 _VARIABLE_MAX_BYTES = 4096
-_KEPT_BYTES = 4096
+_STDERR_SHOWN_BYTES = 4096
 _CHUNK_BYTES = 1 << 16
-# What a pipe holds at most (fcntl's F_SETPIPE_SZ, without privileges) is read by this many chunks.
-_LAST_CHUNKS = 16
+# This number of reads empties a pipe of the maximum size without privileges (fcntl's F_SETPIPE_SZ).
+_FINAL_READS = 16
 
 _GRACE_MAX_SECS = 2.0
 _CLOSE_GRACE_SECS = 0.5
-_DEATH_SECS = 1.0
+_KILL_WAIT_SECS = 1.0
 _FIRST_PAUSE_SECS = 0.001
 _LONGEST_PAUSE_SECS = 0.05
 
 _TEMPORARY = {
-    os.EX_TEMPFAIL: "it asks to be called again later",
-    126: "something that it calls cannot be executed",
-    127: "something that it calls was not found",
+    os.EX_TEMPFAIL: "it asks for another attempt later",
+    126: "a program that it calls cannot be executed",
+    127: "a program that it calls was not found",
 }
 _HINTS = {
     errno.EACCES: "is it still executable?",
     errno.ENOEXEC: "a script's first line must be #! and its interpreter",
-    errno.ENOENT: "was it removed, or the interpreter that its first line names?",
+    errno.ENOENT: "was it removed, or the interpreter in its first line?",
     errno.EAGAIN: "too many processes; under systemd see TasksMax=",
-    errno.ENOMEM: "memory is short; under systemd see MemoryMax=",
+    errno.ENOMEM: "not enough memory; under systemd see MemoryMax=",
 }
 
 
 class ExecConfig(SinkConfig):
-    """A command."""
+    """The settings of a command."""
 
-    type: Literal["exec"] = Field(description="A command is started for each event and gets it on its standard input.")
+    type: Literal["exec"] = Field(
+        description="A command is started for each event and gets the event on its standard input."
+    )
     command: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
-        description="The program and its arguments; no shell reads them. A name without a slash is looked up on PATH.",
+        description="The program and its arguments, without a shell. A name without a slash is looked up on PATH.",
         examples=[["/usr/local/bin/on-vod-event", "--json"]],
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=3600)] = Field(
         default=30.0,
-        description="Time limit of the command. At its end, for a tenth of it but 2 s at most, it is"
-        " asked to end (SIGTERM), then killed with all that it started.",
+        description="Time limit of the command. In the last tenth of it (at most 2 s) the command gets SIGTERM; at its"
+        " end the command and all processes that it started are killed.",
     )
     concurrency: Annotated[int, Field(ge=1, le=64)] = Field(
         default=4, description="Maximum number of commands that run at the same time."
@@ -71,12 +73,12 @@ class ExecConfig(SinkConfig):
     env: Annotated[dict[str, str], Field(max_length=100)] = Field(
         default_factory=dict,
         repr=False,
-        description="Added to its environment, which otherwise has PATH, HOME, LANG, LC_*, TZ, TMPDIR and what is known"
-        " of the event. The values are never shown.",
+        description="Variables added to the command's environment, which otherwise has PATH, HOME, LANG, LC_*, TZ,"
+        " TMPDIR and the VODPOLLER_* variables that describe the event. The values are never shown.",
     )
     cwd: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         default=None,
-        description="The folder that it runs in. Left out: that of vodpoller.",
+        description="The working directory of the command. Left out: that of vodpoller.",
         examples=["/var/lib/vodpoller"],
     )
 
@@ -86,7 +88,7 @@ class ExecConfig(SinkConfig):
         if not value[0]:
             raise ValueError('the program is empty (for example command = ["/usr/local/bin/on-vod-event"])')
         if any("\0" in part for part in value):
-            raise ValueError("no argument can hold a NUL character (leave it out)")
+            raise ValueError("an argument cannot hold a NUL character (leave it out)")
         return value
 
     @field_validator("env")
@@ -112,15 +114,15 @@ class ExecConfig(SinkConfig):
 class ExecSink(Sink[ExecConfig]):
     """Starts a command for each event.
 
-    Exit code 0 accepts. 75 (EX_TEMPFAIL of sysexits.h), 126 and 127 (a shell's "cannot execute" and "not found"), a
-    death by a signal and a command that takes too long may pass. Any other exit code says that this event never will be
-    taken, and what it wrote to stderr says why. What a command leaves running when it has ended is its own affair.
+    Exit code 0 accepts the event. 75 (EX_TEMPFAIL of sysexits.h), 126 and 127 (a shell's "cannot execute" and "not
+    found"), an end by a signal and an exceeded time limit are transient failures. Any other exit code rejects the
+    event; the command's stderr is the reason. Processes that a command leaves running after its exit are not touched.
 
     Args:
-        name: Of the sink.
+        name: Name of the sink.
         config: Its settings.
         context: The log and the clocks.
-        environ: The environment that a few variables are inherited from; None for that of this process.
+        environ: The environment from which a few variables are inherited; None: that of this process.
 
     Raises:
         ConfigError: The program or the folder does not exist.
@@ -156,7 +158,7 @@ class ExecSink(Sink[ExecConfig]):
 
     @classmethod
     def probe(cls, name: str, config: ExecConfig, context: SinkContext) -> str:
-        """Whether the program is there; it is not started."""
+        """Check that the program and the folder exist. The program is not started."""
         _folder(name, config)
         return f"{_program(name, config, os.environ)} can be started"
 
@@ -164,7 +166,7 @@ class ExecSink(Sink[ExecConfig]):
         """Run the command for one event."""
         (event,) = events
         ends_at = self.context.monotonic() + timeout_secs
-        # Either closing finds it among those that run, or it is not started any more.
+        # Under the lock: either `close` finds this run in `_running`, or nothing is started after `close`.
         with self._lock:
             if self._closed:
                 raise TransientError(f"{self._program}: the sink is closed")
@@ -173,16 +175,16 @@ class ExecSink(Sink[ExecConfig]):
         try:
             in_time = run.await_exit(ends_at - min(timeout_secs / 10, _GRACE_MAX_SECS))
             if not in_time and run.stop():
-                run.await_exit(ends_at, silent=True)
+                run.await_exit(ends_at, until_stderr_ends=True)
             code = run.finish()
         finally:
             run.abandon()
             with self._lock:
                 self._running.discard(run)
-        self._judge(run, code, None if in_time else timeout_secs)
+        self._raise_for(run, code, None if in_time else timeout_secs)
 
     def close(self) -> None:
-        """End what runs: SIGTERM to each command and all that it started, SIGKILL half a second later."""
+        """End all commands: SIGTERM to each and to the processes that it started, SIGKILL half a second later."""
         with self._lock:
             self._closed = True
             running = tuple(self._running)
@@ -196,17 +198,16 @@ class ExecSink(Sink[ExecConfig]):
     # --- starting ---
 
     def _start(self, event: Event) -> "_Run":
-        about = {
+        values = {
             "KEY": event.key.hex(),
             "EVENT_TYPE": event.type,
             "TASK_ID": task_id_of(event),
             "FILE_ID": file_id_of(event),
             "SOURCE": event.source,
         }
-        own = {f"{_OWN_PREFIX}{name}".encode(): _variable(value) for name, value in about.items()}
+        own = {f"{_OWN_PREFIX}{name}".encode(): _variable(value) for name, value in values.items()}
         try:
-            # A file in memory and not a pipe: nothing has to feed it, whatever the command does before it reads, or
-            # whether it reads at all.
+            # A file in memory and not a pipe: no thread has to write to it while the command reads late or not at all.
             with open(os.memfd_create("event"), "w+b") as body:  # noqa: PTH123 - a descriptor has no path
                 body.write(encode(event, self._format))
                 body.seek(0)
@@ -222,52 +223,54 @@ class ExecSink(Sink[ExecConfig]):
                     start_new_session=True,
                 )
         except OSError as error:
-            raise TransientError(f"{error.filename or self._program} cannot be started: {_why(error)}") from error
+            raise TransientError(
+                f"{error.filename or self._program} cannot be started: {_error_text(error)}"
+            ) from error
         longest_bytes = max((len(_bytes(value)) for value in self._hidden), default=0)
         return _Run(process, spare_bytes=longest_bytes, monotonic=self.context.monotonic)
 
-    # --- saying what came of it ---
+    # --- results ---
 
-    def _judge(self, run: "_Run", code: int | None, timeout_secs: float | None) -> None:
-        """Raise what the end of the command means.
+    def _raise_for(self, run: "_Run", code: int | None, timeout_secs: float | None) -> None:
+        """Raise the error that the end of the command means; return if it has accepted the event.
 
         Args:
-            run: What has ended.
-            code: As subprocess.Popen has it; None if it is not known.
-            timeout_secs: Time that was waited for it; None if it ended before.
+            run: The command, which has ended.
+            code: The exit code, as subprocess.Popen has it; None if it is not known.
+            timeout_secs: The time limit, if the command exceeded it; else None.
         """
-        said = run.said(self._hidden)
-        said = f": {said}" if said else ""
+        stderr = run.stderr_text(self._hidden)
+        stderr = f": {stderr}" if stderr else ""
         if run.stopped and timeout_secs is not None:
-            raise TransientError(f"{self._program} did not end within {timeout_secs:g} s and was killed{said}")
+            raise TransientError(f"{self._program} did not end within {timeout_secs:g} s and was killed{stderr}")
         if run.stopped:
             raise TransientError(f"{self._program} was stopped because the sink is closed")
         if code is None:
             raise TransientError(
-                f"{self._program} has ended, and its exit code is lost (was vodpoller started with SIGCHLD ignored?)"
+                f"{self._program} has ended, but its exit code is lost (was vodpoller started with SIGCHLD ignored?)"
             )
         if code < 0:
-            raise TransientError(f"{self._program} was killed by {_signal_name(-code)}{said}")
+            raise TransientError(f"{self._program} was killed by {_signal_name(-code)}{stderr}")
         if code in _TEMPORARY:
-            raise TransientError(f"{self._program} exited with {code} ({_TEMPORARY[code]}){said}")
+            raise TransientError(f"{self._program} exited with {code} ({_TEMPORARY[code]}){stderr}")
         if code:
-            raise RejectedError(f"{self._program} exited with {code}{said}")
+            raise RejectedError(f"{self._program} exited with {code}{stderr}")
 
 
 class _Run:
-    """One command that runs, and the processes that it started: the group that has its process id for a number.
+    """A running command and the processes that it started: the process group whose id is the command's process id.
 
-    The number is the group's for as long as the command is not reaped, even if it has ended. So signals are sent before
-    that only, or they might reach another process.
+    The kernel does not use this id again before the command is reaped, even if it has ended. Signals are sent only
+    before that, since they might reach another process afterwards.
 
     Args:
-        process: Just started, in a session of its own.
-        spare_bytes: Amount of stderr that is kept beyond what is shown.
+        process: The command, just started in a session of its own.
+        spare_bytes: Number of bytes of stderr that are kept in addition to those that are shown.
         monotonic: The clock, in seconds.
 
     Attributes:
-        stopped: It was told to end before it had: its exit code says nothing any more.
-        ended: Nothing is left to wait for.
+        stopped: A signal was sent before the command had ended, so its exit code means nothing.
+        ended: Set when nothing is left to wait for.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], *, spare_bytes: int, monotonic: Callable[[], float]) -> None:
@@ -282,38 +285,38 @@ class _Run:
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._reaped = False
-        self._lost = False
-        self._silent = False
+        self._code_lost = False
+        self._stderr_ended = False
         self._tail = b""
-        self._cut = False
+        self._tail_is_cut = False
         self.stopped = False
         self.ended = threading.Event()
 
-    def await_exit(self, ends_at: float, *, silent: bool = False) -> bool:
-        """Wait for the command's end, and read what it says meanwhile.
+    def await_exit(self, ends_at: float, *, until_stderr_ends: bool = False) -> bool:
+        """Wait for the command's end, and read its stderr meanwhile.
 
         Args:
             ends_at: Monotonic time, in seconds, at which the waiting ends.
-            silent: Wait, too, until no process holds its stderr open any more.
+            until_stderr_ends: Also wait until no process holds stderr open any more.
 
         Returns:
-            Whether it has ended.
+            Whether the command has ended.
         """
-        # What it leaves running may hold stderr open. So its end is looked for as well, and not only announced there.
+        # The exit is polled, since the end of stderr does not show it: a process left behind may hold stderr open.
         pause_secs = _FIRST_PAUSE_SECS
-        while not (exited := self._has_exited()) or (silent and not self._silent):
+        while not (exited := self._has_exited()) or (until_stderr_ends and not self._stderr_ended):
             left_secs = ends_at - self._monotonic()
             if left_secs <= 0:
                 return exited
-            moved = self._read(min(pause_secs, left_secs))
-            pause_secs = _FIRST_PAUSE_SECS if moved else min(pause_secs * 2, _LONGEST_PAUSE_SECS)
+            has_read = self._read(min(pause_secs, left_secs))
+            pause_secs = _FIRST_PAUSE_SECS if has_read else min(pause_secs * 2, _LONGEST_PAUSE_SECS)
         return True
 
     def stop(self) -> bool:
-        """SIGTERM to the group, unless the command has ended.
+        """Send SIGTERM to the group, unless the command has ended.
 
         Returns:
-            Whether it was sent.
+            Whether the signal was sent.
         """
         with self._lock:
             if self._reaped or self._has_exited():
@@ -323,50 +326,50 @@ class _Run:
             return True
 
     def kill(self) -> None:
-        """SIGKILL to the group, unless all is over."""
+        """Send SIGKILL to the group, unless the command has been reaped."""
         with self._lock:
             if not self._reaped:
                 self._signal(signal.SIGKILL)
 
     def finish(self) -> int | None:
-        """Come to an end: what was told to stop is killed, what was said before that is read, the command is reaped.
+        """Kill the group if it was told to stop, read the rest of stderr, and reap the command.
 
         Returns:
-            The exit code, as subprocess.Popen has it. None if it is not known: it does not even die when it is
-            killed, or another part of this process has reaped it.
+            The exit code, as subprocess.Popen has it. None if it is not known: the command has not ended although it
+            was killed, or another part of this process has reaped it.
         """
         if self.stopped:
             self.kill()
-        exited = self.await_exit(self._monotonic() + _DEATH_SECS)
-        for _ in range(_LAST_CHUNKS):
+        exited = self.await_exit(self._monotonic() + _KILL_WAIT_SECS)
+        for _ in range(_FINAL_READS):
             if not self._read(0):
                 break
         with self._lock:
             self._reaped = True
             code = self._process.wait() if exited else None
-            return None if self._lost else code
+            return None if self._code_lost else code
 
     def abandon(self) -> None:
-        """Let go of it, whatever happened. Does nothing to what has come to its end."""
+        """Kill the group if the command was not reaped, and release all resources."""
         if not self._reaped:
             self.stop()
             self.kill()
         self._stderr.close()
         self.ended.set()
 
-    def said(self, hidden: Sequence[str]) -> str:
-        """The last lines of stderr, in one line.
+    def stderr_text(self, hidden: Sequence[str]) -> str:
+        """The last lines of stderr, as one line.
 
         Args:
-            hidden: What must not be shown, longest first.
+            hidden: Texts that must not be shown, longest first.
         """
         text = self._tail.decode(errors="replace")
         for value in hidden:
             text = text.replace(value, "***")
-        if self._cut:
-            # What is hidden may have been cut in two: the rest of it is in here.
+        if self._tail_is_cut:
+            # These bytes may begin with the second half of a text that must be hidden.
             text = text[self._spare_bytes :]
-        lines = text[-_KEPT_BYTES:].splitlines()
+        lines = text[-_STDERR_SHOWN_BYTES:].splitlines()
         printable = ("".join(character if character.isprintable() else " " for character in line) for line in lines)
         return " | ".join(stripped for line in printable if (stripped := line.strip()))
 
@@ -374,31 +377,31 @@ class _Run:
         try:
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
-            # Something else has reaped it: the kernel itself does, if SIGCHLD is ignored. Popen takes that for a 0.
-            self._lost = True
+            # It was reaped elsewhere: by the kernel itself, if SIGCHLD is ignored. Popen would report exit code 0.
+            self._code_lost = True
             return True
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # all gone, or of a user that may not be signalled
+        with suppress(ProcessLookupError, PermissionError):  # all have ended, or belong to another user
             os.killpg(self._process.pid, number)
 
     def _read(self, wait_secs: float) -> bool:
         """Read from stderr.
 
         Returns:
-            Whether something came, the end included.
+            Whether data or the end of stderr was read.
         """
-        if self._silent:
+        if self._stderr_ended:
             time.sleep(wait_secs)
             return False
         if not self._poll.poll(math.ceil(wait_secs * 1000)):
             return False
         chunk = os.read(self._stderr.fileno(), _CHUNK_BYTES)
         tail = self._tail + chunk
-        kept_bytes = _KEPT_BYTES + self._spare_bytes
-        self._cut = self._cut or len(tail) > kept_bytes
+        kept_bytes = _STDERR_SHOWN_BYTES + self._spare_bytes
+        self._tail_is_cut = self._tail_is_cut or len(tail) > kept_bytes
         self._tail = tail[-kept_bytes:]
-        self._silent = not chunk
+        self._stderr_ended = not chunk
         return True
 
 
@@ -408,39 +411,39 @@ def _folder(name: str, config: ExecConfig) -> str | None:
     if not Path(config.cwd).is_dir():
         raise ConfigError([f"sinks.{name}.cwd: {config.cwd} is not a folder (make it, or name one that exists)"])
     if not os.access(config.cwd, os.X_OK):
-        raise ConfigError([f"sinks.{name}.cwd: {config.cwd} may not be entered by this user (chmod +x)"])
+        raise ConfigError([f"sinks.{name}.cwd: {config.cwd} cannot be entered by this user (chmod +x)"])
     return str(Path(config.cwd).absolute())
 
 
 def _program(name: str, config: ExecConfig, environ: Mapping[str, str]) -> str:
-    """The absolute path of what is started.
+    """The absolute path of the program.
 
     Raises:
-        ConfigError: It does not exist, or this user may not execute it.
+        ConfigError: The program does not exist, or this user may not execute it.
     """
     program = config.command[0]
     if "/" in program:
-        # The folder is entered before the program is started.
+        # Relative to `cwd`, which is entered before the program is started.
         path = Path(config.cwd or "", program).absolute()
         if shutil.which(path):
             return str(path)
-        right = "make it executable for this user: chmod +x" if path.is_file() else "is the path right?"
-        wrong = "cannot be executed" if path.exists() else "does not exist"
-        raise ConfigError([f"sinks.{name}.command: {path} {wrong} ({right})"])
-    places = config.env.get("PATH", environ.get("PATH", os.defpath))
-    if found := shutil.which(program, path=places):
+        remedy = "make it executable for this user: chmod +x" if path.is_file() else "is the path right?"
+        problem = "cannot be executed" if path.exists() else "does not exist"
+        raise ConfigError([f"sinks.{name}.command: {path} {problem} ({remedy})"])
+    search_path = config.env.get("PATH", environ.get("PATH", os.defpath))
+    if found := shutil.which(program, path=search_path):
         return str(Path(found).absolute())
-    wrong = f"no program {program} that this user may execute is on PATH"
-    raise ConfigError([f"sinks.{name}.command: {wrong} (install it, or give its path)"])
+    problem = f"no program {program} that this user may execute is on PATH"
+    raise ConfigError([f"sinks.{name}.command: {problem} (install it, or give its path)"])
 
 
 def _bytes(text: str) -> bytes:
-    """As it is in the environment or in the configuration, whatever the locale."""
+    """The same bytes as in the environment or in the configuration, in every locale."""
     return text.encode(errors="surrogateescape")
 
 
 def _variable(value: str) -> bytes:
-    """The value as an environment can hold it; what it cannot, NUL and lone surrogates, is escaped."""
+    """The value for an environment, which cannot hold NUL and lone surrogates: they are escaped."""
     data = value.replace("\0", "\\x00").encode(errors="backslashreplace")
     return data[:_VARIABLE_MAX_BYTES].decode(errors="ignore").encode()
 
@@ -448,12 +451,12 @@ def _variable(value: str) -> bytes:
 def _signal_name(number: int) -> str:
     try:
         name = signal.Signals(number).name
-    except ValueError:  # real-time signals have no names
+    except ValueError:  # real-time signals have no name
         return f"signal {number}"
     return f"{name} (did memory run out?)" if number == signal.SIGKILL else name
 
 
-def _why(error: OSError) -> str:
-    why = error.strerror or str(error)
+def _error_text(error: OSError) -> str:
+    text = error.strerror or str(error)
     hint = _HINTS.get(error.errno or 0)
-    return f"{why} ({hint})" if hint else why
+    return f"{text} ({hint})" if hint else text

@@ -1,6 +1,6 @@
-"""The body of an event as sinks hand it on.
+"""The body of an event in the formats that sinks send.
 
-What a CloudEvent is: "CloudEvents - Version 1.0.2" (attributes, type system) and its "JSON Event Format".
+Sources: "CloudEvents - Version 1.0.2" (attributes, type system) and its "JSON Event Format".
 """
 
 import base64
@@ -27,7 +27,7 @@ _NOT_IN_ATTRIBUTES = re.compile(
 
 
 def encode(event: Event, body_format: Format) -> bytes:
-    """The event as a sink hands it on.
+    """The body of an event as a sink sends it.
 
     Args:
         event: Any event.
@@ -43,7 +43,7 @@ def encode(event: Event, body_format: Format) -> bytes:
 
 
 def content_type(body_format: Format) -> str:
-    """The media type of what `encode` makes.
+    """The media type of the result of `encode`.
 
     Args:
         body_format: As configured.
@@ -58,13 +58,13 @@ def content_type(body_format: Format) -> str:
 
 
 def cloudevent_key(document: Mapping[str, Any]) -> bytes | None:
-    """The key of the event that a CloudEvent was made of.
+    """The key of the event that a CloudEvent holds.
 
     Args:
-        document: A JSON document that was read again.
+        document: A parsed JSON document.
 
     Returns:
-        None if it is not a CloudEvent that `encode` could have made.
+        The key; None if the document is not a CloudEvent that `encode` could have made.
     """
     if document.get("specversion") != "1.0" or not all(
         isinstance(document.get(name), str) and document[name] for name in ("id", "source", "type")
@@ -75,7 +75,7 @@ def cloudevent_key(document: Mapping[str, Any]) -> bytes | None:
 
 
 def _cloudevent(event: Event) -> bytes:
-    # What could never be read (a dead letter that is delivered after all) is not JSON and must not be put in as such.
+    # A body that could never be parsed (a dead letter that is replayed) must not be embedded as JSON.
     readable = bool(event.content) or _is_json(event.body)
     attributes = {
         "specversion": "1.0",
@@ -87,12 +87,12 @@ def _cloudevent(event: Event) -> bytes:
         attributes["subject"] = file_id
     attributes["datacontenttype"] = "application/json" if readable else "application/octet-stream"
     data = b'"data":' + event.body if readable else b'"data_base64":"' + base64.b64encode(event.body) + b'"'
-    # Put together and not encoded as a whole: the body stays byte for byte what it is without the envelope.
+    # The parts are joined, and not encoded as a whole, so that the body stays the same byte for byte.
     return encode_json(attributes)[:-1] + b"," + data + b"}"
 
 
 def _attribute(text: str) -> str:
-    """The text as an attribute may hold it."""
+    """The text with a replacement character for each character that an attribute must not hold."""
     return _NOT_IN_ATTRIBUTES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -16,7 +16,7 @@ from vodpoller.sinks.formats import encode
 
 _STDOUT_FD = 1
 _BATCH_EVENTS = 1024
-_LONGEST_WAIT_SECS = 0.2  # so soon a call that waits for room notices that the sink is closed
+_LONGEST_WAIT_SECS = 0.2  # within this time a waiting call notices that the sink is closed
 
 
 class _Stream(Protocol):
@@ -26,23 +26,23 @@ class _Stream(Protocol):
 class StdoutConfig(SinkConfig):
     """Standard output."""
 
-    type: Literal["stdout"] = Field(description="Events are written to standard output, one JSON document a line.")
+    type: Literal["stdout"] = Field(description="Events are written to standard output, one JSON document per line.")
 
     def claims(self) -> frozenset[str]:
-        """There is one standard output."""
+        """The process has only one standard output."""
         return frozenset({"stdout"})
 
 
 class StdoutSink(Sink[StdoutConfig]):
     """Writes events to standard output, which it never closes.
 
-    What is accepted is with the reader's pipe or file; whether it survives a loss of power is up to the reader.
+    An accepted event is in the reader's pipe or file. Whether it survives a loss of power depends on the reader.
 
     Args:
-        name: Of the sink.
+        name: Name of the sink.
         config: Its settings.
         context: The log and the clocks.
-        stream: In place of standard output. Its descriptor is written directly.
+        stream: Used instead of standard output; data is written directly to its descriptor.
 
     Raises:
         ConfigError: Standard output is closed, or open for reading only.
@@ -62,8 +62,8 @@ class StdoutSink(Sink[StdoutConfig]):
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Write the events.
 
-        A reader that stops in the middle has got some of them: those are accepted. The line that it was in is
-        completed before anything else is written, so that each line stays whole; its event comes again.
+        If the reader stops in the middle, the events that were written completely are accepted. A line that was written
+        in part is completed before anything else is written, so that each line stays whole; its event comes again.
         """
         lines = [encode(event, self._format) + b"\n" for event in events]
         data = self._torn + b"".join(lines)
@@ -83,11 +83,11 @@ class StdoutSink(Sink[StdoutConfig]):
         raise PartialFailureError(failed)
 
     def close(self) -> None:
-        """Accept nothing more; a call that waits for the reader ends. Standard output stays open: it is not ours."""
+        """Accept no more events, and end a call that waits for the reader. Standard output stays open."""
         self._outlet = None
 
     def _write(self, data: bytes, ends_at: float) -> tuple[int, TransientError | None]:
-        """The number of bytes that got out, and why not all of them did."""
+        """Write. Returns the number of bytes that were written, and the error if not all of them were."""
         rest = memoryview(data)
         while rest:
             left_secs = ends_at - self.context.monotonic()
@@ -95,7 +95,7 @@ class StdoutSink(Sink[StdoutConfig]):
             if outlet is None:
                 return len(data) - len(rest), TransientError("standard output: the sink is closed")
             if left_secs <= 0:
-                error = TransientError("standard output: its reader does not read (is the program behind it stuck?)")
+                error = TransientError("standard output: its reader does not read (is that program stuck?)")
                 return len(data) - len(rest), error
             try:
                 rest = rest[outlet.write_some(rest, min(left_secs, _LONGEST_WAIT_SECS)) :]
@@ -106,10 +106,10 @@ class StdoutSink(Sink[StdoutConfig]):
 
 
 def _outlet(name: str, stream: _Stream | None) -> Outlet:
-    """What is written to.
+    """The output to write to.
 
     Raises:
-        ConfigError: Nothing can be: at the start, descriptor 1 was closed, or it is not open for writing.
+        ConfigError: It cannot be written: at the start, descriptor 1 was closed, or it is not open for writing.
     """
     wrong = "is closed"
     try:
@@ -124,8 +124,8 @@ def _outlet(name: str, stream: _Stream | None) -> Outlet:
 
 
 def _rest_of_line(data: bytes, written_bytes: int, line_ends: Sequence[int]) -> bytes:
-    """What is missing of the line that was begun; empty if the last byte out was the end of one."""
+    """The unwritten rest of a line; empty if the last byte that was written ends a line."""
     if written_bytes == 0 or written_bytes in line_ends:
-        # Nothing of this call's data is out, so what was missing before is missing still.
+        # Nothing of this call's data was written, so an older rest is still missing.
         return data[: line_ends[0]] if written_bytes == 0 else b""
     return data[written_bytes : next(end for end in line_ends if end > written_bytes)]

@@ -42,22 +42,24 @@ from vodpoller.vod.endpoint import bare_endpoint
 from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Tc3Auth
 
-_ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # a function's result, the longest known answer, has 6 MB at most
+_ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # the longest known answer is a function's result of at most 6 MB
 _CALL_MAX_SECS: Final = 300.0
 _CLOCK_OFF_SECS: Final = 60.0
 _KEY_RENEWAL: Final = "reload the daemon, or restart the service if systemd loads the key"
 
-# Codes that begin so are about the parameters, which are made of the event. All others are about the key, the service
-# or the configuration.
-_ABOUT_PARAMETERS: Final = ("InvalidParameter", "MissingParameter", "UnknownParameter", "RequestSizeLimitExceeded")
+# Error codes with these prefixes are about the parameters, which are made of the event. All others are about the key,
+# the service or the configuration.
+_PARAMETER_CODES: Final = ("InvalidParameter", "MissingParameter", "UnknownParameter", "RequestSizeLimitExceeded")
 
 
 class TencentConfig(SinkConfig):
-    """An action of Tencent Cloud's API."""
+    """The settings of an action of Tencent Cloud's API."""
 
-    type: Literal["tencent"] = Field(description="Each event is a call of Tencent Cloud's API, with the daemon's key.")
+    type: Literal["tencent"] = Field(
+        description="For each event an action of Tencent Cloud's API is called, with the daemon's key."
+    )
     service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=63)] = Field(
-        description="The service, as its API's host begins.", examples=["eb"]
+        description="The service: the first part of the host name of its API.", examples=["eb"]
     )
     version: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")] = Field(
         description="The version of its API.", examples=["2021-04-16"]
@@ -66,8 +68,8 @@ class TencentConfig(SinkConfig):
         description="The action.", examples=["PutEvents"]
     )
     params: ExpressionText = Field(
-        description="JMESPath over the event, in the form that `format` says: makes the object of the action's"
-        " parameters. If it makes null, nothing is sent, and the event counts as delivered (`skipped`).",
+        description="JMESPath over the event in the form that `format` names. The result must be an object, the"
+        " action's parameters. If the result is null, nothing is sent, and the event counts as delivered (`skipped`).",
         examples=["{EventBusId: 'eb-12345678', EventList: [{Source: 'vod', Type: EventType, Data: to_string(@)}]}"],
     )
     region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = Field(
@@ -75,11 +77,12 @@ class TencentConfig(SinkConfig):
     )
     endpoint: str | None = Field(
         default=None,
-        description="Where the API is, without a path. Left out: https://SERVICE.tencentcloudapi.com.",
+        description="The URL of the API, without a path. Left out: https://SERVICE.tencentcloudapi.com.",
         examples=["https://eb.tencentcloudapi.com"],
     )
     requests_per_sec: Annotated[float, Field(ge=1, le=10_000)] = Field(
-        default=20.0, description="Requests per second, evenly spaced: the quota of the action, or less."
+        default=20.0,
+        description="Maximum number of requests per second, evenly spaced: the quota of the action, or less.",
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
         default=10.0, description="Time limit of a request, from the name lookup to the end of the answer."
@@ -99,25 +102,25 @@ class TencentConfig(SinkConfig):
 
     @property
     def url(self) -> str:
-        """Where requests go."""
+        """The URL of all requests."""
         return f"{self.endpoint or _endpoint_of(self.service)}/"
 
 
 class TencentSink(Sink[TencentConfig]):
     """Calls an action for each event.
 
-    An answer without an error accepts. A refusal of the parameters rejects the event, all else may pass. A request may
-    be sent twice (see `DeadlineAdapter`). One that is refused because this machine's clock is wrong is sent once more,
-    with the server's time.
+    An answer without an error accepts the event. A refusal of the parameters rejects it; every other failure is
+    transient. A request may be sent twice (see `DeadlineAdapter`). If a request is refused because this machine's clock
+    is wrong, it is sent once more with the server's time.
 
     Args:
-        name: Of the sink.
+        name: Name of the sink.
         config: Its settings.
         context: The log, the clocks and the API key.
-        sleep: Waits that number of seconds, for the quota.
+        sleep: Waits that number of seconds, to keep to the quota.
 
     Raises:
-        ConfigError: There is no API key, or what the environment says of proxies or certificates cannot be used.
+        ConfigError: There is no API key, or the proxy or certificate settings of the environment cannot be used.
     """
 
     Config = TencentConfig
@@ -133,9 +136,9 @@ class TencentSink(Sink[TencentConfig]):
     ) -> None:
         super().__init__(name, config, context)
         rate = config.requests_per_sec
-        # With more threads, a request would wait for its slot longer than for its answer.
+        # With more threads, a request would wait longer for its slot than for its answer.
         self.concurrency = min(config.concurrency, ceil(rate * config.timeout_secs))
-        # The limiter keeps below the quota, and may have halved it.
+        # Time for a slot, too: the limiter keeps below the quota, and may have halved its rate.
         self.timeout_secs = min(config.timeout_secs + 2 * self.concurrency / rate, _CALL_MAX_SECS)
         self._closed = False
         self._offset_secs = 0.0
@@ -145,7 +148,7 @@ class TencentSink(Sink[TencentConfig]):
             raise ConfigError([f"sinks.{name}: there is no API key to sign its requests with (see [credentials])"])
         self._sign = Tc3Auth(context.credentials, service=config.service, wall=self._time)
         self._headers = _headers(config)
-        self._where = host_and_port(config.url)
+        self._host = host_and_port(config.url)
         self._environment = environment_of(config.url)
         if self._environment.problem:
             raise ConfigError([f"sinks.{name}.endpoint: {self._environment.problem}"])
@@ -158,27 +161,27 @@ class TencentSink(Sink[TencentConfig]):
 
     @classmethod
     def probe(cls, name: str, config: TencentConfig, context: SinkContext) -> str:
-        """Whether a connection can be made and, for https, its certificate be trusted. No request is sent."""
+        """Check that a connection is accepted and, for https, its certificate is trusted. No request is sent."""
         sink = cls(name, config, context)
         try:
-            return sink._reach()
+            return sink._check_connection()
         finally:
             sink.close()
 
     def examine(self, event: Event) -> None:
-        """Raise what `_body_of` does, if nothing can or is to be sent for the event. Nothing is sent to find out."""
+        """Evaluate `params` on the event; raise the error of `_body_of` if nothing can or should be sent for it."""
         self._body_of(event)
 
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
         """Call the action for one event."""
         (event,) = events
         if self._closed:
-            raise TransientError(f"{self._where}: the sink is closed")
+            raise TransientError(f"{self._host}: the sink is closed")
         body = self._body_of(event)
         ends_at = self.context.monotonic() + timeout_secs
         if not self._limiter.acquire(max(timeout_secs - self.config.timeout_secs, timeout_secs / 2)):
             raise ThrottledError(
-                f"{self.config.action} was not sent: sinks.{self.name}.requests_per_sec left no room for it in time"
+                f"{self.config.action} was not sent: sinks.{self.name}.requests_per_sec allowed no request in time"
             )
         answer = self._answer_to(body, ends_at)
         if is_throttling(answer):
@@ -191,52 +194,52 @@ class TencentSink(Sink[TencentConfig]):
             raise unusable_answer(answer)
 
     def reopen(self) -> None:
-        """Read what vouches for certificates again. The API key is asked for at each request.
+        """Read the trusted CA certificates again. The API key is obtained anew for each request.
 
         Raises:
-            ConfigError: It cannot be read; what was read before stays in use.
+            ConfigError: They cannot be read; those that were read before stay in use.
         """
         self._adapter.reread_roots(f"sinks.{self.name}.endpoint")
 
     def close(self) -> None:
-        """Close the idle connections; those in use are closed when their answer is in."""
+        """Close the idle connections; those in use are closed when their answer has been read."""
         self._closed = True
         self._adapter.close()
 
-    def _reach(self) -> str:
+    def _check_connection(self) -> str:
         proxy = self._environment.proxy
-        where = f"the proxy {host_and_port(proxy)}" if proxy else self._where
+        peer = f"the proxy {host_and_port(proxy)}" if proxy else self._host
         try:
             ends_at = self._adapter.connect_within(self.config.url, self._environment, self.config.timeout_secs)
         except CALL_ERRORS as error:
-            said = failure_text(error, self.config.timeout_secs)
-            raise ConfigError([f"sinks.{self.name}.endpoint: {where} {said}"]) from None
+            failure = failure_text(error, self.config.timeout_secs)
+            raise ConfigError([f"sinks.{self.name}.endpoint: {peer} {failure}"]) from None
         if proxy:
-            return f"{where} accepts connections (what is behind it was not tried)"
+            return f"{peer} accepts connections (the server behind it was not tried)"
         if ends_at is None:
-            return f"{where} accepts connections"
+            return f"{peer} accepts connections"
         valid = validity(ends_at, self.context.wall())
-        return f"{where} accepts connections, its certificate is trusted, and {valid}"
+        return f"{peer} accepts connections, its certificate is trusted, and {valid}"
 
-    # --- asking ---
+    # --- requests ---
 
     def _body_of(self, event: Event) -> bytes:
-        """The parameters, as JSON.
+        """The action's parameters for an event, as JSON.
 
         Raises:
             SkippedError: Nothing is to be sent.
-            RejectedError: The expression makes none of this event.
+            RejectedError: `params` cannot be evaluated on this event, or its result is not an object.
         """
         key = f"sinks.{self.name}.params"
         if self.config.format == "cloudevents" and event.content:
             event = replace(event, content=decode_json(encode(event, "cloudevents").decode()))
         params = self._expression.shape(event, key)
         if params is None:
-            raise SkippedError(f"{key} finds null")
+            raise SkippedError(f"{key}: the result is null")
         if not isinstance(params, dict):
             raise RejectedError(
-                f"{key}: of this event it makes {_kind_of(params)}, and the parameters of an action are an object"
-                " (if it is not for such events, let no route bring them here: see `where`)"
+                f"{key}: for this event the result is {_kind_of(params)}, but the parameters of an action are an object"
+                " (if such events are not meant for this sink, exclude them in the routes: see `where`)"
             )
         try:
             return encode_found(params)
@@ -251,14 +254,14 @@ class TencentSink(Sink[TencentConfig]):
         return answer
 
     def _clock_was_off(self, answer: Answer, used_offset_secs: float) -> bool:
-        """Whether the server's time is another than the request was signed with; if so it is used from now on."""
+        """Whether the request was signed with a wrong time; if so, the server's time is used from now on."""
         server_time = http_date(answer.headers.get("Date"))
         if server_time is None:
             return False
         offset_secs = server_time - self.context.wall()
         if abs(offset_secs - used_offset_secs) <= _CLOCK_OFF_SECS:
             return False
-        if self._offset_secs == used_offset_secs:  # else another thread has done it meanwhile
+        if self._offset_secs == used_offset_secs:  # else another thread has corrected it meanwhile
             self._offset_secs = offset_secs
             self.context.log.warning("clock.corrected", skew_secs=round(offset_secs, 1), request_id=answer.request_id)
         return True
@@ -271,33 +274,33 @@ class TencentSink(Sink[TencentConfig]):
         prepared.method, prepared.url, prepared.body = "POST", self.config.url, body
         prepared.headers = requests.structures.CaseInsensitiveDict(self._headers)
         prepared.headers["Content-Length"] = str(len(body))
-        signed = self._sign(prepared)  # may wait for the very first temporary key
+        signed = self._sign(prepared)  # may wait for the first temporary key
         sent_at = self.context.monotonic()
         timeout_secs = min(self.config.timeout_secs, ends_at - sent_at)
-        # Not chained: what these exceptions quote may be the token, or a proxy's password.
+        # Not chained: the texts of these exceptions may hold the token, or a proxy's password.
         try:
             response = self._adapter.send_within(signed, self._environment, timeout_secs)
             try:
                 content: bytes = response.raw.read(_ANSWER_MAX_BYTES + 1, decode_content=True)
             finally:
-                response.close()  # a connection whose answer was read to its end is in the pool by now and stays open
+                response.close()  # a connection whose answer was read to its end stays open in the pool
         except CALL_ERRORS as error:
-            raise NoAnswerError(f"{self._where} {failure_text(error, timeout_secs)}") from None
+            raise NoAnswerError(f"{self._host} {failure_text(error, timeout_secs)}") from None
         cut = f"it is longer than {_ANSWER_MAX_BYTES} bytes" if len(content) > _ANSWER_MAX_BYTES else ""
         took_secs = self.context.monotonic() - sent_at
-        content = _without(signed.headers.get("X-TC-Token"), content)
+        content = _without_token(signed.headers.get("X-TC-Token"), content)
         answer = take_apart(response, content, cut, sent_at=sent_at, took_secs=took_secs)
         if self.context.on_refused_token is not None and is_refused_token(answer):
             self.context.on_refused_token(prepared.headers["X-TC-Token"])
             raise self._no_key(answer)
         return answer
 
-    # --- saying what came of it ---
+    # --- errors ---
 
     def _no_key(self, answer: Answer) -> NoKeyError:
         return NoKeyError(
-            f"{self.config.action} was refused with {answer.error_code}: {answer.error_message}; a new key is asked"
-            " for",
+            f"{self.config.action} was refused with {answer.error_code}: {answer.error_message}; a new key was"
+            " requested",
             retry_after_secs=NO_KEY_RETRY_SECS,
             error_code=answer.error_code or "",
             request_id=answer.request_id,
@@ -309,8 +312,8 @@ class TencentSink(Sink[TencentConfig]):
         if is_throttling(answer):
             pause_secs = _retry_after_secs(answer)
             return ThrottledError(message, retry_after_secs=pause_secs, error_code=code, request_id=request_id)
-        # Of a request that was sent twice, the second refusal says nothing of the first one.
-        if code.startswith(_ABOUT_PARAMETERS) and not answer.repeated:
+        # If a request was sent twice, the refusal of the second one proves nothing about the first one.
+        if code.startswith(_PARAMETER_CODES) and not answer.repeated:
             return RejectedError(message, error_code=code, request_id=request_id)
         advice = advice_on_key(code, f"{self.config.service}:{self.config.action}", _KEY_RENEWAL)
         return TransientError(
@@ -323,7 +326,7 @@ class TencentSink(Sink[TencentConfig]):
     def _http_failure(self, answer: Answer) -> TransientError:
         hint = "" if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR else f" (is sinks.{self.name}.endpoint right?)"
         return TransientError(
-            f"{self._where} answered {status_text(answer.status)}{hint}: {answer.excerpt!r}",
+            f"{self._host} answered {status_text(answer.status)}{hint}: {answer.excerpt!r}",
             retry_after_secs=_retry_after_secs(answer),
             request_id=answer.request_id,
         )
@@ -345,26 +348,26 @@ def _headers(config: TencentConfig) -> dict[str, str]:
     return {**headers, "X-TC-Region": config.region} if config.region else headers
 
 
-def _without(token: str | None, content: bytes) -> bytes:
-    """An answer without the token, the one secret that it may echo: what it says is kept with the event, and shown."""
+def _without_token(token: str | None, content: bytes) -> bytes:
+    """An answer without the token, the only secret that it may repeat: its text is stored with the event, and shown."""
     for form in searched_for((token, token.replace("/", "\\/"))) if token else ():
         content = content.replace(form.encode(), b"[secret]")
     return content
 
 
 def _retry_after_secs(answer: Answer) -> float | None:
-    """How long the answer asks to be left alone; a date is compared with the server's own."""
+    """Number of seconds for which the answer asks to send nothing; a date is compared with the server's time."""
     return retry_after_secs(answer.headers, http_date(answer.headers.get("Date")))
 
 
 def _kind_of(found: Any) -> str:
-    """What JSON calls a value."""
+    """The kind of a JSON value, for an error."""
     match found:
         case bool():
             return "a boolean"
         case int() | float():
             return "a number"
         case str():
-            return "a text"
+            return "a string"
         case _:
             return "a list"

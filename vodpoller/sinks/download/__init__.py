@@ -1,5 +1,5 @@
-"""The images of snapshot events as files.
+"""The sink `download`: the images of snapshot events as files.
 
-What an event says is not trusted: neither the hosts that it names, nor where those redirect to or what they resolve to,
-nor the sizes that they announce, nor the ids from which file names are made.
+The content of an event is not trusted: neither the hosts that it names, nor the addresses of these hosts and the
+redirects and sizes that they send, nor the ids from which file names are made.
 """

@@ -1,4 +1,4 @@
-"""Fetching what is not trusted: which hosts and addresses are asked, and what is taken from them."""
+"""Fetching images from hosts that are not trusted: which requests are sent, and which answers are accepted."""
 
 import ipaddress
 import re
@@ -20,7 +20,7 @@ from vodpoller.httpclient.url import http_parts
 from vodpoller.httpclient.words import ForbiddenAddressError, causes, failure_text, retry_after_secs, status_text
 from vodpoller.sinks.download.config import DownloadConfig
 
-_REDIRECTS: Final = 3
+_REDIRECTS_MAX: Final = 3
 _GONE: Final = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
 _CHUNK_BYTES: Final = 1 << 16
 SHOWN_CHARACTERS: Final = 200
@@ -30,12 +30,12 @@ _PAGES: Final = frozenset({"text/html", "application/xhtml+xml"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetching:
-    """Fetching the images of one event.
+    """The fetching of all images of one event.
 
     Args:
-        timeout_secs: Time limit of it all, in seconds.
-        ends_at: Monotonic time, in seconds.
-        urls: What went where, by the path below the root.
+        timeout_secs: Time limit for all images together, in seconds.
+        ends_at: Monotonic time at which this time limit ends, in seconds.
+        urls: The URL of each image, by its path below the root.
     """
 
     timeout_secs: float
@@ -44,20 +44,20 @@ class Fetching:
 
 
 class Fetcher:
-    """Asks the hosts that the settings name for images, and no address that they forbid.
+    """Fetches images, only from hosts and addresses that the settings allow.
 
-    Neither cookies nor credentials are sent. A name is looked up once for each connection, and it is the address that
-    is connected to which must be public.
+    Neither cookies nor credentials are sent. A name is looked up once for each connection, and the address that is used
+    for this connection must be public.
 
     Args:
-        name: The sink's name, for what it says.
+        name: The sink's name, for texts of errors.
         config: The sink's settings.
-        resolve: In place of `socket.getaddrinfo`.
+        resolve: Used instead of `socket.getaddrinfo`, if given.
         wall: Unix time, in seconds.
-        monotonic: The clock of the time limit, in seconds.
+        monotonic: The clock for the time limit, in seconds.
 
     Raises:
-        ConfigError: What the environment says of proxies or certificates cannot be used.
+        ConfigError: The proxy or certificate settings of the environment cannot be used.
     """
 
     def __init__(
@@ -89,36 +89,36 @@ class Fetcher:
             raise ConfigError([f"sinks.{name}.hosts: {error}"]) from None
 
     def reread_roots(self) -> None:
-        """Read what vouches for certificates again.
+        """Read the trusted CA certificates again.
 
         Raises:
-            ConfigError: It cannot be read; what was read before stays in use.
+            ConfigError: They cannot be read; those that were read before stay in use.
         """
         self._adapter.reread_roots(f"sinks.{self._name}.ca_file")
 
     def close(self) -> None:
-        """Close the idle connections; those in use are closed when their image is in."""
+        """Close the idle connections; those in use are closed when their image has been read."""
         self._adapter.close()
 
     def fetch(self, url: str, fetching: Fetching) -> requests.Response:
-        """The answer that is not a redirect, its body not read.
+        """Request a URL and follow redirects. Returns the final answer, with its body unread.
 
         Raises:
-            RejectedError: Such a URL, host or address is not asked.
-            TransientError: No answer came.
+            RejectedError: The URL, its host or its address is not allowed.
+            TransientError: No answer came, or there were too many redirects.
         """
-        for _ in range(1 + _REDIRECTS):
+        for _ in range(1 + _REDIRECTS_MAX):
             request = self._request(url)
             where = str(request.url)
             try:
                 response = self._adapter.send_within(request, environment_of(where), self._left_secs(fetching, where))
             # Not chained: the texts of these exceptions hold the whole URL, whose query may be a signature.
             except CALL_ERRORS as error:
-                said = f"{shown(where)} {failure_text(error, fetching.timeout_secs)}"
+                text = f"{shown(where)} {failure_text(error, fetching.timeout_secs)}"
                 if any(isinstance(cause, ForbiddenAddressError) for cause in causes(error)):
-                    hint = f"not a public address; sinks.{self._name}.allow_private = true would let it"
-                    raise RejectedError(f"{said} ({hint})") from None
-                raise TransientError(said) from None
+                    hint = f"not a public address; sinks.{self._name}.allow_private = true allows it"
+                    raise RejectedError(f"{text} ({hint})") from None
+                raise TransientError(text) from None
             if not response.is_redirect:
                 return response
             response.close()
@@ -126,69 +126,69 @@ class Fetcher:
                 url = urljoin(where, response.headers["Location"])
             except ValueError:
                 raise RejectedError(f"{shown(where)} redirects to an address that cannot be read") from None
-        raise TransientError(f"{shown(where)} redirects once more than the {_REDIRECTS} times that are followed")
+        raise TransientError(f"{shown(where)} redirects more than {_REDIRECTS_MAX} times")
 
     def _request(self, url: str) -> requests.PreparedRequest:
         """The request for an image.
 
         Raises:
-            RejectedError: There is none to be sent to such a URL.
+            RejectedError: The URL or its host is not allowed.
         """
         headers = {"User-Agent": f"vodpoller/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
         try:
-            # What is looked at is what requests makes of it: that is where it connects to.
+            # The URL as `requests` has normalised it is checked, since `requests` connects to that one.
             request = requests.Request("GET", url, headers=headers).prepare()
             parts = http_parts(str(request.url))
         except (requests.RequestException, ValueError):
-            raise RejectedError(f"{shown(url)!r} is not an address of http or https") from None
+            raise RejectedError(f"{shown(url)!r} is not an http or https address") from None
         if "@" in parts.netloc:
-            raise RejectedError(f"{shown(url)} comes with credentials, which are not used")
+            raise RejectedError(f"{shown(url)} holds credentials, which are not sent")
         if not any(fnmatchcase((parts.hostname or "").rstrip("."), glob) for glob in self._config.hosts):
-            raise RejectedError(f"{shown(url)} is at a host that sinks.{self._name}.hosts does not name")
+            raise RejectedError(f"{shown(url)}: its host is not in sinks.{self._name}.hosts")
         return request
 
     def _left_secs(self, fetching: Fetching, where: str) -> float:
         left_secs = fetching.ends_at - self._monotonic()
         if left_secs <= 0:
             raise TransientError(
-                f"{shown(where)} was not fetched: the {fetching.timeout_secs:g} s for the event are over"
-                f" (more of them: sinks.{self._name}.timeout_secs)"
+                f"{shown(where)} was not fetched: the time limit of {fetching.timeout_secs:g} s for the event is over"
+                f" (it can be raised: sinks.{self._name}.timeout_secs)"
             )
         return left_secs
 
     def check(self, response: requests.Response) -> None:
-        """Look at the head of the answer.
+        """Check the status and the headers of an answer.
 
         Raises:
-            RejectedError: It says that the image cannot be had.
-            TransientError: It says that there is none now.
+            RejectedError: The image can never be fetched.
+            TransientError: There is no image in this answer; a later request may get it.
         """
         status = response.status_code
         where = shown(str(response.url))
         if status != HTTPStatus.OK:
-            said = f"{where} answered {status_text(status)}"
+            text = f"{where} answered {status_text(status)}"
             if status in _GONE:
-                raise RejectedError(f"{said}: the image is not there (any more)")
-            raise TransientError(said, retry_after_secs=retry_after_secs(response.headers, self._wall()))
+                raise RejectedError(f"{text}: the image does not exist, or not any more")
+            raise TransientError(text, retry_after_secs=retry_after_secs(response.headers, self._wall()))
         if media_type_of(response) in _PAGES:
-            raise RejectedError(f"{where} is a page ({media_type_of(response)}), not an image")
+            raise RejectedError(f"{where} is a web page ({media_type_of(response)}), not an image")
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding != "identity":
-            raise TransientError(f"{where} came compressed, which was not asked for")
+            raise TransientError(f"{where} sent a compressed answer, which was not requested")
         announced = response.headers.get("Content-Length", "")
-        # Through a float: Python makes no integer of more than 4300 digits.
+        # As a float: int() refuses more than 4300 digits.
         if re.fullmatch("[0-9]+", announced) and float(announced) > self._config.max_bytes:
             raise self._too_long(where)
 
     def _too_long(self, where: str) -> RejectedError:
-        return RejectedError(f"{where} is longer than sinks.{self._name}.max_bytes = {self._config.max_bytes}")
+        return RejectedError(f"{where} is larger than sinks.{self._name}.max_bytes = {self._config.max_bytes}")
 
     def body(self, response: requests.Response, fetching: Fetching) -> Iterator[bytes]:
         """The image, in pieces.
 
         Raises:
-            RejectedError: It is longer than may be.
-            TransientError: It did not come whole.
+            RejectedError: It is larger than `max_bytes`.
+            TransientError: It did not arrive completely.
         """
         where = shown(str(response.url))
         taken_bytes = 0
@@ -201,18 +201,18 @@ class Fetcher:
         except CALL_ERRORS as error:
             raise TransientError(f"{where} {failure_text(error, fetching.timeout_secs)}") from None
         if not taken_bytes:
-            raise TransientError(f"{where} answered with nothing")
+            raise TransientError(f"{where} sent an empty answer")
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the Internet: not of this machine, of a private network, or a special one.
+    """Whether an address is a public one: not of this machine, of a private network, or for a special use.
 
     Args:
-        address: As getaddrinfo has it.
+        address: The address, as getaddrinfo returns it.
     """
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        # Addresses of IPv6 behind which there is one of IPv4.
+        # IPv6 addresses that stand for an IPv4 address.
         inner = (
             ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
         )
@@ -223,10 +223,10 @@ def is_public(address: str) -> bool:
 
 
 def media_type_of(response: requests.Response) -> str:
-    """The media type that the answer says it has, in small letters."""
+    """The media type of the answer, in lower case."""
     return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 def shown(url: str) -> str:
-    """A URL for a line of a log: without its query, which may be a signature."""
-    return "".join(letter if letter.isprintable() else "?" for letter in shown_url(url)[:SHOWN_CHARACTERS])
+    """A URL for a log line: without its query, which may be a signature."""
+    return "".join(character if character.isprintable() else "?" for character in shown_url(url)[:SHOWN_CHARACTERS])

@@ -1,1 +1,1 @@
-"""Events as JSON lines in a file: appended durably, and read back after a crash or a rotation."""
+"""The sink `file`: events as JSON lines, appended durably, and read again after a crash or a rotation."""

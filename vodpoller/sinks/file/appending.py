@@ -1,4 +1,4 @@
-"""Adding whole, synced lines to a file that other processes may write to as well."""
+"""Appending whole, synced lines to a file that other processes may write to as well."""
 
 import errno
 import os
@@ -6,13 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from vodpoller.durable import Folders, make_folder, sync_folder
-from vodpoller.sinks.file.damage import end_of_sound, may_be_ours
+from vodpoller.sinks.file.damage import end_of_intact_part, may_be_ours
 from vodpoller.sinks.file.lines import after_last_newline, is_object
 from vodpoller.sinks.file.probing import check_kind
 
 
 class Files:
-    """What the sink does to the file system, so that tests can let each step fail or record it."""
+    """The file system operations of the sink, in one place so that tests can record each or make it fail."""
 
     def make_folder(self, path: Path) -> None:
         """As durable.make_folder."""
@@ -27,7 +27,7 @@ class Files:
         return os.open(path, flags | os.O_CLOEXEC, 0o640)
 
     def write(self, fd: int, data: memoryview) -> int:
-        """As os.write: the number of bytes written may be less than all."""
+        """As os.write: fewer bytes than given may be written; returns their number."""
         return os.write(fd, data)
 
     def fdatasync(self, fd: int) -> None:
@@ -44,19 +44,19 @@ class Files:
 
 
 class OpenFile:
-    """A file open for appending, to which we add whole, synced lines only.
+    """A file open for appending, to which we append whole, synced lines only.
 
-    Other processes may write to it at any time. All that we write starts at the beginning of a line, and of what they
-    wrote nothing is cut off, with one exception: what they write between a failed append and its being cut off, which
-    is at once, may be between lines of ours that then come twice.
+    Other processes may write to it at any time. Our lines always start at the beginning of a line, and bytes of other
+    processes are never cut off. In one case lines of ours may be there twice: if another process writes in the short
+    time between a failed append of ours and the moment when the failed lines are cut off.
 
     Args:
-        path: Created if it does not exist.
+        path: The file, created if it does not exist.
         files: The file system.
-        folders: Syncs the file's name.
+        folders: Syncs the folder, so that the file's name is durable.
 
     Raises:
-        OSError: It cannot be opened, or is not a regular file.
+        OSError: The file cannot be opened, or is not a regular file.
     """
 
     def __init__(self, path: Path, files: Files, folders: Folders) -> None:
@@ -80,40 +80,40 @@ class OpenFile:
 
     @property
     def unlinked(self) -> bool:
-        """Whether another process removed the file: what is written to it is lost."""
+        """Whether another process removed the file, so that lines written to it are lost."""
         return os.fstat(self._fd).st_nlink == 0
 
-    def is_called(self, path: Path) -> bool:
-        """Whether a path names this file, and not one that another process has put there, or none."""
+    def is_at(self, path: Path) -> bool:
+        """Whether a path names this file; False if it names another file or none."""
         with suppress(FileNotFoundError):
             status = path.stat()
             return (status.st_dev, status.st_ino) == self.identity
         return False
 
-    def look(self) -> int:
-        """Look at the file before an append, and cut off what a failed one left behind.
+    def prepare_append(self) -> int:
+        """Read the size of the file, and cut off what a failed append left behind.
 
         Returns:
-            Number of bytes that other processes have added since the last append; negative if they took some away.
+            Number of bytes that other processes have added since the last append; negative if they removed some.
 
         Raises:
-            OSError: The tail could not be cut off.
+            OSError: What a failed append left behind could not be cut off.
         """
         self.cut_back()
         size = os.fstat(self._fd).st_size
         by_others, self.end_bytes = size - self.end_bytes, size
-        # From here on it says where our last write ended: the kernel appends wherever it stands.
+        # From here on the file offset is the end of our last write. O_APPEND writes to the end of the file anyway.
         os.lseek(self._fd, size, os.SEEK_SET)
         return by_others
 
     def append(self, data: bytes) -> None:
-        """Write and sync, or leave the file as it was at the last `look`.
+        """Write and sync the lines, or leave the file as it was after `prepare_append`.
 
         Args:
             data: Whole lines.
 
         Raises:
-            OSError: Nothing was appended. A tail that could not be cut off is cut off before the next append.
+            OSError: Nothing was appended. If a part of it could not be cut off, the next append tries again.
         """
         if not self._is_line_start(self.end_bytes):
             data = b"\n" + data
@@ -122,10 +122,10 @@ class OpenFile:
             self._write(memoryview(data))
             start = os.lseek(self._fd, 0, os.SEEK_CUR) - len(data)
             if start != self.end_bytes and data[:1] != b"\n" and not self._is_line_start(start):
-                # Another process wrote a piece of a line just now, and our first line stands behind it: once more.
+                # Another process has just written an unfinished line, and our first line continues it: write it again.
                 self._write(memoryview(b"\n" + data[: data.index(b"\n") + 1]))
-            # After a failed sync the kernel takes the pages for clean, and a second sync would succeed without having
-            # written them. So the lines are cut off as well, and written anew by the retry.
+            # After a failed sync the kernel marks the pages as clean, and a second sync would succeed without writing
+            # them. So the lines are cut off in this case, too, and the retry writes them anew.
             self._files.fdatasync(self._fd)
         except OSError:
             with suppress(OSError):
@@ -145,34 +145,32 @@ class OpenFile:
             rest = rest[written:]
 
     def cut_back(self) -> None:
-        """Cut off what a failed append left behind, unless another process has written something behind that."""
+        """Cut off what a failed append left behind, unless another process has written something after it."""
         if self._dirty:
             size = os.fstat(self._fd).st_size
             if size <= os.lseek(self._fd, 0, os.SEEK_CUR):
-                # It may have been emptied, and must not be filled up with zeros.
+                # Another process may have emptied the file; ftruncate must not extend it with zeros.
                 self._files.ftruncate(self._fd, min(self.end_bytes, size))
             self._dirty = False
 
     def repair_end(self, floor_bytes: int | None, *, was_ours: bool) -> int:
-        """Cut off what a crash left behind of a line of ours, and let everything else end with its line.
+        """Cut off what a crash left of an unfinished line of ours; give any other unfinished last line a line end.
 
         Args:
-            floor_bytes: What lies before is known to be whole; None if nothing is known of the file.
-            was_ours: This path has been written to by this sink before.
+            floor_bytes: All bytes before this offset are known to be intact; None if nothing is known of the file.
+            was_ours: This sink has written to this path before.
 
         Returns:
-            The length of a last line that was not finished and is not one of ours, in bytes; 0 if there was none.
+            The length in bytes of an unfinished last line that is not one of ours; 0 if there was none.
 
         Raises:
-            OSError: It cannot be repaired, or nothing in the file can be from here.
+            OSError: The file cannot be repaired, or it cannot be a file of this sink.
         """
         size = os.fstat(self._fd).st_size
-        end = end_of_sound(self._fd, size, floor_bytes)
+        end = end_of_intact_part(self._fd, size, floor_bytes)
         start = after_last_newline(self._fd, end, min(floor_bytes or 0, end))
         if start < end and not start and not was_ours and not may_be_ours(self._fd):
-            raise OSError(
-                errno.EINVAL, "it holds something else than JSON lines, and is left as it is", str(self._path)
-            )
+            raise OSError(errno.EINVAL, "its content is not JSON lines, so it is not changed", str(self._path))
         if end < size:
             self._files.ftruncate(self._fd, end)
         is_foreign = start < end and not is_object(self._fd, start, end)
@@ -183,5 +181,5 @@ class OpenFile:
         return end - 1 - start if is_foreign else 0
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         os.close(self._fd)

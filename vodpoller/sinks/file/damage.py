@@ -1,4 +1,4 @@
-"""What a crash leaves of our lines, and how it is told from what other processes wrote."""
+"""How lines of ours that a crash has damaged are distinguished from lines of other processes."""
 
 import os
 import re
@@ -14,31 +14,31 @@ from vodpoller.sinks.file.lines import (
 )
 from vodpoller.sinks.formats import cloudevent_key
 
-# What no line of ours holds: control characters, which JSON escapes, and bytes that UTF-8 does not have.
+# Bytes that no line of ours contains: control characters, which JSON escapes, and bytes that UTF-8 does not use.
 _NEVER_OURS = re.compile(rb"[\x01-\x1f\xc0\xc1\xf5-\xff]")
-# What is outside of texts in the beginning of a JSON object as `encode` writes it, without blanks.
-_SKELETON = re.compile(rb"[\[\]{}:,+.0-9eE-]*(?:t|tr|tru|f|fa|fal|fals|n|nu|nul)?")
+# What stands outside of strings in the beginning of a JSON object as `encode` writes it, without spaces.
+_OUTSIDE_STRINGS = re.compile(rb"[\[\]{}:,+.0-9eE-]*(?:t|tr|tru|f|fa|fal|fals|n|nu|nul)?")
 
 
 def may_be_ours(fd: int) -> bool:
-    """Whether a file starts as ours do, or as one that a crash has left."""
+    """Whether a file starts like one of ours, intact or damaged by a crash."""
     return os.pread(fd, 1, 0) in (b"{", b"\0", b"")
 
 
-def end_of_sound(fd: int, size: int, floor: int | None) -> int:
-    """Where the part ends that a crash left whole. What lies beyond is torn lines of ours.
+def end_of_intact_part(fd: int, size: int, floor: int | None) -> int:
+    """The end of the intact part of a file. Only damaged lines of ours follow it.
 
-    Blocks that were not synced reach the disk in any order, so zeros may lie before whole lines. Those were not synced
-    either, hence they were never taken for accepted, and are cut off as well: their events come again. If nothing is
-    known of the file, older lines may stand there, and only its end is looked at.
+    Blocks that were not synced reach the disk in any order, so zeros may stand before whole lines. Those lines were not
+    synced either, so they never counted as accepted, and are cut off as well: their events come again. If nothing is
+    known of the file (`floor` is None), whole lines may be older ones, and only the end of the file is checked.
     """
     known = min(floor or 0, size)
-    end = _before_torn_lines(fd, size, known)
-    return end if floor is None else _before_damage(fd, known, end)
+    end = _end_before_damaged_lines(fd, size, known)
+    return end if floor is None else _first_damaged_line(fd, known, end)
 
 
-def _before_torn_lines(fd: int, end: int, floor: int) -> int:
-    """Without the lines at the end that a crash left torn or with zeros in them."""
+def _end_before_damaged_lines(fd: int, end: int, floor: int) -> int:
+    """The end of the file without the last lines, if a crash has torn them or left zeros in them."""
     start = after_last_newline(fd, end, floor)
     if start < end and not _is_torn(fd, start, end):
         return end
@@ -52,9 +52,9 @@ def _before_torn_lines(fd: int, end: int, floor: int) -> int:
 
 
 def _is_torn(fd: int, start: int, end: int) -> bool:
-    """Whether what follows the last whole line is the beginning of a line of ours, with or without zeros.
+    """Whether the bytes after the last whole line are the beginning of a line of ours, with or without zeros.
 
-    A JSON object that lacks nothing but its line's end is ours if it is an event. If it is not known for one, it stays.
+    A whole JSON object without a line end is a line of ours if it is an event. Any other object is kept.
     """
     if _is_damaged(fd, start, end, is_whole=False):
         return True
@@ -68,25 +68,25 @@ def _is_torn(fd: int, start: int, end: int) -> bool:
 
 
 def _begins_like_ours(text: bytes) -> bool:
-    """Whether a text can be the beginning of a line of ours. In linear passes that take little memory."""
+    """Whether a text can be the beginning of a line of ours. Takes linear time and little memory."""
     if text[:2] not in (b"{", b'{"', b"{}") or _NEVER_OURS.search(text):
         return False
     outside = b"".join(text.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
     for word in (b"true", b"false", b"null"):
         outside = outside.replace(word, b"")
-    return _SKELETON.fullmatch(outside) is not None
+    return _OUTSIDE_STRINGS.fullmatch(outside) is not None
 
 
 def _is_damaged(fd: int, start: int, end: int, *, is_whole: bool) -> bool:
-    """Whether a line, without its end, is one of ours in which a crash left zeros: file systems show lost blocks so.
+    """Whether a line is one of ours in which a crash left zeros: file systems show lost blocks as zeros.
 
     A line of another process may hold zeros as well. It is kept, unless it looks like one of ours.
 
     Args:
-        fd: Of the file.
-        start: Where the line starts.
-        end: Where it ends.
-        is_whole: Whether its end is there.
+        fd: Descriptor of the file.
+        start: Offset of the line's first byte.
+        end: Offset after its last byte, without the line end.
+        is_whole: Whether the line has a line end.
     """
     if os.pread(fd, 1, start) not in (b"{", b"\0") or (is_whole and os.pread(fd, 1, end - 1) not in (b"}", b"\0")):
         return False
@@ -98,8 +98,8 @@ def _is_damaged(fd: int, start: int, end: int, *, is_whole: bool) -> bool:
     return has_zeros
 
 
-def _before_damage(fd: int, start: int, end: int) -> int:
-    """Where the first damaged line begins; `end` if there is none."""
+def _first_damaged_line(fd: int, start: int, end: int) -> int:
+    """The offset of the first damaged line; `end` if there is none."""
     at = start
     while at < end and (block := os.pread(fd, min(BLOCK_BYTES, end - at), at)):
         found = block.find(b"\0")

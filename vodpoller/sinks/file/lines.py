@@ -1,4 +1,4 @@
-"""The lines of a file: reading them forwards, backwards and around an offset, in memory that has a bound."""
+"""Reading the lines of a file forwards, backwards and around an offset, with bounded memory."""
 
 import os
 from collections.abc import Iterator
@@ -7,25 +7,25 @@ from typing import Any
 from vodpoller.events.codec import decode_json
 
 BLOCK_BYTES = 1 << 16
-# Far beyond any event: what is longer was not written here, and must not be read into memory.
+# Far more than any event has: a longer line is not one of ours, and must not be read into memory.
 LINE_MAX_BYTES = 1 << 26
 
 
 def pieces_from(fd: int, start_bytes: int) -> Iterator[bytes]:
-    """The lines from an offset on, one at a time, one that is far too long in pieces; closes the descriptor."""
+    """The lines from an offset on, one at a time; a line over the maximum in pieces. Closes the descriptor."""
     with open(fd, "rb") as file:
         file.seek(start_bytes)
         is_rest = False
         while piece := file.readline(LINE_MAX_BYTES):
             is_whole = piece.endswith(b"\n") or len(piece) < LINE_MAX_BYTES
-            # No piece of a line may look like one.
+            # Zeros: a piece of a line must not look like a whole line.
             yield b"\0" * (len(piece) - 1) + piece[-1:] if is_rest or not is_whole else piece
             is_rest = not piece.endswith(b"\n")
 
 
 def object_in(line: bytes) -> dict[str, Any] | None:
     """The JSON object that a line holds; None if it holds something else."""
-    # Zeros that a crash left: the reader of JSON would let them pass inside a text.
+    # A crash may leave zeros, and the JSON parser accepts them inside a string.
     if not line.startswith(b"{") or b"\0" in line:
         return None
     try:
@@ -36,7 +36,7 @@ def object_in(line: bytes) -> dict[str, Any] | None:
 
 
 def is_object(fd: int, start: int, end: int) -> bool:
-    """Whether a part of a file is a JSON object, as `object_in` says."""
+    """Whether a part of a file is a JSON object, as `object_in` reads it."""
     return end - start <= LINE_MAX_BYTES and object_in(read(fd, start, end)) is not None
 
 
@@ -46,7 +46,7 @@ def read(fd: int, start: int, end: int) -> bytes:
 
 
 def next_newline(fd: int, at: int, end: int) -> int:
-    """Where the line ends that an offset is in; `end` if it has no end before."""
+    """The end of the line that contains an offset; `end` if the line does not end before it."""
     while at < end and (block := os.pread(fd, min(BLOCK_BYTES, end - at), at)):
         found = block.find(b"\n")
         if found >= 0:
@@ -56,7 +56,7 @@ def next_newline(fd: int, at: int, end: int) -> int:
 
 
 def after_last_newline(fd: int, end: int, floor: int) -> int:
-    """Where the last line begins that ends, or could end, at an offset; `floor` if none begins behind it."""
+    """The start of the last line before an offset, finished or not; `floor` if no line starts after `floor`."""
     for start, block in blocks_backwards(fd, end, floor):
         found = block.rfind(b"\n")
         if found >= 0:
@@ -65,7 +65,7 @@ def after_last_newline(fd: int, end: int, floor: int) -> int:
 
 
 def blocks_backwards(fd: int, end: int, floor: int) -> Iterator[tuple[int, bytes]]:
-    """The blocks of a part of a file with the offset of each, the last one first."""
+    """The blocks of a part of a file, each with its offset, the last one first."""
     while end > floor:
         start = max(floor, end - BLOCK_BYTES)
         yield start, os.pread(fd, end - start, start)

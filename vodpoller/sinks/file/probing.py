@@ -1,4 +1,4 @@
-"""Whether a file can be opened, or made, found out without doing it."""
+"""Checks whether a file can be opened or created, without doing so."""
 
 import errno
 import os
@@ -11,12 +11,12 @@ from vodpoller.durable import check_access, existing_folder, is_locked, kind_of_
 _INSTEAD = {
     "a named pipe": 'use a sink of type "exec" with a program that writes to it, or type "stdout"',
     "a socket": 'use a sink of type "webhook" or "exec"',
-    "a device": 'for standard output a sink of type "stdout"',
+    "a device": 'for standard output use a sink of type "stdout"',
 }
 
 
 def check_kind(mode: int, path: Path) -> None:
-    """Raise an OSError that says what to use instead, if it is not a regular file."""
+    """Raise an OSError that says what to use instead, if the mode is not that of a regular file."""
     if not stat.S_ISREG(mode):
         kind = kind_of_file(mode)
         instead = f", or {_INSTEAD[kind]}" if kind in _INSTEAD else ""
@@ -24,8 +24,8 @@ def check_kind(mode: int, path: Path) -> None:
         raise OSError(errno.ENXIO, text, str(path))
 
 
-def refuse_what_is_not_a_file(path: Path) -> None:
-    """Raise the OSError of opening it, before anything is made beside it."""
+def check_is_file(path: Path) -> None:
+    """Raise the OSError that opening the path would raise, before other files are created beside it."""
     with suppress(FileNotFoundError):
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -33,11 +33,18 @@ def refuse_what_is_not_a_file(path: Path) -> None:
         check_kind(mode, path)
 
 
-def look_at(path: Path, lock_path: Path) -> str:
-    """What would come of opening the file, without doing it."""
+def check_path(path: Path, lock_path: Path) -> str:
+    """Check whether the file can be opened, without opening it.
+
+    Returns:
+        One line that says what was found.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
     folder = existing_folder(path.parent)
     exists, lock_exists = path.exists(), lock_path.exists()
-    # It must be readable, too: opening it is how it is synced.
+    # The folder must be readable, too, since it is opened to be synced.
     check_access(folder, os.R_OK | os.X_OK | (0 if exists and lock_exists else os.W_OK))
     if exists:
         check_kind(path.stat().st_mode, path)
@@ -46,9 +53,9 @@ def look_at(path: Path, lock_path: Path) -> str:
         check_access(lock_path, os.R_OK | os.W_OK)
     if is_locked(lock_path):
         return f"{path} is in use by another process (the running daemon?)"
-    return f"{path} can be {'written' if exists else 'made'}"
+    return f"{path} can be {'written' if exists else 'created'}"
 
 
-def place_of(error: OSError, path: Path) -> str:
-    """The path that an error is about: the one it names, else that of the file."""
+def path_of(error: OSError, path: Path) -> str:
+    """The path that an error names, or else the path of the file."""
     return str(error.filename or path)

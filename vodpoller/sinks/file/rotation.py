@@ -1,4 +1,4 @@
-"""When the sink gives its file another name, and which: that of the day or hour of its last line."""
+"""When the sink renames its file, and the new name: the day or hour of the last line."""
 
 import os
 from contextlib import suppress
@@ -18,10 +18,10 @@ def zone(name: str) -> ZoneInfo:
     """A time zone.
 
     Args:
-        name: In the IANA database, as "Asia/Shanghai".
+        name: Its name in the IANA database, such as "Asia/Shanghai".
 
     Raises:
-        ValueError: There is not one of this name.
+        ValueError: There is no time zone with this name.
     """
     try:
         return ZoneInfo(name)
@@ -30,13 +30,14 @@ def zone(name: str) -> ZoneInfo:
 
 
 class Rotation:
-    """Knows the period, a day or an hour, of a file's lines, and renames the file when that is over.
+    """Knows the period, a day or an hour, of a file's lines, and renames the file when the period is over.
 
-    The period is the latest in which a line was written, as local time names it. So a file goes on until local time
-    gets beyond it: if the clock is set back, and through both of the hours that the end of summer time gives one name.
+    The period is the latest one in which a line was written, in local time. The file is in use until local time is
+    later than this period: also if the clock is set back, and during both hours that have one name at the end of summer
+    time.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         files: The file system.
         rotate: As configured.
         time_zone: As configured.
@@ -50,11 +51,11 @@ class Rotation:
         self._period = ""
 
     def begin(self, file: OpenFile) -> None:
-        """Take up with a file that was just opened: the last line in it is as old as its last change."""
+        """Begin with a file that was just opened. The time of its last change is the time of its last line."""
         self._period = self._period_at(file.changed_at) if file.end_bytes else ""
 
     def wrote(self, at: float) -> None:
-        """Lines were written.
+        """Note that lines were written.
 
         Args:
             at: The time, in seconds since 1970.
@@ -62,7 +63,7 @@ class Rotation:
         self._period = max(self._period, self._period_at(at))
 
     def due(self, at: float) -> Path | None:
-        """The name that the file should get now; None if its period is not over, or it has no lines.
+        """The path to which the file should be renamed now; None if its period is not over, or it has no lines.
 
         Args:
             at: The time, in seconds since 1970.
@@ -71,16 +72,16 @@ class Rotation:
         return self._path.with_name(f"{self._path.name}-{self._period}") if is_over else None
 
     def rename(self, target: Path) -> None:
-        """Rename the file, never over another one.
+        """Rename the file without replacing another file.
 
-        rename(2) replaces what has the name. So the name is taken first, by an empty file. A crash may leave that one
-        behind, so an empty file counts as free.
+        rename(2) replaces an existing file. So an empty file with the new name is created first. A crash may leave this
+        empty file behind, so the name of an empty file counts as free.
 
         Args:
-            target: As `due` gave it.
+            target: The path that `due` returned.
 
         Raises:
-            FileExistsError: Something else has the name.
+            FileExistsError: Another file has the name.
             OSError: The file cannot be renamed; nothing has changed.
         """
         try:

@@ -1,1 +1,1 @@
-"""Events as rows of a database: the sinks `postgresql`, `mysql` and `sqlite`, and what they have in common."""
+"""The sinks `postgresql`, `mysql` and `sqlite`: events as rows of a database."""

@@ -1,4 +1,4 @@
-"""The keys that the sinks for databases share."""
+"""The configuration keys that all sinks for databases have."""
 
 import re
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from pydantic_core import PydanticCustomError
 from vodpoller.secret import Secret
 from vodpoller.sinks.contract import SinkConfig
 
-NAMES: Final = ("key", "source", "sub_app_id", "event_type", "file_id", "task_id", "body", "received_at")
-"""What a statement may use of an event."""
+VALUE_NAMES: Final = ("key", "source", "sub_app_id", "event_type", "file_id", "task_id", "body", "received_at")
+"""The names of the values of an event that a statement may use."""
 
 _TABLE: Final = re.compile(r"[^\W\d][\w$]*(\.[^\W\d][\w$]*)?")
-_QUOTED: Final = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
-_NAMED: Final = re.compile(r":([^\W\d]\w*)")
-_FORMATTED: Final = re.compile(r"%(?:%|\((\w*)\)s)?")
+_LITERAL_OR_COMMENT: Final = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
+_COLON_NAME: Final = re.compile(r":([^\W\d]\w*)")
+_PERCENT_NAME: Final = re.compile(r"%(?:%|\((\w*)\)s)?")
 _DAY_SECS: Final = 86_400
-_INBOX_MORE_DAYS: Final = 7
+_INBOX_RESERVE_DAYS: Final = 7
 
 
 class SqlConfig(SinkConfig):
-    """What is the same for all databases."""
+    """The settings that are the same for all databases."""
 
     uses_colons: ClassVar[bool] = False
 
@@ -34,18 +34,18 @@ class SqlConfig(SinkConfig):
     )
     create_table: bool = Field(
         default=False,
-        description="Whether the table is made if it does not exist; with `statement`, the table `vodpoller_inbox`.",
+        description="Whether the table is created if it does not exist; with `statement`, the table `vodpoller_inbox`.",
     )
     statement: Annotated[str, Field(min_length=1, max_length=65_536)] | None = Field(
         default=None,
-        description="A statement of your own in place of the row in `table`, run exactly once for each event, in one"
-        " transaction with a row in the table `vodpoller_inbox`. `%(name)s` (of `sqlite`, `:name`) is a value of the"
-        f" event: {', '.join(NAMES)}.",
+        description="A statement of your own that replaces the row in `table`. It is run exactly once for each event,"
+        " in one transaction with a row in the table `vodpoller_inbox`. `%(name)s` (for `sqlite`, `:name`) is a value"
+        f" of the event: {', '.join(VALUE_NAMES)}.",
     )
     inbox_days: Annotated[int, Field(ge=8, le=3650)] = Field(
         default=30,
-        description="Number of days after which a row of the inbox is deleted, by the database's clock; at least"
-        " `give_up_after_secs` and 7 days more.",
+        description="Number of days after which a row of the inbox is deleted, by the database's clock; at least 7 days"
+        " more than `give_up_after_secs`.",
     )
     timeout_secs: Annotated[float, Field(ge=0.1, le=300)] = Field(
         default=10.0, description="Time limit of a transaction, the connection to the database included."
@@ -70,8 +70,8 @@ class SqlConfig(SinkConfig):
         if value is None:
             return None
         for name in cls._names_in(value):
-            if name not in NAMES:
-                raise ValueError(f"it uses {name!r}, which an event does not have (it has: {', '.join(NAMES)})")
+            if name not in VALUE_NAMES:
+                raise ValueError(f"it uses {name!r}, which an event does not have (it has: {', '.join(VALUE_NAMES)})")
         return value
 
     @model_validator(mode="after")
@@ -82,11 +82,11 @@ class SqlConfig(SinkConfig):
 
     @model_validator(mode="after")
     def _inbox_outlasts_retries(self) -> Self:
-        at_least = self.give_up_after_secs / _DAY_SECS + _INBOX_MORE_DAYS
+        at_least = self.give_up_after_secs / _DAY_SECS + _INBOX_RESERVE_DAYS
         if self.inbox_days < at_least:
             why = (
-                f"is {self.inbox_days}, and must be at least give_up_after_secs and {_INBOX_MORE_DAYS} days more,"
-                f" {ceil(at_least)}: an event that is tried again must still be known"
+                f"is {self.inbox_days}, but must be at least {ceil(at_least)} (give_up_after_secs and"
+                f" {_INBOX_RESERVE_DAYS} days more): an event that is tried again must still be known"
             )
             raise problem("inbox_days", why)
         return self
@@ -94,17 +94,19 @@ class SqlConfig(SinkConfig):
     @classmethod
     def _names_in(cls, statement: str) -> Iterator[str]:
         if cls.uses_colons:
-            yield from _NAMED.findall(_QUOTED.sub("", statement))
+            yield from _COLON_NAME.findall(_LITERAL_OR_COMMENT.sub("", statement))
             return
-        for found in _FORMATTED.finditer(statement):
+        for found in _PERCENT_NAME.finditer(statement):
             if found[0] == "%":
-                raise ValueError("it holds a % that does not begin a value such as %(key)s (write %% for the sign)")
+                raise ValueError(
+                    "it holds a % that does not begin a value such as %(key)s (write %% for a percent sign)"
+                )
             if found[1] is not None:
                 yield found[1]
 
 
 class ServerConfig(SqlConfig):
-    """What is the same for the databases that are servers."""
+    """The settings that are the same for all databases that are servers."""
 
     driver: ClassVar[str]
     extra: ClassVar[str]
@@ -112,7 +114,9 @@ class ServerConfig(SqlConfig):
     dsn_file: Annotated[str, Field(max_length=4096)] | None = Field(
         default=None, description="The file that holds the DSN.", examples=["events_dsn"]
     )
-    dsn: Secret | None = Field(default=None, description="Where the database is, and who logs in.")
+    dsn: Secret | None = Field(
+        default=None, description="The DSN: the address of the database, and the user who logs in."
+    )
 
     @field_validator("type", check_fields=False)
     @classmethod
@@ -121,39 +125,39 @@ class ServerConfig(SqlConfig):
             import_module(cls.driver)
         except ImportError as error:
             raise ValueError(
-                f"it needs a package that cannot be imported: {error} (pip install 'vodpoller[{cls.extra}]')"
+                f"it needs a Python package that cannot be imported: {error} (pip install 'vodpoller[{cls.extra}]')"
             ) from None
         return value
 
     @field_validator("dsn")
     @classmethod
     def _can_be_read(cls, value: Secret | None, info: ValidationInfo) -> Secret | None:
-        if "type" not in info.data:  # the driver, which reads it, is not there
+        if "type" not in info.data:  # the driver, which parses the DSN, is missing
             return value
-        if value is not None and (wrong := value.restrict(cls.problem_in)):
-            raise problem("dsn_file" if info.data.get("dsn_file") else "", wrong)
+        if value is not None and (why := value.restrict(cls.problem_in)):
+            raise problem("dsn_file" if info.data.get("dsn_file") else "", why)
         return value
 
     @model_validator(mode="after")
     def _has_a_dsn(self) -> Self:
         if self.dsn is None:
-            raise problem("dsn_file", "is missing (give dsn_file, or dsn: where the database is, and who logs in)")
+            raise problem("dsn_file", "is missing (give dsn_file or dsn: the address of the database, and the user)")
         return self
 
     @classmethod
     def problem_in(cls, dsn: str) -> str:
-        """What is wrong with a DSN, without a part of it; empty if nothing is."""
+        """What is wrong with a DSN, without any part of the DSN; empty if it is usable."""
         raise NotImplementedError
 
     def open_dsn(self) -> str:
-        """The DSN as of the last read of its file."""
+        """The DSN, as it was last read from its file."""
         if self.dsn is None:
             raise AssertionError("a configuration without DSN is not valid")
         return self.dsn.get()
 
 
 def problem(key: str, why: str) -> PydanticCustomError:
-    """An error that names a key of the table; an empty one is the key that is validated."""
+    """An error about a key of the table; an empty key stands for the key that is validated."""
     return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
 
 

@@ -1,4 +1,4 @@
-"""Events as rows of a table in MySQL or MariaDB. PyMySQL is imported only when a sink of this type is configured."""
+"""The sink `mysql`, also for MariaDB. PyMySQL is imported only when a sink of this type is configured."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from vodpoller.httpclient.address import bracketed
 from vodpoller.sinks.sql.config import ServerConfig
-from vodpoller.sinks.sql.dialect import PRUNED_AT_ONCE, Dialect
+from vodpoller.sinks.sql.dialect import PRUNE_MAX_ROWS, Dialect
 from vodpoller.sinks.sql.sessions import Session
 from vodpoller.sinks.sql.sink import SqlSink
 
@@ -20,39 +20,39 @@ _OPTIONS: Final = ("ssl_ca", "unix_socket")
 _PORT: Final = 3306
 
 
-def place(name: str) -> str:
-    """The placeholder of a value."""
+def placeholder(name: str) -> str:
+    """The placeholder for a value."""
     return f"%({name})s"
 
 
-def without_zone(moment: datetime) -> datetime:
-    """A time as DATETIME holds it."""
-    return moment.replace(tzinfo=None)
+def without_zone(time: datetime) -> datetime:
+    """The time without its zone, since DATETIME has none."""
+    return time.replace(tzinfo=None)
 
 
 DIALECT: Final = Dialect(
     name="mysql",
     quote="`",
-    place=place,
-    moment=without_zone,
+    placeholder=placeholder,
+    time_value=without_zone,
     prune="DELETE FROM vodpoller_inbox WHERE sink = %(sink)s AND accepted_at < NOW(6) - INTERVAL %(days)s DAY"
-    f" LIMIT {PRUNED_AT_ONCE}",
+    f" LIMIT {PRUNE_MAX_ROWS}",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MysqlAddress:
-    """What a DSN says.
+    """The parts of a DSN.
 
     Args:
-        host: Name or address.
-        port: Of the server.
-        user: Who logs in.
-        password: Maybe empty.
-        database: Its name.
-        ssl_ca: A PEM file with what vouches for the server's certificate; None: encrypted if the server can, and not
-            verified.
-        unix_socket: The path of a socket, in place of host and port.
+        host: Name or address of the server.
+        port: Port of the server.
+        user: Name of the user who logs in.
+        password: The user's password; may be empty.
+        database: Name of the database.
+        ssl_ca: A PEM file of CA certificates for the server's certificate. None: the connection is encrypted if the
+            server supports it, and the certificate is not verified.
+        unix_socket: The path of a socket that replaces host and port; None if there is none.
     """
 
     host: str
@@ -65,13 +65,13 @@ class MysqlAddress:
 
     @classmethod
     def read(cls, dsn: str) -> "MysqlAddress":
-        """Read a DSN.
+        """Parse a DSN.
 
         Args:
             dsn: `mysql://USER:PASSWORD@HOST:PORT/DATABASE?ssl_ca=PATH`.
 
         Raises:
-            ValueError: It is not one; the text holds no part of it.
+            ValueError: It is not such a DSN. The text holds no part of it.
         """
         parts = urlsplit(dsn)
         options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
@@ -94,7 +94,7 @@ class MysqlAddress:
 
 
 class MysqlConfig(ServerConfig):
-    """A database of MySQL or MariaDB."""
+    """The settings of a MySQL or MariaDB database."""
 
     driver: ClassVar[str] = "pymysql"
     extra: ClassVar[str] = "mysql"
@@ -102,23 +102,23 @@ class MysqlConfig(ServerConfig):
     type: Literal["mysql"] = Field(
         description="Each event is a row of a table in MySQL or MariaDB; needs `pip install 'vodpoller[mysql]'`. `dsn`"
         f" is `{_EXAMPLE}`, special characters percent-encoded; `?ssl_ca=PATH` encrypts and verifies,"
-        " `?unix_socket=PATH` takes a socket."
+        " `?unix_socket=PATH` uses a socket."
     )
 
     @classmethod
     def problem_in(cls, dsn: str) -> str:
-        """Whether it can be read."""
+        """As `ServerConfig.problem_in`: `MysqlAddress.read` must be able to parse the DSN."""
         try:
             MysqlAddress.read(dsn)
-        except ValueError:  # those of urllib may hold a part of it
+        except ValueError:  # the texts of urllib may hold a part of the DSN
             return f"is not a DSN with user, host and database (right: {_EXAMPLE}, special characters percent-encoded)"
         return ""
 
     def place(self) -> str:
-        """Host and database."""
+        """Host and database, without the password."""
         address = MysqlAddress.read(self.open_dsn())
-        where = address.unix_socket or f"{bracketed(address.host)}:{address.port}"
-        return f"{where}/{address.database}"
+        server = address.unix_socket or f"{bracketed(address.host)}:{address.port}"
+        return f"{server}/{address.database}"
 
 
 class MysqlSink(SqlSink[MysqlConfig]):
@@ -133,7 +133,7 @@ class MysqlSink(SqlSink[MysqlConfig]):
         session: Session = import_module(_SESSION).connect(address, secs=secs, timeout_secs=self.timeout_secs)
         return session
 
-    def frailties(self, session: Session) -> list[str]:
+    def nondurable_settings(self, session: Session) -> list[str]:
         """`innodb_flush_log_at_trx_commit` and, if there is a binary log, `sync_binlog`, if they are not 1."""
         query = "SELECT @@innodb_flush_log_at_trx_commit, @@log_bin, @@sync_binlog"
         ((flush, has_log, sync),) = session.query(query, {})

@@ -15,20 +15,20 @@ from vodpoller.sinks.sql import verdicts
 from vodpoller.sinks.sql.sessions import Values
 from vodpoller.sinks.sql.verdicts import DatabaseError
 
-_SAID_CHARACTERS: Final = 400
-_SERVERS_SHARE: Final = 0.9
-"""Of the time that is left: the server gives up a little before the connection is cut."""
+_SHOWN_CHARACTERS: Final = 400
+_STATEMENT_TIME_SHARE: Final = 0.9
+"""Share of the time left: the server cancels a statement a little before the connection is aborted."""
 
 
 def connect(dsn: str, *, secs: float) -> "PsycopgSession":
     """Connect and log in.
 
     Args:
-        dsn: A connection string of libpq; what it sets is not changed.
-        secs: Seconds that all hosts together may take.
+        dsn: A connection string of libpq; its own settings are not changed.
+        secs: Time limit for all hosts together, in seconds.
 
     Raises:
-        DatabaseError: It cannot connect.
+        DatabaseError: The connection cannot be opened.
     """
     with _translated():
         return PsycopgSession(psycopg.connect(_conninfo(dsn, secs), autocommit=True, prepare_threshold=None))
@@ -40,10 +40,10 @@ def _conninfo(dsn: str, secs: float) -> str:
     ours: dict[str, Any] = {
         "application_name": "vodpoller",
         "connect_timeout": max(int(secs / hosts), 1),
-        # Half of the time: so a connection whose other end is gone leaves time for a new one.
+        # Half of the time, so that time for a new connection is left if this one turns out to be dead.
         "tcp_user_timeout": int(secs * 500),
     }
-    if hosts > 1:  # the one that takes writes may be another since the last time
+    if hosts > 1:  # another host may accept writes now
         ours["target_session_attrs"] = "read-write"
     return make_conninfo(**{**ours, **given, "client_encoding": "UTF8"})
 
@@ -52,14 +52,14 @@ class PsycopgSession:
     """One connection; see `Session`.
 
     Args:
-        connection: Open, in autocommit mode: transactions are begun and ended by statements.
+        connection: An open connection in autocommit mode: statements begin and end the transactions.
     """
 
     def __init__(self, connection: "psycopg.Connection[tuple[Any, ...]]") -> None:
         self._connection = connection
 
     def begin(self, secs: float) -> None:
-        timeout_ms = max(int(secs * _SERVERS_SHARE * 1000), 1)
+        timeout_ms = max(int(secs * _STATEMENT_TIME_SHARE * 1000), 1)
         self._execute(f"BEGIN; SET LOCAL statement_timeout = {timeout_ms}", None)
 
     def query(self, sql: str, values: Values) -> list[tuple[Any, ...]]:
@@ -77,10 +77,10 @@ class PsycopgSession:
         numbered = _Numbered()
         text = re.sub(r"%(%|\((\w+)\)s)", numbered.replace, sql)
         with _translated():
-            read = self._connection.pgconn.prepare(b"", text.encode())
-        if read.status != pq.ExecStatus.COMMAND_OK:
-            state = read.error_field(pq.DiagnosticField.SQLSTATE) or b""
-            raise DatabaseError(read.error_message.decode(errors="replace"), state.decode())
+            result = self._connection.pgconn.prepare(b"", text.encode())
+        if result.status != pq.ExecStatus.COMMAND_OK:
+            state = result.error_field(pq.DiagnosticField.SQLSTATE) or b""
+            raise DatabaseError(result.error_message.decode(errors="replace"), state.decode())
 
     def commit(self) -> None:
         self._execute("COMMIT", None)
@@ -88,7 +88,7 @@ class PsycopgSession:
     def rollback(self) -> None:
         self._execute("ROLLBACK", None)
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         with suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(self._connection.pgconn.socket)) as same:
             same.shutdown(socket.SHUT_RDWR)
 
@@ -102,7 +102,7 @@ class PsycopgSession:
 
 
 class _Numbered:
-    """Makes of named placeholders those that the server itself reads."""
+    """Replaces named placeholders by the numbered ones of the server."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -118,18 +118,18 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        raise DatabaseError(_said(error), error.sqlstate or _state_of_driver(error)) from error
+        raise DatabaseError(_text_of(error), error.sqlstate or _state_of_driver(error)) from error
 
 
 def _state_of_driver(error: psycopg.Error) -> str:
-    """What stands for an error that is the driver's own."""
-    is_of_connection = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return verdicts.NO_ANSWER if is_of_connection else verdicts.GENERAL
+    """The SQLSTATE for an error of the driver itself."""
+    is_about_connection = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+    return verdicts.NO_ANSWER if is_about_connection else verdicts.GENERAL
 
 
-def _said(error: psycopg.Error) -> str:
-    """Without the lines that show the statement."""
-    said = error.diag.message_primary or str(error)
+def _text_of(error: psycopg.Error) -> str:
+    """The text of an error, without the lines that show the statement."""
+    text = error.diag.message_primary or str(error)
     if error.diag.message_detail:
-        said += f" ({error.diag.message_detail})"
-    return said[:_SAID_CHARACTERS]
+        text += f" ({error.diag.message_detail})"
+    return text[:_SHOWN_CHARACTERS]

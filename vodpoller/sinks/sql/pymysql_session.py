@@ -14,13 +14,13 @@ from vodpoller.sinks.sql.mysql import MysqlAddress
 from vodpoller.sinks.sql.sessions import Values
 from vodpoller.sinks.sql.verdicts import DatabaseError
 
-# Errors whose SQLSTATE is HY000, 23000 or missing, though it is known what they mean.
+# Errors whose SQLSTATE is HY000, 23000 or missing, although a more precise one is known.
 _STATES: Final = {
     1020: verdicts.SERIALIZATION,  # the record has changed since it was read
     1062: verdicts.UNIQUE,
     1205: verdicts.LOCKED,  # lock wait timeout
     1216: verdicts.FOREIGN_KEY,
-    1217: verdicts.FOREIGN_KEY,  # the row has children, as PostgreSQL says it with the same state
+    1217: verdicts.FOREIGN_KEY,  # the row has children; PostgreSQL has the same state for it
     1451: verdicts.FOREIGN_KEY,
     1452: verdicts.FOREIGN_KEY,
     1265: verdicts.TOO_LONG,  # data truncated
@@ -39,14 +39,14 @@ def connect(address: MysqlAddress, *, secs: float, timeout_secs: float) -> "Pymy
     """Connect and log in.
 
     Args:
-        address: Where, and who.
-        secs: Seconds that connecting may take.
-        timeout_secs: After which the server itself is to give up waiting for a lock, and the driver for an answer.
+        address: The server, the user and the database.
+        secs: Time limit for the connection, in seconds.
+        timeout_secs: Time limit in seconds of the server's wait for a lock, and of the driver's wait for an answer.
 
     Raises:
-        DatabaseError: It cannot connect.
+        DatabaseError: The connection cannot be opened.
     """
-    locked_secs = max(int(timeout_secs), 1)
+    lock_wait_secs = max(int(timeout_secs), 1)
     with _translated():
         connection = pymysql.connect(
             host=address.host,
@@ -57,22 +57,22 @@ def connect(address: MysqlAddress, *, secs: float, timeout_secs: float) -> "Pymy
             ssl_ca=address.ssl_ca,
             ssl_verify_identity=True if address.ssl_ca else None,
             charset="utf8mb4",
-            # Ends a login that was given up; of a call, the connection is cut before.
+            # These end a login that nothing waits for any more. A call ends before, since its connection is aborted.
             read_timeout=timeout_secs,
             write_timeout=timeout_secs,
-            # A value that does not fit is an error, and times are UTC, whatever the server's settings are.
+            # Independent of the server's settings, a value that does not fit is an error, and times are UTC.
             init_command="SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES'), time_zone = '+00:00',"
-            f" innodb_lock_wait_timeout = {locked_secs}, lock_wait_timeout = {locked_secs}",
+            f" innodb_lock_wait_timeout = {lock_wait_secs}, lock_wait_timeout = {lock_wait_secs}",
             defer_connect=True,
         )
         sock = _connected(address, secs)
-        kept = sock.dup()
+        duplicate = sock.dup()
         try:
             connection.connect(sock)
         except BaseException:
-            kept.close()
+            duplicate.close()
             raise
-    return PymysqlSession(connection, kept)
+    return PymysqlSession(connection, duplicate)
 
 
 def _connected(address: MysqlAddress, secs: float) -> socket.socket:
@@ -80,7 +80,7 @@ def _connected(address: MysqlAddress, secs: float) -> socket.socket:
         sock = socket.create_connection((address.host, address.port), secs)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # Half of the time: so a connection whose other end is gone leaves time for a new one.
+        # Half of the time, so that time for a new connection is left if this one turns out to be dead.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(secs * 500))
         return sock
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -97,13 +97,13 @@ class PymysqlSession:
     """One connection; see `Session`.
 
     Args:
-        connection: Open.
-        kept: The same socket once more: the driver's own may be inside TLS, and is not to be had.
+        connection: An open connection.
+        duplicate: A duplicate of its socket. The driver's own socket may be inside TLS, and is not accessible.
     """
 
-    def __init__(self, connection: "pymysql.Connection[Cursor]", kept: socket.socket) -> None:
+    def __init__(self, connection: "pymysql.Connection[Cursor]", duplicate: socket.socket) -> None:
         self._connection = connection
-        self._kept = kept
+        self._duplicate = duplicate
 
     def begin(self, secs: float) -> None:
         with _translated():
@@ -134,14 +134,14 @@ class PymysqlSession:
         with _translated():
             self._connection.rollback()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         with suppress(OSError):
-            self._kept.shutdown(socket.SHUT_RDWR)
+            self._duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         with suppress(pymysql.Error, OSError):
             self._connection.close()
-        self._kept.close()
+        self._duplicate.close()
 
 
 @contextmanager
@@ -149,19 +149,19 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except pymysql.Error as error:
-        number, said = (*error.args, "", "")[:2]
-        text = f"{said} ({number})" if said else str(number or "the connection is closed")
+        number, message = (*error.args, "", "")[:2]
+        text = f"{message} ({number})" if message else str(number or "the connection is closed")
         raise DatabaseError(text, state_of(number, error.sqlstate)) from error
     except OSError as error:
         raise DatabaseError(str(error), verdicts.NO_ANSWER) from error
 
 
 def state_of(number: Any, sqlstate: str | None) -> str:
-    """The SQLSTATE that stands for an error.
+    """The SQLSTATE that corresponds to an error.
 
     Args:
-        number: The server's number, or the driver's: those from 2000 on, and 0, are of the connection.
-        sqlstate: As the server gave it; None if it gave none.
+        number: The error number of the server or the driver. 0 and those from 2000 to 2999 are about the connection.
+        sqlstate: As the server sent it; None if it sent none.
     """
     if number in _STATES:
         return _STATES[number]

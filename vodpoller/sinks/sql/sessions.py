@@ -1,4 +1,4 @@
-"""Connections to a database: opened within a time limit, kept while they are good, cut when a call takes too long."""
+"""Connections to a database: opened within a time limit, reused while they work, aborted if a call takes too long."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,48 +13,48 @@ Values = Mapping[str, object]
 
 
 class Session(Protocol):
-    """One connection. Its methods raise `DatabaseError` only; one thread at a time calls them, but for `cut`."""
+    """One connection. Its methods raise `DatabaseError` only, and only `abort` may be called from another thread."""
 
     def begin(self, secs: float) -> None:
-        """Begin a transaction, whose statements the database itself is to give up after that many seconds."""
+        """Begin a transaction. The database should cancel its statements after this number of seconds."""
 
     def query(self, sql: str, values: Values) -> list[tuple[Any, ...]]:
-        """The rows of a query."""
+        """Run a query; returns its rows."""
 
     def run(self, sql: str, values: Values) -> int:
-        """Run a statement; returns the number of rows that it changed. Rows that it brings are dropped."""
+        """Run a statement; returns the number of rows that it changed. Result rows are discarded."""
 
     def run_many(self, sql: str, rows: Sequence[Values]) -> None:
         """Run a statement once for each row."""
 
     def check(self, sql: str) -> None:
-        """Have a statement read, not run."""
+        """Let the database parse a statement without running it."""
 
     def commit(self) -> None:
-        """Returning means that the transaction is durable, as far as the database's settings make it so."""
+        """Commit. On return the transaction is durable, as far as the database's settings ensure it."""
 
     def rollback(self) -> None:
-        """End the transaction, as if it had not been."""
+        """Undo and end the transaction."""
 
-    def cut(self) -> None:
-        """End what another thread waits for, now; that thread gets an error. Raises nothing."""
+    def abort(self) -> None:
+        """End a call of another thread immediately; that call raises an error. Raises nothing itself."""
 
     def close(self) -> None:
-        """Close it. Raises nothing."""
+        """Close the connection. Raises nothing."""
 
 
 class Sessions:
     """The connections of one sink.
 
     Args:
-        connect: Opens one within a number of seconds; may take longer, and goes on in its thread then.
-        monotonic: The clock of time limits, in seconds.
+        connect: Opens a connection within a number of seconds. If it takes longer, it continues in its thread.
+        monotonic: The clock for time limits, in seconds.
     """
 
     def __init__(self, connect: Callable[[float], Session], monotonic: Callable[[], float]) -> None:
         self._connect = connect
         self._monotonic = monotonic
-        self._watch = _Watch(monotonic)
+        self._time_limits = _TimeLimits(monotonic)
         self._lock = threading.Lock()
         self._idle: list[Session] = []
         self._busy: set[Session] = set()
@@ -62,17 +62,16 @@ class Sessions:
         self._closed = False
 
     def use(self, work: Callable[[Session, float], _T], ends_at: float) -> _T:
-        """Do something with a connection.
+        """Call a function with a connection.
 
-        If one that was kept turns out to be broken, it is done again with a new one: `work` must be such that doing it
-        twice does what doing it once does.
+        If a reused connection is broken, the function is called again with a new connection. So it must be idempotent.
 
         Args:
-            work: Gets the connection, and the seconds that are left. It leaves no transaction open.
-            ends_at: Monotonic time at which the connection is cut.
+            work: The function. It gets the connection and the number of seconds left, and leaves no transaction open.
+            ends_at: Monotonic time, in seconds, at which the connection is aborted.
 
         Raises:
-            DatabaseError: It failed, or did not end in time.
+            DatabaseError: The function failed, or did not end in time.
         """
         kept = self._take()
         if kept is not None:
@@ -83,8 +82,8 @@ class Sessions:
                     raise
         return self._use(self._open(ends_at - self._monotonic()), work, ends_at)
 
-    def forget(self) -> None:
-        """Use none again of those that are open now."""
+    def discard_all(self) -> None:
+        """Do not use any of the open connections for a further call."""
         with self._lock:
             idle, self._idle = self._idle, []
             self._stale |= self._busy
@@ -92,14 +91,14 @@ class Sessions:
             session.close()
 
     def close(self) -> None:
-        """Close those that are idle, and cut those that are in use. No other is opened."""
+        """Close the idle connections, abort those in use, and open no others."""
         with self._lock:
             self._closed = True
             busy = tuple(self._busy)
-        self.forget()
+        self.discard_all()
         for session in busy:
-            session.cut()
-        self._watch.close()
+            session.abort()
+        self._time_limits.close()
 
     def _take(self) -> Session | None:
         with self._lock:
@@ -113,7 +112,7 @@ class Sessions:
     def _open(self, secs: float) -> Session:
         if secs <= 0:
             raise DatabaseError("no time was left to connect", NO_ANSWER)
-        session = _within(lambda: self._connect(secs), secs)
+        session = _connect_within(lambda: self._connect(secs), secs)
         with self._lock:
             if not self._closed:
                 self._busy.add(session)
@@ -126,19 +125,19 @@ class Sessions:
         secs = max(ends_at - self._monotonic(), 0.0)
         try:
             try:
-                self._watch.begin(session, ends_at)
+                self._time_limits.begin(session, ends_at)
                 done = work(session, secs)
             finally:
-                was_cut = self._watch.end(session)
+                was_aborted = self._time_limits.end(session)
         except DatabaseError as error:
-            if was_cut:
+            if was_aborted:
                 raise DatabaseError(f"no answer within {secs:.3g} s", NO_ANSWER) from error
             is_good = error.verdict is not Verdict.CONNECTION
             if not is_good:
-                self.forget()
+                self.discard_all()
             raise
         else:
-            is_good = not was_cut
+            is_good = not was_aborted
             return done
         finally:
             self._give_back(session, is_good=is_good)
@@ -158,24 +157,24 @@ class Sessions:
             raise DatabaseError("the sink is closed", NO_ANSWER)
 
 
-class _Watch:
-    """Cuts connections whose time is over, for drivers that wait for an answer as long as it takes.
+class _TimeLimits:
+    """Aborts connections whose time limit is over, since drivers may wait for an answer without a limit.
 
     Args:
-        monotonic: The clock of time limits, in seconds.
+        monotonic: The clock for time limits, in seconds.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._changed = threading.Condition()
         self._ends_at: dict[Session, float] = {}
-        self._cut: set[Session] = set()
+        self._aborted: set[Session] = set()
         self._wakes_at = inf
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def begin(self, session: Session, ends_at: float) -> None:
-        """Cut a connection at a time, unless `end` comes first."""
+        """Abort a connection at a monotonic time, unless `end` is called before."""
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="time limits", daemon=True)
@@ -185,12 +184,12 @@ class _Watch:
                 self._changed.notify()
 
     def end(self, session: Session) -> bool:
-        """Leave a connection alone from now on. Returns whether it has been cut."""
+        """Do not abort the connection any more. Returns whether it has been aborted."""
         with self._changed:
             self._ends_at.pop(session, None)
-            was_cut = session in self._cut
-            self._cut.discard(session)
-            return was_cut
+            was_aborted = session in self._aborted
+            self._aborted.discard(session)
+            return was_aborted
 
     def close(self) -> None:
         """End the thread."""
@@ -204,20 +203,20 @@ class _Watch:
                 now = self._monotonic()
                 for session in [session for session, ends_at in self._ends_at.items() if ends_at <= now]:
                     del self._ends_at[session]
-                    self._cut.add(session)
-                    session.cut()
+                    self._aborted.add(session)
+                    session.abort()
                 self._wakes_at = min(self._ends_at.values(), default=inf)
                 self._changed.wait(None if self._wakes_at == inf else self._wakes_at - now)
 
 
-def _within(connect: Callable[[], Session], secs: float) -> Session:
-    """Look up names, connect and log in, none of which ends in time by itself; what comes too late is closed."""
+def _connect_within(connect: Callable[[], Session], secs: float) -> Session:
+    """Connect in another thread, since neither name lookup nor login has a time limit. A late connection is closed."""
     done: Future[Session] = Future()
 
     def run() -> None:
         try:
             session = connect()
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+        except Exception as error:  # noqa: BLE001 - raised in the waiting thread
             if done.set_running_or_notify_cancel():
                 done.set_exception(error)
             return

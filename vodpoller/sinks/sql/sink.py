@@ -1,7 +1,7 @@
-"""The sink that all databases have in common.
+"""The base class of the sinks for databases.
 
-A transaction asks which of its events are known (by the primary key of the table, or by the inbox), and writes the
-others. So it may be carried out any number of times: if the answer to a COMMIT is lost, the repetition finds out.
+A transaction first queries which of its events are known (by the primary key of the table, or by the inbox), and then
+writes only the others. So it is idempotent: if the answer to a COMMIT is lost, it is repeated.
 """
 
 import threading
@@ -16,14 +16,14 @@ from vodpoller.events.snapshots import file_id_of, task_id_of
 from vodpoller.sinks.contract import Doubt, Sink, SinkContext
 from vodpoller.sinks.formats import encode
 from vodpoller.sinks.sql.config import SqlConfig
-from vodpoller.sinks.sql.dialect import COLUMNS, INBOX, PRUNED_AT_ONCE, Dialect
+from vodpoller.sinks.sql.dialect import COLUMNS, INBOX, PRUNE_MAX_ROWS, Dialect
 from vodpoller.sinks.sql.sessions import Session, Sessions, Values
 from vodpoller.sinks.sql.verdicts import NO_TABLE, DatabaseError, Verdict
 
 SqlConfigT = TypeVar("SqlConfigT", bound=SqlConfig)
 
-_PRUNE_EACH_SECS: Final = 600.0
-_ABSENT: Final = frozenset({NO_TABLE, "42S02"})
+_PRUNE_INTERVAL_SECS: Final = 600.0
+_NO_TABLE_STATES: Final = frozenset({NO_TABLE, "42S02"})
 _INBOX_COLUMNS: Final = ("key", "sink")
 _NOT_IN_TEXT: Final = {
     0: "\N{REPLACEMENT CHARACTER}",
@@ -35,7 +35,7 @@ class SqlSink(Sink[SqlConfigT]):
     """Writes a row for each event, or runs a statement for it, exactly once.
 
     Args:
-        name: Of the sink.
+        name: Name of the sink.
         config: Its settings.
         context: The log and the clocks; its wall clock is the time in `received_at`.
     """
@@ -52,56 +52,58 @@ class SqlSink(Sink[SqlConfigT]):
         self._lock = threading.Lock()
         self._must_make_table = config.create_table
         self._prune_at = context.monotonic()
-        self._remembers_in = config.table if config.statement is None else INBOX
+        self._key_table = config.table if config.statement is None else INBOX
         self._columns = COLUMNS if config.statement is None else _INBOX_COLUMNS
-        self._insert = self.dialect.insert(self._remembers_in, self._columns)
+        self._insert = self.dialect.insert(self._key_table, self._columns)
 
     @abstractmethod
     def connect(self, secs: float) -> Session:
         """Open a connection.
 
         Args:
-            secs: Seconds that are left for it.
+            secs: Time limit in seconds.
 
         Raises:
-            DatabaseError: It cannot be opened.
+            DatabaseError: The connection cannot be opened.
         """
 
     @abstractmethod
-    def frailties(self, session: Session) -> list[str]:
-        """What of the database's settings may lose a commit at a loss of power."""
+    def nondurable_settings(self, session: Session) -> list[str]:
+        """The settings of the database that may lose a commit at a loss of power, as texts."""
 
     @classmethod
     def probe(cls, name: str, config: SqlConfigT, context: SinkContext) -> str:
-        """Whether the database lets in, has the table, and understands the statement. Nothing is written or made."""
+        """Check that the login, the table and the statement are valid. Nothing is written or created."""
         sink = cls(name, config, context)
         try:
-            return sink._sessions.use(lambda session, _: sink._look(session), context.monotonic() + config.timeout_secs)
+            return sink._sessions.use(
+                lambda session, _: sink._check(session), context.monotonic() + config.timeout_secs
+            )
         except DatabaseError as error:
-            raise ConfigError([f"sinks.{name}: {sink._said(error)}"]) from None
+            raise ConfigError([f"sinks.{name}: {sink._message(error)}"]) from None
         finally:
             sink.close()
 
     def examine(self, event: Event) -> None:
-        """Whether its body is one that a column of text can hold. Only what could never be read may not be."""
+        """Reject an event whose body a text column cannot hold; only the body of an unreadable event is such a one."""
         if not event.content and self.config.format != "callback":
-            return  # it is in the document as JSON or as base64
+            return  # the CloudEvent holds the body as JSON or as base64
         try:
             event.body.decode()
         except UnicodeDecodeError:
-            raise RejectedError("the body is not UTF-8, so that no column of text can hold it") from None
+            raise RejectedError("the body is not UTF-8, so a text column cannot hold it") from None
         if b"\0" in event.body and not self.holds_nul:
-            raise RejectedError("the body holds a raw NUL, which no column of text of this database can hold")
+            raise RejectedError("the body holds a raw NUL, which a text column of this database cannot hold")
 
     def deliver(self, events: Sequence[Event], timeout_secs: float) -> None:
-        """Write the events in one transaction; if it is refused because of one of them, each in its own."""
+        """Write the events in one transaction; if one of them is refused, write each in its own transaction."""
         ends_at = self.context.monotonic() + timeout_secs
         rows, failures = self._rows(events)
         try:
             self._write(list(rows.values()), ends_at)
         except DatabaseError as error:
             if error.verdict in (Verdict.CONNECTION, Verdict.ALL_LATER):
-                raise TransientError(self._said(error)) from None
+                raise TransientError(self._message(error)) from None
             failures |= self._write_singly(rows, ends_at)
         if len(events) == 1 and failures:
             raise failures[0]
@@ -110,18 +112,18 @@ class SqlSink(Sink[SqlConfigT]):
         self._prune_if_due(ends_at)
 
     def reopen(self) -> None:
-        """Connect anew from the next call on, with the DSN as it has been read."""
-        self._sessions.forget()
+        """Open new connections from the next call on, with the DSN as it was last read."""
+        self._sessions.discard_all()
 
     def close(self) -> None:
-        """Close the connections; a call that waits for the database ends."""
+        """Close the connections, and end the calls that wait for the database."""
         self._sessions.close()
 
     # --- writing ---
 
     def _rows(self, events: Sequence[Event]) -> tuple[dict[int, Values], dict[int, Exception]]:
-        """The values of each event, and what cannot be a text at all; both by position."""
-        now = self.dialect.moment(datetime.fromtimestamp(self.context.wall(), UTC))
+        """The values of each event, and the errors of the events that are rejected; both by position."""
+        now = self.dialect.time_value(datetime.fromtimestamp(self.context.wall(), UTC))
         rows: dict[int, Values] = {}
         failures: dict[int, Exception] = {}
         for at, event in enumerate(events):
@@ -144,23 +146,24 @@ class SqlSink(Sink[SqlConfigT]):
         return rows, failures
 
     def _write_singly(self, rows: Mapping[int, Values], ends_at: float) -> dict[int, Exception]:
-        """The errors of those that were not written, by position.
+        """Write each row in its own transaction. Returns the errors by position.
 
-        A key that another transaction entered meanwhile is found now: so it is one row, too, that is tried once more.
+        A single row is tried again as well: its key may have been inserted by another transaction meanwhile, and is
+        now known.
         """
         failures: dict[int, Exception] = {}
-        nothing_goes: TransientError | None = None
+        later_error: TransientError | None = None
         for at, row in rows.items():
-            if nothing_goes is not None:
-                failures[at] = nothing_goes
+            if later_error is not None:
+                failures[at] = later_error
                 continue
             try:
                 self._write([row], ends_at)
             except DatabaseError as error:
-                said = self._said(error)
-                failures[at] = RejectedError(said) if error.verdict is Verdict.REJECT else TransientError(said)
+                text = self._message(error)
+                failures[at] = RejectedError(text) if error.verdict is Verdict.REJECT else TransientError(text)
                 if error.verdict in (Verdict.CONNECTION, Verdict.ALL_LATER):
-                    nothing_goes = TransientError(said)
+                    later_error = TransientError(text)
         return failures
 
     def _write(self, rows: Sequence[Values], ends_at: float) -> None:
@@ -173,15 +176,17 @@ class SqlSink(Sink[SqlConfigT]):
             self._make_table(session, secs)
         session.begin(secs)
         try:
-            fresh = self._without_known(session, rows)
-            if fresh:
-                session.run_many(self._insert, [{name: row[name] for name in self._columns} for row in fresh])
+            unknown = self._without_known(session, rows)
+            if unknown:
+                session.run_many(self._insert, [{name: row[name] for name in self._columns} for row in unknown])
             if self.config.statement is not None:
-                for row in fresh:
+                for row in unknown:
                     session.run(self.config.statement, row)
             session.commit()
         except DatabaseError as error:
-            if error.sqlstate in _ABSENT:  # maybe it was there, in a file or at a server that was replaced
+            if (
+                error.sqlstate in _NO_TABLE_STATES
+            ):  # the file or the server may have been replaced by one without the table
                 self._must_make_table = self.config.create_table
             if error.verdict is not Verdict.CONNECTION:
                 session.rollback()
@@ -189,7 +194,7 @@ class SqlSink(Sink[SqlConfigT]):
 
     def _without_known(self, session: Session, rows: Sequence[Values]) -> list[Values]:
         of_sink = self.config.statement is not None
-        query = self.dialect.known(self._remembers_in, len(rows), of_sink=of_sink)
+        query = self.dialect.select_known(self._key_table, len(rows), of_sink=of_sink)
         values: dict[str, object] = {f"key{at}": row["key"] for at, row in enumerate(rows)}
         if of_sink:
             values["sink"] = self.name
@@ -202,30 +207,30 @@ class SqlSink(Sink[SqlConfigT]):
                 return
             session.begin(secs)
             try:
-                for statement in self.dialect.ddl(self._remembers_in):
+                for statement in self.dialect.ddl(self._key_table):
                     session.run(statement, {})
                 session.commit()
             except DatabaseError as error:
                 if error.verdict is Verdict.CONNECTION:
                     raise
                 session.rollback()
-                # Whatever it is, it is not the event's: another process may be making the table.
-                raise DatabaseError(f"{self._remembers_in} cannot be made: {error}", NO_TABLE) from error
+                # The event is not the cause; for example, another process may be creating the same table.
+                raise DatabaseError(f"{self._key_table} cannot be created: {error}", NO_TABLE) from error
             self._must_make_table = False
 
-    # --- forgetting ---
+    # --- pruning ---
 
     def _prune_if_due(self, ends_at: float) -> None:
         with self._lock:
             if self.config.statement is None or self.context.monotonic() < self._prune_at:
                 return
-            self._prune_at = self.context.monotonic() + _PRUNE_EACH_SECS
+            self._prune_at = self.context.monotonic() + _PRUNE_INTERVAL_SECS
         try:
             pruned = self._sessions.use(self._prune, ends_at)
         except DatabaseError as error:
-            self.context.log.warning("inbox.unpruned", error_message=self._said(error))
+            self.context.log.warning("inbox.unpruned", error_message=self._message(error))
         else:
-            if pruned >= PRUNED_AT_ONCE:
+            if pruned >= PRUNE_MAX_ROWS:
                 with self._lock:
                     self._prune_at = self.context.monotonic()
 
@@ -240,33 +245,33 @@ class SqlSink(Sink[SqlConfigT]):
             raise
         return pruned
 
-    # --- saying how it is ---
+    # --- checking ---
 
-    def _look(self, session: Session) -> str:
-        said = f"{self.config.place()} "
+    def _check(self, session: Session) -> str:
+        text = f"{self.config.place()} "
         try:
-            session.query(self.dialect.look(self._remembers_in, self._columns), {})
+            session.query(self.dialect.check_columns(self._key_table, self._columns), {})
         except DatabaseError as error:
-            if not self.config.create_table or error.sqlstate not in _ABSENT:
+            if not self.config.create_table or error.sqlstate not in _NO_TABLE_STATES:
                 raise
-            said += f"is there, {self._remembers_in} will be made"
+            text += f"can be reached, {self._key_table} will be created"
         else:
-            said += f"has the table {self._remembers_in}"
+            text += f"has the table {self._key_table}"
         if self.config.statement is not None:
             session.check(self.config.statement)
-            said += ", and the statement can be read"
-        frailties = self.frailties(session)
-        for frailty in frailties:
-            self.context.log.warning("database.nondurable", setting=frailty)
-        if frailties:
-            return Doubt(f"{said}; a loss of power may lose what is committed, because of {' and '.join(frailties)}")
-        return said
+            text += ", and the statement is valid"
+        settings = self.nondurable_settings(session)
+        for setting in settings:
+            self.context.log.warning("database.nondurable", setting=setting)
+        if settings:
+            return Doubt(f"{text}; a loss of power may lose committed events, because of {' and '.join(settings)}")
+        return text
 
-    def _said(self, error: DatabaseError) -> str:
-        advice = " (`vodpoller example sql` prints the tables)" if error.sqlstate in _ABSENT else ""
+    def _message(self, error: DatabaseError) -> str:
+        advice = " (`vodpoller example sql` prints the tables)" if error.sqlstate in _NO_TABLE_STATES else ""
         return f"{self.config.place()}: {error}{advice}"
 
 
 def _text(text: str) -> str:
-    """The text as columns of all databases can hold it."""
+    """The text with the characters replaced that a text column of some database cannot hold."""
     return text.translate(_NOT_IN_TEXT)

@@ -1,4 +1,4 @@
-"""Events as rows of a table in SQLite."""
+"""The sink `sqlite`: events as rows of a table in a SQLite file."""
 
 import os
 import sqlite3
@@ -13,14 +13,14 @@ from pydantic import Field
 
 from vodpoller.sinks.sql import verdicts
 from vodpoller.sinks.sql.config import SqlConfig
-from vodpoller.sinks.sql.dialect import PRUNED_AT_ONCE, Dialect
+from vodpoller.sinks.sql.dialect import PRUNE_MAX_ROWS, Dialect
 from vodpoller.sinks.sql.sessions import Session, Values
 from vodpoller.sinks.sql.sink import SqlSink
 from vodpoller.sinks.sql.verdicts import DatabaseError
 
 _SYNCHRONOUS_FULL: Final = 2
 
-# The beginnings of "Result and Error Codes", the longest first; what is not here says nothing of the event.
+# Prefixes of the names in "Result and Error Codes", the longest first. Other errors do not concern the event.
 _STATES: Final = {
     "SQLITE_CONSTRAINT_FOREIGNKEY": verdicts.FOREIGN_KEY,
     "SQLITE_CONSTRAINT_PRIMARYKEY": verdicts.UNIQUE,
@@ -34,67 +34,67 @@ _STATES: Final = {
     "SQLITE_INTERRUPT": verdicts.CANCELED,
     "SQLITE_READONLY": verdicts.READ_ONLY,
     "SQLITE_CANTOPEN": verdicts.NO_ANSWER,
-    "SQLITE_ERROR": verdicts.GENERAL,  # also what functions and casts find wrong with a value
+    "SQLITE_ERROR": verdicts.GENERAL,  # also errors of functions and casts about a value
 }
 _SYSTEM_ERROR: Final = "58030"
 
 
-def place(name: str) -> str:
-    """The placeholder of a value."""
+def placeholder(name: str) -> str:
+    """The placeholder for a value."""
     return f":{name}"
 
 
-def iso(moment: datetime) -> str:
-    """The text of a time."""
-    return moment.isoformat(timespec="microseconds")
+def iso(time: datetime) -> str:
+    """The time as ISO 8601 text."""
+    return time.isoformat(timespec="microseconds")
 
 
 DIALECT: Final = Dialect(
     name="sqlite",
     quote='"',
-    place=place,
-    moment=iso,
+    placeholder=placeholder,
+    time_value=iso,
     prune="DELETE FROM vodpoller_inbox WHERE rowid IN (SELECT rowid FROM vodpoller_inbox WHERE sink = :sink AND"
-    f" accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-' || :days || ' days') LIMIT {PRUNED_AT_ONCE})",
+    f" accepted_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-' || :days || ' days') LIMIT {PRUNE_MAX_ROWS})",
 )
 
 
 class SqliteConfig(SqlConfig):
-    """A file of SQLite."""
+    """The settings of a SQLite file."""
 
     uses_colons: ClassVar[bool] = True
 
-    type: Literal["sqlite"] = Field(description="Each event is a row of a table in a file of SQLite.")
+    type: Literal["sqlite"] = Field(description="Each event is a row of a table in a SQLite file.")
     path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
-        description="The file. It must exist, unless `create_table` is true; then its folder must.",
+        description="The file. It must exist, unless `create_table` is true; then only its folder must exist.",
         examples=["/srv/app/events.db"],
     )
 
     def shares(self) -> frozenset[str]:
-        """The file, however it is spelled: other sinks may have tables of their own in it."""
+        """The file, by its real path: other sinks may have their own tables in it."""
         return frozenset({"file:" + os.path.realpath(self.path)})
 
 
 class SqliteSink(SqlSink[SqliteConfig]):
-    """Writes rows into a file of SQLite, each commit synced."""
+    """Writes rows into a SQLite file; each commit is synced."""
 
     Config = SqliteConfig
     dialect = DIALECT
 
     def connect(self, secs: float) -> Session:
         """Open the file."""
-        return _SqliteSession(self.config.path, makes_file=self.config.create_table, secs=secs)
+        return _SqliteSession(self.config.path, creates_file=self.config.create_table, secs=secs)
 
     @classmethod
     def probe(cls, name: str, config: SqliteConfig, context: Any) -> str:
-        """As of every database; a file that is to be made is not."""
+        """As for every database, but a file that does not exist yet is not created."""
         path = Path(config.path).absolute()
         if config.create_table and not path.exists() and path.parent.is_dir():
-            return f"{path} will be made"
+            return f"{path} will be created"
         return super().probe(name, config.model_copy(update={"path": str(path)}), context)
 
-    def frailties(self, session: Session) -> list[str]:
-        """None: each connection has `synchronous = FULL`."""
+    def nondurable_settings(self, session: Session) -> list[str]:
+        """Always empty: each connection has `synchronous = FULL`."""
         return []
 
 
@@ -103,12 +103,12 @@ class _SqliteSession:
 
     Args:
         path: The file.
-        makes_file: Whether it is made if it does not exist.
-        secs: Time limit of the connection.
+        creates_file: Whether the file is created if it does not exist.
+        secs: Time limit for the connection, in seconds.
     """
 
-    def __init__(self, path: str, *, makes_file: bool, secs: float) -> None:
-        mode = "rwc" if makes_file else "rw"
+    def __init__(self, path: str, *, creates_file: bool, secs: float) -> None:
+        mode = "rwc" if creates_file else "rw"
         with _translated():
             self._db = sqlite3.connect(
                 f"file:{quote(str(Path(path).absolute()))}?mode={mode}",
@@ -123,7 +123,7 @@ class _SqliteSession:
         self._identity = _identity_of(path)
 
     def begin(self, secs: float) -> None:
-        # With a WAL, SQLite does not notice by itself, and writes on to a file that has no name any more.
+        # With a WAL, SQLite does not notice this, and continues to write to the deleted file.
         if self._identity is None or _identity_of(self._path) != self._identity:
             raise DatabaseError("the file was removed or replaced while it was open", verdicts.NO_ANSWER)
         with _translated():
@@ -154,10 +154,10 @@ class _SqliteSession:
 
     def rollback(self) -> None:
         with _translated():
-            if self._db.in_transaction:  # some errors have ended it
+            if self._db.in_transaction:  # some errors end the transaction
                 self._db.execute("ROLLBACK")
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         with suppress(sqlite3.Error):
             self._db.interrupt()
 
@@ -174,7 +174,7 @@ def _identity_of(path: str) -> tuple[int, int] | None:
 
 
 class _NoValues(dict[str, object]):
-    """Null, whichever value is asked for."""
+    """Values that are all NULL."""
 
     def __missing__(self, name: str) -> None:
         return None
@@ -184,18 +184,18 @@ class _NoValues(dict[str, object]):
 def _translated() -> Iterator[None]:
     try:
         yield
-    except sqlite3.ProgrammingError as error:  # of the module itself: the connection was closed
+    except sqlite3.ProgrammingError as error:  # of the module `sqlite3` itself: the connection was closed
         raise DatabaseError(str(error), verdicts.NO_ANSWER) from error
     except sqlite3.Error as error:
         raise DatabaseError(str(error), state_of(getattr(error, "sqlite_errorname", ""), str(error))) from error
 
 
 def state_of(name: str, text: str) -> str:
-    """The SQLSTATE that stands for an error.
+    """The SQLSTATE that corresponds to an error.
 
     Args:
         name: Its name, such as "SQLITE_BUSY_SNAPSHOT".
-        text: Its text, which alone tells a missing table from other errors.
+        text: Its text: a missing table has no name of its own.
     """
     if text.startswith("no such table"):
         return verdicts.NO_TABLE

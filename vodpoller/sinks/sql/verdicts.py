@@ -1,8 +1,8 @@
-"""What a database's refusal means for an event. Pure.
+"""What an error of a database means for an event. Pure functions.
 
 SQLSTATE: ISO/IEC 9075-2, "SQLSTATE class and subclass codes"; PostgreSQL's manual, appendix A; MySQL's "Server Error
 Message Reference"; MariaDB's "Error Codes"; SQLite's "Result and Error Codes". If a database gives no state, or one
-that is too coarse, the translation of its errors puts a better one in its place.
+that is too general, the session modules translate its error into a more precise state.
 """
 
 from enum import Enum
@@ -20,28 +20,28 @@ CANCELED: Final = "57014"
 NO_TABLE: Final = "42P01"
 GENERAL: Final = "HY000"
 NO_ANSWER: Final = ""
-"""In place of a state: nothing was answered, so whether a COMMIT took place is not known."""
+"""Stands for a missing answer: it is not known whether a COMMIT took place."""
 
 _SHUTDOWN: Final = frozenset({"57P01", "57P02", "57P03", "57P05", READ_ONLY})
-# Of the server, not of the event: transaction state, rights, names, deadlock, resources, operators, the system.
-_OF_THE_SERVER: Final = ("0A", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "70", "F0", "XX")
+# Classes about the server, not the event: transaction state, rights, names, deadlock, resources, operator, system.
+_SERVER_CLASSES: Final = ("0A", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "70", "F0", "XX")
 
 
 class Verdict(Enum):
-    """What follows from a refusal."""
+    """The consequence of an error."""
 
     REJECT = "reject"
-    """The event's data is not what the table takes: it never will be."""
+    """The table can never take the event's data."""
     LATER = "later"
-    """It may be taken later, and others may be taken now."""
+    """This event may be accepted later, and other events may be accepted now."""
     ALL_LATER = "all_later"
-    """Nothing is taken now, whichever event it is."""
+    """No event can be accepted now."""
     CONNECTION = "connection"
-    """Nothing is taken over this connection any more: connect anew, maybe to another server."""
+    """This connection cannot be used any more; a new one may lead to another server."""
 
 
 def verdict(sqlstate: str) -> Verdict:
-    """What a refusal means.
+    """The consequence of an error.
 
     Args:
         sqlstate: Five characters, or `NO_ANSWER`.
@@ -52,17 +52,17 @@ def verdict(sqlstate: str) -> Verdict:
         return Verdict.LATER
     if sqlstate.startswith(("22", "23")):
         return Verdict.REJECT
-    if sqlstate.startswith(_OF_THE_SERVER):
+    if sqlstate.startswith(_SERVER_CLASSES):
         return Verdict.ALL_LATER
     return Verdict.LATER
 
 
 class DatabaseError(Exception):
-    """A database refused, or did not answer.
+    """A database answered with an error, or not at all.
 
     Args:
-        text: What it said, on one line.
-        sqlstate: Its state, or `NO_ANSWER`.
+        text: The text of the error.
+        sqlstate: Its SQLSTATE, or `NO_ANSWER`.
     """
 
     def __init__(self, text: str, sqlstate: str) -> None:
@@ -71,5 +71,5 @@ class DatabaseError(Exception):
 
     @property
     def verdict(self) -> Verdict:
-        """What follows from it."""
+        """The consequence of the error."""
         return verdict(self.sqlstate)

@@ -1,1 +1,1 @@
-"""Events as HTTP requests."""
+"""The sink `webhook`: events as HTTP requests."""

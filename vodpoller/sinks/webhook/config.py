@@ -1,4 +1,4 @@
-"""The keys of a webhook.
+"""The configuration of a webhook sink.
 
 Source: RFC 9110 (headers).
 """
@@ -42,67 +42,67 @@ _RESERVED_HEADERS = frozenset(
 
 
 class WebhookConfig(SinkConfig):
-    """An HTTP receiver."""
+    """The settings of an HTTP receiver."""
 
     type: Literal["webhook"] = Field(description="Each event is the body of a request.")
     url: Annotated[str, Field(min_length=1, max_length=URL_MAX_CHARACTERS)] | None = Field(
         default=None,
-        description="Where requests go: http or https. Credentials belong in `headers`. This or `url_file`.",
+        description="The URL of the requests, http or https; credentials belong in `headers`. Give this or `url_file`.",
         examples=["https://app.example/vod/callback"],
     )
     url_file: SecretFile | None = Field(
         default=None,
-        description="The file whose first line is the URL, if a part of it is secret, as with chat robots. Read again"
-        " at SIGHUP.",
+        description="A file whose first line is the URL, for a URL with a secret part, as chat robots have it. Read"
+        " again at SIGHUP.",
         examples=["robot_url"],
     )
     method: Literal["POST", "PUT", "PATCH"] = Field(default="POST", description="The method of the requests.")
     sign: Sign = Field(
         default="standard",
-        description="How a request is signed if there is a secret: as Standard Webhooks describes, or as robots of"
-        " DingTalk or Feishu want it.",
+        description="How a request is signed if there is a secret: as Standard Webhooks, or a robot of DingTalk or"
+        " Feishu, requires it.",
     )
     secret_file: Annotated[str, Field(max_length=4096)] | None = Field(
         default=None, description="The file that holds the secret.", examples=["hook_secret"]
     )
     secret: Secret | None = Field(
         default=None,
-        description="Signs the requests. For `standard`: whsec_ and base64 of 24 to 64 bytes, or that base64 alone; for"
-        " robots: what their settings show. Left out: requests are not signed.",
+        description="The secret that signs the requests. For `standard`: whsec_ and base64 of 24 to 64 bytes, or that"
+        " base64 alone; for robots: the secret that their settings show. Left out: requests are not signed.",
     )
     headers: Annotated[dict[str, str], Field(max_length=50)] = Field(
         default_factory=dict,
         repr=False,
-        description="Sent with every request, such as Authorization. Their values are never shown.",
+        description="Headers that are sent with every request, such as Authorization. Their values are never shown.",
     )
     body: ExpressionText | None = Field(
         default=None,
-        description="A JMESPath expression over the event; what it finds is sent in the event's place, as JSON. If it"
-        " finds null, nothing is sent, and the event counts as delivered (`skipped`). Left out: the event.",
+        description="A JMESPath expression over the event; its result is sent as JSON instead of the event. If the"
+        " result is null, nothing is sent, and the event counts as delivered (`skipped`). Left out: the event is sent.",
         examples=["{msgtype: 'text', text: {content: EventType}}"],
     )
     accept_when: ExpressionText | None = Field(
         default=None,
         description="A JMESPath expression over the JSON of a 2xx answer (over its text, if it is not JSON): the event"
-        " is accepted only if it holds. Left out: 2xx accepts.",
+        " is accepted only if the result is true. Left out: 2xx accepts the event.",
         examples=["errcode == `0`"],
     )
     reject_when: ExpressionText | None = Field(
         default=None,
-        description="A JMESPath expression over the JSON of any answer, as for `accept_when`: if it holds, the event"
-        " never will be taken. With it, the status 400 alone does not say that.",
+        description="A JMESPath expression over the JSON of any answer, as for `accept_when`: if the result is true,"
+        " the event is rejected. With this key, the status 400 alone does not reject an event.",
         examples=["errcode == `45002`"],
     )
     max_per_minute: Annotated[int, Field(ge=1, le=60_000)] | None = Field(
         default=None,
-        description="Maximum number of requests in any 60 s, evenly spaced. What would have to wait beyond its lease is"
-        " stored (`sink_paused`). After a start the first request waits for `timeout_secs` and one spacing, so that a"
-        " restart doubles nothing.",
+        description="Maximum number of requests in any 60 s, evenly spaced. An event that would have to wait beyond its"
+        " lease is stored (`sink_paused`). After a start the first request waits for `timeout_secs` and one spacing, so"
+        " that the limit also holds over a restart.",
         examples=[20],
     )
     ca_file: CaFile | None = Field(
         default=None,
-        description="PEM with the certificates that vouch for the receiver's, in place of the public CAs'. Left out:"
+        description="A PEM file of CA certificates that replace the public CAs for this receiver. Left out:"
         " $SSL_CERT_FILE and $SSL_CERT_DIR, then $REQUESTS_CA_BUNDLE, then the public CAs. Read again at SIGHUP.",
         examples=["/etc/vodpoller/ca.pem"],
     )
@@ -149,7 +149,7 @@ class WebhookConfig(SinkConfig):
             if lower in seen:
                 raise ValueError(f"{name} is given twice (keep one of the two)")
             if not _HEADER_VALUE.fullmatch(content):
-                raise ValueError(f"the value of {name} cannot be sent (printable ASCII, no blanks at either end)")
+                raise ValueError(f"the value of {name} cannot be sent (printable ASCII, no spaces at either end)")
             seen.add(lower)
         return value
 
@@ -161,21 +161,21 @@ class WebhookConfig(SinkConfig):
         if self.url is not None and self.url_file is not None:
             raise _problem("url_file", "is given together with url (keep one of the two)")
         if self.sign != "standard" and self.secret is None:
-            raise _problem("sign", f'"{self.sign}" signs with a secret, and there is none (add secret_file)')
+            raise _problem("sign", f'"{self.sign}" needs a secret (add secret_file)')
         if self.sign == "feishu" and self.body is None:
-            raise _problem("sign", '"feishu" puts the signature into the message, and there is no body that makes one')
+            raise _problem("sign", '"feishu" puts the signature into the message (add body, which makes the message)')
         if self.body is not None and self.format != "callback":
-            raise _problem("format", "has no effect beside body, which says what is sent (keep one of the two)")
+            raise _problem("format", "has no effect together with body (keep one of the two)")
         return self
 
     @property
     def address(self) -> str:
-        """Where requests go, as of the last read."""
+        """The URL of the requests, as of the last read."""
         return self.url_file.get() if self.url_file is not None else self.url or ""
 
     @property
     def address_key(self) -> str:
-        """The key that says where requests go."""
+        """The key that holds the URL."""
         return "url" if self.url_file is None else "url_file"
 
     def place(self) -> str:
@@ -184,17 +184,17 @@ class WebhookConfig(SinkConfig):
 
     @classmethod
     def secret_file_keys(cls) -> Iterator[str]:
-        """The fields that name files with secrets."""
+        """The keys that name files with secrets."""
         return chain(("url_file",), super().secret_file_keys())
 
 
 def _problem(key: str, why: str) -> PydanticCustomError:
-    """An error that names another key than the one that is validated."""
+    """An error about another key than the one that is validated."""
     return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
 
 
 def _problem_in_url(url: str) -> str:
-    """Why requests cannot be sent there, without a part of it; empty if they can."""
+    """Why requests cannot be sent to a URL, without any part of the URL; empty if they can."""
     unusable = "it is not an http or https address (for example https://app.example/vod/callback)"
     try:
         parts = http_parts(url)

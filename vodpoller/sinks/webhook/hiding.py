@@ -1,4 +1,4 @@
-"""Secrets of a webhook, taken out of what is said of it: a receiver may echo what it was sent."""
+"""Removes a webhook's secrets from texts: an answer of a receiver may repeat what it was sent."""
 
 import base64
 import binascii
@@ -11,25 +11,25 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from vodpoller.sinks.webhook.config import WebhookConfig
 from vodpoller.sinks.webhook.signing import SECRET_PREFIX
 
-_HIDDEN_FROM_CHARACTERS: Final = 8  # what is shorter would be found in words that are not secret
-_HIDDEN_PATH_FROM_CHARACTERS: Final = 20
+_SECRET_MIN_CHARACTERS: Final = 8  # a shorter one would also match parts of ordinary words
+_PATH_SECRET_MIN_CHARACTERS: Final = 20
 
 
 def without_secrets(text: str, config: WebhookConfig) -> str:
     """The text with *** in place of each secret.
 
     Args:
-        text: Maybe what a receiver said.
-        config: Has the secrets.
+        text: Any text; it may hold a receiver's answer.
+        config: Holds the secrets.
     """
-    hidden = {form for value in _secrets(config) for form in _forms(value) if len(form) >= _HIDDEN_FROM_CHARACTERS}
+    hidden = {form for value in _secrets(config) for form in _forms(value) if len(form) >= _SECRET_MIN_CHARACTERS}
     for form in sorted(hidden, key=len, reverse=True):
         text = text.replace(form, "***")
     return text
 
 
 def _secrets(config: WebhookConfig) -> Iterator[str]:
-    """All that may be one: the values of headers and what is in them, the signing secret, parts of the URL."""
+    """Everything that may be secret: header values and their parts, the signing secret, parts of the URL."""
     for value in config.headers.values():
         yield value
         yield from _tokens(value)
@@ -43,11 +43,11 @@ def _secrets(config: WebhookConfig) -> Iterator[str]:
     yield parts.query
     yield from (value for _, value in parse_qsl(parts.query))
     # Robots of chat programs have their token in the path.
-    yield from (part for part in parts.path.split("/") if len(part) >= _HIDDEN_PATH_FROM_CHARACTERS)
+    yield from (part for part in parts.path.split("/") if len(part) >= _PATH_SECRET_MIN_CHARACTERS)
 
 
 def _tokens(value: str) -> Iterator[str]:
-    """The parts of a header's value that may be a secret of their own, such as TOKEN in "Bearer TOKEN"."""
+    """The parts of a header's value that may be secrets themselves, such as TOKEN in "Bearer TOKEN"."""
     yield from re.split(r"[\s,;=\"]+", value)
     scheme, _, encoded = value.partition(" ")
     if scheme.lower() == "basic":  # RFC 7617: base64 of user:password
@@ -60,5 +60,5 @@ def _tokens(value: str) -> Iterator[str]:
 
 
 def _forms(value: str) -> tuple[str, ...]:
-    """As it is, and as JSON, HTML and URLs may write it."""
+    """The value as it is, and as it may be written in JSON, HTML and URLs."""
     return value, value.replace("/", "\\/"), html.escape(value), quote(value, safe=""), unquote(value)

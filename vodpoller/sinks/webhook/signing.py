@@ -1,4 +1,4 @@
-"""Signatures of requests, as receivers ask for them.
+"""Signatures of requests, in the forms that receivers require.
 
 Sources: "Standard Webhooks" specification (signature, secrets); DingTalk, "Custom robot access" (signature); Feishu,
 "Custom bot usage guide" (signature).
@@ -20,11 +20,11 @@ _PRINTABLE: Final = re.compile(r"[!-~]+")
 
 
 def problem_in_secret(secret: str, sign: Sign) -> str:
-    """What is wrong with a secret, without a part of it, and what would be right; empty if nothing is.
+    """What is wrong with a secret and what would be right, without any part of the secret; empty if it is usable.
 
     Args:
         secret: The secret.
-        sign: What it is for.
+        sign: The form of signature that it is used for.
     """
     match sign:
         case "standard":
@@ -35,10 +35,10 @@ def problem_in_secret(secret: str, sign: Sign) -> str:
                 return f"{error} (right: {right})"
         case "dingtalk":
             if not (secret.startswith("SEC") and _PRINTABLE.fullmatch(secret)):
-                return "it does not begin with SEC (right: what the robot's settings show beside its signature)"
+                return "it does not begin with SEC (right: the secret that the robot's settings show)"
         case "feishu":
             if secret.startswith(SECRET_PREFIX) or not _PRINTABLE.fullmatch(secret):
-                return "no bot has such a secret (right: what the bot's settings show beside its signature)"
+                return "it is not the secret of a Feishu bot (right: the secret that the bot's settings show)"
         case _:
             assert_never(sign)
     return ""
@@ -48,7 +48,7 @@ def standard_signature(secret: str, *, message_id: str, timestamp: str, body: by
     """The value of the header `webhook-signature`.
 
     Args:
-        secret: One without a problem.
+        secret: A secret without a problem.
         message_id: The value of `webhook-id`.
         timestamp: The value of `webhook-timestamp`.
         body: The request's body.
@@ -58,10 +58,10 @@ def standard_signature(secret: str, *, message_id: str, timestamp: str, body: by
 
 
 def dingtalk_query(secret: str, now: float) -> str:
-    """What DingTalk wants at the end of the URL's query.
+    """The signature that DingTalk requires at the end of the URL's query.
 
     Args:
-        secret: One without a problem.
+        secret: A secret without a problem.
         now: Unix time, in seconds.
     """
     timestamp = str(int(now * 1000))
@@ -70,10 +70,10 @@ def dingtalk_query(secret: str, now: float) -> str:
 
 
 def feishu_members(secret: str, now: float) -> dict[str, str]:
-    """What Feishu wants in the body: members of the message.
+    """The signature that Feishu requires in the body, as members of the message.
 
     Args:
-        secret: One without a problem.
+        secret: A secret without a problem.
         now: Unix time, in seconds.
     """
     timestamp = str(int(now))
@@ -85,10 +85,10 @@ def _base64_hmac(key: bytes, message: bytes) -> str:
 
 
 def _signing_key(secret: str) -> bytes:
-    """The bytes that sign.
+    """The key of the HMAC.
 
     Raises:
-        ValueError: Says what is wrong with the secret without showing it.
+        ValueError: The text says what is wrong with the secret, without showing it.
     """
     text = secret.removeprefix(SECRET_PREFIX).rstrip("=")
     try:

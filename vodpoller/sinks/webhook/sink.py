@@ -27,19 +27,19 @@ from vodpoller.sinks.webhook.config import WebhookConfig
 from vodpoller.sinks.webhook.hiding import without_secrets
 from vodpoller.sinks.webhook.signing import dingtalk_query, feishu_members, problem_in_secret, standard_signature
 
-_REJECTING = frozenset({400, 413, 415, 422})
+_REJECTING_STATUSES = frozenset({400, 413, 415, 422})
 _ANSWER_MAX_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """Where requests go, and what all of them have in common.
+    """The URL of the requests, and what all of them have in common.
 
     Args:
-        address: As configured.
+        address: The URL, as configured.
         template: The request without a body.
-        environment: What the environment says of the address.
+        environment: The proxy and certificate settings of the environment for this URL.
     """
 
     address: str
@@ -48,12 +48,12 @@ class _Target:
 
     @classmethod
     def of(cls, config: WebhookConfig) -> Self:
-        """Look the proxies of the environment up, and prepare what requests have in common."""
-        is_shaped = config.body is not None
+        """Look up the proxies of the environment, and prepare what all requests have in common."""
+        has_own_body = config.body is not None
         headers = {
             "User-Agent": f"vodpoller/{__version__}",
             **config.headers,
-            "Content-Type": "application/json" if is_shaped else content_type(config.format),
+            "Content-Type": "application/json" if has_own_body else content_type(config.format),
         }
         return cls(
             address=config.address,
@@ -62,28 +62,28 @@ class _Target:
         )
 
     @property
-    def where(self) -> str:
-        """Host and port, as errors name them."""
-        where, proxy = host_and_port(self.address), self.environment.proxy
-        return f"{where} (by the proxy {bracketed(proxy_parts(proxy).hostname)})" if proxy else where
+    def host(self) -> str:
+        """Host and port, and the proxy, for texts of errors."""
+        host, proxy = host_and_port(self.address), self.environment.proxy
+        return f"{host} (through the proxy {bracketed(proxy_parts(proxy).hostname)})" if proxy else host
 
 
 class WebhookSink(Sink[WebhookConfig]):
-    """Sends each event, or what `body` makes of it, to a URL.
+    """Sends each event, or the result of `body` for it, to a URL.
 
-    An answer of 2xx accepts, if `accept_when` holds. 400, 413, 415 and 422 say that this event will never be taken, and
-    so does `reject_when` (which takes the place of 400: robots also answer that if too much comes); all else may pass.
-    Redirects are not followed, cookies not kept. The proxies of the environment are looked up once for a URL; what
-    vouches for certificates, and the URL if it is in a file, are read again at `reopen`. A request may be sent twice
-    (see `DeadlineAdapter`): its `webhook-id` says that it is the same.
+    An answer of 2xx accepts the event if `accept_when` holds. 400, 413, 415 and 422 reject it, and so does an answer
+    for which `reject_when` holds. With `reject_when`, 400 alone does not reject, since robots also answer it if too
+    many requests come. Every other failure is transient. Redirects are not followed, and cookies are not kept. The
+    proxies of the environment are looked up once for a URL. The CA certificates, and the URL if it is in a file, are
+    read again by `reopen`. A request may be sent twice (see `DeadlineAdapter`) with the same `webhook-id`.
 
     Args:
-        name: Of the sink.
+        name: Name of the sink.
         config: Its settings.
         context: The log and the clocks; its wall clock is the time that is sent.
 
     Raises:
-        ConfigError: What the environment says of proxies or certificates cannot be used.
+        ConfigError: The proxy or certificate settings of the environment cannot be used.
     """
 
     Config = WebhookConfig
@@ -99,27 +99,29 @@ class WebhookSink(Sink[WebhookConfig]):
         self._body = Expression(config.body) if config.body else None
         self._accept_when = Expression(config.accept_when) if config.accept_when else None
         self._reject_when = Expression(config.reject_when) if config.reject_when else None
-        self._is_judged = self._accept_when is not None or self._reject_when is not None
-        self._rejecting = _REJECTING - {HTTPStatus.BAD_REQUEST} if config.reject_when else _REJECTING
+        self._reads_answers = self._accept_when is not None or self._reject_when is not None
+        self._rejecting_statuses = (
+            _REJECTING_STATUSES - {HTTPStatus.BAD_REQUEST} if config.reject_when else _REJECTING_STATUSES
+        )
         self._adapter = DeadlineAdapter(
             connections=config.concurrency, ca_file=config.ca_file, monotonic=context.monotonic
         )
-        self._target = self._aimed()
+        self._target = self._make_target()
 
     @classmethod
     def probe(cls, name: str, config: WebhookConfig, context: SinkContext) -> str:
-        """Whether a connection can be made and, for https, its certificate be trusted. No request is sent.
+        """Check that a connection is accepted and, for https, its certificate is trusted. No request is sent.
 
-        If a proxy is in between, a connection to the proxy is all that can be had without a request.
+        If there is a proxy, only the connection to the proxy can be checked without a request.
         """
         sink = cls(name, config, context)
         try:
-            return sink._reach()
+            return sink._check_connection()
         finally:
             sink.close()
 
     def examine(self, event: Event) -> None:
-        """Whether `body` makes something of the event that can be sent."""
+        """Evaluate `body` on the event; raise the error of `_content` if nothing can or should be sent for it."""
         if self._body is not None:
             self._content(event)
 
@@ -128,37 +130,37 @@ class WebhookSink(Sink[WebhookConfig]):
         (event,) = events
         target = self._target
         if self._closed:
-            raise TransientError(f"{target.where}: the sink is closed")
+            raise TransientError(f"{target.host}: the sink is closed")
         request = self._request(target, event)
         try:
             response = self._adapter.send_within(request, target.environment, timeout_secs)
             answer = self._read(response)
         # Not chained: the texts of these exceptions hold the whole URL, whose query may be a secret.
         except CALL_ERRORS as error:
-            said = self._without_secrets(failure_text(error, timeout_secs))
-            raise TransientError(f"{target.where} {said}") from None
-        if response.status_code in SUCCESS and not self._is_judged:  # the common case, for which nothing is worded
+            failure = self._without_secrets(failure_text(error, timeout_secs))
+            raise TransientError(f"{target.host} {failure}") from None
+        if response.status_code in SUCCESS and not self._reads_answers:  # the common case needs no texts
             return
         refusal = self._refusal(target, response, answer)
         if refusal is not None:
             raise refusal
 
     def reopen(self) -> None:
-        """Take the URL that its file holds now, and read what vouches for certificates again.
+        """Take the URL as it was last read from its file, and read the trusted CA certificates again.
 
         Raises:
             ConfigError: They cannot be used; what was read before stays in use.
         """
         self._adapter.reread_roots(f"sinks.{self.name}.ca_file")
         if self.config.address != self._target.address:
-            self._target = self._aimed()
+            self._target = self._make_target()
 
     def close(self) -> None:
-        """Close the idle connections; those in use are closed when their answer is in."""
+        """Close the idle connections; those in use are closed when their answer has been read."""
         self._closed = True
         self._adapter.close()
 
-    def _aimed(self) -> _Target:
+    def _make_target(self) -> _Target:
         key = f"sinks.{self.name}.{self.config.address_key}"
         target = _Target.of(self.config)
         if target.environment.problem:
@@ -170,23 +172,23 @@ class WebhookSink(Sink[WebhookConfig]):
                 raise ConfigError([f"{key}: {error}"]) from None
         return target
 
-    def _reach(self) -> str:
+    def _check_connection(self) -> str:
         target, proxy = self._target, self._target.environment.proxy
-        where = f"the proxy {host_and_port(proxy)}" if proxy else target.where
+        peer = f"the proxy {host_and_port(proxy)}" if proxy else target.host
         try:
             ends_at = self._adapter.connect_within(target.address, target.environment, self.timeout_secs)
         # Not chained, as in `deliver`.
         except CALL_ERRORS as error:
-            said = self._without_secrets(failure_text(error, self.timeout_secs))
-            raise ConfigError([f"sinks.{self.name}.{self.config.address_key}: {where} {said}"]) from None
+            failure = self._without_secrets(failure_text(error, self.timeout_secs))
+            raise ConfigError([f"sinks.{self.name}.{self.config.address_key}: {peer} {failure}"]) from None
         if proxy:
-            return f"{where} accepts connections (what is behind it was not tried)"
+            return f"{peer} accepts connections (the server behind it was not tried)"
         if ends_at is None:
-            return f"{where} accepts connections"
+            return f"{peer} accepts connections"
         valid = validity(ends_at, self.context.wall())
-        return f"{where} accepts connections, its certificate is trusted, and {valid}"
+        return f"{peer} accepts connections, its certificate is trusted, and {valid}"
 
-    # --- asking ---
+    # --- requests ---
 
     def _request(self, target: _Target, event: Event) -> requests.PreparedRequest:
         body = self._content(event)
@@ -212,7 +214,7 @@ class WebhookSink(Sink[WebhookConfig]):
 
         Raises:
             SkippedError: Nothing is to be sent.
-            RejectedError: `body` cannot make anything of the event that could be sent.
+            RejectedError: `body` has no result for this event that can be sent.
             TransientError: The secret cannot be used.
         """
         if self._body is None:
@@ -220,10 +222,10 @@ class WebhookSink(Sink[WebhookConfig]):
         key = f"sinks.{self.name}.body"
         found = self._body.shape(event, key)
         if found is None:
-            raise SkippedError(f"{key} finds null")
+            raise SkippedError(f"{key}: the result is null")
         if self.config.sign == "feishu":
             if not isinstance(found, dict):
-                raise RejectedError(f"{key}: what it finds is not an object, which a signature for Feishu goes into")
+                raise RejectedError(f"{key}: the result is not an object, so it cannot hold a signature for Feishu")
             found = {**found, **feishu_members(self._secret(), self.context.wall())}
         try:
             return encode_found(found)
@@ -231,30 +233,31 @@ class WebhookSink(Sink[WebhookConfig]):
             raise RejectedError(f"{key}: {error}") from None
 
     def _secret(self) -> str:
-        """The secret, empty if there is none; the file may have been read again since the last call."""
+        """The secret, empty if there is none. It is checked again after its file has been read again."""
         secret = self.config.secret.get() if self.config.secret is not None else ""
         if secret != self._usable_secret:
             if problem := problem_in_secret(secret, self.config.sign):
                 raise TransientError(
-                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {problem}; then reload"
+                    f"sinks.{self.name}.secret_file no longer holds a signing secret: {problem}; correct it and reload"
                 )
             self._usable_secret = secret
         return secret
 
-    # --- saying what came of it ---
+    # --- answers ---
 
     def _read(self, response: requests.Response) -> bytes:
-        """The answer's body, as far as it is wanted.
+        """The answer's body, up to the bytes that are needed.
 
         Raises:
-            Exception: One of `CALL_ERRORS`: it broke off, and an expression asks what it says. If none does, the status
-                says it all, so that what fails here changes nothing any more.
+            Exception: One of `CALL_ERRORS`: the answer broke off, and an expression needs its body. Without
+                expressions the status alone decides, and a failure to read the body is ignored.
         """
-        with closing(response):  # a connection whose answer was read to its end is in the pool by then and stays open
+        # A connection whose answer was read to its end is in the pool by then, and `closing` does not close it.
+        with closing(response):
             try:
-                body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=self._is_judged)
+                body: bytes = response.raw.read(_ANSWER_MAX_BYTES, decode_content=self._reads_answers)
             except CALL_ERRORS:
-                if self._is_judged:
+                if self._reads_answers:
                     raise
                 return b""
         return body
@@ -262,35 +265,35 @@ class WebhookSink(Sink[WebhookConfig]):
     def _refusal(
         self, target: _Target, response: requests.Response, answer: bytes
     ) -> RejectedError | TransientError | None:
-        """What is wrong with an answer; None if it accepts."""
+        """The error for an answer; None if the answer accepts the event."""
         status = response.status_code
-        said = f"{target.where} answered {status_text(status)}"
+        text = f"{target.host} answered {status_text(status)}"
         is_success = status in SUCCESS
         try:
-            if status in self._rejecting or _holds(self._reject_when, "reject_when", answer, default=False):
-                return RejectedError(f"{said}{self._quoted(answer)}")
+            if status in self._rejecting_statuses or _holds(self._reject_when, "reject_when", answer, default=False):
+                return RejectedError(f"{text}{self._quoted(answer)}")
             if is_success and _holds(self._accept_when, "accept_when", answer, default=True):
                 return None
         except EvaluationError as error:
             if is_success:
-                return TransientError(f"{said}, but sinks.{self.name}.{error}{self._quoted(answer)}")
+                return TransientError(f"{text}, but sinks.{self.name}.{error}{self._quoted(answer)}")
         wait_secs = retry_after_secs(response.headers, self.context.wall())
         if is_success:
             why = f"sinks.{self.name}.accept_when does not hold{self._quoted(answer)}"
-            return TransientError(f"{said}, but {why}", retry_after_secs=wait_secs)
-        return self._transient(target, response, said, wait_secs)
+            return TransientError(f"{text}, but {why}", retry_after_secs=wait_secs)
+        return self._transient(target, response, text, wait_secs)
 
     def _transient(
-        self, target: _Target, response: requests.Response, said: str, wait_secs: float | None
+        self, target: _Target, response: requests.Response, text: str, wait_secs: float | None
     ) -> TransientError:
         status, location = response.status_code, response.headers.get("Location")
         if status in REDIRECTS and location:
-            place = self._without_secrets(_place(target.address, location))[:_SHOWN_CHARACTERS]
+            new_url = self._without_secrets(_redirect_url(target.address, location))[:_SHOWN_CHARACTERS]
             return TransientError(
-                f"{said} and points to {place}: redirects are not followed"
+                f"{text} and points to {new_url}: redirects are not followed"
                 f" (put the right address into sinks.{self.name}.{self.config.address_key})"
             )
-        return TransientError(f"{said}{self._advice(status)}", retry_after_secs=wait_secs)
+        return TransientError(f"{text}{self._advice(status)}", retry_after_secs=wait_secs)
 
     def _advice(self, status: int) -> str:
         match status:
@@ -299,7 +302,7 @@ class WebhookSink(Sink[WebhookConfig]):
             case HTTPStatus.NOT_FOUND | HTTPStatus.METHOD_NOT_ALLOWED | HTTPStatus.GONE:
                 return f" (is sinks.{self.name}.{self.config.address_key} the right address for {self.config.method}?)"
             case HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-                return " (the proxy wants other credentials than $http_proxy or $https_proxy give)"
+                return " (the proxy does not accept the credentials in $http_proxy or $https_proxy)"
             case _:
                 return ""
 
@@ -315,13 +318,13 @@ def _holds(expression: Expression | None, key: str, answer: bytes, *, default: b
     """Whether an expression holds for an answer.
 
     Args:
-        expression: None if it is not configured.
+        expression: The expression; None if it is not configured.
         key: Its key, for the error.
-        answer: JSON, or text of another kind, which is a text for the expression.
-        default: The result if it is not configured.
+        answer: The answer's body. A body that is not JSON is a string for the expression.
+        default: The result if the expression is not configured.
 
     Raises:
-        EvaluationError: It cannot be evaluated on this answer; begins with the key.
+        EvaluationError: It cannot be evaluated on this answer. The text begins with the key.
     """
     if expression is None:
         return default
@@ -338,8 +341,8 @@ def _holds(expression: Expression | None, key: str, answer: bytes, *, default: b
         raise EvaluationError(f"{key} cannot be evaluated on the answer: {error}") from None
 
 
-def _place(url: str, location: str) -> str:
-    """Where a redirect points."""
+def _redirect_url(url: str, location: str) -> str:
+    """The URL that a redirect points to, as it may be shown."""
     try:
         return shown_url(urljoin(url, location))
     except ValueError:

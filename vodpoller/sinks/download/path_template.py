@@ -1,4 +1,4 @@
-"""Where an image goes: a path made of a template and of values that are not trusted."""
+"""The path of an image, made of a template and of values that are not trusted."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-# The fields of `path`, and the maximum length of their values: what is longer is replaced.
+# The fields of `path`, and the maximum length of their values: a longer value is replaced.
 FIELDS: Final = {
     "file_id": 100,
     "task_id": 100,
@@ -19,11 +19,11 @@ FIELDS: Final = {
     "ext": 5,
     "key": 64,
 }
-_OF_EVENT: Final = ("file_id", "task_id", "key")
-_OF_IMAGE: Final = ("time_offset_ms", "index")
+_EVENT_FIELDS: Final = ("file_id", "task_id", "key")
+_IMAGE_FIELDS: Final = ("time_offset_ms", "index")
 _NAME_MAX_BYTES: Final = 255
-_PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_REPLACED_CHARACTERS: Final = 16
+_SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DIGEST_CHARACTERS: Final = 16
 
 EXTENSIONS: Final = {
     "image/avif": "avif",
@@ -39,14 +39,14 @@ _KNOWN_EXTENSIONS: Final = frozenset({*EXTENSIONS.values(), "jpeg", "tif"})
 OTHER_EXTENSION: Final = "bin"
 
 
-class Places:
-    """Where images go: one path for each.
+class PathTemplate:
+    """The template of the images' paths.
 
     Args:
         template: The path, with fields.
 
     Raises:
-        ValueError: Says what is wrong with it.
+        ValueError: The template cannot be used; the text says why.
     """
 
     def __init__(self, template: str) -> None:
@@ -62,7 +62,7 @@ class Places:
         for _, name, spec, conversion in pieces:
             if name is not None and (name not in FIELDS or spec or conversion):
                 raise ValueError(f"there is no field {{{name}}} (there are: {there_are})")
-        for wanted, what in ((_OF_EVENT, "events"), (_OF_IMAGE, "images of an event")):
+        for wanted, what in ((_EVENT_FIELDS, "events"), (_IMAGE_FIELDS, "images of an event")):
             if self.fields.isdisjoint(wanted):
                 fields = " or ".join(f"{{{name}}}" for name in wanted)
                 raise ValueError(f"all {what} would go to the same file (it needs {fields}; there are: {there_are})")
@@ -73,39 +73,39 @@ class Places:
             )
         longest = self.below_root({name: "x" * most for name, most in FIELDS.items()})
         if any(part in ("", ".", "..") for part in longest):
-            raise ValueError("behind the first field, no part of it may be empty, . or .. (leave it out)")
+            raise ValueError("after the first field, no part of it may be empty, . or .. (leave it out)")
         if any(len(os.fsencode(part)) > _NAME_MAX_BYTES for part in longest):
-            raise ValueError(f"a name in it can get longer than {_NAME_MAX_BYTES} bytes (put a / between the fields)")
+            raise ValueError(f"a name in it can be longer than {_NAME_MAX_BYTES} bytes (put a / between the fields)")
 
     @property
     def root(self) -> Path:
-        """The folder that nothing leaves."""
+        """The folder outside of which nothing is written."""
         return Path(os.path.realpath(self._folder))
 
     def below_root(self, values: Mapping[str, object]) -> list[str]:
-        """The folders below the root, and the name.
+        """The folders below the root, and the file name.
 
         Args:
-            values: For all fields.
+            values: The values of all fields.
         """
         return self._template.format(**values)[len(self._folder) + 1 :].split("/")
 
 
 def safe_name(value: str, max_characters: int) -> str:
-    """The value if it can be a part of a file's name as it is, else a name that only this value has.
+    """The value, if it is safe as a part of a file name; else a name that is made of its SHA-256.
 
     Args:
-        value: Anything.
-        max_characters: Of the result; 17 at least.
+        value: Any text.
+        max_characters: Maximum length of the result; for a unique name at least 17.
     """
-    if len(value) <= max_characters and _PLAIN.fullmatch(value) and ".." not in value:
+    if len(value) <= max_characters and _SAFE_NAME.fullmatch(value) and ".." not in value:
         return value
     digest = hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
-    return f"_{digest[: min(_REPLACED_CHARACTERS, max_characters - 1)]}"
+    return f"_{digest[: min(_DIGEST_CHARACTERS, max_characters - 1)]}"
 
 
 def extension_in(url: str) -> str:
-    """How the URL's path ends, if that is an image's extension; otherwise nothing."""
+    """The extension in the path of a URL, if it is one of an image; else empty."""
     try:
         name = unquote(urlsplit(url).path)
     except ValueError:
