@@ -71,7 +71,7 @@ def make_confirmer(vod, log, clock):
         reserve_secs=5.0,
         monotonic=clock,
         sleep=clock.advance,
-        ask_secs=0.0,
+        trial_secs=0.0,
     )
 
 
@@ -578,7 +578,7 @@ def test_a_call_that_hangs_costs_its_own_handles_only(pullers):
 def test_a_source_whose_confirms_are_refused_asks_seldom_and_comes_to_rest(pullers, error, result, calls_before):
     vod = Vod()
     vod.refusal = error
-    group = pullers(vod, ask_secs=0.5)
+    group = pullers(vod, trial_secs=0.5)
     for number in range(calls_before):
         group.confirm(f"first{number}").join(10)
     before = len(vod.calls)
@@ -596,7 +596,7 @@ def test_a_source_whose_confirms_are_refused_asks_seldom_and_comes_to_rest(pulle
 def test_the_time_between_two_asks_counts_from_the_answer_of_the_first(pullers):
     vod = Vod()
     vod.refusal = RefusedHandlesError("what is that", error_code="InvalidParameterValue")
-    group = pullers(vod, ask_secs=0.5)
+    group = pullers(vod, trial_secs=0.5)
     for number in range(3):
         group.confirm(f"first{number}").join(10)
     before = len(vod.calls)
@@ -612,7 +612,7 @@ def test_the_time_between_two_asks_counts_from_the_answer_of_the_first(pullers):
 def test_a_source_that_is_allowed_again_goes_on_at_once(pullers):
     vod = Vod()
     vod.refusal = OperatorError("no right")
-    group = pullers(vod, ask_secs=0.2)
+    group = pullers(vod, trial_secs=0.2)
     group.confirm("first").join(10)
     vod.refusal = None
     for number in range(20):

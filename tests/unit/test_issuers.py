@@ -115,8 +115,8 @@ def test_a_key_without_all_its_parts_is_not_taken(receiver, changes, said):
         (None, "does not say when the key ends"),
         ("soon", "does not say when the key ends"),
         (True, "does not say when the key ends"),
-        (0, "has ended"),
-        pytest.param(-(10**400), "has ended", id="long ago"),
+        (0, "key ended"),
+        pytest.param(-(10**400), "key ended", id="long ago"),
     ],
 )
 def test_an_end_that_is_none_or_over_is_a_failure(receiver, ends_at, said):
@@ -145,7 +145,7 @@ def test_other_answers_than_200_say_their_status(receiver, status):
 
 def test_a_code_of_the_metadata_service_is_told(receiver):
     receiver.answer = Answer(status=200, body=of_metadata(Code="InternalError"))
-    assert "gave no key of role r: InternalError" in problem_of(metadata(base_of(receiver)))
+    assert "returned no key of role r: InternalError" in problem_of(metadata(base_of(receiver)))
     receiver.answer = Answer(status=200, body=of_metadata(Code="tmp-key-of-test"))
     assert "an answer without a code" in problem_of(metadata(base_of(receiver)))
 
@@ -153,7 +153,7 @@ def test_a_code_of_the_metadata_service_is_told(receiver):
 @pytest.mark.parametrize("body", [b"", b"\n"])
 def test_a_machine_without_a_role_is_for_a_person(receiver, body):
     receiver.answer = Answer(status=200 if body else 404, body=body)
-    assert "bind one to the instance" in problem_of(metadata(base_of(receiver), role=""), OperatorError)
+    assert "bind a role to the instance" in problem_of(metadata(base_of(receiver), role=""), OperatorError)
 
 
 def test_a_role_that_the_machine_does_not_have_is_for_a_person(receiver):

@@ -104,14 +104,14 @@ def test_the_last_good_key_is_used_until_it_ends(machine, problem):
     machine.pass_secs(LIFE_SECS - 1)
     assert machine.refresher() == key(1).credentials
     machine.clock.advance(1)
-    with pytest.raises(NoKeyError, match="the temporary key has ended, and no new one came"):
+    with pytest.raises(NoKeyError, match="the temporary key has ended, and no new one was issued"):
         machine.refresher()
 
 
 def test_a_request_without_a_key_names_one_cause_whatever_the_attempts_say(machine):
     said = set()
     for number in range(3):
-        machine.problem = TransientError(f"its key has ended {number} s ago")
+        machine.problem = TransientError(f"its key ended {number} s ago")
         machine.pass_secs(100)
         with pytest.raises(NoKeyError) as caught:
             machine.refresher()
@@ -135,12 +135,12 @@ def test_a_failure_is_said_once_and_over_within_a_minute(machine, problem):
 
 def test_each_cause_of_a_failure_has_its_line(machine):
     machine.refresher.step()
-    for text in ("its key has ended 5 s ago", "its key has ended 6 s ago", "it is not JSON", "it is not JSON"):
+    for text in ("its key ended 5 s ago", "its key ended 6 s ago", "it is not JSON", "it is not JSON"):
         machine.problem = TransientError(text)
         machine.clock.advance(LIFE_SECS if len(machine.asked_at) == 1 else 61)
         machine.refresher.step()
     assert [line["error_message"] for line in machine.said("credentials.failed")] == [
-        "its key has ended 5 s ago",
+        "its key ended 5 s ago",
         "it is not JSON",
     ]
 
