@@ -312,7 +312,7 @@ def test_of_many_the_first_are_shown(shown):
 def test_a_search_that_takes_long_is_given_up_in_time(shown, monkeypatch):
     monkeypatch.setattr("vodpoller.listener.stored.SEARCH_SECS", -1.0)
     store(shown, letter(1), letter(2))
-    assert "None among those that were looked at in time" in page_of(shown, "?file_id=999").text
+    assert "None among the events that were searched in time" in page_of(shown, "?file_id=999").text
 
 
 def test_a_journal_that_cannot_be_read_leaves_the_rest(shown):

@@ -1,4 +1,4 @@
-"""The part of the page that shows stored events: what was asked for, what was found, and the commands for it."""
+"""The part of the page that shows stored events: the filter, the events that match it, and the commands for them."""
 
 import shlex
 import time
@@ -15,7 +15,7 @@ from vodpoller.logs import printable
 ROWS: Final = 25
 BODY_CHARS: Final = 8000
 SEARCH_SECS: Final = 2.0
-# The options of `vodpoller deadletters`, by the fields of the form, which have their names.
+# The options of `vodpoller deadletters`, by the fields of the form.
 OPTIONS: Final[Mapping[str, str]] = {
     "sink": "--sink",
     "type": "--type",
@@ -28,10 +28,10 @@ _VALUE_CHARS: Final = 200
 
 
 def stored_events(view: View, query: Mapping[str, str]) -> Mapping[str, Any]:
-    """What the page shows of stored events.
+    """The stored events that the page shows, as values for the template.
 
     Args:
-        view: What is shown.
+        view: The process and the daemon.
         query: The fields of the form.
     """
     asked = {name: query.get(name, "").strip()[:_VALUE_CHARS] for name in OPTIONS}
@@ -70,10 +70,10 @@ def _filter_of(asked: Mapping[str, str], state: str) -> Filter:
 
 
 def _found(letters: Letters, wanted: Filter) -> tuple[list[tuple[StoredEvent, bytes]], bool]:
-    """The first of what is meant, and whether that is all; a search through many bodies is given up in time."""
+    """The first events that match, and whether these are all. The search ends after `SEARCH_SECS`."""
     ends_at = time.monotonic() + SEARCH_SECS
     found: list[tuple[StoredEvent, bytes]] = []
-    # What only bodies tell is looked at here, so that a search that finds nothing ends too.
+    # The ids, which only bodies hold, are compared here, so that a search without a match also ends in time.
     for event, body in letters.with_bodies(replace(wanted, file_id=None, task_id=None)):
         if wanted.takes(event.file_id, event.task_id):
             if len(found) == ROWS:
