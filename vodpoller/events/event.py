@@ -30,7 +30,7 @@ class Lease:
 
     @property
     def ends_at(self) -> float:
-        """Monotonic time, in seconds, from which another pull may bring the events again."""
+        """Monotonic time, in seconds, from which VOD may send the events in the answer to another pull."""
         return self.starts_at + self.secs
 
 

@@ -34,11 +34,17 @@ def stored_events(view: View, query: Mapping[str, str]) -> Mapping[str, Any]:
         view: The process and the daemon.
         query: The fields of the form.
     """
-    asked = {name: query.get(name, "").strip()[:_VALUE_CHARS] for name in OPTIONS}
+    conditions = {name: query.get(name, "").strip()[:_VALUE_CHARS] for name in OPTIONS}
     state = "pending" if query.get("pending") else "dead"
-    shown: dict[str, Any] = {"asked": asked, "state": state, "reasons": REASONS[state], "rows": [], "problem": ""}
+    shown: dict[str, Any] = {
+        "conditions": conditions,
+        "state": state,
+        "reasons": REASONS[state],
+        "rows": [],
+        "problem": "",
+    }
     try:
-        wanted = _filter_of(asked, state)
+        wanted = _filter_of(conditions, state)
         with Letters(view.journal_path) as letters:
             rows, is_all = _found(letters, wanted)
     except (ValueError, JournalError) as error:
@@ -47,25 +53,25 @@ def stored_events(view: View, query: Mapping[str, str]) -> Mapping[str, Any]:
     return shown | {
         "rows": [_row(event, body if shows_bodies else None) for event, body in rows],
         "is_all": is_all,
-        "commands": _commands(asked, state) if rows else (),
+        "commands": _commands(conditions, state) if rows else (),
     }
 
 
-def _filter_of(asked: Mapping[str, str], state: str) -> Filter:
-    for name, text in asked.items():
+def _filter_of(conditions: Mapping[str, str], state: str) -> Filter:
+    for name, text in conditions.items():
         if printable(text) != text:
             raise ValueError(f"{name} has characters that cannot be printed")
-    reason = asked["reason"] or None
+    reason = conditions["reason"] or None
     if reason is not None and reason not in REASONS[state]:
         raise ValueError(f"{state} events never have the reason {reason!r}")
     return Filter(
         state=state,
-        sink=asked["sink"] or None,
-        event_type=asked["type"] or None,
+        sink=conditions["sink"] or None,
+        event_type=conditions["type"] or None,
         reason=reason,
-        since=time_since(asked["since"], time.time()) if asked["since"] else None,
-        file_id=asked["file_id"] or None,
-        task_id=asked["task_id"] or None,
+        since=time_since(conditions["since"], time.time()) if conditions["since"] else None,
+        file_id=conditions["file_id"] or None,
+        task_id=conditions["task_id"] or None,
     )
 
 
@@ -105,7 +111,7 @@ def _row(event: StoredEvent, body: bytes | None) -> Mapping[str, Any]:
     }
 
 
-def _commands(asked: Mapping[str, str], state: str) -> Sequence[str]:
-    options = [f"{OPTIONS[name]} {shlex.quote(text)}" for name, text in asked.items() if text]
+def _commands(conditions: Mapping[str, str], state: str) -> Sequence[str]:
+    options = [f"{OPTIONS[name]} {shlex.quote(text)}" for name, text in conditions.items() if text]
     tail = " ".join((*(("--pending",) if state == "pending" else ()), *options))
     return [f"vodpoller deadletters {verb} {tail}".rstrip() for verb in ("replay", "purge")]

@@ -315,7 +315,7 @@ class Confirmer:
             now = self._monotonic()
             over = [entry for entry in entries if entry.confirmation is None and entry.lease.ends_at <= now]
             if over:
-                is_first = isinstance(last, LeaseLostError)  # nothing was sent: a refusal says more
+                is_first = isinstance(last, LeaseLostError)  # nothing was sent: prefer VOD's refusal
                 self._complete(queue, over, (queue.last_refusal if is_first else None) or not_confirmed(last))
             return [entry for entry in entries if entry.confirmation is None]
 

@@ -112,7 +112,8 @@ class Refresher:
         if in_use is not None and self._monotonic() < in_use.ends_at:
             return in_use.credentials
         state = "there is no temporary key yet" if in_use is None else "the temporary key has ended"
-        # The text does not contain why there is no new key: that may change with each attempt, but the cause is one.
+        # The text does not contain why there is no new key: that may change with each attempt, and the texts must be
+        # equal to count as one cause.
         raise NoKeyError(
             f"nothing was sent: {state}, and no new one was issued (see credentials.failed, or `vodpoller status`)",
             retry_after_secs=NO_KEY_RETRY_SECS,
