@@ -163,7 +163,7 @@ class DeadlineAdapter:
             requests.RequestException: There is no answer. `failure_text` describes the reason.
             RootsError: The root certificates cannot be read.
             UnusableProxyError: The proxy in the environment cannot be used.
-            ValueError: A header cannot be sent, or a time limit is not more than 0.
+            ValueError: The head of the request holds a character that cannot be sent.
         """
         if environment.problem:
             raise UnusableProxyError(environment.problem)
