@@ -32,7 +32,7 @@ from vodpoller.settlement import (
     settle_unrouted,
 )
 from vodpoller.telemetry import NO_SINK, Count, Duration, Labels, Telemetry
-from vodpoller.vod.confirm_queue import HANDLES_A_CALL
+from vodpoller.vod.confirm_queue import HANDLES_PER_CALL
 from vodpoller.vod.confirmation import UNKNOWN, Confirmation
 
 STORED_RETRY_SECS = 5.0
@@ -82,7 +82,7 @@ class _LeftEvents:
     _WINDOW_SECS = 60.0
 
     def __init__(self, requests_per_sec: float, monotonic: Callable[[], float]) -> None:
-        self._quota_events = requests_per_sec * HANDLES_A_CALL * self._WINDOW_SECS
+        self._quota_events = requests_per_sec * HANDLES_PER_CALL * self._WINDOW_SECS
         self._monotonic = monotonic
         self._since = monotonic()
         self._number = 0

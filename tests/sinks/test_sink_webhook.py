@@ -390,7 +390,7 @@ def test_an_answer_without_end_is_read_to_a_bound_only(opened):
         sink.close()
 
 
-NO_HTTP = "answered with what is not HTTP (is the port right?)"
+NO_HTTP = "sent an answer that is not HTTP (is the port right?)"
 NOT_WHOLE = "closed the connection without a whole answer"
 TOO_LONG = "answered with a head that is too long to be read"
 
@@ -403,8 +403,8 @@ TOO_LONG = "answered with a head that is too long to be read"
         (b"HTTP/1.1 abc\r\n\r\n", NO_HTTP),
         (b"SSH-2.0-OpenSSH_9.6\r\n", NO_HTTP),
         (b"220 mail.example ESMTP\r\n", NO_HTTP),
-        (b"\x15\x03\x01\x00\x02\x02\x46", "answered with what is not HTTP (it speaks TLS"),
-        (b"HTTP/2.0 200\r\n\r\n", "answered with another version of HTTP than 1"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "sent an answer that is not HTTP (it speaks TLS"),
+        (b"HTTP/2.0 200\r\n\r\n", "answered with a version of HTTP other than 1"),
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200, TOO_LONG),
         (b"HTTP/1.1 200 " + b"x" * 70_000, TOO_LONG),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n", "answered with several lengths that contradict"),
@@ -464,7 +464,7 @@ def test_a_connection_that_breaks_after_an_idle_time_costs_no_attempt(opened):
 )
 def test_a_proxy_that_cannot_be_used_is_a_config_error_that_does_not_show_it(opened, monkeypatch, proxy):
     monkeypatch.setenv("https_proxy", proxy)
-    with pytest.raises(ConfigError, match=r"sinks\.hook\.url: the proxy that the environment names") as excinfo:
+    with pytest.raises(ConfigError, match=r"sinks\.hook\.url: the proxy in the environment") as excinfo:
         opened("https://app.example/")
     assert "hunter2" not in str(excinfo.value)
 

@@ -69,7 +69,7 @@ def test_a_role_without_a_key_is_a_problem_and_vod_gets_no_request(vod, tmp_path
     vod.control(credential_secs=60)
     found = found_at(vod.url, tmp_path, log, credentials=credentials)
     assert found["credentials"].level is Level.PROBLEM
-    assert "knows no role other" in found["credentials"].text
+    assert "does not know a role other" in found["credentials"].text
     assert "correct credentials.role" in found["credentials"].remedy
     assert "source main" not in found
     assert vod.stats()["requests"] == {}

@@ -74,7 +74,7 @@ def make_confirmer(vod, log, clock):
         reserve_secs=5.0,
         monotonic=clock,
         sleep=clock.advance,
-        ask_secs=0.0,
+        trial_secs=0.0,
     )
 
 
@@ -584,7 +584,7 @@ def test_a_call_that_hangs_delays_only_its_own_handles(pullers):
 def test_a_source_whose_confirms_are_refused_calls_rarely(pullers, error, result, calls_before):
     vod = Vod()
     vod.refusal = error
-    group = pullers(vod, ask_secs=0.5)
+    group = pullers(vod, trial_secs=0.5)
     for number in range(calls_before):
         group.confirm(f"first{number}").join(10)
     before = len(vod.calls)
@@ -602,7 +602,7 @@ def test_a_source_whose_confirms_are_refused_calls_rarely(pullers, error, result
 def test_the_pause_between_two_tries_begins_at_the_first_answer(pullers):
     vod = Vod()
     vod.refusal = RefusedHandlesError("what is that", error_code="InvalidParameterValue")
-    group = pullers(vod, ask_secs=0.5)
+    group = pullers(vod, trial_secs=0.5)
     for number in range(3):
         group.confirm(f"first{number}").join(10)
     before = len(vod.calls)
@@ -618,7 +618,7 @@ def test_the_pause_between_two_tries_begins_at_the_first_answer(pullers):
 def test_a_source_that_is_allowed_again_goes_on_at_once(pullers):
     vod = Vod()
     vod.refusal = OperatorError("no right")
-    group = pullers(vod, ask_secs=0.2)
+    group = pullers(vod, trial_secs=0.2)
     group.confirm("first").join(10)
     vod.refusal = None
     for number in range(20):

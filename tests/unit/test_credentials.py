@@ -57,7 +57,7 @@ def test_files_swapped_between_two_readings_are_one_triple(tmp_path, key_in):
 def test_files_that_keep_changing_leave_the_last_triple(tmp_path, key_in):
     credentials = credentials_in(tmp_path / "data", SwappedSecret)
     credentials.secret_id.swaps = [lambda at=at: key_in(at) for at in range(1, 20)]
-    with pytest.raises(OSError, match="go on changing"):
+    with pytest.raises(OSError, match="keep changing"):
         credentials.reread()
     assert credentials() == triple(0)
 

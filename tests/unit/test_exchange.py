@@ -319,7 +319,7 @@ def test_silence_is_a_read_timeout_whether_all_was_sent_or_not(adapter_of, size)
 @pytest.mark.parametrize(
     ("data", "kind", "text"),
     [
-        (b"nope\r\n\r\n", requests.ConnectionError, "answered with what is not HTTP"),
+        (b"nope\r\n\r\n", requests.ConnectionError, "sent an answer that is not HTTP"),
         (b"", requests.ConnectionError, "closed the connection"),
         (OK.replace(b": 2", b": 2, 3"), requests.exceptions.InvalidHeader, "answered with several lengths"),
     ],
@@ -336,4 +336,4 @@ def test_a_certificate_of_an_unknown_ca_is_an_ssl_error(adapter_of, certificate)
 
 
 def test_an_address_of_another_scheme_is_an_invalid_url(adapter_of):
-    assert_failure(requests.exceptions.InvalidURL, adapter_of(), prepared("ftp://app.example/"), "could not be asked")
+    assert_failure(requests.exceptions.InvalidURL, adapter_of(), prepared("ftp://app.example/"), "could not be called")

@@ -391,7 +391,7 @@ def test_an_interim_answer_of_a_proxy_is_not_its_answer(adapter_of):
     with raw_server(script) as proxy:
         environment = Environment(proxy=proxy)
         text = failure_of(adapter_of(), "https://app.example/", 5.0, environment=environment)
-    assert text.startswith("is behind a proxy that answered 407 Proxy Authentication Required (it wants a login")
+    assert text.startswith("is behind a proxy that answered 407 Proxy Authentication Required (it requires a login")
 
 
 def padded(extra):
@@ -645,7 +645,7 @@ def test_an_unusable_proxy_is_a_problem_that_does_not_show_its_url(adapter_of, m
     assert "hunter2" not in environment.problem
     with pytest.raises(OSError, match="https_proxy") as excinfo:
         call(adapter_of(), "https://app.example/", environment=environment)
-    assert failure_text(excinfo.value, 1.0) == f"cannot be asked: {environment.problem}"
+    assert failure_text(excinfo.value, 1.0) == f"cannot be called: {environment.problem}"
 
 
 # --- texts and headers ---
@@ -688,7 +688,7 @@ def test_retry_after_is_read_as_seconds_or_a_date(text, secs):
 
 
 def test_an_error_of_an_unknown_kind_is_named():
-    assert failure_text(ZeroDivisionError("x"), 1.0) == "could not be asked: ZeroDivisionError"
+    assert failure_text(ZeroDivisionError("x"), 1.0) == "could not be called: ZeroDivisionError"
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ def test_a_key_without_all_its_parts_is_refused(receiver, changes, reason):
         (None, "does not say when the key ends"),
         ("soon", "does not say when the key ends"),
         (True, "does not say when the key ends"),
-        (0, "has ended"),
-        pytest.param(-(10**400), "has ended", id="long ago"),
+        (0, "key ended"),
+        pytest.param(-(10**400), "key ended", id="long ago"),
     ],
 )
 def test_a_missing_or_past_expiry_is_a_failure(receiver, ends_at, reason):
@@ -145,7 +145,7 @@ def test_errors_of_answers_other_than_200_name_the_status(receiver, status):
 
 def test_a_code_of_the_metadata_service_is_reported(receiver):
     receiver.answer = Answer(status=200, body=metadata_body(Code="InternalError"))
-    assert "gave no key of role r: InternalError" in problem_of(metadata(base_of(receiver)))
+    assert "returned no key of role r: InternalError" in problem_of(metadata(base_of(receiver)))
     receiver.answer = Answer(status=200, body=metadata_body(Code="tmp-key-of-test"))
     assert "an answer without a code" in problem_of(metadata(base_of(receiver)))
 
@@ -153,7 +153,7 @@ def test_a_code_of_the_metadata_service_is_reported(receiver):
 @pytest.mark.parametrize("body", [b"", b"\n"])
 def test_a_machine_without_a_role_is_an_operator_error(receiver, body):
     receiver.answer = Answer(status=200 if body else 404, body=body)
-    assert "bind one to the instance" in problem_of(metadata(base_of(receiver), role=""), OperatorError)
+    assert "bind a role to the instance" in problem_of(metadata(base_of(receiver), role=""), OperatorError)
 
 
 def test_a_role_that_the_machine_does_not_have_is_an_operator_error(receiver):

@@ -24,7 +24,7 @@ PASSWORD = "correct horse, battery"
 
 @pytest.fixture(autouse=True)
 def quick_end(monkeypatch):
-    monkeypatch.setattr(server_module, "LOOK_SECS", 0.02)
+    monkeypatch.setattr(server_module, "LOOP_SECS", 0.02)
 
 
 @pytest.fixture
@@ -353,4 +353,4 @@ def test_without_descriptors_it_waits_before_it_tries_again(monkeypatch):
         patched.setattr(server_module.time, "sleep", waited.append)
         with pytest.raises(OSError, match="Too many open files"):
             sock.accept()
-    assert waited == [server_module.LOOK_SECS]
+    assert waited == [server_module.LOOP_SECS]

@@ -312,7 +312,7 @@ def test_only_the_first_stored_events_are_shown(shown):
 def test_a_long_search_ends_at_its_time_limit(shown, monkeypatch):
     monkeypatch.setattr("vodpoller.listener.stored.SEARCH_SECS", -1.0)
     store(shown, letter(1), letter(2))
-    assert "None among those that were looked at in time" in page_of(shown, "?file_id=999").text
+    assert "None among the events that were searched in time" in page_of(shown, "?file_id=999").text
 
 
 def test_an_unreadable_journal_does_not_hide_the_other_parts(shown):

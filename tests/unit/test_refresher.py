@@ -104,14 +104,14 @@ def test_the_last_good_key_is_used_until_it_ends(bench, problem):
     bench.pass_secs(LIFE_SECS - 1)
     assert bench.refresher() == key(1).credentials
     bench.clock.advance(1)
-    with pytest.raises(NoKeyError, match="the temporary key has ended, and no new one came"):
+    with pytest.raises(NoKeyError, match="the temporary key has ended, and no new one was issued"):
         bench.refresher()
 
 
 def test_requests_without_a_key_always_name_the_same_cause(bench):
     messages = set()
     for number in range(3):
-        bench.problem = TransientError(f"its key has ended {number} s ago")
+        bench.problem = TransientError(f"its key ended {number} s ago")
         bench.pass_secs(100)
         with pytest.raises(NoKeyError) as caught:
             bench.refresher()
@@ -135,12 +135,12 @@ def test_a_failure_is_logged_once_and_ends_within_a_minute(bench, problem):
 
 def test_each_cause_of_a_failure_has_its_line(bench):
     bench.refresher.step()
-    for text in ("its key has ended 5 s ago", "its key has ended 6 s ago", "it is not JSON", "it is not JSON"):
+    for text in ("its key ended 5 s ago", "its key ended 6 s ago", "it is not JSON", "it is not JSON"):
         bench.problem = TransientError(text)
         bench.clock.advance(LIFE_SECS if len(bench.asked_at) == 1 else 61)
         bench.refresher.step()
     assert [line["error_message"] for line in bench.logged("credentials.failed")] == [
-        "its key has ended 5 s ago",
+        "its key ended 5 s ago",
         "it is not JSON",
     ]
 

@@ -425,7 +425,7 @@ def test_an_error_takes_precedence_over_the_events_beside_it(vod, client_of):
         (500, ForeignAnswerError, "fault"),
         (502, ForeignAnswerError, "fault"),
         (503, ForeignAnswerError, "fault"),
-        (429, ThrottledError, "fewer"),
+        (429, ThrottledError, "limits the number of requests"),
         (403, ForeignAnswerError, "firewall"),
         (407, ForeignAnswerError, "login"),
         (404, ForeignAnswerError, "api.endpoint"),

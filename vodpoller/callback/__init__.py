@@ -1,1 +1,1 @@
-"""Normal callbacks: what VOD sends by HTTP is taken in, processed as a batch of one, and answered when it is safe."""
+"""Normal callbacks: requests that VOD sends are received, processed in batches, and answered when it is safe."""

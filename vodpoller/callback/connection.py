@@ -1,7 +1,7 @@
-"""One connection of the callback server: bytes in, a request or a refusal out, and the bytes of the answer.
+"""One connection of the callback server: turns received bytes into a request or a refusal, and makes the answer.
 
-h11 reads and writes the protocol. A connection carries one request: the answer says `Connection: close`, so that no
-request comes on a connection that is about to end.
+h11 reads and writes the protocol. A connection carries one request: the answer has `Connection: close`, so that no
+request is sent on a connection that is about to end.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ import h11
 from vodpoller.callback.refusal import NOT_HTTP, TLS, TOO_LARGE, RefusedError
 
 HEAD_MAX_BYTES: Final = 16 * 1024
-BODY_MAX_BYTES: Final = 1024 * 1024  # events of VOD's have some KiB
+BODY_MAX_BYTES: Final = 1024 * 1024  # events of VOD have some KiB
 _TLS_HANDSHAKE: Final = 0x16  # the first byte of a TLS connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What stands before the body of a request.
+    """The head of a request: what precedes the body.
 
     Args:
-        method: As it was sent.
-        path: Of the target, without its query.
-        forwarded_for: What the headers `X-Forwarded-For` say, joined with commas.
+        method: The method as it was sent.
+        path: The path of the request target, without the query.
+        forwarded_for: The values of the headers `X-Forwarded-For`, joined with commas.
     """
 
     method: str
@@ -37,7 +37,11 @@ class Connection:
     """Reads one request, and writes one answer.
 
     Args:
-        check: Looks at the head; raises RefusedError.
+        check: Called with the head before the body is read; raises RefusedError to refuse the request.
+
+    Attributes:
+        head: The head of the request; None until it has been received.
+        is_complete: Whether the whole request has been received.
     """
 
     def __init__(self, check: Callable[[Head], None]) -> None:
@@ -46,34 +50,34 @@ class Connection:
         self._body = bytearray()
         self._has_data = False
         self.head: Head | None = None
-        self.is_whole = False
+        self.is_complete = False
 
     @property
     def body(self) -> bytes:
-        """What has come of the body."""
+        """The received part of the body."""
         return bytes(self._body)
 
     @property
     def held_bytes(self) -> int:
-        """How much of the body is in memory."""
+        """The number of bytes of the body that are in memory."""
         return len(self._body)
 
     @property
     def has_data(self) -> bool:
-        """Whether anything has come."""
+        """Whether any byte has been received."""
         return self._has_data
 
     def received(self, data: bytes) -> bytes:
-        """Take in what has come; `is_whole` tells whether the request is there.
+        """Process received bytes. Afterwards `is_complete` shows whether the request is complete.
 
         Args:
-            data: Not empty.
+            data: The bytes; not empty.
 
         Returns:
-            What is to be sent at once; nearly always nothing.
+            The bytes that must be sent at once; nearly always empty.
 
         Raises:
-            RefusedError: It is not what a callback can be.
+            RefusedError: It cannot be a callback.
         """
         is_first, self._has_data = not self._has_data, True
         if is_first and data[0] == _TLS_HANDSHAKE:
@@ -86,7 +90,7 @@ class Connection:
             raise RefusedError(TOO_LARGE if is_too_large else NOT_HTTP) from error
 
     def _read(self) -> bytes:
-        while not self.is_whole:
+        while not self.is_complete:
             match self._http.next_event():
                 case h11.Request() as request:
                     self._begin(request)
@@ -95,8 +99,8 @@ class Connection:
                         raise RefusedError(TOO_LARGE)
                     self._body += data
                 case h11.EndOfMessage():
-                    self.is_whole = True
-                case _:  # more must come
+                    self.is_complete = True
+                case _:  # more data is needed
                     break
         if self._http.they_are_waiting_for_100_continue:
             return self._http.send(h11.InformationalResponse(status_code=HTTPStatus.CONTINUE, headers=[])) or b""
@@ -115,11 +119,11 @@ class Connection:
             raise RefusedError(TOO_LARGE)
 
     def drop_body(self) -> None:
-        """Let go of the body: another has it now."""
+        """Release the memory of the body, which is no longer needed here."""
         self._body = bytearray()
 
     def answer(self, status: HTTPStatus) -> bytes:
-        """The bytes of an answer without a body; nothing if HTTP has none to what came."""
+        """The bytes of an answer without a body; empty if HTTP permits no answer in the current state."""
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return b""
         headers = [("Content-Length", "0"), ("Connection", "close")]

@@ -1,7 +1,7 @@
-"""What the body of a request is: an event, something in an event's place, or nothing of VOD's. Pure.
+"""Reads the body of a request: an event, an event that cannot be read, or a body that is not from VOD. Pure functions.
 
-`Sign` is the MD5 of the key that is set at VOD followed by `T`, the time at which it expires; it covers neither body
-nor path. Both stand beside the event and do not belong to it.
+`Sign` is the MD5 of the key that is set at VOD, followed by `T`, the time at which the signature expires. It covers
+neither body nor path. Both are members beside those of the event and do not belong to it.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _SIGN: Final = re.compile(r"[0-9A-Fa-f]{32}")
 _TIME: Final = re.compile(r"[0-9]{1,12}")
 _SIGN_IN_TEXT: Final = re.compile(r'"Sign"\s*+:\s*+"[0-9A-Fa-f]{32}"')
 _TIME_IN_TEXT: Final = re.compile(r'"T"\s*+:\s*+(?:"[0-9]{1,12}"|[0-9]{1,12}\b)')
-_OLD: Final = "it has the format 4.0 of old callback URLs: set the callback format to 3.0 at VOD"
+_OLD: Final = "it has the format 4.0 of old callback URLs: set the callback format to 3.0 in VOD"
 _LOOKS_LIKE_AN_EVENT: Final = '"EventType"'
 
 Address = IPv4Address | IPv6Address
@@ -35,7 +35,7 @@ Network = IPv4Network | IPv6Network
 
 
 class CallbackSource(Protocol):
-    """What reading a callback needs of its source; see the table of keys."""
+    """The settings of a source that are needed to read its callbacks; see the table of keys."""
 
     @property
     def name(self) -> str:
@@ -63,8 +63,8 @@ class Callback:
     """A body that VOD sent.
 
     Args:
-        event: The event, or what stands in its place.
-        expired_secs: For how long its signature has expired; 0 if it has not, or is not looked at.
+        event: The event; `Malformed` if the body cannot be read as an event.
+        expired_secs: Seconds since the signature expired; 0 if it has not expired or is not checked.
     """
 
     event: PulledEvent | Malformed
@@ -75,19 +75,19 @@ def read_callback(body: bytes, handle: str, source: CallbackSource, *, now: floa
     """Read the body of a request.
 
     Args:
-        body: As it came.
-        handle: What stands for its connection.
-        source: The source that its path belongs to.
-        now: In seconds since 1970.
+        body: The received body.
+        handle: The handle of its connection.
+        source: The source to which its path belongs.
+        now: The current time in seconds since 1970.
 
     Raises:
-        RefusedError: VOD did not send it.
+        RefusedError: It is not an event of VOD, or not correctly signed.
     """
     text = body.decode(errors="surrogateescape")
     try:
         content = decode_json(body.decode())
     except (UnreadableError, UnicodeDecodeError) as error:
-        if source.sign_key is not None:  # whatever its signature is, it cannot be read
+        if source.sign_key is not None:  # its signature cannot be read
             raise RefusedError(NOT_JSON) from None
         if _LOOKS_LIKE_AN_EVENT not in text:
             raise RefusedError(NOT_JSON) from None
@@ -111,13 +111,14 @@ def read_callback(body: bytes, handle: str, source: CallbackSource, *, now: floa
 
 
 def _take_signature(content: dict[str, Any], source: CallbackSource, *, is_old: bool) -> tuple[bool, int]:
-    """Take `Sign` and `T` out, if both are there and look like it.
+    """Remove `Sign` and `T` from the content, if both are there and have the right form, and check the signature.
 
     Returns:
-        Whether it is signed with the source's key, and when the signature expires, in seconds since 1970.
+        Whether the content is signed with the source's key, and the time at which the signature expires, in seconds
+        since 1970.
 
     Raises:
-        RefusedError: The source has a key, and it is not signed with it.
+        RefusedError: The source has a key, and the content is not signed with it.
     """
     sign, expires = content.get("Sign"), content.get("T")
     if isinstance(expires, int) and not isinstance(expires, bool):
@@ -129,43 +130,43 @@ def _take_signature(content: dict[str, Any], source: CallbackSource, *, is_old: 
         return False, 0
     if not has_both:
         raise RefusedError(OLD_AND_UNSIGNED if is_old else BAD_SIGNATURE)
-    right = hashlib.md5(f"{source.sign_key.get()}{expires}".encode(), usedforsecurity=False).hexdigest()
-    if not hmac.compare_digest(right, str(sign).lower()):
+    expected = hashlib.md5(f"{source.sign_key.get()}{expires}".encode(), usedforsecurity=False).hexdigest()
+    if not hmac.compare_digest(expected, str(sign).lower()):
         raise RefusedError(BAD_SIGNATURE)
     return True, int(str(expires))
 
 
 def _is_event(content: dict[str, Any]) -> bool:
-    """Documented samples lack `EventType`, or have their payload under an old name; all have one of the two."""
+    """Whether it is an event: each documented sample has `EventType`, or an object as its payload, or both."""
     return isinstance(content.get("EventType"), str) or any(isinstance(value, dict) for value in content.values())
 
 
 def _malformed(text: str, why: str, handle: str, source: CallbackSource) -> Malformed:
-    """What is kept of a text, without what shows who sent it: that is another at each try, and good for any body."""
+    """Make a malformed event of a text, without the signature: it differs at each try, and would fit any body."""
     if _SIGN_IN_TEXT.search(text):
         text = _TIME_IN_TEXT.sub('"T":""', _SIGN_IN_TEXT.sub('"Sign":""', text))
     found = make_malformed(text, why=why, has_handle=False, source=source.name, sub_app_id=source.sub_app_id)
     return replace(found, handle=handle)
 
 
-# --- where it comes from ----------------------------------------------------------------------------------------------
+# --- the address of the client ----------------------------------------------------------------------------------------
 
 
 def is_allowed(source: CallbackSource, peer: str, forwarded_for: str) -> bool:
-    """Whether a callback may come from where it comes from.
+    """Whether a source accepts callbacks from this client.
 
     Args:
-        source: Its networks.
-        peer: The address that has connected.
-        forwarded_for: What proxies say of the client, as in `X-Forwarded-For`.
+        source: The source, with its networks.
+        peer: The address of the other end of the connection.
+        forwarded_for: The value of `X-Forwarded-For`, in which proxies give the client's address.
     """
     if source.allow_from is None:
         return True
     client = _address(peer)
-    said = forwarded_for.split(",")
-    # Each proxy adds the address that it was asked from: what a proxy of ours has not added may be made up.
-    while client is not None and said and said != [""] and _is_in(client, source.forwarded_from or ()):
-        client = _address(said.pop().strip())
+    forwarded = forwarded_for.split(",")
+    # Each proxy appends the address of its own peer. Only an address that a trusted proxy appended is reliable.
+    while client is not None and forwarded and forwarded != [""] and _is_in(client, source.forwarded_from or ()):
+        client = _address(forwarded.pop().strip())
     return client is not None and _is_in(client, source.allow_from)
 
 

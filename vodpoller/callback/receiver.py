@@ -1,9 +1,9 @@
-"""What becomes of the requests of one daemon: they are read, processed as batches, and answered.
+"""The callbacks of one daemon: requests are read, processed in batches, and answered.
 
-A request that finds the receiver idle is a batch of its own. Under load those that wait are seen through together: one
-look into the journal, one commit, one word to the server's thread for all of them. The newest come first: VOD waits 5 s
-only, so that after a stall the oldest would all be answered too late, and each be tried again. What is old is seen
-through when there is time: it may have been the last try.
+If the receiver is idle, a request is a batch of its own. Under load, waiting requests are processed together: one read
+of the journal, one commit, and one message to the server's thread for all of them. The newest are processed first: VOD
+waits only 5 s, so after a stall the oldest requests would all be answered too late, and VOD would try each again. Old
+requests are processed when there is time, because each may have been VOD's last try.
 """
 
 import threading
@@ -34,21 +34,21 @@ from vodpoller.vod.confirmation import Confirmation
 
 LEASE_SECS: Final = 4.0  # VOD waits 5 s for an answer
 RESERVE_SECS: Final = 0.5
-EVENTS_MAX: Final = 64  # of a batch
-BATCHES_AT_ONCE: Final = 2  # of a source; further ones wait this long for more events:
+EVENTS_MAX: Final = 64  # maximum number of events of a batch
+BATCHES_AT_ONCE: Final = 2  # per source; if so many are running, the next batch waits for LINGER_SECS for more events
 LINGER_SECS: Final = 0.02
-SPAN_SECS: Final = 1.0  # between the first and the last request of a batch: two tries of VOD's are never in one
-WAITING_MAX: Final = 4096  # beyond them the oldest is not seen through: VOD has given up waiting for it
+SPAN_SECS: Final = 1.0  # from the first to the last request of a batch: it never holds two tries of one event
+WAITING_MAX: Final = 4096  # if there are more, the oldest is dropped: VOD no longer waits for its answer
 WAITING_MAX_BYTES: Final = 64 * 1024 * 1024
-STORING_THREADS: Final = 64  # besides those that wait for sinks
-_LINE_CHARS: Final = 200  # of what a stranger has sent
+STORING_THREADS: Final = 64  # in addition to those that wait for sinks
+_LINE_CHARS: Final = 200  # maximum length of an unknown client's text in a log line
 
-_GONE: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="the connection was gone before it could be answered")
+_GONE: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="the connection was closed before the answer")
 _ANSWERED: Final = Confirmation(result=ConfirmResult.CONFIRMED)
 
 
 class Source(reading.CallbackSource, BatchSource, Protocol):
-    """What receiving callbacks needs of a configured source; see the table of keys."""
+    """The settings of a source that are needed to receive its callbacks; see the table of keys."""
 
     @property
     def listen(self) -> str:
@@ -68,10 +68,10 @@ class Source(reading.CallbackSource, BatchSource, Protocol):
 
 
 class Answers:
-    """Confirms callbacks: the confirm is the answer. A handle is the number of a connection.
+    """Confirms callbacks: the HTTP answer is the confirm, and a handle is the number of a connection.
 
     Attributes:
-        answer: Answers requests; see `Server.answer_all`.
+        answer: Answers requests; see `Server.answer_all`. The receiver sets it.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Answers:
         *,
         on_acknowledged: Callable[[Sequence[str]], None],
     ) -> Mapping[str, Confirmation]:
-        """See `batch.Confirms`: what was written to the socket is acknowledged. Too late, its connection is gone."""
+        """See `batch.Confirms`: an answer that was written to the socket counts as acknowledged."""
         answered = self.answer([int(handle) for handle in handles], HTTPStatus.OK)
         written = [handle for handle, is_written in zip(handles, answered, strict=True) if is_written]
         if written:
@@ -95,14 +95,14 @@ class Answers:
         return {handle: _ANSWERED if handle in written else _GONE for handle in handles}
 
 
-class _Received:
-    """What is known of one source; its lock is the receiver's."""
+class _SourceState:
+    """The waiting requests and the counts of one source. The receiver's lock protects it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.waiting: deque[Request] = deque()
         self.waiting_bytes = 0
-        self.is_taken_up = False  # a thread is on its way to those that wait
+        self.is_scheduled = False  # a thread will take the waiting requests
         self.batches = 0
         self.tried = 0
         self.untried = 0
@@ -110,11 +110,11 @@ class _Received:
 
     @property
     def in_flight(self) -> int:
-        """Number of callbacks that have come and are not seen through."""
+        """Number of callbacks that have been received and not yet processed."""
         return len(self.waiting) + self.tried + self.untried
 
     def add(self, request: Request) -> int:
-        """One more waits. Returns the number of those that do not any more, as there are too many."""
+        """Add a waiting request. Returns the number of old requests that were dropped because too many wait."""
         self.waiting.append(request)
         self.waiting_bytes += len(request.body)
         dropped = 0
@@ -124,12 +124,16 @@ class _Received:
         return dropped
 
     def take(self) -> tuple[list[Request], bool]:
-        """The newest of those that wait, as far as they are one batch, and whether it goes past the sinks."""
+        """Remove the newest waiting requests that fit into one batch.
+
+        Returns:
+            The requests, and whether their events are stored without trying the sinks.
+        """
         room = self.source.max_events_in_flight - self.tried
-        most = min(room, EVENTS_MAX) if room > 0 else EVENTS_MAX
-        begins_at = self.waiting[-1].whole_at - SPAN_SECS
+        maximum = min(room, EVENTS_MAX) if room > 0 else EVENTS_MAX
+        begins_at = self.waiting[-1].completed_at - SPAN_SECS
         taken: list[Request] = []
-        while self.waiting and len(taken) < most and self.waiting[-1].whole_at > begins_at:
+        while self.waiting and len(taken) < maximum and self.waiting[-1].completed_at > begins_at:
             taken.append(self.waiting.pop())
         taken.reverse()
         self.waiting_bytes -= sum(len(request.body) for request in taken)
@@ -138,7 +142,7 @@ class _Received:
         return taken, room <= 0
 
     def count(self, number: int, *, is_untried: bool) -> None:
-        """Count that number of further callbacks as taken."""
+        """Add a number to the count of callbacks that are processed; negative when they have been processed."""
         if is_untried:
             self.untried += number
         else:
@@ -146,15 +150,15 @@ class _Received:
 
 
 class Receiver:
-    """Receives the callbacks of all sources that have any, from `start` until `join`.
+    """Receives the callbacks of all callback sources, from `start` until `join`.
 
     Args:
-        sources: At least one.
-        sockets: They listen, by the addresses of the sources.
-        pipeline: Processes batches; its confirms are `answers`.
-        answers: Gets the way to answer.
+        sources: The callback sources, at least one.
+        sockets: The listening sockets, by the addresses of the sources.
+        pipeline: Processes batches; it confirms through `answers`.
+        answers: The confirms of the pipeline; the receiver sets its `answer`.
         telemetry: Destination of log lines and counts.
-        liveness: Told what each thread is at and until when.
+        liveness: Records the work of each thread and its time limit, for the watchdog.
         monotonic: The clock of leases, in seconds.
         wall: The clock of signatures and of `status`, in seconds since 1970.
     """
@@ -179,7 +183,7 @@ class Receiver:
         self._lock = threading.Condition()
         self._waits: set[DeliveryWait] = set()
         self._hurried = False
-        self._received = {source.name: _Received(source) for source in sources}
+        self._states = {source.name: _SourceState(source) for source in sources}
         self._by_path = {(source.listen, source.path): source for source in sources}
         self._threads = ThreadPoolExecutor(
             sum(source.max_events_in_flight for source in sources) + STORING_THREADS, thread_name_prefix="callback"
@@ -200,7 +204,7 @@ class Receiver:
         self._server.start()
 
     def status(self) -> list[SourceStatus]:
-        """How each source is."""
+        """The current status of each source."""
         connections = self._server.connections
         with self._lock:
             return [
@@ -211,25 +215,25 @@ class Receiver:
                     callbacks_in_flight=it.in_flight,
                     connections=connections[it.source.listen],
                 )
-                for it in self._received.values()
+                for it in self._states.values()
             ]
 
     def stop(self) -> None:
-        """Accept no connection any more; those that are open are seen through."""
+        """Accept no further connection; requests on open connections are still processed."""
         self._server.stop()
 
     def hurry(self) -> None:
-        """Let no callback wait for a sink any longer: what was not accepted is stored."""
+        """End all waits of callbacks for sinks: events that are not accepted yet are stored."""
         with self._lock:
             self._hurried = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait until all connections have ended, and all callbacks were processed.
+        """Wait until all connections have ended and all callbacks have been processed.
 
         Returns:
-            Whether they have.
+            Whether this happened within the time.
         """
         ends_at = self._monotonic() + timeout_secs
         have_ended = self._server.join(timeout_secs)
@@ -237,12 +241,12 @@ class Receiver:
             return self._lock.wait_for(self._is_idle, max(ends_at - self._monotonic(), 0.0)) and have_ended
 
     def close(self) -> None:
-        """End the connections that are left. What is being processed is not waited for: see `join`."""
+        """End the remaining connections. Callbacks that are being processed are not awaited: see `join`."""
         self._server.close()
         self._threads.shutdown(wait=False)
 
     def _is_idle(self) -> bool:
-        return not any(it.in_flight for it in self._received.values())
+        return not any(it.in_flight for it in self._states.values())
 
     # --- in the server's thread ---------------------------------------------------------------------------------------
 
@@ -259,19 +263,19 @@ class Receiver:
     def arrived(self, request: Request) -> None:
         """See `server.Requests`."""
         source = self._by_path[request.address, request.head.path]
-        received = self._received[source.name]
+        state = self._states[source.name]
         with self._lock:
-            dropped = received.add(request)
-            is_taken_up, received.is_taken_up = received.is_taken_up, True
+            dropped = state.add(request)
+            is_scheduled, state.is_scheduled = state.is_scheduled, True
         if dropped:
             unanswered = CallbackResult.UNANSWERED.value
             self._telemetry.count(Count.CALLBACKS, dropped, source=source.name, result=unanswered)
-        if not is_taken_up:
+        if not is_scheduled:
             try:
-                self._threads.submit(self._take_up, received)
-            except RuntimeError:  # the system has no more threads: the next request tries again
+                self._threads.submit(self._run_batch, state)
+            except RuntimeError:  # no thread can be started: the next request tries again
                 with self._lock:
-                    received.is_taken_up = False
+                    state.is_scheduled = False
                 raise
 
     def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
@@ -295,33 +299,36 @@ class Receiver:
                 hint=refusal.hint,
             )
 
-    # --- in a thread of its own ---------------------------------------------------------------------------------------
+    # --- in threads of the receiver -----------------------------------------------------------------------------------
 
-    def _take_up(self, received: _Received) -> None:
-        """See a batch through of what waits, once another one has ended or it has waited for more."""
+    def _run_batch(self, state: _SourceState) -> None:
+        """Take a batch of the waiting requests and process it.
+
+        If enough batches are running, wait before that until one has ended or `LINGER_SECS` are over.
+        """
         with self._lock:
-            self._lock.wait_for(lambda: received.batches < BATCHES_AT_ONCE or self._hurried, LINGER_SECS)
-            if not received.waiting:
-                received.is_taken_up = False
+            self._lock.wait_for(lambda: state.batches < BATCHES_AT_ONCE or self._hurried, LINGER_SECS)
+            if not state.waiting:
+                state.is_scheduled = False
                 return
-            requests, is_untried = received.take()
-            are_more_waiting = received.is_taken_up = bool(received.waiting)
+            requests, is_untried = state.take()
+            are_more_waiting = state.is_scheduled = bool(state.waiting)
         if are_more_waiting:
-            with suppress(RuntimeError):  # closed: VOD tries again what is not answered
-                self._threads.submit(self._take_up, received)
-        self._liveness.begin(f"callback {received.source.name}", ANSWER_SECS)
+            with suppress(RuntimeError):  # closed: VOD tries requests without an answer again
+                self._threads.submit(self._run_batch, state)
+        self._liveness.begin(f"callback {state.source.name}", ANSWER_SECS)
         try:
-            self._see_through(received.source, requests, is_untried=is_untried)
+            self._process(state.source, requests, is_untried=is_untried)
         except Exception:
-            self._telemetry.log.exception("callback.failed", source=received.source.name)
+            self._telemetry.log.exception("callback.failed", source=state.source.name)
         finally:
             self._liveness.end()
             with self._lock:
-                received.count(-len(requests), is_untried=is_untried)
-                received.batches -= 1
+                state.count(-len(requests), is_untried=is_untried)
+                state.batches -= 1
                 self._lock.notify_all()
 
-    def _see_through(self, source: Source, requests: Sequence[Request], *, is_untried: bool) -> None:
+    def _process(self, source: Source, requests: Sequence[Request], *, is_untried: bool) -> None:
         callbacks = [(request, callback) for request in requests if (callback := self._callback(source, request))]
         acknowledged = 0
         wait = DeliveryWait()
@@ -336,7 +343,7 @@ class Receiver:
             with self._lock:
                 self._waits.discard(wait)
                 if callbacks:
-                    self._received[source.name].last_at = self._wall()
+                    self._states[source.name].last_at = self._wall()
             result = CallbackResult.STORED_UNTRIED if is_untried else CallbackResult.ACCEPTED
             unanswered = len(callbacks) - acknowledged
             for what, number in ((result, acknowledged), (CallbackResult.UNANSWERED, unanswered)):
@@ -344,7 +351,7 @@ class Receiver:
                     self._telemetry.count(Count.CALLBACKS, number, source=source.name, result=what.value)
 
     def _callback(self, source: Source, request: Request) -> Callback | None:
-        """What a request is; None if it is answered, or can never be."""
+        """Read a request; None if it is refused, and therefore already answered, or if reading it failed."""
         try:
             return self._read(source, request)
         except RefusedError as error:
@@ -364,21 +371,21 @@ class Receiver:
                 cause=f"{source.name} expired",
                 source=source.name,
                 expired_secs=round(callback.expired_secs),
-                hint="its signature is right, and it is processed as any other: is this machine's clock right?",
+                hint="its signature is correct, and it is processed like any other: is this machine's clock right?",
             )
         return callback
 
 
 def _batch(source: Source, callbacks: Sequence[tuple[Request, Callback]], *, is_untried: bool) -> Batch:
-    """A batch whose times are those of its first request: in doubt an event is a new one, and is not waited for."""
+    """Make a batch with the times of its first request, so that in doubt an event is new and its lease ends early."""
     first = callbacks[0][0]
     events = [callback.event for _, callback in callbacks]
     return Batch(
         source=source,
         events=tuple(it for it in events if not isinstance(it, Malformed)),
         malformed=tuple(it for it in events if isinstance(it, Malformed)),
-        lease=Lease(starts_at=first.whole_at, secs=LEASE_SECS),
-        received_at=first.whole_at,
+        lease=Lease(starts_at=first.completed_at, secs=LEASE_SECS),
+        received_at=first.completed_at,
         request_id="",
         began_at=min(request.began_at for request, _ in callbacks),
         is_untried=is_untried,

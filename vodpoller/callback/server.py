@@ -4,16 +4,16 @@ How a request changes threads:
 
     the server's thread                          a thread of the receiver
     -------------------                          ------------------------
-    accepts, reads: the request is whole
+    accepts, reads: the request is complete
     requests.arrived(request) ---------------->  reads the body, processes the batch
                                                  answer(number, status): waits
-    writes the answer, shuts the sending down,
-    sets the future  ------------------------->  goes on: it was written, or the connection is gone
+    writes the answer, shuts down the sending,
+    sets the future  ------------------------->  continues: it was written, or the connection is closed
     closes when the client has closed
 
-A request that gets no answer keeps its connection until `ANSWER_SECS` after it was whole: VOD, which does not look at
-the status, tries an event again only if no answer comes. Each connection and all that belongs to it is the own of the
-server's thread; what others hand over goes through `_asked`.
+A request without an answer keeps its connection until `ANSWER_SECS` after it was complete: VOD ignores the status, and
+tries an event again only if there is no answer. Only the server's thread uses connections and their data; other threads
+pass their answers through `_to_answer`.
 """
 
 import heapq
@@ -36,26 +36,26 @@ from vodpoller.telemetry import Telemetry
 
 REQUEST_SECS: Final = 5.0  # VOD gives up after 5 s
 ANSWER_SECS: Final = 6.0
-LINGER_SECS: Final = 2.0  # a client that has its answer may take so long to close
-HELD_MAX_BYTES: Final = 64 * 1024 * 1024  # of all bodies that are not whole
-SMALL_BYTES: Final = 64 * 1024  # of a body that is read even then
-AGAIN_SECS: Final = 0.2  # what failed for want of something is tried again so soon
+LINGER_SECS: Final = 2.0  # maximum time for a client to close the connection after its answer
+HELD_MAX_BYTES: Final = 64 * 1024 * 1024  # maximum size of all incomplete bodies together
+SMALL_BYTES: Final = 64 * 1024  # a body up to this size is read even if that maximum is exceeded
+RETRY_SECS: Final = 0.2  # the wait after a failure for lack of system resources
 _CHUNK_BYTES: Final = 64 * 1024
 _ACCEPTED_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A request that is whole.
+    """A complete request.
 
     Args:
-        number: Of its connection.
-        address: Where it came in, as in the configuration.
-        peer: The address that has connected.
-        head: What stands before the body.
-        body: As it came.
+        number: The number of its connection.
+        address: The listening address that received it, as in the configuration.
+        peer: The address of the client.
+        head: The head of the request.
+        body: The received body.
         began_at: Monotonic time at which its connection was accepted, in seconds.
-        whole_at: The same of its last byte.
+        completed_at: Monotonic time at which its last byte was received, in seconds.
     """
 
     number: int
@@ -64,24 +64,24 @@ class Request:
     head: Head
     body: bytes
     began_at: float
-    whole_at: float
+    completed_at: float
 
 
 class Requests(Protocol):
-    """What becomes of requests. It is asked in the server's thread and must not wait."""
+    """Processes requests. The server's thread calls the methods, so they must not wait."""
 
     def check(self, address: str, peer: str, head: Head) -> None:
-        """Look at the head of a request before its body is read; raises RefusedError."""
+        """Check the head of a request before its body is read; raises RefusedError to refuse it."""
 
     def arrived(self, request: Request) -> None:
-        """Take a request; it is answered by `Server.answer`, or never."""
+        """Process a complete request. `Server.answer` answers it, or nothing does."""
 
     def refused(self, address: str, peer: str, path: str, refusal: Refusal) -> None:
-        """What came is not a callback."""
+        """Record that a request was refused."""
 
 
 class _Client:
-    """A connection: its socket, what it has sent, and until when it may last."""
+    """A connection: its socket, the received data, and the time at which it must end."""
 
     def __init__(self, number: int, sock: socket.socket, peer: str, address: str, began_at: float) -> None:
         self.number = number
@@ -96,18 +96,18 @@ class _Client:
 
     @property
     def is_over(self) -> bool:
-        """Whether its request is whole or refused: what comes now belongs to no request."""
-        return self.is_answered or self.http.is_whole
+        """Whether its request is complete or refused: further data belongs to no request."""
+        return self.is_answered or self.http.is_complete
 
 
 class Server:
-    """Accepts connections at sockets that listen, until it is stopped. The sockets are not its own.
+    """Accepts connections at listening sockets, until it is stopped. It does not close these sockets.
 
     Args:
-        sockets: By address, with the maximum number of connections of each.
-        requests: What becomes of requests.
+        sockets: The listening sockets by address, each with its maximum number of connections.
+        requests: Processes the requests.
         telemetry: Destination of log lines.
-        monotonic: The clock, in seconds.
+        monotonic: The monotonic clock, in seconds.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Server:
         telemetry: Telemetry,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._listening = {address: _Listening(address, sock, most) for address, (sock, most) in sockets.items()}
+        self._listening = {address: _Listening(address, sock, limit) for address, (sock, limit) in sockets.items()}
         self._requests = requests
         self._telemetry = telemetry.scope()
         self._monotonic = monotonic
@@ -126,8 +126,8 @@ class Server:
         self._clients: dict[int, _Client] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._held_bytes = 0
-        self._asked: deque[tuple[int, HTTPStatus, Future[bool]]] = deque()
-        self._asking = threading.Lock()
+        self._to_answer: deque[tuple[int, HTTPStatus, Future[bool]]] = deque()
+        self._to_answer_lock = threading.Lock()
         self._stopping = self._closing = self._has_ended = False
         self._selector = selectors.DefaultSelector()
         self._woken, self._wake = socket.socketpair()
@@ -137,7 +137,7 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="callbacks", daemon=True)
 
     def start(self) -> None:
-        """Begin to accept, in a thread."""
+        """Start the thread that accepts connections."""
         self._thread.start()
 
     @property
@@ -153,30 +153,30 @@ class Server:
         """Answer requests, from another thread.
 
         Args:
-            numbers: As in the requests.
-            status: Of the answers, which have no body.
+            numbers: The numbers of the requests.
+            status: The status of the answers, which have no body.
 
         Returns:
-            Of each, whether the answer was written; if not, its connection is gone, or was answered.
+            For each request, whether the answer was written; if not, its connection is closed or has an answer already.
         """
         asked: list[tuple[int, HTTPStatus, Future[bool]]] = [(number, status, Future()) for number in numbers]
-        with self._asking:
+        with self._to_answer_lock:
             if self._has_ended:
                 return [False] * len(numbers)
-            self._asked.extend(asked)
+            self._to_answer.extend(asked)
         self._wake_up()
         return [written.result() for _, _, written in asked]
 
     def stop(self) -> None:
-        """Accept nothing more; what is open is seen through."""
+        """Accept no further connection; open connections continue until they end."""
         self._stopping = True
         self._wake_up()
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait until all connections have ended, which takes `REQUEST_SECS` and `ANSWER_SECS` at most.
+        """Wait until all connections have ended, which takes at most `REQUEST_SECS` plus `ANSWER_SECS`.
 
         Returns:
-            Whether they have.
+            Whether they have ended within the time.
         """
         if not self._thread.is_alive():
             return True
@@ -184,7 +184,7 @@ class Server:
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """End all connections, whatever they are at."""
+        """End all connections at once."""
         self._closing = True
         self.stop()
         if self._thread.is_alive():
@@ -192,7 +192,7 @@ class Server:
         self._release()
 
     def _wake_up(self) -> None:
-        with suppress(OSError):  # full: it will wake up
+        with suppress(OSError):  # the buffer is full, so the thread wakes up anyway
             self._wake.send(b"!")
 
     # --- the thread ---------------------------------------------------------------------------------------------------
@@ -200,14 +200,14 @@ class Server:
     def _run(self) -> None:
         try:
             while not self._is_over():
-                if not self._do(self._turn):
-                    time.sleep(AGAIN_SECS)
+                if not self._run_step(self._iterate):
+                    time.sleep(RETRY_SECS)
         finally:
             for client in list(self._clients.values()):
                 self._end(client)
-            with self._asking:
+            with self._to_answer_lock:
                 self._has_ended = True
-            self._answer_asked()
+            self._send_answers()
             self._release()
 
     def _release(self) -> None:
@@ -215,15 +215,15 @@ class Server:
         self._woken.close()
         self._wake.close()
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         self._accept_or_wait()
         for key, _ in self._selector.select(self._wait_secs()):
-            self._do(key.data)
-        self._answer_asked()
+            self._run_step(key.data)
+        self._send_answers()
         self._expire()
 
-    def _do(self, step: Callable[[], None]) -> bool:
-        """One step; whatever goes wrong in it concerns no other connection. Returns whether nothing did."""
+    def _run_step(self, step: Callable[[], None]) -> bool:
+        """Run one step, and log its error so that it affects no other connection. Returns whether it succeeded."""
         try:
             step()
         except Exception:
@@ -235,7 +235,7 @@ class Server:
         return self._closing or (self._stopping and not self._clients)
 
     def _wait_secs(self) -> float | None:
-        if self._asked:
+        if self._to_answer:
             return 0.0
         waits = [self._deadlines[0][0]] if self._deadlines else []
         waits += [it.not_before for it in self._listening.values() if it.not_before]
@@ -249,7 +249,7 @@ class Server:
     # --- accepting ----------------------------------------------------------------------------------------------------
 
     def _accept_or_wait(self) -> None:
-        """Listen where there is room for connections, and nowhere else."""
+        """Accept only at addresses that have room for another connection."""
         now = self._monotonic()
         for listening in self._listening.values():
             if listening.not_before <= now:
@@ -272,11 +272,11 @@ class Server:
             except ConnectionError:
                 continue
             except OSError:  # no descriptor is left
-                listening.not_before = self._monotonic() + AGAIN_SECS
+                listening.not_before = self._monotonic() + RETRY_SECS
                 return
-            self._welcome(listening, sock, str(peer[0]))
+            self._add_client(listening, sock, str(peer[0]))
 
-    def _welcome(self, listening: "_Listening", sock: socket.socket, peer: str) -> None:
+    def _add_client(self, listening: "_Listening", sock: socket.socket, peer: str) -> None:
         sock.settimeout(0.0)
         client = _Client(next(self._numbers), sock, peer, listening.address, self._monotonic())
         client.http = Connection(lambda head: self._requests.check(client.address, client.peer, head))
@@ -296,10 +296,10 @@ class Server:
             data = b""
         if not data:
             self._end(client)
-        elif not client.is_over:  # else it is not for us
-            self._take_in(client, data)
+        elif not client.is_over:  # else the data belongs to no request
+            self._receive(client, data)
 
-    def _take_in(self, client: _Client, data: bytes) -> None:
+    def _receive(self, client: _Client, data: bytes) -> None:
         try:
             at_once = client.http.received(data)
         except RefusedError as error:
@@ -312,7 +312,7 @@ class Server:
         if at_once:
             with suppress(OSError):
                 client.sock.send(at_once)
-        if client.http.is_whole and client.http.head is not None:
+        if client.http.is_complete and client.http.head is not None:
             self._hand_over(client, client.http.head)
 
     def _hand_over(self, client: _Client, head: Head) -> None:
@@ -328,7 +328,7 @@ class Server:
                 head=head,
                 body=body,
                 began_at=client.began_at,
-                whole_at=now,
+                completed_at=now,
             )
         )
 
@@ -339,9 +339,9 @@ class Server:
 
     # --- answering ----------------------------------------------------------------------------------------------------
 
-    def _answer_asked(self) -> None:
-        while self._asked:
-            number, status, written = self._asked.popleft()
+    def _send_answers(self) -> None:
+        while self._to_answer:
+            number, status, written = self._to_answer.popleft()
             client = self._clients.get(number)
             is_written = False
             try:
@@ -350,7 +350,7 @@ class Server:
                 written.set_result(is_written)
 
     def _write(self, client: _Client, status: HTTPStatus) -> bool:
-        """Send an answer and nothing more; returns whether the system has taken all of it."""
+        """Send an answer and shut down the sending; returns whether the system has accepted the whole answer."""
         client.is_answered = True
         self._drop_body(client)
         answer = client.http.answer(status)
@@ -360,7 +360,7 @@ class Server:
         except OSError:
             self._end(client)
             return False
-        # Closed at once, with bytes of the client's unread, it would take the answer away from the client again.
+        # If it were closed at once while bytes of the client are unread, the client could lose the answer.
         self._ends_at(client, self._monotonic() + LINGER_SECS)
         return is_written
 
@@ -401,7 +401,7 @@ class Server:
 
 
 class _Listening:
-    """A socket that listens, and what has come in there."""
+    """A listening socket and the number of its connections."""
 
     def __init__(self, address: str, sock: socket.socket, max_connections: int) -> None:
         self.address = address
@@ -417,7 +417,7 @@ class _Listening:
 
 
 class _Step:
-    """A call with its argument, which the selector keeps."""
+    """A function with its argument, as the data of a selector's key."""
 
     __slots__ = ("_argument", "_call")
 

@@ -1,7 +1,7 @@
-"""The sockets at which callbacks come in. They belong to the process, and live over a reload of what it runs.
+"""The sockets that receive callbacks. They belong to the process and stay open during a reload.
 
-A connection that comes while nothing accepts waits in the kernel. systemd may open a socket and pass it on
-(sd_listen_fds(3)); then it stays open over restarts, too.
+A connection that is made while nothing accepts it waits in the kernel. systemd may open a socket and pass it to the
+process (sd_listen_fds(3)); then it also stays open during a restart.
 """
 
 import errno
@@ -13,18 +13,19 @@ from typing import Final
 from vodpoller.config.tables import host_of, port_of
 from vodpoller.errors import ConfigError, StorageError
 
-# A longer queue is worse: VOD waits 5 s, and after a stall what stands further back would only be accepted when it has
-# given up. A connection that finds the queue full is tried again after a second, by its own kernel.
+# A longer queue is worse: VOD waits 5 s, and after a stall connections at its end would only be accepted when VOD has
+# given up. If the queue is full, the client's kernel tries the connection again after one second.
 BACKLOG: Final = 512
 
 
 class CallbackSockets:
-    """Sockets that listen, by address.
+    """Listening sockets, by address.
 
     Args:
-        inherited: Sockets that an earlier life of the process has left, by address. What is used is taken out.
+        inherited: Sockets that the process kept open when it executed itself again, by address. A socket that is used
+            is removed from it.
         passed: Sockets that the service manager has opened. They are never closed.
-        passed_before: The addresses of those in `inherited` that are such.
+        passed_before: The addresses of the sockets in `inherited` that the service manager has opened.
     """
 
     def __init__(
@@ -40,10 +41,13 @@ class CallbackSockets:
         self._open: dict[str, socket.socket] = {}
 
     def problems(self, addresses: Collection[str]) -> Iterator[str]:
-        """What speaks against listening at these addresses, and at no others.
+        """Check whether it is possible to listen at exactly these addresses.
 
         Args:
             addresses: IP address and port of each, as in the configuration.
+
+        Yields:
+            The problems, for messages.
         """
         yield from self._unnamed(addresses)
         for address in addresses:
@@ -59,21 +63,21 @@ class CallbackSockets:
         for name in self._passed:
             if name not in wanted:
                 yield (
-                    f"sources: systemd passes a socket that listens at {name}, and no source names it (a source with"
-                    f' type = "callback" and listen = "{name}"; or take it out of vodpoller.socket)'
+                    f"sources: systemd passes a socket that listens at {name}, and no source names it (add a source"
+                    f' with type = "callback" and listen = "{name}", or remove the address from vodpoller.socket)'
                 )
 
     def open(self, addresses: Collection[str]) -> Mapping[str, socket.socket]:
-        """Listen at these addresses; those that are open already stay as they are.
+        """Listen at these addresses; sockets that are already open stay as they are.
 
-        Another address with the port of one of these is given up: both together the system may not allow.
+        An open socket at another address is closed if one of these has the same port: the system may not allow both.
 
         Args:
             addresses: IP address and port of each, as in the configuration.
 
         Raises:
-            ConfigError: The system does not allow that, or passes a socket that is not among them.
-            StorageError: An address is in use, or not there, which may pass.
+            ConfigError: The user lacks the right to listen there, or systemd passes a socket of another address.
+            StorageError: An address is in use, or does not exist on this machine; both may be temporary.
         """
         if problems := list(self._unnamed(addresses)):
             raise ConfigError(problems)
@@ -86,7 +90,7 @@ class CallbackSockets:
         return {address: self._open[address] for address in addresses}
 
     def keep(self, addresses: Collection[str]) -> None:
-        """Close what listens at other addresses."""
+        """Close the sockets of all other addresses, except those that the service manager has opened."""
         for address in self._open.keys() - set(addresses):
             sock = self._open.pop(address)
             if sock not in self._passed.values():
@@ -94,15 +98,15 @@ class CallbackSockets:
 
     @property
     def passed(self) -> list[str]:
-        """The addresses of those that the service manager has opened."""
+        """The addresses of the sockets that the service manager has opened."""
         return [address for address, sock in self._open.items() if sock in self._passed.values()]
 
     def handed_over(self) -> dict[str, int]:
-        """The descriptors of the sockets by their addresses, for the next life of the process."""
+        """The descriptors of the sockets by address, for the process when it executes itself again."""
         return {address: sock.fileno() for address, sock in self._open.items()}
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close all sockets, except those that the service manager has opened."""
         self.keep(())
 
     def _opened(self, address: str) -> socket.socket:
@@ -117,19 +121,19 @@ class CallbackSockets:
             raise StorageError(why_not(address, error)) from error
 
     def _is_given_up(self, address: str, addresses: Collection[str]) -> bool:
-        """A port that is in use here is given up before it is taken again at another address."""
+        """Whether the port is in use only by a socket of this process that `open` closes first."""
         given_up = (it for it in self._open if it not in addresses and it not in self.passed)
         return port_of(address) in map(port_of, given_up)
 
 
 def listen(address: str) -> socket.socket:
-    """A socket that listens.
+    """Make a listening socket.
 
     Args:
         address: IP address and port, as in the configuration.
 
     Raises:
-        OSError: It cannot: the address is not one of this machine's, or in use, or not allowed.
+        OSError: The address does not belong to this machine, or is in use, or is not allowed.
     """
     host = host_of(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -137,17 +141,17 @@ def listen(address: str) -> socket.socket:
 
 
 def why_not(address: str, error: OSError) -> str:
-    """Why an address cannot be listened at, for a person."""
+    """A message that says why it is not possible to listen at an address."""
     what = {
         errno.EADDRINUSE: "another program listens there",
         errno.EADDRNOTAVAIL: "this machine has no such address",
-        errno.EACCES: "ports below 1024 are not for every user: choose a higher one, or let systemd open the socket",
+        errno.EACCES: "ports below 1024 need a special right: choose a higher one, or let systemd open the socket",
     }.get(error.errno or 0, "")
     return f"{address} cannot be listened at: {error.strerror or error}{f' ({what})' if what else ''}"
 
 
 def _normal(address: str) -> str:
-    """An address as `_name_of` writes it."""
+    """An address in the same form as from `_name_of`."""
     host = str(ip_address(host_of(address)))
     return f"[{host}]:{port_of(address)}" if ":" in host else f"{host}:{port_of(address)}"
 

@@ -1,1 +1,1 @@
-"""What VOD says: events, which event an arrival is, and how an answer is read."""
+"""The events of VOD: their content, their identity, and how they are read."""

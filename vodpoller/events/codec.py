@@ -1,4 +1,4 @@
-"""JSON as VOD writes it: read without losing a digit, written again as it was read."""
+"""JSON as VOD writes it: read without the loss of a digit, and written again with the same content."""
 
 import json
 from math import isfinite
@@ -6,19 +6,19 @@ from typing import Any
 
 import orjson
 
-DEPTH_MAX = 512  # levels of an event's objects and lists: half of what the json module of every Python can do
-_VALUES_MAX = 1_000_000  # each takes some 100 bytes of memory; in 8 MiB of VOD's events there are half of that
+DEPTH_MAX = 512  # levels of an event's objects and lists: half of what the json module of every Python supports
+_VALUES_MAX = 1_000_000  # each takes about 100 bytes of memory; 8 MiB of VOD's events hold half of this number
 _TOO_DEEP = f"it is nested more than {DEPTH_MAX} levels deep"
 
 
 class UnreadableError(ValueError):
-    """The text is not an answer of VOD; says why."""
+    """The text is not an answer of VOD; the message gives the reason."""
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not isfinite(number):
-        raise UnreadableError(f"the number {text[:40]} is beyond what JSON readers hold")
+        raise UnreadableError(f"the number {text[:40]} is too large for JSON readers")
     return number
 
 
@@ -36,15 +36,15 @@ _canonical = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), sort_key
 def decode_json(text: str) -> Any:
     """Read JSON as VOD writes it.
 
-    How deep it may be nested depends on the version of Python (990 levels at least); what is to be the same with all of
-    them asks `check_depth`, as `encode_json` does.
+    The maximum depth depends on the version of Python (at least 990 levels). `check_depth` checks for a limit that is
+    the same with all versions; `encode_json` uses it.
 
     Args:
         text: The whole document.
 
     Raises:
-        UnreadableError: It is not JSON, nested too deeply, holds a number that no double can hold, or more values than
-            the memory should be filled with.
+        UnreadableError: It is not JSON, is nested too deeply, holds a number that is too large for a double, or holds
+            more than 1,000,000 values, which would take too much memory.
     """
     if len(text) > _VALUES_MAX and sum(map(text.count, "[{:,")) > _VALUES_MAX:
         raise UnreadableError(f"it holds more than {_VALUES_MAX:,} values")
@@ -57,7 +57,7 @@ def decode_json(text: str) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Look at a parsed value.
+    """Check how deeply a parsed value is nested.
 
     Raises:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
@@ -77,10 +77,10 @@ def _containers(value: Any) -> list[Any]:
 
 
 def encode_json(value: Any) -> bytes:
-    """Write JSON-equal UTF-8: integers digit for digit, members in their order.
+    """Write equal JSON in UTF-8: integers with all digits, members in their order.
 
-    orjson writes the common case; what it refuses (integers beyond 64 bits, lone surrogates, more than 254 levels) goes
-    the exact way.
+    orjson writes the common case. The json module writes what orjson refuses: integers beyond 64 bits, lone surrogates,
+    more than 254 levels.
 
     Raises:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
@@ -96,7 +96,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Write JSON in the one way that is the same for equal values: members sorted, no spaces.
+    """Write JSON in the canonical form, which is the same for equal values: members sorted, no spaces.
 
     Raises:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.

@@ -1,4 +1,4 @@
-"""What VOD says: the event, the lease it is held under, its identity, and how an answer is read.
+"""The event, its lease, its key, and how it is read from an answer.
 
 Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183) and "Event overview" (266/33948), and from
 their samples, which show every irregularity that is handled here.
@@ -12,7 +12,7 @@ from typing import Any
 
 from vodpoller.events.codec import DEPTH_MAX, canonical_json, check_depth, decode_json, encode_json
 
-_HANDLE_MAX_CHARS = 64 * 1024  # a longer one could not be sent back beside fifteen others
+_HANDLE_MAX_CHARS = 64 * 1024  # a longer one could not be confirmed in one call with fifteen others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +20,9 @@ class Lease:
     """The time in which the handles of one pull can be confirmed. It cannot be extended.
 
     Args:
-        starts_at: Monotonic time, in seconds, at which the pull was sent: the earliest moment that VOD can have started
-            to count.
-        secs: How long it lasts; 30 at VOD.
+        starts_at: Monotonic time, in seconds, at which the pull was sent: the earliest time at which VOD can have
+            started the lease.
+        secs: The length of the lease; 30 at VOD.
     """
 
     starts_at: float
@@ -30,7 +30,7 @@ class Lease:
 
     @property
     def ends_at(self) -> float:
-        """Monotonic time, in seconds, from which VOD may hand the events to another pull."""
+        """Monotonic time, in seconds, from which VOD may send the events in the answer to another pull."""
         return self.starts_at + self.secs
 
 
@@ -40,13 +40,13 @@ class Event:
 
     Args:
         source: The name of the source that pulled it.
-        sub_app_id: Tencent's SubAppId, None for an account without.
-        type: `EventType` as it came, an open set; empty where the event has none.
+        sub_app_id: Tencent's SubAppId; None for an account without.
+        type: `EventType` as it was received, an open set; empty if the event has none.
         key: The identity, the same at every redelivery and after a restart: the content key, SHA-256 over SubAppId and
             canonical body; if the content has no id of its own, the key of the occurrence (see
             `vodpoller.events.identity`).
-        body: The body of a v3.0 normal callback, UTF-8 JSON.
-        content: The same, parsed. Not to be changed.
+        body: UTF-8 JSON, the same as the body of a v3.0 normal callback.
+        content: The parsed body. It must not be changed.
     """
 
     source: str
@@ -67,12 +67,12 @@ class PulledEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Malformed:
-    """What VOD sent in an event's place and cannot be read.
+    """An element of an answer that cannot be read as an event.
 
     Args:
-        handle: What confirms it; None where not even that could be found, so that nothing can be done about it.
-        event: The text as it came, as an event without content, to be stored as a dead letter.
-        why: What is wrong, for a person.
+        handle: The handle that confirms it; None if there is no usable one, so that it cannot be confirmed.
+        event: The received text, as an event without content, to be stored as a dead letter.
+        why: What is wrong, for messages.
     """
 
     handle: str | None
@@ -83,8 +83,8 @@ class Malformed:
 def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
     """The content key of an event: SHA-256 over SubAppId and canonical body.
 
-    Members that are null at the top level do not count, since VOD leaves them out or sends them as it likes; nor does
-    the order of members.
+    It depends neither on the order of members, nor on members at the top level that are null, since VOD sometimes sends
+    these and sometimes leaves them out.
 
     Args:
         content: The event without its handle.
@@ -98,12 +98,12 @@ def event_key(content: Mapping[str, Any], sub_app_id: int | None) -> bytes:
 
 
 def make_event(content: Mapping[str, Any], *, source: str, sub_app_id: int | None) -> Event:
-    """The event of a body that has no handle.
+    """Make the event of a body that has no handle.
 
     Args:
         content: The parsed body of a normal callback.
         source: Name of the source.
-        sub_app_id: Its SubAppId.
+        sub_app_id: The SubAppId of the source.
 
     Raises:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
@@ -120,18 +120,18 @@ def make_event(content: Mapping[str, Any], *, source: str, sub_app_id: int | Non
 
 
 def restore_event(*, body: bytes, key: bytes, event_type: str, source: str, sub_app_id: int | None) -> Event:
-    """The event that was stored; a body that never could be read has no content.
+    """Make the event of a stored event's row. If its body cannot be read, its content is empty.
 
     Args:
-        body: As it was stored.
-        key: As it was stored.
-        event_type: As it was stored.
+        body: The stored body.
+        key: The stored key.
+        event_type: The stored event type.
         source: Name of the source that pulled it.
-        sub_app_id: Its SubAppId.
+        sub_app_id: The SubAppId of the source.
     """
     try:
         content = decode_json(body.decode())
-        if body.count(b"[") + body.count(b"{") > DEPTH_MAX:  # only then it may be nested so deep
+        if body.count(b"[") + body.count(b"{") > DEPTH_MAX:  # only then can it be nested too deeply
             check_depth(content)
     except ValueError:
         content = None
@@ -146,12 +146,15 @@ def restore_event(*, body: bytes, key: bytes, event_type: str, source: str, sub_
 
 
 def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent | Malformed:
-    """Take one parsed element of `EventSet` apart.
+    """Convert one parsed element of `EventSet`.
 
     Args:
-        item: The element; whatever has a handle is an event.
+        item: The element.
         source: Name of the source that pulled it.
-        sub_app_id: Its SubAppId.
+        sub_app_id: The SubAppId of the source.
+
+    Returns:
+        The event; `Malformed` if the element has no usable handle.
 
     Raises:
         UnreadableError: It is nested more than `DEPTH_MAX` levels deep.
@@ -167,7 +170,7 @@ def read_event(item: Any, *, source: str, sub_app_id: int | None) -> PulledEvent
 
 def _handle_of(item: Any) -> str | None:
     handle = item.get("EventHandle") if isinstance(item, dict) else None
-    if isinstance(handle, int) and not isinstance(handle, bool):  # handles of digits only exist
+    if isinstance(handle, int) and not isinstance(handle, bool):  # some handles consist of digits only
         handle = str(handle)
     return handle if isinstance(handle, str) and _is_usable(handle) else None
 
@@ -176,7 +179,7 @@ def _is_usable(handle: str | None) -> bool:
     return handle is not None and 0 < len(handle) <= _HANDLE_MAX_CHARS
 
 
-# --- what cannot be read ----------------------------------------------------------------------------------------------
+# --- elements that cannot be read -------------------------------------------------------------------------------------
 
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _HANDLE = re.compile(rf'"EventHandle"\s*+:\s*+({_STRING}|[0-9]++)')
@@ -184,16 +187,16 @@ _TYPE = re.compile(rf'"EventType"\s*+:\s*+({_STRING})')
 
 
 def make_malformed(piece: str, *, why: str, has_handle: bool, source: str, sub_app_id: int | None) -> Malformed:
-    """What becomes of a text that came in an event's place and cannot be read.
+    """Convert the text of an element that cannot be read as an event.
 
     Args:
         piece: The text. Bytes that are not UTF-8 are surrogate escapes.
-        why: What is wrong, for a person.
+        why: What is wrong, for messages.
         has_handle: Whether the first handle in the text may confirm it.
         source: Name of the source that pulled it.
-        sub_app_id: Its SubAppId.
+        sub_app_id: The SubAppId of the source.
     """
-    # The handle differs at each redelivery: the identity is that of the text without it.
+    # The handle differs at each redelivery, so the key is made from the text without it.
     without_handle = _HANDLE.sub('"EventHandle":""', piece).encode(errors="surrogateescape")
     handle = _first_json(_HANDLE, piece) if has_handle else None
     event = Event(
@@ -208,7 +211,7 @@ def make_malformed(piece: str, *, why: str, has_handle: bool, source: str, sub_a
 
 
 def _first_json(pattern: re.Pattern[str], text: str) -> str | None:
-    """The string or number that the pattern's group holds, None where the text has none."""
+    """The string or number in the pattern's group; None if the text has none."""
     found = pattern.search(text)
     if found is None:
         return None

@@ -1,22 +1,25 @@
-"""Which event an arrival is, if its content does not say so.
+"""The identity of a received event whose content has no id of its own.
 
 The content of most events names the task that ended, or the file that was uploaded: equal content is the same event.
 Other types have no id of their own ("Event overview", 266/33948: `FileDeleted`, `MediaCastStatusChanged`,
-`RestoreMediaComplete`, `PersistenceComplete`, `ProcessImageAsyncComplete`), and unknown ones may have none. Of these
-each arrival is a new *occurrence* with a key of its own, unless VOD may be bringing an old one back. It may if
+`RestoreMediaComplete`, `PersistenceComplete`, `ProcessImageAsyncComplete`), and unknown types may have none. An event
+of such a type is a new *occurrence* with a key of its own each time that it is received, unless VOD may be sending an
+old occurrence again. VOD may do that if
 
-- no confirm of the old one was acknowledged,
-- the old one's lease, counted from the sending of the pull that last brought it, was over when this answer came, and
-- no empty answer has proved meanwhile that VOD does not have it any more.
+- no confirm of the old occurrence was acknowledged,
+- the old occurrence's lease, counted from the sending of the pull that last brought it, was over when this answer came,
+  and
+- no empty answer has proved in the meantime that VOD no longer has the old occurrence.
 
-An empty answer proves that if its pull was sent when the lease had certainly ended, and if it came before the pull
-was sent that brings this arrival: of two pulls that were outstanding together either may have got the event. It proves
-nothing within a lease of the start, or of an answer that was lost: VOD may have handed the event out unseen, also
-after the connection broke, for as long as it holds a pull. A lease later what it proves is for good: a pull that was
-outstanding when it came has been answered or lost by then, and what that one brought is leased anew.
+An empty answer proves this if its pull was sent when the lease had certainly ended, and if the empty answer came before
+the pull that brings this event was sent: if two pulls were outstanding at the same time, either may have received the
+event. An empty answer proves nothing within one lease after the start, or within one lease after an answer was lost:
+VOD may have sent the event in an answer that did not arrive, even after the connection broke, for as long as VOD holds
+a pull. One lease after the empty answer, the proof is final: each pull that was outstanding when the empty answer came
+has been answered or lost by then, and an event that it brought has a new lease.
 
-Of a source that receives callbacks there are no empty answers: VOD tries three times, each for 5 s, so that one minute
-after its last try began VOD does not bring an occurrence any more.
+A source that receives callbacks has no empty answers. VOD tries a callback three times, each for 5 s, so VOD does not
+send an occurrence again later than one minute after its last try began.
 """
 
 import hashlib
@@ -30,16 +33,18 @@ from operator import attrgetter
 from typing import Any, Final
 
 _SALT_BYTES: Final = 16
-_EMPTY_KEPT: Final = 256  # the last empty answers; they come at most once a second from one puller, for a lease
+# The number of last empty answers that are kept. A puller receives at most one per second, and those of one lease are
+# needed.
+_EMPTY_KEPT: Final = 256
 _HELD_SECS: Final = 5.0  # how long VOD holds a pull while its queue is empty ("PullEvents", product/266/34183)
-_CLOCK_SLACK_SECS: Final = 2.0  # by which the wall clock may be behind after a restart
+_CLOCK_SLACK_SECS: Final = 2.0  # the wall clock may be behind by this much after a restart
 
 
 def has_own_id(content: Mapping[str, Any]) -> bool:
-    """Whether equal content is the same event: it names its task, or the file that was uploaded.
+    """Whether equal content is the same event, because it names its task or the file that was uploaded.
 
     Args:
-        content: Of an event, without its handle.
+        content: The content of an event, without its handle.
     """
     payloads = [value for value in content.values() if isinstance(value, dict)]
     if any(_is_id(place.get("TaskId")) for place in (content, *payloads)):
@@ -57,12 +62,12 @@ class Occurrence:
     """An event without an id of its own, of which no confirm was acknowledged.
 
     Args:
-        key: Its identity.
-        content_key: What it has in common with all events of equal content.
-        source: The name of the source that last brought it.
-        lease_ends_at: Monotonic time, in seconds, from which VOD may bring it again.
-        leased_until: Monotonic time until which it may be leased, in seconds; minus infinity if it was brought before
-            the start.
+        key: Its key.
+        content_key: The content key, which all events of equal content share.
+        source: The name of the source that last received it.
+        lease_ends_at: Monotonic time, in seconds, from which VOD may send it again: the earliest end of its lease.
+        leased_until: Monotonic time, in seconds, of the latest end of its lease; minus infinity if it was last received
+            before the start.
     """
 
     key: bytes
@@ -72,22 +77,23 @@ class Occurrence:
     leased_until: float
 
     def was_over_at(self, time: float) -> bool:
-        """Whether its lease had certainly ended.
+        """Whether its lease had certainly ended at a time.
 
         Args:
-            time: Monotonic time, in seconds, after one lease of the start; minus infinity is before all.
+            time: Monotonic time in seconds, later than one lease after the start; minus infinity: before all leases.
         """
         return self.leased_until <= time > -inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Empty:
-    """A pull that brought nothing.
+    """A pull whose answer was empty.
 
     Args:
-        sent_at: Monotonic time, in seconds.
-        answered_at: Monotonic time, in seconds.
-        unseen_at: When VOD may last have handed out events unseen before that: the start, or a lost answer.
+        sent_at: Monotonic time of the request, in seconds.
+        answered_at: Monotonic time of the answer, in seconds.
+        unseen_at: Monotonic time, in seconds, at which VOD may last have sent events in an answer that was not
+            received: after the start, or after a lost answer.
     """
 
     sent_at: float
@@ -96,7 +102,7 @@ class _Empty:
 
 
 class _Pulls:
-    """What the pulls of one source have shown.
+    """The empty and lost answers of one source, and what they prove.
 
     Args:
         started_at: Monotonic time of the start, in seconds.
@@ -111,15 +117,16 @@ class _Pulls:
 
     def lost(self, sent_at: float, lost_at: float) -> None:
         self._unseen_at = max(lost_at, sent_at + _HELD_SECS)
-        # What was asked for meanwhile may have been empty since the lost answer held the event.
+        # Pulls at the same time may have been empty because the lost answer held the event.
         before = [empty for empty in self._empty if empty.answered_at <= sent_at]
         self._empty = deque(before, maxlen=_EMPTY_KEPT)
 
     def gone_before(self, sent_at: float, lease_secs: float) -> float:
-        """Of which occurrences VOD certainly had none any more when a pull was sent.
+        """The time of the last proof that was complete when a pull was sent.
 
         Returns:
-            Those that were not leased at this monotonic time any more, in seconds; minus infinity for none.
+            Monotonic time in seconds: VOD certainly no longer had occurrences whose lease was over at this time. Minus
+            infinity if there is no proof.
         """
         proofs = (
             empty.sent_at
@@ -134,7 +141,7 @@ class Occurrences:
 
     Args:
         started_at: Monotonic time of the start, in seconds.
-        draw: Gives random bytes.
+        draw: Returns that number of random bytes.
     """
 
     def __init__(self, started_at: float, draw: Callable[[int], bytes] = os.urandom) -> None:
@@ -149,7 +156,7 @@ class Occurrences:
         return len(self._by_key)
 
     def add(self, occurrence: Occurrence) -> None:
-        """Take one over from before the start, the oldest first."""
+        """Add an occurrence from before the start. The caller adds the oldest first."""
         with self._lock:
             self._add(occurrence)
 
@@ -163,19 +170,19 @@ class Occurrences:
         lease_secs: float,
         tries_secs: float | None = None,
     ) -> tuple[list[Occurrence], list[Occurrence]]:
-        """Say which occurrences an answer brings, and renew their leases.
+        """Find or make the occurrences of an answer, and renew their leases.
 
         Args:
-            content_keys: Of the events without an id of their own.
-            source: The name of the source that brings them.
+            content_keys: The content keys of the answer's events without an id of their own.
+            source: The name of the source that received them.
             sent_at: Monotonic time at which the pull was sent, in seconds.
             answered_at: Monotonic time at which its answer came, in seconds.
-            lease_secs: How long a lease lasts.
-            tries_secs: For a callback: VOD does not bring an occurrence again this long after its last try began. None
-                if empty answers tell what it does not have any more.
+            lease_secs: The length of a lease.
+            tries_secs: For a callback: VOD does not send an occurrence again later than this after its last try began.
+                None for a pull, where empty answers prove what VOD no longer has.
 
         Returns:
-            The occurrences, in the order of the events, each once; and those among them that are new.
+            The occurrences, in the order of the events, all different; and those of them that are new.
         """
         found: list[Occurrence] = []
         new: list[Occurrence] = []
@@ -191,8 +198,8 @@ class Occurrences:
                             and not it.was_over_at(gone_before)
                             and (tries_secs is None or answered_at < self._began_at(it, lease_secs) + tries_secs)
                         ),
-                        # Of equal ones it does not matter which is which, but one that is not taken may be proved gone
-                        # before its event comes: so the one of which that would happen first.
+                        # Any of the occurrences of equal content could be taken. One that is not taken may be removed,
+                        # by an empty answer, before its event comes; so the one that would be removed first is taken.
                         key=attrgetter("leased_until"),
                     )
                 )
@@ -218,43 +225,43 @@ class Occurrences:
     def _lease_ends_at(self, occurrence: Occurrence, lease_secs: float) -> float:
         if occurrence.leased_until > -inf:
             return occurrence.lease_ends_at
-        # A lease from before the start is known by the wall clock, which may have been set back. To take an occurrence
-        # too early does no harm: no thread holds its handle any more, and what comes later is a new one then.
+        # A lease from before the start is known by the wall clock, which may have been set back. If an occurrence is
+        # taken too early, this does no harm: no thread holds its handle, and a later event is then a new occurrence.
         ends_at = occurrence.lease_ends_at - _CLOCK_SLACK_SECS
         return ends_at if ends_at <= self._started_at + lease_secs else -inf
 
     def _began_at(self, occurrence: Occurrence, lease_secs: float) -> float:
-        """When the callback began that brought it last; before the start, whatever the wall clock says of it."""
+        """Monotonic time at which the last callback with it began; never after the start if it was before the start."""
         began_at = occurrence.lease_ends_at - lease_secs
         return began_at if occurrence.leased_until > -inf else min(began_at, self._started_at)
 
     def forget(self, keys: Iterable[bytes]) -> list[bytes]:
-        """VOD will not bring these again, or they were never delivered.
+        """Remove occurrences, because VOD will not send them again or they were never delivered.
 
         Returns:
-            Those that were in the table.
+            The keys of those that were in the table.
         """
         with self._lock:
             return [key for key in keys if self._remove(key)]
 
     def answered_empty(self, source: str, *, sent_at: float, answered_at: float, lease_secs: float) -> list[bytes]:
-        """A pull brought nothing.
+        """Record a pull whose answer was empty.
 
         Args:
             source: The source's name.
             sent_at: Monotonic time at which it was sent, in seconds.
             answered_at: Monotonic time at which its answer came, in seconds.
-            lease_secs: How long a lease lasts.
+            lease_secs: The length of a lease.
 
         Returns:
-            The keys of occurrences that are forgotten now, since VOD certainly does not have them any more.
+            The keys of the occurrences that this removed, because VOD certainly no longer has them.
         """
         with self._lock:
             pulls = self._pulls_of(source)
             pulls.empty(sent_at, answered_at)
             if not self._by_key:
                 return []
-            # A pull that was outstanding beside an empty answer of a lease ago has been answered or lost since then.
+            # Each pull that was outstanding when an empty answer came one lease ago has been answered or lost by now.
             gone_before = pulls.gone_before(answered_at - lease_secs, lease_secs)
             if gone_before == -inf:
                 return []
@@ -262,12 +269,12 @@ class Occurrences:
             return [key for key in gone if self._remove(key)]
 
     def answer_lost(self, source: str, *, sent_at: float, lost_at: float) -> None:
-        """Events may have been handed out in an answer that did not arrive whole.
+        """Record a pull whose answer, possibly with events, was not received completely.
 
         Args:
             source: The source's name.
             sent_at: Monotonic time at which the pull was sent, or earlier, in seconds.
-            lost_at: Monotonic time at which it was given up, in seconds.
+            lost_at: Monotonic time at which the answer was given up, in seconds.
         """
         with self._lock:
             self._pulls_of(source).lost(sent_at, lost_at)

@@ -1,7 +1,7 @@
-"""What can be cut out of an answer that as a whole cannot be read, so that one broken event costs no other.
+"""Reads single events from an answer that cannot be read as a whole, so that one invalid event affects no other.
 
-Everything here takes time in proportion to the text, whatever it holds, and keeps nothing but the element in hand: what
-answers may not be VOD.
+The sender may not be VOD. So all functions take time in proportion to the length of the text, whatever it holds, and
+keep only the current element in memory.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Final
 from vodpoller.events.codec import DEPTH_MAX, UnreadableError, decode_json
 from vodpoller.events.event import Malformed, PulledEvent, make_malformed, read_event
 
-# Quantifiers are possessive: what was taken is never given back, so that no text is looked at again and again.
+# Quantifiers are possessive: there is no backtracking, so no text is scanned repeatedly.
 _GAP: Final = r"[ \t\n\r]*+"
 _STRING: Final = r'"(?:[^"\\]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
 _NUMBER: Final = r"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+"
@@ -23,8 +23,8 @@ _FLAT_OBJECT: Final = rf"\{{{_GAP}(?:{_KEY}{_SCALAR}{_GAP}(?:,{_GAP}{_KEY}{_SCAL
 _SIMPLE: Final = rf"(?:{_SCALAR}|{_FLAT_LIST}|{_FLAT_OBJECT})"
 
 _VALUE: Final = rf"(?:{_SIMPLE}|(?P<opens>(?:\[{_GAP}(?=\[))++|[\[{{])){_GAP}"
-# What can follow in a list and in an object, by the bracket that closes it: values that hold no more than two levels,
-# then one that is the last or opens further levels.
+# What can follow in a list and in an object, by the bracket that closes it: `_PASSED` matches values with at most two
+# levels, `_NEXT` the value after them, which is the last one or opens further levels.
 _PASSED: Final = {
     "]": re.compile(rf"(?:{_SIMPLE}{_GAP},{_GAP})*+"),
     "}": re.compile(rf"(?:{_KEY}{_SIMPLE}{_GAP},{_GAP})*+"),
@@ -40,11 +40,12 @@ _BETWEEN: Final = re.compile(r"[\s,]*+")
 _NEXT_ITEM: Final = re.compile(r'\}\s*+,\s*+(?=\{\s*+"(?:EventHandle|EventType)")')
 _BARE: Final = re.compile(r"[^\[\]{},]++")
 
-# A string by its quotes alone, whatever is escaped in it; one that was cut off holds no bracket either.
+# A string, recognised by its quotes only, with any escapes; at the end of a text that was cut off, also without the
+# second quote.
 _QUOTED: Final = r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'
 _NO_BRACKET: Final = rf'(?:[^"\[\]{{}}]++|{_QUOTED})*+'
-# The brackets that come next, in one direction, after pairs that hold no others. It matches everywhere: else it would
-# be tried at each character anew.
+# The next brackets in one direction, after pairs that hold no other brackets. It matches at every position: otherwise
+# the search would try each following character.
 _BRACKETS: Final = re.compile(
     rf'(?:[^"\[\]{{}}]++|{_QUOTED}|\[{_NO_BRACKET}\]|\{{{_NO_BRACKET}\}})*+(?P<run>[\[{{]++|[\]}}]++|\Z)', re.DOTALL
 )
@@ -52,9 +53,9 @@ _END: Final = re.compile(rf'"RequestId"\s*+:\s*+(?:{_QUOTED}|[0-9]++|null)\s*+\}
 
 
 def is_whole(text: str) -> bool:
-    """Whether an answer that is not JSON has come to its end: it closes all that it opens, or ends as VOD's answers do.
+    """Whether an answer that is not valid JSON is complete: it closes all brackets, or ends as VOD's answers do.
 
-    A last bracket alone says nothing: an answer can be cut off behind any of them.
+    A bracket at the end alone proves nothing: an answer can be cut off after any bracket.
 
     Args:
         text: The answer.
@@ -68,14 +69,14 @@ def is_whole(text: str) -> bool:
 
 
 def salvage_events(text: str, *, cut: bool, source: str, sub_app_id: int | None) -> Iterator[PulledEvent | Malformed]:
-    """Read an answer event by event, so that one that is broken costs no other.
+    """Read an answer event by event, so that one invalid event affects no other.
 
     Args:
-        text: An answer that is cut off, or not JSON in some place. Bytes that are not UTF-8 are surrogate escapes.
-        cut: Whether the answer's end is known to be lost. An event that was cut off is whole at VOD, so it gets no
-            handle here: it must come again, not become a dead letter.
+        text: An answer that is cut off, or is not JSON in some place. Bytes that are not UTF-8 are surrogate escapes.
+        cut: Whether the answer's end is known to be lost. VOD still has the complete form of an event that was cut off.
+            So such an event gets no handle here: it must be pulled again and must not become a dead letter.
         source: Name of the source that pulled it.
-        sub_app_id: Its SubAppId.
+        sub_app_id: The SubAppId of the source.
     """
     found = _EVENT_SET.search(text)
     if found is None:
@@ -114,22 +115,22 @@ class _Cutter:
     _searched_to: int = 0
 
     def element(self, at: int) -> tuple[int, str]:
-        """Where the element that starts at `at` ends, and why it cannot be used; empty where it is JSON.
+        """The end of the element that starts at `at`, and why it cannot be used; empty if it is JSON.
 
-        One that is not JSON ends with its last bracket, or before what looks like the next element: after a quote or
-        bracket that is missing, the brackets say nothing.
+        An element that is not JSON ends with its last bracket, or before the text that looks like the next element:
+        if a quote or bracket is missing, the brackets after it prove nothing.
         """
         end, problem = _scan(self.text, at)
         if not problem:
             return end, ""
         broken_at = end
-        # Up to its mistake it is JSON: what looks like an element in there is a part of it. A string that is not closed
-        # ends with the first quote of the next element, just behind the bracket of its own.
+        # Before its error it is JSON: text in that part that looks like an element belongs to it. A string that is not
+        # closed ends with the first quote of the next element, just after the closing bracket of this element.
         limit = self._before_next_item(max(self.text.rfind("}", at, broken_at), at))
         return _balanced_end(self.text, at, limit), f"it is not JSON: {problem} at character {broken_at - at + 1}"
 
     def _before_next_item(self, start: int) -> int:
-        """The end of the last element before the first that seems to begin at `start` or later."""
+        """The end of the element before the first one that seems to begin at `start` or later."""
         if start >= self._searched_to:
             self._next_item = _NEXT_ITEM.search(self.text, start)
             self._searched_to = len(self.text) if self._next_item is None else self._next_item.start() + 1
@@ -137,10 +138,10 @@ class _Cutter:
 
 
 def _scan(text: str, at: int) -> tuple[int, str]:
-    """Where one JSON value ends, and an empty text; or where it stops being JSON, and what is wrong there.
+    """The end of one JSON value, and an empty text; or the place where it is not JSON, and what is wrong there.
 
-    Python's own decoder would do, but for two things: how deep it goes depends on the version of Python, and it does
-    not always say how far it has come.
+    Python's own decoder is not used for two reasons: its maximum depth depends on the version of Python, and it does
+    not always report the position of an error.
     """
     to_close = ""  # the innermost first
     value = _NEXT["]"].match(text, at)
@@ -164,7 +165,7 @@ def _scan(text: str, at: int) -> tuple[int, str]:
 
 
 def _close(text: str, at: int, to_close: str) -> tuple[int, str]:
-    """Pass the brackets that close what is open: to where, and what is then left to be closed."""
+    """Skip closing brackets that match `to_close`; returns the place after them, and the brackets still to close."""
     run = _CLOSED.match(text, at)
     if run is not None and len(run[0]) < len(to_close) and to_close.startswith(run[0]):
         return run.end(), to_close[len(run[0]) :]
@@ -175,7 +176,7 @@ def _close(text: str, at: int, to_close: str) -> tuple[int, str]:
 
 
 def _balanced_end(text: str, at: int, limit: int) -> int:
-    """The end of what is not JSON: behind the bracket that closes what it opens, `limit` at most."""
+    """The end of a text that is not JSON: after the bracket that closes its first one, but at most `limit`."""
     bare = _BARE.match(text, at)
     if bare is not None:
         return bare.end()
@@ -192,7 +193,7 @@ def _balanced_end(text: str, at: int, limit: int) -> int:
 
 
 def _levels(run: str) -> int:
-    """By how much brackets of one direction change the depth."""
+    """The number of levels by which brackets of one direction change the depth."""
     return len(run) if run.startswith(("[", "{")) else -len(run)
 
 

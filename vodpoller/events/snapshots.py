@@ -1,4 +1,4 @@
-"""What log lines, sinks and the demo want to know of an event: its ids, and its snapshots, typed.
+"""Typed access to an event's ids and snapshots, for log lines, sinks and the demo.
 
 Facts are from Tencent Cloud's "Event overview" (266/33948) and from its samples.
 """
@@ -19,8 +19,8 @@ class Snapshot:
     """One image of a snapshot task (`SnapshotByTimeOffsetTaskOutput`, "Event overview").
 
     Args:
-        time_offset_ms: Its place in the video.
-        url: Where it lies; empty where it failed.
+        time_offset_ms: Its position in the video, in milliseconds; None if it is missing.
+        url: The URL of the image; empty if the snapshot failed.
         err_code: 0 for success.
     """
 
@@ -31,13 +31,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotsTaken:
-    """A `CreateSnapshotByTimeOffsetComplete` event: what was asked for and what came of it.
+    """A `CreateSnapshotByTimeOffsetComplete` event: the task and its results.
 
     Args:
         task_id: Tencent's id of the task.
         file_id: Tencent's id of the video.
         definition: Id of the snapshot template.
-        snapshots: The images, the failed ones among them.
+        snapshots: The images, including failed ones.
     """
 
     task_id: str
@@ -52,7 +52,7 @@ class SnapshotsTaken:
 
 
 def payload_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The member that holds the payload. Its name does not follow from the type, so it is the first object found."""
+    """The member that holds the payload: the first object, since the event type does not determine its name."""
     for value in content.values():
         if isinstance(value, dict):
             return value
@@ -60,7 +60,7 @@ def payload_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _id_in(payload: Mapping[str, Any], content: Mapping[str, Any], name: str) -> str:
-    """A string or integer member called `name`: of the payload, else of an object in it, else of the event."""
+    """A string or integer member with this name: of the payload, else of an object in it, else of the event."""
     found = _id(payload.get(name))
     if found:
         return found
@@ -75,12 +75,12 @@ def _id(value: Any) -> str:
 
 
 def task_id_of(event: Event) -> str:
-    """Tencent's id of the task that ended, empty where the event names none."""
+    """Tencent's id of the task that ended; empty if the event has none."""
     return _id_in(payload_of(event.content), event.content, "TaskId")
 
 
 def file_id_of(event: Event) -> str:
-    """Tencent's id of the video, every digit of it, empty where the event names none."""
+    """Tencent's id of the video, with all digits; empty if the event has none."""
     return _id_in(payload_of(event.content), event.content, "FileId")
 
 
@@ -97,7 +97,7 @@ def event_fields(event: Event) -> dict[str, str]:
 
 
 def has_failed_snapshots(event: Event) -> bool:
-    """Whether the event is of snapshots some of which could not be taken."""
+    """Whether the event is a snapshot event with at least one snapshot that failed."""
     payload = event.content.get("SnapshotByTimeOffsetCompleteEvent")
     images = payload.get("SnapshotInfoSet") if isinstance(payload, dict) else None
     return isinstance(images, list) and any(
@@ -106,9 +106,9 @@ def has_failed_snapshots(event: Event) -> bool:
 
 
 def snapshots_of(event: Event) -> SnapshotsTaken | None:
-    """The typed content of a snapshot event, None for any other.
+    """The typed content of a snapshot event; None for any other event.
 
-    Fields that are missing or of another type than documented are empty or None: the event is delivered all the same.
+    Fields that are missing or of another type than documented are empty or None; the event is delivered anyway.
     """
     payload = event.content.get("SnapshotByTimeOffsetCompleteEvent")
     if not isinstance(payload, dict):

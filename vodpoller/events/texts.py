@@ -1,6 +1,6 @@
-"""Events in a text that a person gives: an answer to `PullEvents`, a list, one event, or one event per line.
+"""Events in a text from the operator: an answer to `PullEvents`, a list, one event, or one event per line.
 
-Each is read as the daemon reads what it pulls.
+Each event is read in the same way as a pulled event.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ _HANDLE: Final = "EventHandle"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundEvent:
-    """What stands in one event's place.
+    """One event of the text, or a part of the text that cannot be read as an event.
 
     Args:
-        place: Where in the text, for a person: "line 3", "event 2"; empty if all of the text is meant.
-        event: None if it cannot be read.
-        why: Why it cannot be read; empty if it can.
+        place: The place in the text, for messages: "line 3", "event 2"; empty for the whole text.
+        event: The event; None if it cannot be read.
+        why: Why it cannot be read; empty if it can be read.
     """
 
     place: str
@@ -37,12 +37,13 @@ class _Item:
 
 
 def events_in(text: str, *, source: str, sub_app_id: int | None) -> Iterator[FoundEvent]:
-    """Read all events of a text; one that cannot be read costs no other.
+    """Read all events of a text; an event that cannot be read does not affect the others.
 
     Args:
-        text: Any. An answer is what VOD sends, or what SDKs and tccli show of it; without an event it brings nothing.
-        source: Name of the source that the events are taken to come from.
-        sub_app_id: Its SubAppId.
+        text: Any text. An answer may have the form in which VOD sends it, or in which SDKs and tccli print it; if it
+            holds no event, there is no result.
+        source: Name of the source from which the events are assumed to be.
+        sub_app_id: The SubAppId of the source.
     """
     for item in _items_in(text):
         try:
@@ -71,7 +72,7 @@ def _items_in(text: str) -> Sequence[_Item]:
         value = decode_json(text)
     except UnreadableError as error:
         lines = _lines_in(text)
-        # If no line is an event of its own, the whole is one that is broken.
+        # If no line is an event, the whole text is one invalid event.
         return lines if any(isinstance(line.value, dict) for line in lines) else [_Item(place="", why=str(error))]
     is_answer, elements = _answer_in(value)
     if is_answer or isinstance(value, list):
@@ -81,7 +82,7 @@ def _items_in(text: str) -> Sequence[_Item]:
 
 
 def _answer_in(value: Any) -> tuple[bool, Sequence[Any]]:
-    """Whether it is an answer, and the elements of its `EventSet`."""
+    """Whether a value is an answer, and the elements of its `EventSet`."""
     inner = value.get("Response", value) if isinstance(value, dict) else None
     if not isinstance(inner, dict) or (inner is value and "EventSet" not in value):
         return False, ()

@@ -1,6 +1,6 @@
-"""The event types that Tencent documents, and which of them a mistyped pattern means.
+"""The event types that Tencent documents, and the search for the type that a mistyped pattern means.
 
-The set is open: VOD adds types every few months, so a type that is not here is unusual and never wrong.
+The set is open: VOD adds types every few months, so a type that is not here is unusual but never invalid.
 """
 
 import difflib
@@ -34,14 +34,14 @@ DOCUMENTED_EVENT_TYPES: Final = frozenset(
         "ExtractBlindWatermarkComplete",
         "ExtractCopyRightWatermarkComplete",
         "ExtractTraceWatermarkComplete",
-        "FastClipMediaComplete",  # of earlier versions of the document
+        "FastClipMediaComplete",  # from earlier versions of the document
         "FileDeleted",
         "MediaCastStatusChanged",
         "NewFileUpload",
         "PersistenceComplete",
         "ProcedureStateChanged",
-        # The document gives this type, and the others that end in "Event", the name of their member. All other types
-        # are named without it, so both are taken for documented.
+        # For this type, and for the others that end in "Event", the document gives the name of the payload's member.
+        # All other types are named without "Event", so both names count as documented.
         "ProcessImageAsyncComplete",
         "ProcessImageAsyncCompleteEvent",
         "ProcessMediaByMPSComplete",
@@ -62,59 +62,59 @@ DOCUMENTED_EVENT_TYPES: Final = frozenset(
     }
 )
 
-_LONGEST: Final = 128  # comparing takes time that grows with the product of the lengths
+_LONGEST: Final = 128  # the time of a comparison grows with the product of the lengths
 _SHORTEST_PART: Final = 4
 _SIMILAR: Final = 0.7  # of 1, by difflib's measure
-_NO_LETTER: Final = re.compile("[^a-z0-9]+")
-_ENDINGS: Final = re.compile(r"(completed?|finish(ed)?|done)?(events?)?$")  # nearly all have them: they say nothing
+_NOT_ALPHANUMERIC: Final = re.compile("[^a-z0-9]+")
+_ENDINGS: Final = re.compile(r"(completed?|finish(ed)?|done)?(events?)?$")  # nearly all types have one
 
 
 def documented_or_other(event_type: str) -> str:
-    """The type if Tencent documents it, else "other": one of a closed set, for the labels of metrics."""
+    """The type if Tencent documents it, else "other": a closed set for the labels of metrics."""
     return event_type if event_type in DOCUMENTED_EVENT_TYPES else OTHER
 
 
 def matches_documented(glob: str) -> bool:
-    """Whether a pattern takes a documented type.
+    """Whether a pattern matches a documented type.
 
     Args:
-        glob: As in a route's `event_types`.
+        glob: A pattern of a route's `event_types`.
     """
     return any(fnmatch.fnmatchcase(name, glob) for name in DOCUMENTED_EVENT_TYPES)
 
 
 def nearest_documented(glob: str) -> str | None:
-    """The documented type that a pattern probably means, None where none is near.
+    """The documented type that a pattern probably means; None if no type is similar.
 
     Args:
-        glob: One that takes no documented type: of another case, without the beginning or the end, or mistyped.
+        glob: A pattern that matches no documented type: with wrong case, without the beginning or the end, or mistyped.
     """
-    near = [(likeness, name) for name in DOCUMENTED_EVENT_TYPES if (likeness := _likeness(glob, name))]
+    near = [(similarity, name) for name in DOCUMENTED_EVENT_TYPES if (similarity := _similarity(glob, name))]
     return max(near)[1] if near else None
 
 
 def meant_for(event_type: str, globs: Iterable[str]) -> str | None:
-    """The pattern that was probably meant to take a type that it does not take, None where none was.
+    """The pattern that was probably meant to match a type but does not match it; None if there is none.
 
     Args:
-        event_type: As it came.
-        globs: The patterns of the routes that do not take it. One that takes a documented type is right as it is,
-            unless the type that came is one that is not documented.
+        event_type: The received type.
+        globs: The patterns of the routes that do not match it. A pattern that matches a documented type counts as
+            correct, unless the received type is not documented.
     """
     is_documented = event_type in DOCUMENTED_EVENT_TYPES
     near = [
-        (likeness, glob)
+        (similarity, glob)
         for glob in globs
-        if (likeness := _likeness(glob, event_type)) and not (is_documented and matches_documented(glob))
+        if (similarity := _similarity(glob, event_type)) and not (is_documented and matches_documented(glob))
     ]
     return max(near)[1] if near else None
 
 
-def _likeness(glob: str, name: str) -> float:
-    """How like a pattern is to a type, 0 to 1; 0 where it is not to be mentioned."""
+def _similarity(glob: str, name: str) -> float:
+    """The similarity of a pattern and a type, 0 to 1; 0 if it is too low to mention the pattern."""
     if max(len(glob), len(name)) > _LONGEST:
         return 0.0
-    letters = _NO_LETTER.sub("", glob.lower())
+    letters = _NOT_ALPHANUMERIC.sub("", glob.lower())
     if letters == name.lower():
         return 1.0
     part, whole = _ENDINGS.sub("", letters), _ENDINGS.sub("", name.lower())

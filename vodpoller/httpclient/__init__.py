@@ -1,1 +1,1 @@
-"""HTTP calls that end in time, and the words for what came of them."""
+"""HTTP calls with one time limit each, and the texts that describe their results."""

@@ -1,4 +1,4 @@
-"""Addresses: what of them may be shown, and by which proxy they are reached."""
+"""Addresses: the parts that may be shown, and the proxy through which an address is reached."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _SOCKS_PORT: Final = 1080
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What the environment says of calls to an address.
+    """The settings of the environment for calls to an address.
 
     Args:
-        proxy: The proxy by which the address is reached; empty if there is none.
-        problem: Why no call can be made; empty if one can.
+        proxy: The proxy through which the address is reached; empty if there is none.
+        problem: The reason why no call can be made; empty if calls are possible.
     """
 
     proxy: str
@@ -28,10 +28,10 @@ class Environment:
 
 
 def environment_of(url: str) -> Environment:
-    """Read `$http_proxy` and its kind, and `$no_proxy`.
+    """Read `$http_proxy`, `$https_proxy`, `$all_proxy` and `$no_proxy`.
 
     Args:
-        url: Where calls go.
+        url: The URL that is called.
     """
     with requests.Session() as session:
         found = session.merge_environment_settings(url, {}, stream=True, verify=True, cert=None)
@@ -40,7 +40,7 @@ def environment_of(url: str) -> Environment:
 
 
 def _problem_of(proxy: str, scheme: str) -> str:
-    """What is wrong with a proxy's address, without showing it: it may hold a password."""
+    """Describe what is wrong with a proxy's address. The text does not show it: it may hold a password."""
     if not proxy:
         return ""
     try:
@@ -50,19 +50,19 @@ def _problem_of(proxy: str, scheme: str) -> str:
         usable = False
     if not usable:
         return (
-            f"the proxy that the environment names (${scheme}_proxy or $all_proxy) has no address that can be used"
-            " (right: http://user:password@proxy.example:3128, with %23 for # and %2F for / in the password)"
+            f"the proxy in the environment (${scheme}_proxy or $all_proxy) does not have a usable address"
+            " (example: http://user:password@proxy.example:3128, with %23 for # and %2F for / in the password)"
         )
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
         return (
-            f"the proxy that the environment names (${scheme}_proxy or $all_proxy) is one for SOCKS"
-            " (install the package PySocks, or name a proxy for HTTP)"
+            f"the proxy in the environment (${scheme}_proxy or $all_proxy) is a SOCKS proxy"
+            " (install the package PySocks, or set an HTTP proxy)"
         )
     return ""
 
 
 def shown_url(url: str) -> str:
-    """A URL without what may be secret in it: credentials, query, fragment."""
+    """A URL without the parts that may be secret: credentials, query, fragment."""
     try:
         parts = urlsplit(url)
         port = f":{parts.port}" if parts.port else ""
@@ -72,28 +72,28 @@ def shown_url(url: str) -> str:
 
 
 def host_and_port(url: str) -> str:
-    """Where a URL, or a proxy's address, leads, as errors name it."""
+    """Host and port of a URL, or of a proxy's address, as error messages show them."""
     parts = proxy_parts(url)
     return f"{bracketed(parts.hostname)}:{port_of(parts)}"
 
 
 def host_header(url: str) -> str:
-    """What a request to a URL says in `Host`: the port only if it is not the scheme's own (RFC 9110, section 7.2)."""
+    """The `Host` header for a URL: with the port only if it is not the scheme's default (RFC 9110, section 7.2)."""
     parts = urlsplit(url)
     host = bracketed(parts.hostname) if parts.hostname else ""
     return host if parts.port in (None, _PORTS.get(parts.scheme)) else f"{host}:{parts.port}"
 
 
 def bracketed(host: str | None) -> str:
-    """A host as it stands before a colon and a port."""
+    """A host in the form that is written before a colon and a port: an IPv6 address in brackets."""
     return f"[{host}]" if host and ":" in host else host or "?"
 
 
 def port_of(parts: SplitResult) -> int:
-    """The port of an address, or of a proxy, given or not."""
+    """The port of an address or of a proxy; the scheme's default if none is given."""
     return parts.port or _PORTS.get(parts.scheme, _SOCKS_PORT)
 
 
 def proxy_parts(proxy: str) -> SplitResult:
-    """The parts of a proxy's address, which may come without a scheme."""
+    """The parts of a proxy's address, which may be written without a scheme."""
     return urlsplit(proxy if "://" in proxy else f"http://{proxy}")

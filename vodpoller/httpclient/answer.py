@@ -1,8 +1,8 @@
-"""An answer: read within the time of its call, and trusted as far as its end is certain (RFC 9112, section 6.3).
+"""An HTTP answer, read within the time limit of its call.
 
-A plain head is read here, since http.client takes each for an e-mail, which costs as much as all the rest of a call. A
-head that is not plain is left to http.client, from its first byte on; as two readers may not agree on where such an
-answer ends, no other answer is read from its connection.
+A plain head is parsed here: http.client uses the parser for e-mail, which takes as much CPU time as all other parts of
+a call. A head that is not plain is left to http.client, from its first byte on. Two parsers may not agree on where such
+an answer ends (RFC 9112, section 6.3), so no other answer is read from its connection.
 """
 
 import http.client
@@ -22,8 +22,8 @@ _HEAD_MAX_BYTES: Final = 1 << 16
 
 _NAME: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD: Final = re.compile(rf"({_NAME}):[\t ]*([\t -~]*)\r\n")
-# The lines of a plain head so far, and the empty one at its end if that has come. With it, they are 100 at most, of
-# which the last is empty: http.client's own bound.
+# The lines of a plain head that have been received, and the empty line at its end if it has been received too. At most
+# 100 header lines with the empty one, the same bound as in http.client.
 _LINES: Final = re.compile(
     rb"HTTP/1\.(?P<minor>[01]) (?P<status>[1-5][0-9]{2})(?: (?P<reason>[\t -~]*))?\r\n"
     rb"(?P<fields>(?:" + _NAME.encode() + rb":[\t -~]*\r\n){0,99})"
@@ -34,12 +34,12 @@ _WITHOUT_BODY: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED
 
 
 class Incoming(io.RawIOBase):
-    """What a socket brings in while there is time. Stands in the socket's place for http.client.
+    """The bytes that a socket receives before the deadline. http.client gets it in place of the socket.
 
     Attributes:
-        has_begun: Whether any byte came.
+        has_begun: Whether any byte has been received.
         at_end: Whether the other side has closed the connection.
-        left_over: Whether bytes came that are not of the answer; known when it is closed.
+        left_over: Whether there are bytes after the answer; known when the answer is closed.
     """
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
@@ -53,29 +53,29 @@ class Incoming(io.RawIOBase):
         self.left_over = False
 
     def final_head(self) -> re.Match[bytes] | None:
-        """Wait for the answer's head, skip interim answers before it, and leave it unread.
+        """Wait for the head of the final answer and skip interim answers before it. The head stays unread.
 
         RFC 9110, section 15.2: any number of interim answers (1xx) may come first; http.client knows 100 only.
 
         Returns:
-            None, as soon as that is certain, if it is not plain.
+            The head; None, as soon as that is certain, if it is not plain.
 
         Raises:
-            UnforeseenAnswerError: An interim answer is not one that may be skipped.
+            UnforeseenAnswerError: An interim answer must not be skipped, or there are too many of them.
         """
         for _ in range(1 + _INTERIM_MAX):
             head = self._next_head()
             if head is None or head["status"] >= b"200":
                 return head
             if head["status"] == b"101":
-                raise UnforeseenAnswerError("wants to switch to another protocol (101), which was not asked for")
+                raise UnforeseenAnswerError("wants to switch to another protocol (101), which was not requested")
             self.skip(head.end())
         raise UnforeseenAnswerError(f"sent more than {_INTERIM_MAX} interim answers (1xx)")
 
     def _next_head(self) -> re.Match[bytes] | None:
         piece = self._unread or self._receive()
         while piece:
-            if b"\n" in piece:  # else one that sends byte by byte has them all looked at for each
+            if b"\n" in piece:  # else the whole head would be parsed for each byte if they arrive one by one
                 lines = _LINES.match(self._unread)
                 if lines is not None and lines["end"]:
                     return lines
@@ -90,16 +90,16 @@ class Incoming(io.RawIOBase):
             return b""
         self._sock.settimeout(self._deadline.left_secs())
         piece = self._sock.recv(wanted_bytes)
-        self._note(len(piece))
+        self._record(len(piece))
         self._unread += piece
         return piece
 
-    def _note(self, number: int) -> None:
+    def _record(self, number: int) -> None:
         self.has_begun = self.has_begun or number > 0
         self.at_end = number == 0
 
     def skip(self, number: int) -> None:
-        """Take a number of bytes, which have come, for read."""
+        """Mark a number of received bytes as read."""
         self._unread = self._unread[number:]
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -121,17 +121,17 @@ class Incoming(io.RawIOBase):
             return len(piece)
         self._sock.settimeout(self._deadline.left_secs())
         number = self._sock.recv_into(buffer)
-        self._note(number)
+        self._record(number)
         return number
 
     def end(self, reader: io.BufferedReader) -> None:
-        """Bring in no more; what is unread, here or in the reader, is left over."""
+        """Read no more from the socket; bytes that are unread, here or in the reader, are left over."""
         self._ended = True
         self.left_over = bool(self._unread or reader.peek(1))
 
 
 class _Reader(io.BufferedReader):
-    """http.client closes it when the answer is read to its end."""
+    """The file that http.client reads; http.client closes it when the answer has been read to its end."""
 
     def close(self) -> None:
         if not self.closed:
@@ -140,13 +140,13 @@ class _Reader(io.BufferedReader):
 
 
 class HttpAnswer(http.client.HTTPResponse):
-    """An answer as http.client has it.
+    """An answer with the interface of http.client.
 
     Attributes:
-        will_close: Whether the connection is not to be used again after it.
+        will_close: Whether the connection must not be used again after this answer.
     """
 
-    headers: HTTPHeaderDict  # type: ignore[assignment] # of what http.client does with them, all but parsing
+    headers: HTTPHeaderDict  # type: ignore[assignment] # it has all methods that http.client calls after parsing
 
     def __init__(self, incoming: Incoming, method: str | None) -> None:
         super().__init__(cast("socket.socket", incoming), method=method)
@@ -155,20 +155,20 @@ class HttpAnswer(http.client.HTTPResponse):
     def begin(self) -> None:
         """Read the head."""
         head = self.incoming.final_head()
-        if head is not None and self._takes(head):
+        if head is not None and self._accepts(head):
             self.incoming.skip(head.end())
             return
         super().begin()
-        if self.incoming.at_end:  # http.client takes that for the head's end
+        if self.incoming.at_end:  # http.client takes the connection's end for the end of the head
             raise http.client.IncompleteRead(b"")
         self.headers = HTTPHeaderDict((name, _unfolded(value)) for name, value in self.headers.items())
         self.will_close = True
 
     def flush(self) -> None:
-        """Nothing is written to it. http.client flushes what it reads from, which may be freed before this is."""
+        """Do nothing: an answer is only read. http.client would flush its file, which may already be freed."""
 
-    def _takes(self, head: re.Match[bytes]) -> bool:
-        """Take a plain head, unless it says in no clear way, or in several, where the answer ends."""
+    def _accepts(self, head: re.Match[bytes]) -> bool:
+        """Use a plain head, if it states clearly where the answer ends; else return False."""
         status = int(head["status"])
         is_current = head["minor"] == b"1"
         headers = HTTPHeaderDict(_FIELD.findall(head["fields"].decode()))
@@ -186,9 +186,9 @@ class HttpAnswer(http.client.HTTPResponse):
         self.headers = self.msg = headers  # type: ignore[assignment] # as above
         self.chunked, self.chunk_left = coding is not None, None
         self.length = 0 if status in _WITHOUT_BODY else None if length is None else int(length)
-        wish = headers.get("Connection", "").lower()
+        options = headers.get("Connection", "").lower()
         has_end = self.chunked or self.length is not None
-        self.will_close = not has_end or "close" in wish or not (is_current or "keep-alive" in wish)
+        self.will_close = not has_end or "close" in options or not (is_current or "keep-alive" in options)
         return True
 
     def _read_status(self) -> tuple[str, int, str]:
@@ -207,5 +207,5 @@ class HttpAnswer(http.client.HTTPResponse):
 
 
 def _unfolded(value: str) -> str:
-    """RFC 9112, section 5.2: a value over several lines is one with blanks in their place."""
+    """Join a value that spans several lines with blanks (RFC 9112, section 5.2)."""
     return " ".join(map(str.strip, value.splitlines())) if "\n" in value or "\r" in value else value

@@ -1,7 +1,7 @@
-"""Connections whose every step keeps to a deadline, and that know whether they can be used again.
+"""Connections on which every step keeps to a deadline, and that know whether they can be used again.
 
-Request and answer belong together: a connection is used again only if nothing came on it but whole answers whose end
-was certain (RFC 9112, sections 6.3 and 9.3).
+An answer must not be taken for the answer to another request: a connection is used again only if it has received
+nothing but complete answers whose end was certain (RFC 9112, sections 6.3 and 9.3).
 """
 
 import errno
@@ -24,17 +24,18 @@ from vodpoller.httpclient.words import ForbiddenAddressError
 
 _T = TypeVar("_T")
 
-# What is sent at once: no more than one record of TLS, since Python starts the timeout anew with each of them.
+# Sent in one call of `sendall`: at most one TLS record, since Python restarts the timeout with each record.
 PIECE_BYTES: Final = 1 << 14
-# Less than what firewalls and load balancers forget connections after: those of the large clouds after 60 s to 350 s.
+# Shorter than the time after which firewalls and load balancers drop an idle connection: 60 s to 350 s in the large
+# clouds.
 IDLE_MAX_SECS: Final = 30.0
-# What a peer that does not even acknowledge a request on a connection that was idle gets of the time to connect.
-_SILENCE_SHARE: Final = 1 / 3
+# On a connection that was idle: the share of the time to connect within which the peer must acknowledge the request.
+_ACKNOWLEDGEMENT_SHARE: Final = 1 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
-    """What connections of one client have in common; see `transport.DeadlineAdapter`."""
+class ConnectPolicy:
+    """How all connections of one client are made; the fields are those of `transport.DeadlineAdapter`."""
 
     resolve: Callable[..., list[Any]]
     permits: Callable[[str], bool]
@@ -42,20 +43,20 @@ class Reach:
 
 
 class BoundedConnection(HTTPConnection):
-    """A connection whose every step keeps to the deadline of the call that it serves, which is its `timeout`.
+    """A connection on which every step keeps to the deadline of the current call, which is its `timeout`.
 
     Attributes:
-        idle_since: Since when no call uses it; None as long as it has served none.
+        idle_since: Monotonic time at which the last call ended; None before the end of the first call.
     """
 
-    def __init__(self, reach: Reach, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, policy: ConnectPolicy, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._reach = reach
+        self._policy = policy
         self._answer: HttpAnswer | None = None
         self.idle_since: float | None = None
 
     def left_secs(self) -> float:
-        """What the call has left, as `Deadline.left_secs`."""
+        """The time that the call has left, as `Deadline.left_secs`."""
         return cast("Deadline", self.timeout).left_secs()
 
     def connect(self) -> None:
@@ -65,20 +66,23 @@ class BoundedConnection(HTTPConnection):
         super().connect()
 
     @property
-    def has_heard(self) -> bool:
-        """Whether a byte of the answer to its last request came."""
+    def has_answer_begun(self) -> bool:
+        """Whether a byte of the answer to the last request has been received."""
         return self._answer is not None and self._answer.incoming.has_begun
 
-    def rest(self) -> None:
-        """No call uses it from now on. It closes if it cannot be trusted with another one."""
-        self.idle_since = self._reach.monotonic()
+    def end_use(self) -> None:
+        """End the use by a call. The connection is closed if another call cannot use it safely."""
+        self.idle_since = self._policy.monotonic()
         answer = self._answer
-        is_over = answer is not None and answer.isclosed() and not answer.will_close and not answer.incoming.left_over
-        if not is_over or self._holds_more():
+        is_clean = answer is not None and answer.isclosed() and not answer.will_close and not answer.incoming.left_over
+        if not is_clean or self._has_more_tls_data():
             self.close()
 
-    def _holds_more(self) -> bool:
-        """Whether TLS has read more than the answer. The pool sees what is not read yet, even the connection's end."""
+    def _has_more_tls_data(self) -> bool:
+        """Whether the TLS layer has read more than the answer.
+
+        The pool itself notices bytes that the socket still holds, and the end of the connection.
+        """
         if not isinstance(self, HTTPSConnection):
             return False
         try:
@@ -91,31 +95,34 @@ class BoundedConnection(HTTPConnection):
         return True
 
     def is_stale(self) -> bool:
-        """Whether it has been idle for so long that what is in between may have forgotten it."""
-        return self.idle_since is not None and self._reach.monotonic() - self.idle_since > IDLE_MAX_SECS
+        """Whether it has been idle for so long that a firewall or load balancer may have dropped it."""
+        return self.idle_since is not None and self._policy.monotonic() - self.idle_since > IDLE_MAX_SECS
 
     @property
     def has_time(self) -> bool:
-        """Whether anything is left of the time of the call."""
+        """Whether the call has any time left."""
         try:
             return self.left_secs() > 0
         except TimeoutError:
             return False
 
-    def wake(self) -> None:
-        """A call uses it again. The kernel gives up soon if nothing is acknowledged: a firewall may swallow it all."""
+    def reuse(self) -> None:
+        """Begin another call on an idle connection.
+
+        The kernel gives up early if nothing is acknowledged: a firewall may discard all packets of an idle connection.
+        """
         self._answer = None
         option = getattr(socket, "TCP_USER_TIMEOUT", None)  # tcp(7): milliseconds, Linux only
         if option is not None and isinstance(self.sock, socket.socket):
-            self.sock.setsockopt(socket.IPPROTO_TCP, option, int(self.left_secs() * _SILENCE_SHARE * 1000) + 1)
+            self.sock.setsockopt(socket.IPPROTO_TCP, option, int(self.left_secs() * _ACKNOWLEDGEMENT_SHARE * 1000) + 1)
 
     def send(self, data: Any) -> None:
         """As in http.client, piece by piece."""
-        rest = memoryview(data)
-        while rest:
+        unsent = memoryview(data)
+        while unsent:
             self.sock.settimeout(self.left_secs())
-            self.sock.sendall(rest[:PIECE_BYTES])
-            rest = rest[PIECE_BYTES:]
+            self.sock.sendall(unsent[:PIECE_BYTES])
+            unsent = unsent[PIECE_BYTES:]
 
     def _tunnel(self) -> None:
         super()._tunnel()
@@ -129,10 +136,10 @@ class BoundedConnection(HTTPConnection):
         return self._answer
 
     def read_head(self, method: str | None) -> HttpAnswer:
-        """The answer to the request that was sent, its body not read.
+        """Read the head of the answer to the request that was sent. Its body stays unread.
 
         Args:
-            method: Of the request.
+            method: The method of the request.
         """
         answer = self.response_class(self.sock, method=method)
         try:
@@ -144,12 +151,12 @@ class BoundedConnection(HTTPConnection):
 
 
 class Connection(BoundedConnection):
-    """One that looks up names and connects within the deadline, too."""
+    """A connection that also looks up names and connects within the deadline."""
 
     def _new_conn(self) -> socket.socket:
-        """A connected socket; errors as urllib3's own method has them."""
+        """A connected socket. Raises the same errors as urllib3's method."""
         try:
-            return self._first_that_answers(self._look_up())
+            return self._connect_any(self._look_up())
         except socket.gaierror as error:
             raise NameResolutionError(self.host, self, error) from error
         except TimeoutError as error:
@@ -159,23 +166,23 @@ class Connection(BoundedConnection):
 
     def _look_up(self) -> list[Any]:
         host = self._dns_host.strip("[]")
-        look_up = partial(self._reach.resolve, host, self.port or self.default_port, type=socket.SOCK_STREAM)
-        found = look_up() if _is_address(host) else _within(look_up, self.left_secs())
+        look_up = partial(self._policy.resolve, host, self.port or self.default_port, type=socket.SOCK_STREAM)
+        found = look_up() if _is_address(host) else _run_with_timeout(look_up, self.left_secs())
         if self.proxy is not None:
             return found
-        permitted = [entry for entry in found if self._reach.permits(entry[4][0])]
+        permitted = [entry for entry in found if self._policy.permits(entry[4][0])]
         if found and not permitted:
             raise ForbiddenAddressError(found[0][4][0])
         return permitted
 
-    def _first_that_answers(self, addresses: list[Any]) -> socket.socket:
+    def _connect_any(self, addresses: list[Any]) -> socket.socket:
         failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
         for tried, (family, kind, protocol, _, address) in enumerate(addresses):
             sock = socket.socket(family, kind, protocol)
             try:
                 for option in self.socket_options or ():
                     sock.setsockopt(*option)
-                # An address that swallows packets must leave time for the next one.
+                # An address that does not answer must leave time for the next one.
                 sock.settimeout(self.left_secs() / (len(addresses) - tried))
                 sock.connect(address)
                 sock.settimeout(self.left_secs())  # for TLS, whose handshake is one operation
@@ -188,7 +195,7 @@ class Connection(BoundedConnection):
 
 
 class TlsConnection(Connection, HTTPSConnection):
-    """The same, encrypted."""
+    """A connection that is also encrypted."""
 
 
 def _is_address(host: str) -> bool:
@@ -199,14 +206,18 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _within(work: Callable[[], _T], timeout_secs: float) -> _T:
-    """What a function returns or raises, or a TimeoutError; it goes on in its thread then."""
+def _run_with_timeout(work: Callable[[], _T], timeout_secs: float) -> _T:
+    """Run a function in a thread and return what it returns, or raise what it raises.
+
+    Raises:
+        TimeoutError: The time is over. The function continues in its thread.
+    """
     done: Future[_T] = Future()
 
     def run() -> None:
         try:
             done.set_result(work())
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+        except Exception as error:  # noqa: BLE001 - raised again in the waiting thread
             done.set_exception(error)
 
     threading.Thread(target=run, name="lookup", daemon=True).start()

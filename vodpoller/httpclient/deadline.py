@@ -5,7 +5,7 @@ from typing import Self
 
 
 class Deadline(float):
-    """A timeout that knows when it ends: urllib3 takes it for the number that it is."""
+    """A timeout in seconds that knows when it ends. urllib3 uses it as an ordinary number."""
 
     __slots__ = ("_ends_at", "_monotonic")
 
@@ -13,27 +13,30 @@ class Deadline(float):
     _monotonic: Callable[[], float]
 
     def __new__(cls, secs: float, monotonic: Callable[[], float]) -> Self:
-        """It begins now."""
+        """Start the time now."""
         made = super().__new__(cls, secs)
         made._ends_at = monotonic() + secs
         made._monotonic = monotonic
         return made
 
     def left_secs(self) -> float:
-        """How long it may still take.
+        """The number of seconds that are left.
 
         Raises:
             TimeoutError: No time is left.
         """
         left_secs = self._ends_at - self._monotonic()
         if left_secs <= 0:
-            raise TimeoutError("the time of the call is over")
+            raise TimeoutError("the time limit of the call is over")
         return left_secs
 
-    def anew(self, whole: "Deadline") -> "Deadline":
-        """As long again from now on, but no longer than another one lasts.
+    def restarted(self, total: "Deadline") -> "Deadline":
+        """A deadline of the same length that starts now and ends no later than another one.
+
+        Args:
+            total: The other deadline.
 
         Raises:
-            TimeoutError: That one is over.
+            TimeoutError: The other deadline is over.
         """
-        return Deadline(min(self, whole.left_secs()), self._monotonic)
+        return Deadline(min(self, total.left_secs()), self._monotonic)

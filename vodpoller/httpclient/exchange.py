@@ -1,6 +1,7 @@
 """One request and its answer, on a connection of a pool.
 
-What requests' adapter and urllib3's `urlopen` do beside that is not wanted here, and costs more than what is.
+The adapter of requests and `urlopen` of urllib3 do more than that. The additional work is not wanted here, and takes
+more CPU time than the exchange itself.
 """
 
 import http.client
@@ -19,7 +20,7 @@ from vodpoller.httpclient.deadline import Deadline
 from vodpoller.httpclient.pool import Pool
 
 _FIRST_LINE: Final = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.1")
-# RFC 9110, section 5.5: neither a line's end, nor any other control character but the tab.
+# RFC 9110, section 5.5: no end of line, and no other control character except the tab.
 _FIELD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~\x80-\xff]*")
 
 
@@ -38,10 +39,10 @@ class Route:
     """How requests to a URL are sent.
 
     Args:
-        pool: Has connections to its host, or to a proxy.
-        tunnels: Whether the proxy is to make a tunnel to the host.
-        target: What its requests ask for.
-        headers: What each request says if it says nothing else.
+        pool: The pool of connections to the URL's host, or to a proxy.
+        tunnels: Whether the proxy must make a tunnel to the host.
+        target: The request target in the first line of a request.
+        headers: Headers for each request that does not have its own of the same name.
     """
 
     pool: Pool
@@ -50,20 +51,20 @@ class Route:
     headers: Mapping[str, str]
 
 
-def exchange(route: Route, request: PreparedRequest, connect: Deadline, whole: Deadline) -> Exchanged:
+def exchange(route: Route, request: PreparedRequest, connect: Deadline, total: Deadline) -> Exchanged:
     """Send a request and read the head of its answer.
 
-    If a connection that was idle breaks before a byte of the answer came, the request is sent again on a new one.
+    If a connection that was idle breaks before a byte of the answer arrives, the request is sent again on a new one.
 
     Args:
-        route: Of its URL.
-        request: Its body, if it has one, is bytes.
-        connect: For the part until the request is sent.
-        whole: For all of it; reading the body keeps to it, too.
+        route: The route of the request's URL.
+        request: A request whose body, if it has one, is bytes.
+        connect: The deadline for the part until the request is sent.
+        total: The deadline for the whole exchange, including reading the body.
 
     Raises:
         ValueError: The request holds a character that cannot be sent.
-        urllib3.exceptions.HTTPError: No answer came.
+        urllib3.exceptions.HTTPError: No answer was received.
         http.client.HTTPException: The same.
         OSError: The same.
     """
@@ -71,33 +72,33 @@ def exchange(route: Route, request: PreparedRequest, connect: Deadline, whole: D
     connection = route.pool.take()
     was_idle = not connection.is_closed
     try:
-        return _ask(route, connection, request.method, pieces, connect, whole)
+        return _attempt(route, connection, request.method, pieces, connect, total)
     except (HTTPError, http.client.HTTPException, OSError):
-        if not was_idle or connection.has_heard or not connection.has_time:
+        if not was_idle or connection.has_answer_begun or not connection.has_time:
             raise
-    answer = _ask(route, route.pool.take(is_new=True), request.method, pieces, connect.anew(whole), whole)
+    answer = _attempt(route, route.pool.take(is_new=True), request.method, pieces, connect.restarted(total), total)
     answer.is_repeated = True
     return answer
 
 
-def _ask(
+def _attempt(
     route: Route,
     connection: BoundedConnection,
     method: str | None,
     pieces: tuple[bytes, ...],
     connect: Deadline,
-    whole: Deadline,
+    total: Deadline,
 ) -> Exchanged:
     try:
         connection.timeout = connect
         if connection.is_closed:
             route.pool.open(connection, tunnels=route.tunnels)
         else:
-            connection.wake()
-        with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may have come before
+            connection.reuse()
+        with suppress(BrokenPipeError, ConnectionResetError):  # the peer may have sent a refusal before
             for piece in pieces:
                 connection.send(piece)
-        connection.timeout = whole
+        connection.timeout = total
         answer = connection.read_head(method)
         return Exchanged(
             body=answer,
@@ -118,10 +119,10 @@ def _ask(
 
 
 def _pieces(route: Route, request: PreparedRequest) -> tuple[bytes, ...]:
-    """Head and body; in one piece if they fit into one."""
+    """Head and body, as one piece if they fit into it."""
     body = request.body or b""
     if not isinstance(body, bytes):
-        raise TypeError(f"the body of a request is bytes, not {type(body).__name__}")
+        raise TypeError(f"the body of a request must be bytes, not {type(body).__name__}")
     head = _head(request, route.target, {**route.headers, "Content-Length": str(len(body))} if body else route.headers)
     return (head + body,) if len(head) + len(body) <= PIECE_BYTES else (head, body)
 

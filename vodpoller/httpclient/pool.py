@@ -1,4 +1,4 @@
-"""Pools that keep connections while they can be trusted to bring the answer to the next request, and nothing else."""
+"""Pools that keep a connection only if the next bytes on it must be the answer to the next request."""
 
 import socket
 from collections.abc import Callable, Mapping
@@ -7,35 +7,35 @@ from typing import Any, cast
 
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from vodpoller.httpclient.connection import BoundedConnection, Connection, Reach, TlsConnection
+from vodpoller.httpclient.connection import BoundedConnection, Connection, ConnectPolicy, TlsConnection
 
 PoolClasses = Mapping[str, Callable[..., "Pool"]]
-"""What makes the pools of a scheme."""
+"""For each scheme, the callable that makes its pools."""
 
 
 class Pool(HTTPConnectionPool):
-    """As in urllib3, whose answers give their connections back when they are read to their end."""
+    """A pool of urllib3, to which an answer returns its connection when it has been read to its end."""
 
     def take(self, *, is_new: bool = False) -> BoundedConnection:
-        """A connection that is open and idle, or else one that is not open yet.
+        """Take a connection that is open and idle; if there is none, one that is not open yet.
 
         Args:
-            is_new: It shall not be an idle one.
+            is_new: Do not take an idle one.
 
         Raises:
             urllib3.exceptions.ClosedPoolError: The pool is closed.
         """
         connection = cast("BoundedConnection", self._get_conn())
         if is_new or connection.is_stale():
-            connection.close()  # one that is closed connects anew
+            connection.close()  # a closed connection connects again when it is used
         return connection
 
     def open(self, connection: BoundedConnection, *, tunnels: bool) -> None:
         """Connect.
 
         Args:
-            connection: Of this pool.
-            tunnels: Whether through the pool's proxy to the host, not to the proxy alone.
+            connection: A connection of this pool.
+            tunnels: Connect to the host through the pool's proxy, not only to the proxy.
         """
         if tunnels:
             self._prepare_proxy(connection)
@@ -44,28 +44,28 @@ class Pool(HTTPConnectionPool):
 
     def _put_conn(self, conn: Any) -> None:
         if conn is not None and not conn.is_closed:
-            conn.rest()
+            conn.end_use()
         super()._put_conn(conn)
 
 
 class TlsPool(Pool, HTTPSConnectionPool):
-    """The same, encrypted."""
+    """A pool of encrypted connections."""
 
 
-def pool_classes(reach: Reach) -> PoolClasses:
-    """The pools of hosts, and of proxies for HTTP, by scheme.
+def pool_classes(policy: ConnectPolicy) -> PoolClasses:
+    """The pool makers for hosts and for HTTP proxies, by scheme.
 
     Args:
-        reach: Of their connections.
+        policy: How the connections are made.
     """
     return {
-        "http": partial(_make_pool, Pool, partial(Connection, reach)),
-        "https": partial(_make_pool, TlsPool, partial(TlsConnection, reach)),
+        "http": partial(_make_pool, Pool, partial(Connection, policy)),
+        "https": partial(_make_pool, TlsPool, partial(TlsConnection, policy)),
     }
 
 
 class _BoundedSocks(BoundedConnection):
-    """PySocks gives each of its own steps the whole time; TLS, which comes then, gets what is left of it."""
+    """PySocks gives each of its steps the full timeout; the TLS handshake after them gets the time that is left."""
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()
@@ -77,17 +77,17 @@ class _BoundedSocks(BoundedConnection):
         return sock
 
 
-def socks_pool_classes(classes: Mapping[str, Any], reach: Reach) -> PoolClasses:
-    """The pools of a proxy for SOCKS, by scheme. They connect in their own way, which needs a package of its own.
+def socks_pool_classes(classes: Mapping[str, Any], policy: ConnectPolicy) -> PoolClasses:
+    """The pool makers for a SOCKS proxy, by scheme. Their connections are made by the optional package PySocks.
 
     Args:
-        classes: Those of urllib3.
-        reach: Of their connections.
+        classes: The pool classes of urllib3.
+        policy: How the connections are made.
     """
     pools: dict[str, Callable[..., Pool]] = {}
     for scheme, pool_class in classes.items():
         connection = type("_SocksConnection", (_BoundedSocks, pool_class.ConnectionCls), {})
-        pools[scheme] = partial(_make_pool, type("_SocksPool", (Pool, pool_class), {}), partial(connection, reach))
+        pools[scheme] = partial(_make_pool, type("_SocksPool", (Pool, pool_class), {}), partial(connection, policy))
     return pools
 
 

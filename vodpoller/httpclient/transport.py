@@ -1,11 +1,11 @@
-"""HTTP calls that end in time, whatever the other side does.
+"""HTTP calls that end within their time limit, whatever the other side does.
 
-requests and urllib3 have timeouts for one operation of a socket: a peer that sends a byte now and then is waited for
-without end, and none bounds the lookup of a name (urllib3's `total` is the sum of two such operations only). Here each
-operation gets what is left of the whole call's time. All else is theirs: pools, TLS, proxies, bodies of answers and
-what their heads may hold, which is 100 lines of 64 KiB.
+The timeouts of requests and urllib3 are for one operation of a socket: a call to a peer that sends a byte now and then
+never ends, and no timeout bounds the lookup of a name (urllib3's `total` is only the sum of two such operations). Here
+each operation gets the time that is left of the whole call. Everything else is left to these libraries: pools, TLS,
+proxies, bodies of answers and the limits of their heads, which are 100 lines of 64 KiB.
 
-A connection that was idle for long, or that breaks when it is used again, is replaced.
+A connection that was idle for a long time, or that breaks when it is used again, is replaced.
 """
 
 import http.client
@@ -31,30 +31,30 @@ from urllib3.exceptions import (
 
 from vodpoller.errors import ConfigError
 from vodpoller.httpclient.address import Environment, host_header, port_of, proxy_parts
-from vodpoller.httpclient.connection import Reach
+from vodpoller.httpclient.connection import ConnectPolicy
 from vodpoller.httpclient.deadline import Deadline
 from vodpoller.httpclient.exchange import Exchanged, Route, exchange
 from vodpoller.httpclient.pool import Pool, pool_classes, socks_pool_classes
 from vodpoller.httpclient.trust import Roots, RootsError
 from vodpoller.httpclient.words import UnusableProxyError
 
-# All that a call, or reading a body, may raise. `failure_text` says what it means.
+# All errors that a call, or reading a body, may raise. `failure_text` describes them.
 CALL_ERRORS: Final = (requests.RequestException, HTTPError, http.client.HTTPException, OSError, ValueError)
 
 
 def was_repeated(response: requests.Response) -> bool:
     """Whether the request was sent twice: the first time on a connection that had been idle and broke before an answer.
 
-    What was asked for may have been done at the first time already.
+    The receiver may already have processed the first request.
 
     Args:
-        response: What `send_within` returned.
+        response: The response that `send_within` returned.
     """
     return isinstance(response.raw, Exchanged) and response.raw.is_repeated
 
 
 class Transport(Protocol):
-    """What sends requests: `DeadlineAdapter`, or what a test has in its place."""
+    """Sends requests: `DeadlineAdapter`, or a replacement for it in a test."""
 
     def send_within(
         self,
@@ -77,23 +77,24 @@ class Transport(Protocol):
 
 
 class DeadlineAdapter:
-    """Sends requests, each with one time limit for all of it: lookup, connection, TLS, request, answer and its body.
+    """Sends requests, each with one time limit for all steps: lookup, connection, TLS, request, answer and its body.
 
-    It takes what requests prepares, and answers and fails as its adapters do, but has no session: what that adds
-    (redirects, whose bodies it reads without bound, cookies, a look at the environment and at ~/.netrc for each
-    request) is not wanted where it is used.
+    It takes prepared requests and returns and raises the same as the adapters of requests, but has no session. What a
+    session adds is not wanted here: redirects (whose bodies it reads without a limit), cookies, and reading the
+    environment and ~/.netrc for each request.
 
-    A request on a connection that was idle, and broke before a byte of an answer came, is sent again on a new one
-    within the same time limit. The receiver must be able to take it twice, or the caller ask `was_repeated`.
+    If a connection that was idle breaks before a byte of the answer arrives, the request is sent again on a new
+    connection within the same time limit. Either the receiver must tolerate the same request twice, or the caller must
+    check `was_repeated`.
 
     Args:
-        connections: The number that is kept open for each host.
-        ca_file: PEM with what vouches for certificates; None is what the environment says, or the public CAs.
-        resolve: In place of `socket.getaddrinfo`. A name is looked up once for each connection, in a thread that is
-            left to itself when the time is over: the C library offers no other way out.
-        permits: Asked for each address that a name resolves to whether to connect to it. It is not asked for the
-            address of a proxy.
-        monotonic: The clock, in seconds.
+        connections: The number of idle connections that are kept open for each host.
+        ca_file: PEM file with the trusted root certificates; None: those of the environment, or the public CAs.
+        resolve: Replacement for `socket.getaddrinfo`. A name is looked up once for each connection, in a thread. When
+            the time is over, the thread is abandoned, since the C library cannot cancel a lookup.
+        permits: Called with each address that a name resolves to; returns whether a connection to it is permitted. It
+            is not called for the address of a proxy.
+        monotonic: The monotonic clock, in seconds.
     """
 
     def __init__(
@@ -107,30 +108,30 @@ class DeadlineAdapter:
     ) -> None:
         self._monotonic = monotonic
         self._roots = Roots(ca_file)
-        self._reach = Reach(resolve=resolve or socket.getaddrinfo, permits=permits, monotonic=monotonic)
-        # requests knows what urllib3 has to be told of pools and proxies; nothing is sent by it.
+        self._policy = ConnectPolicy(resolve=resolve or socket.getaddrinfo, permits=permits, monotonic=monotonic)
+        # Used only to configure the pools and proxies of urllib3; it sends nothing.
         self._requests = HTTPAdapter(pool_maxsize=connections)
-        self._pool_classes = pool_classes(self._reach)
+        self._pool_classes = pool_classes(self._policy)
         self._requests.poolmanager.pool_classes_by_scheme = self._pool_classes
         self._last_route: tuple[object, Route | None] = (None, None)
-        self._making_manager = threading.Lock()
+        self._manager_lock = threading.Lock()
 
     def check_roots(self) -> None:
-        """Read what vouches for certificates now, not at the first https call.
+        """Read the root certificates now instead of at the first https call.
 
         Raises:
-            RootsError: It cannot be read.
+            RootsError: They cannot be read.
         """
         self._roots.context()
 
     def reread_roots(self, key: str) -> None:
-        """Read what vouches for certificates again, for all connections that are used from now on.
+        """Read the root certificates again, for all calls that begin from now on.
 
         Args:
-            key: The configuration's, for the message.
+            key: The key of the configuration that the error message names.
 
         Raises:
-            ConfigError: It cannot be read; what was read before stays in use.
+            ConfigError: They cannot be read; those that were read before stay in use.
         """
         try:
             self._roots.reread()
@@ -150,48 +151,48 @@ class DeadlineAdapter:
         """Send a request and read the head of its answer. Reading the body from `raw` keeps to the same time limit.
 
         Args:
-            request: Its body, if it has one, is bytes.
-            environment: Of its URL.
-            timeout_secs: More than 0.
-            connect_secs: For the part until the request is sent; all of `timeout_secs` unless told otherwise.
+            request: A request whose body, if it has one, is bytes.
+            environment: The environment of its URL.
+            timeout_secs: The time limit in seconds; more than 0.
+            connect_secs: The time limit for the part until the request is sent; None: the same as `timeout_secs`.
 
         Returns:
-            The answer, its body not read. The caller closes it.
+            The answer with its body unread. The caller closes it.
 
         Raises:
-            requests.RequestException: There is none. `failure_text` says why.
-            RootsError: What vouches for certificates cannot be read.
-            UnusableProxyError: The environment names one.
-            ValueError: A header cannot be sent, or there was no time.
+            requests.RequestException: There is no answer. `failure_text` describes the reason.
+            RootsError: The root certificates cannot be read.
+            UnusableProxyError: The proxy in the environment cannot be used.
+            ValueError: The head of the request holds a character that cannot be sent.
         """
         if environment.problem:
             raise UnusableProxyError(environment.problem)
         try:
-            route = self._route(request, environment)  # before the time begins: the first time, it reads certificates
-            whole = Deadline(timeout_secs, self._monotonic)
-            connect = whole if connect_secs is None else Deadline(min(connect_secs, timeout_secs), self._monotonic)
-            answer = exchange(route, request, connect, whole)
+            route = self._route(request, environment)  # before the time starts: the first call reads certificates
+            total = Deadline(timeout_secs, self._monotonic)
+            connect = total if connect_secs is None else Deadline(min(connect_secs, timeout_secs), self._monotonic)
+            answer = exchange(route, request, connect, total)
         except (RootsError, requests.RequestException):
             raise
         except (HTTPError, http.client.HTTPException, OSError) as error:
-            raise _as_requests_says(error, request) from error
+            raise _as_requests_error(error, request) from error
         return _Response(request, answer)
 
     def connect_within(self, url: str, environment: Environment, timeout_secs: float) -> float | None:
         """Make the connection that a request would use, TLS included, and close it. Nothing is sent.
 
-        If a proxy is in between, the connection ends there.
+        If there is a proxy, the connection is made to the proxy only.
 
         Args:
-            url: Where a request would go.
-            environment: Of the URL.
-            timeout_secs: More than 0.
+            url: The URL of such a request.
+            environment: The environment of the URL.
+            timeout_secs: The time limit in seconds; more than 0.
 
         Returns:
-            When the certificate of the other side ends, in seconds since 1970; None if there is none.
+            The end of validity of the other side's certificate, in seconds since 1970; None if it has no certificate.
 
         Raises:
-            urllib3.exceptions.HTTPError: It cannot be made. `failure_text` says why.
+            urllib3.exceptions.HTTPError: The connection cannot be made. `failure_text` describes the reason.
             OSError: The same.
             RootsError: As `send_within`.
             UnusableProxyError: As `send_within`.
@@ -217,9 +218,10 @@ class DeadlineAdapter:
         self._requests.close()
 
     def _route(self, request: requests.PreparedRequest, environment: Environment) -> Route:
-        """How it goes; that of the last request is kept, since looking for it costs as much as all else.
+        """The route of a request.
 
-        The environment, and so the proxy, is the same for a URL each time.
+        The route of the last request is kept, since finding it takes as much CPU time as all other steps of a call. A
+        URL always has the same environment, and therefore the same proxy.
         """
         proxy = proxy_parts(environment.proxy).geturl() if environment.proxy else ""
         is_encrypted = str(request.url).startswith("https:") or proxy.startswith("https:")
@@ -244,7 +246,7 @@ class DeadlineAdapter:
         )
 
     def _manager_of(self, proxy: str, trust: dict[str, Any]) -> Any:
-        with self._making_manager:  # requests shows a manager to other threads before it has our pools
+        with self._manager_lock:  # else other threads could use a manager of requests before it has our pools
             if proxy in self._requests.proxy_manager:
                 return self._requests.proxy_manager[proxy]
             is_encrypted = proxy.startswith("https:")
@@ -252,7 +254,7 @@ class DeadlineAdapter:
                 proxy, **({"proxy_ssl_context": trust["ssl_context"]} if is_encrypted else {})
             )
             manager.pool_classes_by_scheme = (
-                socks_pool_classes(manager.pool_classes_by_scheme, self._reach)
+                socks_pool_classes(manager.pool_classes_by_scheme, self._policy)
                 if proxy.startswith("socks")
                 else self._pool_classes
             )
@@ -260,7 +262,7 @@ class DeadlineAdapter:
 
 
 class _Response(requests.Response):
-    """What of requests' answer is used here; the rest, such as a jar for cookies, is not made."""
+    """A response of requests with only the attributes that are used; it has no cookie jar, for example."""
 
     def __init__(self, request: requests.PreparedRequest, answer: Exchanged) -> None:
         self.request = request
@@ -275,7 +277,7 @@ class _Response(requests.Response):
         self.raw.release_conn()
 
 
-def _as_requests_says(error: Exception, request: requests.PreparedRequest) -> requests.RequestException:
+def _as_requests_error(error: Exception, request: requests.PreparedRequest) -> requests.RequestException:
     match error:
         case LocationValueError():
             kind: type[requests.RequestException] = requests.exceptions.InvalidURL

@@ -1,4 +1,4 @@
-"""Who vouches for the certificates of servers: a CA file of the configuration, the environment, or the public CAs."""
+"""Trusted root certificates: from a CA file of the configuration, from the environment, or those of the public CAs."""
 
 import os
 import ssl
@@ -14,24 +14,24 @@ _DAY_SECS: Final = 86_400
 _NO_PEM: Final = "NO_CERTIFICATE_OR_CRL_FOUND"
 _PEM_HELP: Final = (
     "it must hold certificates in PEM, each between BEGIN CERTIFICATE and END CERTIFICATE;"
-    " `openssl x509 -inform der -in FILE` makes PEM of DER"
+    " `openssl x509 -inform der -in FILE` converts DER to PEM"
 )
 
 
 class RootsError(OSError):
-    """The certificates that vouch for servers cannot be read, so that no https call can be made; says why."""
+    """The root certificates cannot be read, so no https call can be made; the text gives the reason."""
 
 
 class Roots:
     """The root certificates of one client, read when they are first needed.
 
-    The order of curl and OpenSSL: what is configured, then `$SSL_CERT_FILE` and `$SSL_CERT_DIR` (both, if both are
-    set), then `$REQUESTS_CA_BUNDLE` or `$CURL_CA_BUNDLE` (a file or a folder), then the public ones of certifi. The
-    first that there is replaces all that follow.
+    The first of these that is set replaces all others (the order of curl and OpenSSL): the configured file;
+    `$SSL_CERT_FILE` and `$SSL_CERT_DIR` (both are used if both are set); `$REQUESTS_CA_BUNDLE` or `$CURL_CA_BUNDLE` (a
+    file or a folder); the public CAs of certifi.
 
     Args:
-        ca_file: What is configured, None if nothing is.
-        env: The environment; `os.environ` unless told otherwise.
+        ca_file: The configured file; None if there is none.
+        env: The environment; None: `os.environ`.
     """
 
     def __init__(self, ca_file: Path | None = None, *, env: Mapping[str, str] | None = None) -> None:
@@ -41,7 +41,7 @@ class Roots:
         self._context: ssl.SSLContext | None = None
 
     def context(self) -> ssl.SSLContext:
-        """What connections are made with; the same one until `reread`.
+        """The TLS context of the client; the same object until `reread`.
 
         Raises:
             RootsError: A file cannot be used.
@@ -52,7 +52,7 @@ class Roots:
             return self._context
 
     def reread(self) -> None:
-        """Read the files again, if they were read at all. What was read before stays in use if that fails.
+        """Read the files again, if they have been read before. If that fails, the previous certificates stay in use.
 
         Raises:
             RootsError: A file cannot be used.
@@ -87,60 +87,60 @@ class Roots:
 
 
 def days_until(ends_at: float, now: float) -> int:
-    """The number of whole days that are left; negative if it is over. Both in seconds since 1970."""
+    """The number of whole days from `now` to `ends_at`, both in seconds since 1970; negative if the end has passed."""
     return int((ends_at - now) // _DAY_SECS)
 
 
 def validity(ends_at: float, now: float) -> str:
-    """Until when a certificate is valid, as part of a sentence. Both in seconds since 1970."""
+    """Part of a sentence: the date until which a certificate is valid. Both times are in seconds since 1970."""
     days = days_until(ends_at, now)
     return f"valid until {datetime.fromtimestamp(ends_at, UTC).date()} ({days} day{'' if days == 1 else 's'})"
 
 
-def _load_file(context: ssl.SSLContext, path: str, named: str) -> None:
+def _load_file(context: ssl.SSLContext, path: str, prefix: str) -> None:
     """Add a file's certificates.
 
     Args:
-        context: What they are added to.
-        path: Of the file.
-        named: What the message about it begins with.
+        context: The TLS context to which they are added.
+        path: The path of the file.
+        prefix: The beginning of the error message, before the path.
 
     Raises:
-        RootsError: There are none.
+        RootsError: The file cannot be read, or holds no valid certificate.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - OpenSSL's own errors do not tell why a file cannot be read
+        with open(path, "rb") as file:  # noqa: PTH123 - OpenSSL's errors do not contain why a file cannot be read
             file.read(1)
         context.load_verify_locations(cafile=path)
     except FileNotFoundError:
-        raise RootsError(f"{named}{path}, which does not exist") from None
+        raise RootsError(f"{prefix}{path}, which does not exist") from None
     except ssl.SSLError as error:
         why = "holds no certificate" if error.reason == _NO_PEM else "holds a certificate that cannot be read"
-        raise RootsError(f"{named}{path}, which {why} ({_PEM_HELP})") from None
+        raise RootsError(f"{prefix}{path}, which {why} ({_PEM_HELP})") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise RootsError(f"{named}{path}, which cannot be read: {why}") from None
+        raise RootsError(f"{prefix}{path}, which cannot be read: {why}") from None
     if not context.cert_store_stats()["x509"]:
-        raise RootsError(f"{named}{path}, which holds no certificate ({_PEM_HELP})")
+        raise RootsError(f"{prefix}{path}, which holds no certificate ({_PEM_HELP})")
 
 
-def _load_folders(context: ssl.SSLContext, paths: str, named: str) -> None:
-    """Add folders with one certificate a file, under the names that `openssl rehash` gives them.
+def _load_folders(context: ssl.SSLContext, paths: str, prefix: str) -> None:
+    """Add folders with one certificate per file, whose names are those that `openssl rehash` makes.
 
     Args:
-        context: What they are added to.
-        paths: Of the folders, with a colon in between.
-        named: What the message about them begins with.
+        context: The TLS context to which the certificates are added.
+        paths: The paths of the folders, separated by colons.
+        prefix: The beginning of the error message, before the paths.
 
     Raises:
         RootsError: None of them is a folder.
     """
     if not any(os.path.isdir(path) for path in paths.split(os.pathsep)):  # noqa: PTH112 - they may hold any text
-        raise RootsError(f"{named}{paths}, which does not exist or is not a folder")
+        raise RootsError(f"{prefix}{paths}, which does not exist or is not a folder")
     context.load_verify_locations(capath=paths)
 
 
-def _usable(value: Path) -> Path:
+def _checked(value: Path) -> Path:
     try:
         _load_file(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), str(value), "is ")
     except RootsError as error:
@@ -148,5 +148,5 @@ def _usable(value: Path) -> Path:
     return value
 
 
-CaFile = Annotated[Path, Field(strict=False), AfterValidator(_usable)]
-"""The key `ca_file` of a configuration: a file whose certificates are looked at when it is validated."""
+CaFile = Annotated[Path, Field(strict=False), AfterValidator(_checked)]
+"""The configuration key `ca_file`: its validation reads the certificates in the file."""

@@ -1,16 +1,16 @@
-"""What the URL of a server is made of. Apart from `address`, since to read a configuration takes no requests."""
+"""The parts of a server's URL. Not in `address`: reading a configuration must not import requests."""
 
 from urllib.parse import SplitResult, urlsplit
 
 
 def http_parts(url: str) -> SplitResult:
-    """The parts of a URL to which a request can go.
+    """The parts of a URL to which a request can be sent.
 
     Args:
-        url: Of http or https.
+        url: A URL of http or https.
 
     Raises:
-        ValueError: It is of another scheme, or has no host, or has a port that is not one from 1 to 65535.
+        ValueError: The scheme is another one, the host is missing, or the port is not a number from 1 to 65535.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:

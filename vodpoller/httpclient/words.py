@@ -1,4 +1,4 @@
-"""What came of an HTTP call, in words and numbers."""
+"""Texts and numbers that describe the result of an HTTP call."""
 
 import http.client
 import re
@@ -22,30 +22,30 @@ _RETRY_AFTER_MAX_SECS: Final = 86_400.0
 
 
 class ForbiddenAddressError(OSError):
-    """The host has no address to which a connection may be made; holds the one it has."""
+    """Connections to all addresses of the host are forbidden; the text is one of these addresses."""
 
 
 class UnusableProxyError(OSError):
-    """The environment names a proxy that cannot be used, so that no call can be made; says why."""
+    """The proxy in the environment cannot be used, so no call can be made; the text gives the reason."""
 
 
 class UnforeseenAnswerError(http.client.HTTPException):
-    """What came is an answer of HTTP, but none to what was asked; says what it is."""
+    """An HTTP answer was received that does not fit the request; the text describes it."""
 
 
 def failure_text(error: BaseException, timeout_secs: float) -> str:
-    """What a person should know of a call that failed: the end of a sentence that begins with host and port.
+    """Describe for the operator why a call failed. The text is printed after `HOST:PORT `.
 
-    It holds nothing of the URL, whose query may be a secret; the text of the error itself may.
+    It does not contain the URL, whose query may be a secret. The text of the error itself may contain it.
 
     Args:
-        error: What `send_within`, or reading a body, raised.
-        timeout_secs: What the call had.
+        error: The error that `send_within`, or reading a body, raised.
+        timeout_secs: The time limit of the call in seconds.
     """
-    # A NewConnectionError only wraps what says more, and is a TimeoutError merely by inheritance.
-    telling = (cause for cause in causes(error) if not isinstance(cause, NewConnectionError))
-    said = (_said_by(cause, timeout_secs) for cause in telling)
-    return next(filter(None, said), f"could not be asked: {type(error).__name__}")
+    # A NewConnectionError only wraps a more precise error, and is a TimeoutError merely by inheritance.
+    relevant = (cause for cause in causes(error) if not isinstance(cause, NewConnectionError))
+    texts = (_text_of_cause(cause, timeout_secs) for cause in relevant)
+    return next(filter(None, texts), f"could not be called: {type(error).__name__}")
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -56,69 +56,69 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             yield from causes(inner)
 
 
-def _said_by(cause: BaseException, timeout_secs: float) -> str:
-    """What one of the causes says; nothing if it only wraps another one."""
+def _text_of_cause(cause: BaseException, timeout_secs: float) -> str:
+    """Describe one of the causes; empty if it only wraps another one."""
     match cause:
         case http.client.HTTPException() | InvalidHeader():
-            return _said_by_answer(cause)
+            return _text_of_answer_error(cause)
         case ConnectTimeoutError():
             return f"could not be reached within {timeout_secs:g} s (is a firewall in between?)"
         case TimeoutError() | Urllib3TimeoutError():
             return f"did not answer within {timeout_secs:g} s"
         case OSError():
-            return _said_by_system(cause)
+            return _text_of_os_error(cause)
         case _:
             return ""
 
 
-def _said_by_system(cause: OSError) -> str:
-    said = ""
+def _text_of_os_error(cause: OSError) -> str:
+    text = ""
     match cause:
         case RootsError() | UnusableProxyError():
-            said = f"cannot be asked: {cause}"
+            text = f"cannot be called: {cause}"
         case ForbiddenAddressError():
-            said = f"is at {cause}, to which no connection may be made"
+            text = f"is at {cause}, to which no connection may be made"
         case socket.gaierror():
-            said = f"cannot be found: {cause.strerror} (is the name right, does DNS work?)"
+            text = f"cannot be found: {cause.strerror} (is the name right, does DNS work?)"
         case ssl.SSLCertVerificationError():
-            said = f"cannot be trusted: {cause.verify_message} ({_trust_hint(cause.verify_code)})"
+            text = f"cannot be trusted: {cause.verify_message} ({_trust_hint(cause.verify_code)})"
         case ssl.SSLError():
-            said = f"failed at TLS: {cause.reason or 'it hung up'} (does it speak https?)"
+            text = f"failed at TLS: {cause.reason or 'it closed the connection'} (does this port speak https?)"
         case ConnectionRefusedError():
-            said = "refused the connection (is anything running there?)"
+            text = "refused the connection (is anything running there?)"
         case ConnectionError():
-            said = _CUT_OFF
+            text = _CUT_OFF
         case OSError(strerror=str(why)):
-            said = f"cannot be reached: {why}"
+            text = f"cannot be reached: {why}"
         case _:
-            said = _said_by_proxy(str(cause))
-    return said
+            text = _text_of_proxy_error(str(cause))
+    return text
 
 
-def _said_by_proxy(text: str) -> str:
-    """What the error of http.client says that has no type: a proxy refused to connect."""
-    refused = re.match(r"Tunnel connection failed: (\d+) ", text)
+def _text_of_proxy_error(message: str) -> str:
+    """Describe a proxy's refusal to connect: http.client has no type for this error."""
+    refused = re.match(r"Tunnel connection failed: (\d+) ", message)
     if refused is None:
         return ""
-    said = f"is behind a proxy that answered {status_text(int(refused[1]))}"
+    text = f"is behind a proxy that answered {status_text(int(refused[1]))}"
     wants_login = int(refused[1]) == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
-    return f"{said} (it wants a login: put user:password@ into its address)" if wants_login else said
+    return f"{text} (it requires a login: put user:password@ into its address)" if wants_login else text
 
 
 _IS_THE_PORT_RIGHT: Final = "is the port right?"
 _CUT_OFF: Final = "closed the connection without a whole answer"
 
 
-def _said_by_answer(cause: http.client.HTTPException | InvalidHeader) -> str:
-    """What came in place of a whole answer."""
-    said = "answered with a head that is too long to be read"  # LineTooLong, or over 100 headers, which has no type
+def _text_of_answer_error(cause: http.client.HTTPException | InvalidHeader) -> str:
+    """Describe what was received in place of a complete answer."""
+    text = "answered with a head that is too long to be read"  # LineTooLong; more than 100 headers have no error type
     match cause:
         case UnforeseenAnswerError():
-            said = str(cause)
+            text = str(cause)
         case http.client.RemoteDisconnected() | http.client.IncompleteRead():
-            said = _CUT_OFF
+            text = _CUT_OFF
         case http.client.BadStatusLine():
-            # It is not quoted: it may be an echo of a secret, even half of one.
+            # The line is not quoted: the server may echo a secret, or a part of it.
             line = str(cause.args[0])
             cut = not line.endswith("\n") and (line.startswith("HTTP/") or "HTTP/".startswith(line))
             hint = (
@@ -126,21 +126,21 @@ def _said_by_answer(cause: http.client.HTTPException | InvalidHeader) -> str:
                 if line.startswith("\x15\x03")
                 else _IS_THE_PORT_RIGHT
             )
-            said = _CUT_OFF if cut else f"answered with what is not HTTP ({hint})"
+            text = _CUT_OFF if cut else f"sent an answer that is not HTTP ({hint})"
         case http.client.UnknownProtocol():
-            said = f"answered with another version of HTTP than 1 ({_IS_THE_PORT_RIGHT})"
+            text = f"answered with a version of HTTP other than 1 ({_IS_THE_PORT_RIGHT})"
         case InvalidHeader():
-            said = "answered with several lengths that contradict each other"
-    return said
+            text = "answered with several lengths that contradict each other"
+    return text
 
 
 def _trust_hint(code: int) -> str:
-    """What helps, by OpenSSL's code (x509_vfy.h)."""
+    """Advice for a verification error of OpenSSL (codes: x509_vfy.h)."""
     match code:
         case 9 | 10:  # not yet, or no longer valid
-            return "is the clock of this machine right? if so, its owner must renew the certificate"
+            return "is the clock of this machine right? if so, the owner of the server must renew the certificate"
         case 62 | 64:  # another host name, another address
-            return "the certificate is another host's: is the address right?"
+            return "the certificate is for another host: is the address right?"
         case _:
             return (
                 "if it belongs to a CA of your own, name that CA's certificate, a PEM file, in ca_file;"
@@ -149,7 +149,7 @@ def _trust_hint(code: int) -> str:
 
 
 def status_text(status: int) -> str:
-    """A status code with the words that RFC 9110 has for it, whatever the answer's own were: those may be an echo."""
+    """A status code and its phrase in RFC 9110. The answer's own phrase is not used: it may echo a secret."""
     try:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
@@ -157,13 +157,13 @@ def status_text(status: int) -> str:
 
 
 def retry_after_secs(headers: Mapping[str, str], now: float | None) -> float | None:
-    """How long an answer asks to be left alone; None if it does not.
+    """The time in seconds after which `Retry-After` permits the next request; None if there is none.
 
     RFC 9110, section 10.2.3: seconds or a date. More than a day counts as a day.
 
     Args:
-        headers: Of the answer.
-        now: Unix time, in seconds, that a date is compared with; None if it is not known.
+        headers: The headers of the answer.
+        now: The current Unix time in seconds, with which a date is compared; None if it is not known.
     """
     text = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]+", text):
@@ -173,10 +173,10 @@ def retry_after_secs(headers: Mapping[str, str], now: float | None) -> float | N
 
 
 def http_date(text: str | None) -> float | None:
-    """Unix time of a date in a header (RFC 9110, section 5.6.7), in seconds; None if it cannot be read as one.
+    """The Unix time in seconds of a date in a header (RFC 9110, section 5.6.7); None if it is not a valid date.
 
     Args:
-        text: The header's value, None if there is none.
+        text: The header's value; None if there is no such header.
     """
     try:
         date = parsedate_to_datetime(text) if text else None

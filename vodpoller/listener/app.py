@@ -1,4 +1,4 @@
-"""The WSGI application: which path answers what, and who may ask."""
+"""The WSGI application: the answer for each path, and the check of access."""
 
 import binascii
 import hmac
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 USER: Final = "vodpoller"
-DISK_REQUESTS: Final = 2  # of the threads; the others still answer if a disk hangs
+DISK_REQUESTS: Final = 2  # maximum number of threads that use a disk; the others still answer if the disk hangs
 _QUERY_FIELDS: Final = 30
 _TEXT: Final = "text/plain; charset=utf-8"
 _POLICY: Final = (
@@ -37,7 +37,7 @@ _HEADERS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a request is answered with."""
+    """The answer to a request."""
 
     body: bytes
     status: HTTPStatus = HTTPStatus.OK
@@ -49,7 +49,7 @@ class App:
     """Answers requests; never raises.
 
     Args:
-        current: What is shown; None while there is nothing to show: before a start, and during a reload.
+        current: Returns what is shown; None while there is nothing to show: before the start, and during a reload.
         telemetry: Destination of log lines.
     """
 
@@ -64,19 +64,19 @@ class App:
         }
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        """WSGI's contract (PEP 3333)."""
+        """The WSGI interface (PEP 3333)."""
         try:
             answer = self._answer(environ)
         except Exception as error:  # noqa: BLE001 - one request must not end the thread that serves others
             self._telemetry.repeated("error", "task.failed", cause=repr(error), task="listener", exc_info=error)
-            answer = _said(HTTPStatus.INTERNAL_SERVER_ERROR, "this request failed; the log says why")
+            answer = _text_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "this request failed; the log says why")
         own = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body)))]
         start_response(f"{answer.status} {answer.status.phrase}", [*own, *answer.headers.items(), *_HEADERS])
         return [answer.body]
 
     def _answer(self, environ: "WSGIEnvironment") -> Answer:
         if environ["REQUEST_METHOD"] != "GET":
-            return _said(HTTPStatus.METHOD_NOT_ALLOWED, "only GET is answered", Allow="GET")
+            return _text_answer(HTTPStatus.METHOD_NOT_ALLOWED, "only GET is answered", Allow="GET")
         view, path = self._current(), environ["PATH_INFO"]
         match path:
             case "/healthz":
@@ -84,14 +84,16 @@ class App:
             case "/readyz":
                 return _readiness(view)
         if view is None:
-            return _said(HTTPStatus.SERVICE_UNAVAILABLE, "the daemon is starting or stopping", **{"Retry-After": "1"})
+            return _text_answer(
+                HTTPStatus.SERVICE_UNAVAILABLE, "the daemon is starting or stopping", **{"Retry-After": "1"}
+            )
         return _refusal(view.access, environ) or self._permitted(view, path, environ)
 
     def _permitted(self, view: View, path: str, environ: "WSGIEnvironment") -> Answer:
         answer = self._paths.get(path)
         if answer is None:
             known = ", ".join(("/healthz", "/readyz", *self._paths))
-            return _said(HTTPStatus.NOT_FOUND, f"there is no such page; there are {known}")
+            return _text_answer(HTTPStatus.NOT_FOUND, f"there is no such page; the pages are {known}")
         return answer(view, environ)
 
     def _status(self, view: View, _environ: "WSGIEnvironment") -> Answer:
@@ -102,11 +104,11 @@ class App:
         return self._with_disk(lambda: Answer(body=page(view, query), content_type="text/html; charset=utf-8"))
 
     def _with_disk(self, answer: Callable[[], Answer]) -> Answer:
-        """An answer that may have to wait for a disk: as many threads as a disk can hold are kept from it."""
+        """Make an answer that may wait for a disk, but not in more threads than `DISK_REQUESTS` at the same time."""
         if not self._may_use_disk.acquire(blocking=False):
-            return _said(
+            return _text_answer(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "others are asking at this moment; if it stays so, the disk of the journal does not answer",
+                "too many requests at the same time; if this lasts, the disk of the journal does not respond",
                 **{"Retry-After": "1"},
             )
         try:
@@ -116,42 +118,42 @@ class App:
 
 
 def _health(view: View | None) -> Answer:
-    """The condition of the watchdog: no thread is overdue. It says nothing of VOD, of sinks or of the disk."""
+    """The condition of the watchdog: no thread is overdue. It does not depend on VOD, on sinks or on the disk."""
     overdue = view.overdue() if view is not None else {}
     if not overdue:
         return Answer(body=b"ok")
-    said = "; ".join(f"{step} is overdue by {secs:.0f} s" for step, secs in overdue.items())
-    return _said(HTTPStatus.SERVICE_UNAVAILABLE, said)
+    text = "; ".join(f"{step} is overdue by {secs:.0f} s" for step, secs in overdue.items())
+    return _text_answer(HTTPStatus.SERVICE_UNAVAILABLE, text)
 
 
 def _readiness(view: View | None) -> Answer:
     if view is not None and view.is_ready():
         return Answer(body=b"ok")
-    return _said(HTTPStatus.SERVICE_UNAVAILABLE, "the daemon is starting or stopping")
+    return _text_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the daemon is starting or stopping")
 
 
 def _refusal(access: Access, environ: "WSGIEnvironment") -> Answer | None:
-    """Why this request is not answered; None if it is."""
+    """The answer that denies this request; None if it is permitted."""
     host = environ.get("HTTP_HOST", "")
     if _without_port(host).lower() not in access.hosts:
-        return _said(HTTPStatus.MISDIRECTED_REQUEST, "this host is not one of listener.hosts")
+        return _text_answer(HTTPStatus.MISDIRECTED_REQUEST, "this host is not one of listener.hosts")
     if access.password is None or _has_password(access.password.get(), environ.get("HTTP_AUTHORIZATION", "")):
         return None
-    return _said(
+    return _text_answer(
         HTTPStatus.UNAUTHORIZED,
-        f"user {USER} and the password in listener.password_file",
+        f"log in as user {USER} with the password in listener.password_file",
         **{"WWW-Authenticate": 'Basic realm="vodpoller", charset="UTF-8"'},
     )
 
 
 def _without_port(host: str) -> str:
-    """A host as a browser writes it, without its port."""
+    """A host of the header `Host`, without its port."""
     name, colon, port = host.rpartition(":")
     return name if colon and port.isascii() and port.isdecimal() else host
 
 
 def _has_password(password: str, authorization: str) -> bool:
-    """Whether the header says the password; how long that takes does not tell how much of it is right."""
+    """Whether the header holds the password. The time of the comparison does not reveal which part is right."""
     scheme, _, encoded = authorization.partition(" ")
     try:
         given = b64decode(encoded.strip(), validate=True)
@@ -170,5 +172,5 @@ def _json(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _said(status: HTTPStatus, text: str, **headers: str) -> Answer:
+def _text_answer(status: HTTPStatus, text: str, **headers: str) -> Answer:
     return Answer(body=f"{text}\n".encode(errors="replace"), status=status, headers=headers)

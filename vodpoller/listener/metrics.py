@@ -1,7 +1,7 @@
-"""`/metrics`: what telemetry counted and what the daemon's status says, read when it is asked for.
+"""`/metrics`: the counts of telemetry and the values of the daemon's status, read for each request.
 
-Nothing is counted here. Each label set that can be is there from the start, so that a rate sees the first of its kind.
-Labels come from the configuration or from closed sets, never from an event.
+Nothing is counted here. Each possible label set exists from the start, so that a rate includes its first event. Labels
+come from the configuration or from closed sets, never from an event.
 """
 
 import platform
@@ -39,42 +39,42 @@ PREFIX: Final = "vodpoller_"
 _SOURCE: Final = "source"
 _SINK: Final = "sink"
 _PULLED: Final = "source that pulls"  # label `source`
-_CALLED: Final = "source of callbacks"  # as above
-_STORED_SINK: Final = "stored sink"  # label `sink`, also of sinks that are gone
+_CALLED: Final = "source of callbacks"  # label `source`
+_STORED_SINK: Final = "stored sink"  # label `sink`, also of sinks that the configuration no longer has
 _SHOWN: Final[Mapping[str, str]] = {_PULLED: "source", _CALLED: "source", _STORED_SINK: "sink"}
-_OF_STORED: Final = frozenset({Reason.GAVE_UP, Reason.SINK_REMOVED})
+_REASONS_OF_STORED: Final = frozenset({Reason.GAVE_UP, Reason.SINK_REMOVED})
 
 _COUNTS: Final[Mapping[Count, tuple[str, Mapping[str, Sequence[str]]]]] = {
-    Count.PULLS: ("Pulls, by what they brought.", {_PULLED: (), "result": ("events", "empty", "failed")}),
+    Count.PULLS: ("Pulls, by their result.", {_PULLED: (), "result": ("events", "empty", "failed")}),
     Count.PULL_ERRORS: ("Pulls that failed, by the kind of failure.", {_PULLED: (), "code": PULL_ERROR_CODES}),
     Count.EVENTS_RECEIVED: (
-        "Events that pulls and callbacks brought.",
+        "Events that were received by pulls and callbacks.",
         {_SOURCE: (), "event_type": (*sorted(DOCUMENTED_EVENT_TYPES), OTHER)},
     ),
-    Count.EVENTS_REDELIVERED: ("Events among them that were known already.", {_SOURCE: ()}),
+    Count.EVENTS_REDELIVERED: ("Received events that were already known.", {_SOURCE: ()}),
     Count.EVENTS_SETTLED: (
-        "Events by what was done with them, and why.",
+        "Events, by their settlement and its reason.",
         {
             _SOURCE: (),
             "settlement": tuple(it.value for it in Settlement),
-            "reason": tuple(it.value for it in Reason if it not in _OF_STORED),
+            "reason": tuple(it.value for it in Reason if it not in _REASONS_OF_STORED),
         },
     ),
     Count.CONFIRMS: (
-        "Handles by what came of their confirm.",
+        "Handles, by the result of their confirm.",
         {_PULLED: (), "result": tuple(it.value for it in ConfirmResult)},
     ),
     Count.CALLBACKS: (
-        "Requests at sources of callbacks, by what came of them.",
+        "Requests at callback sources, by their result.",
         {_CALLED: (), "result": tuple(it.value for it in CallbackResult)},
     ),
     Count.LEASES_EXPIRED: ("Events whose lease ended before VOD acknowledged their confirm.", {_SOURCE: ()}),
     Count.SINK_DELIVERIES: (
-        "Events at sinks, final for this arrival of the event.",
+        "Events at sinks, by the outcome, once per arrival of the event.",
         {_SINK: (), "outcome": ("delivered", "rejected", "stored", "left", "known")},
     ),
     Count.SINK_ATTEMPTS: (
-        "Events at sinks, once per attempt.",
+        "Attempts to deliver an event to a sink, by their result.",
         {_SINK: (), "result": ("accepted", "rejected", "failed")},
     ),
     Count.DEAD_LETTERS_CREATED: ("Events that became dead letters.", {_STORED_SINK: (), "reason": REASONS["dead"]}),
@@ -82,9 +82,9 @@ _COUNTS: Final[Mapping[Count, tuple[str, Mapping[str, Sequence[str]]]]] = {
     Count.CREDENTIALS_REFRESHES: ("Renewals of the temporary API key.", {"result": ("ok", "failed")}),
 }
 _DURATIONS: Final[Mapping[Duration, tuple[str, Sequence[str]]]] = {
-    Duration.EVENT_SETTLE: ("From the answer that brought an event until it was settled and confirmed.", (_SOURCE,)),
-    Duration.SINK_DELIVERY: ("Calls of a sink.", (_SINK,)),
-    Duration.JOURNAL_COMMIT: ("Transactions of the journal.", ()),
+    Duration.EVENT_SETTLE: ("Time from the answer with an event until it was settled and confirmed.", (_SOURCE,)),
+    Duration.SINK_DELIVERY: ("Time of the calls of a sink.", (_SINK,)),
+    Duration.JOURNAL_COMMIT: ("Time of the transactions of the journal.", ()),
 }
 
 
@@ -92,11 +92,11 @@ def exposition(view: View, accept: str) -> tuple[str, bytes]:
     """All metrics, as text.
 
     Args:
-        view: What they are of.
-        accept: The header `Accept` of the request, which chooses the format.
+        view: The process and the daemon.
+        accept: The header `Accept` of the request, which selects the format.
 
     Returns:
-        The type of the content, and the content.
+        The content type, and the content.
     """
     registry = CollectorRegistry(auto_describe=False)
     ProcessCollector(registry=registry)
@@ -107,7 +107,7 @@ def exposition(view: View, accept: str) -> tuple[str, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """The names that labels take from the configuration."""
+    """The label values that come from the configuration."""
 
     pulled: Sequence[str]
     called: Sequence[str]
@@ -128,17 +128,17 @@ class _Names:
 
 
 class _Collector(Collector):
-    """Makes the metrics of one moment.
+    """Makes the metrics for one request.
 
     Args:
-        view: What they are of.
+        view: The process and the daemon.
     """
 
     def __init__(self, view: View) -> None:
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
-        """prometheus_client's contract: all metrics, each once."""
+        """The interface of prometheus_client: yields each metric once."""
         status, numbers = self._view.known(), self._view.telemetry.numbers()
         names = _Names(
             [it.name for it in status.sources if it.type == "pull"],
@@ -158,7 +158,7 @@ class _Collector(Collector):
         telemetry = self._view.telemetry
         yield _gauge(
             Gauge.QUEUE_EVENTS,
-            "Events that wait at VOD, as it says, up to three minutes late. Absent if the key may not ask.",
+            "Events that wait at VOD, up to three minutes late. Absent if the key lacks the right to ask VOD.",
             ("source",),
             {_values(labels, ("source",)): number for labels, number in telemetry.gauge(Gauge.QUEUE_EVENTS).items()},
         )
@@ -166,14 +166,14 @@ class _Collector(Collector):
             _values(labels, ("sink", "reason")): number
             for labels, number in telemetry.gauge(Gauge.DEAD_LETTERS).items()
         }
-        every = dict.fromkeys(_every((names.of(_STORED_SINK), REASONS["dead"])), 0.0)
-        yield _gauge(Gauge.DEAD_LETTERS, "Stored events that wait for a person.", ("sink", "reason"), every | found)
+        every = dict.fromkeys(_combinations((names.of(_STORED_SINK), REASONS["dead"])), 0.0)
+        yield _gauge(Gauge.DEAD_LETTERS, "Stored events that wait for the operator.", ("sink", "reason"), every | found)
         size = telemetry.gauge(Gauge.JOURNAL_SIZE)
-        yield _gauge(Gauge.JOURNAL_SIZE, "What stored events take.", (), {(): size.get((), 0.0)})
+        yield _gauge(Gauge.JOURNAL_SIZE, "The size of the stored events.", (), {(): size.get((), 0.0)})
         offset_secs = self._view.clock_offset_secs()
         yield _gauge(
             "clock_offset_seconds",
-            "What must be added to this machine's clock to get VOD's. Absent until VOD has answered.",
+            "VOD's time minus this machine's time. Absent until VOD has answered.",
             (),
             {} if offset_secs is None else {(): offset_secs},
         )
@@ -194,13 +194,13 @@ def _of_process(status: Status) -> Iterator[Metric]:
     reload = status.reload
     yield _gauge(
         "config_last_reload_successful",
-        "1 if the configuration in use is the last that was asked for.",
+        "1 if the last reload succeeded or there was none.",
         (),
         {(): float(reload.successful)},
     )
     yield _gauge(
         "config_last_reload_success_timestamp_seconds",
-        "When the configuration in use was taken into use.",
+        "The time since which the configuration is in use.",
         (),
         {(): reload.last_success_at or status.started_at},
     )
@@ -210,13 +210,13 @@ def _of_sources(status: Status) -> Iterator[Metric]:
     pulled = [it for it in status.sources if it.type == "pull"]
     yield _gauge(
         "pull_last_success_timestamp_seconds",
-        "When VOD last answered a pull; 0 if it did not since the start.",
+        "The time at which VOD last answered a pull; 0 if it has not done so since the start.",
         ("source",),
         {(it.name,): it.last_pull_at or 0.0 for it in pulled},
     )
     yield _gauge(
         "pulls_in_flight",
-        "Pulls that are outstanding.",
+        "Outstanding pulls.",
         ("source",),
         {(it.name,): it.pulls_in_flight for it in pulled},
     )
@@ -229,12 +229,12 @@ def _of_sinks(status: Status) -> Iterator[Metric]:
         ("sink_queue_events", "Events that wait for the sink.", {it.name: float(it.queued) for it in sinks}),
         (
             "sink_queue_limit_events",
-            "The number of events that may wait for the sink.",
+            "The maximum number of events that may wait for the sink.",
             {it.name: float(it.queue_max_events) for it in sinks},
         ),
         (
             "sink_last_success_timestamp_seconds",
-            "When the sink last accepted something; 0 if it did not since the start.",
+            "The time at which the sink last accepted an event; 0 if it has not done so since the start.",
             {it.name: it.last_success_at or 0.0 for it in sinks},
         ),
     ):
@@ -243,7 +243,7 @@ def _of_sinks(status: Status) -> Iterator[Metric]:
 
 def _of_journal(status: Status) -> Iterator[Metric]:
     sinks = [it.name for it in status.sinks]
-    events = dict.fromkeys(_every(((*sinks, REMOVED_SINK),)), 0.0)
+    events = dict.fromkeys(_combinations(((*sinks, REMOVED_SINK),)), 0.0)
     oldest: dict[tuple[str, ...], float] = {}
     for stored in status.stored:
         if stored.state == "pending":
@@ -253,13 +253,13 @@ def _of_journal(status: Status) -> Iterator[Metric]:
     yield _gauge("pending_events", "Stored events that will be tried again.", ("sink",), events)
     yield _gauge(
         "pending_oldest_timestamp_seconds",
-        "When the oldest of them was stored. Absent if there is none.",
+        "The time at which the oldest pending event was stored. Absent if there is none.",
         ("sink",),
         oldest,
     )
     yield _gauge(
         "journal_limit_bytes",
-        "What stored events may take (`journal.max_bytes`).",
+        "The maximum size of the stored events (`journal.max_bytes`).",
         (),
         {(): status.journal.limit_bytes},
     )
@@ -269,7 +269,7 @@ def _of_credentials(status: Status) -> Metric:
     expires_at = status.credentials.expires_at
     return _gauge(
         "credentials_expiry_timestamp_seconds",
-        "When the temporary API key ends. Absent if there is none.",
+        "The time at which the temporary API key ends. Absent if there is none.",
         (),
         {} if expires_at is None else {(): expires_at},
     )
@@ -279,7 +279,7 @@ def _counters(numbers: Numbers, names: _Names) -> Iterator[Metric]:
     for count, (text, labels) in _COUNTS.items():
         shown = tuple(_SHOWN.get(label, label) for label in labels)
         family = CounterMetricFamily(PREFIX + count.removesuffix("_total"), text, labels=shown)
-        values = dict.fromkeys(_every(allowed or names.of(label) for label, allowed in labels.items()), 0)
+        values = dict.fromkeys(_combinations(allowed or names.of(label) for label, allowed in labels.items()), 0)
         for (counted, found), number in numbers.counts.items():
             if counted is count:
                 values[_values(found, shown)] = number
@@ -291,7 +291,7 @@ def _counters(numbers: Numbers, names: _Names) -> Iterator[Metric]:
 def _histograms(numbers: Numbers, names: _Names) -> Iterator[Metric]:
     for duration, (text, labels) in _DURATIONS.items():
         family = HistogramMetricFamily(PREFIX + duration, text, labels=labels)
-        values = dict.fromkeys(_every(names.of(label) for label in labels), Distribution())
+        values = dict.fromkeys(_combinations(names.of(label) for label in labels), Distribution())
         for (measured, found), distribution in numbers.durations.items():
             if measured is duration:
                 values[_values(found, labels)] = distribution
@@ -300,8 +300,8 @@ def _histograms(numbers: Numbers, names: _Names) -> Iterator[Metric]:
         yield family
 
 
-def _every(values: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
-    """Every combination of the values of some labels."""
+def _combinations(values: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
+    """All combinations of the values of some labels."""
     return list(product(*values))
 
 

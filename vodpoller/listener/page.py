@@ -1,7 +1,7 @@
-"""The status page: one page without a script, made anew at each request.
+"""The status page: one page without scripts, rendered for each request.
 
-Everything that comes from an event, a receiver or VOD is escaped by the template engine, shown in full visible
-characters, cut to a bounded length, and kept apart from the direction of the text around it.
+The template engine escapes every text that comes from an event, a receiver or VOD. Such a text is also cut to a maximum
+length, its invisible characters are made visible, and its writing direction cannot affect the text around it.
 """
 
 import base64
@@ -25,7 +25,7 @@ REFRESH_SECS: Final = 10
 TEXT_CHARS: Final = 300
 _STYLE: Final = (files(__package__) / "page.css").read_text(encoding="utf-8")
 STYLE_HASH: Final = "sha256-" + base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-"""By which the Content-Security-Policy knows the page's own style, and lets no other in."""
+"""The hash by which the Content-Security-Policy permits the page's own style and no other."""
 
 _SIZES: Final = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -35,8 +35,8 @@ def page(view: View, query: Mapping[str, str]) -> bytes:
     """The whole page.
 
     Args:
-        view: What is shown.
-        query: The fields of the form, and `refresh`: "off" for a page that stays as it is.
+        view: The process and the daemon.
+        query: The fields of the form, and `refresh`: "off" for a page that does not refresh itself.
     """
     report = view.report()
     lately = view.telemetry.lately()
@@ -79,7 +79,7 @@ def _sink(lately: Numbers, sink: Mapping[str, Any], stored: Sequence[Mapping[str
 
 
 def _removed(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What is stored for sinks that the configuration does not have, and for none."""
+    """The stored events of sinks that the configuration does not have, and those without a sink."""
     names = {sink["name"] for sink in report["sinks"]}
     return [it for it in report["stored"] if it["sink"] not in names]
 
@@ -88,14 +88,14 @@ def _removed(report: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _shown(value: object, chars: int = TEXT_CHARS) -> Markup:
-    """A text of others: cut, with every character visible, apart from the direction of the text around it."""
+    """A text from outside: cut, with every character visible, and with an isolated writing direction."""
     text = str(value)
     cut = printable(text[:chars]) + ("…" if len(text) > chars else "")
     return Markup("<bdi>{}</bdi>").format(cut)
 
 
 def _with_code(value: str) -> Markup:
-    """A text with commands in backticks."""
+    """A text in which commands in backticks are marked as code."""
     parts = re.split(r"`([^`]*)`", printable(value[: 4 * TEXT_CHARS]))
     marked = [Markup("<code>{}</code>").format(part) if at % 2 else escape(part) for at, part in enumerate(parts)]
     return Markup("<bdi>{}</bdi>").format(Markup().join(marked))
@@ -119,14 +119,14 @@ def _bytes(value: float) -> str:
 
 
 def _ago(at: str | None) -> str:
-    """How long ago something was: a time in ISO 8601."""
+    """The time that has passed since a time in ISO 8601, as text."""
     if not at:
         return "never"
     secs = (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()
     for unit_secs, unit in _UNITS:
         if secs >= 2 * unit_secs or unit_secs == 1:
             return f"{max(secs, 0) / unit_secs:,.0f} {unit} ago"
-    raise AssertionError("the last unit fits all")
+    raise AssertionError("the last unit is always returned")
 
 
 _ENVIRONMENT: Final = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

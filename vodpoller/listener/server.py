@@ -1,9 +1,9 @@
-"""The server: a socket, waitress, and what one client may take of it.
+"""The server: a socket, waitress, and limits for its clients.
 
-What waitress does (3.0, read in its source and tested with real clients): heads and bodies are read by one thread that
-never waits for a client, so that the threads that answer are kept for whole requests. A head or body beyond its limit
-ends the connection with 431 or 413. A connection without a byte for `channel_timeout` is closed; one that trickles is
-not, so the age of each connection has a limit here.
+The behaviour of waitress (3.0, from its source code and from tests with real clients): one thread that never waits for
+a client reads heads and bodies, so the answering threads only handle complete requests. A head or body that exceeds its
+limit ends the connection with 431 or 413. A connection without a byte for `channel_timeout` is closed. A connection
+that sends a byte now and then is not, so this module limits the age of each connection.
 """
 
 import logging
@@ -30,13 +30,13 @@ HEAD_MAX_BYTES: Final = 16 * 1024
 BODY_MAX_BYTES: Final = 1024 * 1024
 RETRY_SECS: Final = 5.0
 STOP_SECS: Final = 2
-LOOK_SECS: Final = 0.2  # how long a stop may go unnoticed
-_IN_MEMORY_BYTES: Final = 64 * 1024  # of a body; nothing here reads one
-_OWN_DESCRIPTORS: Final = 2  # that waitress counts as connections
+LOOP_SECS: Final = 0.2  # interval at which the loop checks whether it must stop
+_IN_MEMORY_BYTES: Final = 64 * 1024  # part of a body that waitress keeps in memory; no body is used here
+_OWN_DESCRIPTORS: Final = 2  # descriptors of its own that waitress counts as connections
 
 
-class PatientSocket(socket.socket):
-    """Waits if there is no descriptor for a connection: waitress would try again at once, until there is one."""
+class ListeningSocket(socket.socket):
+    """A listening socket that waits if no descriptor is left for a connection, where waitress would retry at once."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         """As `socket.accept`."""
@@ -45,35 +45,35 @@ class PatientSocket(socket.socket):
         except BlockingIOError:
             raise
         except OSError:
-            time.sleep(LOOK_SECS)
+            time.sleep(LOOP_SECS)
             raise
 
 
-def listen(address: str) -> PatientSocket:
-    """A socket that listens.
+def listen(address: str) -> ListeningSocket:
+    """Make a listening socket.
 
     Args:
         address: HOST:PORT, as in the configuration.
 
     Raises:
-        OSError: It cannot: the address is not one of this machine's, or in use, or not allowed.
+        OSError: The address does not belong to this machine, or is in use, or is not allowed.
     """
     host, port = host_of(address), port_of(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return PatientSocket(fileno=socket.create_server((host, port), family=family, backlog=CONNECTIONS).detach())
+    return ListeningSocket(fileno=socket.create_server((host, port), family=family, backlog=CONNECTIONS).detach())
 
 
 class Listener:
-    """Listens and answers, in threads of its own, until it is closed. Outlives builds of the daemon.
+    """Listens and answers, in threads of its own, until it is closed. It stays open when a reload replaces the daemon.
 
-    If it cannot listen, it says so and tries again: events do not wait for that.
+    If it cannot listen, it logs this and tries again; the delivery of events does not wait for it.
 
     Args:
         address: HOST:PORT, as in the configuration.
-        current: What is shown; asked at each request, so it may be exchanged. None while there is nothing to show.
+        current: Called for each request; returns what is shown, None while there is nothing to show.
         telemetry: Destination of log lines.
-        sock: Listens there already, from an earlier life of the process; None to make one.
-        connection_secs: The longest life of a connection.
+        sock: A socket that already listens there, kept open when the process executed itself again; None to make one.
+        connection_secs: The maximum age of a connection.
     """
 
     def __init__(
@@ -86,22 +86,22 @@ class Listener:
         connection_secs: float = CONNECTION_SECS,
     ) -> None:
         self.address = address
-        self.socket: PatientSocket | None = None if sock is None else PatientSocket(fileno=sock.detach())
+        self.socket: ListeningSocket | None = None if sock is None else ListeningSocket(fileno=sock.detach())
         self._telemetry = telemetry.scope()
         self._app = App(current, self._telemetry)
         self._connection_secs = connection_secs
         self._stopped = threading.Event()
-        # What it says of clients is not news: that they went away, or that several ask at once.
+        # waitress logs clients that disconnect, and several requests at the same time: an operator does not need that.
         for name in ("waitress", "waitress.queue"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError as error:  # the system has no more threads
-            self._say_failed(error)
+        except RuntimeError as error:  # no thread can be started
+            self._log_failure(error)
 
     def close(self) -> None:
-        """Answer nothing more; what is being answered is not awaited for long."""
+        """Stop answering. Answers that are in progress are awaited for at most `STOP_SECS`."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(STOP_SECS)
@@ -111,18 +111,18 @@ class Listener:
             try:
                 self.socket = self.socket or listen(self.address)
                 self._serve(self.socket)
-            except Exception as error:  # noqa: BLE001 - whatever it is, events must not wait for it
-                self._say_failed(error)
+            except Exception as error:  # noqa: BLE001 - no error here may affect the delivery of events
+                self._log_failure(error)
                 self._stopped.wait(RETRY_SECS)
 
-    def _say_failed(self, error: Exception) -> None:
+    def _log_failure(self, error: Exception) -> None:
         self._telemetry.repeated(
             "error", "listener.failed", cause=repr(error), address=self.address, error_message=str(error)
         )
 
     def _serve(self, sock: socket.socket) -> None:
         channels: dict[int, Any] = {}
-        server: Any = create_server(  # its types are those of several servers, and of a trigger without methods
+        server: Any = create_server(  # its declared type is a union of several servers, some without these methods
             self._app,
             map=channels,
             sockets=[sock],
@@ -141,8 +141,8 @@ class Listener:
         self._telemetry.log.info("listener.started", address=self.address)
         try:
             while not self._stopped.is_set():
-                wasyncore.loop(timeout=LOOK_SECS, use_poll=True, map=channels, count=1)
-                _end_old(channels, born_before=time.time() - self._connection_secs)
+                wasyncore.loop(timeout=LOOP_SECS, use_poll=True, map=channels, count=1)
+                _end_old(channels, created_before=time.time() - self._connection_secs)
         finally:
             self.socket = None
             _close(server, channels)
@@ -153,13 +153,14 @@ def _close(server: Any, channels: dict[int, Any]) -> None:
     for channel in list(channels.values()):
         if channel is not server.trigger:
             wasyncore.dispatcher.close(channel)
-    # A thread that still answers wakes the loop by this pipe, and would write into what has its number by then.
+    # A thread that still answers writes to this pipe to wake the loop. If the pipe were closed, the thread could write
+    # to another file that has got the same descriptor.
     if not server.task_dispatcher.threads:
         server.trigger.close()
 
 
-def _end_old(channels: dict[int, Any], *, born_before: float) -> None:
-    """End connections that have lived too long, whatever they are about to send, unless they are being answered."""
+def _end_old(channels: dict[int, Any], *, created_before: float) -> None:
+    """End connections that are too old, even if they are still sending, but not while they are answered."""
     for channel in list(channels.values()):
-        if isinstance(channel, HTTPChannel) and channel.creation_time < born_before and not channel.requests:
+        if isinstance(channel, HTTPChannel) and channel.creation_time < created_before and not channel.requests:
             channel.will_close = True

@@ -1,4 +1,4 @@
-"""The part of the page that shows stored events: what was asked for, what was found, and the commands for it."""
+"""The part of the page that shows stored events: the filter, the events that match it, and the commands for them."""
 
 import shlex
 import time
@@ -15,7 +15,7 @@ from vodpoller.logs import printable
 ROWS: Final = 25
 BODY_CHARS: Final = 8000
 SEARCH_SECS: Final = 2.0
-# The options of `vodpoller deadletters`, by the fields of the form, which have their names.
+# The options of `vodpoller deadletters`, by the fields of the form.
 OPTIONS: Final[Mapping[str, str]] = {
     "sink": "--sink",
     "type": "--type",
@@ -28,17 +28,23 @@ _VALUE_CHARS: Final = 200
 
 
 def stored_events(view: View, query: Mapping[str, str]) -> Mapping[str, Any]:
-    """What the page shows of stored events.
+    """The stored events that the page shows, as values for the template.
 
     Args:
-        view: What is shown.
+        view: The process and the daemon.
         query: The fields of the form.
     """
-    asked = {name: query.get(name, "").strip()[:_VALUE_CHARS] for name in OPTIONS}
+    conditions = {name: query.get(name, "").strip()[:_VALUE_CHARS] for name in OPTIONS}
     state = "pending" if query.get("pending") else "dead"
-    shown: dict[str, Any] = {"asked": asked, "state": state, "reasons": REASONS[state], "rows": [], "problem": ""}
+    shown: dict[str, Any] = {
+        "conditions": conditions,
+        "state": state,
+        "reasons": REASONS[state],
+        "rows": [],
+        "problem": "",
+    }
     try:
-        wanted = _filter_of(asked, state)
+        wanted = _filter_of(conditions, state)
         with Letters(view.journal_path) as letters:
             rows, is_all = _found(letters, wanted)
     except (ValueError, JournalError) as error:
@@ -47,33 +53,33 @@ def stored_events(view: View, query: Mapping[str, str]) -> Mapping[str, Any]:
     return shown | {
         "rows": [_row(event, body if shows_bodies else None) for event, body in rows],
         "is_all": is_all,
-        "commands": _commands(asked, state) if rows else (),
+        "commands": _commands(conditions, state) if rows else (),
     }
 
 
-def _filter_of(asked: Mapping[str, str], state: str) -> Filter:
-    for name, text in asked.items():
+def _filter_of(conditions: Mapping[str, str], state: str) -> Filter:
+    for name, text in conditions.items():
         if printable(text) != text:
             raise ValueError(f"{name} has characters that cannot be printed")
-    reason = asked["reason"] or None
+    reason = conditions["reason"] or None
     if reason is not None and reason not in REASONS[state]:
         raise ValueError(f"{state} events never have the reason {reason!r}")
     return Filter(
         state=state,
-        sink=asked["sink"] or None,
-        event_type=asked["type"] or None,
+        sink=conditions["sink"] or None,
+        event_type=conditions["type"] or None,
         reason=reason,
-        since=time_since(asked["since"], time.time()) if asked["since"] else None,
-        file_id=asked["file_id"] or None,
-        task_id=asked["task_id"] or None,
+        since=time_since(conditions["since"], time.time()) if conditions["since"] else None,
+        file_id=conditions["file_id"] or None,
+        task_id=conditions["task_id"] or None,
     )
 
 
 def _found(letters: Letters, wanted: Filter) -> tuple[list[tuple[StoredEvent, bytes]], bool]:
-    """The first of what is meant, and whether that is all; a search through many bodies is given up in time."""
+    """The first events that match, and whether these are all. The search ends after `SEARCH_SECS`."""
     ends_at = time.monotonic() + SEARCH_SECS
     found: list[tuple[StoredEvent, bytes]] = []
-    # What only bodies tell is looked at here, so that a search that finds nothing ends too.
+    # The ids, which only bodies hold, are compared here, so that a search without a match also ends in time.
     for event, body in letters.with_bodies(replace(wanted, file_id=None, task_id=None)):
         if wanted.takes(event.file_id, event.task_id):
             if len(found) == ROWS:
@@ -105,7 +111,7 @@ def _row(event: StoredEvent, body: bytes | None) -> Mapping[str, Any]:
     }
 
 
-def _commands(asked: Mapping[str, str], state: str) -> Sequence[str]:
-    options = [f"{OPTIONS[name]} {shlex.quote(text)}" for name, text in asked.items() if text]
+def _commands(conditions: Mapping[str, str], state: str) -> Sequence[str]:
+    options = [f"{OPTIONS[name]} {shlex.quote(text)}" for name, text in conditions.items() if text]
     tail = " ".join((*(("--pending",) if state == "pending" else ()), *options))
     return [f"vodpoller deadletters {verb} {tail}".rstrip() for verb in ("replay", "purge")]

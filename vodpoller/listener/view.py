@@ -1,4 +1,4 @@
-"""What the listener shows of the process and of the daemon that it runs."""
+"""The data of the process and its daemon that the listener shows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from vodpoller.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Who may ask for more than the two probes.
+    """The conditions for access to all paths except the two probes.
 
     Args:
-        hosts: The hosts by which it may be asked, as a browser writes them, in lower case, without ports.
-        password: None if nothing needs one.
+        hosts: The permitted values of the header `Host`, in lower case, without ports.
+        password: The password; None if none is needed.
     """
 
     hosts: frozenset[str]
@@ -25,18 +25,18 @@ class Access:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """How the process is. What is called may be called from several threads at once.
+    """The state of the process. Several threads may call the functions at the same time.
 
     Args:
-        access: Who may ask.
-        telemetry: What was counted and measured.
-        journal_path: The journal, which is read for the dead letters of the page.
-        is_ready: Whether it pulls: from the moment at which the service manager is told so until it stops.
-        overdue: The threads that are overdue, by what they do, with the time since then, in seconds.
-        known: How it is, without touching a disk.
-        report: The object of `vodpoller status --json`. Waits for the journal, which is written to.
-        cleared: Takes secrets out of what others said.
-        clock_offset_secs: What must be added to this machine's clock to get VOD's; None if that is not known.
+        access: The conditions for access.
+        telemetry: Counts and measurements.
+        journal_path: The path of the journal, which is read for the stored events of the page.
+        is_ready: Whether the daemon is ready: from the notification of the service manager until the daemon stops.
+        overdue: The overdue threads, by their current work, with the time in seconds by which they are overdue.
+        known: The status that is available without access to a disk.
+        report: The object of `vodpoller status --json`. Waits for a write to the journal.
+        cleared: Returns a value without the secrets that texts in it may contain.
+        clock_offset_secs: VOD's time minus this machine's time, in seconds; None if it is not known.
     """
 
     access: Access

@@ -1,1 +1,1 @@
-"""The VOD event API: pulling, confirming, and what an answer means."""
+"""The VOD event API: pulling, confirming, and the meaning of its answers."""

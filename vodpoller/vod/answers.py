@@ -1,7 +1,7 @@
-"""What an answer of VOD means: events, a refusal that passes, one that an operator must end, or nothing of VOD's.
+"""The meaning of an answer: events, a temporary refusal, a refusal that needs an operator, or not an answer of VOD.
 
 Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184), "Common
-error codes" and "Request structure", and from what public consumers of the API have met.
+error codes" and "Request structure", and from the code of public consumers of the API.
 """
 
 from collections.abc import Mapping
@@ -28,26 +28,26 @@ from vodpoller.httpclient.transport import was_repeated
 from vodpoller.httpclient.words import REDIRECTS, http_date, retry_after_secs
 
 ANSWER_TOO_LARGE: Final = "AnswerTooLarge"
-EVENTS_MAX: Final = 1000  # far beyond the 16 that VOD gives out
+EVENTS_MAX: Final = 1000  # far more than the 16 that VOD sends at most
 PULL: Final = "PullEvents"
 CONFIRM: Final = "ConfirmEvents"
 
 _EXCERPT_CHARS: Final = 100
 _MESSAGE_CHARS: Final = 300
-_NAME_CHARS: Final = 100  # of an error code or RequestId; VOD's have 60 at most
+_NAME_CHARS: Final = 100  # maximum length of an error code or RequestId; those of VOD have at most 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
-    """What one PullEvents brought.
+    """The result of one PullEvents.
 
     Args:
         events: 0 to 16 events.
-        malformed: What stood in an event's place and cannot be read.
+        malformed: The elements that cannot be read as events.
         lease: The time in which the handles can be confirmed.
-        hung_secs: How long the answer took; an empty queue makes VOD wait up to 5 s.
-        request_id: Tencent's RequestId, empty if the answer has none.
-        may_lack_events: Whether VOD may have handed out more than it holds: it cannot be read as a whole, or its
+        hung_secs: Time from sending the request to the end of the answer; VOD holds it up to 5 s if its queue is empty.
+        request_id: Tencent's RequestId; empty if the answer has none.
+        may_lack_events: Whether VOD may have sent more events than these: the answer cannot be read completely, or the
             request was sent twice.
     """
 
@@ -61,21 +61,21 @@ class Pull:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One HTTP answer, taken apart.
+    """One HTTP answer and its parsed content.
 
     Args:
-        sent_at: Monotonic time at which its request began to be sent.
-        took_secs: From then until the body was read.
-        status: Of HTTP.
-        headers: Of HTTP.
-        body: Without its content encoding; what came of it.
-        cut: Why the body is not all that was sent; empty if it is.
-        unreadable: Why the body is not JSON; empty if it is.
-        response: The `Response` member, None if there is none.
-        error_code: Of `Response.Error`, None if the answer has no error.
-        error_message: Of `Response.Error`.
-        request_id: Empty if there is none.
-        repeated: Whether the request was sent twice, and may have been carried out at the first time.
+        sent_at: Monotonic time at which sending the request began.
+        took_secs: Seconds from `sent_at` until the body was read.
+        status: The HTTP status.
+        headers: The HTTP headers.
+        body: The received part of the body, without its content encoding.
+        cut: Why the body is incomplete; empty if it is complete.
+        unreadable: Why the body is not valid JSON; empty if it is.
+        response: The member `Response`; None if there is none.
+        error_code: `Code` of `Response.Error`; None if the answer has no error.
+        error_message: `Message` of `Response.Error`.
+        request_id: Tencent's RequestId; empty if there is none.
+        repeated: Whether the request was sent twice; the first one may have been carried out.
     """
 
     sent_at: float
@@ -93,19 +93,19 @@ class Answer:
 
     @property
     def excerpt(self) -> str:
-        """How its body begins, for a person."""
+        """The beginning of the body, for messages."""
         return self.body[: 4 * _EXCERPT_CHARS].decode(errors="replace")[:_EXCERPT_CHARS]
 
 
 def take_apart(response: requests.Response, body: bytes, cut: str, *, sent_at: float, took_secs: float) -> Answer:
-    """Read an answer. Content-Type does not matter: VOD's may carry a charset, or be another.
+    """Parse an answer. Content-Type is ignored: that of VOD may have a charset, or be another type.
 
     Args:
-        response: Status and headers; its body is read already.
-        body: What came of the body.
-        cut: Why that is not all of it; empty if it is.
-        sent_at: Monotonic time at which the request began to be sent.
-        took_secs: From then until the body was read.
+        response: Status and headers; its body has already been read.
+        body: The received part of the body.
+        cut: Why the body is incomplete; empty if it is complete.
+        sent_at: Monotonic time at which sending the request began.
+        took_secs: Seconds from `sent_at` until the body was read.
     """
     unreadable = ""
     document: Any = None
@@ -146,50 +146,50 @@ def refusal_in(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
     """The error for an answer with an error code.
 
     Args:
-        action: The API's name of it.
-        answer: To a request of that action.
-        key_renewal: What a person must do so that another key is used once it is in place of the present one.
+        action: The API's name of the action.
+        answer: The answer to a request of that action.
+        key_renewal: What the operator must do after replacing the key, so that the new key is used.
     """
     code = answer.error_code or ""
-    said = answer.error_message
-    message = f"{action} was refused with {code or 'an error without a code'}: {said}"
+    text = answer.error_message
+    message = f"{action} was refused with {code or 'an error without a code'}: {text}"
     request_id = answer.request_id
     if is_throttling(answer):
         retry_after_secs = _retry_after_secs(answer)
         return ThrottledError(message, retry_after_secs=retry_after_secs, error_code=code, request_id=request_id)
-    if action == CONFIRM and _is_about_handles(code, said):
+    if action == CONFIRM and _is_about_handles(code, text):
         return RefusedHandlesError(message, error_code=code, request_id=request_id)
     if code.startswith(_FOR_OPERATORS):
-        advice = _advice(action, code, said, key_renewal)
+        advice = _advice(action, code, text, key_renewal)
         return OperatorError(message, advice=advice, error_code=code, request_id=request_id)
     return TransientError(message, retry_after_secs=_retry_after_secs(answer), error_code=code, request_id=request_id)
 
 
 def is_refused_token(answer: Answer) -> bool:
-    """Whether VOD refuses the token of a temporary key: it has ended, or was revoked."""
+    """Whether VOD refuses the token of a temporary key, because the token has expired or was revoked."""
     return answer.error_code == "AuthFailure.TokenFailure"
 
 
 def is_missing_right(error: VodpollerError) -> bool:
-    """Whether VOD says that the key may not call the action, and nothing worse.
+    """Whether the only problem is that the key lacks the right to call the action.
 
     Args:
-        error: As `refusal_in` makes it.
+        error: An error that `refusal_in` returned.
     """
     return error.error_code.startswith(_NOT_ALLOWED)
 
 
 def is_throttling(answer: Answer) -> bool:
-    """Whether VOD, or something before it, says that the quota is used up."""
-    said = (answer.error_code or "").startswith("RequestLimitExceeded")
-    return said or answer.status == HTTPStatus.TOO_MANY_REQUESTS
+    """Whether VOD, or a gateway in front of it, refuses the request because the quota is used up."""
+    has_code = (answer.error_code or "").startswith("RequestLimitExceeded")
+    return has_code or answer.status == HTTPStatus.TOO_MANY_REQUESTS
 
 
 def response_of(answer: Answer) -> Mapping[str, Any]:
     """The `Response` of an answer without an error code.
 
     Raises:
-        TransientError: There is none, or HTTP says that it failed.
+        TransientError: There is no `Response`, or the HTTP status is not 200.
     """
     if answer.status != HTTPStatus.OK:
         raise _http_failure(answer)
@@ -199,11 +199,11 @@ def response_of(answer: Answer) -> Mapping[str, Any]:
 
 
 def unusable_answer(answer: Answer, why: str = "") -> TransientError:
-    """The error for an answer that says nothing.
+    """The error for an answer that cannot be used.
 
     Args:
-        answer: Any.
-        why: What is wrong with it; empty for what was found when it was taken apart.
+        answer: The answer.
+        why: What is wrong with it; empty: the reason that was found when it was parsed.
     """
     why = why or answer.cut or answer.unreadable or "it has no Response"
     return TransientError(
@@ -212,19 +212,19 @@ def unusable_answer(answer: Answer, why: str = "") -> TransientError:
 
 
 def too_large_answer(answer: Answer) -> OperatorError:
-    """The error for an answer that was cut because of its size, and of which nothing can be read."""
+    """The error for an answer that was cut because of its size, and in which no event is readable."""
     return OperatorError(
-        f"the answer cannot be used ({answer.cut}, and no event in its beginning is whole): VOD's answers are far"
-        f" smaller. Is api.endpoint right, and does no proxy answer in its place? It begins: {answer.excerpt!r}",
+        f"the answer cannot be used ({answer.cut}, and its beginning holds no complete event): VOD's answers are far"
+        f" smaller. Is api.endpoint right? Or does a proxy answer in its place? It begins: {answer.excerpt!r}",
         error_code=ANSWER_TOO_LARGE,
     )
 
 
 def event_set(answer: Answer) -> list[Any]:
-    """The elements of `EventSet` in an answer without an error code; none if it is null or left out.
+    """The elements of `EventSet` in an answer without an error code; none if `EventSet` is null or missing.
 
     Raises:
-        TransientError: There is no `Response`, or it is not what VOD answers to a pull.
+        TransientError: There is no `Response`, or it does not have the form of VOD's answer to a pull.
     """
     elements = response_of(answer).get("EventSet")
     if elements is None:
@@ -235,36 +235,36 @@ def event_set(answer: Answer) -> list[Any]:
 
 
 def check_number(events: int, answer: Answer) -> None:
-    """Refuse an answer with more events than VOD ever sends: none of them was delivered, so nothing is lost.
+    """Check that an answer does not hold more events than VOD ever sends.
 
     Raises:
-        TransientError: There are too many.
+        TransientError: There are too many. None of them has been delivered, so nothing is lost.
     """
     if events > EVENTS_MAX:
         raise TransientError(
-            f"the answer holds more than {EVENTS_MAX} events, VOD's have 16 at most: is api.endpoint right?",
+            f"the answer holds more than {EVENTS_MAX} events, but VOD sends at most 16: is api.endpoint right?",
             request_id=answer.request_id,
         )
 
 
 def _http_failure(answer: Answer) -> TransientError:
-    """The error for an answer that is not VOD's own, or whose body says nothing."""
+    """The error for an answer that is not from VOD itself, or whose body has no error code."""
     status = answer.status
     kind: type[TransientError] = ForeignAnswerError
     location = ""
     if status == HTTPStatus.TOO_MANY_REQUESTS:
-        kind, what = ThrottledError, "something before VOD asks for fewer requests"
+        kind, what = ThrottledError, "VOD, or a gateway in front of it, limits the number of requests"
     elif status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-        what = "the proxy wants a login: put user:password@ into the proxy URL of the environment"
+        what = "the proxy requires a login: put user:password@ into the proxy URL of the environment"
     elif status == HTTPStatus.FORBIDDEN:
-        what = "something between here and VOD, such as a proxy or a firewall, forbids the request"
+        what = "a proxy or firewall between this machine and VOD forbids the request"
     elif status in REDIRECTS:
         location = f" to {shown_url(answer.headers.get('Location', ''))[:_EXCERPT_CHARS]}"
-        what = "the endpoint redirects, which is not followed since credentials must not travel: set api.endpoint right"
+        what = "the endpoint redirects; vodpoller does not follow, to protect the credentials: correct api.endpoint"
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        what = "VOD, or something before it, has a fault"
+        what = "VOD, or a gateway in front of it, has a fault"
     else:
-        what = "that is not an answer of VOD: is api.endpoint right?"
+        what = "this is not an answer of VOD: is api.endpoint right?"
     return kind(
         f"HTTP status {status}{location}: {what}: {answer.excerpt!r}",
         retry_after_secs=_retry_after_secs(answer),
@@ -273,18 +273,18 @@ def _http_failure(answer: Answer) -> TransientError:
 
 
 def _retry_after_secs(answer: Answer) -> float | None:
-    """How long the answer asks to be left alone; a date is compared with the server's own."""
+    """The delay that `Retry-After` of the answer demands; a date in it is compared with the server's own date."""
     return retry_after_secs(answer.headers, http_date(answer.headers.get("Date")))
 
 
 def is_empty_queue(answer: Answer) -> bool:
-    """VOD calls an empty queue a resource that was not found; its longer codes are other things not found."""
+    """Whether the error means an empty queue: the code `ResourceNotFound`. Longer codes mean other things."""
     message = answer.error_message.lower()
     return answer.error_code == "ResourceNotFound" and (not message or "event" in message)
 
 
 def _is_about_handles(code: str, message: str) -> bool:
-    """Whether a refused confirm may go through with fewer handles: the document only says "parameter error", 4000."""
+    """Whether a refused confirm may succeed with fewer handles: the document only says "parameter error", 4000."""
     if _names_sub_app(code) or (_names_sub_app(message) and "handle" not in message.lower()):
         return False
     if code.startswith("InvalidParameter") or code in {"4000", "ResourceNotFound"}:
@@ -296,10 +296,10 @@ def _names_sub_app(text: str) -> bool:
     return "subappid" in text.lower()
 
 
-# The key is right, and its owner lacks the right to the action.
+# The key is correct, but its owner lacks the right to the action.
 _NOT_ALLOWED: Final = ("UnauthorizedOperation", "AuthFailure.UnauthorizedOperation")
 
-# Codes that begin so will not go away by themselves.
+# Prefixes of codes of errors that do not end without an operator.
 _FOR_OPERATORS: Final = (
     "ActionOffline",
     "AuthFailure",
@@ -321,7 +321,7 @@ _FOR_OPERATORS: Final = (
     "4000",
 )
 
-# What a failed pull is counted under, by how the code begins; the first that fits.
+# Prefixes of error codes, and the label `code` under which a failed pull is counted; the first match counts.
 _COUNTED_UNDER: Final = (
     ("RequestLimitExceeded", "request_limit"),
     ("AuthFailure.SignatureExpire", "clock"),
@@ -344,7 +344,7 @@ PULL_ERROR_CODES: Final = (*dict.fromkeys(code for _, code in _COUNTED_UNDER), "
 
 
 def pull_error_code(error: Exception) -> str:
-    """What a failed pull is counted under: one of `PULL_ERROR_CODES`."""
+    """The label under which a failed pull is counted: one of `PULL_ERROR_CODES`."""
     match error:
         case ThrottledError():
             return "request_limit"
@@ -354,7 +354,7 @@ def pull_error_code(error: Exception) -> str:
             return next(code for prefix, code in _COUNTED_UNDER if error.error_code.startswith(prefix))
         case ForeignAnswerError():
             return "http"
-        case NoAnswerError() | OperatorError():  # of the latter: no request can be sent
+        case NoAnswerError() | OperatorError():  # OperatorError without a code: no request can be sent
             return "connection"
         case _:
             return "unusable"
@@ -363,12 +363,12 @@ def pull_error_code(error: Exception) -> str:
 _NO_VOD_USER: Final = "VOD is not activated for the account of this key: activate it, or use another account's key"
 _RIGHTS: Final = "in CAM, grant {rights} to the owner of the key"
 
-# The first that fits, here and below.
+# Prefixes of error codes, and the advice for them; the first match counts, here and below.
 _ADVICE_ON_KEY: Final = (
     ("AuthFailure.SecretIdNotFound", "the key does not exist or is disabled: {compare}, then {renew}"),
     ("AuthFailure.InvalidSecretId", "this is not a key of Tencent Cloud's API: {compare}, then {renew}"),
     ("AuthFailure.SignatureFailure", "secret_key does not belong to secret_id: copy both again, then {renew}"),
-    ("AuthFailure.SignatureExpire", "the clock of this machine is off by over 300 s: synchronize it (NTP)"),
+    ("AuthFailure.SignatureExpire", "the clock of this machine is wrong by more than 300 s: synchronize it (NTP)"),
     ("AuthFailure.TokenFailure", "the temporary token is wrong or has ended: renew it with its key, then {renew}"),
     ("AuthFailure.UnauthorizedOperation", _RIGHTS),
     ("AuthFailure", "check the key in the CAM console, then {renew}"),
@@ -379,11 +379,11 @@ _ADVICE: Final = (
     ("ResourceNotFound.UserNotExist", _NO_VOD_USER),
     ("ResourceNotFound", "does the SubAppId exist in this account? check sub_app_id"),
     ("UnsupportedRegion", "check api.region, or leave it out"),
-    ("Ip", "let the address of this machine in, at the account's access settings"),
-    ("", "check api.endpoint and api.region, and whether there is a newer vodpoller"),
+    ("Ip", "allow the address of this machine in the account's access settings"),
+    ("", "check api.endpoint and api.region, and whether there is a newer version of vodpoller"),
 )
 _SUB_APP: Final = (
-    "check the source's sub_app_id: accounts opened since 2023-12-25 must give it, and it must be one of the account's"
+    "check the source's sub_app_id: accounts created since 2023-12-25 must set it, and it must belong to the account"
 )
 
 
@@ -397,12 +397,12 @@ def _advice(action: str, code: str, message: str, key_renewal: str) -> str:
 
 
 def advice_on_key(code: str, rights: str, key_renewal: str) -> str:
-    """What to do about a refusal that is about the key, its rights or this machine's clock; empty for any other.
+    """Advice for a refusal that concerns the key, its rights or this machine's clock; empty for any other.
 
     Args:
         code: The error code, of any service.
-        rights: What CAM has to grant for the action, as "vod:PullEvents".
-        key_renewal: What a person must do so that another key is used once it is in place of the present one.
+        rights: The rights that CAM must grant for the action, such as "vod:PullEvents".
+        key_renewal: What the operator must do after replacing the key, so that the new key is used.
     """
     advice = next((advice for prefix, advice in _ADVICE_ON_KEY if code.startswith(prefix)), "")
     return advice.format(compare="compare secret_id with the CAM console", renew=key_renewal, rights=rights)

@@ -1,4 +1,4 @@
-"""What VOD says of an application besides its events: how it sends them, and the number of those that wait.
+"""Facts that VOD reports about an application: how it sends its events, and the number of events that wait.
 
 Facts are from Tencent Cloud's API documents "DescribeEventConfig" and "DescribeEventsState" (product/266/57589), and
 from the descriptions in tencentcloud-sdk-python-vod 3.1.194.
@@ -13,7 +13,7 @@ from vodpoller.vod.answers import Answer, response_of
 
 EVENT_CONFIG: Final = "DescribeEventConfig"
 EVENTS_STATE: Final = "DescribeEventsState"
-STATE_REQUESTS_PER_SEC: Final = 20.0  # the quota of EVENTS_STATE; that of EVENT_CONFIG is 100, as of pulls
+STATE_REQUESTS_PER_SEC: Final = 20.0  # the quota of EVENTS_STATE; that of EVENT_CONFIG is 100, as for pulls
 
 _SWITCHES: Final[Mapping[str, str]] = {
     "NewFileUpload": "UploadMediaCompleteEventSwitch",
@@ -21,7 +21,7 @@ _SWITCHES: Final[Mapping[str, str]] = {
     "PersistenceComplete": "PersistenceCompleteEventSwitch",
 }
 SWITCHED_TYPES: Final = tuple(_SWITCHES)
-"""The event types that `EventConfig` can tell of. Whether VOD sends any other shows in its console only."""
+"""The event types whose switches are in `EventConfig`. Those of all other types are only visible in VOD's console."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +29,12 @@ class EventConfig:
     """How an application sends its events.
 
     Args:
-        mode: "PULL", reliable callbacks; "PUSH", normal ones, and then no event can be pulled; anything else is new.
-        notification_url: Where normal callbacks go; empty if nothing is said. Its path and query may be a secret.
+        mode: "PULL": reliable callbacks; "PUSH": normal callbacks, so that no event can be pulled; other values are not
+            documented.
+        notification_url: The URL that receives normal callbacks; empty if there is none. Its path and query may be a
+            secret.
         off: The types of `SWITCHED_TYPES` that are switched off.
-        request_id: Tencent's RequestId, empty if the answer has none.
+        request_id: Tencent's RequestId; empty if the answer has none.
     """
 
     mode: str
@@ -42,10 +44,10 @@ class EventConfig:
 
 
 def event_config_in(answer: Answer) -> EventConfig:
-    """Read an answer to EVENT_CONFIG that has no error code. What is left out of it is empty, and not switched off.
+    """Read an answer to EVENT_CONFIG that has no error code. Missing members count as empty and as not switched off.
 
     Raises:
-        TransientError: It is not an answer of VOD's.
+        TransientError: It is not an answer of VOD.
     """
     response = response_of(answer)
     return EventConfig(
@@ -60,7 +62,7 @@ def waiting_events_in(answer: Answer) -> int:
     """Read an answer to EVENTS_STATE that has no error code: the number of events that wait to be pulled.
 
     Raises:
-        TransientError: It is not an answer of VOD's, or names no number.
+        TransientError: It is not an answer of VOD, or contains no valid number.
     """
     number = response_of(answer).get("CountOfEventsToPull")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:

@@ -1,9 +1,9 @@
-"""The VOD event API: one request, one answer, whose meaning is in `answers` and `application`.
+"""The client of the VOD event API: one request and one answer. `answers` and `application` interpret the answers.
 
-The caller decides what to try again.
+It does not retry; the caller decides that.
 
 Facts are from Tencent Cloud's API documents "PullEvents" (product/266/34183), "ConfirmEvents" (266/34184) and "Request
-structure", and from what public consumers of the API have met.
+structure", and from the code of public consumers of the API.
 """
 
 import threading
@@ -72,16 +72,16 @@ from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
 from vodpoller.vod.signature import Tc3Auth
 
-ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD's take some 100 KiB
+ANSWER_MAX_BYTES: Final = 8 * 1024 * 1024  # sixteen events of VOD take about 100 KiB
 
 _VERSION: Final = "2018-07-17"
 _CHUNK_BYTES: Final = 64 * 1024
 _CONNECT_SECS: Final = 5.0
 _CONNECTIONS: Final = 64
 _CLOCK_OFF_SECS: Final = 60.0
-# What VOD allows of an action per second if that is less than the account's quota may be, and the share left unused.
-# Slots of confirms come a little more often than those of pulls. If both came equally often, a confirm that had to wait
-# for its slot once would have to wait as long after each pull that follows, up to a slot's length.
+# Per action: VOD's limit in requests per second, if it is lower than the account's quota may be, and the share of the
+# quota that is left unused. Slots of confirms are a little closer together than those of pulls. With equal spacing, a
+# confirm that had to wait for its slot once would wait as long after each following pull, up to the time of one slot.
 _QUOTAS: Final[Mapping[str, tuple[float, float]]] = {
     PULL: (inf, 0.03),
     CONFIRM: (inf, 0.02),
@@ -98,7 +98,7 @@ class _Action:
 
 
 class ApiSettings(Protocol):
-    """What the configuration says of the API; the arguments of `VodClient` say more of each."""
+    """The configuration of the API; the arguments of `VodClient` describe each setting in detail."""
 
     @property
     def endpoint(self) -> str:
@@ -106,7 +106,7 @@ class ApiSettings(Protocol):
 
     @property
     def region(self) -> str | None:
-        """`X-TC-Region`; None leaves it out."""
+        """`X-TC-Region`; None: the header is not sent."""
 
     @property
     def requests_per_sec(self) -> float:
@@ -114,46 +114,47 @@ class ApiSettings(Protocol):
 
     @property
     def timeout_secs(self) -> float:
-        """For a pull."""
+        """Time limit of a pull."""
 
     @property
     def confirm_timeout_secs(self) -> float:
-        """For a confirm."""
+        """Time limit of a confirm."""
 
     @property
     def lease_secs(self) -> float:
-        """How long a pull's handles can be confirmed."""
+        """The time in which a pull's handles can be confirmed."""
 
     @property
     def ca_file(self) -> Path | None:
-        """PEM with what vouches for VOD's certificate."""
+        """PEM file with the root certificates for VOD's certificate."""
 
 
 class VodClient:
-    """Pulls and confirms events, and asks about them. Every call is one signed request and one answer, from any thread.
+    """Pulls and confirms events, and reads facts about an application. Any thread may call it.
 
-    The one exception: a request that is refused because this machine's clock is wrong is sent again, once, with the
-    server's time.
+    Each call is one signed request and one answer, with one exception: a request that is refused because this machine's
+    clock is wrong is sent again, once, with the server's time.
 
     Args:
         endpoint: URL of the API: `https://vod.tencentcloudapi.com`.
-        region: `X-TC-Region`; empty leaves it out.
-        credentials: Asked at each request.
+        region: `X-TC-Region`; empty: the header is not sent.
+        credentials: Called for each request; returns the key.
         requests_per_sec: The account's quota for each API action.
-        timeout_secs: For a pull, from the name lookup to the answer's last byte. VOD lets an empty pull hang for 5 s
-            and recommends 10. The same for questions about an application.
+        timeout_secs: Time limit of a pull, from the name lookup to the last byte of the answer; also of `event_config`
+            and `waiting_events`. VOD holds a pull for 5 s while its queue is empty, and recommends a limit of 10 s.
         confirm_timeout_secs: The same for a confirm.
-        lease_secs: How long a pull's handles can be confirmed.
-        ca_file: PEM with what vouches for VOD's certificate; None is what the environment says, or the public CAs.
-        key_renewal: What a person must do so that another key is used once it is in place of the present one.
-        on_refused_token: Told the token of a temporary key that VOD refuses, and returns at once: another key will come
-            by itself. None if it will not.
-        log: Where to.
-        transport: Sends the requests; a `DeadlineAdapter` with `ca_file` unless told otherwise.
+        lease_secs: The time in which a pull's handles can be confirmed.
+        ca_file: PEM file with the root certificates for VOD's certificate; None: those of the environment, or of the
+            public CAs.
+        key_renewal: What the operator must do after replacing the key, so that the new key is used; for messages.
+        on_refused_token: Called with the token of a temporary key that VOD refuses; must return at once and start the
+            renewal of the key. None if keys are not renewed automatically.
+        log: Destination of the log lines.
+        transport: Sends the requests; None: a `DeadlineAdapter` with `ca_file`.
         monotonic: The clock of leases and timeouts, in seconds.
         wall: Unix time, in seconds.
         sleep: Waits that number of seconds.
-        answer_max_bytes: What is read of an answer, at most, after decompression.
+        answer_max_bytes: The maximum number of bytes that are read of an answer, after decompression.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class VodClient:
         self._answer_max_bytes = answer_max_bytes
 
         self._url = requests.Request("POST", endpoint).prepare().url or endpoint
-        # Asking the environment at each request would cost as much again as the request.
+        # Reading the environment for each request would take as much CPU time as the request itself.
         self._environment = environment_of(self._url)
         self._transport = transport or DeadlineAdapter(connections=_CONNECTIONS, ca_file=ca_file, monotonic=monotonic)
         self._where = host_and_port(self._url)
@@ -216,14 +217,14 @@ class VodClient:
         on_refused_token: Callable[[str], None] | None = None,
         log: Logger,
     ) -> Self:
-        """The client that a configuration describes.
+        """Make a client from the configuration.
 
         Args:
             api: The table `[api]`.
-            credentials: Asked at each request.
-            key_renewal: What a person must do so that another key is used once it is in place of the present one.
-            on_refused_token: As of the client.
-            log: Where to.
+            credentials: As for the client.
+            key_renewal: As for the client.
+            on_refused_token: As for the client.
+            log: Destination of the log lines.
         """
         return cls(
             endpoint=api.endpoint,
@@ -240,20 +241,20 @@ class VodClient:
         )
 
     def pull(self, source: str, sub_app_id: int | None) -> Pull:
-        """Take up to 16 events from the queue; hangs up to 5 s while it is empty.
+        """Take up to 16 events from the queue; takes up to 5 s while the queue is empty.
 
         Args:
             source: Name of the source, for the events.
-            sub_app_id: Tencent's SubAppId, None for an account without.
+            sub_app_id: Tencent's SubAppId; None for an account without.
 
         Raises:
             ThrottledError: The quota is used up, or leaves no slot within `timeout_secs`.
-            TransientError: Nothing usable came.
-            OperatorError: Credentials, rights or configuration are wrong, or the answer is larger than VOD's can be
-                and no event in its beginning is whole.
+            TransientError: No usable answer was received.
+            OperatorError: Credentials, rights or configuration are wrong, or the answer is larger than an answer of VOD
+                can be and its beginning holds no complete event.
             StoppingError: `stop_pulling` was called before the request was sent.
         """
-        answer = self._ask(self._pull, _named(sub_app_id), timeout_secs=self._timeout_secs, has_slot=False)
+        answer = self._call(self._pull, _sub_app_body(sub_app_id), timeout_secs=self._timeout_secs, has_slot=False)
         items: Sequence[PulledEvent | Malformed]
         if answer.error_code is not None:
             if not is_empty_queue(answer):
@@ -280,29 +281,31 @@ class VodClient:
         )
 
     def await_confirm_slot(self, timeout_secs: float) -> bool:
-        """Wait for a slot of the quota of confirms; the caller then sends one.
+        """Wait for a slot of the quota of confirms. The caller must then send one confirm.
 
         Args:
-            timeout_secs: How long to wait at most.
+            timeout_secs: The maximum time to wait.
 
         Returns:
-            False, at once, if none comes within the time.
+            False, without waiting, if there is no slot within the time.
         """
         return self._confirm.limiter.acquire(timeout_secs)
 
     def confirm(self, sub_app_id: int | None, handles: Sequence[str], timeout_secs: float | None = None) -> str:
-        """Let VOD forget events: one request, sent at once. `await_confirm_slot` gives leave to send it.
+        """Confirm events, so that VOD deletes them: one request, sent at once. Call `await_confirm_slot` before it.
 
         Args:
-            sub_app_id: As it was at the pull.
-            handles: 1 to 16, of one pull.
-            timeout_secs: What is left of the lease; the request takes `confirm_timeout_secs` at most.
+            sub_app_id: The SubAppId of the pull.
+            handles: 1 to 16 handles of this SubAppId.
+            timeout_secs: The time that is left of the lease. The request takes at most `confirm_timeout_secs` in any
+                case.
 
         Returns:
-            Tencent's RequestId, empty if the answer has none.
+            Tencent's RequestId; empty if the answer has none.
 
         Raises:
-            RefusedHandlesError: Some handle is stale, or of another SubAppId. None may have been confirmed.
+            RefusedHandlesError: At least one handle is stale or belongs to another SubAppId. Possibly no handle was
+                confirmed.
             ThrottledError: The quota is used up, or no time is left: nothing was confirmed.
             TransientError: It is not known whether the handles are confirmed.
             OperatorError: Credentials, rights or configuration are wrong.
@@ -312,93 +315,96 @@ class VodClient:
             content["SubAppId"] = sub_app_id
         own_secs = self._confirm_timeout_secs
         timeout_secs = own_secs if timeout_secs is None else min(timeout_secs, own_secs)
-        answer = self._ask(self._confirm, encode_json(content), timeout_secs=timeout_secs, has_slot=True)
+        answer = self._call(self._confirm, encode_json(content), timeout_secs=timeout_secs, has_slot=True)
         if answer.error_code is not None:
             raise _refusal(CONFIRM, answer, self._key_renewal)
         response_of(answer)
         return answer.request_id
 
     def event_config(self, sub_app_id: int | None) -> EventConfig:
-        """Ask how an application sends its events.
+        """Call DescribeEventConfig: how an application sends its events.
 
         Args:
-            sub_app_id: Tencent's SubAppId, None for an account without.
+            sub_app_id: Tencent's SubAppId; None for an account without.
 
         Raises:
             ThrottledError: The quota is used up, or leaves no slot within `timeout_secs`.
-            TransientError: Nothing usable came.
-            OperatorError: Credentials, rights or configuration are wrong; `is_missing_right` tells the rights apart.
+            TransientError: No usable answer was received.
+            OperatorError: Credentials, rights or configuration are wrong; `is_missing_right` recognises missing rights.
         """
-        return event_config_in(self._told(self._event_config, sub_app_id))
+        return event_config_in(self._describe(self._event_config, sub_app_id))
 
     def waiting_events(self, sub_app_id: int | None) -> int:
-        """Ask for the number of events that wait to be pulled; it is up to 3 minutes old, so nothing may depend on it.
+        """Call DescribeEventsState: the number of events that wait to be pulled.
+
+        The number is up to 3 minutes old, so no decision may depend on it.
 
         Args:
-            sub_app_id: Tencent's SubAppId, None for an account without.
+            sub_app_id: Tencent's SubAppId; None for an account without.
 
         Raises:
-            ThrottledError: As `event_config`, and so are the others.
-            TransientError: See above.
-            OperatorError: See above.
+            ThrottledError: As in `event_config`.
+            TransientError: As in `event_config`.
+            OperatorError: As in `event_config`.
         """
-        return waiting_events_in(self._told(self._events_state, sub_app_id))
+        return waiting_events_in(self._describe(self._events_state, sub_app_id))
 
     @property
     def skew_secs(self) -> float | None:
-        """What must be added to this machine's clock to get VOD's, by the date of its last answer; None without."""
+        """VOD's time minus this machine's time, by the date of VOD's last answer; None if there is no such date."""
         header, received_at = self._last_date or (None, 0.0)
         server_time = http_date(header)
         return None if server_time is None else server_time - received_at
 
     @property
     def has_answered(self) -> bool:
-        """Whether any answer came, with or without a date."""
+        """Whether any answer has been received, with or without a date."""
         return self._last_date is not None
 
     def certificate_ends_at(self) -> float | None:
-        """Connect to the endpoint, and ask nothing. Without TLS, or behind a proxy, not even that.
+        """Connect to the endpoint to read its certificate; no request is sent.
 
         Returns:
-            When the certificate that it shows ends, in seconds since 1970; None if it was not asked for one.
+            The end of the certificate's validity, in seconds since 1970. None, without a connection, if the endpoint
+            does not use TLS or is reached through a proxy.
 
         Raises:
-            TransientError: It cannot be reached, or its certificate is not trusted.
+            TransientError: The endpoint cannot be reached, or its certificate is not trusted.
             OperatorError: The configuration or the environment is wrong.
         """
         if self._environment.proxy or not self._url.startswith("https:"):
             return None
         try:
             return self._transport.connect_within(self._url, self._environment, self._timeout_secs)
-        except CALL_ERRORS as error:  # not chained, as in `_sent`
-            raise self._unanswered(error, self._timeout_secs) from None
+        except CALL_ERRORS as error:  # not chained, as in `_send`
+            raise self._no_answer_error(error, self._timeout_secs) from None
 
     def stop_pulling(self) -> None:
-        """Send no further pull, also of those that wait for a slot."""
+        """Send no further pull. Pulls that wait for a slot are not sent either."""
         self._pulls_stopped = True
 
     def reopen(self) -> None:
-        """Read what vouches for certificates again.
+        """Read the root certificates again.
 
         Raises:
-            ConfigError: It cannot be read; what was read before stays in use.
+            ConfigError: They cannot be read; those that were read before stay in use.
         """
         self._transport.reread_roots("api.ca_file")
 
     def close(self) -> None:
-        """Close the connections. A call that is under way may fail."""
+        """Close the connections. A running call may fail."""
         self._transport.close()
 
     # --- one exchange -------------------------------------------------------------------------------------------------
 
-    def _told(self, action: _Action, sub_app_id: int | None) -> Answer:
-        """What VOD says to a question about an application; one that it refuses is an error."""
-        answer = self._ask(action, _named(sub_app_id), timeout_secs=self._timeout_secs, has_slot=False)
+    def _describe(self, action: _Action, sub_app_id: int | None) -> Answer:
+        """Call one of the actions that describe an application; raises an error if VOD refuses it."""
+        answer = self._call(action, _sub_app_body(sub_app_id), timeout_secs=self._timeout_secs, has_slot=False)
         if answer.error_code is not None:
             raise refusal_in(action.name, answer, self._key_renewal)
         return answer
 
-    def _ask(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> Answer:
+    def _call(self, action: _Action, body: bytes, *, timeout_secs: float, has_slot: bool) -> Answer:
         offset_secs = self._clock_offset_secs
         answer = self._exchange(action, body, timeout_secs=timeout_secs, has_slot=has_slot)
         if answer.error_code == "AuthFailure.SignatureExpire" and self._clock_was_off(answer, offset_secs):
@@ -406,7 +412,7 @@ class VodClient:
         return answer
 
     def _clock_was_off(self, answer: Answer, used_offset_secs: float) -> bool:
-        """Whether the server's time is another than the request was signed with; if so it is used from now on."""
+        """Whether the request was signed with a wrong time; if so, the server's time is used from now on."""
         server_time = http_date(answer.headers.get("Date"))
         if server_time is None:
             return False
@@ -414,7 +420,7 @@ class VodClient:
         if abs(offset_secs - used_offset_secs) <= _CLOCK_OFF_SECS:
             return False
         with self._clock_lock:
-            corrected = self._clock_offset_secs == used_offset_secs  # else another thread has done it meanwhile
+            corrected = self._clock_offset_secs == used_offset_secs  # else another thread has corrected it
             if corrected:
                 self._clock_offset_secs = offset_secs
         if corrected:
@@ -425,10 +431,10 @@ class VodClient:
         """Wait for a slot, sign, send, and read the answer.
 
         Args:
-            action: Which.
-            body: Of the request.
-            timeout_secs: For request and answer; as long a slot is waited for.
-            has_slot: The caller has waited for one.
+            action: The API action.
+            body: The body of the request.
+            timeout_secs: The time limit for request and answer. The wait for a slot has a limit of the same length.
+            has_slot: The caller has already waited for a slot.
         """
         got_slot = timeout_secs > 0 and (has_slot or action.limiter.acquire(timeout_secs))
         prepared = self._prepare(action, body) if got_slot else None
@@ -438,7 +444,7 @@ class VodClient:
         if prepared is None:
             raise ThrottledError(f"{action.name} was not sent: api.requests_per_sec left no room for it in time")
         try:
-            answer = self._sent(prepared, sent_at, timeout_secs)
+            answer = self._send(prepared, sent_at, timeout_secs)
         except VodpollerError as error:
             took_secs = round(self._monotonic() - sent_at, 6)
             self._log.debug("api.answered", action=action.name, duration_secs=took_secs, **error.fields())
@@ -457,7 +463,7 @@ class VodClient:
         if self._on_refused_token is not None and is_refused_token(answer):
             self._on_refused_token(prepared.headers["X-TC-Token"])
             raise NoKeyError(
-                f"{action.name} was refused with {answer.error_code}: {answer.error_message}; a new key is asked for",
+                f"{action.name} was refused with {answer.error_code}: {answer.error_message}; a new key is requested",
                 retry_after_secs=NO_KEY_RETRY_SECS,
                 error_code=answer.error_code or "",
                 request_id=answer.request_id,
@@ -473,22 +479,22 @@ class VodClient:
         prepared.body = body
         return self._sign(prepared)
 
-    def _sent(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> Answer:
+    def _send(self, prepared: PreparedRequest, sent_at: float, timeout_secs: float) -> Answer:
         try:
             response = self._transport.send_within(
                 prepared, self._environment, timeout_secs, connect_secs=_CONNECT_SECS
             )
-        # Not chained: what these exceptions quote may be the token, or a proxy's password.
+        # Not chained: these exceptions may quote the token, or a proxy's password.
         except CALL_ERRORS as error:
-            raise self._unanswered(error, timeout_secs) from None
+            raise self._no_answer_error(error, timeout_secs) from None
         try:
             body, cut = self._read_body(response)
         finally:
-            response.close()  # a connection whose answer was read to its end is in the pool by now and stays open
+            response.close()  # a connection whose answer was read to its end is already in the pool and stays open
         return take_apart(response, body, cut, sent_at=sent_at, took_secs=self._monotonic() - sent_at)
 
-    def _unanswered(self, error: Exception, timeout_secs: float) -> VodpollerError:
-        """The error for a request without an answer."""
+    def _no_answer_error(self, error: Exception, timeout_secs: float) -> VodpollerError:
+        """The error for a request that has no answer."""
         match error:
             case RootsError():
                 return OperatorError(f"no request can be sent to {self._where}: {error} (see api.ca_file)")
@@ -498,28 +504,28 @@ class VodClient:
                 timeout_secs = min(timeout_secs, _CONNECT_SECS)
             case InvalidURL() | InvalidSchema() | MissingSchema():
                 return OperatorError(
-                    f"no request can be sent to {self._where}: it is not an address (see api.endpoint)"
+                    f"no request can be sent to {self._where}: it is not a valid address (see api.endpoint)"
                 )
             case ValueError() if not isinstance(error, requests.RequestException):
                 return OperatorError(
-                    "the request cannot be sent: secret_id, token or region hold characters that no HTTP header may"
-                    " hold"
+                    "the request cannot be sent: secret_id, token or region contains a character that is not allowed in"
+                    " an HTTP header"
                 )
-        said = f"{self._where} {failure_text(error, timeout_secs)}"
+        failure = f"{self._where} {failure_text(error, timeout_secs)}"
         if isinstance(error, requests.Timeout):
-            whence = f": {said}" if isinstance(error, requests.ConnectTimeout) else f" from {self._where}"
-            return NoAnswerError(f"no answer within {timeout_secs:.1f} s{whence}")
+            origin = f": {failure}" if isinstance(error, requests.ConnectTimeout) else f" from {self._where}"
+            return NoAnswerError(f"no answer within {timeout_secs:.1f} s{origin}")
         return NoAnswerError(
-            f"VOD cannot be asked: {said} (if this lasts: is api.endpoint right, and does it get through DNS, firewall"
-            " and proxy?)"
+            f"VOD cannot be called: {failure} (if this lasts: is api.endpoint right, and do DNS, firewall and proxy"
+            " work?)"
         )
 
     def _read_body(self, response: requests.Response) -> tuple[bytes, str]:
-        """All of the body that can be had in time, and why it is not all; empty if it is."""
+        """The part of the body that is received in time, and why it is incomplete; empty if it is complete."""
         chunks: list[bytes] = []
         left = self._answer_max_bytes
         try:
-            # read1 hands out what has come: read would keep it back, and lose it when the connection breaks.
+            # read1 returns what has been received; read would hold it back, and lose it if the connection breaks.
             while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
                 chunks.append(chunk)
                 left -= len(chunk)
@@ -531,7 +537,7 @@ class VodClient:
         return b"".join(chunks), ""
 
     def _salvaged(self, answer: Answer, why: str, source: str, sub_app_id: int | None) -> list[PulledEvent | Malformed]:
-        """Event by event, what can be read of an answer that cannot be as a whole."""
+        """Read single events from an answer that cannot be read as a whole."""
         text = answer.body.decode(errors="surrogateescape")
         salvaged = salvage_events(text, cut=bool(answer.cut), source=source, sub_app_id=sub_app_id)
         items = list(islice(salvaged, EVENTS_MAX + 1))
@@ -554,8 +560,8 @@ class VodClient:
         return items
 
 
-def _named(sub_app_id: int | None) -> bytes:
-    """The body of a request that says no more than which application is meant."""
+def _sub_app_body(sub_app_id: int | None) -> bytes:
+    """The body of a request whose only parameter is the application."""
     return orjson.dumps({} if sub_app_id is None else {"SubAppId": sub_app_id})
 
 
@@ -564,7 +570,7 @@ def _headers(action: str, region: str) -> dict[str, str]:
         "Content-Type": "application/json",
         "User-Agent": f"vodpoller/{__version__}",
         "Accept": "application/json",
-        # Compression would cost more time than it saves, and hide the events of an answer that is cut.
+        # Compression would take more time than it saves, and events of an incomplete answer could not be read.
         "Accept-Encoding": "identity",
         "X-TC-Action": action,
         "X-TC-Version": _VERSION,
@@ -573,14 +579,14 @@ def _headers(action: str, region: str) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a body ends before its end."""
+    """Why a body is incomplete."""
     if isinstance(error, DecodeError):
-        return str(error.args[0])  # which encoding it is not in
+        return str(error.args[0])  # names the content encoding that is wrong
     return f"VOD {failure_text(error, 0.0)}"
 
 
 def _refusal(action: str, answer: Answer, key_renewal: str) -> VodpollerError:
-    """What an answer with an error code is; of a request that was sent twice, it says nothing of the first time."""
+    """The error for an answer with an error code. If the request was sent twice, the first one may have succeeded."""
     refusal = refusal_in(action, answer, key_renewal)
     if not answer.repeated:
         return refusal

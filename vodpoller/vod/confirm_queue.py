@@ -1,7 +1,7 @@
-"""The handles of one source that wait to be confirmed, and the pullers that wait with them.
+"""The handles of one source that wait to be confirmed, and the pullers that wait for their results.
 
-It knows who is to send what, and when; it sends nothing itself and never waits. What the words mean is said in
-`confirmer`, which does both.
+The queue decides which puller sends which handles. It does not send and does not wait: `confirmer` does both, and
+explains the terms.
 """
 
 import threading
@@ -13,17 +13,17 @@ from typing import Final
 from vodpoller.events.event import Lease
 from vodpoller.vod.confirmation import Confirmation, lease_ended, not_confirmed
 
-HANDLES_A_CALL: Final = 16
-CLOCK_SECS: Final = 0.001  # so that what is waited for has come when a wait ends
+HANDLES_PER_CALL: Final = 16
+CLOCK_SECS: Final = 0.001  # added to a wait, so that its time has certainly come when the wait ends
 
 
 class ConfirmPuller:
-    """A thread with handles to confirm. All of it is guarded by its queue's lock."""
+    """A thread with handles to confirm. Its queue's lock protects all fields."""
 
-    __slots__ = ("is_caller", "missing", "on_acknowledged", "woken")
+    __slots__ = ("changed", "is_caller", "missing", "on_acknowledged")
 
     def __init__(self, lock: threading.Lock, on_acknowledged: Callable[[Sequence[str]], None]) -> None:
-        self.woken = threading.Condition(lock)
+        self.changed = threading.Condition(lock)
         self.on_acknowledged = on_acknowledged
         self.missing = 0
         self.is_caller = False
@@ -34,8 +34,8 @@ class Entry:
 
     Args:
         handle: The handle.
-        lease: The lease it is under.
-        owner: The thread that waits for its result.
+        lease: The lease of the handle.
+        owner: The puller that waits for the handle's result.
     """
 
     __slots__ = ("confirmation", "handle", "lease", "owner", "part_number")
@@ -45,7 +45,7 @@ class Entry:
         self.lease = lease
         self.owner = owner
         self.confirmation: Confirmation | None = None
-        self.part_number: int | None = None  # of the part of a refused set that it must stay in
+        self.part_number: int | None = None  # of the part of a refused set in which the handle must stay
 
 
 class ConfirmQueue:
@@ -55,7 +55,7 @@ class ConfirmQueue:
         source: The source's name, for the log.
         sub_app_id: The source's SubAppId.
         reserve_secs: Handles of several pulls share a call only while more than this is left of their leases.
-        monotonic: The clock, in seconds.
+        monotonic: The monotonic clock, in seconds.
     """
 
     def __init__(
@@ -65,24 +65,24 @@ class ConfirmQueue:
         self.sub_app_id = sub_app_id
         self.lock = threading.Lock()
         self.refused_in_a_row = 0
-        self.last_refusal: Confirmation | None = None  # while VOD takes none of the source's handles
-        self.next_ask_at = 0.0
+        self.last_refusal: Confirmation | None = None  # set while VOD refuses all handles of the source
+        self.next_trial_at = 0.0
         self.is_stopping = False
         self._reserve_secs = reserve_secs
         self._monotonic = monotonic
         self._waiting: list[Entry] = []
-        self._parked: dict[ConfirmPuller, None] = {}
+        self._waiting_pullers: dict[ConfirmPuller, None] = {}
         self._callers = 0
         self._part_numbers = count()
 
-    # --- all of this holds the lock -----------------------------------------------------------------------------------
+    # --- the caller of these methods holds the lock -------------------------------------------------------------------
 
-    def enter(self, entries: Iterable[Entry], *, together: bool = False) -> None:
-        """They wait from now on.
+    def add(self, entries: Iterable[Entry], *, together: bool = False) -> None:
+        """Add handles to those that wait.
 
         Args:
-            entries: Without a result.
-            together: They stay in one set, and are not mixed with others.
+            entries: Entries without a result.
+            together: Keep them in one set that is not mixed with other handles.
         """
         number = next(self._part_numbers) if together else None
         for entry in entries:
@@ -90,26 +90,26 @@ class ConfirmQueue:
             self._waiting.append(entry)
         self._waiting.sort(key=lambda entry: entry.lease.ends_at)
 
-    def park(self, puller: ConfirmPuller) -> None:
-        """The puller waits, and may be made a caller."""
-        self._parked[puller] = None
+    def add_puller(self, puller: ConfirmPuller) -> None:
+        """Add a puller that waits and may become a caller."""
+        self._waiting_pullers[puller] = None
 
-    def unpark(self, puller: ConfirmPuller) -> None:
-        """The puller waits no more."""
-        self._parked.pop(puller, None)
+    def remove_puller(self, puller: ConfirmPuller) -> None:
+        """Remove a puller that no longer waits."""
+        self._waiting_pullers.pop(puller, None)
 
-    def appoint(self) -> None:
-        """Make waiting pullers callers, until there are as many as are needed."""
+    def make_callers(self) -> None:
+        """Make waiting pullers callers, until there are as many callers as are needed."""
         needed = self._needed()
-        while self._callers < needed and self._parked:
-            puller = next(iter(self._parked))
-            del self._parked[puller]
+        while self._callers < needed and self._waiting_pullers:
+            puller = next(iter(self._waiting_pullers))
+            del self._waiting_pullers[puller]
             puller.is_caller = True
             self._callers += 1
-            puller.woken.notify()
+            puller.changed.notify()
 
-    def resign(self, puller: ConfirmPuller) -> None:
-        """The puller is not a caller any more: it takes, or gives up."""
+    def end_caller(self, puller: ConfirmPuller) -> None:
+        """End the puller's role as a caller, because it takes handles or gives up."""
         if puller.is_caller:
             puller.is_caller = False
             self._callers -= 1
@@ -122,64 +122,67 @@ class ConfirmQueue:
         sizes: dict[object, int] = {}
         now = self._monotonic()
         for entry in self._waiting:
-            if entry.lease.ends_at <= now:  # no call takes it: its puller is about to end it
+            if entry.lease.ends_at <= now:  # no call takes it: its puller ends its wait soon
                 continue
             group = self._group(entry, now)
             sizes[group] = sizes.get(group, 0) + 1
-        return sum(ceil(size / HANDLES_A_CALL) for size in sizes.values())
+        return sum(ceil(size / HANDLES_PER_CALL) for size in sizes.values())
 
     def _group(self, entry: Entry, now: float) -> object:
-        """What may be mixed in one call: the members of one group."""
+        """The group of a handle: only handles of the same group may share a call."""
         if entry.part_number is not None:
             return entry.part_number
         return None if entry.lease.ends_at - now > self._reserve_secs else entry.lease
 
     def take(self) -> list[Entry]:
-        """What one call gets: the oldest handle and what may be mixed with it. One alone while VOD refuses all."""
+        """Remove and return the handles for one call: the oldest one, and those that may share its call.
+
+        While VOD refuses all handles of the source, it is the oldest one alone.
+        """
         if not self._waiting:
             return []
-        most = HANDLES_A_CALL if self.last_refusal is None else 1
+        maximum = HANDLES_PER_CALL if self.last_refusal is None else 1
         now = self._monotonic()
         group = self._group(self._waiting[0], now)
-        taken = [entry for entry in self._waiting if self._group(entry, now) == group][:most]
+        taken = [entry for entry in self._waiting if self._group(entry, now) == group][:maximum]
         self._remove(taken)
         return taken
 
-    def leave(self, entries: Iterable[Entry], confirmation: Confirmation) -> None:
-        """Whatever has no result gets this one, and waits no more."""
+    def end_entries(self, entries: Iterable[Entry], confirmation: Confirmation) -> None:
+        """End the wait of these handles; those without a result get this one."""
         self._remove(entries)
         self.complete(entries, confirmation)
 
     def _remove(self, entries: Iterable[Entry]) -> None:
-        gone = set(map(id, entries))
-        self._waiting = [entry for entry in self._waiting if id(entry) not in gone]
+        removed = set(map(id, entries))
+        self._waiting = [entry for entry in self._waiting if id(entry) not in removed]
 
     def complete(self, entries: Iterable[Entry], confirmation: Confirmation) -> None:
-        """Their result is known, and their owners are told."""
+        """Set the result of handles that have none, and wake each puller whose last result this is."""
         for entry in entries:
             if entry.confirmation is None:
                 entry.confirmation = confirmation
                 entry.owner.missing -= 1
                 if entry.owner.missing == 0:
-                    entry.owner.woken.notify()
+                    entry.owner.changed.notify()
 
     def end_call(self, entries: Iterable[Entry], confirmation: Confirmation) -> None:
-        """A call is over: what it neither decided nor put back gets this result."""
+        """End a call: handles that have no result and were not put back into the queue get this result."""
         waiting = set(map(id, self._waiting))
         self.complete([entry for entry in entries if id(entry) not in waiting], confirmation)
 
     def end_waiting(self, error: Exception, *, until: float = inf) -> list[Entry]:
-        """End the waiting of all handles whose lease ends by then, with this error; returns them."""
+        """End the wait of all handles whose lease ends by then, with this error; returns them."""
         entries = [entry for entry in self._waiting if entry.lease.ends_at <= until]
-        self.leave(entries, not_confirmed(error))
+        self.end_entries(entries, not_confirmed(error))
         return entries
 
     def expire(self) -> list[Entry]:
-        """End the waiting of handles whose lease is over; returns them."""
+        """End the wait of handles whose lease is over; returns them."""
         now = self._monotonic()
         over = [entry for entry in self._waiting if entry.lease.ends_at <= now]
         if over:
-            self.leave(over, self.last_refusal or not_confirmed(lease_ended()))
+            self.end_entries(over, self.last_refusal or not_confirmed(lease_ended()))
         return over
 
     @property
@@ -188,11 +191,11 @@ class ConfirmQueue:
         return bool(self._waiting)
 
     def last_lease_ends_at(self) -> float:
-        """When the last lease of what waits ends; 0 if nothing waits."""
+        """Monotonic time at which the last lease of the waiting handles ends; 0 if no handle waits."""
         return self._waiting[-1].lease.ends_at if self._waiting else 0.0
 
     def wait_secs(self, entries: Iterable[Entry]) -> float | None:
-        """How long a puller waits at most for these; None if all of them are in calls, which end."""
+        """The maximum time that a puller waits for these handles; None if all of them are in calls, which end."""
         waiting = set(map(id, self._waiting))
         ends = [entry.lease.ends_at for entry in entries if id(entry) in waiting]
         return max(min(ends) - self._monotonic(), 0.0) + CLOCK_SECS if ends else None

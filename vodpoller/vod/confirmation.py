@@ -1,4 +1,4 @@
-"""What came of the confirm of one handle, and the errors that it may end with."""
+"""The result of the confirm of one handle, and the errors with which it can end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from vodpoller.settlement import ConfirmResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmation:
-    """What came of the confirm of one handle.
+    """The result of the confirm of one handle.
 
     Args:
-        result: What came of it.
-        error_code: Tencent's, of the last call that had the handle; empty if it succeeded or had no answer.
-        request_id: Tencent's, of that call; empty if it had no answer.
-        why: What the last error said, empty if there was none.
+        result: The result.
+        error_code: Tencent's error code of the last call with the handle; empty if it succeeded or had no answer.
+        request_id: Tencent's RequestId of that call; empty if it had no answer.
+        why: The text of the last error; empty if there was none.
     """
 
     result: ConfirmResult
@@ -32,11 +32,11 @@ class Confirmation:
     why: str = ""
 
 
-UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unforeseen error; the log has it")
+UNKNOWN: Final = Confirmation(result=ConfirmResult.NO_ANSWER, why="an unexpected error; see the log")
 
 
 class RefusedAfterLostAnswerError(VodpollerError):
-    """The handles were refused, but an earlier request with them may have been carried out."""
+    """The handles were refused, but an earlier request with them may have confirmed them."""
 
 
 def lease_ended() -> LeaseLostError:
@@ -45,7 +45,7 @@ def lease_ended() -> LeaseLostError:
 
 
 def stopping() -> StoppingError:
-    """The error for handles that no call had taken at a stop."""
+    """The error for handles that no call had taken when the daemon stopped."""
     return StoppingError("the daemon's time to stop was over before the events could be confirmed")
 
 
@@ -54,7 +54,7 @@ def no_slot() -> ThrottledError:
     return ThrottledError("ConfirmEvents was not sent: api.requests_per_sec left no room for it in time")
 
 
-_RESULTS: Final[Mapping[type[Exception], ConfirmResult]] = {  # the first that fits counts
+_RESULTS: Final[Mapping[type[Exception], ConfirmResult]] = {  # the first match counts
     RefusedHandlesError: ConfirmResult.REFUSED,
     RefusedAfterLostAnswerError: ConfirmResult.REFUSED_AFTER_LOST,
     ThrottledError: ConfirmResult.THROTTLED,
@@ -65,7 +65,7 @@ _RESULTS: Final[Mapping[type[Exception], ConfirmResult]] = {  # the first that f
 
 
 def not_confirmed(error: Exception) -> Confirmation:
-    """What a handle came to whose last call ended with this error."""
+    """The result of a handle whose last call ended with this error."""
     result = next((it for kind, it in _RESULTS.items() if isinstance(error, kind)), ConfirmResult.NO_ANSWER)
     known = error if isinstance(error, VodpollerError) else VodpollerError(repr(error))
     return Confirmation(result=result, error_code=known.error_code, request_id=known.request_id, why=str(known))

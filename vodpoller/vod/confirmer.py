@@ -1,16 +1,17 @@
 """Confirming: handles wait in their source's queue, and the pullers that settled them send the calls.
 
-A *caller* is a puller that waits for a slot of the quota and has taken no handles yet. It takes them when it has the
-slot, so that a call carries what has come meanwhile. *Needed* is the number of calls into which the waiting handles
-pack. Whenever handles enter, a caller takes or gives up, or a call ends, waiting pullers become callers until there are
-as many as are needed, whichever batch the handles are of. So an idle source confirms without delay, a busy one fills
-its calls instead of queueing for slots, and a call that hangs costs its own handles only.
+A *caller* is a puller that waits for a slot of the quota and has taken no handles yet. It takes them only when it has
+the slot, so that its call also carries handles that arrived during the wait. *Needed* is the number of calls that the
+waiting handles fill. Each time that handles are added, a caller takes handles or gives up, or a call ends, waiting
+pullers become callers until there are as many as are needed, whichever batch the handles are from. So an idle source
+confirms without delay, a busy source fills its calls instead of waiting for more slots, and a call that does not end
+delays its own handles only.
 
-Whether one stale handle makes ConfirmEvents refuse its batch mates is not documented ("ConfirmEvents",
-product/266/34184), so a refused set is halved until the stale one stands alone: at most nine calls for sixteen handles.
-What those leave undecided waits again, and is not mixed with others; unless VOD took none of the set. A refusal that
-follows a lost answer is not split: the lost one probably did the work. What stays unconfirmed is delivered again, and
-the ledger settles it.
+Whether ConfirmEvents refuses a whole set because of one stale handle is not documented ("ConfirmEvents",
+product/266/34184). So a refused set is halved until the stale handle is alone: at most nine calls for sixteen handles.
+Handles that are undecided after these calls wait again and are not mixed with others; if VOD confirmed none of the set,
+they are not tried again. A set that is refused after a lost answer is not split: the request without an answer probably
+confirmed it. VOD delivers unconfirmed events again, and the ledger recognises them.
 """
 
 import threading
@@ -49,10 +50,10 @@ from vodpoller.vod.confirmation import (
 MAX_CALLS: Final = 9
 SUSPICIOUS_REFUSALS: Final = 3
 FRESH_SHARE: Final = 0.1
-ASK_SECS: Final = 2.0
+TRIAL_SECS: Final = 2.0
 STOP_RESERVE_SECS: Final = 1.0
 _FIRST_RETRY_SECS: Final = 0.05
-_LOOK_SECS: Final = 0.25  # how often a thread that waits to ask looks whether that is over
+_CHECK_SECS: Final = 0.25  # interval at which a thread that waits for a trial checks whether the trials are over
 
 
 class ConfirmsEvents(Protocol):
@@ -66,16 +67,16 @@ class ConfirmsEvents(Protocol):
 
 
 class Confirmer:
-    """Confirms what was settled, as far as VOD and the leases allow; never raises for what they do not allow.
+    """Confirms settled events. If VOD or a lease prevents that, the result says so; no error is raised.
 
     Args:
         vod: The client.
         telemetry: Destination of log lines and counts.
-        liveness: Told of each wait for a slot and each call.
+        liveness: Records each wait for a slot and each call, for the watchdog.
         reserve_secs: Handles of several pulls share a call only while more than this is left of their leases.
-        monotonic: The clock, in seconds.
+        monotonic: The monotonic clock, in seconds.
         sleep: Waits that number of seconds.
-        ask_secs: While VOD refuses all handles of a source, one of them is tried this often.
+        trial_secs: The interval at which a single handle of a source is tried while VOD refuses all of its handles.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Confirmer:
         reserve_secs: float,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        ask_secs: float = ASK_SECS,
+        trial_secs: float = TRIAL_SECS,
     ) -> None:
         self._vod = vod
         self._telemetry = telemetry.scope()
@@ -95,7 +96,7 @@ class Confirmer:
         self._reserve_secs = reserve_secs
         self._monotonic = monotonic
         self._sleep = sleep
-        self._ask_secs = ask_secs
+        self._trial_secs = trial_secs
         self._queues: dict[str, ConfirmQueue] = {}
         self._queues_lock = threading.Lock()
         self._stop_at: float | None = None
@@ -109,19 +110,19 @@ class Confirmer:
         *,
         on_acknowledged: Callable[[Sequence[str]], None] = lambda _handles: None,
     ) -> dict[str, Confirmation]:
-        """Have handles of one pull confirmed; meanwhile this thread confirms whatever waits.
+        """Confirm the handles of one pull. During the wait, this thread also sends calls with other waiting handles.
 
         Args:
             source: The source's name.
             sub_app_id: The source's SubAppId.
-            handles: Any number, each once.
-            lease: The lease they are under.
-            on_acknowledged: Called with the handles that a call had, as soon as VOD has acknowledged them: this thread
-                may then be busy with another's call, and the lease be over before it returns. In the thread of the
-                call.
+            handles: Any number of different handles.
+            lease: The lease of the handles.
+            on_acknowledged: Called with those of the handles that VOD has just acknowledged, in the thread that made
+                the call. It is called at once because this thread may be busy with another call, and the lease may be
+                over before this method returns.
 
         Returns:
-            What came of each handle.
+            The result of each handle.
         """
         queue = self._queue_of(source, sub_app_id)
         puller = ConfirmPuller(queue.lock, on_acknowledged)
@@ -129,29 +130,29 @@ class Confirmer:
         entries = [Entry(handle, lease, puller) for handle in handles]
         try:
             with queue.lock:
-                queue.enter(entries)
-                queue.park(puller)
-                queue.appoint()
-            while self._is_to_call(queue, puller, entries):
+                queue.add(entries)
+                queue.add_puller(puller)
+                queue.make_callers()
+            while self._await_call(queue, puller, entries):
                 self._call(queue, puller)
         except Exception as error:  # noqa: BLE001 - whatever it is, each handle ends with a result
             self._report(queue, error, entries)
         finally:
             with queue.lock:
-                queue.unpark(puller)
-                queue.resign(puller)
-                queue.leave(entries, UNKNOWN)
-                queue.appoint()
+                queue.remove_puller(puller)
+                queue.end_caller(puller)
+                queue.end_entries(entries, UNKNOWN)
+                queue.make_callers()
         confirmations = {entry.handle: entry.confirmation or UNKNOWN for entry in entries}
         for result, number in Counter(it.result.value for it in confirmations.values()).items():
             self._telemetry.count(Count.CONFIRMS, number, source=source, result=result)
         return confirmations
 
     def stop(self, ends_at: float) -> None:
-        """End the waits: what no call has taken is not confirmed, no set is sent again.
+        """End all waits: handles that no call has taken are not confirmed, and no set is sent again.
 
         Args:
-            ends_at: Monotonic time at which the process ends; no call lasts beyond one second before it.
+            ends_at: Monotonic time at which the process ends. All calls end at least one second before it.
         """
         self._stop_at = ends_at - STOP_RESERVE_SECS
         with self._queues_lock:
@@ -160,7 +161,7 @@ class Confirmer:
             with queue.lock:
                 queue.is_stopping = True
                 queue.end_waiting(stopping())
-                queue.appoint()
+                queue.make_callers()
 
     def _queue_of(self, source: str, sub_app_id: int | None) -> ConfirmQueue:
         with self._queues_lock:
@@ -171,79 +172,79 @@ class Confirmer:
                 self._queues[source] = queue
             return queue
 
-    def _is_to_call(self, queue: ConfirmQueue, puller: ConfirmPuller, entries: Sequence[Entry]) -> bool:
-        """Wait until this thread is to make a call (True), or all of its handles have a result."""
+    def _await_call(self, queue: ConfirmQueue, puller: ConfirmPuller, entries: Sequence[Entry]) -> bool:
+        """Wait until this thread must make a call (True), or all of its handles have a result (False)."""
         with queue.lock:
             while puller.missing and not puller.is_caller:
                 self._end_waiting(queue)
                 if puller.missing and not puller.is_caller:
                     self._wait(puller, queue.wait_secs(entries))
-            queue.unpark(puller)
+            queue.remove_puller(puller)
             return puller.is_caller
 
     def _wait(self, puller: ConfirmPuller, timeout_secs: float | None) -> None:
-        """Wait until the puller is woken; its queue's lock is held before and after."""
-        puller.woken.wait(timeout_secs)
+        """Wait until the puller is changed; its queue's lock is held before and after."""
+        puller.changed.wait(timeout_secs)
 
     def _end_waiting(self, queue: ConfirmQueue) -> None:
-        """The end of what waits in vain: of all of it at a stop, else of the handles whose lease is over."""
+        """End the wait of handles that cannot be confirmed: all handles at a stop, else those whose lease is over."""
         if queue.is_stopping:
             queue.end_waiting(stopping())
         elif over := queue.expire():
             self._report(queue, lease_ended(), over)
 
-    # --- one call and what it leads to --------------------------------------------------------------------------------
+    # --- one call and its repetitions ---------------------------------------------------------------------------------
 
     def _call(self, queue: ConfirmQueue, puller: ConfirmPuller) -> None:
         taken: list[Entry] = []
-        may_ask = False
+        is_trial = False
         try:
-            may_ask = self._await_asking(queue, puller)
+            is_trial = self._await_trial(queue, puller)
             with queue.lock:
                 ends_at = queue.last_lease_ends_at()
-            has_slot = self._slot(ends_at)
+            has_slot = self._await_slot(ends_at)
             with queue.lock:
-                queue.resign(puller)
+                queue.end_caller(puller)
                 self._end_waiting(queue)
                 if not has_slot:
                     over = queue.end_waiting(no_slot(), until=ends_at)
-                elif queue.last_refusal is None or may_ask:
+                elif queue.last_refusal is None or is_trial:
                     taken += queue.take()
-                queue.appoint()
+                queue.make_callers()
             if not has_slot and over:
                 self._report(queue, no_slot(), over)
             if taken:
                 self._send(queue, taken)
         finally:
             with queue.lock:
-                queue.resign(puller)
+                queue.end_caller(puller)
                 queue.end_call(taken, UNKNOWN)
-                if may_ask:  # it was asked when its slot came, which may be long after it was allowed to
-                    queue.next_ask_at = self._monotonic() + self._ask_secs
+                if is_trial:  # the trial was made when its slot came, which may be long after it was allowed
+                    queue.next_trial_at = self._monotonic() + self._trial_secs
                 if puller.missing:
-                    queue.park(puller)
-                queue.appoint()
+                    queue.add_puller(puller)
+                queue.make_callers()
 
-    def _await_asking(self, queue: ConfirmQueue, puller: ConfirmPuller) -> bool:
-        """While VOD refuses all handles of the source: wait for the time to ask for one again.
+    def _await_trial(self, queue: ConfirmQueue, puller: ConfirmPuller) -> bool:
+        """While VOD refuses all handles of the source, wait until one of them may be tried again.
 
         Returns:
-            Whether that time has come for this thread.
+            Whether this thread makes the trial.
         """
         with queue.lock:
             while queue.last_refusal is not None and queue.has_waiting and not queue.is_stopping:
                 now = self._monotonic()
-                if now >= queue.next_ask_at:
-                    queue.next_ask_at = now + self._ask_secs
+                if now >= queue.next_trial_at:
+                    queue.next_trial_at = now + self._trial_secs
                     return True
-                waits_secs = min(queue.next_ask_at, queue.last_lease_ends_at()) - now + CLOCK_SECS
-                self._wait(puller, min(waits_secs, _LOOK_SECS))
+                wait_secs = min(queue.next_trial_at, queue.last_lease_ends_at()) - now + CLOCK_SECS
+                self._wait(puller, min(wait_secs, _CHECK_SECS))
                 self._end_waiting(queue)
         return False
 
-    def _slot(self, ends_at: float) -> bool:
-        timeout_secs = self._bounded(ends_at) - self._monotonic()
-        if timeout_secs <= 0:  # nothing waits, or the time to stop is over
+    def _await_slot(self, ends_at: float) -> bool:
+        timeout_secs = self._before_stop(ends_at) - self._monotonic()
+        if timeout_secs <= 0:  # no handle waits, or the time to stop is over
             return False
         self._liveness.begin("confirm slot", timeout_secs)
         try:
@@ -251,11 +252,11 @@ class Confirmer:
         finally:
             self._liveness.end()
 
-    def _bounded(self, ends_at: float) -> float:
+    def _before_stop(self, ends_at: float) -> float:
         return ends_at if self._stop_at is None else min(ends_at, self._stop_at)
 
     def _send(self, queue: ConfirmQueue, entries: list[Entry]) -> None:
-        """Confirm these; if VOD refuses them, find out which of them it refuses."""
+        """Confirm these handles; if VOD refuses them, find out which of them it refuses."""
         parts: list[list[Entry]] = [entries]
         problem: Exception | None = None
         refusal: RefusedHandlesError | None = None
@@ -282,12 +283,13 @@ class Confirmer:
                 confirmed = Confirmation(result=ConfirmResult.CONFIRMED, request_id=request_id)
                 self._complete(queue, part, confirmed)
         if calls == MAX_CALLS and problem is not None and not _is_any_confirmed(entries):
-            # A VOD that refuses nine parts refuses the rest: some VOD may confirm the fresh ones and refuse the call.
+            # If VOD refuses nine parts, it would refuse the other parts too: perhaps it confirms the fresh handles of a
+            # call and still refuses the call.
             self._complete(queue, entries, not_confirmed(problem))
         with queue.lock:
             for part in parts:
-                queue.enter([entry for entry in part if entry.confirmation is None], together=True)
-        self._judge(queue, entries, problem, refusal if is_fresh else None)
+                queue.add([entry for entry in part if entry.confirmation is None], together=True)
+        self._update_refusals(queue, entries, problem, refusal if is_fresh else None)
 
     def _complete(self, queue: ConfirmQueue, entries: Sequence[Entry], confirmation: Confirmation) -> None:
         if confirmation.result.is_acknowledged:
@@ -301,7 +303,7 @@ class Confirmer:
             queue.complete(entries, confirmation)
 
     def _confirm_set(self, queue: ConfirmQueue, entries: Sequence[Entry], *, has_slot: bool) -> str:
-        """Confirm these together; the same set again after each transient error, while a lease of theirs lasts.
+        """Confirm these handles together; after each transient error again, while a lease of one of them lasts.
 
         Returns:
             The RequestId.
@@ -313,28 +315,28 @@ class Confirmer:
             now = self._monotonic()
             over = [entry for entry in entries if entry.confirmation is None and entry.lease.ends_at <= now]
             if over:
-                is_first = isinstance(last, LeaseLostError)  # then what VOD said to others of the source says more
+                is_first = isinstance(last, LeaseLostError)  # nothing was sent: prefer VOD's refusal
                 self._complete(queue, over, (queue.last_refusal if is_first else None) or not_confirmed(last))
             return [entry for entry in entries if entry.confirmation is None]
 
         def ends_at() -> float:
-            return self._bounded(max(entry.lease.ends_at for entry in entries))
+            return self._before_stop(max(entry.lease.ends_at for entry in entries))
 
         def attempt() -> str:
             nonlocal has_slot, last, maybe_done
             try:
-                if not (has_slot or self._slot(ends_at())):
+                if not (has_slot or self._await_slot(ends_at())):
                     raise no_slot() if isinstance(last, LeaseLostError | ThrottledError) else last
                 has_slot = False
                 sent = live()
                 if not sent:
                     raise last
-                # What is not answered when the first of the leases ends goes on without that handle.
-                return self._sent(queue, sent, self._bounded(min(entry.lease.ends_at for entry in sent)))
+                # If there is no answer when the first lease ends, the set is sent again without that handle.
+                return self._send_once(queue, sent, self._before_stop(min(entry.lease.ends_at for entry in sent)))
             except RefusedHandlesError as error:
                 if maybe_done:
                     raise RefusedAfterLostAnswerError(
-                        "refused after a request whose answer was lost, which probably confirmed them",
+                        "refused, but an earlier request, whose answer was lost, has probably confirmed them",
                         error_code=error.error_code,
                         request_id=error.request_id,
                     ) from error
@@ -344,16 +346,16 @@ class Confirmer:
                 last = error
                 raise
 
-        return self._repeated(attempt, ends_at)
+        return self._with_retries(attempt, ends_at)
 
-    def _repeated(self, attempt: Callable[[], str], ends_at: Callable[[], float]) -> str:
-        """What the attempt returns; it is made again after each transient error, while there is time."""
+    def _with_retries(self, attempt: Callable[[], str], ends_at: Callable[[], float]) -> str:
+        """Return the result of the attempt; repeat it after each transient error, while there is time."""
 
         def has_time(wait_secs: float) -> bool:
             return self._stop_at is None and self._monotonic() + wait_secs < ends_at()
 
         try:
-            return attempt()  # nearly all succeed at once, and need none of what follows
+            return attempt()  # nearly all succeed at once and do not need tenacity
         except TransientError:
             if not has_time(_FIRST_RETRY_SECS):
                 raise
@@ -367,7 +369,7 @@ class Confirmer:
         )
         return retrying(attempt)
 
-    def _sent(self, queue: ConfirmQueue, entries: Sequence[Entry], ends_at: float) -> str:
+    def _send_once(self, queue: ConfirmQueue, entries: Sequence[Entry], ends_at: float) -> str:
         timeout_secs = ends_at - self._monotonic()
         self._liveness.begin("confirm", timeout_secs)
         try:
@@ -375,46 +377,46 @@ class Confirmer:
         finally:
             self._liveness.end()
 
-    # --- what it says of the source -----------------------------------------------------------------------------------
+    # --- what the results say about the source ------------------------------------------------------------------------
 
-    def _judge(
+    def _update_refusals(
         self,
         queue: ConfirmQueue,
         entries: Sequence[Entry],
         problem: Exception | None,
         refusal: RefusedHandlesError | None,
     ) -> None:
-        """Learn from a set whether VOD takes handles of this source at all.
+        """Conclude from the results of a set whether VOD accepts handles of this source at all.
 
         Args:
-            queue: The source's.
+            queue: The queue of the source.
             entries: The set.
-            problem: What went wrong last.
-            refusal: The last refusal if the set was fresh. If slots are scarce the lease ends before the set is split
-                to its end: then the problem is another one, and the refusal counts all the same.
+            problem: The last error; None if there was none.
+            refusal: The last refusal if the set was fresh, else None. If slots are scarce, the leases end before the
+                set is completely split: then the last error is another one, but the refusal still counts.
         """
         if _is_any_confirmed(entries):
             with queue.lock:
                 queue.refused_in_a_row, queue.last_refusal = 0, None
         elif isinstance(problem, OperatorError):
-            self._ask_only(queue, problem)
+            self._only_trials(queue, problem)
         elif refusal is not None:
             with queue.lock:
                 queue.refused_in_a_row += 1
                 is_suspicious = queue.refused_in_a_row >= SUSPICIOUS_REFUSALS
             if is_suspicious:
-                self._ask_only(queue, refusal)
+                self._only_trials(queue, refusal)
         if problem is not None:
             self._report(queue, problem, entries)
 
-    def _ask_only(self, queue: ConfirmQueue, problem: Exception) -> None:
-        """From now on one handle alone is asked for, now and then, until VOD takes one."""
+    def _only_trials(self, queue: ConfirmQueue, problem: Exception) -> None:
+        """From now on, only try a single handle at intervals, until VOD accepts one."""
         with queue.lock:
             queue.last_refusal = not_confirmed(problem)
-            queue.next_ask_at = self._monotonic() + self._ask_secs
+            queue.next_trial_at = self._monotonic() + self._trial_secs
 
     def _is_fresh(self, lease: Lease) -> bool:
-        """A stale handle is not a fault while its lease is nearly over; fresh ones refused again and again are one."""
+        """Whether a lease has so much time left that the refusal of its handles is suspicious."""
         return lease.ends_at - self._monotonic() > lease.secs * FRESH_SHARE
 
     def _report(self, queue: ConfirmQueue, error: Exception, entries: Sequence[Entry]) -> None:
@@ -429,7 +431,7 @@ class Confirmer:
             **(error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}),
         }
         if isinstance(error, RefusedHandlesError) and queue.refused_in_a_row >= SUSPICIOUS_REFUSALS:
-            hint = "VOD refuses handles that it has just given out: check sub_app_id of this source"
+            hint = "VOD refuses handles that it has just sent: check sub_app_id of this source"
             self._telemetry.repeated("error", "confirm.refused", cause=f"refused {queue.source}", hint=hint, **fields)
             return
         is_known = isinstance(error, VodpollerError)

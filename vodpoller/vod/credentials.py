@@ -1,7 +1,7 @@
-"""The API key: what a request is signed with, and where that comes from.
+"""The API key with which requests are signed, and its providers.
 
-A provider is a callable that returns the `Credentials` of this moment. It is called for each request, so it must not
-block: id, key and token are one value, which is renewed elsewhere (`refresher`) and swapped as one.
+A provider is a callable that returns the current `Credentials`. It is called for each request, so it must not block:
+id, key and token are one value, which `refresher` renews in another thread and replaces as one.
 """
 
 import errno
@@ -17,12 +17,12 @@ REREADINGS_MAX: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What identifies an account, as of one moment.
+    """The API key of an account at one moment.
 
     Args:
-        secret_id: Names the key; not secret.
-        secret_key: Signs; never sent.
-        token: Goes with a temporary key; empty for a permanent one.
+        secret_id: Identifies the key; not secret.
+        secret_key: Signs requests; never sent.
+        token: The token of a temporary key; empty for a lasting key.
     """
 
     secret_id: str
@@ -32,13 +32,13 @@ class Credentials:
 
 @dataclass(slots=True, kw_only=True)
 class StaticCredentials:
-    """The provider of a key that the configuration, a file or the environment holds.
+    """The provider of a key from the configuration, from files or from the environment.
 
     Args:
         secret_id: Tencent's SecretId.
-        secret_key: Its SecretKey.
-        token: Of a temporary key, None for a lasting one.
-        origins: Where each of them was found, for a person, by its name.
+        secret_key: The SecretKey that belongs to it.
+        token: The token of a temporary key; None for a lasting key.
+        origins: For messages: the place where each of them was found, by its name.
     """
 
     secret_id: Secret
@@ -46,30 +46,30 @@ class StaticCredentials:
     token: Secret | None
     origins: Mapping[str, str] = field(default_factory=dict)
     _current: Credentials = field(init=False, repr=False, compare=False)
-    _rereading: threading.Lock = field(init=False, repr=False, compare=False, default_factory=threading.Lock)
+    _reread_lock: threading.Lock = field(init=False, repr=False, compare=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._swap([secret.get() for secret in self.secrets()])
 
     def __call__(self) -> Credentials:
-        """What the secrets were when they were last read."""
+        """The key as it was last read."""
         return self._current
 
     def secrets(self) -> tuple[Secret, ...]:
-        """Those that there are: what must not be shown, and what is read again."""
+        """The secrets that are set. They must not be shown, and `reread` reads them again."""
         return tuple(secret for secret in (self.secret_id, self.secret_key, self.token) if secret is not None)
 
     def reread(self) -> None:
-        """Read the files again, as one: all of them are taken, or none.
+        """Read the files again. Either all new values are used, or none.
 
-        Several files may be swapped between the reading of one and of the next, as Kubernetes does with the symbolic
-        link of their folder. So they are read until they hold the same twice in a row.
+        The files may be replaced between the reading of one and the next, as Kubernetes does with the symbolic link of
+        their folder. So all are read until two readings in a row give the same values.
 
         Raises:
-            OSError: One cannot be read, is empty, holds what no key has, or they go on changing.
-            UnicodeDecodeError: One is not UTF-8.
+            OSError: A file cannot be read, is empty or holds characters that no key has, or the files keep changing.
+            UnicodeDecodeError: A file is not UTF-8.
         """
-        with self._rereading:
+        with self._reread_lock:
             before: list[str] = []
             for _ in range(REREADINGS_MAX):
                 values = [secret.read() for secret in self.secrets()]
@@ -77,20 +77,20 @@ class StaticCredentials:
                     self._swap(values)
                     return
                 before = values
-        raise OSError(errno.EAGAIN, "the files of the API key go on changing while they are read")
+        raise OSError(errno.EAGAIN, "the files of the API key keep changing while they are read")
 
     def _swap(self, values: Sequence[str]) -> None:
         for secret, value in zip(self.secrets(), values, strict=True):
-            secret.take(value)  # first of all: from now on it is hidden in log lines
+            secret.take(value)  # before it is used: from now on log lines hide it
         self._current = Credentials(*values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CvmRole:
-    """The role that is bound to this machine, a CVM: its metadata service hands out temporary keys.
+    """The role that is bound to this machine, a CVM. The metadata service issues its temporary keys.
 
     Args:
-        role: Its name; empty if the metadata service is asked for it.
+        role: The role's name; empty: the metadata service is asked for it.
         metadata_endpoint: URL of the metadata service, without a path.
     """
 
@@ -104,13 +104,13 @@ class CvmRole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssumedRole:
-    """A role that a lasting key may assume: STS hands out temporary keys.
+    """A role that a lasting key may assume. STS issues its temporary keys.
 
     Args:
         role_arn: `qcs::cam::uin/ACCOUNT:roleName/NAME`.
-        role_session_name: What the account's audit shows.
-        duration_secs: The life of a temporary key.
-        external_id: What the role's trust may ask for; empty for none.
+        role_session_name: The name of the session in the account's audit log.
+        duration_secs: The lifetime of a temporary key.
+        external_id: The external id that the role's trust policy may require; empty for none.
         sts_endpoint: URL of STS, without a path.
         sts_region: `X-TC-Region` of its requests.
     """
@@ -131,12 +131,12 @@ Role = CvmRole | AssumedRole
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IssuedKey:
-    """A temporary key, as it was handed out.
+    """A temporary key that was issued.
 
     Args:
         credentials: The key.
-        role: Of what it is, for a person.
-        life_secs: For how long it is good, by the clock of its issuer. More than 0.
+        role: The role that it belongs to, for messages.
+        life_secs: The time for which it is valid, by the clock of its issuer. More than 0.
         ends_at: Monotonic time of its end.
     """
 
@@ -149,10 +149,10 @@ class IssuedKey:
 class IssuedKeys:
     """The temporary keys of a role: the one in use, and the last ones before it, which must not be shown either.
 
-    They belong to the process: a reload that keeps the role keeps them. The thread that renews is the only writer.
+    They belong to the process: a reload that keeps the role keeps them. Only the thread that renews keys writes here.
 
     Attributes:
-        in_use: The last one; None if none was handed out yet.
+        in_use: The last key that was issued; None if there is none yet.
     """
 
     def __init__(self) -> None:
@@ -166,5 +166,5 @@ class IssuedKeys:
         self.in_use = key
 
     def known(self) -> list[str]:
-        """All that must not be shown."""
+        """All texts that must not be shown."""
         return [text for key in self._known for text in (key.secret_id, key.secret_key, key.token)]

@@ -1,4 +1,4 @@
-"""The address of an API of Tencent Cloud, as a configuration gives it."""
+"""The address of an API of Tencent Cloud in the configuration."""
 
 from ipaddress import ip_address
 
@@ -9,15 +9,15 @@ def bare_endpoint(value: str, example: str, *, may_be_plain: bool = False) -> st
     """Check that an address is a URL of scheme, host and port, and that requests to it are encrypted.
 
     Args:
-        value: As configured.
-        example: One that is right.
-        may_be_plain: Whether it may be plain http on another machine.
+        value: The configured address.
+        example: A valid address, for the message.
+        may_be_plain: Whether plain http to another machine is permitted.
 
     Returns:
         The address without a slash at its end.
 
     Raises:
-        ValueError: It cannot be used; the message says why.
+        ValueError: It cannot be used; the message gives the reason.
     """
     try:
         parts = http_parts(value)

@@ -1,7 +1,7 @@
-"""Who hands out the temporary keys of a role: the metadata service of the machine, and STS.
+"""The issuers of the temporary keys of a role: the metadata service of the machine, and STS.
 
 Facts are from Tencent Cloud's documents "Instance role" (product/213/47668) and "AssumeRole" (product/1312/48197), and
-from the official SDK's `credential.py`. No answer is ever quoted, not even a broken one: it may hold half of a key.
+from the official SDK's `credential.py`. No answer is ever quoted, not even an invalid one: it may hold part of a key.
 """
 
 import re
@@ -30,7 +30,7 @@ from vodpoller.vod.signature import Tc3Auth
 
 METADATA_SECS: Final = 2.0
 STS_SECS: Final = 10.0
-LIFE_MAX_SECS: Final = 43_200.0  # no key of STS lives longer; a later end is a mistake of the answer
+LIFE_MAX_SECS: Final = 43_200.0  # the maximum lifetime of a key of STS; an answer with a later end is wrong
 
 _ANSWER_MAX_BYTES: Final = 64 * 1024
 _METADATA_PATH: Final = "/latest/meta-data/cam/security-credentials/"
@@ -38,30 +38,30 @@ _NEVER: Final = 10**12
 _STS_VERSION: Final = "2018-08-13"
 _CLOCK_OFF_SECS: Final = 60.0
 _ROLE_NAME: Final = re.compile(r"[\w+=,.@-]{1,128}", re.ASCII)
-_OF_A_KEY: Final = re.compile(r"[!-~]+")
+_KEY_PART: Final = re.compile(r"[!-~]+")
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,100}")
 _MESSAGE_CHARS: Final = 300
-# Codes of STS that begin so may go away by themselves.
+# Prefixes of STS error codes that may be temporary.
 _TRANSIENT_CODES: Final = ("InternalError", "RequestLimitExceeded", "ResourceUnavailable")
 _SIGNATURE_EXPIRED: Final = "AuthFailure.SignatureExpire"
 
 
 class Issuer(Protocol):
-    """What hands out keys."""
+    """Issues keys."""
 
     def __call__(self) -> IssuedKey:
-        """Ask for a key, within the issuer's time limit.
+        """Request a key, within the issuer's time limit.
 
         Raises:
-            TransientError: No key came that can be used.
-            OperatorError: None will come until a person acts.
+            TransientError: No usable key was received.
+            OperatorError: No key will be issued until the operator acts.
         """
 
     def reopen(self) -> None:
-        """Read what vouches for certificates again.
+        """Read the root certificates again.
 
         Raises:
-            ConfigError: It cannot be read; what was read before stays in use.
+            ConfigError: They cannot be read; those that were read before stay in use.
         """
 
     def close(self) -> None:
@@ -69,13 +69,13 @@ class Issuer(Protocol):
 
 
 class MetadataService:
-    """Hands out the keys of the role that is bound to this machine. It is asked directly, whatever the proxies are.
+    """Issues keys of the role that is bound to this machine. Requests to it never go through a proxy.
 
     Args:
-        settings: Which role, and where.
-        transport: Sends the requests.
+        settings: The role, and the address of the metadata service.
+        transport: Sends the requests; None: a `DeadlineAdapter`.
         monotonic: The clock of the time limit, in seconds.
-        wall: Unix time, in seconds; counts only if an answer has no date.
+        wall: Unix time, in seconds; used only if an answer has no date.
     """
 
     def __init__(
@@ -93,61 +93,62 @@ class MetadataService:
         self._where = f"the metadata service {host_and_port(settings.metadata_endpoint)}"
 
     def __call__(self) -> IssuedKey:
-        """As `Issuer`: one call, and one more if the role's name has to be asked for, within 2 s in all."""
+        """As `Issuer`: one call, and one before it if the role's name must be requested, within 2 s in total."""
         deadline = Deadline(METADATA_SECS, self._monotonic)
         role = self._settings.role or self._role(deadline)
-        answer = self._ask(quote(role, safe=""), deadline)
+        answer = self._call(quote(role, safe=""), deadline)
         if answer.status == HTTPStatus.NOT_FOUND:
             raise OperatorError(
-                f"{self._where} knows no role {role} of this machine",
-                advice="correct credentials.role, or leave it out to take the one that is bound to the machine",
+                f"{self._where} does not know a role {role} of this machine",
+                advice="correct credentials.role, or leave it out to use the role that is bound to the machine",
             )
         content = answer.json_object()
         if content.get("Code") != "Success":
-            said = content.get("Code")
-            code = said if isinstance(said, str) and _CODE.fullmatch(said) else "an answer without a code"
-            raise TransientError(f"{self._where} gave no key of role {role}: {code}")
+            given = content.get("Code")
+            code = given if isinstance(given, str) and _CODE.fullmatch(given) else "an answer without a code"
+            raise TransientError(f"{self._where} returned no key of role {role}: {code}")
         return answer.issued(content, content.get("ExpiredTime"), f"role {role} of this machine", self._wall)
 
     def reopen(self) -> None:
-        """There is nothing to read: it speaks plain HTTP, or the public CAs vouch for it."""
+        """Do nothing: the metadata service uses plain HTTP, or a certificate of a public CA."""
 
     def close(self) -> None:
         """As `Issuer`."""
         self._transport.close()
 
     def _role(self, deadline: Deadline) -> str:
-        answer = self._ask("", deadline)
+        answer = self._call("", deadline)
         lines = [] if answer.status == HTTPStatus.NOT_FOUND else answer.text().split()
         if not lines:
             raise OperatorError(
-                f"{self._where} knows no role of this machine",
-                advice="bind one to the instance in the console of CVM (More, Instance settings, Bind role)",
+                f"{self._where} does not know any role of this machine",
+                advice="bind a role to the instance in the console of CVM (More, Instance settings, Bind role)",
             )
         if not _ROLE_NAME.fullmatch(lines[0]):
-            raise TransientError(f"{self._where} answered with what is not the name of a role")
+            raise TransientError(f"{self._where} sent an answer that is not the name of a role")
         return lines[0]
 
-    def _ask(self, path: str, deadline: Deadline) -> "_Answer":
+    def _call(self, path: str, deadline: Deadline) -> "_Answer":
         request = PreparedRequest()
         request.method = "GET"
         request.url = self._settings.metadata_endpoint + _METADATA_PATH + path
         request.headers = CaseInsensitiveDict({"User-Agent": f"vodpoller/{__version__}", "Accept": "*/*"})
-        answer = _asked(self._transport, request, Environment(proxy=""), deadline, self._monotonic, self._where)
+        answer = _exchange(self._transport, request, Environment(proxy=""), deadline, self._monotonic, self._where)
         if answer.status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
             raise answer.failure("is credentials.metadata_endpoint right?")
         return answer
 
 
 class Sts:
-    """Hands out the keys of a role that a lasting key may assume.
+    """Issues keys of a role that a lasting key may assume.
 
     Args:
-        settings: Which role, and where.
+        settings: The role, and the address of STS.
         key: The lasting key.
-        key_renewal: What a person must do so that another lasting key is used.
-        ca_file: PEM with what vouches for its certificate; None is what the environment says, or the public CAs.
-        transport: Sends the requests; a `DeadlineAdapter` with `ca_file` unless told otherwise.
+        key_renewal: What the operator must do after replacing the lasting key, so that the new one is used.
+        ca_file: PEM file with the root certificates for the certificate of STS; None: those of the environment, or of
+            the public CAs.
+        transport: Sends the requests; None: a `DeadlineAdapter` with `ca_file`.
         monotonic: The clock of the time limit, in seconds.
         wall: Unix time, in seconds.
     """
@@ -175,12 +176,12 @@ class Sts:
         self._sign = Tc3Auth(key, service="sts", wall=lambda: wall() + self._offset_secs)
 
     def __call__(self) -> IssuedKey:
-        """As `Issuer`. If it is refused because this machine's clock is wrong, it is asked again with its own time."""
+        """As `Issuer`. A request that is refused because of this machine's clock is repeated with the time of STS."""
         deadline = Deadline(STS_SECS, self._monotonic)
-        answer = self._ask(deadline)
+        answer = self._call(deadline)
         response = answer.response()
         if _code_in(response) == _SIGNATURE_EXPIRED and self._clock_was_off(answer):
-            answer = self._ask(deadline)
+            answer = self._call(deadline)
             response = answer.response()
         if response.get("Error") is not None:
             raise self._refusal(response)
@@ -197,7 +198,7 @@ class Sts:
         """As `Issuer`."""
         self._transport.close()
 
-    def _ask(self, deadline: Deadline) -> "_Answer":
+    def _call(self, deadline: Deadline) -> "_Answer":
         settings = self._settings
         wanted: dict[str, Any] = {
             "RoleArn": settings.role_arn,
@@ -220,7 +221,9 @@ class Sts:
                 "X-TC-Region": settings.sts_region,
             }
         )
-        return _asked(self._transport, self._sign(request), self._environment, deadline, self._monotonic, self._where)
+        return _exchange(
+            self._transport, self._sign(request), self._environment, deadline, self._monotonic, self._where
+        )
 
     def _clock_was_off(self, answer: "_Answer") -> bool:
         if answer.date is None:
@@ -231,16 +234,16 @@ class Sts:
     def _refusal(self, response: Mapping[str, Any]) -> VodpollerError:
         error = response["Error"]
         code = _code_in(response)
-        said = str(error.get("Message") or "")[:_MESSAGE_CHARS] if isinstance(error, dict) else ""
+        text = str(error.get("Message") or "")[:_MESSAGE_CHARS] if isinstance(error, dict) else ""
         request_id = response.get("RequestId")
         request_id = request_id if isinstance(request_id, str) else ""
-        message = f"{self._where} refused AssumeRole with {code or 'an error without a code'}: {said}"
+        message = f"{self._where} refused AssumeRole with {code or 'an error without a code'}: {text}"
         if not code or code.startswith(_TRANSIENT_CODES):
             return TransientError(message, error_code=code, request_id=request_id)
         return OperatorError(
             message,
             advice="is role_arn right, does the role trust the account of the lasting key, and may that key call"
-            f" sts:AssumeRole? After another lasting key was put in place, {self._key_renewal}",
+            f" sts:AssumeRole? After replacing the lasting key, {self._key_renewal}",
             error_code=code,
             request_id=request_id,
         )
@@ -251,23 +254,23 @@ class Sts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
-    """An answer whose body was read.
+    """An answer whose body has been read.
 
     Args:
-        where: Whose it is, for messages.
-        asked_at: Monotonic time at which its request was sent.
-        status: Of HTTP.
-        date: Of its head, Unix time in seconds; None without.
-        body: The beginning of it.
-        is_whole: Whether that is all.
+        where: The service that sent it, for messages.
+        sent_at: Monotonic time at which sending the request began.
+        status: The HTTP status.
+        date: The header `Date` as Unix time in seconds; None if there is none.
+        body: The received part of the body.
+        is_complete: Whether `body` is the complete body.
     """
 
     where: str
-    asked_at: float
+    sent_at: float
     status: int
     date: float | None
     body: bytes
-    is_whole: bool
+    is_complete: bool
 
     def text(self) -> str:
         try:
@@ -278,7 +281,7 @@ class _Answer:
     def json_object(self) -> Mapping[str, Any]:
         try:
             content = decode_json(self.text())
-        except UnreadableError:  # it quotes what it could not read
+        except UnreadableError:  # not chained: it quotes the text that it cannot read
             raise self.unusable("it is not JSON") from None
         if not isinstance(content, dict):
             raise self.unusable("it is not an object")
@@ -293,28 +296,28 @@ class _Answer:
         return response
 
     def issued(self, key: Mapping[str, Any], ends_at: object, role: str, wall: Callable[[], float]) -> IssuedKey:
-        """The key in it.
+        """The key in the answer.
 
         Args:
-            key: Has `TmpSecretId`, `TmpSecretKey` and `Token`.
-            ends_at: Its `ExpiredTime`.
+            key: The object with `TmpSecretId`, `TmpSecretKey` and `Token`.
+            ends_at: The answer's `ExpiredTime`.
             role: As in `IssuedKey`.
-            wall: Unix time, in seconds; counts only if the answer has no date.
+            wall: Unix time, in seconds; used only if the answer has no date.
         """
         parts = [key.get(name) for name in ("TmpSecretId", "TmpSecretKey", "Token")]
-        texts = [part for part in parts if isinstance(part, str) and _OF_A_KEY.fullmatch(part)]
+        texts = [part for part in parts if isinstance(part, str) and _KEY_PART.fullmatch(part)]
         if len(texts) != len(parts):
             raise self.unusable("it lacks a part of the key")
         if not isinstance(ends_at, int | float) or isinstance(ends_at, bool):
             raise self.unusable("it does not say when the key ends")
-        # A date is cut to whole seconds, and the answer took its time: the key must not be used after its end.
+        # `Date` is rounded down to whole seconds, and the answer took time: a key must not be used after its end.
         now = wall() if self.date is None else self.date + 1
         life_secs = max(min(ends_at, _NEVER), 0) - now
         if life_secs <= 0:
-            raise self.unusable(f"its key has ended {-life_secs:.0f} s ago")
+            raise self.unusable(f"its key ended {-life_secs:.0f} s ago")
         life_secs = min(life_secs, LIFE_MAX_SECS)
         return IssuedKey(
-            credentials=Credentials(*texts), role=role, life_secs=life_secs, ends_at=self.asked_at + life_secs
+            credentials=Credentials(*texts), role=role, life_secs=life_secs, ends_at=self.sent_at + life_secs
         )
 
     def failure(self, hint: str) -> TransientError:
@@ -323,7 +326,7 @@ class _Answer:
         return TransientError(f"{self.where} answered {status_text(self.status)} ({hint})")
 
     def unusable(self, why: str) -> TransientError:
-        cut = "" if self.is_whole else "; it is cut off or far too long"
+        cut = "" if self.is_complete else "; it is incomplete or far too long"
         return TransientError(f"the answer of {self.where} cannot be used: {why}{cut}")
 
 
@@ -333,7 +336,7 @@ def _code_in(response: Mapping[str, Any]) -> str:
     return code if isinstance(code, str) and _CODE.fullmatch(code) else ""
 
 
-def _asked(
+def _exchange(
     transport: Transport,
     request: PreparedRequest,
     environment: Environment,
@@ -341,25 +344,27 @@ def _asked(
     monotonic: Callable[[], float],
     where: str,
 ) -> _Answer:
-    """Send a request and read the answer, within what is left of the time."""
-    asked_at = monotonic()
-    # Not chained: what these exceptions quote may be the token, or a proxy's password.
+    """Send a request and read the answer, within the time that the deadline leaves."""
+    sent_at = monotonic()
+    # Not chained: these exceptions may quote the token, or a proxy's password.
     try:
         response = transport.send_within(request, environment, deadline.left_secs())
     except (RootsError, UnusableProxyError) as error:
-        raise OperatorError(f"{where} cannot be asked: {error}") from None
+        raise OperatorError(f"{where} cannot be called: {error}") from None
     except CALL_ERRORS as error:
         raise NoAnswerError(f"{where} {failure_text(error, deadline)}") from None
     try:
-        body, is_whole = _read(response)
+        body, is_complete = _read(response)
     finally:
         response.close()
     date = http_date(response.headers.get("Date"))
-    return _Answer(where=where, asked_at=asked_at, status=response.status_code, date=date, body=body, is_whole=is_whole)
+    return _Answer(
+        where=where, sent_at=sent_at, status=response.status_code, date=date, body=body, is_complete=is_complete
+    )
 
 
 def _read(response: requests.Response) -> tuple[bytes, bool]:
-    """The body as far as it came in time, and whether that is all of it."""
+    """The part of the body that is received in time, and whether it is complete."""
     body = b""
     try:
         while chunk := response.raw.read1(_ANSWER_MAX_BYTES, decode_content=True):

@@ -1,4 +1,4 @@
-"""The quota of an API action, kept to by waiting before a request is sent."""
+"""Keeps to the quota of an API action by a wait before each request."""
 
 import threading
 import time
@@ -9,14 +9,14 @@ from math import inf
 class RateLimiter:
     """Evenly spaced slots for one API action, for all threads of the process.
 
-    The slots lie some percent further apart than the quota asks for, and a thread that comes late may use slots of the
-    recent past: at most two. So no capacity is lost to late wake-ups, and no second, wherever it begins, holds more
-    slots than the quota, with room for requests that come closer together at the server than they were sent.
+    The slots are some percent further apart than the quota requires, and a thread that is late may use at most two past
+    slots. So late wake-ups lose no capacity, and no period of one second, at any start time, holds more slots than the
+    quota. The spare share leaves room for requests that reach the server closer together than they were sent.
 
     Args:
         requests_per_sec: The quota.
         spare: The share of the quota that is left unused.
-        monotonic: The clock, in seconds.
+        monotonic: The monotonic clock, in seconds.
         sleep: Waits that number of seconds.
     """
 
@@ -47,10 +47,10 @@ class RateLimiter:
         """Wait for a slot.
 
         Args:
-            timeout_secs: None waits as long as it takes.
+            timeout_secs: The maximum time to wait; None: no maximum.
 
         Returns:
-            False, at once and without using up a slot, if none comes within the time.
+            False, without waiting and without using a slot, if there is no slot within the time.
         """
         with self._lock:
             now = self._monotonic()
@@ -65,9 +65,9 @@ class RateLimiter:
         return True
 
     def throttled(self) -> None:
-        """The server says that it was too much: halve the rate, which then recovers by 15% of the quota per second.
+        """Halve the rate after the server refused a request. It then recovers by 15% of the quota per second.
 
-        The refusals of one second count as one, however many threads report them.
+        All refusals within one second count as one, even if several threads report them.
         """
         with self._lock:
             now = self._monotonic()

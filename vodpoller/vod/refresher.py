@@ -1,6 +1,6 @@
-"""The temporary key of a role: renewed beside the requests, which never wait for that.
+"""The temporary key of a role, renewed in a separate thread so that requests never wait for the renewal.
 
-`Refresher.step` does what is due and says when it wants to be called again; a thread of its own calls it.
+`Refresher.step` does the work that is due and returns the time until its next call; the thread calls it.
 """
 
 import threading
@@ -18,19 +18,19 @@ from vodpoller.telemetry import Count, Telemetry
 from vodpoller.vod.credentials import AssumedRole, Credentials, CvmRole, IssuedKey, IssuedKeys, Role, StaticCredentials
 from vodpoller.vod.issuers import Issuer, MetadataService, Sts
 
-RENEWAL_SHARE: Final = 2 / 3  # of a key's life
-JITTER_SHARE: Final = 0.1  # of its life, before that: not all machines ask at once
-EXPIRING_SHARE: Final = 1 / 6  # what is left of its life when a failing renewal becomes urgent
+RENEWAL_SHARE: Final = 2 / 3  # of a key's lifetime: the latest time of the renewal
+JITTER_SHARE: Final = 0.1  # of its lifetime: a renewal may be this much earlier, so that machines do not ask together
+EXPIRING_SHARE: Final = 1 / 6  # of its lifetime: if a failing key has no more left, this is logged as an error
 RENEWAL_MIN_SECS: Final = 1.0
-OVERDUE_SECS: Final = 30.0  # of an attempt, which takes 10 s at most
+OVERDUE_SECS: Final = 30.0  # an attempt that takes longer is overdue; its own limit is 10 s
 
 
 def renewal_secs(life_secs: float, draw: float) -> float:
-    """How long to wait with the renewal of a key.
+    """The time between the issue of a key and its renewal.
 
     Args:
-        life_secs: For how long it is good.
-        draw: At random, 0 to 1.
+        life_secs: The time for which the key is valid.
+        draw: A random number from 0 to 1.
     """
     return max(life_secs * (RENEWAL_SHARE - JITTER_SHARE * draw), RENEWAL_MIN_SECS)
 
@@ -38,21 +38,22 @@ def renewal_secs(life_secs: float, draw: float) -> float:
 class Refresher:
     """Provides the temporary key of a role, and renews it.
 
-    A key that was handed out stays in use until it ends, whatever becomes of its renewal. The requests' threads read
-    the key in use, which is replaced whole. What moves the next attempt forward (`refused`, `wake`) is written under
-    `_refusing`; all else by the one thread that holds `_attempting`.
+    An issued key stays in use until it ends, even if its renewal fails. The threads of requests read the key in use,
+    which is replaced as a whole. `_due_lock` protects the fields that `refused` and `wake` write to bring the next
+    attempt forward; all other fields are written by the thread that holds `_attempt_lock`.
 
     Args:
-        issuer: Hands out keys.
-        provider: `credentials.provider`, for lines and the status.
-        keys: The key in use, and what is hidden; it may hold a key of the time before a reload.
+        issuer: Issues keys.
+        provider: `credentials.provider`, for log lines and the status.
+        keys: The key in use, and the former keys, which are hidden; may already hold a key from before a reload.
         telemetry: Destination of log lines and counts.
-        on_operator_error: Called if a renewal failed in a way that only a person can mend: read the lasting key again.
-        on_recovered: Called if requests failed for want of a key, and there is one now.
-        liveness: Told of each attempt.
-        monotonic: The clock, in seconds.
-        wall: The clock of what a person sees, in seconds since 1970.
-        draw: A number from 0 to 1, at random.
+        on_operator_error: Called if only the operator can end the cause of a failed renewal; reads the lasting key
+            again.
+        on_recovered: Called if requests failed because there was no key, and a key is there now.
+        liveness: Records each attempt, for the watchdog.
+        monotonic: The monotonic clock, in seconds.
+        wall: The clock of times that are shown, in seconds since 1970.
+        draw: Returns a random number from 0 to 1.
     """
 
     _BACKOFF = Backoff(first_secs=1.0, most_secs=60.0)
@@ -81,54 +82,55 @@ class Refresher:
         self._monotonic = monotonic
         self._wall = wall
         self._draw = draw or SystemRandom().random
-        self._attempting = threading.Lock()
+        self._attempt_lock = threading.Lock()
         self._has_tried = keys.in_use is not None
         self._due_at = self._attempted_at = monotonic()
         self._failures = 0
         self._problem: VodpollerError | None = None
         self._failing_since: float | None = None
-        self._said_expiring: IssuedKey | None = None
-        self._refusing = threading.Lock()
+        self._logged_expiring: IssuedKey | None = None
+        self._due_lock = threading.Lock()
         self._refused_token = ""
         self._refusals = 0
         self._woken = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    # --- what requests ask --------------------------------------------------------------------------------------------
+    # --- called for requests ------------------------------------------------------------------------------------------
 
     def __call__(self) -> Credentials:
-        """The key of this moment. Waits only if none was ever asked for: for the end of the first attempt.
+        """The current key. The only wait is for the end of the first attempt to get a key.
 
         Raises:
-            NoKeyError: There is none, or it has ended.
+            NoKeyError: There is no key, or it has ended.
         """
         if not self._has_tried:
-            with self._attempting:
+            with self._attempt_lock:
                 if not self._has_tried:
                     self._attempt()
         in_use = self._keys.in_use
         if in_use is not None and self._monotonic() < in_use.ends_at:
             return in_use.credentials
         state = "there is no temporary key yet" if in_use is None else "the temporary key has ended"
-        # Why no other came is not part of it: that may change at each attempt, and this is one cause.
+        # The text does not contain why there is no new key: that may change with each attempt, and the texts must be
+        # equal to count as one cause.
         raise NoKeyError(
-            f"nothing was sent: {state}, and no new one came (see credentials.failed, or `vodpoller status`)",
+            f"nothing was sent: {state}, and no new one was issued (see credentials.failed, or `vodpoller status`)",
             retry_after_secs=NO_KEY_RETRY_SECS,
         )
 
     def refused(self, token: str) -> None:
-        """VOD refuses the token: renew now, unless it is another one by now. Returns at once.
+        """Renew the key because VOD refused its token; not if another key is already in use. Returns at once.
 
         Args:
-            token: Of the refused request.
+            token: The token of the refused request.
         """
-        with self._refusing:
+        with self._due_lock:
             in_use = self._keys.in_use
             if in_use is None or in_use.credentials.token != token or self._refused_token == token:
                 return
             self._refused_token = token
-            # Keys that are refused one after the other are not asked for in a tight loop.
+            # If one key after another is refused, new ones must not be requested in a tight loop.
             wait_secs = self._BACKOFF.secs(self._refusals) if self._refusals else 0.0
             self._refusals += 1
             self._due_at = min(self._due_at, self._attempted_at + wait_secs)
@@ -137,20 +139,20 @@ class Refresher:
     # --- renewing -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Renew from now on, in a thread."""
+        """Start the thread that renews."""
         self._thread = threading.Thread(target=self._run, name="credentials", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Renew now, as an operator asks: the role may be another, or the cause of a failure gone."""
-        with self._refusing:
+        """Renew now, because the operator asks for it: the role may have changed, or the cause of a failure ended."""
+        with self._due_lock:
             self._failures = 0
             self._due_at = self._monotonic()
         self._telemetry.reset()
         self._woken.set()
 
     def stop(self) -> None:
-        """Renew no more; returns at once. An attempt that is under way ends by its time limit."""
+        """Stop renewing; returns at once. A running attempt ends within its time limit."""
         self._stopping = True
         self._woken.set()
         self._issuer.close()
@@ -162,22 +164,22 @@ class Refresher:
     def _run(self) -> None:
         while not self._stopping:
             self._woken.wait(self.step())
-            self._woken.clear()  # before the loop looks: a stop that comes in between is seen
+            self._woken.clear()  # before `_stopping` is checked, so that a stop in between is noticed
 
     def step(self) -> float:
-        """Do what is due.
+        """Do the work that is due.
 
         Returns:
-            After how long there is something to do again, unless a token is refused before.
+            The time in seconds until the next work is due, unless a token is refused before.
         """
-        with self._attempting:
+        with self._attempt_lock:
             if self._monotonic() >= self._due_at and not self._stopping:
                 self._liveness.begin("credentials", OVERDUE_SECS)
                 try:
                     self._attempt()
                 finally:
                     self._liveness.end()
-        urgent_at = self._say_expiring()
+        urgent_at = self._log_expiring()
         return max(min(self._due_at, urgent_at) - self._monotonic(), 0.0)
 
     def _attempt(self) -> None:
@@ -185,11 +187,11 @@ class Refresher:
             issued = self._issuer()
         except VodpollerError as error:
             self._failed(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, no new key came
-            self._failed(TransientError(f"unforeseen error: {type(error).__name__}"))  # its text may quote the key
+        except Exception as error:  # noqa: BLE001 - any error means that there is no new key
+            self._failed(TransientError(f"unexpected error: {type(error).__name__}"))  # its text may quote the key
         else:
             if self._stopping:
-                return  # another one may use these keys by now
+                return  # another refresher may already use these keys
             if self._refused_token == issued.credentials.token:
                 self._failed(TransientError(f"the key of {issued.role} is still the one that VOD refuses"))
             else:
@@ -200,7 +202,7 @@ class Refresher:
     def _succeeded(self, issued: IssuedKey) -> None:
         now = self._monotonic()
         former = self._keys.in_use
-        with self._refusing:
+        with self._due_lock:
             was_missing = (self._has_tried and former is None) or (former is not None and now >= former.ends_at)
             was_refused, self._refused_token = bool(self._refused_token), ""
             if not was_refused:
@@ -224,7 +226,7 @@ class Refresher:
 
     def _failed(self, error: VodpollerError) -> None:
         now = self._monotonic()
-        with self._refusing:
+        with self._due_lock:
             self._failures += 1
             wait_secs = self._BACKOFF.secs(self._failures)
             self._attempted_at = now
@@ -246,16 +248,16 @@ class Refresher:
         if isinstance(error, OperatorError):
             self._on_operator_error()
 
-    def _say_expiring(self) -> float:
-        """Say it once of each key that is about to end and cannot be renewed. Returns when to look again."""
+    def _log_expiring(self) -> float:
+        """Log, once per key, that it ends soon and cannot be renewed. Returns the time of the next check."""
         in_use, problem = self._keys.in_use, self._problem
-        if in_use is None or problem is None or self._said_expiring is in_use:
+        if in_use is None or problem is None or self._logged_expiring is in_use:
             return self._due_at
         left_secs = in_use.ends_at - self._monotonic()
         urgent_secs = in_use.life_secs * EXPIRING_SHARE
         if left_secs > urgent_secs:
             return in_use.ends_at - urgent_secs
-        self._said_expiring = in_use
+        self._logged_expiring = in_use
         self._telemetry.log.error(
             "credentials.expiring",
             **self._known(in_use),
@@ -270,7 +272,7 @@ class Refresher:
     # --- status -------------------------------------------------------------------------------------------------------
 
     def status(self) -> CredentialsStatus:
-        """How it is at this moment."""
+        """The current status."""
         in_use, problem, since = self._keys.in_use, self._problem, self._failing_since
         now, wall_now = self._monotonic(), self._wall()
         left_secs = 0.0 if in_use is None else in_use.ends_at - now
@@ -286,18 +288,18 @@ class Refresher:
 
 
 def _without_numbers(text: str) -> str:
-    """A text by which causes are told apart: that a key has ended 5 or 6 s ago is one cause."""
+    """A text that identifies a cause: that a key ended 5 s ago and that it ended 6 s ago are one cause."""
     return "".join(char for char in text if not char.isdigit())
 
 
 def issuer_of(role: Role, *, key: StaticCredentials, key_renewal: str, ca_file: Path | None) -> tuple[str, Issuer]:
-    """What hands out the keys of a role: the name of the provider, and the issuer.
+    """The name of a role's provider, and the issuer of its keys.
 
     Args:
         role: The role.
-        key: The lasting key, which assumes it.
-        key_renewal: What a person must do so that another lasting key is used.
-        ca_file: PEM with what vouches for the certificate of STS.
+        key: The lasting key that assumes it.
+        key_renewal: What the operator must do after replacing the lasting key, so that the new one is used.
+        ca_file: PEM file with the root certificates for the certificate of STS.
     """
     match role:
         case CvmRole():

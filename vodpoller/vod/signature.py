@@ -1,6 +1,6 @@
-"""The signature of Tencent Cloud's API 3.0, as an auth of requests.
+"""The signature of Tencent Cloud's API 3.0, as an auth class for requests.
 
-The method is TC3-HMAC-SHA256, from Tencent Cloud's document "Signature v3"; the tests hold it against the official SDK.
+The method is TC3-HMAC-SHA256, from Tencent Cloud's document "Signature v3"; tests compare it with the official SDK.
 """
 
 import hmac
@@ -21,7 +21,7 @@ _DAY_SECS = 86_400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SigningKey:
-    """The key of one day, and what it was made from."""
+    """The signing key of one day, and the values from which it was derived."""
 
     secret_key: str
     day: int
@@ -30,12 +30,12 @@ class _SigningKey:
 
 
 class Tc3Auth(AuthBase):
-    """Signs requests to the root of an endpoint of API 3.0, which is where all actions are.
+    """Signs requests to the root path of an endpoint of API 3.0, where all actions are.
 
     Args:
-        credentials: Asked at each request, so that renewed ones are used at once.
+        credentials: Called for each request, so that a renewed key is used at once.
         service: The product's name in the signature.
-        wall: Unix time in seconds, as right as the caller can make it: Tencent refuses more than 300 s of error.
+        wall: Unix time in seconds, as exact as possible: Tencent refuses an error of more than 300 s.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Tc3Auth(AuthBase):
         self._credentials = credentials
         self._service = service
         self._wall = wall
-        # One entry each, replaced whole: threads that race here only compute the same thing twice.
+        # Caches of one entry each, replaced as a whole: a race between threads only computes the same value twice.
         self._signing_key: _SigningKey | None = None
         self._host: tuple[str, str] = ("", "")
 
@@ -52,7 +52,7 @@ class Tc3Auth(AuthBase):
         """Set Host, X-TC-Timestamp, X-TC-Token and Authorization.
 
         Args:
-            prepared: A POST whose body and Content-Type are final.
+            prepared: A POST request whose body and Content-Type are final.
         """
         credentials = self._credentials()
         timestamp = int(self._wall())
