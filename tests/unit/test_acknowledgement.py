@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import event
 from tests.polling import until
-from tests.unit.test_pipeline import Line, Route, Source
+from tests.unit.test_pipeline import Bench, Route, Source
 from vodpoller.delivery.in_flight import DeliveryWait
 from vodpoller.errors import RefusedHandlesError
 from vodpoller.events.event import Lease, PulledEvent, make_event
@@ -45,17 +45,17 @@ class Vod:
 
 @pytest.mark.parametrize("content", [CAST, DELETED])
 def test_equal_event_after_a_confirmed_lease_is_new_during_the_call(tmp_path, log, content):
-    line = Line(tmp_path, log, sinks=("a",))
+    bench = Bench(tmp_path, log, sinks=("a",))
     vod = Vod()
     pipeline = Pipeline(
         router=Router([Route(sinks=("a",))]),
-        workers=line.workers,
-        in_flight=line.in_flight,
-        journal=line.journal,
-        confirmer=Confirmer(vod=vod, telemetry=line.telemetry, liveness=Liveness(), reserve_secs=0.1),
+        workers=bench.workers,
+        in_flight=bench.in_flight,
+        journal=bench.journal,
+        confirmer=Confirmer(vod=vod, telemetry=bench.telemetry, liveness=Liveness(), reserve_secs=0.1),
         confirm_reserve_secs=0.1,
         requests_per_sec=100.0,
-        telemetry=line.telemetry,
+        telemetry=bench.telemetry,
     )
     pullers = []
 
@@ -83,9 +83,9 @@ def test_equal_event_after_a_confirmed_lease_is_new_during_the_call(tmp_path, lo
         until(lambda: time.monotonic() >= over_at)
 
         process("again", [("again", equal)], 30.0)
-        until(lambda: len(line.sinks["a"].accepted) == 18, secs=3, what="the equal event was swallowed")
+        until(lambda: len(bench.sinks["a"].accepted) == 18, secs=3, what="the equal event was swallowed")
     finally:
         vod.released.set()
         for puller in pullers:
             puller.join()
-        line.close()
+        bench.close()

@@ -1274,7 +1274,7 @@ def test_the_help_lists_every_fault():
     [
         ("--confirms-per-sec", "[default: as --requests-per-sec]"),
         ("--deny ACTION", "UnauthorizedOperation"),
-        ("--forget-confirms", "refused until their lease ends"),
+        ("--forget-confirms", "refused during their lease"),
         ("--slow-secs", "slow"),
     ],
 )

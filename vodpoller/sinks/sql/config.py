@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 from math import ceil
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, ClassVar, Final, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -159,8 +159,3 @@ class ServerConfig(SqlConfig):
 def problem(key: str, why: str) -> PydanticCustomError:
     """An error about a key of the table; an empty key stands for the key that is validated."""
     return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
-
-
-def plain(error: Any) -> str:
-    """An error's text on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
