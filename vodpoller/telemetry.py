@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from vodpoller.logs import EACH, Level, LineLogger, Logger, Repeats
+from vodpoller.logs import EACH, Level, LineLogger, Logger, RepeatLimiter
 
 Labels = tuple[tuple[str, str], ...]
 """Names and values, in the order of the names."""
@@ -191,7 +191,7 @@ class Telemetry:
 
     def scope(self) -> "Scope":
         """The view of one part of the daemon: its causes of repeated lines are its own."""
-        return Scope(self, Repeats(self.log, monotonic=self._monotonic))
+        return Scope(self, RepeatLimiter(self.log, monotonic=self._monotonic))
 
     @property
     def dropped_lines(self) -> int:
@@ -281,7 +281,7 @@ class Scope:
         repeats: Limits this part's repeated lines.
     """
 
-    def __init__(self, telemetry: Telemetry, repeats: Repeats) -> None:
+    def __init__(self, telemetry: Telemetry, repeats: RepeatLimiter) -> None:
         self._telemetry = telemetry
         self._repeats = repeats
         self.log = telemetry.log
@@ -320,7 +320,7 @@ class Scope:
         Returns:
             Whether a line was written.
         """
-        return self._repeats.say(level, event, cause=cause, **fields)
+        return self._repeats.log_once(level, event, cause=cause, **fields)
 
     def reset(self, prefix: str = "") -> int | None:
         """The causes that begin so are over; all of them unless told otherwise.
@@ -328,7 +328,7 @@ class Scope:
         Returns:
             Number of lines that were not written for them; None if none was written at all.
         """
-        return self._repeats.forget(prefix)
+        return self._repeats.reset(prefix)
 
     def count(self, count: Count, number: int = 1, **labels: str) -> None:
         """Count something."""

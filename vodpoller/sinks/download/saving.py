@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from vodpoller.durable import HINTS, Folders, check_access
-from vodpoller.logs import Repeats
+from vodpoller.logs import RepeatLimiter
 from vodpoller.sinks.download.places import Places
 
 WRITABLE: Final = os.R_OK | os.W_OK | os.X_OK  # what this user must be allowed in the folder
@@ -44,7 +44,13 @@ class ImageFolder:
     """
 
     def __init__(
-        self, name: str, places: Places, *, folders: Folders, repeats: Repeats, write: Callable[[int, memoryview], int]
+        self,
+        name: str,
+        places: Places,
+        *,
+        folders: Folders,
+        repeats: RepeatLimiter,
+        write: Callable[[int, memoryview], int],
     ) -> None:
         self.root = places.root
         self._name = name
@@ -97,7 +103,7 @@ class ImageFolder:
         if owner == key or "key" in self._places.fields:
             return
         place = str(self.root.joinpath(*parts))
-        self._repeats.say(
+        self._repeats.log_once(
             "warning",
             "image.skipped",
             cause=f"{key} {place}",
