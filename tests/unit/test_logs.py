@@ -612,7 +612,8 @@ def test_causes_of_megabytes_do_not_fill_the_memory(repeats, lines):
 def test_many_threads_say_it_once(lines, log):
     repeats = RepeatLimiter(log)
     threads = [
-        threading.Thread(target=repeats.log_once, args=("warning", "pull.failed"), kwargs={"cause": "x"}) for _ in range(20)
+        threading.Thread(target=repeats.log_once, args=("warning", "pull.failed"), kwargs={"cause": "x"})
+        for _ in range(20)
     ]
     for thread in threads:
         thread.start()
