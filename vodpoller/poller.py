@@ -114,8 +114,8 @@ class Poller:
         last_pull_at: When VOD last answered a pull; 0 for never.
     """
 
-    _TRANSIENT = Backoff(first_secs=2.0, most_secs=60.0)
-    _OPERATOR = Backoff(first_secs=4.0, most_secs=60.0)
+    _TRANSIENT = Backoff(first_secs=2.0, max_secs=60.0)
+    _OPERATOR = Backoff(first_secs=4.0, max_secs=60.0)
 
     def __init__(
         self,

@@ -119,7 +119,7 @@ class Service:
         self._sockets = CallbackSockets(inherited=self._inherited, passed=passed, passed_before=handover.passed)
         self._is_built = self._is_ready = False
         self._askers_lock = threading.Lock()
-        self._askers = [Asker(connection) for connection in handover.askers()]
+        self._askers = [Asker(connection) for connection in handover.clients()]
         self._reloaded = ReloadStatus()
         # Building may take minutes, if a sink's file is read after a crash: the probes are answered meanwhile.
         self._listening.follow(config.listener.address)

@@ -76,7 +76,7 @@ def problem_of(**keys):
 def test_an_expression_that_does_not_compile_names_key_and_position(key):
     named, said = problem_of(url=WITH_TOKEN, **{key: "{a: b,\n c 7}"})
     assert named == key
-    assert '" c 7}" is not a JMESPath expression: line 2, column 4: "7" cannot stand here' in said
+    assert '" c 7}" is not a JMESPath expression: line 2, column 4: "7" is not valid here' in said
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (
             SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"\nurl = "http://x/"\nbody = """\n{a: b,\n c 7}"""',
             "sinks.archive.body",
-            ['" c 7}" is not a JMESPath expression: line 2, column 4: "7" cannot stand here'],
+            ['" c 7}" is not a JMESPath expression: line 2, column 4: "7" is not valid here'],
         ),
         (
             SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"\nurl_file = "nowhere"',
@@ -426,7 +426,7 @@ def test_it_is_known_where_each_part_of_the_key_was_found(tmp_path):
         (
             replaced('["archive"]', '["archive"]\nwhere = "Definition == 10"'),
             "routes.all.where",
-            ['"Definition == 10" is not a JMESPath expression: column 15: "10" cannot stand here', "`10`"],
+            ['"Definition == 10" is not a JMESPath expression: column 15: "10" is not valid here', "`10`"],
         ),
         (replaced('["archive"]', '["archive"]\nwhere = "a =="'), "routes.all.where", ["column 5: it ends too early"]),
         (replaced('["archive"]', '["archive"]\nwhere = "a == \'b"'), "routes.all.where", ["unclosed ' delimiter"]),

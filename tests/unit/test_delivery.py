@@ -24,11 +24,11 @@ from vodpoller.telemetry import Telemetry
 @given(st.integers(1, 20_000))
 def test_a_wait_lies_between_half_of_the_exponential_and_all_of_it(attempt):
     full_secs = min(2.0 * 2 ** min(attempt - 1, 20), 60.0)
-    assert full_secs / 2 <= Backoff(first_secs=2.0, most_secs=60.0).secs(attempt) <= full_secs
+    assert full_secs / 2 <= Backoff(first_secs=2.0, max_secs=60.0).secs(attempt) <= full_secs
 
 
 def test_waits_of_many_who_failed_together_differ():
-    backoff = Backoff(first_secs=10.0, most_secs=60.0)
+    backoff = Backoff(first_secs=10.0, max_secs=60.0)
     assert len({backoff.secs(1) for _ in range(20)}) > 10
 
 

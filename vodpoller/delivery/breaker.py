@@ -21,7 +21,7 @@ class Breaker:
         probe_at: Monotonic time of the next probe, while it is open.
     """
 
-    _PROBES = Backoff(first_secs=1.0, most_secs=30.0)
+    _PROBES = Backoff(first_secs=1.0, max_secs=30.0)
 
     def __init__(self, *, failures: int, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._failures = failures

@@ -31,7 +31,7 @@ from vodpoller.journal.contract import Burial, ClaimedEvent, Journal, Known
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry
 
-RETRY_BACKOFF = Backoff(first_secs=10.0, most_secs=900.0)
+RETRY_BACKOFF = Backoff(first_secs=10.0, max_secs=900.0)
 BATCH_ROWS: Final = 256
 GATHER_SECS: Final = 0.02
 

@@ -47,7 +47,7 @@ class Worker:
         wall: The clock of the times that a person reads, in seconds since 1970.
     """
 
-    _RETRIES = Backoff(first_secs=0.5, most_secs=8.0)
+    _RETRIES = Backoff(first_secs=0.5, max_secs=8.0)
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class Refresher:
         draw: A number from 0 to 1, at random.
     """
 
-    _BACKOFF = Backoff(first_secs=1.0, most_secs=60.0)
+    _BACKOFF = Backoff(first_secs=1.0, max_secs=60.0)
 
     def __init__(
         self,
