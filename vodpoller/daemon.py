@@ -52,11 +52,11 @@ class Intake(Protocol):
     def stop(self) -> None:
         """Take in nothing more."""
 
-    def hurry(self) -> None:
-        """Let nothing wait for a sink any longer."""
+    def end_waits(self) -> None:
+        """End all waits for sinks: what they have not accepted is stored."""
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait until all that was taken in is seen through. Returns whether it is."""
+        """Wait until all that was taken in is processed. Returns whether it is."""
 
 
 class Daemon:
@@ -493,7 +493,7 @@ class Daemon:
         ended = joined(ends_at - LAST_SECS)
         if not all(ended.values()):
             for intake in intakes.values():
-                intake.hurry()
+                intake.end_waits()
             ended = joined(ends_at - CONFIRM_SECS)
         if not all(ended.values()):
             self._confirmer.stop(ends_at)

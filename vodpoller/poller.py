@@ -163,7 +163,7 @@ class Poller:
         self._failing_since: float | None = None
         self.last_pull_at = 0.0
         self._stopping = False
-        self._hurried = False
+        self._waits_ended = False
 
     @property
     def name(self) -> str:
@@ -222,10 +222,10 @@ class Poller:
             self._permit_granted.notify_all()
             self._pause_over.notify_all()
 
-    def hurry(self) -> None:
+    def end_waits(self) -> None:
         """Let no puller wait for a sink any longer: what was not accepted is stored."""
         with self._lock:
-            self._hurried = True
+            self._waits_ended = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
@@ -352,7 +352,7 @@ class Poller:
             self._said = False
             if pull.events or pull.malformed:
                 self._waits[wait] = None
-                if self._hurried:
+                if self._waits_ended:
                     wait.interrupt(stopping=True)
                 self._hand_over(pull)
             else:

@@ -295,7 +295,7 @@ class Scope:
         if lines:
             self.log.info("event.settled", **{EACH: lines})
 
-    def delivered_at_last(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def stored_delivered(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Log stored events that sinks have accepted, the same way.
 
         Args:

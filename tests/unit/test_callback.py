@@ -186,7 +186,7 @@ def test_a_stop_that_is_out_of_time_has_the_event_stored(receiving, lines):
     pushing.start()
     until(lambda: receiving.sink.calls)
     receiving.receiver.stop()
-    receiving.receiver.hurry()
+    receiving.receiver.end_waits()
     pushing.join()
     assert answers == [OK]
     assert settled(lines)[0]["reason"] == "stopping"

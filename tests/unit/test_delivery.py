@@ -674,7 +674,7 @@ def test_what_would_wait_beyond_its_lease_is_stored_at_once(bench, robot):
     assert reasons(refused) == [Reason.SINK_PAUSED] * 13  # 7 have their turn within 25 s: after 4, 7, … 22 s
     assert [delivery.event.key for delivery in refused] == keys(*range(7, 20))
     assert refused[0].result.retry_after_secs == 25.0
-    assert f"its turn comes at {timestamp(robot.clock() + 25.0)} (max_per_minute = 20)" in refused[0].result.why
+    assert f"it may be sent at {timestamp(robot.clock() + 25.0)} (max_per_minute = 20)" in refused[0].result.why
     assert worker.sink.calls == []
 
 

@@ -18,7 +18,7 @@ from tests.helpers import FakeClock, event, full_disk, log_into, named
 from tests.polling import until
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import wal as wal_module
-from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Burial, Known, Letter, Position
+from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Known, Letter, NewDeadLetter, Position
 from vodpoller.journal.group_commit import DEFERRED_MAX
 from vodpoller.journal.place import cannot_open
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
@@ -342,7 +342,7 @@ def test_how_a_commit_syncs_is_told_only_when_it_changes(journal):
     ]
 
 
-@pytest.mark.parametrize("how", ["store", "bury"])
+@pytest.mark.parametrize("how", ["store", "mark_dead"])
 def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     journal.store([letter(1)])
     (stored,) = journal.claim_due("it", 1)
@@ -357,7 +357,7 @@ def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     if how == "store":
         journal.store([letter()])
     else:
-        journal.bury([Burial(claimed=stored, attempts=1, reason="rejected", error="no")])
+        journal.mark_dead([NewDeadLetter(claimed=stored, attempts=1, reason="rejected", error="no")])
     assert durable == [True]
 
 
@@ -791,7 +791,7 @@ def test_a_row_that_is_rescheduled_keeps_what_was_said_last(journal, path, wall)
 def test_what_is_buried_says_why(journal, path):
     journal.store([letter(1)])
     (row,) = journal.claim_due("it", 1)
-    journal.bury([Burial(claimed=row, attempts=1, reason="gave_up", error="\ud800")])
+    journal.mark_dead([NewDeadLetter(claimed=row, attempts=1, reason="gave_up", error="\ud800")])
     assert rows(path, "SELECT state, attempts, reason, error FROM letters") == [("dead", 1, "gave_up", "?")]
 
 

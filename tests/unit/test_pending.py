@@ -385,7 +385,7 @@ def test_an_error_on_the_way_to_the_worker_keeps_no_row_from_its_next_try(bench,
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
 @pytest.mark.parametrize(
     ("failing", "answer"),
-    [("reschedule", TransientError("down")), ("bury", RejectedError("no")), ("age", TransientError("down"))],
+    [("reschedule", TransientError("down")), ("mark_dead", RejectedError("no")), ("age", TransientError("down"))],
 )
 def test_an_error_in_writing_down_what_came_of_a_row_keeps_it_from_no_next_try(
     bench, monkeypatch, failing, answer, error

@@ -145,7 +145,7 @@ class Bench:
             pipeline.automatic = lambda: StoppingError("stopping")
             for _ in range(10):
                 pipeline.fail(StoppingError("stopping"))
-            poller.hurry()
+            poller.end_waits()
             assert poller.join(10)
 
 
@@ -579,7 +579,7 @@ def test_a_hurry_ends_every_wait_for_sinks(bench):
     pipeline.answer(16, hung_secs=2.0)
     pipeline.answer(16, hung_secs=2.0)
     until(lambda: len(pipeline.delivering) == 2)
-    poller.hurry()
+    poller.end_waits()
     until(lambda: len(pipeline.interrupted) == 2)
 
 
@@ -587,7 +587,7 @@ def test_a_hurry_ends_the_wait_of_what_a_pull_brings_later_too(bench):
     poller, pipeline = bench.poller()
     until(lambda: pipeline.pulling == 1)
     poller.stop()
-    poller.hurry()
+    poller.end_waits()
     pipeline.answer(16, hung_secs=2.0)
     until(lambda: pipeline.interrupted)
     assert poller.join(10)

@@ -178,7 +178,7 @@ class Receiver:
         self._wall = wall
         self._lock = threading.Condition()
         self._waits: set[DeliveryWait] = set()
-        self._hurried = False
+        self._waits_ended = False
         self._received = {source.name: _Received(source) for source in sources}
         self._by_path = {(source.listen, source.path): source for source in sources}
         self._threads = ThreadPoolExecutor(
@@ -218,10 +218,10 @@ class Receiver:
         """Accept no connection any more; those that are open are seen through."""
         self._server.stop()
 
-    def hurry(self) -> None:
+    def end_waits(self) -> None:
         """Let no callback wait for a sink any longer: what was not accepted is stored."""
         with self._lock:
-            self._hurried = True
+            self._waits_ended = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
@@ -300,7 +300,7 @@ class Receiver:
     def _take_up(self, received: _Received) -> None:
         """See a batch through of what waits, once another one has ended or it has waited for more."""
         with self._lock:
-            self._lock.wait_for(lambda: received.batches < BATCHES_AT_ONCE or self._hurried, LINGER_SECS)
+            self._lock.wait_for(lambda: received.batches < BATCHES_AT_ONCE or self._waits_ended, LINGER_SECS)
             if not received.waiting:
                 received.is_taken_up = False
                 return
@@ -328,7 +328,7 @@ class Receiver:
         try:
             with self._lock:
                 self._waits.add(wait)
-                if self._hurried:
+                if self._waits_ended:
                     wait.interrupt(stopping=True)
             if callbacks:
                 acknowledged = self._pipeline.process(_batch(source, callbacks, is_untried=is_untried), wait)

@@ -224,8 +224,8 @@ class Worker:
                 why = f"the sink has been down since {timestamp(self._down_since)}: {self._last_error}"
             case Reason.SINK_PAUSED:
                 with self._condition:
-                    turn_at = self._pause.turn_at(len(self._queue) + len(self._delayed))
-                    retry_after_secs = max(turn_at - self._monotonic(), 0.0)
+                    free_at = self._pause.free_at(len(self._queue) + len(self._delayed))
+                    retry_after_secs = max(free_at - self._monotonic(), 0.0)
                     why = self._pause.why(self._last_error, timestamp(self._wall() + retry_after_secs))
             case Reason.QUEUE_FULL:
                 why = f"the sink is too slow: {self._queue_max_events} events wait in its queue (queue_max_events)"
@@ -345,7 +345,7 @@ class Worker:
         now = self._monotonic()
         waits = [self._delayed[0][0] - now] if self._delayed else []
         if self._queue:  # its events wait for the end of a pause
-            waits.append(self._pause.turn_at() - now)
+            waits.append(self._pause.free_at() - now)
         return max(min(waits), 0.001) if waits else None
 
     def _requeue_due(self) -> None:

@@ -123,7 +123,7 @@ class ClaimedEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Burial:
+class NewDeadLetter:
     """A claimed event that is to be a dead letter.
 
     Args:
@@ -260,7 +260,7 @@ class Journal(Protocol):
         """Claim pending events of a sink whose delay is over, the longest overdue first.
 
         What is claimed is not given again, here or to another claimant, until the claim ends: by `release`,
-        `reschedule`, `bury`, an `accept` of the pair, or the end of the process. A pair that was accepted is never
+        `reschedule`, `mark_dead`, an `accept` of the pair, or the end of the process. A pair that was accepted is never
         given. The operator may delete or move a claimed event meanwhile: `known` tells.
 
         Args:
@@ -287,7 +287,7 @@ class Journal(Protocol):
             error: What the last attempt said; None to keep what was said before.
         """
 
-    def bury(self, burials: Sequence[Burial]) -> None:
+    def mark_dead(self, dead: Sequence[NewDeadLetter]) -> None:
         """Make claimed events dead letters, even beyond the room of dead letters; their claims end in any case.
 
         When this returns they would survive a loss of power. What the operator deleted or moved is left alone.

@@ -22,11 +22,11 @@ from vodpoller.journal.condition import Condition
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
-    Burial,
     ClaimedEvent,
     Journal,
     Known,
     Letter,
+    NewDeadLetter,
     Portion,
     Position,
     Pulled,
@@ -346,8 +346,8 @@ class SqliteJournal(Journal):
             on_end=lambda: self._claims.release((claimed,)),
         )
 
-    def bury(self, burials: Sequence[Burial]) -> None:
-        values = [(it.attempts, it.reason, short_text(it.error), it.claimed.row) for it in burials]
+    def mark_dead(self, dead: Sequence[NewDeadLetter]) -> None:
+        values = [(it.attempts, it.reason, short_text(it.error), it.claimed.row) for it in dead]
         try:
             self.commits.write(
                 lambda db: db.executemany(
@@ -356,7 +356,7 @@ class SqliteJournal(Journal):
                 durable=True,
             )
         finally:
-            self.release(it.claimed for it in burials)
+            self.release(it.claimed for it in dead)
 
     def mark_removed(self, sinks: Collection[str]) -> None:
         self.commits.write(partial(mark_removed, sinks), durable=False)
