@@ -886,7 +886,7 @@ def test_a_secret_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, co
         ('secret_key = "hunter2"\nsecret_key_file = "key"', "credentials.secret_key_file", "together with secret_key"),
         ('secret_key = ""', "credentials.secret_key", "is empty"),
         ('secret_key_file = ""', "credentials.secret_key_file", "is empty"),
-        ('secret_key_file = "a\\u0000b"', "credentials.secret_key_file", "no file has such a name"),
+        ('secret_key_file = "a\\u0000b"', "credentials.secret_key_file", "a file cannot have such a name"),
         ("secret_key_file = 5", "credentials.secret_key_file", "must be text in quotes"),
         ("secret_key = 18446744073", "credentials.secret_key", "must be text in quotes"),
         ('secret_key = ["hunter2"]', "credentials.secret_key", "must be text in quotes"),

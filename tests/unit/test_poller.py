@@ -488,7 +488,7 @@ def test_an_answer_with_events_says_nothing_of_others(bench):
     assert bench.pulls.told == []
 
 
-@pytest.mark.parametrize("end", [Poller.wake, Poller.go_on])
+@pytest.mark.parametrize("end", [Poller.wake, Poller.end_back_off])
 def test_a_wake_ends_the_back_off(bench, end):
     poller, pipeline = bench.poller()
     pipeline.fail(NoKeyError("down", retry_after_secs=1000.0))
