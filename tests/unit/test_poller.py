@@ -365,7 +365,7 @@ def test_an_operator_error_backs_off_longer_and_has_the_credentials_read_again(b
     [
         (OperatorError("no such key", advice="compare secret_id"), "no such key", "compare secret_id"),
         (OperatorError("no such | SubAppId", advice="see sub_app_id"), "no such | SubAppId", "see sub_app_id"),
-        (OperatorError("no request can be sent: see api.ca_file"), "no request can be sent: see api.ca_file", "Mend"),
+        (OperatorError("no request can be sent: see api.ca_file"), "no request can be sent: see api.ca_file", "Remove"),
         (TransientError("no answer within 10 s"), "no answer within 10 s", ""),
     ],
 )
