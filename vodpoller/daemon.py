@@ -340,12 +340,12 @@ class Daemon:
             self._scope.repeated("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
         return not overdue
 
-    def mark(self) -> None:
+    def note_times(self) -> None:
         """Record the times of the last pull and confirm; `vodpoller status` shows them if no daemon runs."""
         last_pull_at = max((poller.last_pull_at for poller in self._pollers), default=0.0)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
-                self._journal.mark(name, self._clock() - at)
+                self._journal.note_time(name, self._clock() - at)
 
     def shift(self, step_secs: float) -> None:
         """Move stored times and schedules, so that no age or delay changes by a jump of the wall clock.
@@ -465,7 +465,7 @@ class Daemon:
             flushing.start()
             flushing.join(max(ends_at - time.monotonic(), LAST_CHANCE_SECS))
         else:
-            self.mark()
+            self.note_times()
             self._retrier.stop()
             self._journal.close()
         if self._refresher is not None:

@@ -72,7 +72,7 @@ class Once:
                     return False
                 time.sleep(failures)
                 continue
-            self._journal.mark("pull")
+            self._journal.note_time("pull")
             if not (pull.events or pull.malformed):
                 return True
             self._pipeline.process(Batch.of(source, pull, time.monotonic()), DeliveryWait())

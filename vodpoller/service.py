@@ -186,7 +186,7 @@ class Service:
             daemon.shift(step_secs)  # first of all: until stored times are moved, their ages are wrong by the jump
             self._started_at += step_secs
             self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
-        daemon.mark()
+        daemon.note_times()
         if daemon.is_alive():
             self._notifier.alive()
         self._notifier.status(self._cleared(self._of_process(daemon.known_status()).as_line()))

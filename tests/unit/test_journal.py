@@ -621,7 +621,7 @@ def test_a_file_that_is_locked_is_waited_for_once_and_not_once_for_each_of_a_gro
     statements = []
     journal.commits.db.set_trace_callback(statements.append)
     for number in range(5):
-        journal.mark(f"m{number}")
+        journal.note_time(f"m{number}")
     assert journal.commits.waiting == 5
     with Locked(path), pytest.raises(StorageError):
         journal.store([letter()])
@@ -868,8 +868,8 @@ def test_a_clock_that_was_set_moves_the_rows_of_this_process_along(opened, path,
 
 
 def test_marks_are_what_happened_last(journal, path):
-    journal.mark("seen")
-    journal.mark("seen", ago_secs=5.0)
+    journal.note_time("seen")
+    journal.note_time("seen", ago_secs=5.0)
     journal.flush()
     assert rows(path, "SELECT at FROM marks WHERE name = 'seen'") == [(NOW - 5.0,)]
 

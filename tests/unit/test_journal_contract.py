@@ -1029,7 +1029,7 @@ SILENT = {
     "reschedule": lambda journal, claimed: journal.reschedule(claimed, attempts=1, due_in_secs=1, error="no"),
     "flush": lambda journal, _: journal.flush(),
     "prune": lambda journal, _: journal.prune(),
-    "mark": lambda journal, _: journal.mark("pull"),
+    "note_time": lambda journal, _: journal.note_time("pull"),
     "shift": lambda journal, _: journal.shift(3600.0),
 }
 

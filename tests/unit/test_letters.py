@@ -360,10 +360,10 @@ def test_what_is_stored_is_summed_up_by_sink_and_state(journal, letters, wall):
 
 
 def test_marks_are_those_that_the_daemon_left(journal, letters):
-    journal.mark("pull", ago_secs=-5.0)
+    journal.note_time("pull", ago_secs=-5.0)
     journal.flush()
 
-    assert letters.marks() == {"started": NOW, "written": NOW, "pull": NOW + 5}
+    assert letters.noted_times() == {"started": NOW, "written": NOW, "pull": NOW + 5}
 
 
 @pytest.mark.parametrize(
