@@ -79,7 +79,7 @@ class StoppingError(VodpollerError):
 
 
 class RefusedHandlesError(VodpollerError):
-    """ConfirmEvents refused its parameters: some handle is stale, or the SubAppId is wrong. Split the set of handles."""
+    """ConfirmEvents refused its parameters: some handle is stale, or the SubAppId is wrong. Split the set."""
 
 
 class RejectedError(VodpollerError):
