@@ -137,7 +137,7 @@ class RejectsSome(Receiver):
         return Answer(status=422) if int(received.headers["webhook-id"], 16) % 3 == 0 else self.answer
 
 
-def test_killed_around_mark_dead_each_rejected_event_is_one_dead_letter(system):
+def test_killed_around_the_burying_each_rejected_event_is_one_dead_letter(system):
     with running_receiver(RejectsSome()) as receiver:
         bodies = store(system, "hook")
         configure(system, hook(receiver.url, "breaker_failures = 1000\n"))

@@ -291,7 +291,7 @@ def test_where_every_puller_waits_for_a_sink_the_longest_waiting_goes_on(bench):
     assert settles(lambda: (pipeline.pulling, len(pipeline.delivering)), (1, 1))
 
 
-def test_no_puller_is_interrupted_while_another_is_free(bench):
+def test_no_puller_is_hurried_while_another_is_free(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=3)
     pipeline.answer(16, hung_secs=3.0)
     until(lambda: pipeline.delivering)
@@ -574,7 +574,7 @@ def test_a_pull_that_was_not_sent_because_of_the_stop_is_no_failure(bench, lines
     assert lines == []
 
 
-def test_end_waits_ends_every_wait_for_sinks(bench):
+def test_a_hurry_ends_every_wait_for_sinks(bench):
     poller, pipeline = bench.poller()
     pipeline.answer(16, hung_secs=2.0)
     pipeline.answer(16, hung_secs=2.0)
@@ -583,7 +583,7 @@ def test_end_waits_ends_every_wait_for_sinks(bench):
     until(lambda: len(pipeline.interrupted) == 2)
 
 
-def test_end_waits_ends_also_the_wait_of_a_later_batch(bench):
+def test_a_hurry_ends_the_wait_of_what_a_pull_brings_later_too(bench):
     poller, pipeline = bench.poller()
     until(lambda: pipeline.pulling == 1)
     poller.stop()

@@ -317,7 +317,7 @@ def test_the_journal_stays_if_what_is_stored_cannot_be_told(running, tmp_path):
 # --- a thread that hangs ----------------------------------------------------------------------------------------------
 
 
-def test_a_thread_that_hangs_is_left_behind_and_clients_passed_on(running, tmp_path):
+def test_a_thread_that_hangs_is_left_behind_and_askers_passed_on(running, tmp_path):
     running.built[0].stuck = ["sink archive"]
     running.next_config = config_in(tmp_path, sink="other")
     running.reload()
