@@ -31,7 +31,7 @@ STEPS = {
     "recover": (SqliteJournal, "recover"),
     "confirm": (VodClient, "confirm"),
     "claim": (SqliteJournal, "claim_due"),
-    "bury": (SqliteJournal, "bury"),
+    "mark_dead": (SqliteJournal, "mark_dead"),
     "results": (Retrier, "write_results"),
     "forget": (InFlight, "forget"),
     "open-journal": (SqliteJournal, "__init__"),

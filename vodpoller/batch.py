@@ -1,4 +1,4 @@
-"""A batch: what one pull or callback brought, with its lease. What receives makes it, the pipeline processes it."""
+"""A batch: what one pull or callback brought, with its lease. The pipeline processes it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Source(Protocol):
 
 
 class Confirms(Protocol):
-    """Lets VOD forget events: see `vod.confirmer.Confirmer`, and for callbacks `callback.receiver.Answers`."""
+    """Confirms events: `vod.confirmer.Confirmer` for pulls, `callback.receiver.Answers` for callbacks."""
 
     def confirm(
         self,
@@ -46,7 +46,10 @@ class Confirms(Protocol):
         *,
         on_acknowledged: Callable[[Sequence[str]], None],
     ) -> Mapping[str, Confirmation]:
-        """Confirm handles; what came of each. Calls `on_acknowledged` with those that VOD does not bring again."""
+        """Confirm handles and return the result of each.
+
+        Calls `on_acknowledged` with the handles whose events VOD does not deliver again.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +57,14 @@ class Batch:
     """What one pull or callback brought, on its way to being confirmed.
 
     Args:
-        source: Where it is from.
+        source: The source that it came from.
         events: 0 to 16 events.
-        malformed: What stood in an event's place and cannot be read.
+        malformed: Items in the place of an event that cannot be read.
         lease: The time in which the handles can be confirmed.
         received_at: Monotonic time at which the answer was there, in seconds.
         request_id: Tencent's RequestId of the pull, empty if the answer has none.
         began_at: Of a callback, the monotonic time at which VOD's try began, in seconds; None for a pull.
-        is_untried: No sink is tried: what it brought is stored at once.
+        is_untried: No sink is tried: its events are stored at once.
     """
 
     source: Source
@@ -86,7 +89,7 @@ class Batch:
         )
 
     def pulled(self, now: float) -> Pulled:
-        """When it was asked for and came, as the journal wants to know it.
+        """The times of its request and its answer, in the form that the journal needs.
 
         Args:
             now: Monotonic time, in seconds.

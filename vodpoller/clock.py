@@ -1,4 +1,4 @@
-"""Time for stamps that are compared later: the wall clock's, but without its jumps."""
+"""A clock for stored timestamps: Unix time that does not jump; and timestamps as text."""
 
 import time
 from collections.abc import Callable
@@ -9,13 +9,13 @@ STEP_SECS: Final = 2.0
 
 
 class SteadyClock:
-    """Seconds since 1970, going on evenly until `adopt` is called.
+    """Seconds since 1970. It runs evenly, also if the wall clock is set, until `adopt` is called.
 
-    The caller moves the stamps that exist along with it; until then no reader sees an hour pass in a moment.
+    The caller of `adopt` shifts stored timestamps by the step that it returns, so that no age changes by the jump.
 
     Args:
         wall: The clock that may be set.
-        monotonic: The one that cannot.
+        monotonic: The clock that cannot be set.
     """
 
     def __init__(
@@ -26,14 +26,14 @@ class SteadyClock:
         self._offset_secs = wall() - monotonic()
 
     def __call__(self) -> float:
-        """The time."""
+        """The time, in seconds since 1970."""
         return self._monotonic() + self._offset_secs
 
     def adopt(self) -> float:
-        """Follow the wall clock.
+        """Read the wall clock again, and follow it from now on.
 
         Returns:
-            By how much it was set since the last call, in seconds; 0 for the small corrections of NTP.
+            The step by which it was set since the last call, in seconds; 0 for small corrections of NTP.
         """
         offset_secs = self._wall() - self._monotonic()
         step_secs, self._offset_secs = offset_secs - self._offset_secs, offset_secs
@@ -41,5 +41,5 @@ class SteadyClock:
 
 
 def timestamp(at: float) -> str:
-    """A time in seconds since 1970 as a person reads it: UTC, to the second."""
+    """A time in seconds since 1970 as text for a person: UTC, to the second."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""What runs with one configuration: built from it, started, looked at, and ended in order."""
+"""All that one configuration describes: built, started, observed, and stopped in order."""
 
 import os
 import socket
@@ -41,22 +41,22 @@ if TYPE_CHECKING:
     from vodpoller.callback.receiver import Receiver
 
 OVERDUE_SECS: Final = 30.0
-LAST_SECS: Final = 5.0
-CONFIRM_SECS: Final = 2.0
+STORE_SECS: Final = 5.0  # before the end of a stop: then waits for sinks end, and what they lack is stored
+CONFIRM_SECS: Final = 2.0  # before the end of a stop: then waits for confirms end
 LAST_CHANCE_SECS: Final = 0.2
 
 
 class Intake(Protocol):
-    """What takes in events: pulls them, or receives them."""
+    """A part that takes in events: it pulls or receives them."""
 
     def stop(self) -> None:
-        """Take in nothing more."""
+        """Take in no more events."""
 
-    def hurry(self) -> None:
-        """Let nothing wait for a sink any longer."""
+    def end_waits(self) -> None:
+        """End all waits for sinks: what they have not accepted is stored."""
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait until all that was taken in is seen through. Returns whether it is."""
+        """Wait until all that was taken in is processed. Returns whether it is."""
 
 
 class Daemon:
@@ -66,15 +66,16 @@ class Daemon:
         config: Valid.
         telemetry: Destination of log lines and counts.
         notifier: The service manager, if there is one.
-        signals: What asks for the end, maybe before the daemon is open; None for its own, caught when it runs.
-        clock: The process's, in seconds since 1970; None for one of its own.
-        sockets: They listen for callbacks, by address; they stay open when the daemon ends.
+        signals: The signals that ask for the end, maybe before the daemon is open; None for its own, caught when it
+            runs.
+        clock: The clock of the process, in seconds since 1970; None for one of its own.
+        sockets: The sockets that listen for callbacks, by address; they stay open when the daemon ends.
 
     Raises:
         ConfigError: A sink cannot be opened.
         JournalError: The journal cannot be opened.
         StorageError: A disk is full or failing, which may pass.
-        StoppingError: A signal asked for the end meanwhile. What was opened is closed.
+        StoppingError: A signal asked for the end meanwhile. Everything that was opened is closed.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Daemon:
             self._config,
             self._telemetry,
             on_operator_error=self._reread_credentials,
-            on_recovered=self._go_on,
+            on_recovered=self._end_back_offs,
             liveness=self._liveness,
             wall=self._clock,
         )
@@ -251,7 +252,7 @@ class Daemon:
     def start(self) -> None:
         """Begin to pull and to deliver, in threads."""
         self._warn()
-        with suppress(StorageError):  # the journal has said so
+        with suppress(StorageError):  # the journal has logged it
             self._journal.mark_removed(self._workers)
         if self._refresher is not None:
             self._refresher.start()
@@ -269,15 +270,15 @@ class Daemon:
         )
 
     def run_once(self, *, max_secs: float = 0.0, progress: Callable[[int], None] | None = None) -> bool:
-        """Take what is there and end: pull until the first empty answer, deliver what is due.
+        """Pull until the first empty answer, deliver what is due, and end.
 
         Args:
-            max_secs: Maximum time to pull from each source, since no answer is empty if events keep coming. 0
-                leaves VOD alone: only what is stored and due is delivered.
-            progress: Told, again and again, the number of stored events that were delivered so far.
+            max_secs: Maximum time to pull from each source, since no answer is empty if events keep coming. With 0
+                nothing is pulled: only what is stored and due is delivered.
+            progress: Called repeatedly with the number of stored events that were delivered so far.
 
         Returns:
-            Whether nothing was left: no pull failed, VOD has nothing to bring again, nothing is pending.
+            Whether nothing was left: no pull failed, VOD has nothing to deliver again, nothing is pending.
         """
         self._signals.catch()
         if max_secs:
@@ -299,7 +300,7 @@ class Daemon:
         once.deliver_due(progress)
         try:
             pending = sum(number for (_, state), number in self.counts().items() if state == "pending")
-        except StorageError:  # the journal has said so; what it holds cannot be told
+        except StorageError:  # the journal has logged it; the number of pending events is unknown
             pending = -1
         self._notifier.stopping()
         self.stop()
@@ -329,28 +330,28 @@ class Daemon:
             self._log.warning("config.warning", message=warning)
 
     def overdue(self) -> Mapping[str, float]:
-        """What threads are at for longer than they should be, with the time beyond that, in seconds."""
+        """The steps whose deadline passed more than `OVERDUE_SECS` ago, with the seconds since the deadline."""
         return self._liveness.overdue(OVERDUE_SECS)
 
     def is_alive(self) -> bool:
-        """Whether no thread is overdue; says of each one that is."""
+        """Whether no thread is overdue; logs each one that is."""
         overdue = self.overdue()
         for step, secs in overdue.items():
             self._scope.repeated("error", "thread.overdue", cause=step, step=step, overdue_secs=round(secs, 1))
         return not overdue
 
-    def mark(self) -> None:
-        """Record the times of the last pull and confirm for a `vodpoller status` that finds no daemon."""
+    def note_times(self) -> None:
+        """Record the times of the last pull and confirm; `vodpoller status` shows them if no daemon runs."""
         last_pull_at = max((poller.last_pull_at for poller in self._pollers), default=0.0)
         for name, at in (("pull", last_pull_at), ("confirm", self._pipeline.last_confirm_at)):
             if at:
-                self._journal.mark(name, self._clock() - at)
+                self._journal.note_time(name, self._clock() - at)
 
     def shift(self, step_secs: float) -> None:
-        """See to it that nothing ages or waits by a jump of the wall clock.
+        """Move stored times and schedules, so that no age or delay changes by a jump of the wall clock.
 
         Args:
-            step_secs: By how much it was set.
+            step_secs: The step by which it was set, in seconds.
         """
         self._started_at += step_secs
         self._journal.shift(step_secs)
@@ -359,7 +360,7 @@ class Daemon:
     # --- status -------------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        """How everything is at this moment. Waits for the journal, which is written to, to see whether that works."""
+        """The present status. It writes to the journal, to see whether that works, and so waits for it."""
         journal = self._journal.status()
         try:
             stored: Sequence[StoredStatus] = self._upkeep.counted()
@@ -369,7 +370,7 @@ class Daemon:
         return self._snapshot(stored, replace(journal, last_confirm_at=self._pipeline.last_confirm_at or None))
 
     def known_status(self) -> Status:
-        """The same, of what is known: this does not wait for a disk that hangs."""
+        """The same from what is already known: it does not wait for a disk that hangs."""
         trouble = self._journal.trouble
         journal = JournalStatus(
             path=str(self._config.journal.path),
@@ -381,7 +382,7 @@ class Daemon:
 
     @property
     def clock_offset_secs(self) -> float | None:
-        """How far VOD's clock is ahead of this machine's; None if no answer has said so."""
+        """Seconds by which VOD's clock is ahead of this machine's; None if no answer has shown it yet."""
         return self._vod.skew_secs
 
     def _snapshot(self, stored: Sequence[StoredStatus], journal: JournalStatus) -> Status:
@@ -399,7 +400,7 @@ class Daemon:
         )
 
     def _sources(self) -> list[SourceStatus]:
-        """In the configuration's order."""
+        """The status of all sources, in the configuration's order."""
         found = [replace(it.status(), is_pushed=it.name in self._upkeep.pushed) for it in self._pollers]
         if self._receiver is not None:
             found += self._receiver.status()
@@ -409,7 +410,7 @@ class Daemon:
     # --- what an operator may have changed ---------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Read secrets and certificates again, open files again, end the waiting after failures."""
+        """Read secrets and certificates again, open files again, end back-offs."""
         self._reread_credentials()
         for table in (*self._config.callbacks, *self._config.sinks.values(), self._config.listener):
             for secret in table.secrets():
@@ -427,9 +428,9 @@ class Daemon:
         for poller in self._pollers:
             poller.wake()
 
-    def _go_on(self) -> None:
+    def _end_back_offs(self) -> None:
         for poller in self._pollers:
-            poller.go_on()
+            poller.end_back_off()
 
     def _reread_credentials(self) -> None:
         self._reread(self._config.credentials.reread)
@@ -446,7 +447,7 @@ class Daemon:
         """Settle what was pulled, close what is open, within `shutdown_secs`, also if a thread hangs.
 
         Returns:
-            What has a thread that has not ended: what it uses is not free.
+            The parts that have a thread that has not ended: what such a thread uses is not closed.
         """
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs
         self._upkeep.stop()
@@ -459,12 +460,12 @@ class Daemon:
         self._retrier.end()
         if not self._upkeep.join(ends_at - time.monotonic()):
             stuck.append("upkeep")
-        if stuck:  # a thread that hangs may still write to the journal; but what waits must not be lost with it
+        if stuck:  # a thread that hangs may still use the journal: it stays open, but waiting writes must not be lost
             flushing = threading.Thread(target=self._write_last, name="flush", daemon=True)
             flushing.start()
             flushing.join(max(ends_at - time.monotonic(), LAST_CHANCE_SECS))
         else:
-            self.mark()
+            self.note_times()
             self._retrier.stop()
             self._journal.close()
         if self._refresher is not None:
@@ -473,13 +474,13 @@ class Daemon:
         return [*stuck, *(f"sink {name}" for name in stuck_sinks)]
 
     def _stop_intakes(self, ends_at: float) -> Mapping[str, bool]:
-        """Let no event in any more, and see those through that are.
+        """Take in no more events, and process those that were taken in.
 
         Args:
             ends_at: Monotonic time at which the stop ends, in seconds.
 
         Returns:
-            By its name, whether all threads have ended of what takes in events.
+            By the name of each intake, whether all its threads have ended.
         """
         intakes: dict[str, Intake] = {f"source {poller.name}": poller for poller in self._pollers}
         if self._receiver is not None:
@@ -490,17 +491,17 @@ class Daemon:
 
         for intake in intakes.values():
             intake.stop()
-        ended = joined(ends_at - LAST_SECS)
+        ended = joined(ends_at - STORE_SECS)
         if not all(ended.values()):
             for intake in intakes.values():
-                intake.hurry()
+                intake.end_waits()
             ended = joined(ends_at - CONFIRM_SECS)
         if not all(ended.values()):
             self._confirmer.stop(ends_at)
             ended = joined(ends_at - 1)
         if self._receiver is not None:
             self._receiver.close()
-            # A connection that is open at last is not a reason to go on: only a thread is.
+            # A connection that is still open is not a reason to wait on; a thread is.
             ended["callbacks"] = self._receiver.join(LAST_CHANCE_SECS)
         return ended
 

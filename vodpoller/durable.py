@@ -1,4 +1,4 @@
-"""What survives a loss of power, and what keeps another process out: folders, their sync, locks, and why it failed."""
+"""Folders that survive a loss of power, locks that keep other processes out, and causes and remedies of errors."""
 
 import errno
 import fcntl
@@ -13,10 +13,10 @@ from typing import Final
 LOCK_WAIT_SECS: Final = 1.0
 _LOCK_POLL_SECS: Final = 0.01
 
-# What a file system answers that cannot sync a folder at all, such as CIFS and 9p: fsync(2), "EROFS, EINVAL".
+# Errors of a file system that cannot sync a folder at all, such as CIFS and 9p: fsync(2), "EROFS, EINVAL".
 _CANNOT_SYNC: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
-# What mends itself or is mended without a change of the configuration: a start that fails with it is worth repeating.
+# Errors that can go away without a change of the configuration: a start that fails with one of them can be repeated.
 _PASSING: Final = frozenset(
     {
         errno.EAGAIN,
@@ -62,11 +62,11 @@ _KINDS: Final = (
 
 
 def why(error: OSError, hints: Mapping[int, str] = HINTS) -> str:
-    """What failed, in the system's words, and what to do about it if that is known.
+    """The system's text of an error, and what to do about it if that is known.
 
     Args:
-        error: Of the system.
-        hints: What to do, by the number of the error.
+        error: The error.
+        hints: What to do, by `errno`.
     """
     text = error.strerror or str(error)
     hint = hints.get(error.errno or 0)
@@ -74,7 +74,7 @@ def why(error: OSError, hints: Mapping[int, str] = HINTS) -> str:
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether trying again later can help; if not, a person must change something."""
+    """Whether a later attempt can succeed; if not, a person must change something."""
     return error.errno in _PASSING
 
 
@@ -92,7 +92,7 @@ def existing_folder(path: Path) -> Path:
 
     Raises:
         NotADirectoryError: What exists is not a folder.
-        OSError: It cannot be looked at.
+        OSError: The path cannot be examined.
     """
     while not path.exists():
         path = path.parent
@@ -102,14 +102,14 @@ def existing_folder(path: Path) -> Path:
 
 
 def check_access(path: Path, mode: int) -> None:
-    """Find out whether this user may use a file or folder, without doing it.
+    """Check whether this user may use a file or folder, without using it.
 
     Args:
-        path: It exists.
+        path: A path that exists.
         mode: As for os.access.
 
     Raises:
-        OSError: As the use of it would, with the path as its file name.
+        OSError: The same error that its use would raise, with the path as its file name.
     """
     if not os.access(path, mode):
         read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
@@ -118,7 +118,7 @@ def check_access(path: Path, mode: int) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make one folder of mode 0750, less the umask; another process may just have made it.
+    """Make one folder of mode 0750, less the umask. It is not an error if another process has just made it.
 
     Raises:
         OSError: It cannot be made.
@@ -130,7 +130,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a loss of power.
+    """Make sure that the names in a folder survive a loss of power.
 
     Raises:
         OSError: It is not certain that they do.
@@ -143,15 +143,15 @@ def sync_folder(path: Path) -> None:
 
 
 class Folders:
-    """Makes and syncs folders, and puts up with file systems that cannot sync them.
+    """Makes and syncs folders, also on file systems that cannot sync folders.
 
-    There, a name can only be lost with the power, if the server of that file system loses it; not to start at all
-    would be worse.
+    On such a file system a name can be lost only if the power fails and its server loses the name. It would be worse
+    not to start at all.
 
     Args:
-        warn: Told once, in one sentence, if a folder cannot be synced for that reason.
-        make: Makes one folder, as `make_folder`.
-        sync: Syncs one folder, as `sync_folder`.
+        warn: Called once, with one sentence, if a folder cannot be synced for that reason.
+        make: Makes one folder, as `make_folder` does.
+        sync: Syncs one folder, as `sync_folder` does.
     """
 
     def __init__(
@@ -182,11 +182,11 @@ class Folders:
             self.sync(new.parent)
 
     def sync(self, folder: Path, fd: int | None = None) -> None:
-        """Make the names in a folder survive a loss of power, as far as its file system can.
+        """Make sure that the names in a folder survive a loss of power, as far as its file system can do so.
 
         Args:
             folder: Its path.
-            fd: Its descriptor, if it is open: the path is for the warning only then.
+            fd: Its descriptor, if it is open: then the path is used only for the warning.
 
         Raises:
             OSError: It is not certain that they do.
@@ -211,8 +211,8 @@ def take_lock(path: Path, *, wait_secs: float = LOCK_WAIT_SECS) -> int:
     """Keep other processes out: flock(2) on a file of mode 0640, less the umask, that is made if it is missing.
 
     Args:
-        path: The lock's own file.
-        wait_secs: How long another process may have it: one that only looks has it for an instant.
+        path: The lock file.
+        wait_secs: Maximum wait for another process: one that only checks the lock has it for an instant.
 
     Returns:
         The descriptor; closing it gives the lock back.
@@ -227,13 +227,13 @@ def take_lock(path: Path, *, wait_secs: float = LOCK_WAIT_SECS) -> int:
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
-            error.filename = str(path)  # flock(2) does not know it
+            error.filename = str(path)  # flock(2) knows only the descriptor
         raise
     return fd
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process has the lock. It is taken for an instant to find out, shared with others that look.
+    """Whether another process has the lock. To find out, a shared lock is taken for an instant.
 
     Args:
         path: As for `take_lock`. A file that is not there is not locked.

@@ -1,4 +1,4 @@
-"""What can go wrong, named by what the caller does about it.
+"""The errors of vodpoller, named by what their caller does about them.
 
 Every error may carry what Tencent Cloud answered: its `error_code` and the `request_id` that its support asks for.
 """
@@ -6,11 +6,11 @@ Every error may carry what Tencent Cloud answered: its `error_code` and the `req
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-NO_KEY_RETRY_SECS: Final = 1.0  # a renewal that succeeds ends the waiting sooner
+NO_KEY_RETRY_SECS: Final = 1.0  # a renewal that succeeds ends this wait earlier
 
 
 class VodpollerError(Exception):
-    """The root of all errors that vodpoller raises on purpose.
+    """The base class of all errors that vodpoller raises on purpose.
 
     Args:
         message: One sentence for a person: what happened and, if it is known, what to do.
@@ -33,7 +33,7 @@ class TransientError(VodpollerError):
     """Try again.
 
     Args:
-        retry_after_secs: How long the other side asked to be left alone; None if it did not say.
+        retry_after_secs: Seconds for which the other side asked to get no request; None if it did not ask.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class NoAnswerError(TransientError):
 
 
 class ForeignAnswerError(TransientError):
-    """Try again: HTTP says that it failed, and what answered is not VOD's own."""
+    """Try again: the HTTP status is an error, and the answer does not come from VOD itself."""
 
 
 class NoKeyError(TransientError):
-    """Try again: the temporary key has ended or was refused, and a new one is asked for. Nothing was carried out."""
+    """Try again: the temporary key expired or was refused, and a new one is requested. The request had no effect."""
 
 
 class OperatorError(VodpollerError):
-    """A person must act (credentials, rights, SubAppId): say so loudly, back off for long, never exit over it.
+    """A person must act (credentials, rights, SubAppId): log an error, back off for long, do not exit.
 
     Args:
         message: What happened, maybe with what to do.
@@ -79,7 +79,7 @@ class StoppingError(VodpollerError):
 
 
 class RefusedHandlesError(VodpollerError):
-    """ConfirmEvents refused its parameters: some handle is stale, or the SubAppId is wrong. Split the batch."""
+    """ConfirmEvents refused its parameters: some handle is stale, or the SubAppId is wrong. Split the set."""
 
 
 class RejectedError(VodpollerError):
@@ -87,7 +87,7 @@ class RejectedError(VodpollerError):
 
 
 class SkippedError(VodpollerError):
-    """The sink is told by its configuration to send nothing for this event: it counts as delivered."""
+    """The sink's configuration says that nothing is sent for this event: it counts as delivered."""
 
 
 class PartialFailureError(VodpollerError):
@@ -103,7 +103,7 @@ class PartialFailureError(VodpollerError):
 
 
 class LeaseLostError(VodpollerError):
-    """The lease ran out before the confirm got through: leave the event, VOD brings it again."""
+    """The lease ended before the confirm succeeded: leave the event, VOD delivers it again."""
 
 
 class StorageError(VodpollerError):

@@ -1,10 +1,9 @@
-"""JMESPath over what VOD and receivers say: an event, an answer.
+"""JMESPath expressions over JSON: an event of VOD, an answer of a receiver.
 
 Source: the JMESPath specification (https://jmespath.org/specification.html).
 
-Expressions work on what `vodpoller.events.codec` reads. Integers keep every digit, however many there are; a number
-with a fraction is a double, as in the event's body; of two members with one name the last one counts. `avg` makes
-doubles.
+Expressions work on what `vodpoller.events.codec` reads. Integers keep all their digits; a number with a fraction is a
+double, as in the event's body; of two members with one name the last one counts. The result of `avg` is a double.
 """
 
 import difflib
@@ -27,14 +26,14 @@ _exact_ascii = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), allow_
 
 
 class EvaluationError(ValueError):
-    """An expression cannot be evaluated on this content, or what it finds there is not JSON; says why."""
+    """An expression cannot be evaluated on this content, or its result is not JSON; the message says why."""
 
 
 class Expression:
-    """An expression that was compiled.
+    """A compiled expression.
 
     Args:
-        text: The expression; `check_expression` has nothing against it.
+        text: The expression; `check_expression` accepts it.
 
     Attributes:
         text: As given.
@@ -45,10 +44,10 @@ class Expression:
         self._compiled: Any = jmespath.compile(text)
 
     def search(self, content: Any) -> Any:
-        """What it finds.
+        """The result of the expression.
 
         Args:
-            content: Parsed JSON. It is not changed; what is found may be part of it and is not to be changed either.
+            content: Parsed JSON. It is not changed. The result may be a part of it, so the caller must not change it.
 
         Raises:
             EvaluationError: It cannot be evaluated on this content.
@@ -59,7 +58,7 @@ class Expression:
             raise EvaluationError(str(error) or repr(error)) from error
 
     def holds(self, content: Any) -> bool:
-        """Whether it finds what JMESPath takes for true: all but null, false, "", [] and {}. So 0 is true.
+        """Whether the result is true in JMESPath: everything is, except null, false, "", [] and {}. So 0 is true.
 
         Args:
             content: Parsed JSON.
@@ -70,17 +69,17 @@ class Expression:
         return is_true(self.search(content))
 
     def shape(self, event: Event, key: str) -> Any:
-        """What it makes of an event: what is sent in the event's place.
+        """The result of the expression for an event, which is sent instead of the event.
 
         Args:
             event: The event.
-            key: Of the configuration, for the error.
+            key: The key of the configuration that has the expression, for the error.
 
         Returns:
             Parsed JSON for `encode_found`; None if there is nothing to send. It may be part of the event's content.
 
         Raises:
-            RejectedError: It cannot be evaluated on this event, or the event could never be read. Nothing was sent.
+            RejectedError: It cannot be evaluated on this event, or the event is malformed. Nothing was sent.
         """
         if not event.content:
             raise RejectedError(f"{key}: the event could not be read when it came, so there is nothing to evaluate on")
@@ -91,23 +90,23 @@ class Expression:
 
 
 def is_true(found: Any) -> bool:
-    """Whether JMESPath takes a value for true.
+    """Whether a value is true in JMESPath.
 
     Args:
-        found: What an expression found.
+        found: The result of an expression.
     """
     return found not in _FALSE and found is not False
 
 
 def encode_found(found: Any) -> bytes:
-    """What an expression found, as JSON in UTF-8: integers digit for digit, members in their order.
+    """The result of an expression as JSON in UTF-8: integers with all their digits, members in their order.
 
     Args:
-        found: What `Expression.search` or `shape` gave.
+        found: What `Expression.search` or `shape` returned.
 
     Raises:
-        EvaluationError: It has no form in JSON: it is or holds a reference to an expression (`&name`), or a number that
-            is none or has no end, as `to_number('inf')` makes it.
+        EvaluationError: It cannot be written as JSON: it is or contains a reference to an expression (`&name`), NaN or
+            an infinite number, such as the result of `to_number('inf')`.
     """
     try:
         return _exact.encode(found).encode()
@@ -124,7 +123,7 @@ def check_expression(text: str) -> str:
         text: The expression; it may have several lines.
 
     Returns:
-        The same.
+        The same text.
 
     Raises:
         ValueError: It cannot be used; the message says where and why.
@@ -135,11 +134,11 @@ def check_expression(text: str) -> str:
         raise ValueError(_problem(text, error.lex_position, error.message.lower())) from None
     except ParseError as error:
         what = (
-            "it ends too early" if error.token_value is None else f"{_quoted(str(error.token_value))} cannot stand here"
+            "it ends too early" if error.token_value is None else f"{_quoted(str(error.token_value))} is not valid here"
         )
         raise ValueError(_problem(text, error.lex_position, what)) from None
     except (JMESPathError, RecursionError):
-        raise ValueError("is empty or nested too deeply (leave the key out if there is nothing to say)") from None
+        raise ValueError("is empty or nested too deeply (leave the key out if it needs no expression)") from None
     for name in _functions_in(parsed):
         if name not in Functions.FUNCTION_TABLE:
             near = difflib.get_close_matches(name.lower(), list(Functions.FUNCTION_TABLE), n=1)
@@ -160,7 +159,7 @@ def _problem(text: str, position: int, what: str) -> str:
     place = f"line {number}, column {column}" if len(lines) > 1 else f"column {column}"
     return (
         f"{_quoted(lines[number - 1])} is not a JMESPath expression: {place}: {what}"
-        " (text stands in 'single quotes', numbers in `backticks`, as in Definition == `10`)"
+        " (write text in 'single quotes' and numbers in `backticks`, as in Definition == `10`)"
     )
 
 

@@ -1,6 +1,6 @@
-"""The process executes itself anew: the same pid and arguments, with the sockets that live on.
+"""The process executes its program anew: with the same pid and arguments, and with the sockets that stay open.
 
-This ends threads that hang, which nothing else can do without ending the process.
+This ends threads that hang; nothing else could end them without ending the process.
 """
 
 import fcntl
@@ -24,8 +24,8 @@ class Handover:
     """What a process passes on to itself.
 
     Args:
-        stuck: What had a thread that did not end; empty if there is nothing to pass on.
-        journal: The path of the journal that it had; empty as above.
+        stuck: The parts that had a thread that did not end; empty if there is nothing to pass on.
+        journal: The path of the journal that it had; empty if there is nothing to pass on.
         asking: Descriptors of connections whose clients wait for the end of the reload.
         listening: Descriptors of sockets that listen, each with its name.
         passed: The names of those among them that the service manager has opened.
@@ -39,20 +39,20 @@ class Handover:
 
     @classmethod
     def of(cls, environ: MutableMapping[str, str]) -> "Handover":
-        """What was passed on to this process. It is taken out of the environment: it is not for its children.
+        """What was passed on to this process. It is removed from the environment, so that no child process gets it.
 
         Args:
-            environ: Of the process.
+            environ: The environment of the process.
         """
-        said = environ.pop(VARIABLE, "")
-        return cls(**json.loads(said)) if said else cls()
+        passed_on = environ.pop(VARIABLE, "")
+        return cls(**json.loads(passed_on)) if passed_on else cls()
 
-    def askers(self) -> list[socket.socket]:
-        """The connections of `asking`, which are this process's own from now on."""
+    def clients(self) -> list[socket.socket]:
+        """The connections of `asking`, which belong to this process only from now on."""
         return [_own(fd) for fd in self.asking]
 
     def listeners(self) -> dict[str, socket.socket]:
-        """The sockets of `listening` by their names, which are this process's own from now on."""
+        """The sockets of `listening` by their names, which belong to this process only from now on."""
         return {name: _own(fd) for name, fd in self.listening.items()}
 
 
@@ -63,10 +63,10 @@ def execute_anew(handover: Handover, signals: Signals) -> NoReturn:
 
     Args:
         handover: What is passed on.
-        signals: What may ask for the end.
+        signals: Signals that may ask for the end of the process.
 
     Raises:
-        StoppingError: A signal has asked for it.
+        StoppingError: A signal has asked for the end.
         OSError: The program cannot be executed.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)

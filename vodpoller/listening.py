@@ -1,4 +1,4 @@
-"""The listener of a process, which lives over reloads: opened, moved, handed over, closed."""
+"""The listener of the process, which a reload does not close: opened, moved, handed over, closed."""
 
 import socket
 from collections.abc import Callable, MutableMapping
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class Listening:
-    """Follows the configuration. Between two configurations with the same address the socket lives on.
+    """Opens the listener where the configuration says. If the address stays the same, so does the socket.
 
     Args:
-        current: What is shown, asked at each request; None while there is nothing to show.
+        current: Returns what is shown; called for each request; None while there is nothing to show.
         telemetry: Destination of log lines.
-        inherited: Sockets that an earlier life of the process has left, by address. What is used is taken out.
+        inherited: Sockets, by address, that the process passed on when it executed itself anew. What is used is
+            removed.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Listening:
         self._listener: Listener | None = None
 
     def follow(self, address: str | None) -> None:
-        """Listen there, and nowhere else.
+        """Listen at this address only.
 
         Args:
             address: HOST:PORT, as in the configuration; None for no listener.
@@ -43,18 +44,18 @@ class Listening:
                 return
             self.close()
         if address is not None:
-            from vodpoller.listener.server import Listener  # noqa: PLC0415 - else its packages are not needed
+            from vodpoller.listener.server import Listener  # noqa: PLC0415 - its packages may be missing
 
             inherited = self._inherited.pop(address, None)
             self._listener = Listener(address, self._current, telemetry=self._telemetry, sock=inherited)
 
     def handed_over(self) -> dict[str, int]:
-        """The descriptor of the socket that listens, by its address, for the next life of the process."""
+        """The descriptor of the listening socket, by its address, for the program that is executed anew."""
         sock = None if self._listener is None else self._listener.socket
         return {} if sock is None or self._listener is None else {self._listener.address: sock.fileno()}
 
     def close(self) -> None:
-        """Answer nothing more."""
+        """Stop listening."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None

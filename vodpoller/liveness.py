@@ -1,4 +1,4 @@
-"""What each thread is doing and by when it should be done: what the watchdog asks."""
+"""What each thread is doing, and its deadline: the watchdog reads this."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Liveness:
-    """Knows what each thread is doing and by when it should be done: so the watchdog tells a hang from a wait.
+    """Records what each thread is doing, and its deadline, so that the watchdog can tell a hang from a wait.
 
     Args:
         monotonic: The clock, in seconds.
@@ -17,18 +17,18 @@ class Liveness:
         self._steps: dict[int, tuple[str, float]] = {}
 
     def begin(self, step: str, within_secs: float) -> None:
-        """This thread begins something that should end within that time, in seconds."""
+        """This thread begins a step that should end within this number of seconds."""
         self._steps[threading.get_ident()] = (step, self._monotonic() + within_secs)
 
     def end(self) -> None:
-        """This thread is done with it, and may now wait for as long as it likes."""
+        """This thread has ended its step, and may now wait without a deadline."""
         self._steps.pop(threading.get_ident(), None)
 
     def overdue(self, grace_secs: float) -> dict[str, float]:
-        """The steps that are further past their deadline than the grace, with the time since then, in seconds."""
+        """The steps whose deadline passed more than `grace_secs` ago, with the time since the deadline, in seconds."""
         now = self._monotonic()
         late: dict[str, float] = {}
-        for step, deadline in list(self._steps.values()):  # threads share names: the latest of them counts
+        for step, deadline in list(self._steps.values()):  # threads share names: the longest time counts
             if now - deadline > grace_secs:
                 late[step] = max(now - deadline, late.get(step, 0.0))
         return late

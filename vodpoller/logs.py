@@ -1,6 +1,6 @@
-"""Structured logs: one object a line, on stderr, the same shape for our lines, libraries' lines and warnings.
+"""Structured logs on stderr: one object per line, in the same form for our lines, libraries' lines and warnings.
 
-`CATALOGUE` is the whole vocabulary: a line's `event` is one of its names.
+`CATALOGUE` lists all names that the field `event` of a line can have.
 """
 
 import json
@@ -24,14 +24,15 @@ Level = Literal["debug", "info", "warning", "error"]
 Logger = FilteringBoundLogger
 
 LINE_MAX_BYTES: Final = 16 * 1024
-# A shorter secret is a part of ordinary words: hiding it would make lines unreadable, and tell it by the gaps.
+# Ordinary words contain shorter secrets: hiding these would make lines unreadable, and the gaps would reveal them.
 SEARCHED_MIN_CHARACTERS: Final = 8
 PATIENCE_SECS: Final = 1.0
-_INTEGER_BITS: Final = 64  # what most readers of JSON hold
+_INTEGER_BITS: Final = 64  # most JSON parsers can read integers of this size
 REMEMBERED_CAUSES: Final = 1000
 REMEMBERED_CHARS: Final = 500  # of each
 _OF_SEVERAL_LINES: Final = frozenset({"exception", "stack"})
-# A field that stands for several lines: each of its mappings has the fields of one, beside those that all have.
+# This field makes several lines of one entry: each of its mappings has the fields of one line; the entry's other fields
+# are in every line.
 EACH: Final = "each"
 
 CATALOGUE: Final[Mapping[str, str]] = {
@@ -39,18 +40,18 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "answer.salvaged": "an answer of VOD was not readable as a whole; what could be read of it is used",
     "breaker.closed": "a sink accepts events again",
     "breaker.opened": "a sink failed on several events in a row; its events wait in the journal until a probe succeeds",
-    "callback.expired": "the signature of a callback is right, but its time is over; it is processed all the same",
-    "callback.failed": "a callback met an unforeseen error and is not answered; VOD tries it again",
-    "callback.refused": "what came is not a callback of VOD's, and was refused; one line per cause and 5 minutes",
-    "clock.corrected": "this machine's clock is off; requests are signed with VOD's time instead",
-    "clock.stepped": "the wall clock jumped; schedules and due times were moved along",
-    "config.warning": "the configuration can be used, but something in it is probably not meant",
+    "callback.expired": "the signature of a callback is valid, but it has expired; the callback is processed anyway",
+    "callback.failed": "an unexpected error occurred in a callback, so it is not answered; VOD tries it again",
+    "callback.refused": "a request was refused, since it is not a callback of VOD; one line per cause and 5 minutes",
+    "clock.corrected": "this machine's clock is wrong; requests are signed with VOD's time instead",
+    "clock.stepped": "the wall clock jumped; schedules and due times were moved by the same step",
+    "config.warning": "the configuration can be used, but something in it is probably not intended",
     "confirm.failed": "some handles could not be confirmed within their lease; VOD brings the events again",
-    "confirm.refused": "VOD refuses handles that are well inside their lease: is the SubAppId right?",
-    "credentials.expiring": "the temporary key is about to end, and no new one can be had: pulls will stop",
-    "credentials.failed": "no new temporary key came; the present one stays in use until it ends",
+    "confirm.refused": "VOD refuses handles although their lease is far from its end: is the SubAppId right?",
+    "credentials.expiring": "the temporary key expires soon, and no new one can be obtained: pulls will stop",
+    "credentials.failed": "no new temporary key was obtained; the present one stays in use until it expires",
     "credentials.refreshed": "a new temporary key is in use",
-    "daemon.reloaded": "files were reopened, secrets read again, waiting ended; a changed configuration was taken",
+    "daemon.reloaded": "files were reopened, secrets read again, back-offs ended; a changed configuration was taken",
     "daemon.started": "configuration, journal and sinks are open and events are being pulled",
     "daemon.stopped": "everything that was pulled is settled; the process ends",
     "daemon.stopping": "a signal asked the daemon to stop; no new pull starts",
@@ -58,42 +59,42 @@ CATALOGUE: Final[Mapping[str, str]] = {
     "delivery.failed": "an attempt at a sink failed and will be repeated",
     "event.dead": "an event at a sink became a dead letter: a person must look at it",
     "event.left": "events that no route covers are left with VOD and come again every lease",
-    "event.malformed": "what VOD sent cannot be read: a dead letter where it has a handle, else only this line",
+    "event.malformed": "an event cannot be read: it becomes a dead letter if it has a handle, else only this line",
     "event.settled": "the fate of one pulled event",
     "file.changed": "another process wrote to a sink's file, or emptied it; what it wrote is kept",
-    "file.recovered": "lines that a crash left outside the ledger were entered; a torn last line was cut",
+    "file.recovered": "lines that the ledger lacked after a crash were entered in it; an incomplete last line was cut",
     "file.rotated": "a sink renamed its file, whose day or hour was over, and goes on in a new one",
     "file.unrotated": "a sink's file could not be renamed although its day or hour is over; its lines go on in it",
-    "image.skipped": "an image is not saved: VOD has none, or a file that may be another event's has its name",
+    "image.skipped": "an image is not saved: VOD has none, or a file of this name exists and may be another event's",
     "inbox.unpruned": "old rows of a sink's inbox could not be deleted; it is tried again",
     "journal.failed": "the journal cannot be written; events stay with VOD and pulling waits",
-    "journal.migrated": "a journal of an earlier version was brought to this one; a copy of it lies beside it",
+    "journal.migrated": "the journal of an earlier version was converted to this one's format; a copy of it is kept",
     "journal.recovered": "the journal can be written again",
     "journal.pruned": "old ledger rows were deleted (debug)",
     "listener.failed": "the listener cannot listen; it tries again, and events are delivered as before",
     "listener.started": "metrics, probes and the status page are served",
-    "log.dropped": "the log was not read for a while: this number of lines was dropped instead of holding the daemon",
-    "library.logged": "a library's own log line or warning",
-    "pending.delivered": "a stored event was delivered at last",
+    "log.dropped": "the log was not read for a while: this number of lines was dropped instead of blocking the daemon",
+    "library.logged": "a log line or a warning of a library",
+    "pending.delivered": "a stored event was delivered",
     "pending.stuck": "stored events wait for a sink that the configuration no longer has: a person must decide",
     "pull.failed": "pulling failed and will be repeated after a back-off",
     "pull.recovered": "pulling works again",
-    "puller.failed": "a thread that pulls met an unforeseen error; what it held comes again",
-    "recovery.progress": "a long file is being read, to find what was written and not entered before a crash",
-    "reload.failed": "the changed configuration cannot be used, as the line says; the former one runs on",
+    "puller.failed": "an unexpected error occurred in a thread that pulls; VOD brings its events again",
+    "recovery.progress": "a long file is being read, to find lines that were written but not entered before a crash",
+    "reload.failed": "the changed configuration cannot be used, for the reason in the line; the former one runs on",
     "secret.unreadable": "a secret's file could not be read again; the last value stays in use",
-    "simulator.answered": "the simulator answered a request of its API (debug)",
-    "sink.stuck": "a sink has not come back from a call long after its deadline",
-    "status.unavailable": "the socket of `vodpoller status` cannot be made; everything else works",
+    "simulator.answered": "the simulator answered a request to its API (debug)",
+    "sink.stuck": "a call of a sink has not returned long after its deadline",
+    "status.unavailable": "the socket of `vodpoller status` cannot be created; everything else works",
     "task.failed": "a periodic task failed; it runs again at its next time",
     "thread.overdue": "a thread is far past its deadline; the watchdog is no longer fed",
     "wal.grown": "the journal's WAL cannot be cut, because another process reads the journal without a pause",
-    "worker.failed": "a thread of a sink met an unforeseen error; what it held is tried again",
+    "worker.failed": "an unexpected error occurred in a thread of a sink; the events that it held are tried again",
 }
 
-# What moves a terminal's cursor, sets its title or clipboard, turns text around or hides it: C0 but tab and line feed,
-# DEL, C1, bidirectional controls, separators, invisible characters; and lone surrogates, which no encoding holds. The
-# two joiners stay (U+200C, U+200D): scripts and emoji need them.
+# Characters that move a terminal's cursor, set its title or clipboard, or reverse or hide text: C0 except tab and line
+# feed, DEL, C1, bidirectional controls, separators, invisible characters; and lone surrogates, which cannot be encoded.
+# The two joiners stay (U+200C, U+200D): scripts and emoji need them.
 _NOT_PRINTABLE: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -103,13 +104,13 @@ _PRIORITY: Final = {"debug": b"<7>", "info": b"<6>", "warning": b"<4>", "error":
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may get it, whatever its origin: it shows every character and obeys none.
+    """The text in a form that is safe on a terminal, whatever its origin: no character of it has an effect.
 
     What is not printable becomes an escape in JSON's form (that of ESC is u001b behind a backslash), so that a JSON
     document still means the same. Line feeds and tabs stay as they are.
 
     Args:
-        text: Anything, with lone surrogates, too (a path with bytes that are not UTF-8).
+        text: Any text, also with lone surrogates (a path with bytes that are not UTF-8).
     """
     return _NOT_PRINTABLE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
@@ -119,14 +120,15 @@ class _Stream(Protocol):
 
 
 class LineLogger:
-    """Writes rendered lines to a file descriptor, whole, from any thread, and waits for a reader once.
+    """Writes rendered lines to a file descriptor, each of them whole, from any thread, and waits for a reader once.
 
-    A line that finds no room waits for it, `PATIENCE_SECS` at most. From then on lines are dropped at once, until a
-    thread of its own has found room for what was begun and for the number of those that were dropped. What fails in
-    another way (the reader is gone, the disk is full) is tried again with the next line.
+    If there is no room for a line, it waits for `PATIENCE_SECS` at most. From then on lines are dropped at once, until
+    a separate thread has written the rest of the line that was begun and the number of dropped lines. After any other
+    failure (the reader is gone, the disk is full), the same bytes are tried again with the next line.
 
     Args:
-        stream: Destination; its descriptor is written directly. One without (a captured stderr) is written itself.
+        stream: Destination of the lines. Its descriptor is written to directly; if it has none (a captured stderr),
+            `stream.write` is used.
 
     Attributes:
         dropped_lines: Number of lines that were dropped so far.
@@ -134,27 +136,27 @@ class LineLogger:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._told: Callable[[int], bytes] = lambda _dropped_lines: b""
+        self._render_dropped: Callable[[int], bytes] = lambda _dropped_lines: b""
         try:
             self._outlet: Outlet | None = Outlet(stream.fileno())
         except (OSError, ValueError):
             self._outlet = None
         self._lock = threading.Lock()
         self._owed = b""  # the rest of what was begun: nothing else may be written before it
-        self._dropped_lines = 0  # that were not told yet
+        self._dropped_lines = 0  # those that no line has reported yet
         self.dropped_lines = 0
         self._is_stuck = False
 
-    def tell_by(self, told: Callable[[int], bytes]) -> None:
-        """Have the number of dropped lines told.
+    def report_dropped(self, render: Callable[[int], bytes]) -> None:
+        """Report from now on the number of dropped lines, as soon as there is room again.
 
         Args:
-            told: Renders the line that tells it.
+            render: Renders the line that reports this number.
         """
-        self._told = told
+        self._render_dropped = render
 
     def msg(self, *lines: bytes) -> None:
-        """Write lines in one write, or drop them. Nothing that happens to the reader stops the daemon."""
+        """Write the lines in one write, or drop them. A reader that is slow or gone never stops the daemon."""
         with self._lock:
             if self._outlet is None:
                 with suppress(OSError, ValueError):
@@ -171,17 +173,17 @@ class LineLogger:
     debug = info = warning = error = critical = msg
 
     def _catch_up(self, outlet: Outlet) -> bool:
-        """Write what an earlier failure left; whether something new may be written now."""
+        """Write what an earlier failure left. Returns whether something new may be written now."""
         if self._owed:
             self._flush(outlet, 0)
         if self._owed:
             return False
         if self._dropped_lines:
-            self._owed, self._dropped_lines = self._told(self._dropped_lines), 0
+            self._owed, self._dropped_lines = self._render_dropped(self._dropped_lines), 0
         return True
 
     def _flush(self, outlet: Outlet, within_secs: float) -> bool:
-        """Write what is owed. False if there is no room; what fails otherwise stays owed."""
+        """Write what is owed. Returns False if there is no room; after another failure it stays owed."""
         ends_at = time.monotonic() + within_secs
         with suppress(OSError):
             while self._owed:
@@ -196,7 +198,7 @@ class LineLogger:
         self._is_stuck = True
         try:
             threading.Thread(target=self._await_room, args=(outlet,), name="log-pipe", daemon=True).start()
-        except RuntimeError:  # the system has no more threads: the next line waits, too
+        except RuntimeError:  # the system allows no more threads: the next line waits, too
             self._is_stuck = False
 
     def _await_room(self, outlet: Outlet) -> None:
@@ -208,16 +210,16 @@ class LineLogger:
 
 
 def searched_for(secrets: Iterable[str]) -> list[str]:
-    """Those of the secrets that are long enough to be taken out of texts, in the order that `cleared` needs."""
+    """The secrets that are long enough to be replaced in texts, in the order that `cleared` needs."""
     return sorted({it for it in secrets if len(it) >= SEARCHED_MIN_CHARACTERS}, key=len, reverse=True)
 
 
 def cleared(value: Any, searched: Sequence[str]) -> Any:
-    """The value without secrets: texts, and all that has them. Names of mappings are ours, so they hold none.
+    """The value with each secret in its texts replaced. Names in mappings are our own, so they stay unchanged.
 
     Args:
-        value: Of what JSON has, or anything that has a text.
-        searched: As `searched_for` says: a longer one comes first, since one may be a part of another.
+        value: A JSON value; anything else is searched as `str(value)`.
+        searched: The result of `searched_for`: longer secrets first, since one may be a part of another.
     """
     match value:
         case None | bool():
@@ -236,11 +238,11 @@ def cleared(value: Any, searched: Sequence[str]) -> Any:
 
 
 class _Renderer:
-    """Makes a line of an entry, or several if it has `EACH`, without what must not be in them.
+    """Renders an entry as one line, or as several if it has `EACH`, without secrets.
 
     Args:
         priorities: Whether lines begin with sd-daemon's `<priority>`.
-        secrets: What is taken out; asked at each line, since they may be read anew.
+        secrets: Returns the secrets to replace; called for each entry, since secrets may be read again.
     """
 
     def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]]) -> None:
@@ -251,9 +253,9 @@ class _Renderer:
         self._forms: tuple[bytes, ...] = ()
 
     def __call__(self, _logger: WrappedLogger, _name: str, event_dict: EventDict) -> tuple[Sequence[bytes], EventDict]:
-        """As structlog calls it, last of all: arguments for `LineLogger.msg`."""
+        """Structlog's last processor: returns the arguments of `LineLogger.msg`."""
         prefix = _PRIORITY.get(event_dict["level"], b"<6>") if self._priorities else b""
-        # What every line has comes first, for the eyes of an operator who tails them.
+        # The fields that every line has come first: they are easier to find for an operator who tails the log.
         head = {name: event_dict.pop(name) for name in ("timestamp", "level", "event")}
         known = list(self._secrets())
         if known != self._known:
@@ -271,9 +273,9 @@ class _Renderer:
 class _Json(_Renderer):
     def _lines(self, head: dict[str, Any], each: Sequence[dict[str, Any]]) -> Iterable[bytes]:
         lines = [_encode({**head, **fields}) for fields in each]
-        together = b"".join(lines)  # looking through them one by one takes as long as all else
+        together = b"".join(lines)  # searching them one by one takes as long as all the other work
         if any(form in together for form in self._forms):
-            # Before a cut, which may leave half of a secret.
+            # Secrets are replaced before lines are cut, since a cut may leave half of a secret.
             lines = [_encode({**head, **cleared(fields, self._searched)}) for fields in each]
         return (line if len(line) <= LINE_MAX_BYTES - 8 else _shortened(line) for line in lines)
 
@@ -281,7 +283,7 @@ class _Json(_Renderer):
 class _Console(_Renderer):
     def __init__(self, *, priorities: bool, secrets: Callable[[], Iterable[str]], colors: bool) -> None:
         super().__init__(priorities=priorities, secrets=secrets)
-        # The traceback is text by then; those that structlog would make of an exception show the values of variables.
+        # The traceback is already text here. A traceback that structlog makes would show the values of variables.
         self._render = structlog.dev.ConsoleRenderer(
             colors=colors, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
         )
@@ -306,7 +308,7 @@ def _encode(event_dict: EventDict) -> bytes:
         line = orjson.dumps(event_dict, default=_jsonable)
     except TypeError:  # lone surrogates, integers beyond 64 bits
         line = orjson.dumps(_safe(dict(event_dict)))
-    # JSON lets DEL, C1 and bidirectional controls stand as they are, and lines are looked at on terminals.
+    # JSON does not escape DEL, C1 and bidirectional controls, but lines are read on terminals.
     return line if line.isascii() and b"\x7f" not in line else printable(line.decode()).encode()
 
 
@@ -319,7 +321,7 @@ def _jsonable(value: object) -> Any:
 
 
 def _safe(value: object) -> object:
-    """The same, as far as JSON readers other than Python's hold it."""
+    """The value, changed only as far as JSON parsers other than Python's could not read it."""
     match value:
         case None | bool() | float():
             return value
@@ -336,7 +338,7 @@ def _safe(value: object) -> object:
 
 
 def _shortened(line: bytes) -> bytes:
-    """The line with its long fields cut so that it fits: what journald or a log shipper would cut anywhere else."""
+    """The line with its long fields cut so that it fits: otherwise journald or a log shipper would cut it anywhere."""
     fields = orjson.loads(line)
     room = max(LINE_MAX_BYTES // (2 * max(len(fields), 8)), 400)
     short = {name: _cut(value, room) for name, value in fields.items()} | {"truncated": True}
@@ -354,12 +356,12 @@ def _cut(value: object, room: int) -> object:
 
 
 def _forms_of(secret: str) -> tuple[bytes, bytes]:
-    """As it is, and as JSON writes it."""
+    """The secret as it is, and as JSON writes it."""
     return secret.encode(errors="backslashreplace"), _encode({"": secret})[5:-2]
 
 
 class _FromLibraries(logging.Handler):
-    """Brings the lines of libraries into our form."""
+    """Writes the log lines of libraries in our form."""
 
     def __init__(self, log: Logger) -> None:
         super().__init__()
@@ -390,16 +392,16 @@ def make_logger(
     journald_stream: str = "",
     lines: LineLogger | None = None,
 ) -> Logger:
-    """The logger of the process, and the same form for the lines of libraries and for warnings.
+    """Make the logger of the process, and give the same form to the lines of libraries and to warnings.
 
     Args:
-        stream: Where lines go: stderr.
+        stream: Destination of the lines: stderr.
         level: The lowest level that is written.
         log_format: None is "console" on a terminal and "json" elsewhere.
-        secrets: What must not be in any value of a line, whatever happens; asked at each line. Those of fewer than
-            `SEARCHED_MIN_CHARACTERS` characters are not looked for: they are parts of ordinary words.
-        journald_stream: `$JOURNAL_STREAM`. Where it names the stream, lines get their `<priority>` (sd-daemon(3)).
-        lines: What writes to the stream already; None for a new one. A line that it has begun stays whole.
+        secrets: Returns what must not be in any value of a line; called for each entry. Secrets of fewer than
+            `SEARCHED_MIN_CHARACTERS` characters are not searched for: ordinary words contain them.
+        journald_stream: `$JOURNAL_STREAM`. If it names the stream, lines get their `<priority>` (sd-daemon(3)).
+        lines: The writer that the stream already has, so that a line that it has begun stays whole; None for a new one.
     """
     chosen = log_format or ("console" if stream.isatty() else "json")
     priorities = is_journald(stream, journald_stream)
@@ -415,7 +417,7 @@ def make_logger(
         renderer,
     ]
 
-    def told(dropped_lines: int) -> bytes:
+    def render_dropped(dropped_lines: int) -> bytes:
         entry: Any = {"event": "log.dropped", "dropped_lines": dropped_lines}
         for processor in processors:
             entry = processor(None, "warning", entry)
@@ -423,7 +425,7 @@ def make_logger(
         return bytes(line)
 
     lines = lines or LineLogger(stream)
-    lines.tell_by(told)
+    lines.report_dropped(render_dropped)
     log: Logger = structlog.wrap_logger(
         lines,
         processors=processors,
@@ -450,12 +452,12 @@ def is_journald(stream: _Stream, journald_stream: str) -> bool:
     return journald_stream == f"{status.st_dev}:{status.st_ino}"
 
 
-class Repeats:
-    """Says a thing that repeats once per cause, then counts, so that a fault of hours is not a log of gigabytes.
+class RepeatLimiter:
+    """Logs a line that repeats once per cause, then only counts it, so that a long fault does not fill the log.
 
     Args:
         log: Destination of log lines.
-        window_secs: After this long the same cause is said again, with the number of lines that it stands for.
+        window_secs: After this time the same cause is logged again, with the number of lines that were suppressed.
         monotonic: The clock, in seconds.
     """
 
@@ -466,15 +468,16 @@ class Repeats:
         self._window_secs = window_secs
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._said: dict[str, tuple[float, int]] = {}
+        self._logged: dict[str, tuple[float, int]] = {}
 
-    def say(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
-        """Log, or count.
+    def log_once(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
+        """Log the line, or count it if its cause was logged within `window_secs`.
 
         Args:
-            level: As a logger's method.
+            level: The level of the line.
             event: A name of the catalogue.
-            cause: What makes two lines the same; not part of the line. Of a long one, little is remembered.
+            cause: Lines of the same cause are repetitions; it is not part of the line. Of a long one, only the first
+                `REMEMBERED_CHARS` characters and a hash are kept.
             fields: The line's fields.
 
         Returns:
@@ -484,24 +487,24 @@ class Repeats:
         if len(cause) > REMEMBERED_CHARS:
             cause = cause[:REMEMBERED_CHARS] + sha256(cause.encode(errors="backslashreplace")).hexdigest()
         with self._lock:
-            said_at, suppressed = self._said.get(cause, (None, 0))
-            if said_at is not None and now - said_at < self._window_secs:
-                self._said[cause] = (said_at, suppressed + 1)
+            logged_at, suppressed = self._logged.get(cause, (None, 0))
+            if logged_at is not None and now - logged_at < self._window_secs:
+                self._logged[cause] = (logged_at, suppressed + 1)
                 return False
-            if len(self._said) >= REMEMBERED_CAUSES:  # some causes quote what came, so new ones never end
-                self._said.clear()
-            self._said[cause] = (now, 0)
+            if len(self._logged) >= REMEMBERED_CAUSES:  # some causes quote input, so their number has no limit
+                self._logged.clear()
+            self._logged[cause] = (now, 0)
         if suppressed:
             fields["suppressed_lines"] = suppressed
         getattr(self._log, level)(event, **fields)
         return True
 
-    def forget(self, prefix: str) -> int | None:
-        """The causes that start with `prefix` are over.
+    def reset(self, prefix: str) -> int | None:
+        """Forget the causes that start with `prefix`, since they are over: the next line of each is logged.
 
         Returns:
-            Number of lines that were not written for them; None if none was said at all.
+            Number of lines that were suppressed for them; None if no such cause was logged.
         """
         with self._lock:
-            over = [cause for cause in self._said if cause.startswith(prefix)]
-            return sum(self._said.pop(cause)[1] for cause in over) if over else None
+            over = [cause for cause in self._logged if cause.startswith(prefix)]
+            return sum(self._logged.pop(cause)[1] for cause in over) if over else None

@@ -1,4 +1,4 @@
-"""`vodpoller once`: what is taken and delivered by a daemon that ends when nothing is left."""
+"""`vodpoller once`: pulls and delivers in one round, and ends when nothing is left."""
 
 import time
 from collections.abc import Callable
@@ -24,10 +24,10 @@ class Once:
     Args:
         vod: The client.
         pipeline: Processes what was pulled.
-        journal: Holds what is due.
+        journal: Holds the stored events.
         in_flight: The table that all workers share; they are running.
-        retrier: Delivers what is due.
-        signals: What may ask for the end.
+        retrier: Delivers stored events that are due.
+        signals: Signals that may ask for the end.
         log: Destination of log lines.
     """
 
@@ -55,10 +55,10 @@ class Once:
 
         Args:
             source: The source.
-            max_secs: When to end if events keep coming.
+            max_secs: Time after which it ends if events keep coming.
 
         Returns:
-            Whether it came to an empty answer.
+            Whether an empty answer came.
         """
         ends_at = time.monotonic() + max_secs
         failures = 0
@@ -72,21 +72,21 @@ class Once:
                     return False
                 time.sleep(failures)
                 continue
-            self._journal.mark("pull")
+            self._journal.note_time("pull")
             if not (pull.events or pull.malformed):
                 return True
             self._pipeline.process(Batch.of(source, pull, time.monotonic()), DeliveryWait())
         return False
 
     def deliver_due(self, progress: Callable[[int], None] | None) -> None:
-        """Deliver stored events until none is due and none is on its way, or a signal comes.
+        """Deliver stored events until none is due and none is in flight, or a signal comes.
 
         Args:
-            progress: Told, again and again, the number of stored events that were delivered so far.
+            progress: Called repeatedly with the number of stored events that were delivered so far.
         """
         while not self._signals.any_waits():
             self._journal.flush()
-            # Asked first: what is on its way hides what is due behind it, and may have arrived a moment later.
+            # Read before `run`: events in flight can hide others that are due, and may be done a moment later.
             was_idle = not len(self._in_flight)
             goes_on = self._retrier.run(PROGRESS_SECS)
             if progress is not None:

@@ -1,4 +1,4 @@
-"""The sinks of a daemon: opened, with what a crash left out of the ledger entered in it, and closed in time."""
+"""The sinks of a daemon: opened, with their ledger completed after a crash, and closed in time."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ from vodpoller.telemetry import Telemetry
 from vodpoller.vod.refresher import Refresher, issuer_of
 
 CLOSE_SECS: Final = 1.0
-RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, on a disk that is slow
+RECOVERY_SECS: Final = 120.0  # far more than a portion of recovery takes, also on a slow disk
 
 
 def open_sinks(
@@ -33,22 +33,22 @@ def open_sinks(
     refresher: Refresher | None = None,
     on_refused_token: Callable[[str], None] | None = None,
 ) -> dict[str, Sink[Any]]:
-    """Open every sink, and enter in the ledger what its file really holds.
+    """Open every sink, and enter in the ledger what its file holds.
 
     Args:
         config: Valid.
         journal: The open journal.
-        notifier: Told how it goes: a long file takes its time.
-        signals: What may ask for the end meanwhile.
+        notifier: Informed of the progress: reading a long file can take minutes.
+        signals: Signals that may ask for the end meanwhile.
         log: Destination of log lines.
         wall: The clock of the sinks, in seconds since 1970.
-        refresher: Has the temporary key that is used in place of the given one, if the configuration names a role.
+        refresher: Has the temporary key that is used instead of the configured one, if the configuration names a role.
         on_refused_token: As in `SinkContext`.
 
     Raises:
         ConfigError: Some sinks cannot be opened.
         StorageError: A disk is full or failing, which may pass.
-        StoppingError: A signal asked for the end. In each case none is left open.
+        StoppingError: A signal asked for the end. In each case no sink is left open.
     """
     sinks: dict[str, Sink[Any]] = {}
     sub_app_ids = {source.sub_app_id for source in config.sources}
@@ -72,12 +72,12 @@ def open_sinks(
 
 
 def refresher_of(config: Config, telemetry: Telemetry, **more: Any) -> Refresher | None:
-    """What has the temporary key of the role that a configuration names; None if it names none.
+    """The refresher of the temporary key of the role that a configuration names; None if it names no role.
 
     Args:
         config: Valid.
         telemetry: Destination of log lines and counts.
-        more: As of `Refresher`.
+        more: Further arguments of `Refresher`.
     """
     if config.role is None:
         return None
@@ -88,10 +88,10 @@ def refresher_of(config: Config, telemetry: Telemetry, **more: Any) -> Refresher
 
 
 def context_of(name: str, config: Config, log: Logger, refresher: Refresher | None) -> SinkContext:
-    """What a sink gets from the program around it.
+    """What a sink gets from the daemon.
 
     Args:
-        name: Of the sink.
+        name: The sink's name.
         config: Valid.
         log: Destination of log lines.
         refresher: As for `open_sinks`.
@@ -124,14 +124,14 @@ def _recover(
     signals: Signals,
     log: Logger,
 ) -> None:
-    """Bring the ledger up to what the sink's file really holds: a crash may have come in between."""
-    mark = journal.position(name)
+    """Enter in the ledger what the sink's file holds beyond the journal's position: a crash may have come between."""
+    position = journal.position(name)
     number = 0
-    for portion in sink.recover(mark, sub_app_ids):
-        # Each portion is for good: a process that is ended in between goes on from there.
+    for portion in sink.recover(position, sub_app_ids):
+        # Each portion is written at once: a process that ends in between goes on from there at its next start.
         journal.recover(name, portion)
         end_if_stopping(signals)
-        mark = portion.position
+        position = portion.position
         number += len(portion.keys) + len(portion.content_keys)
         notifier.extend(RECOVERY_SECS)
         notifier.alive()
@@ -139,20 +139,20 @@ def _recover(
             log.info("recovery.progress", sink=name, keys=number, percent=round(100 * portion.read, 1))
             notifier.status(f"reading what sink {name} wrote before a crash: {portion.read:.0%}")
     end = sink.position()
-    if end != mark:  # from the first line on, a mark must say which file it went to
+    if end != position:  # from the first line on, the journal must know which file the sink writes
         journal.recover(name, Portion(keys=(), position=end, read=1.0))
     if number:
         log.warning("file.recovered", sink=name, keys=number)
 
 
 def end_if_stopping(signals: Signals) -> None:
-    """Give up the start, if a signal has asked for the end.
+    """End a start or a reload if a signal has asked for the end.
 
     Raises:
-        StoppingError: One has.
+        StoppingError: A signal has asked for it.
     """
     if signals.is_stopping:
-        raise StoppingError("a signal asked for the end before the start was done")
+        raise StoppingError("a signal asked for the end before the start was complete")
 
 
 def close_sinks(
@@ -162,13 +162,13 @@ def close_sinks(
 
     Args:
         sinks: By their names.
-        workers: The same way; they were told to stop.
-        ends_at: Monotonic time, in seconds, until which it may take. What closing has not ended by then, the end
-            of the process does.
+        workers: By the names of their sinks; `stop` was called.
+        ends_at: Monotonic time, in seconds, until which it may take. The end of the process ends what is not closed by
+            then.
         log: Destination of log lines.
 
     Returns:
-        The names of those that have a thread which has not ended.
+        The names of the sinks that have a thread which has not ended.
     """
     closing = {}
     for name, worker in workers.items():
@@ -178,12 +178,12 @@ def close_sinks(
         try:
             thread.start()
             closing[name] = thread
-        except RuntimeError:  # the system has no more threads
+        except RuntimeError:  # the system allows no more threads
             _close(sinks[name])
     for thread in closing.values():
         thread.join(max(ends_at - time.monotonic(), 0.0))
     for worker in workers.values():
-        worker.join(max(ends_at - time.monotonic(), 0.0))  # what was accepted at last is entered in the ledger
+        worker.join(max(ends_at - time.monotonic(), 0.0))  # so that events accepted last are entered in the ledger
     return [
         name
         for name, worker in workers.items()

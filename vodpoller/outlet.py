@@ -1,4 +1,4 @@
-"""Writing to a descriptor that others share, without waiting longer for its reader than is agreed."""
+"""Writing to a descriptor that other processes share, with a limit on the wait for its reader."""
 
 import os
 import select
@@ -12,16 +12,16 @@ _PAUSE_SECS: Final = 0.001
 
 
 class Outlet:
-    """A descriptor that came from outside, written so that a reader that does not read holds nothing.
+    """Writes to an inherited descriptor so that a reader that does not read blocks nothing.
 
-    O_NONBLOCK belongs to the open file description (open(2)), which all processes that inherited it share: set here,
-    the shell or a program beside this one would meet EAGAIN. So it is never set on what was inherited. A pipe or a
-    terminal is opened anew, a socket is told at each call (MSG_DONTWAIT). A pipe that cannot be opened anew (another
-    user's) gets pieces that fit into the room that poll(2) has found; only another writer that takes this room in
-    between can make such a write wait.
+    O_NONBLOCK belongs to the open file description (open(2)), which all processes that inherited it share: if it were
+    set here, the shell or another program would get EAGAIN. So it is never set on an inherited descriptor. A pipe or a
+    terminal is opened again; on a socket each call has MSG_DONTWAIT. A pipe that cannot be opened again (another
+    user's) gets pieces that fit into the room that poll(2) has found; such a write can wait only if another writer
+    takes this room in between.
 
     Args:
-        fd: Open for writing. It stays open, and what it stands for may change (dup2(2)).
+        fd: Open for writing. It stays open, and it may be replaced by another file (dup2(2)).
 
     Raises:
         OSError: It is not open.
@@ -44,22 +44,22 @@ class Outlet:
         """Wait until something can be written, or until writing fails at once.
 
         Args:
-            timeout_secs: The longest wait; None for no end of it.
+            timeout_secs: The longest wait; None for no limit.
 
         Returns:
-            Whether it is so.
+            False if the time was over before.
         """
         return bool(self._poll.poll(None if timeout_secs is None else max(timeout_secs, 0) * 1000))
 
     def write_some(self, data: bytes | memoryview, timeout_secs: float) -> int:
-        """Write what there is room for.
+        """Write as much as there is room for.
 
         Args:
             data: At least one byte.
             timeout_secs: The longest wait for room.
 
         Returns:
-            The number of bytes that are out: 0 if there was no room in time.
+            The number of bytes that were written: 0 if there was no room in time.
 
         Raises:
             OSError: The write failed: the reader is gone, the disk is full.
@@ -69,20 +69,20 @@ class Outlet:
         try:
             if self._socket is not None:
                 return self._socket.send(data, socket.MSG_DONTWAIT)
-            if self._waits and not self._open_anew():
+            if self._waits and not self._open_again():
                 return os.write(self._fd, data[: select.PIPE_BUF])
             return os.write(self._fd if self._own_fd is None else self._own_fd, data)
-        except BlockingIOError:  # another writer was quicker, or the descriptor came with O_NONBLOCK set
+        except BlockingIOError:  # another writer took the room, or O_NONBLOCK was set on the inherited descriptor
             time.sleep(_PAUSE_SECS)
             return 0
 
-    def _open_anew(self) -> bool:
-        """Have a description of our own of what the descriptor stands for."""
+    def _open_again(self) -> bool:
+        """Open the file of the descriptor again, so that O_NONBLOCK can be set. Returns whether that is done."""
         status = os.fstat(self._fd)
         if self._own_file == (status.st_dev, status.st_ino):
             return True
         if not (stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode)):
-            return False  # a file that is opened anew would be written from its beginning
+            return False  # a regular file that is opened again would be written from its beginning
         try:
             fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:

@@ -1,4 +1,4 @@
-"""The straight line of one batch: route, identify, deliver, settle, store, confirm, finish. Reading starts here."""
+"""The steps of one batch: route, identify, deliver, settle, store, confirm, finish. Start reading the code here."""
 
 import threading
 import time
@@ -57,7 +57,7 @@ class _Item:
 
     @property
     def dead_letters(self) -> list[Letter]:
-        """The dead letters that were stored for it."""
+        """The dead letters that were stored for this event."""
         is_stored = self.verdict.settlement is Settlement.STORE
         return [letter for letter in self.letters if letter.dead] if is_stored else []
 
@@ -72,7 +72,7 @@ class _Item:
 
 
 class _LeftEvents:
-    """How much of the quota goes to events that are left and come again each lease.
+    """Measures the share of the quota that is used by events that are left and come again after each lease.
 
     Args:
         requests_per_sec: The quota of pulls.
@@ -89,7 +89,7 @@ class _LeftEvents:
         self._share = 0.0
 
     def share_of_quota(self) -> float:
-        """Count one event; returns the share, 0 to 1, in the last whole minute."""
+        """Count one event and return the share, 0 to 1, in the last complete minute."""
         now = self._monotonic()
         if now - self._since >= self._WINDOW_SECS:
             self._share = self._number / self._quota_events * self._WINDOW_SECS / (now - self._since)
@@ -99,23 +99,23 @@ class _LeftEvents:
 
 
 class Pipeline:
-    """Sees batches through, from any number of threads.
+    """Takes batches through all steps, in any number of threads.
 
     Args:
-        router: Says which sinks get an event.
+        router: Decides which sinks get an event.
         workers: By the sink's name.
         in_flight: The table that all workers share.
         journal: Holds the ledger and the stored events.
         confirmer: Confirms handles.
-        confirm_reserve_secs: The end of a lease that is kept for confirming.
-        requests_per_sec: The quota of pulls, of which events that are left again and again take their part.
+        confirm_reserve_secs: Seconds at the end of a lease that are kept for confirming.
+        requests_per_sec: The quota of pulls; used to warn if events that are left take too much of it.
         telemetry: Destination of log lines and counts.
         monotonic: The clock of leases, in seconds.
         wall: The clock of `last_confirm_at`, in seconds since 1970.
 
     Attributes:
         unconfirmed_events: Number of events that VOD delivers again: left, or not confirmed.
-        last_confirm_at: When VOD last confirmed something; 0 for never.
+        last_confirm_at: Time of the last confirm that VOD acknowledged; 0 if there was none.
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class Pipeline:
         self.last_confirm_at = 0.0
 
     def process(self, batch: Batch, wait: DeliveryWait) -> int:
-        """See a batch through. Whatever happens on the way, each of its events ends with its line.
+        """Take a batch through all steps. Each of its events gets its `event.settled` line, also if a step raises.
 
         Args:
             batch: What was pulled or received.
-            wait: What this thread waits on while sinks are at work, so that others can interrupt it.
+            wait: This thread's wait for the sinks, which other threads can interrupt.
 
         Returns:
             The number of its events that VOD has forgotten.
@@ -182,7 +182,7 @@ class Pipeline:
                     handle=broken.handle, event=broken.event, malformed=broken, letters=[letter], verdict=verdict
                 )
             else:
-                self._say_malformed(batch, broken, broken.event)
+                self._log_malformed(batch, broken, broken.event)
 
     def _routed(self, source: Source, pulled: PulledEvent) -> _Item:
         item = _Item(handle=pulled.handle, event=pulled.event)
@@ -196,13 +196,13 @@ class Pipeline:
                 why = f"no route takes event type {item.event.type or '(none)'} of source {source.name}"
                 item.letters.append(Letter(event=item.event, sink="", dead=True, reason=Reason.NO_ROUTE, error=why))
             elif item.verdict.settlement is Settlement.LEAVE:
-                self._say_left(source, item.event.type)
+                self._log_left(source, item.event.type)
             else:
-                self._say_if_meant_for_a_route(source, item.event.type)
+                self._warn_if_misspelt(source, item.event.type)
         return item
 
-    def _say_if_meant_for_a_route(self, source: Source, event_type: str) -> None:
-        """A mistyped route lets events be confirmed that its author wanted: say so, once per type."""
+    def _warn_if_misspelt(self, source: Source, event_type: str) -> None:
+        """Warn, once per type, if a route takes a similar type: a misspelt route drops events that are wanted."""
         similar = self._router.similar_routed(source.name, event_type)
         if similar is not None:
             self._telemetry.repeated(
@@ -215,7 +215,7 @@ class Pipeline:
                 event_type=event_type,
             )
 
-    def _say_left(self, source: Source, event_type: str) -> None:
+    def _log_left(self, source: Source, event_type: str) -> None:
         fields = {"source": source.name, "event_type": event_type}
         self._telemetry.repeated("warning", "event.left", cause=f"{source.name} {event_type}", **fields)
         share = self._left.share_of_quota()
@@ -225,9 +225,9 @@ class Pipeline:
                 "error", "event.left", cause="quota", quota_share=round(share, 2), hint=hint, **fields
             )
 
-    def _say_malformed(self, batch: Batch, broken: Malformed, event: Event) -> None:
+    def _log_malformed(self, batch: Batch, broken: Malformed, event: Event) -> None:
         self._telemetry.repeated(
-            # What has no handle stays with VOD: it was cut off on its way, or there is nothing that could be done.
+            # An event without a handle cannot be confirmed, so it stays with VOD; maybe the answer was cut off.
             "warning" if broken.handle is None else "error",
             "event.malformed",
             cause=f"malformed {broken.event.key.hex()}",
@@ -252,7 +252,7 @@ class Pipeline:
         if without_id:
             try:
                 keys = self._journal.identify([item.event.key for item in without_id], batch.pulled(self._monotonic()))
-            except StorageError:  # the journal has said so
+            except StorageError:  # the journal has logged it
                 for item in without_id:
                     item.wanted, item.verdict = (), Verdict.leave(Reason.JOURNAL_FAILED)
                     item.results.clear()
@@ -262,12 +262,12 @@ class Pipeline:
                     item.letters = [replace(letter, event=item.event) for letter in item.letters]
         for item in items:
             if item.malformed is not None:
-                self._say_malformed(batch, item.malformed, item.event)
+                self._log_malformed(batch, item.malformed, item.event)
 
     # --- deliver ----------------------------------------------------------------------------------------------------
 
     def _deliver(self, items: Sequence[_Item], batch: Batch, wait: DeliveryWait) -> None:
-        """Get each event to each of its sinks, as far as they take it before the reserve of the lease begins."""
+        """Deliver each event to its sinks, and wait for the results until the confirm reserve of the lease begins."""
         deadline = batch.lease.ends_at - self._reserve_secs
         wanted = [(item, sink) for item in items for sink in item.wanted]
         if not wanted:
@@ -284,7 +284,7 @@ class Pipeline:
             item.redelivered |= (item.event.key, sink) in known or (claim.joined and claim.delivery not in deliveries)
 
     def _leave_untried(self, wanted: Sequence[tuple[_Item, str]]) -> None:
-        """Have it stored what no sink has and the journal does not hold."""
+        """Attempt nothing: what the journal does not know of gets UNTRIED, so that it is stored."""
         try:
             known = self._journal.known((item.event.key, sink) for item, sink in wanted)
         except StorageError as error:
@@ -297,7 +297,7 @@ class Pipeline:
             item.redelivered |= found is not None
 
     def _submit_unknown(self, fresh: Sequence[Delivery]) -> Collection[tuple[bytes, str]]:
-        """Hand over what no sink has and the journal does not hold; the rest is complete by what the journal knows.
+        """Submit the deliveries that the journal does not know; complete the others with what the journal knows.
 
         Returns:
             The pairs that the journal knows.
@@ -305,7 +305,7 @@ class Pipeline:
         try:
             known = self._journal.known((delivery.event.key, delivery.sink) for delivery in fresh)
         except StorageError as error:
-            # What was delivered already cannot be told: the events stay with VOD, unless they can be stored.
+            # Which of them were delivered before is unknown: the events stay with VOD, unless they can be stored.
             self._in_flight.complete(fresh, _unknown(error))
             return ()
         by_sink: dict[str, list[Delivery]] = {}
@@ -328,24 +328,24 @@ class Pipeline:
                 item.letters = [_letter(item.event, sink, it) for sink, it in item.results.items() if it.needs_storing]
 
     def _store(self, items: Sequence[_Item]) -> None:
-        """Write down what VOD is to forget although not every sink has it."""
+        """Store the events that are to be confirmed although not every sink has accepted them."""
         to_store = [item for item in items if item.verdict.settlement is Settlement.STORE]
         if not any(item.letters for item in to_store):
             return
         try:
             self._journal.store([letter for item in to_store for letter in item.letters])
-        except JournalFullError as error:  # the journal has said so, and has stored the others
+        except JournalFullError as error:  # the journal has logged it, and has stored the others
             for item in to_store:
                 if item.event.key in error.refused:
                     item.verdict = Verdict.leave(Reason.JOURNAL_FULL)
-        except StorageError:  # the journal has said so
+        except StorageError:  # the journal has logged it
             for item in to_store:
                 item.verdict = Verdict.leave(Reason.JOURNAL_FAILED)
         for item in to_store:
             for letter in item.dead_letters:
-                self._say_dead(letter)
+                self._log_dead(letter)
 
-    def _say_dead(self, letter: Letter) -> None:
+    def _log_dead(self, letter: Letter) -> None:
         self._telemetry.repeated(
             "error",
             "event.dead",
@@ -359,7 +359,7 @@ class Pipeline:
     # --- confirm, finish ----------------------------------------------------------------------------------------------
 
     def _keep_shared_handles(self, items: Sequence[_Item]) -> None:
-        """A handle is confirmed only if every event that has it may be: the confirm forgets all of them."""
+        """Confirm a handle only if all its events may be confirmed, since VOD then forgets all of them."""
         kept = {item.handle for item in items if not item.verdict.may_confirm}
         for item in items:
             if item.handle in kept and item.verdict.may_confirm:
@@ -386,7 +386,7 @@ class Pipeline:
             self.last_confirm_at = self._wall()
 
     def _finish(self, items: Sequence[_Item], batch: Batch) -> None:
-        """The one place where events get their lines and are counted."""
+        """Write the events' lines and count the events; nothing else does so."""
         now = self._monotonic()
         with self._counting:
             self.unconfirmed_events += sum(not item.is_acknowledged for item in items)
@@ -404,7 +404,7 @@ class Pipeline:
 
 
 def _numbers(items: Iterable[_Item], of_source: tuple[str, str], *, is_over: bool) -> Counter[tuple[Count, Labels]]:
-    """What a batch adds to what is counted.
+    """What a batch adds to the counters.
 
     Args:
         items: Its events.
@@ -451,7 +451,7 @@ def _delivery_outcome(result: SinkResult, verdict: Verdict) -> str:
 
 
 def _result_of(claim: Claim, ended: WaitEnd) -> SinkResult:
-    """What came of a delivery, given why the wait for it ended if it is not done."""
+    """The result of a delivery; if it is not complete, the result follows from the reason why the wait ended."""
     delivery = claim.delivery
     if delivery.result is not None:
         return delivery.result
@@ -487,7 +487,7 @@ def _letter(event: Event, sink: str, result: SinkResult) -> Letter:
 
 
 def _settled_fields(item: _Item, of_batch: Mapping[str, Any]) -> dict[str, Any]:
-    """An event's line."""
+    """The fields of an event's `event.settled` line."""
     return {
         **event_fields(item.event),
         "routes": item.routes,

@@ -1,4 +1,4 @@
-"""When to pull, and the number of pulls at once: pullers and their permits."""
+"""Pulling: decides when to pull, and how many pulls are outstanding, with pullers and their permits."""
 
 import threading
 import time
@@ -54,7 +54,7 @@ class PullsEvents(Protocol):
 
 
 class RemembersPulls(Protocol):
-    """The part of the journal that learns from pulls what VOD may bring again."""
+    """The part of the journal that records from pulls what VOD may deliver again."""
 
     def answered_empty(self, pulled: Pulled) -> None:
         """A pull brought nothing; see `journal.contract.Journal.answered_empty`."""
@@ -64,10 +64,10 @@ class RemembersPulls(Protocol):
 
 
 class _Quickest:
-    """Tells answers that came at once from those that waited for an event to be born.
+    """Distinguishes answers that came at once from answers for which VOD waited until there was an event.
 
-    VOD tells neither the number of events that are left, nor how long it held a request. What the quickest answers of
-    the last minutes took is the way there and back.
+    VOD reports neither the number of events in the queue nor how long it held a request. So the time of the quickest
+    answer of the last minutes is taken as the round-trip time.
 
     Args:
         monotonic: The clock, in seconds.
@@ -81,7 +81,7 @@ class _Quickest:
         self._before = self._now = inf
 
     def is_slow(self, took_secs: float) -> bool:
-        """Whether an answer that held events took clearly longer than the quickest."""
+        """Whether an answer with events took clearly longer than the quickest one."""
         if self._monotonic() - self._since >= self._WINDOW_SECS:
             self._since, self._before, self._now = self._monotonic(), self._now, inf
         self._now = min(self._now, took_secs)
@@ -89,33 +89,34 @@ class _Quickest:
 
 
 class Poller:
-    """Keeps a pull outstanding at one source, and more of them while there is a backlog.
+    """Keeps one pull outstanding at a source, and several while there is a backlog.
 
-    A puller is a thread that pulls and processes batches. Each pull needs a permit; there are as many permits as pulls
-    are wanted, which is one while the queue is empty. A puller whose answer holds events passes its permit on before it
-    delivers, and adds one if the answer was full or came at once, since then there is probably more. A permit ends with
-    an answer that is empty or had to be waited for, unless it is the last.
+    A puller is a thread that pulls and processes batches. Each pull needs a permit; while the queue is empty, there is
+    one permit. A puller whose answer has events passes its permit on before it delivers. It adds a permit if the answer
+    was full or came at once, since then there are probably more events. A permit ends with an answer that is empty or
+    for which VOD waited, unless it is the last permit.
 
     Args:
         source: The source.
         vod: The client.
         pipeline: Processes what was pulled.
-        journal: Told which pulls brought nothing, and which failed.
-        may_pull: Whether events can be taken care of at the moment.
-        on_operator_error: Called when a pull failed in a way that only a person can mend: read the credentials again.
-        cycle_secs: How long a cycle may take before its puller counts as hung.
+        journal: Records which pulls were empty, and which failed.
+        may_pull: Whether events can be stored at the moment.
+        on_operator_error: Called after a pull that failed for a reason that only a person can remove: it reads the
+            credentials again.
+        cycle_secs: Time limit of a pull with the processing of its batch; after that its puller is overdue.
         telemetry: Destination of log lines and counts.
-        liveness: Told what each puller is doing.
+        liveness: Records what each puller is doing.
         monotonic: The clock, in seconds.
         wall: The clock of `last_pull_at`, in seconds since 1970.
-        wait: Waits on a condition, whose lock is held, for at most this number of seconds: a pause between pulls.
+        wait: Waits on a condition, whose lock is held, for at most this number of seconds; used for back-offs.
 
     Attributes:
-        last_pull_at: When VOD last answered a pull; 0 for never.
+        last_pull_at: When VOD last answered a pull, in seconds since 1970; 0 if it never did.
     """
 
-    _TRANSIENT = Backoff(first_secs=2.0, most_secs=60.0)
-    _OPERATOR = Backoff(first_secs=4.0, most_secs=60.0)
+    _TRANSIENT = Backoff(first_secs=2.0, max_secs=60.0)
+    _OPERATOR = Backoff(first_secs=4.0, max_secs=60.0)
 
     def __init__(
         self,
@@ -157,13 +158,13 @@ class Poller:
         self._not_before = 0.0
         self._failures = 0
         self._failed_pulls = 0
-        self._said = False
+        self._has_logged = False
         self._problem: VodpollerError | None = None
         self._last_error: PullError | None = None
         self._failing_since: float | None = None
         self.last_pull_at = 0.0
         self._stopping = False
-        self._hurried = False
+        self._waits_ended = False
 
     @property
     def name(self) -> str:
@@ -176,14 +177,14 @@ class Poller:
         return self._problem
 
     def status(self) -> SourceStatus:
-        """How pulling goes at this moment."""
+        """The present state of pulling."""
         with self._lock:
             problem = self._problem
             waits_secs = self._not_before - self._monotonic()
             error, remedy = str(problem) if problem else "", ""
             if isinstance(problem, OperatorError):
                 error = problem.message
-                remedy = problem.advice or "Mend what it names; `vodpoller check --connect` tries whether that helped"
+                remedy = problem.advice or "Remove the cause that it names; then test with `vodpoller check --connect`"
             return SourceStatus(
                 name=self.name,
                 last_pull_at=self.last_pull_at or None,
@@ -200,40 +201,40 @@ class Poller:
     def tick(self) -> None:
         """Make sure that a puller is pulling; returns at once."""
         with self._lock:
-            # Also if a permit is granted already: the system may have had no thread for it then.
+            # Also if a permit exists already: maybe no thread could be started for it then.
             self._grant(0 if self._pulling + self._permits else 1)
 
     def wake(self) -> None:
-        """End the waiting after failures, as an operator asks: the cause may be gone."""
-        self.go_on()
-        self._telemetry.reset()  # the operator who asked wants to hear whether it helped
+        """End the back-off at the operator's request: the cause of the failures may be removed."""
+        self.end_back_off()
+        self._telemetry.reset()  # so that a further failure is logged at once: the operator waits for the result
 
-    def go_on(self) -> None:
-        """End the waiting after failures: there is a key again."""
+    def end_back_off(self) -> None:
+        """End the back-off after failures, for example because there is a key again."""
         with self._lock:
             self._not_before = 0.0
             self._failures = 0
             self._pause_over.notify_all()
 
     def stop(self) -> None:
-        """Start no new pull. A pull that is under way is awaited: dropping it would strand what it brings."""
+        """Start no new pull. A pull under way is awaited: else its events would come only after their lease."""
         with self._lock:
             self._stopping = True
             self._permit_granted.notify_all()
             self._pause_over.notify_all()
 
-    def hurry(self) -> None:
-        """Let no puller wait for a sink any longer: what was not accepted is stored."""
+    def end_waits(self) -> None:
+        """End all waits of pullers for sinks: what the sinks have not accepted is stored."""
         with self._lock:
-            self._hurried = True
+            self._waits_ended = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait until the pullers have seen through what they pulled.
+        """Wait until the pullers have processed what they pulled, and have ended.
 
         Returns:
-            Whether they have.
+            Whether all have ended.
         """
         until = self._monotonic() + timeout_secs
         for puller in list(self._pullers):
@@ -263,7 +264,7 @@ class Poller:
             return self._pause()
 
     def _pause(self) -> bool:
-        """Wait for the end of a back-off and until events can be taken care of; False when it is time to end."""
+        """Wait until the back-off is over and events can be stored. Returns False if the poller stops."""
         while not self._stopping:
             wait_secs = self._not_before - self._monotonic()
             if wait_secs <= 0 and self._may_pull():
@@ -285,13 +286,13 @@ class Poller:
                 self._waits.pop(wait, None)
 
     def _pull(self, wait: DeliveryWait) -> Batch | None:
-        """One pull, and what follows from it for the next ones.
+        """Pull once, and adjust permits and back-off by the answer.
 
         Args:
-            wait: What this puller will wait on while the batch is delivered.
+            wait: The wait of this puller for the delivery of the batch.
 
         Returns:
-            What it brought; None if that is nothing.
+            The batch; None if it is empty or the pull failed.
         """
         began_at = self._monotonic()
         try:
@@ -300,7 +301,7 @@ class Poller:
             with self._lock:
                 self._pulling -= 1
             return None
-        except Exception as error:  # noqa: BLE001 - whatever it is, the pull failed
+        except Exception as error:  # noqa: BLE001 - any exception is a failed pull
             if _may_have_brought_events(error):
                 self._journal.answer_lost(self.name, sent_ago_secs=self._monotonic() - began_at)
             self._failed(error)
@@ -314,7 +315,7 @@ class Poller:
         return Batch.of(self._source, pull, received_at) if pull.events or pull.malformed else None
 
     def _remember(self, pull: Pull, received_at: float) -> None:
-        """Tell what the answer says of events that VOD may bring again, before any later answer is processed."""
+        """Record what the answer shows about events that VOD may deliver again, before a later answer is processed."""
         if pull.may_lack_events:
             self._journal.answer_lost(self.name, sent_ago_secs=received_at - pull.lease.starts_at)
         elif not (pull.events or pull.malformed):
@@ -323,7 +324,7 @@ class Poller:
     def _puller_is_missing(self) -> bool:
         return self._permits > self._parked and not self._stopping  # while stopping, no puller is missing
 
-    # --- permits; all of this holds the lock -------------------------------------------------------------------------
+    # --- permits: `_grant`, `_hand_over` and `_answered_empty` need the lock -----------------------------------------
 
     def _grant(self, permits: int) -> None:
         self._permits = min(self._permits + permits, self._source.max_concurrent_pulls - self._pulling)
@@ -335,13 +336,13 @@ class Poller:
             puller = threading.Thread(target=self._run, name=f"puller-{self.name}-{len(self._pullers)}", daemon=True)
             try:
                 puller.start()
-            except RuntimeError:  # the system has no more threads: a puller that comes free takes the permit
+            except RuntimeError:  # the system allows no more threads: the next free puller takes the permit
                 break
             self._pullers.append(puller)
             self._parked += 1
         self._permit_granted.notify(permits)
         if self._puller_is_missing():
-            # Every puller waits for a sink: the one that waits longest stores what its sinks have not taken.
+            # Every puller waits for a sink: the one that waits longest stores what its sinks have not accepted.
             next((wait for wait in self._waits if wait.interrupt()), None)
 
     def _answered(self, pull: Pull, wait: DeliveryWait) -> None:
@@ -349,10 +350,10 @@ class Poller:
             self._pulling -= 1
             failed_pulls, self._failed_pulls, self._failures, self._problem = self._failed_pulls, 0, 0, None
             self._failing_since = None
-            self._said = False
+            self._has_logged = False
             if pull.events or pull.malformed:
                 self._waits[wait] = None
-                if self._hurried:
+                if self._waits_ended:
                     wait.interrupt(stopping=True)
                 self._hand_over(pull)
             else:
@@ -364,7 +365,7 @@ class Poller:
             )
 
     def _hand_over(self, pull: Pull) -> None:
-        """Let others pull while this puller delivers: one more than before if there is a backlog, else one less."""
+        """Let other pullers pull while this one delivers: one permit more if there is a backlog, else one less."""
         is_full = len(pull.events) >= FULL_EVENTS
         if pull.hung_secs < HUNG_SECS and (is_full or not self._quickest.is_slow(pull.hung_secs)):
             has_free_puller = self._parked > 0 or len(self._pullers) < self._source.max_concurrent_pulls
@@ -384,7 +385,7 @@ class Poller:
         now = self._monotonic()
         with self._lock:
             self._pulling -= 1
-            if now >= self._not_before:  # a failure of pullers that set out together is one failure
+            if now >= self._not_before:  # pullers that failed at the same time count as one failure
                 self._failures += 1
                 self._failed_pulls += 1
                 self._not_before = now + self._back_off_secs(error)
@@ -400,7 +401,7 @@ class Poller:
             )
             self._failing_since = self._failing_since or self._wall()
             lasts = self._failed_pulls >= LASTING_FAILURES
-        self._say_failed(error, retry_in_secs, lasts=lasts)
+        self._log_failure(error, retry_in_secs, lasts=lasts)
         if isinstance(error, OperatorError):
             self._on_operator_error()
 
@@ -411,13 +412,13 @@ class Poller:
         own_secs = FIRST_RETRY_SECS if self._failures == 1 else self._TRANSIENT.secs(self._failures - 1)
         return max(own_secs, min(asked_secs or 0.0, FOREVER_SECS))
 
-    def _say_failed(self, error: Exception, retry_in_secs: float, *, lasts: bool) -> None:
-        """Say each cause once. Single failures that were said lately do not keep one that lasts from being said."""
-        if lasts and not self._said:
+    def _log_failure(self, error: Exception, retry_in_secs: float, *, lasts: bool) -> None:
+        """Log each cause once. One that lasts is logged also if a single failure was logged recently."""
+        if lasts and not self._has_logged:
             self._telemetry.reset()
         known = isinstance(error, VodpollerError)
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
-        self._said |= self._telemetry.repeated(
+        self._has_logged |= self._telemetry.repeated(
             "error" if isinstance(error, OperatorError) or not known else "warning",
             "pull.failed",
             cause=f"{type(error).__name__} {fields.get('error_code') or fields.get('error_message')}",
@@ -429,5 +430,5 @@ class Poller:
 
 
 def _may_have_brought_events(error: Exception) -> bool:
-    """Whether VOD may have handed out events to a pull that failed: not if it was not sent, or VOD refused it."""
+    """Whether VOD may have leased events for a failed pull: not if it was not sent, or if VOD refused it."""
     return not isinstance(error, ThrottledError | NoKeyError | OperatorError)

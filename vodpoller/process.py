@@ -1,6 +1,7 @@
-"""What a process has from the one that started it: standard streams, a locale, signals, and, as process 1, orphans.
+"""The environment of the process: standard streams, locale, signals and, as process 1 of a container, orphans.
 
-`prepare` is called before anything else is imported: what comes meanwhile must neither end the process nor be lost.
+`prepare` is called before anything else is imported: a signal that comes meanwhile must neither end the process nor be
+lost.
 """
 
 import os
@@ -17,23 +18,23 @@ _PASSED_ON: Final = HELD | {signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def prepare() -> None:
-    """Make a process of this program what its commands expect: to be called once, first, from the main thread.
+    """Set up the process as the commands expect it. To be called once, first, from the main thread.
 
     Signals are held back until a command catches them (`Signals.catch`) or lets them act (`let_signals_act`).
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own way is a traceback
-    # Ignored (some supervisors pass that on), it makes the kernel throw away the exit codes of commands.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
+    # If it is ignored (some supervisors pass that on), the kernel discards the exit codes of child processes.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _use_utf8()
     if os.getpid() == 1:
-        stay_behind_for_orphans()
+        fork_and_reap_orphans()
     _open_streams()
 
 
 def let_signals_act() -> None:
-    """End the holding back: what was held ends the process now, as signals do."""
+    """Unblock the signals that were held back: one that came meanwhile ends the process now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
@@ -46,10 +47,10 @@ def is_stdout_closed() -> bool:
 
 
 class Signals:
-    """What signals ask of the daemon. SIGTERM and SIGINT ask it to end, SIGHUP to reload.
+    """The signals for the daemon: SIGTERM and SIGINT ask it to end, SIGHUP asks it to reload.
 
-    Handlers only note what came, so it can be caught long before there is a daemon to ask. A second request to end
-    ends the process at once, with 128 and the signal's number.
+    The handlers only record the signal, so signals can be caught long before there is a daemon. A second request to
+    end ends the process at once, with 128 plus the signal's number as its exit code.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class Signals:
         self.is_stopping = False
 
     def catch(self) -> None:
-        """Install the handlers, and let in what was held back. Does nothing outside the main thread."""
+        """Install the handlers, and unblock the signals. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in HELD:
@@ -69,13 +70,13 @@ class Signals:
         return not self._received.empty()
 
     def next(self, timeout_secs: float) -> signal.Signals | None:
-        """Take the next signal, waiting for it for a while.
+        """Wait for the next signal and take it.
 
         Args:
             timeout_secs: The longest wait.
 
         Returns:
-            None if none came.
+            The signal; None if none came.
         """
         try:
             return signal.Signals(self._received.get(timeout=timeout_secs))
@@ -83,7 +84,7 @@ class Signals:
             return None
 
     def reload(self) -> None:
-        """Ask as SIGHUP does. From any thread."""
+        """Ask for a reload, as SIGHUP does. From any thread."""
         self._received.put(signal.SIGHUP)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -94,17 +95,17 @@ class Signals:
         self._received.put(number)
 
 
-def stay_behind_for_orphans() -> None:
-    """As process 1 of a container: leave the program to a child, and be the parent that orphans need.
+def fork_and_reap_orphans() -> None:
+    """As process 1 of a container: run the program in a child, and reap orphans in this process.
 
-    Processes that lose their parent get process 1 for one, and stay as zombies if it does not reap them. Only the child
-    returns from here. The commands that it starts are its own, so what is reaped here is never the end of one of them.
-    The parent passes signals on, and ends with the child's exit code.
+    A process whose parent ends becomes a child of process 1, and stays as a zombie if that does not reap it. Only the
+    child returns from this function. The commands that it starts are its own children, so their exit codes are never
+    reaped here. The parent passes signals on, and ends with the child's exit code.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
     child = os.fork()
     if child == 0:
-        # A terminal's Ctrl-C reaches each process of its group, so it would come twice: once from the terminal.
+        # A terminal's Ctrl-C reaches each process of its group: without setsid the child would get it twice.
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_PASSED_ON - HELD, signal.SIGCHLD})
         return
@@ -117,7 +118,7 @@ def stay_behind_for_orphans() -> None:
 
 
 def _reap_until(child: int) -> None:
-    """Reap all that has ended; with `child`, end this process as it did."""
+    """Reap all children that have ended; if `child` has, end this process with the same exit code."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
@@ -128,10 +129,10 @@ def _reap_until(child: int) -> None:
 
 
 def _use_utf8() -> None:
-    """Paths are UTF-8, whatever the locale: else the same configuration would name another file in each of them.
+    """Encode paths in UTF-8, whatever the locale: else the same configuration would name other files in another locale.
 
-    Python decides how it encodes paths before the first line of a program runs, so this starts the program again, in
-    the same process (PEP 540, "UTF-8 Mode"). What is printed keeps the locale's encoding.
+    Python chooses the encoding of paths before the first line of a program runs, so this executes the program again, in
+    the same process (PEP 540, "UTF-8 Mode"). Output keeps the locale's encoding.
     """
     if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode or not (sys.executable and sys.orig_argv):
         return
@@ -141,13 +142,13 @@ def _use_utf8() -> None:
     try:
         os.execv(sys.executable, [sys.orig_argv[0], "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - this program
     except OSError:
-        return  # then only paths that the locale can hold can be used
+        return  # then only paths that the locale can encode can be used
 
 
 def _open_streams() -> None:
-    """Open what is closed of descriptors 0 to 2, and let no character fail on what is open.
+    """Open those of the descriptors 0 to 2 that are closed, and let output replace characters that it cannot encode.
 
-    A descriptor that is closed is the next that open(2) gives out: the journal would be written to by all who print.
+    open(2) returns the lowest closed descriptor: the journal could get one of these, and all output would go into it.
     """
     for fd in range(3):
         try:

@@ -1,4 +1,4 @@
-"""Whether a configuration may take the place of the one that runs: looked at before anything is stopped."""
+"""Checks whether a new configuration can replace the running one, before anything is stopped."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -22,17 +22,17 @@ PROBES_AT_ONCE: Final = 32
 def check_successor(
     new: Config, running: Config, log: Logger, *, trouble: str = "", of_sockets: Iterable[str] = ()
 ) -> None:
-    """Look for what speaks against a configuration. It is valid, and another than the one that runs.
+    """Check that a new configuration, which is valid and differs from the running one, can be used.
 
     Args:
-        new: The configuration.
-        running: The one whose place it would take.
-        log: For the lines of what is tried.
-        trouble: Why the journal that runs cannot be written; empty if it can.
-        of_sockets: What speaks against listening where the configuration wants callbacks to come in.
+        new: The new configuration.
+        running: The configuration that it would replace.
+        log: Destination of the log lines of probes.
+        trouble: Why the open journal cannot be written; empty if it can.
+        of_sockets: Problems of the addresses at which the new configuration receives callbacks.
 
     Raises:
-        ConfigError: Something does; it holds all that does.
+        ConfigError: It cannot be used; the error has all problems.
     """
     problems = [
         *_problems_of_trouble(new, running, trouble),
@@ -46,11 +46,11 @@ def check_successor(
 
 
 def problems_of_journal(new: Config, path: Path) -> Iterator[str]:
-    """What is stored would stay behind, unseen, if the journal were another: that is the one thing that may not be.
+    """Another `journal.path` is a problem while events are stored in the old journal: they would be left there unseen.
 
     Args:
-        new: The configuration.
-        path: The journal of the one whose place it would take.
+        new: The new configuration.
+        path: The journal of the configuration that it would replace.
     """
     if os.path.realpath(path) == os.path.realpath(new.journal.path):
         return
@@ -59,23 +59,23 @@ def problems_of_journal(new: Config, path: Path) -> Iterator[str]:
         with Letters(path, makes_files=False) as letters:
             stored = sum(backlog.events for backlog in letters.backlogs())
     except JournalError as error:
-        yield f"journal.path: cannot be changed: whether events are stored in {path} cannot be read: {error}"
+        yield f"journal.path: cannot be changed, since {path} cannot be read and events may be stored in it: {error}"
     else:
         if stored:
             yield f"journal.path: cannot be changed while {stored:,} events are stored in {path} ({remedy})"
 
 
 def _problems_of_trouble(new: Config, running: Config, trouble: str) -> Iterator[str]:
-    """A journal that cannot be written cannot be opened again either, and what waits in memory would be lost."""
+    """A journal that cannot be written could not be opened again, and what waits in memory would be lost."""
     if trouble and os.path.realpath(new.journal.path) == os.path.realpath(running.journal.path):
         yield f"journal.path: {running.journal.path} cannot be written: {trouble} (see `vodpoller status`)"
 
 
 def _problems_of_address(new: str | None, running: str | None) -> Iterator[str]:
-    """The port that is in use here is given up before it is taken again: only another one can be tried."""
+    """Try to listen at the new address; not if only the host changes, since this process still has the port."""
     if new is None or (running is not None and port_of(new) == port_of(running)):
         return
-    from vodpoller.listener.server import listen  # noqa: PLC0415 - else its packages are not needed
+    from vodpoller.listener.server import listen  # noqa: PLC0415 - its packages may be missing
 
     try:
         listen(new).close()

@@ -1,4 +1,4 @@
-"""Which sinks get an event."""
+"""The router: decides which sinks get an event."""
 
 import fnmatch
 import json
@@ -42,12 +42,12 @@ class Route(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """Where an event goes.
+    """The routes and sinks of an event.
 
     Args:
         routes: The names of the routes that take it.
         sinks: The sinks that get it, each once.
-        failed: The sinks that would get it if a route's `where` could be evaluated on it, with what is wrong.
+        failed: The sinks that lack it because a route's `where` cannot be evaluated on it, each with the error.
     """
 
     routes: tuple[str, ...]
@@ -56,13 +56,13 @@ class Routed:
 
     @property
     def is_unrouted(self) -> bool:
-        """No route names a sink for it."""
+        """Whether no route names a sink for it."""
         return not (self.sinks or self.failed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """What one route makes of an event.
+    """Whether one route takes an event.
 
     Args:
         route: Its name.
@@ -101,14 +101,14 @@ class _Compiled:
         return self.where is None or is_true(self._found_in(self.where, event))
 
     def _found_in(self, where: Expression, event: Event) -> Any:
-        """What `where` finds."""
+        """The result of `where`."""
         try:
             return where.search(event.content)
         except EvaluationError as error:
             raise RejectedError(f"route {self.name}: `where` cannot be evaluated on this event: {error}") from error
 
     def why_not(self, event: Event) -> str:
-        """Why it does not take an event, empty if it does."""
+        """Why the route does not take an event; empty if it does."""
         if not self.is_of(event.source):
             return f"it takes events of other sources only: {', '.join(sorted(self._sources or ()))}"
         if not self.covers(event.source, event.type):
@@ -122,7 +122,7 @@ class _Compiled:
 
 
 class Router:
-    """Applies every route that matches; an event goes to a sink once, however many routes name it.
+    """Applies every route that matches. An event goes to a sink once, also if several routes name the sink.
 
     Args:
         routes: In the configuration's order. Their expressions are compiled here.
@@ -130,22 +130,22 @@ class Router:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = [_Compiled(route) for route in routes]
-        # Types are an open set, but a small one of short names; the limits are for a queue that is fed nonsense.
+        # Types are an open set, but a small one of short names. The limits are for a queue with nonsense in it.
         self._candidates: dict[tuple[str, str], tuple[list[_Compiled], Routed | None]] = {}
         self._similar: dict[tuple[str, str], str | None] = {}
 
     def route(self, event: Event) -> Routed:
-        """Where the event goes."""
+        """The routes and sinks of the event."""
         candidates, constant = self._candidates.get((event.source, event.type)) or self._find(event.source, event.type)
         return constant if constant is not None else _evaluate(candidates, event)
 
     def judge(self, event: Event) -> Iterator[Judgement]:
-        """What each route makes of the event, in the configuration's order, for a person; `route` decides the same."""
+        """Whether each route takes the event, and why not, for a person; `route` decides the same."""
         for route in self._routes:
             yield Judgement(route=route.name, sinks=route.sinks, why_not=route.why_not(event))
 
     def routes_for(self, source: str, event_type: str) -> list[str]:
-        """The names of the routes that take events of a type, as far as their `where` lets them.
+        """The names of the routes that take events of a type, if their `where` holds.
 
         Args:
             source: Name of the source that such events come from.
@@ -154,14 +154,14 @@ class Router:
         return [route.name for route in self._routes if route.covers(source, event_type)]
 
     def similar_routed(self, source: str, event_type: str) -> str | None:
-        """The pattern that was probably meant to take a type that no route takes: a mistyped or outdated one.
+        """The pattern that was probably meant to take a type that no route takes: a misspelt or outdated one.
 
         Args:
             source: Name of the source that the event came from.
-            event_type: One for which `route` found nothing.
+            event_type: A type that no route takes.
 
         Returns:
-            None where no pattern is like the type, and after 1,000 types, when it is no longer looked for.
+            The pattern; None if no pattern is similar to the type, or if 1,000 types were examined already.
         """
         place = (source, event_type)
         if place not in self._similar and self._may_remember(self._similar, event_type):

@@ -24,19 +24,19 @@ FORMER_MAX: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What the configuration's meaning depends on besides its text; pydantic's validation context.
+class ConfigContext:
+    """What the meaning of the configuration depends on, besides its text; pydantic's validation context.
 
     Args:
-        base: The folder of the configuration file: secret files of relative name lie there.
-        credentials_directory: `$CREDENTIALS_DIRECTORY` of systemd.exec(5); where it is set, they lie here instead.
+        base: The folder of the configuration file; relative names of secret files refer to it.
+        credentials_directory: `$CREDENTIALS_DIRECTORY` of systemd.exec(5); if it is set, they refer to it instead.
     """
 
     base: Path = Path()
     credentials_directory: Path | None = None
 
     def locate(self, name: str) -> Path:
-        """The secret file that is meant.
+        """The path of a secret file.
 
         Args:
             name: As configured, relative or absolute.
@@ -48,9 +48,9 @@ class Secret:
     """One secret value.
 
     Args:
-        value: The secret itself; None where it is in a file.
-        path: The file that holds it. Line ends around it do not count.
-        is_first_line: Only the file's first line is it.
+        value: The secret itself; None if it is in a file.
+        path: The file that holds it. Line ends around it are not part of it.
+        is_first_line: The secret is only the file's first line.
 
     Raises:
         OSError: The file cannot be read, or is empty.
@@ -67,7 +67,7 @@ class Secret:
 
     @property
     def path(self) -> Path | None:
-        """The file that holds it, None where it was given as such."""
+        """The file that holds it; None if its value was given."""
         return self._path
 
     def get(self) -> str:
@@ -75,11 +75,11 @@ class Secret:
         return self._value
 
     def known(self) -> tuple[str, ...]:
-        """The value and the last ones before it: a request that is under way may still carry those."""
+        """The value and the last values before it: a request that is under way may still use one of those."""
         return (self._value, *self._former)
 
     def reread(self) -> None:
-        """Read the file again, if there is one. The last value stays if that fails.
+        """Read the file again, if there is one. If that fails, the last value stays.
 
         Raises:
             OSError: As `read`.
@@ -88,10 +88,10 @@ class Secret:
         self.take(self.read())
 
     def read(self) -> str:
-        """What the file holds now, or the value if there is none. The value stays what it was.
+        """The secret in the file now, or the value if there is no file. This does not change the value.
 
         Raises:
-            OSError: The file cannot be read, is empty, or holds what `restrict` is to refuse.
+            OSError: The file cannot be read, is empty, or holds a value that `restrict` refuses.
             UnicodeDecodeError: The file is not UTF-8.
         """
         if self._path is None:
@@ -106,7 +106,7 @@ class Secret:
         return value
 
     def take(self, value: str) -> None:
-        """Have another value from now on.
+        """Use another value from now on.
 
         Args:
             value: What `read` returned.
@@ -116,10 +116,10 @@ class Secret:
             self._value = value
 
     def restrict(self, problem_in: Callable[[str], str]) -> str:
-        """Have what is read later refused where it cannot be right.
+        """Refuse wrong values when the file is read later.
 
         Args:
-            problem_in: What is wrong with a value, without a part of it; empty where nothing is.
+            problem_in: Returns what is wrong with a value, without quoting it; empty if nothing is wrong.
 
         Returns:
             What is wrong with the present value.
@@ -128,7 +128,7 @@ class Secret:
         return problem_in(self._value)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both come from the same file, whatever it held when; without a file, whether they are the same."""
+        """Whether both are in the same file, also if their values differ; without a file, whether both are equal."""
         return isinstance(other, Secret) and self._compared() == other._compared()
 
     def __hash__(self) -> int:
@@ -156,7 +156,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class _InFile:
-    """Stands in a secret's place for its `_file` twin until the secret itself is validated."""
+    """Placeholder in the field of a secret that is in a file, until the secret itself is validated."""
 
     key: str
     name: str
@@ -164,10 +164,10 @@ class _InFile:
 
 
 class HasSecrets(BaseModel):
-    """A model whose secrets may lie in files: declare `X: Secret | None = None` and `X_file: str | None = None`.
+    """A model whose secrets may be in files: declare `X: Secret | None = None` and `X_file: str | None = None`.
 
-    X is filled from the file that X_file names; giving both, or a file without content, is an error. What relative
-    names mean comes in as the validation context, a `Surroundings`. X is never shown, whatever is wrong with it.
+    X is filled from the file that X_file names; giving both, or a file without content, is an error. The validation
+    context, a `ConfigContext`, says to which folder relative names refer. X is never shown, also if it is wrong.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -219,11 +219,13 @@ def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
             only = value.key.removesuffix("_file")
             raise _problem(value.key, f"is given together with {only} (keep one of the two)")
         case _InFile():
-            return _secret_from_file(value, info.context if isinstance(info.context, Surroundings) else Surroundings())
+            return _secret_from_file(
+                value, info.context if isinstance(info.context, ConfigContext) else ConfigContext()
+            )
         case str() if value.strip("\r\n"):
             return Secret(value=value)
         case str():
-            raise _problem("", "is empty (leave the key out where there is no secret)")
+            raise _problem("", "is empty (leave the key out if there is no secret)")
         case _:
             raise _problem("", "must be text in quotes")
 
@@ -231,19 +233,19 @@ def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
 def _secret_of_name(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str):
         return value
-    surroundings = info.context if isinstance(info.context, Surroundings) else Surroundings()
+    context = info.context if isinstance(info.context, ConfigContext) else ConfigContext()
     given = _InFile(info.field_name or "", value, both=False)
-    return _secret_from_file(given, surroundings, is_first_line=True)
+    return _secret_from_file(given, context, is_first_line=True)
 
 
 SecretFile = Annotated[Secret, BeforeValidator(_secret_of_name)]
-"""A secret of which the configuration has the file's name only; it is the file's first line."""
+"""A secret in a file: the configuration has only the file's name; the secret is the file's first line."""
 
 
-def _secret_from_file(given: _InFile, surroundings: Surroundings, *, is_first_line: bool = False) -> Secret:
+def _secret_from_file(given: _InFile, context: ConfigContext, *, is_first_line: bool = False) -> Secret:
     if not given.name:
         raise _problem(given.key, "is empty (give the name of the file that holds the secret)")
-    path = surroundings.locate(given.name)
+    path = context.locate(given.name)
     try:
         return Secret(path=path, is_first_line=is_first_line)
     except OSError as error:
@@ -251,12 +253,12 @@ def _secret_from_file(given: _InFile, surroundings: Surroundings, *, is_first_li
     except UnicodeDecodeError:  # its own message would show bytes of the secret
         why = "it is not UTF-8 text"
     except ValueError:
-        why = "no file has such a name"
+        why = "a file cannot have such a name"
     raise _problem(given.key, f"{path} cannot be read: {why} (put the secret into that file, readable for this user)")
 
 
 def _problem(key: str, why: str) -> PydanticCustomError:
-    """An error that names the key which the person wrote; an empty key is the field's own."""
+    """An error about the key that was written in the configuration; an empty key means the field's own."""
     return PydanticCustomError("vodpoller", "{why}", {"why": why, "key": key})
 
 

@@ -1,6 +1,6 @@
-"""What belongs to the process: signals, the status socket, the watchdog, log, counts; and the daemon that it runs.
+"""The parts of the process: signals, status socket, watchdog, log and counters; and the daemon that it runs.
 
-A reload puts another daemon in the place of the one that runs: `Service._reload` is the place to start reading.
+A reload replaces the daemon: start reading at `Service._reload`.
 """
 
 import gc
@@ -30,20 +30,20 @@ from vodpoller.opened_sinks import end_if_stopping
 from vodpoller.process import Signals
 from vodpoller.reload import check_successor, problems_of_journal
 from vodpoller.status import ReloadStatus, Status
-from vodpoller.status_socket import Asker, StatusSocket, socket_path
+from vodpoller.status_socket import StatusSocket, WaitingClient, socket_path
 from vodpoller.systemd import Notifier
 from vodpoller.telemetry import Count, Telemetry
 
 HEARTBEAT_SECS: Final = 5.0
-BEATS_A_WATCHDOG: Final = 3  # in its period, so that one that comes late is not one too few
-BESIDE_BEAT_SECS: Final = 0.5  # so soon a signal is noticed while something runs beside the main thread
-BEYOND_STOP_SECS: Final = 2.0  # what closing files may take after a stop, before it counts as hung
+BEATS_PER_WATCHDOG: Final = 3  # heartbeats in its period, so that one of them may be late
+TASK_BEAT_SECS: Final = 0.5  # maximum delay of a signal while a task runs in another thread
+BEYOND_STOP_SECS: Final = 2.0  # time for closing files after a stop; after that, closing counts as hung
 
 T = TypeVar("T")
 
 
 class Build(Protocol):
-    """Opens what a configuration describes; see `Daemon`, which is the one that is used."""
+    """Opens what a configuration describes; `Daemon` is the one in use."""
 
     def __call__(
         self,
@@ -61,24 +61,24 @@ class Build(Protocol):
 class Service:
     """The process, open and ready to run.
 
-    The thread that runs it writes all of its fields. Those of the status socket and of the listener read what they need
-    for an answer (the daemon, or the last status of one that was stopped, and how the last reload went), and the status
-    socket's adds to the askers.
+    The thread that runs it writes all of its fields, with one exception: the thread of the status socket adds waiting
+    clients. The threads of the status socket and of the listener read what they need for an answer: the daemon, or the
+    last status of a stopped one, and the result of the last reload.
 
     Args:
         config: Valid.
-        read: Reads the configuration again; raises what `config.load.load` does.
-        make_log: The log that a configuration describes. All of them write to one place.
+        read: Reads the configuration again; raises the same errors as `config.load.load`.
+        make_log: Makes the log that a configuration describes. All logs write to one destination.
         notifier: The service manager, if there is one.
-        signals: What asks for the end or for a reload, maybe before there is a daemon; None for its own, caught when
-            it runs.
+        signals: The signals that ask for the end or for a reload, maybe before there is a daemon; None for its own,
+            caught when it runs.
         build: Opens the daemon.
-        handover: What the process passed on to itself when it executed itself anew.
-        execute: Executes it anew.
+        handover: What the process passed on when it executed itself anew.
+        execute: Executes the process anew.
         passed: Sockets that the service manager has opened.
 
     Raises:
-        ConfigError, JournalError, StorageError, StoppingError: As of the daemon, which cannot be opened.
+        ConfigError, JournalError, StorageError, StoppingError: The daemon cannot be opened; see `Daemon`.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Service:
         passed: Sequence[socket.socket] = (),
     ) -> None:
         handover = handover or Handover()
-        self._left_behind = handover.stuck
+        self._stuck_before = handover.stuck
         self._inherited = handover.listeners()
         self._problems_left = list(problems_of_journal(config, Path(handover.journal))) if handover.journal else []
         if self._problems_left:
@@ -109,7 +109,7 @@ class Service:
         self._signals = signals or Signals()
         self._clock = SteadyClock()
         self._build, self._execute = build, execute
-        self._beat_secs = min(HEARTBEAT_SECS, (notifier.watchdog_secs or math.inf) / BEATS_A_WATCHDOG)
+        self._beat_secs = min(HEARTBEAT_SECS, (notifier.watchdog_secs or math.inf) / BEATS_PER_WATCHDOG)
         self._exit_code = 0
         self._end_reason = "a signal asked for the end meanwhile"
         self._status_socket: StatusSocket | None = None
@@ -118,10 +118,10 @@ class Service:
         )
         self._sockets = CallbackSockets(inherited=self._inherited, passed=passed, passed_before=handover.passed)
         self._is_built = self._is_ready = False
-        self._askers_lock = threading.Lock()
-        self._askers = [Asker(connection) for connection in handover.askers()]
+        self._clients_lock = threading.Lock()
+        self._clients = [WaitingClient(connection) for connection in handover.clients()]
         self._reloaded = ReloadStatus()
-        # Building may take minutes, if a sink's file is read after a crash: the probes are answered meanwhile.
+        # Building can take minutes, if a sink's file is read after a crash: the listener answers probes meanwhile.
         self._listening.follow(config.listener.address)
         try:
             self._daemon: Daemon | None = self._built(config)
@@ -130,7 +130,7 @@ class Service:
             self._sockets.close()
             raise
         self._started_at = self._clock()
-        self._last_status = self._of_process(self._daemon.known_status())  # of the last one that was stopped
+        self._last_status = self._of_process(self._daemon.known_status())  # later: of the daemon stopped last
         self._is_built = True
 
     # --- running ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Service:
         """Run until a signal asks for the end.
 
         Args:
-            until: Asked every tenth of a second: whether to end without a signal.
+            until: Called every tenth of a second; True ends the run without a signal.
 
         Returns:
             The exit code.
@@ -156,7 +156,7 @@ class Service:
             received = self._signals.next(min(max(next_beat - time.monotonic(), 0), longest_secs))
             if received is signal.SIGHUP:
                 self._reload(self._daemon)
-                next_beat = 0.0  # `systemctl status` shows at once how it went
+                next_beat = 0.0  # so that `systemctl status` shows the result at once
             elif received is not None:
                 self._log.info("daemon.stopping", signal=received.name)
                 break
@@ -168,25 +168,25 @@ class Service:
         self._listening.follow(self._config.listener.address)
         self._sockets.keep(self._config.callback_addresses)
         while self._inherited:
-            self._inherited.popitem()[1].close()  # where nothing listens any more
+            self._inherited.popitem()[1].close()  # those that the configuration does not use
         daemon.start()
         self._started_at = self._clock()
         self._reloaded = ReloadStatus(last_success_at=self._started_at)
         self._is_ready = True
         self._notifier.ready()
-        if self._left_behind:
+        if self._stuck_before:
             problems = self._problems_left
-            answer = self._refused(problems) if problems else self._done(changed=True, stuck=self._left_behind)
-            for asker in self._taken_askers():
-                asker.answer(answer)
+            answer = self._refused(problems) if problems else self._done(changed=True, stuck=self._stuck_before)
+            for client in self._taken_clients():
+                client.answer(answer)
 
     def _beat(self, daemon: Daemon) -> None:
         step_secs = self._clock.adopt()
         if step_secs:
-            daemon.shift(step_secs)  # first of all: until the stamps have moved along, they seem to have aged
+            daemon.shift(step_secs)  # first of all: until stored times are moved, their ages are wrong by the jump
             self._started_at += step_secs
             self._log.warning("clock.stepped", step_secs=round(step_secs, 1))
-        daemon.mark()
+        daemon.note_times()
         if daemon.is_alive():
             self._notifier.alive()
         self._notifier.status(self._cleared(self._of_process(daemon.known_status()).as_line()))
@@ -195,9 +195,9 @@ class Service:
         self._notifier.stopping()
         self._is_ready = False
         if self._daemon is not None:
-            self._take_down(self._daemon).stop()
-        for asker in self._taken_askers():
-            asker.answer({"result": "ended", "problems": [self._end_reason]})
+            self._detach(self._daemon).stop()
+        for client in self._taken_clients():
+            client.answer({"result": "ended", "problems": [self._end_reason]})
         if self._status_socket is not None:
             self._status_socket.close()
         self._listening.close()
@@ -208,15 +208,15 @@ class Service:
     # --- reload -------------------------------------------------------------------------------------------------------
 
     def _reload(self, daemon: Daemon) -> None:
-        """Take what the configuration's file says now, or say why not. Files and secrets are read anew in any case."""
-        askers = self._taken_askers()
+        """Take the present content of the configuration file, or report why not; read files and secrets in any case."""
+        clients = self._taken_clients()
         self._notifier.reloading()
         self._reloaded = replace(self._reloaded, under_way=True)
         daemon.refresh()
         try:
-            changed = self._renew(daemon, askers)
+            changed = self._renew(daemon, clients)
         except StoppingError:
-            self._give_back(askers)
+            self._give_back(clients)
             return
         except ConfigError as error:
             answer = self._refused(error.problems)
@@ -224,29 +224,29 @@ class Service:
             answer = self._done(changed=changed)
         if self._daemon is not None:
             self._notifier.ready()
-        for asker in askers:
-            asker.answer(answer)
+        for client in clients:
+            client.answer(answer)
 
-    def _renew(self, daemon: Daemon, askers: Sequence[Asker]) -> bool:
-        """Put what the file says in the place of what runs.
+    def _renew(self, daemon: Daemon, clients: Sequence[WaitingClient]) -> bool:
+        """Replace the running daemon by one with the configuration in the file.
 
         Args:
-            daemon: What runs.
-            askers: Who is told if the process executes itself anew.
+            daemon: The running daemon.
+            clients: The clients that wait for this reload; they are passed on if the process executes itself anew.
 
         Returns:
-            Whether it says another thing than before.
+            Whether the configuration has changed.
 
         Raises:
-            ConfigError: It cannot be used. What ran before runs, or nothing if that cannot be had again either.
+            ConfigError: It cannot be used. The former configuration runs, or nothing if that cannot be opened again.
             StoppingError: A signal asked for the end.
         """
         check = partial(self._read_and_check, daemon)
-        new = self._beside(check, name="reload", beat=lambda: self._beat_unless_stopping(daemon))
+        new = self._run_with_beat(check, name="reload", beat=lambda: self._beat_unless_stopping(daemon))
         former = self._config
         if new == former:
             return False
-        self._stop(daemon, askers)
+        self._stop(daemon, clients)
         try:
             self._follow(former, new)
         except StoppingError:
@@ -254,7 +254,7 @@ class Service:
         except Exception as error:
             self._run_again(former)
             raise ConfigError(_problems_in(error)) from error
-        self._settle_memory()
+        self._collect_garbage()
         return True
 
     def _read_and_check(self, daemon: Daemon) -> Config:
@@ -278,35 +278,35 @@ class Service:
     def _follow(self, former: Config, new: Config) -> None:
         end_if_stopping(self._signals)
         new = new.keeping(former)
-        if problems := list(problems_of_journal(new, former.journal.path)):  # what the stop itself has stored
+        if problems := list(problems_of_journal(new, former.journal.path)):  # the stop may have stored events
             raise ConfigError(problems)
         self._run(new)
 
-    def _stop(self, daemon: Daemon, askers: Sequence[Asker]) -> None:
-        """Stop what runs. If a thread does not end, the process executes itself anew."""
+    def _stop(self, daemon: Daemon, clients: Sequence[WaitingClient]) -> None:
+        """Stop the running daemon. If a thread does not end, the process executes itself anew."""
         ends_at = time.monotonic() + self._config.daemon.shutdown_secs + BEYOND_STOP_SECS
-        self._take_down(daemon)
+        self._detach(daemon)
 
         def beat() -> None:
             self._notifier.alive()
             if time.monotonic() > ends_at:
-                self._go_on_anew(["closing the journal"], askers)
+                self._execute_anew(["closing the journal"], clients)
 
-        if stuck := self._beside(daemon.stop, name="stop", beat=beat):
-            self._go_on_anew(stuck, askers)
+        if stuck := self._run_with_beat(daemon.stop, name="stop", beat=beat):
+            self._execute_anew(stuck, clients)
 
-    def _take_down(self, daemon: Daemon) -> Daemon:
-        """From now on it is not asked any more how it is."""
+    def _detach(self, daemon: Daemon) -> Daemon:
+        """Keep the daemon's last status, and let no thread use the daemon from now on."""
         self._last_status = self._of_process(daemon.known_status())
         self._daemon = None
         return daemon
 
-    def _go_on_anew(self, stuck: Sequence[str], askers: Sequence[Asker]) -> NoReturn:
+    def _execute_anew(self, stuck: Sequence[str], clients: Sequence[WaitingClient]) -> NoReturn:
         listening = self._listening.handed_over() | self._sockets.handed_over()
         if self._status_socket is not None:
             listening[str(self._status_socket.path)] = self._status_socket.fileno()
-        with self._askers_lock:
-            asking = [asker.fileno() for asker in (*askers, *self._askers)]
+        with self._clients_lock:
+            asking = [client.fileno() for client in (*clients, *self._clients)]
         try:
             journal = str(self._config.journal.path)
             passed = self._sockets.passed
@@ -319,10 +319,10 @@ class Service:
             raise StoppingError(self._end_reason) from error
 
     def _run(self, config: Config) -> None:
-        """Build and start what a configuration describes.
+        """Build and start the daemon of a configuration.
 
         Raises:
-            Exception: It cannot be had; nothing of it is left open.
+            Exception: It cannot be built or started; nothing of it is left open.
         """
         self._telemetry.log_to(self._make_log(config))
         self._notifier.alive()
@@ -338,7 +338,7 @@ class Service:
         self._sockets.keep(config.callback_addresses)
 
     def _run_again(self, former: Config) -> None:
-        """After a configuration could not be built: have the former one again, or end."""
+        """After a configuration could not be built: run the former one again, or end."""
         try:
             self._run(former)
         except StoppingError:
@@ -358,14 +358,14 @@ class Service:
         )
 
     def _done(self, *, changed: bool, stuck: Sequence[str] = ()) -> Mapping[str, Any]:
-        """Say that a reload is done. Returns the answer to those who asked."""
+        """Record and log that a reload is done. Returns the answer for the waiting clients."""
         now = self._clock()
         self._reloaded = ReloadStatus(at=now, last_success_at=now)
         self._log.info("daemon.reloaded", changed=changed, **({"executed_anew_for": list(stuck)} if stuck else {}))
         return {"result": "done", "changed": changed, "stuck": list(stuck), "problems": []}
 
     def _refused(self, problems: Sequence[str]) -> Mapping[str, Any]:
-        """Say that a reload was refused, and why. Returns the answer to those who asked."""
+        """Record and log that a reload was refused, and why. Returns the answer for the waiting clients."""
         self._reloaded = replace(
             self._reloaded, successful=False, at=self._clock(), under_way=False, problems=tuple(problems)
         )
@@ -375,23 +375,23 @@ class Service:
         )
         return answer
 
-    # --- beside the main thread ---------------------------------------------------------------------------------------
+    # --- tasks in another thread --------------------------------------------------------------------------------------
 
-    def _beside(self, task: Callable[[], T], *, name: str, beat: Callable[[], None]) -> T:
-        """Run a task in a thread of its own, and the beat meanwhile.
+    def _run_with_beat(self, task: Callable[[], T], *, name: str, beat: Callable[[], None]) -> T:
+        """Run a task in a thread of its own, and call `beat` repeatedly meanwhile.
 
         Args:
-            task: What may take seconds.
-            name: Of the thread.
-            beat: Called again and again; what it raises ends the waiting.
+            task: A function that may take seconds.
+            name: Name of the thread.
+            beat: If it raises an exception, this ends the wait for the task.
 
         Returns:
-            What the task returns; what it raises is raised.
+            The result of the task; if the task raises, so does this method.
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         try:
             future = thread.submit(task)
-            while not wait([future], min(self._beat_secs, BESIDE_BEAT_SECS)).done:
+            while not wait([future], min(self._beat_secs, TASK_BEAT_SECS)).done:
                 beat()
             return future.result()
         finally:
@@ -401,8 +401,8 @@ class Service:
         end_if_stopping(self._signals)
         self._beat(daemon)
 
-    def _settle_memory(self) -> None:
-        """What the former configuration left is freed; what the new one has made stays, and is not looked at again."""
+    def _collect_garbage(self) -> None:
+        """Free the memory of the former configuration, and exempt the new one's from further garbage collection."""
         gc.unfreeze()
         gc.collect()
         gc.freeze()
@@ -410,7 +410,7 @@ class Service:
     # --- the status socket --------------------------------------------------------------------------------------------
 
     def _open_status_socket(self) -> None:
-        """Listen where the configuration says, if that is not done already."""
+        """Open the status socket at the configured path, if it is not open there already."""
         path = socket_path(self._config.journal.path)
         if self._status_socket is not None:
             if self._status_socket.path == path:
@@ -419,7 +419,7 @@ class Service:
             self._status_socket = None
         try:
             self._status_socket = self._status_socket_at(path)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the system has no more threads
+        except (OSError, RuntimeError) as error:  # RuntimeError: the system allows no more threads
             self._log.warning("status.unavailable", path=str(path), error_message=str(error))
 
     def _status_socket_at(self, path: Path) -> StatusSocket:
@@ -433,12 +433,12 @@ class Service:
 
     def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if request.get("command") != "status":
-            return {"error": f"this vodpoller ({__version__}) knows no command {request.get('command')!r}"}
+            return {"error": f"this vodpoller ({__version__}) does not know the command {request.get('command')!r}"}
         answer: Mapping[str, Any] = self._cleared(self._status().as_json(strict=bool(request.get("strict"))))
         return answer
 
     def _view(self) -> View:
-        """What the listener shows; asked in its threads."""
+        """What the listener shows; called in its threads."""
         daemon, settings = self._daemon, self._config.listener
         return View(
             access=Access(hosts=settings.known_hosts(), password=settings.password_file),
@@ -460,32 +460,32 @@ class Service:
             if self._daemon is daemon:
                 raise
             status = None
-        if status is None or self._daemon is not daemon:  # it was stopped, maybe while it was asked
+        if status is None or self._daemon is not daemon:  # it was stopped, maybe while it made its status
             return replace(self._last_status, at=self._clock())
         return status
 
     def _of_process(self, status: Status) -> Status:
-        """With what the process knows besides."""
+        """The status with what only the process knows: its start, and its reloads."""
         reloaded = replace(self._reloaded, built_at=status.started_at)
         return replace(status, started_at=self._started_at, reload=reloaded)
 
     def _cleared(self, value: Any) -> Any:
-        """Without secrets, which what a receiver or VOD said may repeat."""
+        """The value without secrets: errors of receivers and of VOD may quote them."""
         return cleared(value, searched_for(self._config.hidden()))
 
-    def _ask_for_reload(self, asker: Asker) -> None:
-        with self._askers_lock:
-            self._askers.append(asker)
+    def _ask_for_reload(self, client: WaitingClient) -> None:
+        with self._clients_lock:
+            self._clients.append(client)
         self._signals.reload()
 
-    def _taken_askers(self) -> list[Asker]:
-        with self._askers_lock:
-            askers, self._askers = self._askers, []
-        return askers
+    def _taken_clients(self) -> list[WaitingClient]:
+        with self._clients_lock:
+            clients, self._clients = self._clients, []
+        return clients
 
-    def _give_back(self, askers: Sequence[Asker]) -> None:
-        with self._askers_lock:
-            self._askers += askers
+    def _give_back(self, clients: Sequence[WaitingClient]) -> None:
+        with self._clients_lock:
+            self._clients += clients
 
 
 def _problems_in(error: Exception) -> Sequence[str]:

@@ -1,7 +1,7 @@
-"""What becomes of an event: its outcome at each sink, what is done with its handle, what came of the confirm, and why.
+"""How an event ends: its outcome at each sink, its settlement, the result of its confirm, and the reasons.
 
-All of it is pure: values in, values out. `Reason` and `ConfirmResult` are closed vocabularies, the same in log lines,
-stored rows, `vodpoller status` and the README.
+All functions are pure. `Reason` and `ConfirmResult` are closed vocabularies, the same in log lines, stored rows,
+`vodpoller status` and the README.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ Unrouted = Literal["dead_letter", "confirm", "leave"]
 
 
 class Outcome(StrEnum):
-    """What came of one event at one sink."""
+    """The outcome of one event at one sink."""
 
     DELIVERED = "delivered"
     REJECTED = "rejected"
@@ -25,8 +25,8 @@ class Outcome(StrEnum):
 class Settlement(StrEnum):
     """What is done with one event's handle.
 
-    CONFIRM: every sink has the event. STORE: what sinks lack is written down, then the handle is confirmed. LEAVE: the
-    handle is not confirmed, and VOD delivers the event again.
+    CONFIRM: every sink has the event. STORE: the event is stored for the sinks that lack it, then the handle is
+    confirmed. LEAVE: the handle is not confirmed, and VOD delivers the event again.
     """
 
     CONFIRM = "confirm"
@@ -35,10 +35,10 @@ class Settlement(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why an event, or an event at a sink, came to what it came to.
+    """The reason of an outcome or of a settlement.
 
-    The order counts: the reason of an event is the first in this order among the reasons of its sinks. The last two
-    are of stored events only.
+    The order matters: the reason of an event is the first in this order among the reasons of its sinks. The last two
+    are reasons of stored events only.
     """
 
     JOURNAL_FULL = "journal_full"
@@ -66,12 +66,12 @@ _RANK = {reason: rank for rank, reason in enumerate(Reason)}
 
 
 class ConfirmResult(StrEnum):
-    """What came of the confirm of one handle.
+    """The result of the confirm of one handle.
 
-    CONFIRMED: VOD answered OK. REFUSED: VOD does not take the handle. REFUSED_AFTER_LOST: it does not, after a request
+    CONFIRMED: VOD answered OK. REFUSED: VOD refused the handle. REFUSED_AFTER_LOST: VOD refused it after a request
     whose answer was lost, which probably confirmed it. NO_ANSWER: no answer came until the lease ended. THROTTLED: the
-    quota left no room until then. LEASE_ENDED: the lease was over before anything could be sent. NOT_ALLOWED: VOD
-    forbids the call until a person acts. STOPPING: the daemon's time to stop was over.
+    quota left no room for a request until the lease ended. LEASE_ENDED: the lease ended before a request could be sent.
+    NOT_ALLOWED: VOD forbids the call until a person acts. STOPPING: the daemon's time to stop was over.
     """
 
     CONFIRMED = "confirmed"
@@ -90,11 +90,11 @@ class ConfirmResult(StrEnum):
 
 
 class CallbackResult(StrEnum):
-    """What came of one request at a source that receives callbacks.
+    """The result of one request at a source that receives callbacks.
 
-    ACCEPTED: answered with 200, after its sinks were tried. STORED_UNTRIED: the same, stored without trying them.
-    UNANSWERED: the event is left, or its connection was gone before the answer. BAD_SIGNATURE: not signed with the
-    source's key. NOT_ALLOWED: not from its networks. NOT_AN_EVENT: nothing that VOD sends.
+    ACCEPTED: answered with 200, after its sinks were tried. STORED_UNTRIED: answered with 200, stored without trying
+    the sinks. UNANSWERED: the event is left, or its connection was closed before the answer. BAD_SIGNATURE: not signed
+    with the source's key. NOT_ALLOWED: not from its networks. NOT_AN_EVENT: not a request of the form that VOD sends.
     """
 
     ACCEPTED = "accepted"
@@ -107,14 +107,14 @@ class CallbackResult(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkResult:
-    """What came of one event at one sink, as far as is known when the event is settled.
+    """The result of one event at one sink, as far as it is known when the event is settled.
 
     Args:
-        outcome: What came of it.
-        reason: Why.
-        why: For a person, in words; empty if there is nothing to explain.
+        outcome: The outcome.
+        reason: Its reason.
+        why: An explanation for a person; empty if none is needed.
         attempts: Number of attempts that failed.
-        retry_after_secs: No attempt makes sense sooner; None if nothing is known about that.
+        retry_after_secs: An earlier attempt makes no sense; None if no such time is known.
     """
 
     outcome: Outcome
@@ -136,7 +136,7 @@ ALREADY_STORED = SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=Reason.ALREADY
 UNTRIED = SinkResult(
     outcome=Outcome.NOT_ATTEMPTED,
     reason=Reason.QUEUE_FULL,
-    why="max_events_in_flight of the source were on their way: it was stored without trying the sink",
+    why="the source already had max_events_in_flight events in flight: it was stored without trying the sink",
 )
 
 
@@ -149,7 +149,7 @@ class Verdict:
 
     @classmethod
     def leave(cls, reason: Reason) -> Self:
-        """VOD keeps the event."""
+        """The verdict to leave the event with VOD."""
         return cls(settlement=Settlement.LEAVE, reason=reason)
 
     @property
@@ -159,14 +159,14 @@ class Verdict:
 
 
 def settle(results: Collection[SinkResult], *, on_failure: OnFailure) -> Verdict:
-    """What to do with a routed event, given what came of it at each of its sinks.
+    """Decide what is done with a routed event, by its results at all its sinks.
 
     Args:
         results: One for each sink that the event was routed to.
-        on_failure: What the source wants for an event that not every sink accepted.
+        on_failure: The source's setting for an event that not every sink accepted.
 
     Raises:
-        ValueError: `results` is empty: no sink has the event, so nothing may settle it.
+        ValueError: `results` is empty: no sink has the event, so it must not be settled.
     """
     if not results:
         raise ValueError("an event without any outcome cannot be settled")
@@ -179,11 +179,11 @@ def settle(results: Collection[SinkResult], *, on_failure: OnFailure) -> Verdict
 
 
 def settle_unrouted(unrouted: Unrouted | None) -> Verdict:
-    """What to do with an event that no route takes.
+    """Decide what is done with an event that no route takes.
 
     Args:
-        unrouted: What the source wants for such events; None if the configuration made sure that there are none, so
-            that one that comes all the same is kept for a person.
+        unrouted: The source's setting for such events. None if the configuration excludes them; one that comes
+            nevertheless is kept as a dead letter.
     """
     match unrouted:
         case "confirm":
@@ -198,7 +198,7 @@ def settle_unrouted(unrouted: Unrouted | None) -> Verdict:
 
 
 def settle_malformed(*, on_failure: OnFailure) -> Verdict:
-    """What to do with what cannot be read as an event."""
+    """Decide what is done with an item that cannot be read as an event."""
     if on_failure == "leave":
         return Verdict.leave(Reason.LEFT_BY_CONFIGURATION)
     return Verdict(settlement=Settlement.STORE, reason=Reason.MALFORMED)

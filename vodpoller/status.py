@@ -1,6 +1,6 @@
-"""One frozen snapshot of how the daemon is, from which `STATUS=`, `vodpoller status` and the listener are made.
+"""One frozen snapshot of the daemon's state, from which `STATUS=`, `vodpoller status` and the listener are made.
 
-Making the snapshot asks the parts of the daemon; everything here is values in, values out.
+The daemon makes the snapshot from its parts; all functions here are pure.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ class PullError:
     """A pull that failed.
 
     Args:
-        at: When, in seconds since 1970.
-        message: What it failed with.
+        at: Time of the failure, in seconds since 1970.
+        message: The text of its error.
         error_code: Tencent's code, empty if there is none.
         request_id: Tencent's RequestId, empty if there is none.
     """
@@ -33,21 +33,21 @@ class PullError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceStatus:
-    """How pulling goes at one source. Times are in seconds since 1970.
+    """The state of one source. Times are in seconds since 1970.
 
     Args:
         name: The source's name.
         last_pull_at: When VOD last answered a pull; None for never.
         pulls_in_flight: Number of pulls that are outstanding.
-        failing_since: When the pulls began to fail without a success since; None while pulling works.
+        failing_since: Time of the first failure since the last success; None while pulling works.
         next_pull_at: When the next pull is sent, if it waits for the end of a back-off.
-        error: What the last pull failed with; empty while pulling works.
+        error: The error of the last pull; empty while pulling works.
         error_code: Tencent's code of that error, empty if there is none.
         request_id: Tencent's RequestId of that error, empty if there is none.
         remedy: What to do about it.
-        last_error: The last pull that failed, also if pulling works again; None if none did since the start.
+        last_error: The last pull that failed, also if pulling works again; None if none failed since the start.
         is_pushed: Whether VOD sends the application's events to a URL: then none can be pulled.
-        type: "pull", or "callback": then only what follows is of it.
+        type: "pull", or "callback": then only the name and the following arguments apply.
         last_callback_at: When the last callback was processed; None for never.
         callbacks_in_flight: Number of callbacks that are being processed.
         connections: Number of open connections at its address.
@@ -72,17 +72,17 @@ class SourceStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkStatus:
-    """How one sink is. Times are in seconds since 1970.
+    """The state of one sink. Times are in seconds since 1970.
 
     Args:
         name: The sink's name.
         down_since: When its breaker opened; None if it is closed.
-        paused_until: Until when the receiver asked to be left alone; None if it did not.
+        paused_until: Until when the receiver asked to wait; None if it did not ask.
         next_try_at: When it is tried next; None if nothing keeps events from it.
-        error: What its last failed attempt said, if it is down or paused.
+        error: The error of its last failed attempt, if it is down or paused.
         queued: Number of deliveries that wait in its queue.
         queue_max_events: Number of deliveries that may wait in it.
-        last_success_at: When it last accepted something; None if it did not since the start.
+        last_success_at: When it last accepted an event; None if it accepted none since the start.
     """
 
     name: str
@@ -97,7 +97,7 @@ class SinkStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredStatus:
-    """How much is stored for one sink in one state.
+    """The number of stored events of one sink in one state.
 
     Args:
         sink: The sink's name; empty if no route named one.
@@ -114,16 +114,17 @@ class StoredStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalStatus:
-    """How the journal is.
+    """The state of the journal.
 
     Args:
         path: The file.
-        writable: Whether what is accepted or stored can be written down.
-        error: Why not; empty if it can be written.
+        writable: Whether accepted and stored events can be written to it.
+        error: Why it cannot be written; empty if it can.
         remedy: What to do about it; empty if that follows from the error.
-        stored_bytes: What stored events take.
-        limit_bytes: What they may take: `journal.max_bytes`.
-        last_confirm_at: When VOD last confirmed something, in seconds since 1970; None if it did not since the start.
+        stored_bytes: Size of the stored events.
+        limit_bytes: Maximum of `stored_bytes`: `journal.max_bytes`.
+        last_confirm_at: When VOD last acknowledged a confirm, in seconds since 1970; None if it did not since the
+            start.
     """
 
     path: str
@@ -137,15 +138,15 @@ class JournalStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialsStatus:
-    """How the API key is. Times are in seconds since 1970.
+    """The state of the API key. Times are in seconds since 1970.
 
     Args:
         provider: `credentials.provider`.
-        role: Of what the temporary key is; empty if there is none.
-        expires_at: When the temporary key ends; None if there is none.
+        role: The role of the temporary key; empty if there is none.
+        expires_at: When the temporary key expires; None if there is none.
         is_usable: Whether requests can be signed.
-        failing_since: When renewing began to fail without a success since; None while it works.
-        error: What the last renewal failed with; empty while it works.
+        failing_since: Time of the first failed renewal since the last success; None while it works.
+        error: The error of the last renewal; empty while it works.
         remedy: What to do about it; empty if that follows from the error.
     """
 
@@ -160,15 +161,15 @@ class CredentialsStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReloadStatus:
-    """How the last reload went. Times are in seconds since 1970.
+    """The result of the last reload. Times are in seconds since 1970.
 
     Args:
-        successful: Whether what the file says was taken; at the start it was.
-        at: When the last reload ended; None for never.
-        last_success_at: When what the file says was last taken, at the start or by a reload.
-        built_at: When what runs now began to pull.
-        under_way: Whether there is one at this moment: then all the rest is of the moment when it began.
-        problems: Why the last one was refused.
+        successful: Whether the configuration file was accepted; true after the start.
+        at: When the last reload ended; None if there was none.
+        last_success_at: When the configuration file was last accepted, at the start or by a reload.
+        built_at: When the running configuration began to pull.
+        under_way: Whether a reload is under way: then the other values are those from its beginning.
+        problems: Why the last reload was refused.
     """
 
     successful: bool = True
@@ -181,10 +182,10 @@ class ReloadStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Something that keeps events from flowing.
+    """A problem that keeps events from being delivered.
 
     Args:
-        what: What it concerns: "daemon", "configuration", "journal", "source NAME", "sink NAME".
+        what: The part that has it: "daemon", "configuration", "journal", "source NAME", "sink NAME".
         cause: What is wrong.
         remedy: What to do.
     """
@@ -199,20 +200,20 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How the daemon is at one moment.
+    """The state of the daemon at one moment.
 
     Args:
         pid: Its process id.
-        version: Of vodpoller.
+        version: The version of vodpoller.
         started_at: When it first began to pull, in seconds since 1970.
         at: The moment, in seconds since 1970.
         settled_events: Number of events that were settled so far.
-        sources: In the configuration's order.
-        sinks: In the configuration's order.
-        stored: What is stored, by sink and state.
-        journal: How the journal is.
-        credentials: How the API key is.
-        reload: How the last reload went.
+        sources: The sources, in the configuration's order.
+        sinks: The sinks, in the configuration's order.
+        stored: The numbers of stored events, by sink and state.
+        journal: The state of the journal.
+        credentials: The state of the API key.
+        reload: The result of the last reload.
     """
 
     pid: int
@@ -228,10 +229,10 @@ class Status:
     reload: ReloadStatus = field(default_factory=ReloadStatus)
 
     def problems(self, *, strict: bool = False) -> list[Problem]:
-        """What keeps events from flowing, the cause of others first.
+        """The problems that keep events from being delivered; a problem that may cause others comes first.
 
         Args:
-            strict: Dead letters count too.
+            strict: Dead letters count as problems, too.
         """
         found = [
             *self._journal_problems(),
@@ -275,7 +276,7 @@ class Status:
     def _source_problems(self) -> Iterator[Problem]:
         started_at = max(self.started_at, self.reload.built_at)
         for source in self.sources:
-            if source.type == "callback":  # that nothing comes is not a problem: there may be nothing
+            if source.type == "callback":  # if no callback comes, there may be no event
                 continue
             if source.is_pushed:
                 yield Problem(
@@ -313,14 +314,14 @@ class Status:
         yield from _removed_sinks(self.stored, [sink.name for sink in self.sinks])
 
     def as_line(self) -> str:
-        """The one line of `systemctl status`."""
+        """The line for `systemctl status`."""
         pulling = [f"{it.name}: {_pulling(it)}" for it in self.sources]
         down = ", ".join(sink.name for sink in self.sinks if sink.down_since is not None)
         numbers = {
             state: sum(stored.events for stored in self.stored if stored.state == state)
             for state in ("pending", "dead")
         }
-        said = [
+        parts = [
             "" if self.reload.successful else "the last reload was refused",
             *pulling,
             f"sinks down: {down}" if down else "",
@@ -328,7 +329,7 @@ class Status:
             *(f"{number} {state}" if number else "" for state, number in numbers.items()),
             f"{self.settled_events} events settled",
         ]
-        return "; ".join(filter(None, said))
+        return "; ".join(filter(None, parts))
 
     def as_json(self, *, strict: bool = False) -> dict[str, Any]:
         """The object of `vodpoller status --json`. Times are in ISO 8601, UTC."""
@@ -338,21 +339,21 @@ class Status:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SilentStatus:
-    """What the journal knows if no daemon answers. Times are in seconds since 1970.
+    """What is known from the journal if no daemon answers. Times are in seconds since 1970.
 
     Args:
         running: Whether a process has the journal open.
-        cause: Why nothing is known of a daemon.
+        cause: Why no daemon answers.
         remedy: What to do.
-        version: Of the vodpoller that says so.
+        version: The version of the vodpoller that made this status.
         started_at: When a process last opened the journal; None for never.
         last_pull_at: When VOD last answered a pull; None for never.
-        last_confirm_at: When VOD last confirmed something; None for never.
+        last_confirm_at: When VOD last acknowledged a confirm; None for never.
         at: The moment.
         sinks: Names of the configured sinks.
-        stored: What is stored, by sink and state.
+        stored: The numbers of stored events, by sink and state.
         path: The journal.
-        limit_bytes: What stored events may take.
+        limit_bytes: Maximum size of the stored events.
     """
 
     running: bool
@@ -369,13 +370,13 @@ class SilentStatus:
     limit_bytes: int
 
     def problems(self, *, strict: bool = False) -> list[Problem]:
-        """As of a daemon's status; that it does not answer comes first."""
+        """The same as in the status of a daemon; the first problem is that no daemon answers."""
         found = [Problem(what="daemon", cause=self.cause, remedy=self.remedy)]
         found += _removed_sinks(self.stored, self.sinks)
         return [*found, *_dead_letters(self.stored)] if strict else found
 
     def as_json(self, *, strict: bool = False) -> dict[str, Any]:
-        """The members of a daemon's status; null if only a daemon could tell."""
+        """The members of a daemon's status. A value that only a daemon knows is null."""
         known = {
             "pid": None,
             "version": self.version,

@@ -1,6 +1,6 @@
-"""The socket on which a running daemon says how it is: `<journal.path>.sock`, for its own user and root only.
+"""The socket on which a running daemon reports its status: `<journal.path>.sock`, for its own user and root only.
 
-One request, one answer, each a line of JSON; then the connection ends.
+A connection has one request and one answer, each a line of JSON.
 """
 
 import json
@@ -30,18 +30,19 @@ _LISTENS: Final = 0x10000  # __SO_ACCEPTCON of the kernel's net.h, in the flags 
 
 
 def socket_path(journal_path: Path) -> Path:
-    """Where the daemon with this journal listens."""
+    """The path of the socket of the daemon with this journal."""
     return journal_path.with_name(journal_path.name + _ENDING)
 
 
 def socket_of_process(pid: int) -> Path | None:
-    """Where the daemon listens that is this process; None if it does not, or at a relative path.
+    """The path of the status socket of a process; None if it has none, or one with a relative path.
 
-    What a process has open (/proc/PID/fd) is hidden from the sandbox in which a unit's ExecReload= runs. So each socket
-    that may be the one is connected to, and the kernel says who listens there (unix(7), SO_PEERCRED).
+    The open files of a process (/proc/PID/fd) are hidden from the sandbox in which a unit's ExecReload= runs. So this
+    connects to each socket that may be the right one, and the kernel says which process listens there (unix(7),
+    SO_PEERCRED).
 
     Args:
-        pid: Its number.
+        pid: The process id.
     """
     try:
         lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]
@@ -55,7 +56,7 @@ def socket_of_process(pid: int) -> Path | None:
 
 
 def _listener_at(path: Path) -> int | None:
-    """The process that listens at a path; None if it is not a status socket, or may not be asked."""
+    """The process that listens at a path; None if it is not a status socket, or connecting to it is not allowed."""
     try:
         if path.suffix != _ENDING or not path.is_absolute() or stat.S_IMODE(path.stat().st_mode) != _MODE:
             return None
@@ -72,14 +73,14 @@ class StatusSocket:
     """Answers requests, one at a time, in a thread of its own.
 
     Args:
-        path: Where; a socket that an earlier process left there is replaced.
+        path: The path of the socket; a socket that an earlier process left there is replaced.
         answer: Makes the answer to a request.
-        later: By the command that a request names: what takes the client whose answer takes long, and answers it.
+        later: For commands whose answer takes long, by their names: takes the client, and answers it later.
         listening: The socket that listens there already; None to make it.
-        log: The destination of log lines, asked at each: another configuration may have another.
+        log: Returns the destination of log lines; called for each line, since a reload may change it.
 
     Attributes:
-        path: Where.
+        path: The path of the socket.
 
     Raises:
         OSError: The socket cannot be made there.
@@ -90,7 +91,7 @@ class StatusSocket:
         path: Path,
         answer: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
-        later: Mapping[str, Callable[["Asker"], None]] = MappingProxyType({}),
+        later: Mapping[str, Callable[["WaitingClient"], None]] = MappingProxyType({}),
         listening: socket.socket | None = None,
         log: Callable[[], Logger],
     ) -> None:
@@ -108,16 +109,16 @@ class StatusSocket:
         self._thread.start()
 
     def fileno(self) -> int:
-        """The descriptor of the socket that listens."""
+        """The descriptor of the listening socket."""
         return self._listening.fileno()
 
     def close(self) -> None:
-        """Answer nothing more. An answer that is under way is awaited, but not for long."""
+        """Stop answering. An answer that is under way is awaited for `CLIENT_SECS` at most."""
         with suppress(OSError):
             self.path.unlink()
         self._wake.close()
         self._thread.join(CLIENT_SECS)
-        if self._thread.is_alive():  # what it still uses the end of the process closes
+        if self._thread.is_alive():  # the end of the process closes what it still uses
             return
         self._selector.close()
         self._listening.close()
@@ -136,29 +137,29 @@ class StatusSocket:
                         serving.pop_all()
             except OSError:  # the client went away or sends nothing, or there are no more descriptors
                 time.sleep(0.05)
-            except Exception:  # noqa: BLE001 - the next request may do better
+            except Exception:  # noqa: BLE001 - one failed request must not end the thread
                 self._log().error("task.failed", task="status", exc_info=True)
 
     def _serve_one(self, connection: socket.socket) -> bool:
-        """Answer one request. Returns whether it is kept, to be answered later."""
+        """Answer one request. Returns whether the connection is kept, to be answered later."""
         request = _line_from(connection, REQUEST_MAX_BYTES, CLIENT_SECS)
         try:
             wanted = json.loads(request)
         except ValueError:
             wanted = None
         if isinstance(wanted, dict) and (take := self._later.get(str(wanted.get("command")))):
-            take(Asker(connection))
+            take(WaitingClient(connection))
             return True
         answer = self._answer(wanted) if isinstance(wanted, dict) else {"error": "the request is not a JSON object"}
         _send(connection, answer)
         return False
 
 
-class Asker:
-    """A client whose request takes long: it is answered later, from any thread, and holds up no other client.
+class WaitingClient:
+    """A client whose request takes long: it is answered later, from any thread, and delays no other client.
 
     Args:
-        connection: To the client.
+        connection: The connection to the client.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -195,18 +196,18 @@ def _listen_at(path: Path) -> socket.socket:
 
 
 def ask(path: Path, request: Mapping[str, Any], *, timeout_secs: float) -> dict[str, Any] | None:
-    """Ask the daemon that listens there.
+    """Send a request to the daemon that listens at a path.
 
     Args:
-        path: Of its socket.
-        request: What to ask.
-        timeout_secs: For each step of the exchange.
+        path: The path of its socket.
+        request: The request.
+        timeout_secs: Time limit of each step of the exchange.
 
     Returns:
         Its answer; None if no daemon listens.
 
     Raises:
-        OSError: It listens, and cannot be asked: no right, or no answer in time.
+        OSError: It listens, but this user may not connect to it, or no answer came in time.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_secs)
@@ -236,7 +237,7 @@ def _line_from(connection: socket.socket, max_bytes: int, within_secs: float) ->
 
 @contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """The path as `bind` and `connect` take it: a long one by way of its folder's descriptor."""
+    """The path in a form that `bind` and `connect` accept: a long one is given relative to its folder's descriptor."""
     if len(os.fsencode(path)) <= _PATH_MAX_BYTES:
         yield os.fspath(path)
         return

@@ -1,4 +1,4 @@
-"""What systemd and a service say to each other: the notify protocol (sd_notify(3)), sockets that are passed on."""
+"""The interface to systemd: the notify protocol (sd_notify(3)) and passed sockets (sd_listen_fds(3))."""
 
 import fcntl
 import os
@@ -14,7 +14,8 @@ def passed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """The sockets that the service manager has opened for this process (sd_listen_fds(3)).
 
     Args:
-        environ: Of the process. What says so is taken out: it is not for its children.
+        environ: The environment of the process. The variables of the protocol are removed, so that no child process
+            gets them.
     """
     pid, number = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     environ.pop("LISTEN_FDNAMES", None)
@@ -27,11 +28,11 @@ def passed_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 class Notifier:
-    """Tells the service manager how the daemon is; does nothing where there is none.
+    """Reports the state of the daemon to the service manager; does nothing if there is none.
 
     Args:
         address: `$NOTIFY_SOCKET`; a leading @ means the abstract namespace; empty means no service manager.
-        watchdog_secs: How often the manager wants to hear from the daemon at least; None for no watchdog.
+        watchdog_secs: Maximum time between two messages to the watchdog; None for no watchdog.
     """
 
     def __init__(self, address: str, *, watchdog_secs: float | None = None) -> None:
@@ -41,10 +42,11 @@ class Notifier:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Notifier":
-        """The notifier that the service manager has asked this process for (sd_watchdog_enabled(3)).
+        """The notifier that the service manager has configured for this process (sd_watchdog_enabled(3)).
 
         Args:
-            environ: `$WATCHDOG_USEC` is the period; another process is meant if `$WATCHDOG_PID` is not this one.
+            environ: `$WATCHDOG_USEC` is the period of the watchdog; it is meant for another process if `$WATCHDOG_PID`
+                is not this one's id.
         """
         period, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
         is_meant = period.isdecimal() and int(period) > 0 and pid in ("", str(os.getpid()))
@@ -62,25 +64,25 @@ class Notifier:
             pass
 
     def ready(self) -> None:
-        """The start, or a reload, is over."""
+        """Report that the start, or a reload, is over."""
         self.notify("READY=1")
 
     def reloading(self) -> None:
-        """A reload has begun; `ready` says that it is over. The time tells it from an earlier one."""
+        """Report that a reload has begun; `ready` reports its end. The time distinguishes it from an earlier reload."""
         self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """Shutdown has begun."""
+        """Report that the stop has begun."""
         self.notify("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`; sent only where it changed."""
+        """Report the line for `systemctl status`, if it has changed."""
         if text != self._last_status:
             self._last_status = text
             self.notify(f"STATUS={' '.join(text.split())}")  # a second line would be another assignment
 
     def extend(self, secs: float) -> None:
-        """What is under way, the start or the end, goes on: it may take so long from now, whatever its time limit."""
+        """Extend the time limit of the start or the stop that is under way: it may take `secs` from now."""
         self.notify(f"EXTEND_TIMEOUT_USEC={secs * 1e6:.0f}")
 
     def alive(self) -> None:

@@ -1,7 +1,7 @@
-"""Telemetry: the one object that writes log lines, limits those that repeat, counts and measures.
+"""Telemetry: the one object that writes log lines, limits repeated ones, counts and measures.
 
-Each part of the daemon gets a `Scope` of it. What is counted has the names and labels of the metrics
-(`vodpoller/listener/README.md`), so that whatever shows numbers reads them here and counts nothing itself.
+Each part of the daemon gets a `Scope` of it. Counts have the names and labels of the metrics
+(`vodpoller/listener/README.md`), so that all code that shows numbers reads them here and counts nothing itself.
 """
 
 import threading
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from vodpoller.logs import EACH, Level, LineLogger, Logger, Repeats
+from vodpoller.logs import EACH, Level, LineLogger, Logger, RepeatLimiter
 
 Labels = tuple[tuple[str, str], ...]
 """Names and values, in the order of the names."""
@@ -26,7 +26,7 @@ REMOVED_SINK: Final = "(removed)"
 
 
 class Count(StrEnum):
-    """What is counted; each with its labels."""
+    """The counters; each with its labels."""
 
     PULLS = "pulls_total"  # source, result = events | empty | failed
     PULL_ERRORS = "pull_errors_total"  # source, code = one of `vod.answers.PULL_ERROR_CODES`
@@ -44,7 +44,7 @@ class Count(StrEnum):
 
 
 class Duration(StrEnum):
-    """What is measured in seconds; each with its labels."""
+    """The measured durations, in seconds; each with its labels."""
 
     EVENT_SETTLE = "event_settle_duration_seconds"  # source
     SINK_DELIVERY = "sink_delivery_duration_seconds"  # sink
@@ -52,7 +52,7 @@ class Duration(StrEnum):
 
 
 class Gauge(StrEnum):
-    """What is asked for now and then; each with its labels. What cannot be known has no value."""
+    """The values that are read periodically; each with its labels. A value that cannot be read is absent."""
 
     QUEUE_EVENTS = "queue_events"  # source
     DEAD_LETTERS = "dead_letters"  # sink, reason
@@ -61,21 +61,21 @@ class Gauge(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """How long something took, each time.
+    """A distribution of durations.
 
     Args:
-        numbers: How often, by the bounds of `BUCKETS_SECS` that were not passed; the last is what passed them all.
-        sum_secs: All together.
+        numbers: The number of durations in each bucket of `BUCKETS_SECS`; the last is that of all longer ones.
+        sum_secs: The sum of the durations.
     """
 
     numbers: Sequence[int] = (0,) * (len(BUCKETS_SECS) + 1)
     sum_secs: float = 0.0
 
     def quantile_secs(self, share: float) -> float | None:
-        """The time within which that share of them ended, as far as the bounds tell; None if there are none.
+        """The quantile of the durations, interpolated within its bucket; None if there are no durations.
 
         Args:
-            share: 0 to 1.
+            share: The share of the durations that are shorter, 0 to 1.
         """
         left = share * sum(self.numbers)
         lower = 0.0
@@ -87,20 +87,20 @@ class Distribution:
         return lower if any(self.numbers) else None
 
     def since(self, before: "Distribution") -> "Distribution":
-        """What came after an earlier state of it."""
+        """The durations that came after an earlier state."""
         numbers = [now - then for now, then in zip(self.numbers, before.numbers, strict=True)]
         return Distribution(numbers=numbers, sum_secs=self.sum_secs - before.sum_secs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """What was counted and measured: until one moment, or between two.
+    """All counts and durations: until one moment, or of an interval.
 
     Args:
-        at: The moment at which it ends: monotonic time, in seconds.
-        secs: The time that it is of.
-        counts: By what was counted, and its labels.
-        durations: By what was measured, and its labels.
+        at: The moment, or the end of the interval: monotonic time, in seconds.
+        secs: The length of the interval; 0 if it is the state at a moment.
+        counts: The numbers, by count and labels.
+        durations: The distributions, by duration and labels.
     """
 
     at: float
@@ -109,16 +109,16 @@ class Numbers:
     durations: Mapping[tuple[Duration, Labels], Distribution]
 
     def total(self, count: Count, **labels: str) -> int:
-        """The sum of what was counted under these labels, whatever the others are."""
+        """The sum of a count over all label sets that contain these labels."""
         wanted = set(labels.items())
         return sum(number for (name, found), number in self.counts.items() if name is count and wanted <= set(found))
 
     def per_sec(self, count: Count, **labels: str) -> float:
-        """The same, for each second of the time."""
+        """The same sum per second of the interval."""
         return self.total(count, **labels) / self.secs if self.secs > 0 else 0.0
 
     def since(self, before: "Numbers") -> "Numbers":
-        """What came after an earlier state."""
+        """The numbers of the interval since an earlier state."""
         nothing = Distribution()
         return Numbers(
             at=self.at,
@@ -129,7 +129,7 @@ class Numbers:
 
 
 def sink_label(sink: str, sinks: Collection[str]) -> str:
-    """The label of a sink that a stored event names: always one of a closed set.
+    """The label for the sink of a stored event: always one of a closed set.
 
     Args:
         sink: As it is stored; empty if no route named one.
@@ -140,8 +140,8 @@ def sink_label(sink: str, sinks: Collection[str]) -> str:
     return sink if sink in sinks else REMOVED_SINK
 
 
-def _without_what_is_long(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of an event's line, with texts of bounded length."""
+def _bounded(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of an event's line, with texts of bounded length and without the list of failed snapshots."""
     texts = ("event_type", "task_id", "file_id")
     if "failed_snapshots" not in line and all(len(line[name]) <= REMEMBERED_CHARS for name in texts):
         return line
@@ -150,7 +150,7 @@ def _without_what_is_long(line: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Bins:
-    """A distribution that grows; not safe for threads."""
+    """A distribution to which durations can be added; not thread-safe."""
 
     __slots__ = ("numbers", "sum_secs")
 
@@ -164,7 +164,7 @@ class _Bins:
 
 
 class Telemetry:
-    """Lines and numbers of the whole process.
+    """The log lines and the numbers of the whole process.
 
     Args:
         log: Destination of log lines.
@@ -182,16 +182,16 @@ class Telemetry:
         self._samples: deque[Numbers] = deque([self.numbers()], maxlen=2)
 
     def log_to(self, log: Logger) -> None:
-        """Have what gets its scope from now on write to another log.
+        """Use another log in the scopes that are made from now on.
 
         Args:
-            log: Where to.
+            log: Destination of log lines.
         """
         self.log = log
 
     def scope(self) -> "Scope":
-        """The view of one part of the daemon: its causes of repeated lines are its own."""
-        return Scope(self, Repeats(self.log, monotonic=self._monotonic))
+        """Make the scope of one part of the daemon, which limits the part's repeated lines separately."""
+        return Scope(self, RepeatLimiter(self.log, monotonic=self._monotonic))
 
     @property
     def dropped_lines(self) -> int:
@@ -201,40 +201,40 @@ class Telemetry:
         return logger.dropped_lines if isinstance(logger, LineLogger) else 0
 
     def add(self, numbers: Mapping[tuple[Count, Labels], int]) -> None:
-        """Count several things at once."""
+        """Add to several counts at once. Labels must be in the order of their names."""
         with self._lock:
             self._counts.update(numbers)
 
     def measure(self, duration: Duration, labels: Labels, secs: float, number: int = 1) -> None:
-        """Note how long something took.
+        """Add a duration.
 
         Args:
-            duration: What.
+            duration: The kind of the duration.
             labels: Its labels.
-            secs: How long.
-            number: Of things that took so long.
+            secs: The duration, in seconds.
+            number: How often it is added.
         """
         with self._lock:
             self._bins.setdefault((duration, labels), _Bins()).add(secs, number)
 
     def set(self, gauge: Gauge, values: Mapping[Labels, float]) -> None:
-        """Replace all values of a gauge; what is left out is not known any more."""
+        """Replace all values of a gauge; label sets that are left out have no value from now on."""
         with self._lock:
             self._gauges[gauge] = values
 
     def gauge(self, gauge: Gauge) -> Mapping[Labels, float]:
-        """The values of a gauge, as they were set last; nothing if they never were."""
+        """The values of a gauge as they were last set; empty if they never were."""
         with self._lock:
             return self._gauges.get(gauge, {})
 
     def remember(self, at: float, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the fates of events, for those who look at the last ones.
+        """Keep the lines of settled events; the status page shows the last ones.
 
         Args:
             at: When they were settled, in seconds since 1970.
             lines: The fields of each event's line.
         """
-        kept = [(at, _without_what_is_long(line)) for line in lines]
+        kept = [(at, _bounded(line)) for line in lines]
         with self._lock:
             self._recent.extend(kept)
 
@@ -244,7 +244,7 @@ class Telemetry:
             return list(reversed(self._recent))
 
     def numbers(self) -> Numbers:
-        """All that was counted and measured so far."""
+        """All counts and durations so far."""
         with self._lock:
             return Numbers(
                 at=self._monotonic(),
@@ -257,37 +257,37 @@ class Telemetry:
             )
 
     def sample(self) -> None:
-        """Begin another interval for `lately`: to be called now and then."""
+        """Begin a new interval for `lately`. To be called periodically."""
         self._samples.append(self.numbers())
 
     def lately(self) -> Numbers:
-        """What came since the last `sample` but one, or since the start."""
+        """The numbers since the last but one `sample`, or since the start."""
         return self.numbers().since(self._samples[0])
 
     def counts(self) -> Mapping[tuple[Count, Labels], int]:
-        """All that was counted so far."""
+        """All counts so far."""
         return self.numbers().counts
 
     def total(self, count: Count, **labels: str) -> int:
-        """The sum of what was counted under these labels, whatever the others are."""
+        """The sum of a count over all label sets that contain these labels."""
         return self.numbers().total(count, **labels)
 
 
 class Scope:
-    """What one part of the daemon says and counts.
+    """The telemetry of one part of the daemon.
 
     Args:
-        telemetry: Of the process.
+        telemetry: The telemetry of the process.
         repeats: Limits this part's repeated lines.
     """
 
-    def __init__(self, telemetry: Telemetry, repeats: Repeats) -> None:
+    def __init__(self, telemetry: Telemetry, repeats: RepeatLimiter) -> None:
         self._telemetry = telemetry
         self._repeats = repeats
         self.log = telemetry.log
 
     def settled(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log what became of a batch's events: rendered together and written in one write.
+        """Log the settled events of a batch: rendered together and written in one write.
 
         Args:
             lines: The fields of each event's line.
@@ -295,8 +295,8 @@ class Scope:
         if lines:
             self.log.info("event.settled", **{EACH: lines})
 
-    def delivered_at_last(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log stored events that sinks have accepted, the same way.
+    def stored_delivered(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Log stored events that sinks have accepted, also in one write.
 
         Args:
             lines: The fields of each event's line.
@@ -309,33 +309,33 @@ class Scope:
         self._telemetry.remember(at, lines)
 
     def repeated(self, level: Level, event: str, *, cause: str, **fields: Any) -> bool:
-        """Log what may repeat: once per cause, then again with a number after some minutes.
+        """Log a line that may repeat: once per cause, and after some minutes again, with the number of repetitions.
 
         Args:
-            level: As a logger's method.
+            level: The level of the line.
             event: A name of the catalogue.
-            cause: What makes two lines the same; not part of the line.
+            cause: Lines of the same cause are repetitions; it is not part of the line.
             fields: The line's fields.
 
         Returns:
             Whether a line was written.
         """
-        return self._repeats.say(level, event, cause=cause, **fields)
+        return self._repeats.log_once(level, event, cause=cause, **fields)
 
     def reset(self, prefix: str = "") -> int | None:
-        """The causes that begin so are over; all of them unless told otherwise.
+        """Forget the causes that start with `prefix`, by default all, since they are over.
 
         Returns:
-            Number of lines that were not written for them; None if none was written at all.
+            Number of lines that were suppressed for them; None if no such cause was logged.
         """
-        return self._repeats.forget(prefix)
+        return self._repeats.reset(prefix)
 
     def count(self, count: Count, number: int = 1, **labels: str) -> None:
-        """Count something."""
+        """Add to one count."""
         self._telemetry.add({(count, tuple(sorted(labels.items()))): number})
 
     def add(self, numbers: Mapping[tuple[Count, Labels], int]) -> None:
-        """Count several things at once, as a batch does; labels in the order of their names."""
+        """Add to several counts at once. Labels must be in the order of their names."""
         self._telemetry.add(numbers)
 
     def measure(self, duration: Duration, labels: Labels, secs: float, number: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""All that is periodic: ticks of the pollers, retrying, pruning, counting. Alone with APScheduler."""
+"""All periodic tasks: ticks of the pollers, retries, pruning, counting. The only module that uses APScheduler."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ from vodpoller.telemetry import Gauge, Labels, Telemetry, sink_label
 
 UPKEEP_SECS: Final = 1.0
 PRUNE_SECS: Final = 5.0
-PRUNE_SHARE: Final = 1 / 32  # all of the ledger is looked at every 160 s
+PRUNE_SHARE: Final = 1 / 32  # so the whole ledger is examined every 160 s
 COUNT_SECS: Final = 30.0
 QUEUES_SECS: Final = 60.0
 MODES_SECS: Final = 600.0
@@ -30,10 +30,10 @@ MODES_FIRST_SECS: Final = 60.0
 
 
 class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
-    """Fires at an interval, and never catches up.
+    """Fires at an interval, and does not make up for times that a jump of the clock has skipped.
 
-    APScheduler's own IntervalTrigger counts every interval that a clock set forth has skipped, one by one: for a
-    machine that boots in 1970 that is hours of computing.
+    APScheduler's own IntervalTrigger steps through every skipped interval, one by one, if the clock is set forward: on
+    a machine that boots in 1970 that takes hours.
 
     Args:
         secs: The interval.
@@ -43,7 +43,7 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
         self._interval = timedelta(seconds=secs)
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime:
-        """APScheduler's contract: when it fires next."""
+        """The next time at which it fires; called by APScheduler."""
         if previous_fire_time is None:
             return now
         following = previous_fire_time + self._interval
@@ -54,18 +54,18 @@ class Upkeep:
     """The periodic tasks of a daemon.
 
     Args:
-        journal: Flushed, pruned and counted.
-        retrier: Delivers what is due.
-        pollers: With the interval of their ticks, in seconds.
+        journal: The journal that is flushed, pruned and counted.
+        retrier: Delivers stored events that are due.
+        pollers: The pollers, each with the interval of its ticks, in seconds.
         sinks: Names of the configured sinks.
         telemetry: Destination of log lines.
         wall: The clock, in seconds since 1970.
-        queues: By a source's name, asks VOD for the number of events that wait for it; None if nothing shows what is
-            measured now and then.
-        modes: By a source's name, asks VOD how it sends the application's events.
+        queues: By a source's name, a function that asks VOD for the number of events that wait for it; None if there is
+            no listener that shows gauges.
+        modes: By a source's name, a function that asks VOD how it sends the application's events.
 
     Attributes:
-        stored: What is stored, as it was counted last.
+        stored: The numbers of stored events, as they were counted last.
         pushed: Names of the sources whose events VOD sends to a URL, so that none can be pulled.
     """
 
@@ -96,34 +96,34 @@ class Upkeep:
         self._stopping = False
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
-            executors={"default": ThreadPoolExecutor(max_workers=4)},  # retrying and asking VOD may hold one each
+            executors={"default": ThreadPoolExecutor(max_workers=4)},  # retries and requests to VOD may occupy one each
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
 
     def start(self) -> None:
-        """Begin, in threads of its own; pulling begins at once."""
-        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a skipped run of a periodic task is not news
+        """Start the tasks, in threads of their own; pulling begins at once."""
+        logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns about each skipped run, which is normal
         for poller, interval_secs in self._pollers.items():
             self._periodically(f"tick {poller.name}", poller.tick, interval_secs)
             poller.tick()
-        self._periodically("upkeep", self._keep_up, UPKEEP_SECS)
+        self._periodically("upkeep", self._flush_and_retry, UPKEEP_SECS)
         self._periodically("prune", partial(self._journal.prune, PRUNE_SHARE), PRUNE_SECS)
         self._periodically("count", self._count, COUNT_SECS)
         if self._queues is not None:
             self._periodically("measure", self._measure, COUNT_SECS)
             asking = partial(self._count_queues, self._queues)
             self._periodically("count queues", asking, QUEUES_SECS, is_awaited=False)
-        # Not at once: a start asks VOD for nothing but events.
+        # Not at once: at the start VOD gets no requests but pulls and confirms.
         self._periodically("modes", self._ask_modes, MODES_SECS, is_awaited=False, first_after_secs=MODES_FIRST_SECS)
         self._scheduler.start()
 
     def run_all_now(self) -> None:
-        """Run every task now: APScheduler runs on the wall clock, and set back an hour, it would run none for that."""
+        """Run every task now: if the wall clock is set back by an hour, APScheduler would run none for an hour."""
         for job in self._scheduler.get_jobs():
             job.modify(next_run_time=datetime.now(UTC))
 
     def stop(self) -> None:
-        """Start no task any more, and no retry; `join` waits for the tasks that run."""
+        """Start no further task and no further retry; `join` waits for the running tasks."""
         self._retrier.stop_claiming()
         with self._task_ended:
             self._stopping = True
@@ -131,7 +131,7 @@ class Upkeep:
             self._scheduler.shutdown(wait=False)
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait for the tasks that run.
+        """Wait until the running tasks have ended.
 
         Returns:
             Whether all have ended.
@@ -140,7 +140,7 @@ class Upkeep:
             return self._task_ended.wait_for(lambda: not self._running_tasks, max(timeout_secs, 0))
 
     def counted(self) -> list[StoredStatus]:
-        """What is stored now, by sink and state.
+        """The present numbers of stored events, by sink and state.
 
         Raises:
             StorageError: The journal cannot be read.
@@ -160,7 +160,7 @@ class Upkeep:
         is_awaited: bool = True,
         first_after_secs: float = 0.0,
     ) -> None:
-        """Run a task again and again; a stop waits for it unless it only asks VOD, which may take its time."""
+        """Run a task periodically. `is_awaited`: a stop waits for it; not if it only asks VOD, which may take long."""
         run = partial(self._run_task, name, task, 1 if is_awaited else 0)
         first_at = datetime.now(UTC) + timedelta(seconds=first_after_secs)
         self._scheduler.add_job(run, _Every(every_secs), id=name, next_run_time=first_at)
@@ -179,7 +179,7 @@ class Upkeep:
                 self._running_tasks -= awaited
                 self._task_ended.notify_all()
 
-    def _keep_up(self) -> None:
+    def _flush_and_retry(self) -> None:
         self._journal.flush()
         while self._retrier.run(UPKEEP_SECS):
             self._journal.flush()
@@ -188,7 +188,7 @@ class Upkeep:
         self._telemetry.sample()
         try:
             dead_letters, taken_bytes = self._journal.dead_letters(), self._journal.stored_bytes()
-        except StorageError:  # the journal has said so
+        except StorageError:  # the journal has logged it
             return
         numbers: Counter[Labels] = Counter()
         for (sink, reason), number in dead_letters.items():
@@ -201,9 +201,9 @@ class Upkeep:
         for source, ask in queues.items():
             if self._stopping:
                 return
-            with suppress(VodpollerError):  # the key may lack the right to ask: then it is not known
+            with suppress(VodpollerError):  # the key may lack the right to ask: then there is no value
                 waiting[("source", source),] = ask()
-        if not self._stopping:  # else what comes after this may have said more already
+        if not self._stopping:  # else the daemon that replaces this one may have set newer values already
             self._telemetry.set(Gauge.QUEUE_EVENTS, waiting)
 
     def _ask_modes(self) -> None:
@@ -219,7 +219,7 @@ class Upkeep:
     def _count(self) -> None:
         try:
             self.stored = self.counted()
-        except StorageError:  # the journal has said so
+        except StorageError:  # the journal has logged it
             return
         for found in self.stored:
             if found.state != "pending" or found.sink in self._sinks:
@@ -230,7 +230,7 @@ class Upkeep:
                 cause=f"no sink {found.sink}",
                 sink=found.sink,
                 pending=found.events,
-                hint="the configuration has no sink of this name any more. Bring it back; or give what waits to another"
-                f" sink, `vodpoller deadletters replay --pending --sink {found.sink} --to SINK`; or delete it,"
+                hint="the configuration no longer has a sink of this name. Add it again; or move its events to another"
+                f" sink, `vodpoller deadletters replay --pending --sink {found.sink} --to SINK`; or delete them,"
                 f" `vodpoller deadletters purge --pending --sink {found.sink}`",
             )

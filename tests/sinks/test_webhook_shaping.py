@@ -15,7 +15,7 @@ from tests.helpers import event, sink_context
 from tests.receiver import Answer, raw_server, read_request, running_receiver
 from vodpoller.errors import ConfigError, RejectedError, SkippedError, TransientError
 from vodpoller.events.event import make_event
-from vodpoller.secret import Secret, Surroundings
+from vodpoller.secret import ConfigContext, Secret
 from vodpoller.sinks.webhook.config import WebhookConfig
 from vodpoller.sinks.webhook.sink import WebhookSink
 
@@ -45,7 +45,7 @@ def opened(receiver):
     def open_it(*, base=None, **keys):
         given = {"url": receiver.url} if "url_file" not in keys else {}
         config = WebhookConfig.model_validate(
-            {"type": "webhook", **given, **keys}, context=Surroundings(base=base) if base else None
+            {"type": "webhook", **given, **keys}, context=ConfigContext(base=base) if base else None
         )
         sinks.append(WebhookSink("hook", config, sink_context(wall=lambda: NOW)))
         return sinks[-1]
@@ -76,7 +76,7 @@ def problem_of(**keys):
 def test_an_expression_that_does_not_compile_names_key_and_position(key):
     named, said = problem_of(url=WITH_TOKEN, **{key: "{a: b,\n c 7}"})
     assert named == key
-    assert '" c 7}" is not a JMESPath expression: line 2, column 4: "7" cannot stand here' in said
+    assert '" c 7}" is not a JMESPath expression: line 2, column 4: "7" is not valid here' in said
 
 
 @pytest.mark.parametrize(

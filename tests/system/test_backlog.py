@@ -141,7 +141,7 @@ def test_killed_around_the_burying_each_rejected_event_is_one_dead_letter(system
     with running_receiver(RejectsSome()) as receiver:
         bodies = store(system, "hook")
         configure(system, hook(receiver.url, "breaker_failures = 1000\n"))
-        for failpoint in ("bury:before:1", "bury:after:1", "bury:before:2"):
+        for failpoint in ("mark_dead:before:1", "mark_dead:after:1", "mark_dead:before:2"):
             system.daemon(started=False, failpoint=failpoint).await_failpoint()
         daemon = system.daemon()
         until(lambda: not pending(system), secs=60, what=daemon.tail)

@@ -387,10 +387,10 @@ def test_paths_of_any_characters_work_in_any_locale(tmp_path, name, locale):
 AS_PROCESS_1 = """
 import ctypes, os, pathlib, signal, subprocess, sys, time
 assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: the parent of orphans, as process 1 is
-from vodpoller.process import let_signals_act, stay_behind_for_orphans
+from vodpoller.process import let_signals_act, fork_and_reap_orphans
 reaper = os.getpid()
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-stay_behind_for_orphans()
+fork_and_reap_orphans()
 let_signals_act()
 print(os.getpid(), flush=True)
 """

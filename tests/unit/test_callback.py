@@ -186,7 +186,7 @@ def test_an_event_is_stored_if_a_stop_runs_out_of_time(receiving, lines):
     pushing.start()
     until(lambda: receiving.sink.calls)
     receiving.receiver.stop()
-    receiving.receiver.hurry()
+    receiving.receiver.end_waits()
     pushing.join()
     assert answers == [OK]
     assert settled(lines)[0]["reason"] == "stopping"

@@ -410,7 +410,7 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
         (
             SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"\nurl = "http://x/"\nbody = """\n{a: b,\n c 7}"""',
             "sinks.archive.body",
-            ['" c 7}" is not a JMESPath expression: line 2, column 4: "7" cannot stand here'],
+            ['" c 7}" is not a JMESPath expression: line 2, column 4: "7" is not valid here'],
         ),
         (
             SOURCE + ROUTE + '[sinks.archive]\ntype = "webhook"\nurl_file = "nowhere"',
@@ -426,7 +426,7 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
         (
             replaced('["archive"]', '["archive"]\nwhere = "Definition == 10"'),
             "routes.all.where",
-            ['"Definition == 10" is not a JMESPath expression: column 15: "10" cannot stand here', "`10`"],
+            ['"Definition == 10" is not a JMESPath expression: column 15: "10" is not valid here', "`10`"],
         ),
         (replaced('["archive"]', '["archive"]\nwhere = "a =="'), "routes.all.where", ["column 5: it ends too early"]),
         (replaced('["archive"]', '["archive"]\nwhere = "a == \'b"'), "routes.all.where", ["unclosed ' delimiter"]),
@@ -886,7 +886,7 @@ def test_a_secret_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, co
         ('secret_key = "hunter2"\nsecret_key_file = "key"', "credentials.secret_key_file", "together with secret_key"),
         ('secret_key = ""', "credentials.secret_key", "is empty"),
         ('secret_key_file = ""', "credentials.secret_key_file", "is empty"),
-        ('secret_key_file = "a\\u0000b"', "credentials.secret_key_file", "no file has such a name"),
+        ('secret_key_file = "a\\u0000b"', "credentials.secret_key_file", "a file cannot have such a name"),
         ("secret_key_file = 5", "credentials.secret_key_file", "must be text in quotes"),
         ("secret_key = 18446744073", "credentials.secret_key", "must be text in quotes"),
         ('secret_key = ["hunter2"]', "credentials.secret_key", "must be text in quotes"),

@@ -24,11 +24,11 @@ from vodpoller.telemetry import Telemetry
 @given(st.integers(1, 20_000))
 def test_a_wait_lies_between_half_of_the_exponential_and_all_of_it(attempt):
     full_secs = min(2.0 * 2 ** min(attempt - 1, 20), 60.0)
-    assert full_secs / 2 <= Backoff(first_secs=2.0, most_secs=60.0).secs(attempt) <= full_secs
+    assert full_secs / 2 <= Backoff(first_secs=2.0, max_secs=60.0).secs(attempt) <= full_secs
 
 
 def test_waits_after_failures_at_the_same_time_differ():
-    backoff = Backoff(first_secs=10.0, most_secs=60.0)
+    backoff = Backoff(first_secs=10.0, max_secs=60.0)
     assert len({backoff.secs(1) for _ in range(20)}) > 10
 
 
@@ -674,7 +674,7 @@ def test_an_event_whose_turn_is_after_its_lease_is_stored_at_once(bench, robot):
     assert reasons(refused) == [Reason.SINK_PAUSED] * 13  # 7 have their turn within 25 s: after 4, 7, … 22 s
     assert [delivery.event.key for delivery in refused] == keys(*range(7, 20))
     assert refused[0].result.retry_after_secs == 25.0
-    assert f"its turn comes at {timestamp(robot.clock() + 25.0)} (max_per_minute = 20)" in refused[0].result.why
+    assert f"it may be sent at {timestamp(robot.clock() + 25.0)} (max_per_minute = 20)" in refused[0].result.why
     assert worker.sink.calls == []
 
 

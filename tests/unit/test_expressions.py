@@ -21,7 +21,7 @@ class Keys(BaseModel):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("Definition == 10", 'column 15: "10" cannot stand here'),
+        ("Definition == 10", 'column 15: "10" is not valid here'),
         ("a ==", "column 5: it ends too early"),
         ("a == 'b", "column 6: unclosed ' delimiter"),
         (

@@ -18,7 +18,7 @@ from tests.helpers import FakeClock, event, full_disk, log_into, named
 from tests.polling import until
 from vodpoller.errors import JournalError, JournalFullError, StorageError, UnusableJournalError
 from vodpoller.journal import wal as wal_module
-from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Burial, Known, Letter, Position
+from vodpoller.journal.contract import CONFIRMED_KEPT_SECS, Known, Letter, NewDeadLetter, Position
 from vodpoller.journal.group_commit import DEFERRED_MAX
 from vodpoller.journal.place import cannot_open
 from vodpoller.journal.schema import ROW_OVERHEAD_BYTES, SCHEMA_VERSION
@@ -342,7 +342,7 @@ def test_the_sync_level_is_set_only_when_it_changes(journal):
     ]
 
 
-@pytest.mark.parametrize("how", ["store", "bury"])
+@pytest.mark.parametrize("how", ["store", "mark_dead"])
 def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     journal.store([letter(1)])
     (stored,) = journal.claim_due("it", 1)
@@ -357,7 +357,7 @@ def test_the_commits_that_must_be_durable_are(journal, how, monkeypatch):
     if how == "store":
         journal.store([letter()])
     else:
-        journal.bury([Burial(claimed=stored, attempts=1, reason="rejected", error="no")])
+        journal.mark_dead([NewDeadLetter(claimed=stored, attempts=1, reason="rejected", error="no")])
     assert durable == [True]
 
 
@@ -621,7 +621,7 @@ def test_a_group_waits_for_a_locked_file_only_once(journal, path):
     statements = []
     journal.commits.db.set_trace_callback(statements.append)
     for number in range(5):
-        journal.mark(f"m{number}")
+        journal.note_time(f"m{number}")
     assert journal.commits.waiting == 5
     with Locked(path), pytest.raises(StorageError):
         journal.store([letter()])
@@ -791,7 +791,7 @@ def test_a_rescheduled_row_keeps_its_last_error(journal, path, wall):
 def test_a_buried_row_has_its_reason(journal, path):
     journal.store([letter(1)])
     (row,) = journal.claim_due("it", 1)
-    journal.bury([Burial(claimed=row, attempts=1, reason="gave_up", error="\ud800")])
+    journal.mark_dead([NewDeadLetter(claimed=row, attempts=1, reason="gave_up", error="\ud800")])
     assert rows(path, "SELECT state, attempts, reason, error FROM letters") == [("dead", 1, "gave_up", "?")]
 
 
@@ -868,8 +868,8 @@ def test_a_clock_change_shifts_the_rows_of_this_process(opened, path, wall):
 
 
 def test_a_mark_keeps_the_last_time_given(journal, path):
-    journal.mark("seen")
-    journal.mark("seen", ago_secs=5.0)
+    journal.note_time("seen")
+    journal.note_time("seen", ago_secs=5.0)
     journal.flush()
     assert rows(path, "SELECT at FROM marks WHERE name = 'seen'") == [(NOW - 5.0,)]
 

@@ -13,11 +13,11 @@ from vodpoller.journal import place as place_module
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
-    Burial,
     ClaimedEvent,
     Journal,
     Known,
     Letter,
+    NewDeadLetter,
     Portion,
     Position,
     Pulled,
@@ -190,7 +190,7 @@ def test_a_pair_is_known_through_its_life(journal, clock):
     assert known(journal, sink="other") is None
     (claimed,) = journal.claim_due("it", 1)
     assert known(journal) is Known.PENDING
-    journal.bury([Burial(claimed=claimed, attempts=1, reason="rejected", error="no")])
+    journal.mark_dead([NewDeadLetter(claimed=claimed, attempts=1, reason="rejected", error="no")])
     assert known(journal) is Known.DEAD
     accept(journal, 0)
     assert known(journal) is Known.ACCEPTED
@@ -423,7 +423,7 @@ def test_an_event_that_gives_up_becomes_a_dead_letter_beyond_the_half(place):
     journal.store([dead(number) for number in range(5)])
     journal.store([letter(number) for number in range(20, 25)])
     for claimed in journal.claim_due("it", 10):
-        journal.bury([Burial(claimed=claimed, attempts=9, reason="gave_up", error="no")])
+        journal.mark_dead([NewDeadLetter(claimed=claimed, attempts=9, reason="gave_up", error="no")])
     assert journal.counts() == {("it", "dead"): 10}
     with pytest.raises(JournalFullError):
         journal.store([dead(50)])
@@ -464,7 +464,7 @@ def test_an_event_is_stored_whatever_its_text(journal, text):
     journal.store([Letter(event=strange, sink="it", dead=False, reason="sink_failed", error=text)])
     (claimed,) = journal.claim_due("it", 1)
     assert claimed.event.body == strange.body
-    journal.bury([Burial(claimed=claimed, attempts=1, reason="gave_up", error=text)])
+    journal.mark_dead([NewDeadLetter(claimed=claimed, attempts=1, reason="gave_up", error=text)])
     assert journal.counts() == {("it", "dead"): 1}
 
 
@@ -545,7 +545,7 @@ def test_a_released_event_is_due_at_once(journal):
     assert len(claim(journal)) == 2
 
 
-@pytest.mark.parametrize("how", ["release", "reschedule", "bury", "accept"])
+@pytest.mark.parametrize("how", ["release", "reschedule", "mark_dead", "accept"])
 def test_a_claim_that_has_ended_does_not_end_the_next_one(journal, clock, how):
     journal.store([letter(1)])
     first = claim(journal)[1]
@@ -555,8 +555,8 @@ def test_a_claim_that_has_ended_does_not_end_the_next_one(journal, clock, how):
     elif how == "reschedule":
         journal.reschedule(first, attempts=1, due_in_secs=0, error=None)
         journal.flush()
-    elif how == "bury":
-        journal.bury([Burial(claimed=first, attempts=1, reason="gave_up", error="no")])
+    elif how == "mark_dead":
+        journal.mark_dead([NewDeadLetter(claimed=first, attempts=1, reason="gave_up", error="no")])
     else:
         accept(journal, 1)
     second = claim(journal)
@@ -619,14 +619,14 @@ def test_a_delay_is_limited_to_15_minutes(journal, clock, how):
 def test_an_event_that_cannot_be_buried_is_pending_and_due(place, journal):
     journal.store([letter(1)])
     with place.unwritable(), pytest.raises(StorageError):
-        journal.bury([Burial(claimed=claim(journal)[1], attempts=1, reason="rejected", error="no")])
+        journal.mark_dead([NewDeadLetter(claimed=claim(journal)[1], attempts=1, reason="rejected", error="no")])
     assert journal.counts() == {("it", "pending"): 1}
-    journal.bury([Burial(claimed=claim(journal)[1], attempts=1, reason="gave_up", error="no")])
+    journal.mark_dead([NewDeadLetter(claimed=claim(journal)[1], attempts=1, reason="gave_up", error="no")])
     assert journal.counts() == {("it", "dead"): 1}
     assert claim(journal) == {}
 
 
-@pytest.mark.parametrize("how", ["release", "reschedule", "bury", "accept"])
+@pytest.mark.parametrize("how", ["release", "reschedule", "mark_dead", "accept"])
 def test_a_deleted_event_stays_deleted_and_can_be_stored_again(place, journal, how):
     journal.store([letter(1), letter(2)])
     claimed = claim(journal)
@@ -641,8 +641,8 @@ def test_a_deleted_event_stays_deleted_and_can_be_stored_again(place, journal, h
         case "reschedule":
             journal.reschedule(claimed[1], attempts=9, due_in_secs=600, error="late")
             journal.flush()
-        case "bury":
-            journal.bury([Burial(claimed=claimed[1], attempts=9, reason="gave_up", error="late")])
+        case "mark_dead":
+            journal.mark_dead([NewDeadLetter(claimed=claimed[1], attempts=9, reason="gave_up", error="late")])
         case _:
             accept(journal, 1)
     again = claim(journal)
@@ -1015,7 +1015,9 @@ RAISING = {
     "counts": lambda journal, _: journal.counts(),
     "recover": lambda journal, _: journal.recover("it", portion(1000, to=9)),
     "store": lambda journal, _: journal.store([letter(1000)]),
-    "bury": lambda journal, claimed: journal.bury([Burial(claimed=claimed, attempts=1, reason="gave_up", error="no")]),
+    "mark_dead": lambda journal, claimed: journal.mark_dead(
+        [NewDeadLetter(claimed=claimed, attempts=1, reason="gave_up", error="no")]
+    ),
 }
 SILENT = {
     "answered_empty": lambda journal, _: journal.answered_empty(pulled()),
@@ -1027,7 +1029,7 @@ SILENT = {
     "reschedule": lambda journal, claimed: journal.reschedule(claimed, attempts=1, due_in_secs=1, error="no"),
     "flush": lambda journal, _: journal.flush(),
     "prune": lambda journal, _: journal.prune(),
-    "mark": lambda journal, _: journal.mark("pull"),
+    "note_time": lambda journal, _: journal.note_time("pull"),
     "shift": lambda journal, _: journal.shift(3600.0),
 }
 
@@ -1036,7 +1038,7 @@ SILENT = {
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
 def test_a_journal_that_is_broken_raises_storage_errors_only(place, how, method):
     journal, claimed = place.broken(how)
-    fails = how != "unwritable" or method in ("identify", "recover", "store", "bury", "mark_removed")
+    fails = how != "unwritable" or method in ("identify", "recover", "store", "mark_dead", "mark_removed")
     with pytest.raises(StorageError) if fails else nullcontext():
         RAISING[method](journal, claimed)
 

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers import FakeClock, event, full_disk
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.journal import operator as letters_module
-from vodpoller.journal.contract import Burial, Known, Letter
+from vodpoller.journal.contract import Known, Letter, NewDeadLetter
 from vodpoller.journal.operator import CHUNK_ROWS, Backlog, Filter, Letters, as_json_value, time_since
 from vodpoller.journal.schema import SCHEMA_VERSION
 from vodpoller.journal.sqlite import SqliteJournal
@@ -360,10 +360,10 @@ def test_backlogs_are_counted_by_sink_and_state(journal, letters, wall):
 
 
 def test_marks_are_those_that_the_daemon_wrote(journal, letters):
-    journal.mark("pull", ago_secs=-5.0)
+    journal.note_time("pull", ago_secs=-5.0)
     journal.flush()
 
-    assert letters.marks() == {"started": NOW, "written": NOW, "pull": NOW + 5}
+    assert letters.noted_times() == {"started": NOW, "written": NOW, "pull": NOW + 5}
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,9 @@ def test_a_slow_reader_blocks_nothing_and_misses_no_row_that_stays(journal, lett
 
     reading = letters.stored(Filter())
     seen = [next(reading).id]
-    journal.bury([Burial(claimed=journal.claim_due("hook", 1)[0], attempts=9, reason="gave_up", error="meanwhile")])
+    journal.mark_dead(
+        [NewDeadLetter(claimed=journal.claim_due("hook", 1)[0], attempts=9, reason="gave_up", error="meanwhile")]
+    )
     journal.accept("hook", [event(CHUNK_ROWS).key], None)
     rest = list(reading)
 
@@ -677,7 +679,7 @@ def outcomes_of(journal, row):
     return {
         "accepted": lambda: journal.accept(row.sink, [row.event.key], None),
         "failed": lambda: journal.reschedule(row, attempts=7, due_in_secs=600, error="late"),
-        "given up": lambda: journal.bury([Burial(claimed=row, attempts=7, reason="gave_up", error="late")]),
+        "given up": lambda: journal.mark_dead([NewDeadLetter(claimed=row, attempts=7, reason="gave_up", error="late")]),
         "not attempted": lambda: journal.release([row]),
     }
 

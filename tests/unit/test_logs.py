@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import vodpoller
 from tests.helpers import log_into, named
-from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, Repeats, make_logger, printable
+from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, LineLogger, RepeatLimiter, make_logger, printable
 from vodpoller.outlet import Outlet
 from vodpoller.telemetry import Telemetry
 
@@ -553,31 +553,31 @@ def test_a_second_logger_replaces_the_first_for_libraries(output):
 
 @pytest.fixture
 def repeats(log, clock):
-    return Repeats(log, window_secs=300.0, monotonic=clock)
+    return RepeatLimiter(log, window_secs=300.0, monotonic=clock)
 
 
 def test_the_same_cause_is_logged_once_then_counted(repeats, lines, clock):
-    written = [repeats.say("warning", "pull.failed", cause="down", attempt=number) for number in range(5)]
+    written = [repeats.log_once("warning", "pull.failed", cause="down", attempt=number) for number in range(5)]
     assert written == [True, False, False, False, False]
     assert lines == [{"event": "pull.failed", "level": "warning", "attempt": 0}]
     clock.advance(300)
-    repeats.say("warning", "pull.failed", cause="down", attempt=9)
+    repeats.log_once("warning", "pull.failed", cause="down", attempt=9)
     assert lines[1:] == [{"event": "pull.failed", "level": "warning", "attempt": 9, "suppressed_lines": 4}]
 
 
 def test_another_cause_is_logged(repeats, lines):
-    repeats.say("warning", "pull.failed", cause="a")
-    repeats.say("error", "pull.failed", cause="b")
+    repeats.log_once("warning", "pull.failed", cause="a")
+    repeats.log_once("error", "pull.failed", cause="b")
     assert [line["level"] for line in lines] == ["warning", "error"]
 
 
 def test_a_forgotten_cause_returns_its_count_and_is_logged_again(repeats, lines):
     for cause in ("a 1", "a 1", "a 1", "a 2", "b"):
-        repeats.say("warning", "pull.failed", cause=cause)
-    assert repeats.forget("a") == 2
-    assert repeats.forget("a") is None
-    repeats.say("warning", "pull.failed", cause="a 1")
-    repeats.say("warning", "pull.failed", cause="b")
+        repeats.log_once("warning", "pull.failed", cause=cause)
+    assert repeats.reset("a") == 2
+    assert repeats.reset("a") is None
+    repeats.log_once("warning", "pull.failed", cause="a 1")
+    repeats.log_once("warning", "pull.failed", cause="b")
     assert len(lines) == 4
 
 
@@ -586,7 +586,7 @@ def test_very_many_causes_do_not_fill_the_memory(repeats, lines):
     tracemalloc.start()
     try:
         for number in range(20_000):
-            repeats.say("warning", "pull.failed", cause=f"request {number:0100}")
+            repeats.log_once("warning", "pull.failed", cause=f"request {number:0100}")
         lines.clear()
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
@@ -599,27 +599,28 @@ def test_very_long_causes_do_not_fill_the_memory(repeats, lines):
     try:
         for number in range(20):
             cause = "sink " + "x" * 1_000_000 + str(number)
-            assert repeats.say("warning", "pull.failed", cause=cause)
-            assert not repeats.say("warning", "pull.failed", cause=cause)
+            assert repeats.log_once("warning", "pull.failed", cause=cause)
+            assert not repeats.log_once("warning", "pull.failed", cause=cause)
         del cause
         kept_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert kept_bytes < 1_000_000
-    assert repeats.forget("sink ") == 20
+    assert repeats.reset("sink ") == 20
 
 
 def test_many_threads_log_the_same_cause_once(lines, log):
-    repeats = Repeats(log)
+    repeats = RepeatLimiter(log)
     threads = [
-        threading.Thread(target=repeats.say, args=("warning", "pull.failed"), kwargs={"cause": "x"}) for _ in range(20)
+        threading.Thread(target=repeats.log_once, args=("warning", "pull.failed"), kwargs={"cause": "x"})
+        for _ in range(20)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(10)
     assert len(lines) == 1
-    assert repeats.forget("x") == 19
+    assert repeats.reset("x") == 19
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------
@@ -637,7 +638,7 @@ def logged_names():
             place = f"{path.relative_to(root)}:{call.lineno}"
             if call.func.attr in METHODS and ast.unparse(call.func.value).lower().endswith("log"):
                 yield _literal(call.args[0]) if call.args else None, place
-            elif call.func.attr in ("say", "repeated") and isinstance(call.args[1], ast.Constant):
+            elif call.func.attr in ("log_once", "repeated") and isinstance(call.args[1], ast.Constant):
                 yield _literal(call.args[1]), place
 
 

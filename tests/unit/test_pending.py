@@ -385,7 +385,7 @@ def test_an_error_before_the_worker_does_not_block_the_next_try(bench, monkeypat
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
 @pytest.mark.parametrize(
     ("failing", "answer"),
-    [("reschedule", TransientError("down")), ("bury", RejectedError("no")), ("age", TransientError("down"))],
+    [("reschedule", TransientError("down")), ("mark_dead", RejectedError("no")), ("age", TransientError("down"))],
 )
 def test_an_error_in_writing_a_result_does_not_block_the_next_try(bench, monkeypatch, failing, answer, error):
     def broken(*args, **more):

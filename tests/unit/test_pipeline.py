@@ -717,7 +717,7 @@ def fragile(bench):
     ("error", "reason", "why"),
     [
         (TransientError("connection refused"), "sink_down", r"down since 20\d\d-.*Z: connection refused"),
-        (TransientError("429", retry_after_secs=90.0), "sink_paused", r"left alone until 20\d\d-.*Z: 429"),
+        (TransientError("429", retry_after_secs=90.0), "sink_paused", r"asked to wait until 20\d\d-.*Z: 429"),
     ],
 )
 def test_an_event_that_was_not_attempted_is_stored_with_the_reason(fragile, lines, error, reason, why):

@@ -145,7 +145,7 @@ class Bench:
             pipeline.automatic = lambda: StoppingError("stopping")
             for _ in range(10):
                 pipeline.fail(StoppingError("stopping"))
-            poller.hurry()
+            poller.end_waits()
             assert poller.join(10)
 
 
@@ -365,7 +365,7 @@ def test_an_operator_error_backs_off_longer_and_rereads_credentials(bench, lines
     [
         (OperatorError("no such key", advice="compare secret_id"), "no such key", "compare secret_id"),
         (OperatorError("no such | SubAppId", advice="see sub_app_id"), "no such | SubAppId", "see sub_app_id"),
-        (OperatorError("no request can be sent: see api.ca_file"), "no request can be sent: see api.ca_file", "Mend"),
+        (OperatorError("no request can be sent: see api.ca_file"), "no request can be sent: see api.ca_file", "Remove"),
         (TransientError("no answer within 10 s"), "no answer within 10 s", ""),
     ],
 )
@@ -488,7 +488,7 @@ def test_an_answer_with_events_is_not_reported(bench):
     assert bench.pulls.reports == []
 
 
-@pytest.mark.parametrize("end", [Poller.wake, Poller.go_on])
+@pytest.mark.parametrize("end", [Poller.wake, Poller.end_back_off])
 def test_a_wake_ends_the_back_off(bench, end):
     poller, pipeline = bench.poller()
     pipeline.fail(NoKeyError("down", retry_after_secs=1000.0))
@@ -579,7 +579,7 @@ def test_interrupting_the_poller_ends_every_wait_for_sinks(bench):
     pipeline.answer(16, hung_secs=2.0)
     pipeline.answer(16, hung_secs=2.0)
     until(lambda: len(pipeline.delivering) == 2)
-    poller.hurry()
+    poller.end_waits()
     until(lambda: len(pipeline.interrupted) == 2)
 
 
@@ -587,7 +587,7 @@ def test_interrupting_the_poller_ends_the_waits_of_later_batches_too(bench):
     poller, pipeline = bench.poller()
     until(lambda: pipeline.pulling == 1)
     poller.stop()
-    poller.hurry()
+    poller.end_waits()
     pipeline.answer(16, hung_secs=2.0)
     until(lambda: pipeline.interrupted)
     assert poller.join(10)

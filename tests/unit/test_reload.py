@@ -235,7 +235,7 @@ def command(tmp_path, log):
     [
         ({"result": "refused", "problems": ["a: b", "c: d"]}, 78, ["a: b", "c: d", "continues with the former"]),
         ({"result": "ended", "problems": ["a: b"]}, 1, ["a: b"]),
-        ({"error": "this vodpoller (0.1.0) knows no command 'reload'"}, 1, ["knows no command"]),
+        ({"error": "this vodpoller (0.1.0) does not know the command 'reload'"}, 1, ["does not know the command"]),
         ({"result": "done", "changed": True, "stuck": []}, 0, ["uses the new configuration"]),
         ({"result": "done", "changed": False, "stuck": []}, 0, ["the configuration has not changed"]),
         ({"result": "done", "changed": True, "stuck": ["sink a"]}, 0, ["executed itself again", "sink a"]),

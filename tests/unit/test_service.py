@@ -108,7 +108,7 @@ class StubDaemon:
 
     known_status = status
 
-    def mark(self):
+    def note_times(self):
         pass
 
     def is_alive(self):

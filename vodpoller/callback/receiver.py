@@ -182,7 +182,7 @@ class Receiver:
         self._wall = wall
         self._lock = threading.Condition()
         self._waits: set[DeliveryWait] = set()
-        self._hurried = False
+        self._waits_ended = False
         self._states = {source.name: _SourceState(source) for source in sources}
         self._by_path = {(source.listen, source.path): source for source in sources}
         self._threads = ThreadPoolExecutor(
@@ -222,10 +222,10 @@ class Receiver:
         """Accept no further connection; requests on open connections are still processed."""
         self._server.stop()
 
-    def hurry(self) -> None:
+    def end_waits(self) -> None:
         """End all waits of callbacks for sinks: events that are not accepted yet are stored."""
         with self._lock:
-            self._hurried = True
+            self._waits_ended = True
             for wait in self._waits:
                 wait.interrupt(stopping=True)
 
@@ -307,7 +307,7 @@ class Receiver:
         If enough batches are running, wait before that until one has ended or `LINGER_SECS` are over.
         """
         with self._lock:
-            self._lock.wait_for(lambda: state.batches < BATCHES_AT_ONCE or self._hurried, LINGER_SECS)
+            self._lock.wait_for(lambda: state.batches < BATCHES_AT_ONCE or self._waits_ended, LINGER_SECS)
             if not state.waiting:
                 state.is_scheduled = False
                 return
@@ -335,7 +335,7 @@ class Receiver:
         try:
             with self._lock:
                 self._waits.add(wait)
-                if self._hurried:
+                if self._waits_ended:
                     wait.interrupt(stopping=True)
             if callbacks:
                 acknowledged = self._pipeline.process(_batch(source, callbacks, is_untried=is_untried), wait)

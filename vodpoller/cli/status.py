@@ -80,7 +80,7 @@ def _status_of_journal(config: Config, trouble: str, *, strict: bool) -> Mapping
     """
     with open_letters(config) as letters:
         is_in_use = letters.is_in_use()
-        marks = letters.marks()
+        marks = letters.noted_times()
         stored = [StoredStatus(**asdict(found)) for found in letters.backlogs()]
     remedy = "`systemctl status vodpoller` and `journalctl -u vodpoller -e` show more"
     if trouble:

@@ -10,7 +10,7 @@ from vodpoller.config.draft import Draft
 from vodpoller.config.tables import CredentialsTable
 from vodpoller.config.validation import Validation
 from vodpoller.config.wording import problem_in_key, quoted
-from vodpoller.secret import Secret, Surroundings
+from vodpoller.secret import ConfigContext, Secret
 from vodpoller.vod.credentials import AssumedRole, CvmRole, Role, StaticCredentials
 
 KEYS_OF_ROLES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -144,7 +144,7 @@ def _with_key(
     if valid is None or valid.secret_id is None or valid.secret_key is None:
         return None
     origins = {
-        key: _origin(draft.surroundings, key, place, given)
+        key: _origin(draft.context, key, place, given)
         for key, place in {**places, "token": token_place}.items()
         if place
     }
@@ -160,7 +160,7 @@ def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str
     """Add one secret to the table if the table lacks it. Returns its place: "file", "directory", "env", or None."""
     if key in table or f"{key}_file" in table:
         return "file"
-    directory = draft.surroundings.credentials_directory
+    directory = draft.context.credentials_directory
     if only in (None, "directory") and directory is not None and _seems_to_exist(directory / key):
         table[f"{key}_file"] = str(directory / key)
         return "directory"
@@ -170,15 +170,15 @@ def _find_credential(draft: Draft, key: str, table: dict[str, Any], *, only: str
     return None
 
 
-def _origin(surroundings: Surroundings, key: str, place: str, given: Mapping[str, Any]) -> str:
+def _origin(context: ConfigContext, key: str, place: str, given: Mapping[str, Any]) -> str:
     """The place of a secret of the API key, in words for a person."""
     match place:
         case "directory":
-            return f"$CREDENTIALS_DIRECTORY/{key} ({surroundings.locate(key)})"
+            return f"$CREDENTIALS_DIRECTORY/{key} ({context.locate(key)})"
         case "env":
             return f"$TENCENTCLOUD_{key.upper()}"
         case _ if isinstance(name := given.get(f"{key}_file"), str):
-            return str(surroundings.locate(name))
+            return str(context.locate(name))
         case _:
             return "the configuration"
 
@@ -192,7 +192,7 @@ def _check_key(draft: Draft, key: str, secret: Secret, *, from_environment: bool
         )
 
 
-def key_renewal(credentials: StaticCredentials, surroundings: Surroundings) -> str:
+def key_renewal(credentials: StaticCredentials, context: ConfigContext) -> str:
     """What an operator does to make the daemon use a new key, in words for a person.
 
     SIGHUP is enough if the key is in files that can change. systemd copies the files of LoadCredential= when the
@@ -200,9 +200,9 @@ def key_renewal(credentials: StaticCredentials, surroundings: Surroundings) -> s
 
     Args:
         credentials: The API key, as it was found.
-        surroundings: Gives the folder of systemd's copies.
+        context: Gives the folder of systemd's copies.
     """
-    directory = surroundings.credentials_directory
+    directory = context.credentials_directory
     paths = [credentials.secret_id.path, credentials.secret_key.path]
     if credentials.token is not None:
         paths.append(credentials.token.path)

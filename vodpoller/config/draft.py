@@ -1,4 +1,4 @@
-"""A configuration that is being read: its data, its surroundings, and the problems found so far."""
+"""A configuration that is being read: its data, its context, and the problems found so far."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vodpoller.config.wording import LISTS, NAME_PATTERN
-from vodpoller.secret import Surroundings
+from vodpoller.secret import ConfigContext
 
 Location = tuple[str | int, ...]
 """A place in the file: the keys and numbers that lead to it."""
@@ -42,14 +42,14 @@ class Draft:
     Args:
         data: The tables, with their variables replaced.
         env: The environment.
-        surroundings: The folders of secret files with a relative name.
+        context: The folders of secret files with a relative name.
         problems: The configuration cannot be used because of these.
         warnings: The configuration can be used in spite of these.
     """
 
     data: Mapping[str, Any]
     env: Mapping[str, str]
-    surroundings: Surroundings
+    context: ConfigContext
     problems: Problems
     warnings: Problems = field(default_factory=Problems)
 

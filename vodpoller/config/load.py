@@ -14,7 +14,7 @@ from vodpoller.config.references import check_references, find_coverage
 from vodpoller.config.tables import AnySource, Api, Daemon, Journal, Listener, Log, Route
 from vodpoller.config.validation import Validation
 from vodpoller.errors import ConfigError
-from vodpoller.secret import Surroundings
+from vodpoller.secret import ConfigContext
 
 
 def load(path: Path, *, env: Mapping[str, str], needs_key: bool = True, for_unit: bool = False) -> Config:
@@ -94,7 +94,7 @@ def _draft_of(data: Mapping[str, Any], *, base: Path, env: Mapping[str, str]) ->
     return Draft(
         data=replace_variables(data, env=env, problems=problems),
         env=env,
-        surroundings=Surroundings(base=base, credentials_directory=Path(directory) if directory else None),
+        context=ConfigContext(base=base, credentials_directory=Path(directory) if directory else None),
         problems=problems,
     )
 
@@ -149,7 +149,7 @@ def _config_of(draft: Draft, *, needs_key: bool, for_unit: bool) -> Config | Non
         daemon=daemon,
         listener=listener,
         coverage=coverage,
-        key_renewal=key_renewal(credentials.key, draft.surroundings),
+        key_renewal=key_renewal(credentials.key, draft.context),
         warnings=tuple(draft.lines(draft.warnings)),
     )
 

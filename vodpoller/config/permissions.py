@@ -55,7 +55,7 @@ def warn_of_readers(draft: Draft, sink_classes: Mapping[str, type[Sink[Any]]]) -
 
 
 def _check_reader(draft: Draft, where: Location, name: str) -> None:
-    path = draft.surroundings.locate(name)
+    path = draft.context.locate(name)
     is_relative = not Path(name).is_absolute()
     if not _is_of_root_only(path) or (is_relative and path.name in _LOADED_CREDENTIALS | _loaded_credentials()):
         return

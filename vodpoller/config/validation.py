@@ -102,7 +102,7 @@ class Validation:
             None if it is not valid.
         """
         try:
-            return model.model_validate(table, context=self._draft.surroundings)
+            return model.model_validate(table, context=self._draft.context)
         except ValidationError as error:
             # Messages never hold the input: it may be a secret.
             for detail in error.errors(include_url=False):

@@ -1,1 +1,1 @@
-"""Delivering: one worker around each sink, and the deliveries that are in flight."""
+"""Delivering: one worker for each sink, and the deliveries that are in flight."""

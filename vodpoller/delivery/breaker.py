@@ -1,4 +1,4 @@
-"""When a sink that fails is left alone, and when it is tried again."""
+"""The breaker: when a sink that fails gets no more events, and when it is tried again."""
 
 import time
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from vodpoller.backoff import Backoff
 
 
 class Breaker:
-    """Stops attempts at a sink on which several distinct events in a row failed, and finds out when it is back.
+    """Stops attempts at a sink after several distinct events in a row have failed, and probes whether it is back.
 
-    Rejections count as well: a receiver that was deployed wrongly and refuses everything must not turn everything into
-    dead letters. Not safe for threads: its worker guards it.
+    Rejections count as failures: a wrongly deployed receiver that rejects every event must not turn all events into
+    dead letters. Not thread-safe: the worker's lock guards it.
 
     Args:
-        failures: Number of distinct events that open it.
+        failures: Number of distinct events in a row whose failure opens it.
         monotonic: The clock, in seconds.
 
     Attributes:
@@ -21,7 +21,7 @@ class Breaker:
         probe_at: Monotonic time of the next probe, while it is open.
     """
 
-    _PROBES = Backoff(first_secs=1.0, most_secs=30.0)
+    _PROBES = Backoff(first_secs=1.0, max_secs=30.0)
 
     def __init__(self, *, failures: int, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._failures = failures
@@ -34,19 +34,19 @@ class Breaker:
         self.open = False
 
     def wants_probe(self) -> bool:
-        """Whether it is open and time to try one event."""
+        """Whether it is open and a probe is due."""
         return self.open and self._probing is None and self._monotonic() >= self.probe_at
 
     def start_probe(self, key: bytes) -> None:
-        """This event is tried although the breaker is open."""
+        """Note that this event is tried although the breaker is open."""
         self._probing = self._last_probed = key
 
     def was_probed_last(self, key: bytes) -> bool:
-        """Whether the last probe was this event: another one says more, unless none comes for a while."""
+        """Whether the last probe was this event: another event is a better probe, unless none comes within 5 s."""
         return key == self._last_probed and self._monotonic() < self.probe_at + 5.0
 
     def succeeded(self) -> bool:
-        """The sink accepted something.
+        """Note that the sink accepted an event.
 
         Returns:
             Whether this closed the breaker.
@@ -58,7 +58,7 @@ class Breaker:
         return was_open
 
     def failed(self, key: bytes) -> bool:
-        """The sink did not accept this event.
+        """Note that the sink did not accept this event.
 
         Returns:
             Whether this opened the breaker.

@@ -1,4 +1,4 @@
-"""Deliveries under way: no (key, sink) is ever on its way twice at once.
+"""Deliveries in flight: no (key, sink) is delivered twice at the same time.
 
 How an event changes threads:
 
@@ -13,9 +13,9 @@ How an event changes threads:
     leaves the `with` ------------->  what does not run and has no other waiter is released: DONE, without a result
 
 A second puller that wants a pair which is in the table joins the delivery that is there, and waits for it with its own
-deadline. The retrier claims without waiting: its deliveries are the worker's from `submit` on. `on_complete`, called in
-the sink's thread, hands each of them back with its result, and it stays in the table, where others may wait for it,
-until the retrier has written that result down and calls `forget()`.
+deadline. The retrier claims without waiting: from `submit` on its deliveries belong to the worker. `on_complete`, which
+is called in the sink's thread, hands each of them back with its result. It then stays in the table, where others may
+wait for it, until the retrier has written the result and calls `forget()`.
 
 Every field of a `Delivery` that changes has one writer: `state`, `result` and `waits` are written here, under the
 table's lock; `attempts`, `error`, `alone`, `is_entered` and `holder` by the thread of the sink that has taken the
@@ -34,7 +34,7 @@ from vodpoller.settlement import SinkResult
 
 
 class State(Enum):
-    """How far a delivery is."""
+    """The state of a delivery."""
 
     CLAIMED = auto()
     QUEUED = auto()
@@ -52,10 +52,10 @@ class WaitEnd(Enum):
 
 
 class DeliveryWait:
-    """Lets one thread wait until a number of deliveries are done, or until it is needed elsewhere.
+    """Lets one thread wait until a number of deliveries are done, or until it is needed for another pull.
 
     Args:
-        min_wait_secs: It waits that long whatever else there is to do.
+        min_wait_secs: Minimum time that it waits, unless all is done or the daemon stops.
         should_yield: Called once `min_wait_secs` have passed. True ends the wait so that this thread can pull again.
 
     Attributes:
@@ -71,12 +71,12 @@ class DeliveryWait:
         self._interrupted: WaitEnd | None = None
 
     def add(self, number: int) -> None:
-        """That many more deliveries must be done."""
+        """Wait for this number of further deliveries."""
         with self._condition:
             self._missing += number
 
     def count_down(self, number: int = 1) -> None:
-        """That many are done."""
+        """Note that this number of deliveries are done."""
         with self._condition:
             self._missing -= number
             if self._missing <= 0:
@@ -112,7 +112,7 @@ class DeliveryWait:
             return True
 
     def wait(self, timeout_secs: float) -> WaitEnd:
-        """Wait, at most that long, in seconds.
+        """Wait for at most this number of seconds.
 
         Returns:
             Why the wait ended.
@@ -126,7 +126,7 @@ class DeliveryWait:
                         return WaitEnd.NEEDED
                     self._condition.wait_for(self._is_over, max(timeout_secs - min_wait_secs, 0))
             finally:
-                self._min_wait_ends_at = 0.0  # an interruption would be lost on it now
+                self._min_wait_ends_at = 0.0  # from now on an interruption would have no effect
             if self._missing <= 0:
                 return WaitEnd.COMPLETE
             return self._interrupted or WaitEnd.OUT_OF_TIME
@@ -136,24 +136,24 @@ class DeliveryWait:
 
 
 class Delivery:
-    """One event on its way to one sink: shared by the worker and by all who wait for it.
+    """One event on its way to one sink: shared by the worker and by all threads that wait for it.
 
     Args:
         event: The event.
         sink: The sink's name.
         deadline: Monotonic time until which a failed attempt is repeated; None for one attempt only.
         on_complete: Called in the worker's thread with the result. The pair cannot be claimed anew before
-            `InFlight.forget`. With it the delivery is the worker's once
-            it is submitted, also if nothing waits for it.
+            `InFlight.forget`. If it is given, the worker keeps the delivery once it is submitted, also if no thread
+            waits for it.
 
     Attributes:
-        state: How far it is.
+        state: See `State`.
         result: None until it is known; stays None if the delivery was released before that.
-        waits: What is counted down when it is done.
+        waits: The waits that are counted down when it is done.
         attempts: Number of attempts that failed.
-        error: Of the last attempt that failed.
+        error: The error of the last attempt that failed.
         alone: It goes to the sink in a call of its own.
-        is_entered: Its success is in the ledger.
+        is_entered: Its acceptance is in the ledger.
         holder: The thread of the sink that has taken it; None if none has.
     """
 
@@ -196,11 +196,11 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What stands for one wanted delivery.
+    """A caller's claim on one wanted delivery.
 
     Args:
-        delivery: The delivery that is on its way.
-        joined: It was on its way already.
+        delivery: The delivery in the table.
+        joined: It was in the table already; else it is the caller's own.
     """
 
     delivery: Delivery
@@ -219,14 +219,14 @@ class InFlight:
 
     @contextmanager
     def claim(self, wanted: Iterable[Delivery], wait: DeliveryWait | None) -> Iterator[list[Claim]]:
-        """Register deliveries, or join those that are already on their way, for as long as the `with` lasts.
+        """Register deliveries, or join those that are already in flight, for as long as the `with` lasts.
 
-        At its end, whatever ended it, each delivery that this caller claimed and did not submit is released; and of
-        those that wait for a thread of their sink each that nothing waits for any more, unless it has `on_complete`.
+        At its end, also after an exception, these deliveries are released: those that this caller claimed and did not
+        submit; and those that are queued without `on_complete` and for which no thread waits any more.
 
         Args:
             wanted: Deliveries that are not submitted yet.
-            wait: Is counted down as each of them is done; None if nothing waits for them.
+            wait: It is counted down when each of them is done; None if no thread waits for them.
 
         Yields:
             The claims on the wanted deliveries, in their order.
@@ -262,7 +262,7 @@ class InFlight:
                 if is_never_submitted or is_left:
                     delivery.state = State.DONE
                     self._remove(delivery)
-                    others += delivery.waits  # they joined what nothing will submit any more
+                    others += delivery.waits  # they joined a delivery that will never be submitted
         for other in others:
             other.count_down()
 
@@ -272,7 +272,7 @@ class InFlight:
             del self._deliveries[pair]
 
     def queued(self, deliveries: Iterable[Delivery]) -> None:
-        """They wait for a thread of their sink now: freshly submitted, or again after an attempt that failed."""
+        """Mark deliveries as queued: just submitted, or queued again after an attempt that failed."""
         with self._lock:
             for delivery in deliveries:
                 if delivery.state is not State.DONE:
@@ -282,7 +282,7 @@ class InFlight:
         """Mark deliveries as running.
 
         Returns:
-            Those that are; the others were released while they waited.
+            The deliveries that run now; the others were released while they waited.
         """
         with self._lock:
             started = [delivery for delivery in deliveries if delivery.state is not State.DONE]
@@ -291,12 +291,12 @@ class InFlight:
         return started
 
     def complete(self, deliveries: Sequence[Delivery], result: SinkResult) -> None:
-        """Make a result known to all who wait, waking each of them once. The first result of a delivery counts.
+        """Give deliveries their result and wake each waiting thread once. The first result of a delivery counts.
 
-        What has `on_complete` is handed back to it instead, and stays in the table.
+        For a delivery with `on_complete`, this is called instead, and the delivery stays in the table.
 
         Raises:
-            Exception: What an `on_complete` raised; all others were called, and its delivery is forgotten.
+            Exception: What an `on_complete` raised; all others were called, and its delivery is removed.
         """
         with self._lock:
             done = [delivery for delivery in deliveries if delivery.state is not State.DONE]
@@ -310,7 +310,7 @@ class InFlight:
                     left.append(delivery)
                 else:
                     delivery.on_complete(delivery, result)
-            except Exception as error:  # noqa: BLE001 - one must not keep the others from being told
+            except Exception as error:  # noqa: BLE001 - one must not keep the others from being called
                 left.append(delivery)
                 failure = error
         self.forget(left)
@@ -318,7 +318,7 @@ class InFlight:
             raise failure
 
     def forget(self, done: Sequence[Delivery]) -> None:
-        """These pairs can be claimed anew: what came of them is written. Who waits for them is woken."""
+        """Remove deliveries whose results are written: their pairs can be claimed anew. Waiting threads are woken."""
         waiting: dict[DeliveryWait, int] = {}
         with self._lock:
             for delivery in done:

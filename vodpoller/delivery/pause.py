@@ -1,4 +1,4 @@
-"""When a sink may be called: its receiver asked to be left alone for a while, or takes a limited number per minute."""
+"""When a sink may be called: its receiver asked to wait (`Retry-After`), or accepts a limited number per minute."""
 
 import time
 from collections import deque
@@ -10,20 +10,20 @@ _SOON_SECS: Final = 2.0
 
 
 class Spacing:
-    """Spaces calls evenly, so that a receiver gets at most a number of them in any 60 s, whichever 60 s it looks at.
+    """Spaces calls evenly, so that a receiver gets at most `max_per_minute` of them in any interval of 60 s.
 
     A request reaches the receiver at some moment of its call. So a call counts from its beginning until 60 s after its
-    end. What the process before this one sent is not known: this one begins as if the other had sent as much as it may
-    until now, and each of its calls had reached the receiver as late as it can. Not safe for threads: its worker
-    guards it.
+    end. The calls of the previous process are not known: this one begins as if the previous one had made as many calls
+    as the limit allows until now, and each had reached the receiver as late as possible. Not thread-safe: the worker's
+    lock guards it.
 
     Args:
-        max_per_minute: The limit.
+        max_per_minute: Maximum number of calls in 60 s.
         call_secs: The time limit of a call, in seconds.
         monotonic: The clock, in seconds.
 
     Attributes:
-        interval_secs: The time between the beginnings of two calls, at least.
+        interval_secs: Minimum time between the beginnings of two calls.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Spacing:
         self._begun_at = last_arrival
 
     def free_at(self) -> float:
-        """Monotonic time from which the next call may begin; later if those that run last long."""
+        """Monotonic time from which the next call may begin; it may become later while calls are running."""
         evenly_at = self._begun_at + self.interval_secs
         if self._running + len(self._ends) < self._max_calls:
             return evenly_at
@@ -59,7 +59,7 @@ class Spacing:
 
 
 class Pause:
-    """What keeps a worker from calling its sink now. Not safe for threads: the worker guards it.
+    """What keeps a worker from calling its sink now. Not thread-safe: the worker's lock guards it.
 
     Args:
         max_per_minute: See `Sink.max_per_minute`.
@@ -67,7 +67,7 @@ class Pause:
         monotonic: The clock, in seconds.
 
     Attributes:
-        asked_until: Monotonic time until which the receiver asked to be left alone.
+        asked_until: Monotonic time until which the receiver asked to wait; 0.0 if it never asked.
     """
 
     def __init__(self, *, max_per_minute: int | None, call_secs: float, monotonic: Callable[[], float]) -> None:
@@ -79,65 +79,65 @@ class Pause:
             self._spacing = Spacing(max_per_minute=max_per_minute, call_secs=call_secs, monotonic=monotonic)
 
     def ask(self, secs: float) -> None:
-        """The receiver asks to be left alone that long from now, in seconds."""
+        """The receiver asks to wait this number of seconds from now."""
         self.asked_until = max(self.asked_until, self._monotonic() + secs)
 
     @property
     def is_spaced(self) -> bool:
-        """Whether calls are counted: each is to have its `begin` and `end`."""
+        """Whether calls are counted: then `begin` and `end` must be called for each."""
         return self._spacing is not None
 
     @property
     def is_asked(self) -> bool:
-        """Whether the receiver wants to be left alone now."""
+        """Whether the time for which the receiver asked to wait is not over."""
         return self.asked_until > self._monotonic()
 
     @property
     def holds(self) -> bool:
         """Whether no call may begin now."""
-        return self.turn_at() > self._monotonic()
+        return self.free_at() > self._monotonic()
 
-    def turn_at(self, ahead: int = 0) -> float:
+    def free_at(self, ahead: int = 0) -> float:
         """Monotonic time before which a call does not begin.
 
         Args:
-            ahead: Number of calls that have their turn before it.
+            ahead: Number of calls that come before it.
         """
         if self._spacing is None:
             return self.asked_until
         return max(self.asked_until, self._spacing.free_at()) + ahead * self._spacing.interval_secs
 
     def outlasts(self, deadline: float | None, ahead: int) -> bool:
-        """Whether an event cannot wait for its turn.
+        """Whether the pause lasts longer than an event can wait.
 
         Args:
-            deadline: Monotonic time until which it can wait; None for a stored one, which is not to wait for what the
-                receiver asked for, and waits for its turn else.
-            ahead: Number of events that have their turn before it.
+            deadline: Monotonic time until which the event can wait. None for a stored event: it does not wait while the
+                receiver asks to wait, but it waits for `max_per_minute`.
+            ahead: Number of events that come before it.
         """
         if deadline is None:
             return self.is_asked
-        turn_at = self.turn_at(ahead)
-        return turn_at > self._monotonic() and turn_at >= deadline
+        free_at = self.free_at(ahead)
+        return free_at > self._monotonic() and free_at >= deadline
 
-    def why(self, said: str, until: str) -> str:
-        """Why an event is kept back, for a person.
+    def why(self, error: str, until: str) -> str:
+        """Why an event is not sent now, for a person.
 
         Args:
-            said: What the receiver said when it asked to be left alone.
-            until: The time of the event's turn.
+            error: The receiver's error that asked to wait.
+            until: The time from which the event may be sent.
         """
         if self.is_asked:
-            return f"the receiver asked to be left alone until {until}: {said}"
-        return f"its turn comes at {until} (max_per_minute = {self._max_per_minute}), when its lease has ended"
+            return f"the receiver asked to wait until {until}: {error}"
+        return f"it may be sent at {until} (max_per_minute = {self._max_per_minute}), when its lease has ended"
 
     def room(self, stored: int) -> int | None:
-        """Number of stored events that may be queued besides those that are; None if there is no limit of this kind.
+        """Number of further stored events that may be queued; None if the pause sets no limit.
 
-        Fresh events are not to wait behind everything that is stored.
+        The limit keeps new events from waiting behind all that is stored.
 
         Args:
-            stored: Number of those that are queued.
+            stored: Number of stored events that are queued.
         """
         if self.is_asked:
             return 0

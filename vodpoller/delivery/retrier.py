@@ -1,18 +1,18 @@
-"""Stored events on their way to sinks that could not take them: retried until accepted, rejected or given up.
+"""The retrier: delivers stored events again until a sink accepts or rejects them, or until they are given up.
 
-They go in portions. One thread at a time claims what is due, as far as the workers have room, and writes down what came
-of it, which the sinks' threads hand back:
+It works in portions. One thread at a time claims what is due, as far as the workers have room, and writes the results,
+which the sinks' threads hand back:
 
     the retrier's thread, run()                   the threads of the sinks (worker)
     --------------------------                     ---------------------------------
-    submit_due(): claim a portion, submit it --->  call the sink, one after the other
-    write_results(): wait for a first result <---  hand back each that has one
-      let others come, for `GATHER_SECS`
-      write down all there are, together
+    submit_due(): claim a portion, submit it --->  call the sink
+    write_results(): wait for a first result <---  hand back each delivery that has its result
+      wait for further ones, for `GATHER_SECS`
+      write all of them together
       only then: forget them, log them
     and so on, until nothing is under way
 
-A result that a crash keeps from being written leaves its event as it was: pending.
+If a crash comes before a result is written, its event stays pending.
 """
 
 import threading
@@ -27,18 +27,18 @@ from vodpoller.delivery.in_flight import Delivery, InFlight, State
 from vodpoller.delivery.worker import Worker
 from vodpoller.errors import StorageError
 from vodpoller.events.snapshots import event_fields
-from vodpoller.journal.contract import Burial, ClaimedEvent, Journal, Known
+from vodpoller.journal.contract import ClaimedEvent, Journal, Known, NewDeadLetter
 from vodpoller.settlement import Outcome, Reason, SinkResult
 from vodpoller.telemetry import Count, Telemetry
 
-RETRY_BACKOFF = Backoff(first_secs=10.0, most_secs=900.0)
+RETRY_BACKOFF = Backoff(first_secs=10.0, max_secs=900.0)
 BATCH_ROWS: Final = 256
 GATHER_SECS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Claimed:
-    """A row and when it was claimed, by the monotonic clock, in seconds."""
+    """A row, and the monotonic time at which it was claimed, in seconds."""
 
     row: ClaimedEvent
     claimed_at: float
@@ -46,7 +46,7 @@ class _Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ended:
-    """What came of a claimed row; its age is that at which it is written down."""
+    """The result of a claimed row; `age_secs` is its age when the result is written."""
 
     row: ClaimedEvent
     age_secs: float
@@ -60,7 +60,7 @@ class _Ended:
 
 
 class Retrier:
-    """Hands due rows to the workers that serve fresh events too, and writes down what came of them.
+    """Hands due rows to the workers, which also deliver new events, and writes the results.
 
     Args:
         journal: Holds the rows.
@@ -68,8 +68,8 @@ class Retrier:
         in_flight: The table that all workers share.
         give_up_after_secs: By the sink's name: the age at which a row becomes a dead letter.
         telemetry: Destination of log lines and counts.
-        monotonic: The clock by which a row ages once it is claimed, in seconds.
-        gather_secs: How long a first result waits for others that are written with it.
+        monotonic: The clock for the age of a claimed row, in seconds.
+        gather_secs: Time for which the first result waits for others that are written together with it.
 
     Attributes:
         delivered: Number of rows that sinks accepted so far.
@@ -93,7 +93,7 @@ class Retrier:
         self._telemetry = telemetry.scope()
         self._monotonic = monotonic
         self._gather_secs = gather_secs
-        self._lap = threading.Lock()
+        self._run_lock = threading.Lock()
         self._condition = threading.Condition()
         self._under_way: dict[Delivery, _Claimed] = {}
         self._results: list[tuple[Delivery, SinkResult]] = []
@@ -102,16 +102,16 @@ class Retrier:
         self.delivered = 0
 
     def run(self, secs: float) -> bool:
-        """Deliver what is due, portion after portion, and write down what comes of it.
+        """Deliver what is due, portion after portion, and write the results.
 
         Args:
-            secs: When to return although some are under way.
+            secs: Time after which it returns although deliveries are under way.
 
         Returns:
-            Whether some are, so that it should be called again at once.
+            Whether deliveries are under way, so that it should be called again at once.
         """
         ends_at = time.monotonic() + secs
-        with self._lap:
+        with self._run_lock:
             self._submit_if_written()
             while self._goes_on() and (left_secs := ends_at - time.monotonic()) > 0:
                 self.write_results(left_secs)
@@ -119,7 +119,8 @@ class Retrier:
             return self._goes_on()
 
     def _submit_if_written(self) -> None:
-        # Else what is delivered would be known in memory only, and what cannot be buried be delivered again at once.
+        # Otherwise a delivery would be known in memory only, and an event that cannot be made a dead letter would be
+        # delivered again at once.
         if self._journal.is_writable:
             self.submit_due()
 
@@ -127,20 +128,20 @@ class Retrier:
         return bool(self._under_way) and not self._stopped
 
     def stop_claiming(self) -> None:
-        """Submit nothing any more; what is under way goes on."""
+        """Submit nothing from now on; deliveries that are under way go on."""
         self._claims = False
 
     def end(self) -> None:
-        """The workers have stopped: `run` waits for nothing more of theirs."""
+        """Note that the workers have stopped, so that `run` waits for no more results."""
         self._claims = False
         with self._condition:
             self._stopped = True
             self._condition.notify_all()
 
     def stop(self) -> None:
-        """Write down what the workers have handed back, which have stopped; what they have not is pending."""
+        """Write the results that the stopped workers have handed back; all other claimed events stay pending."""
         self.end()
-        with self._lap:
+        with self._run_lock:
             self.write_results(0)
 
     # --- claiming -----------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ class Retrier:
     def _submit_due(self, worker: Worker) -> int:
         with self._claimed(worker) as deliveries:
             known = self._known(deliveries)
-            # What was accepted meanwhile, or deleted by a command, is not submitted, and so released at the end.
+            # A row that was accepted or deleted by a command meanwhile is not submitted, so it is released at the end.
             to_submit = [it for it in deliveries if known.get((it.event.key, it.sink)) is Known.PENDING]
             worker.submit(to_submit)
         return len(to_submit)
@@ -165,8 +166,8 @@ class Retrier:
     def _claimed(self, worker: Worker) -> Iterator[list[Delivery]]:
         """Claim what is due, in the journal and among the deliveries under way, for as long as the `with` lasts.
 
-        At its end, whatever ended it, what the worker has not taken is released in both. A claim in the journal on
-        what it has taken ends when its result is written down.
+        At its end, also after an exception, what the worker has not taken is released in both. For what it has taken,
+        the claim in the journal ends when the result is written.
 
         Yields:
             The deliveries that are not under way already.
@@ -186,7 +187,7 @@ class Retrier:
             self._journal.release(not_taken)
 
     def _take_back(self, claimed: Mapping[Delivery, _Claimed]) -> list[ClaimedEvent]:
-        """The rows of those that the worker has not taken."""
+        """Remove the deliveries that the worker has not taken; returns their rows."""
         not_taken = [delivery for delivery in claimed if delivery.state is State.CLAIMED]
         with self._condition:
             for delivery in not_taken:
@@ -200,27 +201,27 @@ class Retrier:
         room = min(worker.room(), BATCH_ROWS)
         with self._condition:
             waiting = sum(it.sink == worker.name and it.state is State.QUEUED for it in self._under_way)
-        # A query for each place that becomes free would cost more than a portion. A probe is one event, at its time.
+        # Many queries for one free place each would take longer than one for a portion. But a probe is one event.
         if not room or (room < min(waiting, BATCH_ROWS) and not worker.is_open):
             return ()
         try:
             return self._journal.claim_due(worker.name, room)
-        except StorageError:  # the journal has said so
+        except StorageError:  # the journal has logged it
             return ()
 
     def _known(self, deliveries: Sequence[Delivery]) -> Mapping[tuple[bytes, str], Known]:
         try:
             return self._journal.known((delivery.event.key, delivery.sink) for delivery in deliveries)
-        except StorageError:  # then it cannot be told what is still to be delivered
+        except StorageError:  # then it is not known what is still to be delivered
             return {}
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _hand_back(self, delivery: Delivery, result: SinkResult) -> None:
-        """In a thread of the sink: what came of it is known."""
+        """Take a delivery back with its result; called in a thread of the sink."""
         with self._condition:
             self._results.append((delivery, result))
-            # To wake the retrier for each would cost the sinks' threads the interpreter's lock.
+            # If each result woke the retrier, the sinks' threads would have to wait for the interpreter's lock.
             if len(self._results) == 1 or self._is_complete():
                 self._condition.notify_all()
 
@@ -229,14 +230,14 @@ class Retrier:
 
     @property
     def results(self) -> int:
-        """Number of results that are not written down yet."""
+        """Number of results that are not written yet."""
         return len(self._results)
 
     def write_results(self, within_secs: float) -> None:
-        """Wait for a result, gather what else comes soon, and write all of it down.
+        """Wait for a result, gather others for `gather_secs`, and write all of them.
 
         Args:
-            within_secs: When to return if there is none.
+            within_secs: Time after which it returns if there is no result.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._results or self._stopped, within_secs)
@@ -262,7 +263,7 @@ class Retrier:
             self._in_flight.forget([delivery for delivery, _ in results])
 
     def _enter(self, delivered: Sequence[Delivery]) -> None:
-        """Enter in the ledger what is not there yet; it ends the claims. One transaction for a sink."""
+        """Enter in the ledger what is not there yet, which ends the claims: one transaction for each sink."""
         keys: dict[str, list[bytes]] = {}
         for delivery in delivered:
             if not delivery.is_entered:
@@ -272,45 +273,45 @@ class Retrier:
         self.delivered += len(delivered)
 
     def _write_down(self, portion: Sequence[_Ended]) -> None:
-        """What else came of claimed rows, which ends their claims, and a line for each that was delivered."""
-        burials: list[tuple[_Ended, Reason]] = []
+        """Write the results of rows that were not delivered, which ends their claims; log those that were."""
+        dead: list[tuple[_Ended, Reason]] = []
         for it in portion:
             match it.result.outcome:
                 case Outcome.DELIVERED:
                     pass  # it is entered
                 case Outcome.REJECTED:
-                    burials.append((it, Reason.REJECTED))
+                    dead.append((it, Reason.REJECTED))
                 case Outcome.FAILED if it.age_secs >= self._give_up_after_secs[it.row.sink]:
-                    burials.append((it, Reason.GAVE_UP))
+                    dead.append((it, Reason.GAVE_UP))
                 case Outcome.FAILED:
                     wait_secs = max(RETRY_BACKOFF.secs(it.attempts), it.result.retry_after_secs or 0.0)
                     self._journal.reschedule(it.row, attempts=it.attempts, due_in_secs=wait_secs, error=it.result.why)
                 case Outcome.NOT_ATTEMPTED:
-                    # The breaker is open, the queue full or the sink paused. Another row gets the next turn.
+                    # The breaker is open, the queue is full or the sink is paused. Other rows are tried first.
                     wait_secs = max(1.0, it.result.retry_after_secs or 0.0)
                     self._journal.reschedule(it.row, attempts=it.row.attempts, due_in_secs=wait_secs, error=None)
                 case _:
                     assert_never(it.result.outcome)
-        self._bury(burials)
+        self._mark_dead(dead)
         delivered = [it for it in portion if it.result.outcome is Outcome.DELIVERED]
-        self._telemetry.delivered_at_last([_delivered_fields(it) for it in delivered])
+        self._telemetry.stored_delivered([_delivered_fields(it) for it in delivered])
 
-    def _bury(self, burials: Sequence[tuple[_Ended, Reason]]) -> None:
-        if not burials:
+    def _mark_dead(self, dead: Sequence[tuple[_Ended, Reason]]) -> None:
+        if not dead:
             return
         try:
-            self._journal.bury(
+            self._journal.mark_dead(
                 [
-                    Burial(claimed=it.row, attempts=it.attempts, reason=reason, error=it.result.why)
-                    for it, reason in burials
+                    NewDeadLetter(claimed=it.row, attempts=it.attempts, reason=reason, error=it.result.why)
+                    for it, reason in dead
                 ]
             )
-        except StorageError:  # the journal has said so; they stay pending, and come to this again
+        except StorageError:  # the journal has logged it; the events stay pending, and this is tried again
             return
-        for it, reason in burials:
-            self._say_dead(it, reason)
+        for it, reason in dead:
+            self._log_dead(it, reason)
 
-    def _say_dead(self, it: _Ended, reason: Reason) -> None:
+    def _log_dead(self, it: _Ended, reason: Reason) -> None:
         self._telemetry.count(Count.DEAD_LETTERS_CREATED, sink=it.row.sink, reason=reason.value)
         self._telemetry.repeated(
             "error",

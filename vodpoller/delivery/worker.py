@@ -1,4 +1,4 @@
-"""The worker around each sink: its queue, its threads, its breaker."""
+"""The worker of each sink: its queue, its threads, its breaker."""
 
 import heapq
 import threading
@@ -25,29 +25,29 @@ from vodpoller.telemetry import Count, Duration, Telemetry
 
 
 class Ledger(Protocol):
-    """Where the worker writes down what its sink accepted."""
+    """Records what a sink has accepted."""
 
     def accept(self, sink: str, keys: Sequence[bytes], position: Position | None) -> None:
-        """Remember the pairs. Must not raise: what cannot be written now stays in memory and is retried."""
+        """Record the keys. Must not raise: what cannot be written now stays in memory and is retried."""
 
 
 class Worker:
-    """Stands between pullers and one sink: its queue, its threads, its breaker. A slow sink fills only its own queue.
+    """Delivers to one sink with its own queue, threads and breaker, so that a slow sink fills only its own queue.
 
     Args:
         name: The sink's name.
         sink: The sink.
-        ledger: Where accepted events are written down, before anyone hears of it.
+        ledger: Records accepted events, before a puller can see their results.
         in_flight: The table that all workers share.
         queue_max_events: Number of deliveries that may wait; the next ones are not attempted, with `queue_full`.
         breaker_failures: See Breaker.
         telemetry: Destination of log lines and counts.
-        liveness: Told what each thread is at and until when.
+        liveness: Is given the name and the time limit of each call, for the watchdog.
         monotonic: The clock of waits and deadlines, in seconds.
-        wall: The clock of what a person reads, in seconds since 1970.
+        wall: The clock of the times that a person reads, in seconds since 1970.
     """
 
-    _RETRIES = Backoff(first_secs=0.5, most_secs=8.0)
+    _RETRIES = Backoff(first_secs=0.5, max_secs=8.0)
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Worker:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start the threads; those of a sink with many come as they are needed."""
+        """Start the first thread. More start when they are needed, up to the sink's `concurrency`."""
         with self._condition:
             self._spawn_if_useful()
 
@@ -99,7 +99,7 @@ class Worker:
             self._condition.notify_all()
 
     def join(self, timeout_secs: float) -> bool:
-        """Wait for the calls that run.
+        """Wait until the running calls and the threads have ended, `timeout_secs` at most.
 
         Returns:
             Whether all threads have ended.
@@ -115,7 +115,7 @@ class Worker:
         return self._breaker.open
 
     def status(self) -> SinkStatus:
-        """How the sink is at this moment."""
+        """The present state of the sink."""
         with self._condition:
             now, wall = self._monotonic(), self._wall()
             paused_secs = self._pause.asked_until - now
@@ -133,9 +133,9 @@ class Worker:
             )
 
     def room(self) -> int:
-        """Number of stored deliveries that may be submitted now: half of the queue is kept for fresh ones.
+        """Number of stored events that may be submitted now: half of the queue is kept for events of new batches.
 
-        While the breaker is open it is one, if it is time for a probe; while the sink is paused it is none.
+        While the breaker is open, it is 1 if a probe is due, else 0. While the sink is paused, it is 0.
         """
         with self._condition:
             limit = self._pause.room(sum(delivery.deadline is None for delivery in self._queue))
@@ -147,7 +147,7 @@ class Worker:
             return room if limit is None else min(room, limit)
 
     def submit(self, deliveries: Sequence[Delivery]) -> None:
-        """Take deliveries that this caller has claimed. Each comes to a result, maybe before this returns."""
+        """Take deliveries that the caller has claimed. Each of them gets a result, maybe before this returns."""
         refused: dict[Reason, list[Delivery]] = {}
         taken: list[Delivery] = []
         skipped: list[Delivery] = []
@@ -174,11 +174,11 @@ class Worker:
             self._in_flight.complete(skipped, SKIPPED)
 
     def _is_to_be_sent(self, delivery: Delivery, skipped: list[Delivery]) -> bool:
-        """Have the sink examine an event before it takes a place in the queue.
+        """Let the sink examine an event before it takes a place in the queue.
 
         Args:
-            delivery: Is complete, or in `skipped`, if it is not to be sent.
-            skipped: Gets it if the sink skips it.
+            delivery: If the sink raises an error, this method completes it.
+            skipped: If the sink skips the event, this method appends the delivery.
         """
         try:
             self.sink.examine(delivery.event)
@@ -192,7 +192,7 @@ class Worker:
 
     def _not_sendable(self, delivery: Delivery, error: Exception) -> None:
         delivery.attempts += 1
-        self._say_failed(delivery, error)
+        self._log_failed_attempt(delivery, error)
         result = _failed(str(error) or repr(error), attempts=delivery.attempts)
         if isinstance(error, RejectedError):
             result = replace(result, outcome=Outcome.REJECTED, reason=Reason.REJECTED)
@@ -221,14 +221,14 @@ class Worker:
         retry_after_secs = None
         match reason:
             case Reason.SINK_DOWN:
-                why = f"the sink is down since {timestamp(self._down_since)}: {self._last_error}"
+                why = f"the sink has been down since {timestamp(self._down_since)}: {self._last_error}"
             case Reason.SINK_PAUSED:
                 with self._condition:
-                    turn_at = self._pause.turn_at(len(self._queue) + len(self._delayed))
-                    retry_after_secs = max(turn_at - self._monotonic(), 0.0)
+                    free_at = self._pause.free_at(len(self._queue) + len(self._delayed))
+                    retry_after_secs = max(free_at - self._monotonic(), 0.0)
                     why = self._pause.why(self._last_error, timestamp(self._wall() + retry_after_secs))
             case Reason.QUEUE_FULL:
-                why = f"the sink is slower than events come: {self._queue_max_events} wait already (queue_max_events)"
+                why = f"the sink is too slow: {self._queue_max_events} events wait in its queue (queue_max_events)"
             case _:
                 why = "the daemon was stopping"
         return SinkResult(outcome=Outcome.NOT_ATTEMPTED, reason=reason, why=why, retry_after_secs=retry_after_secs)
@@ -241,7 +241,7 @@ class Worker:
             thread = threading.Thread(target=self._run, name=f"sink-{self.name}-{number}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # the system has no more threads: those there are go on, the next event tries again
+            except RuntimeError:  # the system allows no more threads: the others go on, and the next event tries again
                 return
             self._threads.append(thread)
 
@@ -259,17 +259,18 @@ class Worker:
                 self._give_back(taken)
 
     def _step(self, taken: list[Delivery]) -> None:
-        """Wait for something to do, and do it.
+        """Wait until there is something to do, and do it.
 
         Args:
-            taken: Gets all that leaves the queue, before it leaves it: the caller gives it back.
+            taken: Filled with the deliveries before they leave the queue, so that the caller can complete those that
+                are still running after an exception.
         """
         with self._condition:
-            while (turn := self._take(taken)) is None:
+            while (step := self._take(taken)) is None:
                 if self._stopping:
                     return
                 self._condition.wait(self._wait_secs())
-        batch, refused = turn
+        batch, refused = step
         try:
             self._refuse(refused)
         finally:
@@ -277,20 +278,20 @@ class Worker:
                 self._attempt(batch)
 
     def _give_back(self, taken: list[Delivery]) -> None:
-        """The end of one step, whatever ended it: nothing that it took is left running."""
+        """End a step, also after an exception: deliveries that it took and left running are completed as failed."""
         here = threading.get_ident()
-        with self._condition:  # what was queued again may be with another thread by now
+        with self._condition:  # another thread may have taken by now what was queued again
             left = [it for it in taken if it.holder == here and it.state is State.RUNNING]
             self._busy.discard(here)
         taken.clear()
-        why = "an unforeseen error; the log has it"
+        why = "an unexpected error; see worker.failed in the log"
         for delivery in left:
             self._count_failure(delivery, why)
         if left:
             self._in_flight.complete(left, _failed(why, attempts=1))
 
     def _take(self, taken: list[Delivery]) -> tuple[list[Delivery], dict[Reason, list[Delivery]]] | None:
-        """What one call gets, and what is not attempted now and why; None if there is nothing to do, or no more."""
+        """Take the events of one call, and those not attempted now, by reason; None: nothing to do, or stopping."""
         if self._stopping:
             return None
         self._requeue_due()
@@ -314,7 +315,7 @@ class Worker:
         return started, refused
 
     def _choose(self) -> tuple[list[Delivery], dict[Reason, list[Delivery]]]:
-        """What is at the queue's head for one call, and what is not attempted now and why."""
+        """Choose the events of one call from the queue's head, and those that are not attempted now, by reason."""
         if self._pause.is_asked:
             self._drop_released()
             queue = enumerate(self._queue)
@@ -328,11 +329,11 @@ class Worker:
         return [] if self._pause.holds else self._next_batch(), {}
 
     def _drop_released(self) -> None:
-        """What was released while it waited would keep the next probe out, or be counted among those that wait."""
+        """Drop what was released while it waited: it would keep the next probe out, or be counted as waiting."""
         self._queue = deque(delivery for delivery in self._queue if delivery.state is not State.DONE)
 
     def _hold(self, taken: Sequence[Delivery]) -> None:
-        """They are this thread's from now on."""
+        """Mark the deliveries as held by this thread."""
         here = threading.get_ident()
         self._busy.add(here)
         self._in_flight.start(taken)
@@ -340,11 +341,11 @@ class Worker:
             delivery.holder = here
 
     def _wait_secs(self) -> float | None:
-        """How long there is nothing to do unless something is submitted; None for ever."""
+        """Seconds until there is something to do even if nothing is submitted; None if there will be nothing."""
         now = self._monotonic()
         waits = [self._delayed[0][0] - now] if self._delayed else []
-        if self._queue:  # it waits for the end of a pause
-            waits.append(self._pause.turn_at() - now)
+        if self._queue:  # its events wait for the end of a pause
+            waits.append(self._pause.free_at() - now)
         return max(min(waits), 0.001) if waits else None
 
     def _requeue_due(self) -> None:
@@ -367,17 +368,17 @@ class Worker:
             for delivery in batch:
                 delivery.alone = True
             if not all(isinstance(error, TransientError) for error in failures.values()):
-                # One poison event condemns no other: each is tried by itself, as far as the breaker lets it.
+                # One invalid event must not fail the others: each is tried alone, as far as the breaker permits.
                 with self._condition:
                     self._queue.extendleft(reversed(batch))
                     self._queued_again(batch)
                 return
         for index, error in failures.items():
-            # One failed call is one failure: what counts as distinct events is counted when each was tried by itself.
+            # One failed call is one failure. Distinct events are counted when each of them has been tried alone.
             self._not_accepted(batch[index], error, counts=len(failures) == len(batch) and index == 0)
 
     def _call(self, batch: list[Delivery]) -> Mapping[int, Exception]:
-        """One call of the sink, the ledger behind it; the errors of what was not accepted, by position."""
+        """Call the sink once and record what it accepted; returns the errors of the others, by position."""
         timeout_secs = self.sink.timeout_secs
         self._liveness.begin(f"sink {self.name}", timeout_secs)
         failures: Mapping[int, Exception] = {}
@@ -385,14 +386,14 @@ class Worker:
         try:
             self.sink.deliver([delivery.event for delivery in batch], timeout_secs)
         except PartialFailureError as error:
-            # One that names no event, or one that is not in the call, tells nothing: then none was accepted.
+            # An error that names no event, or an event outside this call, is not usable: then none was accepted.
             is_usable = error.failures and all(0 <= index < len(batch) for index in error.failures)
             failures = error.failures if is_usable else dict.fromkeys(range(len(batch)), error)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - unknown exceptions count as transient
             cause = error if isinstance(error, Exception) else TransientError(f"the sink called sys.exit({error})")
             failures = dict.fromkeys(range(len(batch)), cause)
         finally:
-            if self._pause.is_spaced:  # else the lock would be taken for nothing
+            if self._pause.is_spaced:  # otherwise the lock is not needed
                 with self._condition:
                     self._pause.end()
             self._liveness.end()
@@ -411,9 +412,9 @@ class Worker:
         return failures
 
     def _enter(self, accepted: Sequence[Delivery]) -> None:
-        """Write down what the sink has, unless the retrier does so, which enters many together.
+        """Enter in the ledger what the sink accepted, except what the retrier enters itself, many at once.
 
-        What goes to a file is entered in the order in which it stands there, since the mark goes along.
+        If the sink has a position (a file), all is entered here, in the order of the file, together with the position.
         """
         position = None if self._recoverable is None else self._recoverable.position()
         entered = [delivery for delivery in accepted if delivery.on_complete is None or position is not None]
@@ -432,9 +433,9 @@ class Worker:
         with self._condition:
             self._last_error = why
             was_open = self._breaker.open
-            if retry_after_secs is not None:  # it is the receiver that is overloaded, not this event
+            if retry_after_secs is not None:  # the receiver is overloaded: this concerns all events
                 self._pause.ask(retry_after_secs)
-        self._say_failed(delivery, error)
+        self._log_failed_attempt(delivery, error)
         if counts:
             self._count_failure(delivery, why)
         if isinstance(error, RejectedError) and not was_open:
@@ -453,7 +454,7 @@ class Worker:
         if opened:
             self._telemetry.log.error("breaker.opened", sink=self.name, error_message=why)
 
-    def _say_failed(self, delivery: Delivery, error: Exception) -> None:
+    def _log_failed_attempt(self, delivery: Delivery, error: Exception) -> None:
         fields = error.fields() if isinstance(error, VodpollerError) else {"error_message": repr(error)}
         self._telemetry.repeated(
             "warning",
@@ -468,7 +469,7 @@ class Worker:
         )
 
     def _repeat_later(self, delivery: Delivery) -> bool:
-        """Queue another attempt, if one may succeed before the lease nears its end."""
+        """Queue another attempt and return True, if it can begin before the deadline."""
         if delivery.deadline is None:
             return False
         with self._condition:
@@ -481,7 +482,7 @@ class Worker:
         return True
 
     def _queued_again(self, deliveries: Sequence[Delivery]) -> None:
-        """They are in the queue once more, for whichever thread takes them."""
+        """Mark the deliveries as queued again: any thread may take them."""
         for delivery in deliveries:
             delivery.holder = None
         self._in_flight.queued(deliveries)

@@ -1,1 +1,1 @@
-"""Our store of the ledger and of stored events: what it promises, and how SQLite keeps it."""
+"""The journal, our store of the ledger and of stored events: its contract, and its implementation in SQLite."""

@@ -1,6 +1,6 @@
-"""Claims: which pending events are given to a claimant, so that no other delivers them meanwhile.
+"""Claims: a pending event that is claimed is given to no other claimant until the claim ends.
 
-They are in memory: the lock beside the file makes this process the only claimant.
+Claims are in memory only: the lock beside the file makes this process the only claimant.
 """
 
 import threading
@@ -17,8 +17,8 @@ class Claims:
     """The claims on the pending events of one journal.
 
     Args:
-        read: Runs a query, whose rows it returns. Raises `StorageError`.
-        unwritten: Pairs that were accepted and are stored in the file nevertheless.
+        read: Runs a query and returns its rows. Raises `StorageError`.
+        unwritten: Pairs that were accepted, but may still be stored in the file.
     """
 
     def __init__(self, read: Callable[[str, Sequence[Any]], list[Any]], unwritten: Unwritten) -> None:
@@ -29,7 +29,7 @@ class Claims:
         self._claims: dict[Pair, ClaimedEvent] = {}
 
     def claim_due(self, sink: str, limit: int, *, now: float) -> tuple[list[ClaimedEvent], list[tuple[int]]]:
-        """Claim pending events that are due, as `journal.contract.Journal.claim_due` says.
+        """Claim pending events that are due; see `journal.contract.Journal.claim_due`.
 
         Args:
             sink: The sink's name.
@@ -37,14 +37,14 @@ class Claims:
             now: The time, in seconds since 1970.
 
         Returns:
-            What is claimed; and the rows of pending events that the ledger has, which can be deleted.
+            The claimed events; and the numbers of rows whose pair is in the ledger, which can be deleted.
 
         Raises:
             StorageError: It cannot be read; nothing is claimed.
         """
         with self._claiming:
-            # Memory before the file: what leaves memory after this was written before, and what is read sees that.
-            # Claims before what is unwritten: a pair that is accepted meanwhile is there before its claim ends.
+            # Memory is read before the file: a pair that leaves memory after this is already in the file, so the query
+            # finds it. Claims are read before unwritten pairs: an accepted pair is in the latter before its claim ends.
             with self._lock:
                 held = {key: stored.row for (key, of), stored in self._claims.items() if of == sink}
             unwritten = self._unwritten.keys_of(sink)
@@ -56,23 +56,23 @@ class Claims:
     def _read_due(
         self, sink: str, now: float, limit: int, held: Mapping[bytes, int], unwritten: set[bytes]
     ) -> tuple[list[ClaimedEvent], list[tuple[int]]]:
-        """What is due and not held; and the numbers of those that the ledger has."""
+        """Events that are due and not held; and the numbers of rows whose pair is in the ledger."""
         if limit <= 0 or not self._read(LETTERS_BYTES, ())[0][0]:
             return [], []
         due: list[Any] = []
-        # A due time beyond any delay was set by a clock that was wrong: it has come as well. Two ranges of the index:
-        # to ask for both at once would be to look at all that is pending.
+        # A due time beyond the longest delay was set by a wrong clock: it counts as due, too. Two queries, one for each
+        # range of the index: one query for both would read all pending rows.
         for condition, moment in (("<=", now), (">", now + DUE_HORIZON_SECS + 60)):
             due += self._read(
                 "SELECT id, key, attempts, stored_at, source, sub_app_id, event_type, body, EXISTS ("
                 " SELECT 1 FROM ledger WHERE ledger.key = letters.key AND ledger.sink = letters.sink"
                 " AND (confirmed_at IS NULL OR confirmed_at >= ?))"
                 f" FROM letters WHERE state = 'pending' AND sink = ? AND due_at {condition} ?"
-                # In the text: there may be more of them than a statement can have parameters.
+                # In the SQL text: there may be more of them than a statement can have parameters.
                 f" AND id NOT IN ({','.join(map(str, held.values()))}) ORDER BY due_at, id LIMIT ?",
                 (now - CONFIRMED_KEPT_SECS, sink, moment, limit + len(unwritten) - len(due)),
             )
-        not_to_give = held.keys() | unwritten  # what is held may be stored anew since then, as another row
+        not_to_give = held.keys() | unwritten  # a held pair may have been stored again since then, in another row
         found: list[ClaimedEvent] = []
         accepted: list[tuple[int]] = []
         for row, key, attempts, stored_at, source, sub_app_id, event_type, body, is_accepted in due:

@@ -1,29 +1,29 @@
-"""The condition of an open journal: whether it can be read and written, why not, and what was said of it."""
+"""The condition of an open journal: whether it can be read and written, and why not."""
 
 from pathlib import Path
 
 from vodpoller.errors import StorageError
-from vodpoller.journal.place import identity_of, is_corrupt, way_out
+from vodpoller.journal.place import corruption_message, device_and_inode, is_corrupt
 from vodpoller.telemetry import Count, Scope
 
 
 class Condition:
-    """What is known of a journal's file without touching it.
+    """What is known about a journal's file without reading or writing it.
 
     Args:
-        path: The file, which is there.
+        path: The file; it exists.
         telemetry: Destination of log lines and counts.
 
     Attributes:
         is_failing: Whether the last attempt to read or write it failed.
-        is_replaced: Whether it was deleted or replaced when it was looked at last.
-        corrupt: What to do if it is corrupt; once found, it is so until the next start. Empty if it is not.
-        trouble: What was said last about why it could not be read or written.
+        is_replaced: Whether it was deleted or replaced when it was last checked.
+        corrupt: What to do if it is corrupt; this stays until the next start. Empty if it is not corrupt.
+        trouble: The last error text about why it could not be read or written.
     """
 
     def __init__(self, path: Path, telemetry: Scope) -> None:
         self._path = path
-        self._identity = identity_of(path)
+        self._device_and_inode = device_and_inode(path)
         self._telemetry = telemetry
         self.is_failing = False
         self.is_replaced = False
@@ -38,12 +38,12 @@ class Condition:
         return "Put the file back if you can, and restart vodpoller" if self.is_replaced else ""
 
     def check_in_place(self) -> None:
-        """What is written to a file that was deleted or replaced is lost at the next start.
+        """Check that the file was not deleted or replaced: what is written to it then is lost at the next start.
 
         Raises:
-            StorageError: That happened.
+            StorageError: It was deleted or replaced.
         """
-        self.is_replaced = identity_of(self._path) != self._identity
+        self.is_replaced = device_and_inode(self._path) != self._device_and_inode
         if self.is_replaced:
             error = StorageError(
                 f"{self._path}: the journal was deleted or replaced while it was open: put it back if you can, and"
@@ -54,17 +54,17 @@ class Condition:
             raise error
 
     def note_failure(self, error: Exception) -> None:
-        """Note and log that it could not be read or written."""
+        """Record and log that it could not be read or written."""
         self.is_failing = True
         message = str(error)
         if is_corrupt(error):
-            message = self.corrupt = way_out(self._path, error)
+            message = self.corrupt = corruption_message(self._path, error)
         self.trouble = message
         self._telemetry.count(Count.JOURNAL_ERRORS)
         self._telemetry.repeated("error", "journal.failed", cause=message, error_message=message, path=str(self._path))
 
     def note_success(self) -> None:
-        """Note that it was written; log it, if it could not be before."""
+        """Record that it was written, and log the recovery if it could not be written before."""
         if self.is_failing and not self.corrupt:
             self.is_failing = False
             suppressed = self._telemetry.reset()

@@ -1,4 +1,4 @@
-"""Group commit: the writes of many threads, in one transaction for all that wait."""
+"""Group commit: one transaction writes for all threads that wait."""
 
 import sqlite3
 import threading
@@ -19,10 +19,10 @@ class _Write:
     """Work for the next transaction.
 
     Args:
-        work: What is done in it.
-        durable: Its transaction must survive a loss of power.
-        deferred: Nothing waits for it: if it fails for a reason that may pass, it is done with the next one.
-        on_end: Called once it is written, or never will be.
+        work: The function that writes.
+        durable: The transaction must survive a loss of power.
+        deferred: No thread waits for it. If it fails for a reason that may pass, the next transaction does it.
+        on_end: Called when it is written, or when it can never be written.
     """
 
     __slots__ = ("deferred", "done", "durable", "error", "on_end", "work")
@@ -39,13 +39,13 @@ class _Write:
 
 
 class GroupCommit:
-    """The writing side of a journal. Of the threads that wait, the first writes for all.
+    """The writing side of a journal. The first of the waiting threads writes for all.
 
     Args:
         db: The connection that writes.
-        on_failure: Called with the error of each write that a caller waited for, and of one that shows that the file
-            is corrupt.
-        on_commit: Called with the time that each transaction took, in seconds.
+        on_failure: Called with the error of each failed write that a caller waited for, and with each error that shows
+            that the file is corrupt.
+        on_commit: Called with the duration of each transaction, in seconds.
 
     Attributes:
         db: The connection, to be used only while `lock` is held.
@@ -65,7 +65,7 @@ class GroupCommit:
         self._on_commit = on_commit
         self._queue: list[_Write] = []
         self._queue_lock = threading.Lock()
-        self._is_full: bool | None = None  # what the connection was told last of how it syncs
+        self._is_full: bool | None = None  # whether `PRAGMA synchronous` is FULL; None before it is set
 
     @property
     def waiting(self) -> int:
@@ -73,14 +73,14 @@ class GroupCommit:
         return len(self._queue)
 
     def write(self, work: Work, *, durable: bool) -> None:
-        """Have the work done in a transaction, together with that of other threads.
+        """Do the work in a transaction, together with the work of other threads.
 
         Args:
-            work: What is done.
+            work: The function that writes.
             durable: Whether it must survive a loss of power when this returns.
 
         Raises:
-            StorageError: It was not, and nothing of it is in the file; `on_failure` was told.
+            StorageError: It failed, and nothing of it is in the file; `on_failure` was called.
         """
         mine = _Write(work, durable=durable)
         with self._queue_lock:
@@ -88,18 +88,18 @@ class GroupCommit:
         with self.lock:
             if not mine.done:
                 self._commit_queue()
-        if not mine.done:  # the thread that wrote for all was ended in the middle of it
+        if not mine.done:  # an exception ended the thread that wrote for all
             raise StorageError("the journal was not written")
         if mine.error is not None:
             self._on_failure(mine.error)
             raise StorageError(f"the journal cannot be written: {mine.error}") from mine.error
 
     def defer(self, work: Work, on_end: Callable[[], None] | None = None) -> None:
-        """Have the work done with the next transaction that succeeds: for what only saves work later.
+        """Do the work in the next transaction that succeeds: for writes whose loss only causes work later.
 
         Args:
-            work: What is done.
-            on_end: Called once it is written, or never will be.
+            work: The function that writes.
+            on_end: Called when it is written, or when it can never be written.
         """
         with self._queue_lock:
             self._queue.append(_Write(work, durable=False, deferred=True, on_end=on_end))
@@ -110,7 +110,7 @@ class GroupCommit:
         again: list[_Write] = []
         try:
             if not self._commit(batch) and len(batch) > 1:
-                for write in batch:  # one that cannot be written must not take the others with it
+                for write in batch:  # a write that fails must not make the others fail
                     self._commit([write])
             failed = [write for write in batch if isinstance(write.error, sqlite3.OperationalError)]
             again = [write for write in failed if write.deferred][:DEFERRED_MAX]
@@ -123,7 +123,11 @@ class GroupCommit:
                     write.on_end()
 
     def _commit(self, batch: Sequence[_Write]) -> bool:
-        """False if one of several may be at fault; a file that is locked by others fails all, once."""
+        """Commit writes in one transaction. Returns False if one of them may have made it fail.
+
+        If the transaction cannot begin, for example because another process locks the file, all writes fail, and it
+        returns True: writing them one by one would not help.
+        """
         has_begun = False
         began_at = time.monotonic()
         try:
@@ -136,10 +140,10 @@ class GroupCommit:
             for write in batch:
                 write.work(self.db)
             self.db.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - whatever it is, no caller may believe that its row was written
+        except Exception as error:  # noqa: BLE001 - after any exception, no caller may believe that its row was written
             with suppress(sqlite3.Error):
                 self.db.execute("ROLLBACK")
-            if is_corrupt(error):  # said here, since for some writes it does not matter whether they are done
+            if is_corrupt(error):  # reported here, since no caller reports the failure of a deferred write
                 self._on_failure(error)
             for write in batch:
                 write.error, write.done = error, True

@@ -1,4 +1,4 @@
-"""Opening a journal in SQLite: locked, private, brought to this version, and tried."""
+"""Opening a journal in SQLite: it is locked, made private, migrated to this version, and tested."""
 
 import os
 import sqlite3
@@ -12,11 +12,11 @@ from vodpoller.journal.place import (
     cannot_make,
     cannot_open,
     check_place,
-    keep_others_out,
+    lock_journal,
     make_folder,
     make_private,
 )
-from vodpoller.journal.schema import count_anew, migrate
+from vodpoller.journal.schema import correct_totals, migrate
 from vodpoller.journal.wal import limit_wal
 from vodpoller.logs import Logger
 
@@ -27,14 +27,14 @@ Connect = Callable[[Path], sqlite3.Connection]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """An open file, which no other process writes.
+    """An open journal file, which no other daemon has.
 
     Args:
         lock_fd: The descriptor that holds its lock.
         writer: The connection that writes.
         reader: The connection that reads.
         occurrences: Key, content key, source and end of the last lease (in seconds since 1970) of each occurrence that
-            VOD may bring again, the oldest first.
+            VOD may deliver again, the oldest first.
     """
 
     lock_fd: int
@@ -48,8 +48,8 @@ def open_journal(path: Path, *, log: Logger, connect: Connect, now: Callable[[],
 
     Args:
         path: The file.
-        log: Told if it was of an earlier version.
-        connect: Opens the file for SQLite, once to write it and once to read it.
+        log: Destination of a log line if the journal was of an earlier version.
+        connect: Opens a connection of SQLite; called twice, for writing and for reading.
         now: The clock, in seconds since 1970.
 
     Raises:
@@ -59,7 +59,7 @@ def open_journal(path: Path, *, log: Logger, connect: Connect, now: Callable[[],
     with ExitStack() as opening:
         check_place(path)
         make_folder(path.parent, log)
-        lock_fd = keep_others_out(path)
+        lock_fd = lock_journal(path)
         opening.callback(os.close, lock_fd)
         make_private(path)
         try:
@@ -76,7 +76,7 @@ def open_journal(path: Path, *, log: Logger, connect: Connect, now: Callable[[],
         except sqlite3.Error as error:
             raise cannot_open(path, error) from error
         except OSError as error:
-            raise cannot_make(path, error, "cannot be copied before it is brought to this version") from error
+            raise cannot_make(path, error, "cannot be copied before it is migrated to this version") from error
         opening.pop_all()
     if copy is not None:
         log.info("journal.migrated", path=str(path), copy=str(copy))
@@ -90,8 +90,8 @@ def _prepare(writer: sqlite3.Connection, path: Path, now: float) -> None:
         ((verdict,), *_) = writer.execute("PRAGMA quick_check(1)").fetchall()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
-        count_anew(writer)
+        correct_totals(writer)
     for table in ("ledger", "letters", "totals", "positions", "marks", "occurrences"):
         writer.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()
-    # A write shows now, not at the first event, that the file is read-only or the disk is full.
+    # This write shows now, not at the first event, whether the file is read-only or the disk is full.
     writer.execute("INSERT OR REPLACE INTO marks VALUES ('started', ?)", (now,))

@@ -1,9 +1,9 @@
-"""What an operator does with the journal: look at what is stored, replay it, move it to another sink, purge it.
+"""The operator's access to the journal: list stored events, replay them, move them to another sink, purge them.
 
-All of it works beside a running daemon: reads are portions that hold no lock and no old view of the file in between,
-writes are many short transactions. The daemon knows a row that it is delivering by its number and by (key, sink), and
-numbers are never used twice: so a row that is purged or moved meanwhile is not touched by what comes of that delivery,
-and a row that is only made due again is deleted by its success as ever.
+All of it works while a daemon runs. Reads are done in portions; between two of them no lock and no old view of the file
+is held. Writes are many short transactions. The daemon refers to a row that it is delivering by its number and by
+(key, sink), and numbers are never used twice. So the result of a delivery does not change a row that was purged or
+moved meanwhile; and a row that was only made due again is deleted as usual when its delivery succeeds.
 """
 
 import fcntl
@@ -21,8 +21,8 @@ from typing import Any, Final, Self
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.events.event import Event, restore_event
 from vodpoller.events.snapshots import event_fields
-from vodpoller.journal.place import is_corrupt, problem_of_place, way_out
-from vodpoller.journal.schema import OLDEST_READABLE, refuse_other, version_of
+from vodpoller.journal.place import corruption_message, is_corrupt, problem_of_place
+from vodpoller.journal.schema import OLDEST_READABLE, refuse_later_version, version_of
 from vodpoller.journal.wal import limit_wal
 from vodpoller.router import Router
 from vodpoller.settlement import Reason
@@ -41,7 +41,7 @@ _OF_PENDING: Final = (
     Reason.STOPPING,
     Reason.JOURNAL_FAILED,
     Reason.SINK_REMOVED,
-    *(Reason.REJECTED, Reason.GAVE_UP, Reason.NO_ROUTE),  # these were dead letters and are replayed
+    *(Reason.REJECTED, Reason.GAVE_UP, Reason.NO_ROUTE),  # replayed dead letters keep these reasons
 )
 REASONS: Final[Mapping[str, Sequence[str]]] = {
     "dead": tuple(reason.value for reason in _OF_DEAD),
@@ -54,7 +54,7 @@ _COLUMNS: Final = (
 
 
 def time_since(text: str, now: float) -> float:
-    """A time as a person gives it, in seconds since 1970.
+    """Convert a time that a person wrote to seconds since 1970.
 
     Args:
         text: A time (2026-11-23, 2026-11-23T08:00) or an age (90m, 12h, 3d).
@@ -74,18 +74,18 @@ def time_since(text: str, now: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which stored events are meant; what is None does not matter.
+    """Selects stored events; an argument that is None does not restrict the selection.
 
     Args:
         state: "dead" or "pending".
-        ids: Row numbers.
-        sink: The sink's name; empty for what no sink was named for.
+        ids: Row numbers; empty for all.
+        sink: The sink's name; empty for events for which no route named a sink.
         event_type: A glob.
-        reason: Why it is there: one of `REASONS`.
+        reason: Why it is stored: one of `REASONS`.
         since: Stored at or after this time, in seconds since 1970.
-        last_id: Not what came after this row.
-        file_id: Tencent's id of the video, as the log names it for this event; empty for events without.
-        task_id: Tencent's id of the task, the same way.
+        last_id: The last row number; later rows are excluded.
+        file_id: Tencent's id of the video, as in the log line of the event; empty for events without such an id.
+        task_id: Tencent's id of the task, as in the log line of the event; empty for events without such an id.
     """
 
     state: str = "dead"
@@ -99,9 +99,9 @@ class Filter:
     task_id: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
-        """The SQL condition and its parameters: all of the filter but what only a body tells.
+        """The SQL condition and its parameters: the whole filter except the ids, which are only in the body.
 
-        The `+` keeps SQLite from the index of due rows, by which it would sort all rows anew for each portion.
+        The `+` keeps SQLite from using the index of due rows: with it, SQLite would sort all rows for each portion.
         """
         conditions, values = ["state = ?"], [self.state, *self.ids]
         if self.ids:
@@ -120,11 +120,11 @@ class Filter:
 
     @property
     def reads_bodies(self) -> bool:
-        """Whether rows must be looked into to know which are meant."""
+        """Whether the bodies of rows must be read to know which are selected."""
         return self.file_id is not None or self.task_id is not None
 
     def takes(self, file_id: str, task_id: str) -> bool:
-        """Whether a row with these ids in its body is meant, as far as they matter."""
+        """Whether the filter selects a row with these ids in its body."""
         return self.file_id in (None, file_id) and self.task_id in (None, task_id)
 
 
@@ -138,15 +138,15 @@ class StoredEvent:
         key: The event's key, as in the log.
         sink: The sink that lacks it; empty if no route named one.
         reason: Why it is stored.
-        error: What the last attempt said.
+        error: The error of the last attempt.
         attempts: Number of attempts that failed.
-        stored_at: In seconds since 1970.
+        stored_at: When it was stored, in seconds since 1970.
         due_at: When a pending one is tried next, in seconds since 1970; None for a dead letter.
-        source: That it was pulled from.
-        event_type: Tencent's.
-        file_id: Tencent's id of the video, empty if the event names none.
-        task_id: Tencent's id of the task, empty if the event names none.
-        size_bytes: Of its body.
+        source: The name of the source that it came from.
+        event_type: Tencent's event type.
+        file_id: Tencent's id of the video, empty if the event has none.
+        task_id: Tencent's id of the task, empty if the event has none.
+        size_bytes: Size of its body.
     """
 
     id: int
@@ -215,7 +215,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
-    """How much is stored for one sink in one state, and since when (seconds since 1970)."""
+    """The number of stored events of one sink in one state, and when the oldest was stored, in seconds since 1970."""
 
     sink: str
     state: str
@@ -224,18 +224,18 @@ class Backlog:
 
 
 class Letters:
-    """A journal as its operator sees it. A context manager.
+    """The stored events of a journal, for the operator. A context manager.
 
     Args:
         path: The journal.
-        writable: Replay and purge are wanted.
+        writable: Whether `replay` and `purge` are needed.
         makes_files: Whether SQLite may make its `-wal` and `-shm` beside a journal that no process has open. Without
-            them a daemon that starts meanwhile spoils the reading: for a short look only.
-        wall: The clock that stamps rows, in seconds since 1970.
+            these files, reading can fail if a daemon starts meanwhile: for short reads only.
+        wall: The clock for the times of rows, in seconds since 1970.
 
     Raises:
-        UnusableJournalError: It is corrupt, of a later version, or no journal at all.
-        JournalError: There is none, or it cannot be read now.
+        UnusableJournalError: It is corrupt, of a later version, or not a journal.
+        JournalError: There is no journal, or it cannot be read now.
     """
 
     def __init__(
@@ -270,11 +270,11 @@ class Letters:
             self._db.isolation_level = None
             limit_wal(self._db)
             version = version_of(self._db, path)
-            refuse_other(path, version)
+            refuse_later_version(path, version)
         except sqlite3.Error as error:
             self.close()
             if is_corrupt(error):
-                raise UnusableJournalError(way_out(path, error)) from error
+                raise UnusableJournalError(corruption_message(path, error)) from error
             raise JournalError(f"{path}: the journal cannot be read: {error} ({rights})") from error
         except JournalError:
             self.close()
@@ -306,7 +306,7 @@ class Letters:
         return False
 
     def count(self, wanted: Filter) -> int:
-        """The number of rows that are meant."""
+        """The number of rows that a filter selects."""
         if wanted.reads_bodies:
             return sum(1 for _ in self.stored(wanted))
         where, values = wanted.where()
@@ -314,17 +314,17 @@ class Letters:
         return int(number)
 
     def stored(self, wanted: Filter, *, limit: int | None = None) -> Iterator[StoredEvent]:
-        """The rows, oldest first, read in portions.
+        """The rows that a filter selects, oldest first, read in portions.
 
         Args:
-            wanted: Which.
-            limit: The maximum.
+            wanted: The filter.
+            limit: Maximum number of rows.
         """
         for event, _ in self.with_bodies(wanted, limit=limit):
             yield event
 
     def with_bodies(self, wanted: Filter, *, limit: int | None = None) -> Iterator[tuple[StoredEvent, bytes]]:
-        """The rows with their bodies, as `stored` has them."""
+        """The same rows as `stored`, with their bodies."""
         left = limit
         for rows in self._portions(wanted, limit):
             for row in rows:
@@ -337,7 +337,7 @@ class Letters:
                     return
 
     def _portions(self, wanted: Filter, limit: int | None = None) -> Iterator[list[_Row]]:
-        """Rows that may be meant, in portions: between two of them nothing is held that the daemon could wait for."""
+        """Rows that the filter may select, in portions: between two of them no lock is held that blocks the daemon."""
         where, values = wanted.where()
         portion_rows = CHUNK_ROWS if limit is None or wanted.reads_bodies else min(limit, CHUNK_ROWS)
         after = 0
@@ -349,25 +349,25 @@ class Letters:
             yield [_Row(*row) for row in rows]
 
     def last_id(self) -> int:
-        """The newest row's number, 0 if there is none."""
+        """The number of the newest row, 0 if there is none."""
         (number,) = self._read("SELECT coalesce(max(id), 0) FROM letters", [])[0]
         return int(number)
 
     def body(self, row: int) -> bytes | None:
-        """The body of one stored event, None if there is not such a row."""
+        """The body of one stored event; None if there is no such row."""
         rows = self._read("SELECT body FROM letters WHERE id = ?", [row])
         return bytes(rows[0][0]) if rows else None
 
     def backlogs(self) -> list[Backlog]:
-        """What is stored, by sink and state."""
+        """The numbers of stored events, by sink and state."""
         rows = self._read(
             "SELECT sink, state, count(*), min(stored_at) FROM letters GROUP BY state, sink ORDER BY state DESC, sink",
             [],
         )
         return [Backlog(sink=sink, state=state, events=number, oldest_at=at) for sink, state, number, at in rows]
 
-    def marks(self) -> dict[str, float]:
-        """When things last happened, in seconds since 1970: "started", "pull", "confirm"."""
+    def noted_times(self) -> dict[str, float]:
+        """When something last happened, in seconds since 1970: "started", "written", "pull", "confirm"."""
         return dict(self._read("SELECT name, at FROM marks", []))
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -375,26 +375,26 @@ class Letters:
     def replay(
         self, wanted: Filter, *, router: Router, sinks: Sequence[str], to: str | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Make stored events pending and due now: the daemon delivers them. Resumable: what is done is done.
+        """Make stored events pending and due now: the daemon delivers them. If it is interrupted, it can be repeated.
 
-        What no route took is routed anew, by today's routes.
+        Events that no route took are routed again, by the present routes.
 
         Args:
-            wanted: Which.
-            router: By today's configuration.
-            sinks: That today's configuration has.
+            wanted: The filter.
+            router: The router of the present configuration.
+            sinks: The names of the sinks in the present configuration.
             to: The sink that is to get them instead of their own; one of `sinks`.
 
         Yields:
-            Of the portion just done, the number that are due and the number that cannot be: malformed ones, and without
-            `to` those that still no route takes and those of removed sinks.
+            For each portion, the number of events that are due now and the number that cannot be: malformed ones, and
+            without `to` those that still no route takes and those of removed sinks.
         """
         for rows in self._portions(replace(wanted, last_id=self.last_id())):
-            meant = [row for row in rows if not wanted.reads_bodies or _is_meant(row, wanted)]
-            if not meant:
+            selected = [row for row in rows if not wanted.reads_bodies or _is_selected(row, wanted)]
+            if not selected:
                 continue
             with self._transaction():
-                done = [self._replay_row(row, self._targets(row, router, sinks, to)) for row in meant]
+                done = [self._replay_row(row, self._targets(row, router, sinks, to)) for row in selected]
             yield done.count(True), done.count(False)
 
     def _targets(self, row: _Row, router: Router, sinks: Sequence[str], to: str | None) -> Sequence[str]:
@@ -407,7 +407,7 @@ class Letters:
         return () if row.sink else router.route(row.event()).sinks
 
     def _replay_row(self, row: _Row, targets: Sequence[str]) -> bool | None:
-        """Whether it could be done; None if the row is not what it was when it was read."""
+        """Replay one row. Returns whether that is possible; None if the row has changed since it was read."""
         if not targets:
             return False
         now = self._wall()
@@ -418,8 +418,8 @@ class Letters:
                 (now, now, row.id, row.state),
             ).rowcount
             return True if changed else None
-        # A new row with a new number for each: the daemon may be at the old one, and what it writes by the number or by
-        # (key, sink) when that is over must not meet this one. If it is over by now, nothing is left to move.
+        # A new row with a new number for each target: the daemon may be delivering the old one, and will then write to
+        # that number or (key, sink), which must not be the new row's. If it has finished, no row is left to move.
         if not self._db.execute("DELETE FROM letters WHERE id = ? AND state = ?", (row.id, row.state)).rowcount:
             return None
         self._db.executemany(
@@ -447,24 +447,24 @@ class Letters:
         return True
 
     def purge(self, wanted: Filter) -> Iterator[int]:
-        """Delete stored events for good.
+        """Delete stored events; they cannot be restored.
 
         Yields:
-            The number that were deleted of the portion just done.
+            For each portion, the number of deleted events.
         """
         bounded = wanted if wanted.last_id is not None else replace(wanted, last_id=self.last_id())
         for ids in self._ids(bounded):
-            where, values = replace(wanted, ids=ids).where()  # once more: a row may have become another meanwhile
+            where, values = replace(wanted, ids=ids).where()  # the whole filter again: rows may have changed meanwhile
             with self._transaction():
                 deleted = self._db.execute(f"DELETE FROM letters WHERE {where}", values).rowcount
             if deleted:
                 yield deleted
 
     def _ids(self, wanted: Filter) -> Iterator[list[int]]:
-        """The numbers of the rows that are meant, in portions."""
+        """The numbers of the rows that a filter selects, in portions."""
         if wanted.reads_bodies:
             for rows in self._portions(wanted):
-                if ids := [row.id for row in rows if _is_meant(row, wanted)]:
+                if ids := [row.id for row in rows if _is_selected(row, wanted)]:
                     yield ids
             return
         where, values = wanted.where()
@@ -480,7 +480,7 @@ class Letters:
         return _Transaction(self._db, self._path)
 
     def _read(self, query: str, values: Sequence[Any]) -> list[Any]:
-        """All rows, or the first ones up to `CHUNK_BYTES` of bodies: there may be few, and each of megabytes."""
+        """All rows, or only the first ones up to `CHUNK_BYTES` of bodies, since each body may have megabytes."""
         rows: list[Any] = []
         size_bytes = 0
         try:
@@ -495,25 +495,25 @@ class Letters:
         return rows
 
 
-def _is_meant(row: _Row, wanted: Filter) -> bool:
+def _is_selected(row: _Row, wanted: Filter) -> bool:
     fields = event_fields(row.event())
     return wanted.takes(fields["file_id"], fields["task_id"])
 
 
 def as_json_value(body: bytes) -> str | None:
-    """A body as it can stand in a line of JSON: itself, with every digit and in its order.
+    """A body in a form that can be a value in a line of JSON, with all digits and in its order.
 
     Args:
-        body: As it was stored.
+        body: The body as it was stored.
 
     Returns:
-        The text, with line ends between its tokens as blanks, and characters beyond ASCII as JSON's own escapes; None
-        if the body is not JSON that every reader takes.
+        The text, with line ends between its tokens replaced by blanks, and characters beyond ASCII by JSON's escapes;
+        None if the body is not JSON that every parser accepts.
     """
     try:
         text = body.decode()
         json.loads(text, parse_constant=_not_json)
-    except (ValueError, RecursionError):  # of deep nesting, and of an integer of thousands of digits, too
+    except (ValueError, RecursionError):  # also for deep nesting, and for an integer of thousands of digits
         return None
     text = text.translate({10: " ", 13: " ", 127: r"\u007f"})
     return text if text.isascii() else "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
@@ -525,12 +525,12 @@ def _not_json(literal: str) -> Any:
 
 def _failure(path: Path, what: str, error: sqlite3.Error) -> JournalError:
     if is_corrupt(error):
-        return UnusableJournalError(way_out(path, error))
+        return UnusableJournalError(corruption_message(path, error))
     return JournalError(f"{path}: the journal cannot be {what}: {error}")
 
 
 class _Transaction:
-    """A short write: the daemon waits for it, so it must be one."""
+    """A transaction that writes; it must be short, since the daemon waits for it."""
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
         self._db = db

@@ -1,4 +1,4 @@
-"""Where a journal lies: which places can hold one, opening its file, and what to tell the operator if that fails."""
+"""The place of a journal: which paths are possible, opening its file and lock, and the errors if that fails."""
 
 import errno
 import os
@@ -12,12 +12,12 @@ from vodpoller.durable import Folders, kind_of_file, may_pass, take_lock
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.logs import Logger
 
-BUSY_SECS: Final = 2.0  # a command may hold the file for a moment
+BUSY_SECS: Final = 2.0  # a command may lock the file for a moment
 
-# What flock(2) answers on a file system that has no locks.
+# Errors of flock(2) on a file system that has no locks.
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-# SQLITE_ERROR at the start: a table or column is not there.
+# SQLITE_ERROR at the start: a table or column is missing.
 _UNUSABLE: Final = _CORRUPT | {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
 _FORBIDDEN: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH})
 
@@ -26,21 +26,21 @@ def check_place(path: Path) -> None:
     """Refuse a path at which no journal can be.
 
     Raises:
-        UnusableJournalError: It is one; see `problem_of_place`.
+        UnusableJournalError: No journal can be at this path; see `problem_of_place`.
     """
     if problem := problem_of_place(path):
         raise UnusableJournalError(problem)
 
 
 def problem_of_place(path: Path) -> str | None:
-    """Why no journal can be at this path, None if nothing speaks against it: only a regular file keeps what it holds.
+    """Why no journal can be at this path: only a regular file can hold one. None if it is possible.
 
     Args:
-        path: Where the journal is, or is to be made.
+        path: The path of a journal, or of one that is to be made.
     """
     try:
         mode = path.stat().st_mode
-    except OSError:  # it is not there yet; or opening it says what is wrong
+    except OSError:  # it does not exist yet; or opening it will raise an error that says what is wrong
         return None
     if stat.S_ISREG(mode):
         return None
@@ -54,7 +54,7 @@ def make_folder(folder: Path, log: Logger) -> None:
 
     Args:
         folder: The folder.
-        log: Told if it cannot be synced.
+        log: Destination of a warning if it cannot be synced.
 
     Raises:
         JournalError: It cannot be made; an `UnusableJournalError` if waiting does not help.
@@ -66,7 +66,7 @@ def make_folder(folder: Path, log: Logger) -> None:
 
 
 def make_private(path: Path) -> None:
-    """See to it that others cannot read what events say: SQLite makes files 0644, and its WAL like the file itself.
+    """Keep other users from reading events: SQLite makes files of mode 0644, and a WAL with the mode of its file.
 
     Raises:
         JournalError: The file cannot be opened for writing; an `UnusableJournalError` if waiting does not help.
@@ -76,25 +76,25 @@ def make_private(path: Path) -> None:
     except OSError as error:
         raise cannot_make(path, error, "the journal cannot be opened for writing") from error
     for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm", ".lock"))):
-        with suppress(OSError):  # it is not there; or another user owns it, or the file system has no rights to take
+        with suppress(OSError):  # it does not exist, another user owns it, or the file system has no modes
             mode = stat.S_IMODE(file.stat().st_mode)
             if mode & 0o007:
                 file.chmod(mode & ~0o007)
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a journal's file, for several threads under a lock of ours. It commits only when it is told to.
+    """Open a journal's file, for several threads that share a lock of ours. Transactions are explicit.
 
     Raises:
         sqlite3.Error: It cannot be opened.
     """
-    # Absolute: some relative names, such as ":memory:", mean something else than a file to SQLite.
+    # Absolute: for SQLite some relative names, such as ":memory:", do not name a file.
     return sqlite3.connect(
         path.absolute(), timeout=BUSY_SECS, isolation_level=None, check_same_thread=False, cached_statements=64
     )
 
 
-def keep_others_out(path: Path) -> int:
+def lock_journal(path: Path) -> int:
     """Keep other processes from writing the journal, by a lock file beside the journal.
 
     Returns:
@@ -121,8 +121,8 @@ def keep_others_out(path: Path) -> int:
         raise cannot_make(lock_path, error, "cannot be written") from error
 
 
-def identity_of(path: Path) -> tuple[int, int] | None:
-    """Which file is at a path: its device and inode; None if there is none, or it cannot be told."""
+def device_and_inode(path: Path) -> tuple[int, int] | None:
+    """The device and inode of the file at a path; None if there is no file, or it cannot be examined."""
     try:
         status = path.stat()
     except OSError:
@@ -135,8 +135,8 @@ def cannot_make(path: Path, error: OSError, what: str) -> JournalError:
 
     Args:
         path: The file or folder.
-        error: What the system said.
-        what: What cannot be done, as a part of a sentence that begins with the path.
+        error: The system's error.
+        what: What cannot be done; it follows the path in the message.
     """
     if may_pass(error):
         return JournalError(f"{path}: {what}: {error.strerror}. If the disk is full, make room")
@@ -147,10 +147,10 @@ def cannot_make(path: Path, error: OSError, what: str) -> JournalError:
 
 
 def cannot_open(path: Path, error: sqlite3.Error) -> JournalError:
-    """The error for a journal that SQLite cannot open or bring to this version."""
+    """The error for a journal that SQLite cannot open or migrate to this version."""
     code = _code_of(error)
     if code in _UNUSABLE or not code:  # without a code it is the verdict of quick_check
-        return UnusableJournalError(way_out(path, error))
+        return UnusableJournalError(corruption_message(path, error))
     if code in _FORBIDDEN:
         return UnusableJournalError(
             f"{path}: the journal cannot be opened: {error}. It and its folder must belong to the user that runs"
@@ -160,16 +160,16 @@ def cannot_open(path: Path, error: sqlite3.Error) -> JournalError:
 
 
 def is_corrupt(error: Exception) -> bool:
-    """Whether it says that the file is damaged, which waiting does not mend."""
+    """Whether an error shows that the file is damaged, so that waiting does not help."""
     return _code_of(error) in _CORRUPT
 
 
-def way_out(path: Path, error: Exception) -> str:
-    """What to do about a journal that is corrupt, as one sentence after the other.
+def corruption_message(path: Path, error: Exception) -> str:
+    """The message for a corrupt journal, with all that the operator can do.
 
     Args:
         path: The journal.
-        error: What SQLite said.
+        error: SQLite's error.
     """
     return (
         f"{path}: the journal is corrupt ({error}). Stop vodpoller and keep a copy of {path} and {path}-wal. Then"

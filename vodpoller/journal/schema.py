@@ -1,6 +1,7 @@
-"""The journal's tables, and the numbered steps that bring an older journal to them.
+"""The journal's tables, and the numbered migration steps for older journals.
 
-A step is never changed once it was released: journals exist that took it. A new need is a new step at the end.
+A step is never changed once it is released, since there are journals that were made with it. A change of the tables is
+a new step at the end. (The tables call stored events `letters`.)
 """
 
 import os
@@ -15,7 +16,7 @@ from vodpoller.events.codec import decode_json
 from vodpoller.events.identity import has_own_id
 
 ROW_OVERHEAD_BYTES: Final = 512
-OLDEST_READABLE: Final = 1  # the columns that commands use are in all versions since
+OLDEST_READABLE: Final = 1  # all later versions have the columns that commands use
 _TABLES: Final = frozenset({"ledger", "letters", "totals", "positions", "marks"})
 
 _STEPS: Final[Sequence[Sequence[str]]] = (
@@ -44,7 +45,7 @@ _STEPS: Final[Sequence[Sequence[str]]] = (
         ) WITHOUT ROWID""",
         "CREATE TABLE marks (name TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
     ),
-    # 2: what dead letters take is counted by itself, since it has a limit of its own
+    # 2: the size of dead letters is counted separately, since it has a limit of its own
     (
         "ALTER TABLE totals ADD COLUMN dead_bytes INTEGER NOT NULL DEFAULT 0",
         """UPDATE totals SET dead_bytes = (
@@ -65,14 +66,14 @@ _STEPS: Final[Sequence[Sequence[str]]] = (
                 - (OLD.state = 'dead') * (length(OLD.body) + 512);
         END""",
     ),
-    # 3: reasons have the names that they have in the log, in `status` and in the README
+    # 3: reasons have the same names as in the log, in `status` and in the README
     (
         """UPDATE letters SET reason = CASE reason
             WHEN 'unrouted' THEN 'no_route' WHEN 'errored' THEN 'sink_failed' ELSE 'out_of_time'
         END WHERE reason IN ('unrouted', 'errored', 'unsettled')""",
     ),
-    # 4: events without an id of their own have a key for each occurrence. What was stored before keeps its key, which
-    # is its content key.
+    # 4: events without an id of their own have a key for each occurrence. Events that were stored before keep their
+    # key, which is their content key.
     (
         """CREATE TABLE occurrences (
             id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, content_key BLOB NOT NULL, source TEXT NOT NULL,
@@ -83,22 +84,22 @@ _STEPS: Final[Sequence[Sequence[str]]] = (
             SELECT key, key, max(source), max(stored_at), CASE WHEN max(confirmed) THEN max(stored_at) END FROM letters
             WHERE NOT body_has_own_id(body) GROUP BY key ORDER BY min(id)""",
     ),
-    # 5: commands read stored events of one state in portions, by their numbers. (A journal that was rescued from
-    # sqlite3's `.dump` may have the index and no number of a version.)
+    # 5: commands read stored events of one state in portions, in the order of their numbers. (A journal that was
+    # rescued with sqlite3's `.dump` may have the index but no version number.)
     ("CREATE INDEX IF NOT EXISTS letters_of_state ON letters (state)",),
 )
 SCHEMA_VERSION: Final = len(_STEPS)
 
 
-def refuse_other(path: Path, version: int) -> None:
-    """Nothing is done to a journal that a later vodpoller wrote.
+def refuse_later_version(path: Path, version: int) -> None:
+    """Refuse a journal that a later vodpoller wrote; nothing in it is changed.
 
     Args:
         path: The journal.
-        version: The one it is of.
+        version: The version of the journal.
 
     Raises:
-        UnusableJournalError: It is a later one than this program's.
+        UnusableJournalError: The version is later than this program's.
     """
     if version > SCHEMA_VERSION:
         raise UnusableJournalError(
@@ -122,7 +123,7 @@ def version_of(db: sqlite3.Connection, path: Path) -> int:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version == 0:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables >= _TABLES:  # sqlite3's `.dump`, a way out of a corrupt file, leaves the number out
+        if tables >= _TABLES:  # sqlite3's `.dump`, which can rescue a corrupt file, leaves the number out
             if "occurrences" in tables:
                 return 4
             columns = {row[1] for row in db.execute("PRAGMA table_info(totals)")}
@@ -136,22 +137,22 @@ def version_of(db: sqlite3.Connection, path: Path) -> int:
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> Path | None:
-    """Bring a journal to this program's version, all of it in one transaction; an older one is copied first.
+    """Migrate a journal to this program's version, in one transaction; an older journal is copied first.
 
     Args:
         db: The open file. No other daemon may have it.
-        path: Its name; the copy is `PATH.vN`, N being the version it had.
+        path: Its name; the copy is `PATH.vN`, where N is the old version.
 
     Returns:
         The copy, None if none was needed.
 
     Raises:
         UnusableJournalError: It is of a later version, or of another program.
-        sqlite3.Error: It cannot be read or written; it is as it was.
-        OSError: The copy cannot be made; it is as it was.
+        sqlite3.Error: It cannot be read or written; the journal is unchanged.
+        OSError: The copy cannot be made; the journal is unchanged.
     """
     version = version_of(db, path)
-    refuse_other(path, version)
+    refuse_later_version(path, version)
     if version == SCHEMA_VERSION and db.execute("PRAGMA user_version").fetchone()[0]:
         return None
     db.create_function("body_has_own_id", 1, _body_has_own_id, deterministic=True)
@@ -173,13 +174,13 @@ def migrate(db: sqlite3.Connection, path: Path) -> Path | None:
 def _body_has_own_id(body: bytes) -> bool:
     try:
         content = decode_json(body.decode())
-    except ValueError:  # what could never be read
+    except ValueError:  # the body of a malformed event
         return False
     return isinstance(content, dict) and has_own_id(content)
 
 
-def count_anew(db: sqlite3.Connection) -> None:
-    """Make the totals right in a file out of which rows were lost or rescued without its triggers.
+def correct_totals(db: sqlite3.Connection) -> None:
+    """Correct the totals in a file that has lost rows, or whose rows were rescued without its triggers.
 
     Raises:
         sqlite3.Error: It cannot be read or written.
@@ -197,12 +198,12 @@ def count_anew(db: sqlite3.Connection) -> None:
 
 
 def _copy(path: Path, version: int) -> Path:
-    """A copy of the whole journal beside it, what is in its WAL included."""
+    """Copy the whole journal, with the content of its WAL, to a file beside it; returns the copy."""
     copy = path.with_name(f"{path.name}.v{version}")
     unfinished = copy.with_name(f"{copy.name}.unfinished")
     fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
     try:
-        # Another connection reads it: ours holds the transaction that keeps writers out.
+        # Another connection reads it, since ours is in the transaction that blocks writers.
         with closing(sqlite3.connect(path.absolute())) as source, closing(sqlite3.connect(unfinished)) as target:
             source.backup(target)
         os.fsync(fd)
@@ -218,7 +219,7 @@ def _copy(path: Path, version: int) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Best effort: some file systems cannot do it, and the copy is for a person, not for a promise."""
+    """Sync a folder if the file system can: no promise depends on the copy, which is for a person."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

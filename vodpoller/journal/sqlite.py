@@ -1,7 +1,7 @@
-"""The journal in SQLite: what `journal.contract` promises, and how it is kept here.
+"""The journal in SQLite, which implements `journal.contract`.
 
-One file in WAL mode. Rows that stand in for an event at VOD are on disk before the caller goes on; ledger rows
-may lag, since losing one costs a duplicate at most.
+It is one file in WAL mode. A row that replaces an event at VOD is on disk before the caller goes on. Ledger rows may be
+written later, since the loss of one causes a duplicate at most.
 """
 
 import os
@@ -22,11 +22,11 @@ from vodpoller.journal.condition import Condition
 from vodpoller.journal.contract import (
     CONFIRMED_KEPT_SECS,
     DUE_HORIZON_SECS,
-    Burial,
     ClaimedEvent,
     Journal,
     Known,
     Letter,
+    NewDeadLetter,
     Portion,
     Position,
     Pulled,
@@ -64,21 +64,19 @@ SLICES: Final = 256
 
 
 class SqliteJournal(Journal):
-    """An open journal in a file. One process at a time: a lock file beside it keeps a second daemon out.
-
-    So claims are a matter of this process: they are in memory.
+    """An open journal in a file. A lock file beside it keeps a second daemon out, so claims can be in memory.
 
     Args:
         path: The file; its folder is made if it is missing.
-        max_bytes: What the stored events may take; beyond that nothing is stored.
-        ledger_days: How long rows of events that never were confirmed are kept.
+        max_bytes: Maximum size of the stored events; beyond it nothing is stored.
+        ledger_days: Number of days for which rows of events that were never confirmed are kept.
         telemetry: Destination of log lines and counts.
-        wall: The clock that stamps rows, in seconds since 1970.
-        monotonic: The clock of what is tried again, in seconds.
-        connect: Opens the file, once to write it and once to read it.
+        wall: The clock for the times of rows, in seconds since 1970.
+        monotonic: The clock for leases and retries, in seconds.
+        connect: Opens a connection; called twice, for writing and for reading.
 
     Attributes:
-        commits: All that is written to the file.
+        commits: Does all writes to the file.
 
     Raises:
         UnusableJournalError: It is corrupt, of a later version, or in a place where no journal can be.
@@ -108,7 +106,7 @@ class SqliteJournal(Journal):
         self._unwritten = Unwritten()
         self._claims = Claims(self._read, self._unwritten)
         self._occurrences = Occurrences(monotonic())
-        self._lacked_bytes = 0  # what the least of those pending events takes that found no room
+        self._lacked_bytes = 0  # size of the smallest pending event among the last that found no room
         self._next_slice = 0
         opened = open_journal(path, log=telemetry.log, connect=connect, now=wall)
         self._lock_fd, self._reader = opened.lock_fd, opened.reader
@@ -145,7 +143,7 @@ class SqliteJournal(Journal):
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the file at once: what is not written yet is lost, as at a kill."""
+        """Close the file at once: what is not written yet is lost, as at a kill."""
         with self.commits.lock, self._read_lock:
             self.commits.db.close()
             self._reader.close()
@@ -204,7 +202,7 @@ class SqliteJournal(Journal):
         wanted = set(pairs)
         keys = list({key for key, _ in wanted})
         found: dict[tuple[bytes, str], Known] = {}
-        # Memory before the file: a pair that leaves memory in between is in the file by then.
+        # Memory is read before the file: a pair that leaves memory in between is in the file by then.
         unwritten = [pair for pair in wanted if pair in self._unwritten] if self._unwritten else []
         with self._reading():
             for first in range(0, len(keys), KEYS_PER_QUERY):
@@ -212,18 +210,18 @@ class SqliteJournal(Journal):
         return found | dict.fromkeys(unwritten, Known.ACCEPTED)
 
     def _known(self, keys: Sequence[bytes]) -> dict[tuple[bytes, str], Known]:
-        marks = ",".join("?" * len(keys))
+        places = ",".join("?" * len(keys))
         found = {}
         with self._read_lock:
             if letters_bytes(self._reader):
                 letters = self._reader.execute(
-                    f"SELECT key, sink, state FROM letters WHERE key IN ({marks})",
+                    f"SELECT key, sink, state FROM letters WHERE key IN ({places})",
                     keys,
                 )
                 for key, sink, state in letters:
                     found[key, sink] = Known.PENDING if state == "pending" else Known.DEAD
             accepted = self._reader.execute(
-                f"SELECT key, sink FROM ledger WHERE key IN ({marks}) AND (confirmed_at IS NULL OR confirmed_at >= ?)",
+                f"SELECT key, sink FROM ledger WHERE key IN ({places}) AND (confirmed_at IS NULL OR confirmed_at >= ?)",
                 (*keys, self._wall() - CONFIRMED_KEPT_SECS),
             )
             for key, sink in accepted:
@@ -231,19 +229,19 @@ class SqliteJournal(Journal):
         return found
 
     def accept(self, sink: str, keys: Sequence[bytes], position: Position | None) -> None:
-        # A row that is stored before this transaction is found by it, and `store` finds what this one wrote.
+        # This transaction finds a row that was stored before it, and a later `store` finds what this one has written.
         now = self._wall()
 
         def work(db: sqlite3.Connection) -> None:
             insert_accepted(db, sink, [(key, sink, now) for key in keys], keys if letters_bytes(db) else (), position)
 
-        # Beyond the mark there are only lines without a row, and their rows and the mark are written together: else a
-        # recovery would take one line for another. So what comes after something unwritten waits with it.
+        # Lines beyond the mark must have no ledger row, so rows and mark are written together: otherwise a recovery
+        # would take one line for another. So pairs that come after unwritten ones wait together with them.
         waits = bool(self._unwritten)
         try:
             if not waits:
                 self.commits.write(work, durable=False)
-        except Exception:  # noqa: BLE001 - the sink has the events, whatever became of the rows
+        except Exception:  # noqa: BLE001 - the sink has the events, also if the rows are not written
             waits = True
         if waits:
             self._unwritten.add(sink, keys, accepted_at=now, position=position)
@@ -255,7 +253,7 @@ class SqliteJournal(Journal):
         def work(db: sqlite3.Connection) -> None:
             insert_recovered(db, sink, portion.keys, now)
             for content_keys in portion.content_keys:
-                # One at a time: a line of equal content that follows must find that this one has taken its occurrence.
+                # One at a time: for the next line of equal content, the occurrence of this one must be taken already.
                 insert_recovered(db, sink, occurrence_of_line(db, sink, content_keys), now)
             set_position(db, sink, portion.position)
 
@@ -268,23 +266,24 @@ class SqliteJournal(Journal):
 
     def confirmed(self, keys: Sequence[bytes]) -> None:
         now = self._wall()
-        marks = ",".join("?" * len(keys))
+        places = ",".join("?" * len(keys))
         forgotten = self._occurrences.forget(keys)
-        # A line without a row is taken for an occurrence that is not acknowledged: both are written together.
+        # Recovery takes a line without a ledger row for an occurrence that is not acknowledged. So an occurrence with
+        # an unwritten row is acknowledged only together with that row.
         waiting = self._unwritten.confirm(keys, now)
         occurrences = [(now, key) for key in forgotten if key not in waiting]
 
         def work(db: sqlite3.Connection) -> None:
             db.execute(
-                f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({marks}) AND confirmed_at IS NULL",
+                f"UPDATE ledger SET confirmed_at = ? WHERE key IN ({places}) AND confirmed_at IS NULL",
                 (now, *keys),
             )
             if letters_bytes(db):
-                db.execute(f"UPDATE letters SET confirmed = 1 WHERE key IN ({marks})", keys)
+                db.execute(f"UPDATE letters SET confirmed = 1 WHERE key IN ({places})", keys)
             acknowledge(occurrences, db)
 
         self.commits.defer(work)
-        if occurrences:  # an equal event that comes after a crash would be taken for one of these
+        if occurrences:  # written now: after a crash, an equal event would be taken for one of these
             with suppress(StorageError):
                 self.commits.write(lambda _db: None, durable=False)
 
@@ -299,7 +298,7 @@ class SqliteJournal(Journal):
         refused: list[Letter] = []
 
         def work(db: sqlite3.Connection) -> None:
-            # The statement asks the ledger; what should be in it and could not be written is in memory.
+            # The statement checks the ledger; pairs that could not be written to it are in memory.
             lacked = [(letter, row) for letter, row in wanted if (letter.event.key, letter.sink) not in self._unwritten]
             refused[:] = insert_letters(db, lacked, max_bytes=self._max_bytes)
 
@@ -312,8 +311,8 @@ class SqliteJournal(Journal):
         self._lacked_bytes = min((size_of(letter) for letter in refused if not letter.dead), default=self._lacked_bytes)
         if all(letter.dead for letter in refused):
             message = (
-                f"dead letters may take half of journal.max_bytes = {self._max_bytes}, and that is full: the events"
-                " that would be the next ones stay with VOD, all other events are stored as ever. Look at them"
+                f"dead letters may take half of journal.max_bytes = {self._max_bytes}, and they do: events that would"
+                " become dead letters stay with VOD, all other events are stored as usual. Look at the dead letters"
                 " (`vodpoller deadletters list`), replay or purge them, or raise journal.max_bytes"
             )
         else:
@@ -326,10 +325,10 @@ class SqliteJournal(Journal):
         return error
 
     def claim_due(self, sink: str, limit: int) -> list[ClaimedEvent]:
-        if self._condition.corrupt:  # what would be delivered now could not be remembered
+        if self._condition.corrupt:  # it could not be recorded what is delivered now
             raise StorageError(self._condition.corrupt)
         found, accepted = self._claims.claim_due(sink, limit, now=self._wall())
-        if accepted:  # a replay brought them back
+        if accepted:  # rows that a replay made pending again
             self.commits.defer(lambda db: db.executemany("DELETE FROM letters WHERE id = ?", accepted))
         return found
 
@@ -346,8 +345,8 @@ class SqliteJournal(Journal):
             on_end=lambda: self._claims.release((claimed,)),
         )
 
-    def bury(self, burials: Sequence[Burial]) -> None:
-        values = [(it.attempts, it.reason, short_text(it.error), it.claimed.row) for it in burials]
+    def mark_dead(self, dead: Sequence[NewDeadLetter]) -> None:
+        values = [(it.attempts, it.reason, short_text(it.error), it.claimed.row) for it in dead]
         try:
             self.commits.write(
                 lambda db: db.executemany(
@@ -356,7 +355,7 @@ class SqliteJournal(Journal):
                 durable=True,
             )
         finally:
-            self.release(it.claimed for it in burials)
+            self.release(it.claimed for it in dead)
 
     def mark_removed(self, sinks: Collection[str]) -> None:
         self.commits.write(partial(mark_removed, sinks), durable=False)
@@ -406,7 +405,7 @@ class SqliteJournal(Journal):
         """Number of accepted pairs that are in memory only."""
         return len(self._unwritten)
 
-    def mark(self, name: str, ago_secs: float = 0.0) -> None:
+    def note_time(self, name: str, ago_secs: float = 0.0) -> None:
         at = self._wall() - ago_secs
         self.commits.defer(lambda db: db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)))
 
@@ -462,10 +461,10 @@ class SqliteJournal(Journal):
         self._condition.note_success()
 
     def prune(self, share: float = 1.0) -> None:
-        # An index by age would cost more at each event than all else in the ledger. Keys are hashes, so equal ranges of
-        # them hold equal numbers of rows: each call looks at the next ones, in short transactions.
+        # An index by age would take more time per event than all other work of the ledger. Keys are hashes, so equal
+        # ranges of keys have equal numbers of rows: each call examines the next ranges, in short transactions.
         now = self._wall()
-        with suppress(StorageError):  # it is put off
+        with suppress(StorageError):  # a later call deletes these rows
             for _ in range(round(SLICES * share)):
                 first, self._next_slice = self._next_slice, (self._next_slice + 1) % SLICES
                 self.commits.write(partial(self._prune_slice, first, now), durable=False)
@@ -483,7 +482,7 @@ class SqliteJournal(Journal):
             self._telemetry.log.debug("journal.pruned", rows=deleted)
 
     def shift(self, secs: float) -> None:
-        # What this process stamped is moved along, so that nothing ages or waits by the jump.
+        # The times that this process has written are moved, so that no age or delay changes by the jump.
         recent = self._wall() - secs - CONFIRMED_KEPT_SECS
 
         with suppress(StorageError):

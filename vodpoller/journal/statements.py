@@ -1,6 +1,6 @@
-"""The SQL of the journal: what is done within one transaction, as functions over the connection that is in it.
+"""The SQL of the journal: functions that run statements in one transaction, on the connection that has begun it.
 
-They know nothing of threads, locks, clocks or what is in memory.
+They do not use threads, locks, clocks or anything in memory.
 """
 
 import sqlite3
@@ -14,7 +14,7 @@ from vodpoller.settlement import Reason
 
 INODES: Final = 2**64
 KEYS_PER_QUERY: Final = 500
-_ROWS_A_STATEMENT: Final = 16
+_ROWS_PER_STATEMENT: Final = 16
 
 LETTERS_BYTES: Final = "SELECT letters_bytes FROM totals"
 _ACCEPTED: Final = (
@@ -25,7 +25,7 @@ _INSERT_LETTER: Final = (
     " sub_app_id, event_type, body) SELECT :key, :sink, :state, :reason, :error, :attempts, :now, :due_at, :run,"
     f" :source, :sub_app_id, :event_type, :body WHERE NOT EXISTS ({_ACCEPTED})"
 )
-# What a line of a file may be of: an occurrence that VOD may bring again, or that is to be delivered to the sink.
+# The occurrence of a line in a sink's file: one that VOD may deliver again, or that is pending for the sink.
 _OCCURRENCE_OF_LINE: Final = (
     "SELECT key FROM occurrences WHERE content_key = ? AND NOT EXISTS (SELECT 1 FROM ledger WHERE ledger.key ="
     " occurrences.key AND ledger.sink = ?) AND (acknowledged_at IS NULL OR EXISTS (SELECT 1 FROM letters WHERE"
@@ -45,15 +45,15 @@ def insert_accepted(
 
     Args:
         db: In a transaction.
-        sink: The sink.
+        sink: The sink's name.
         rows: Key, sink and time of each pair.
-        stored: Keys of which something may be stored for this sink.
-        position: Where its file ends now; None if the mark does not move.
+        stored: Keys of events that may be stored for this sink.
+        position: The present end of its file; None if the mark does not move.
     """
-    # REPLACE: a row that a confirm of more than ten minutes ago left behind begins anew. One statement for many rows,
-    # since SQLite's module lets go of the interpreter's lock for each.
-    for first in range(0, len(rows), _ROWS_A_STATEMENT):
-        portion = rows[first : first + _ROWS_A_STATEMENT]
+    # REPLACE: an old row, whose event was confirmed more than ten minutes ago, is replaced. One statement for many
+    # rows, since Python's sqlite3 releases the interpreter's lock for each statement.
+    for first in range(0, len(rows), _ROWS_PER_STATEMENT):
+        portion = rows[first : first + _ROWS_PER_STATEMENT]
         values = ",".join(["(?, ?, ?, NULL)"] * len(portion))
         db.execute(f"INSERT OR REPLACE INTO ledger VALUES {values}", [*chain.from_iterable(portion)])
     for first in range(0, len(stored), KEYS_PER_QUERY):
@@ -62,8 +62,8 @@ def insert_accepted(
 
 
 def _delete_accepted(db: sqlite3.Connection, sink: str, keys: Sequence[bytes]) -> None:
-    """Delete what is stored for accepted pairs; if VOD has forgotten the event, their rows in the ledger say so."""
-    # Filled up with the last one, so that there are few texts to be compiled.
+    """Delete what is stored for accepted pairs; if the event was confirmed, this is entered in their ledger rows."""
+    # The list is filled with its last key to a power of two, so that there are few different statements to compile.
     filled = [*keys, *[keys[-1]] * (2 ** (len(keys) - 1).bit_length() - len(keys))]
     of_keys = f"sink = ? AND key IN ({','.join('?' * len(filled))})"
     db.execute(
@@ -75,9 +75,9 @@ def _delete_accepted(db: sqlite3.Connection, sink: str, keys: Sequence[bytes]) -
 
 
 def insert_recovered(db: sqlite3.Connection, sink: str, keys: Sequence[bytes], now: float) -> None:
-    """Enter pairs that a sink's file proves; one that is in the ledger stays as it is."""
+    """Enter pairs that were found in a sink's file; a pair that is in the ledger stays as it is."""
     db.executemany(
-        # One that was confirmed ten minutes ago or more was of an earlier event with the same content.
+        # A pair that was confirmed more than ten minutes ago belongs to an earlier event with the same content.
         "INSERT INTO ledger VALUES (?, ?, ?, NULL) ON CONFLICT DO UPDATE"
         " SET accepted_at = excluded.accepted_at, confirmed_at = NULL WHERE confirmed_at < ?",
         [(key, sink, now, now - CONFIRMED_KEPT_SECS) for key in keys],
@@ -87,7 +87,7 @@ def insert_recovered(db: sqlite3.Connection, sink: str, keys: Sequence[bytes], n
 
 
 def occurrence_of_line(db: sqlite3.Connection, sink: str, content_keys: Iterable[bytes]) -> list[bytes]:
-    """The key of the occurrence that a line of a sink's file is of; empty if there is none that matters.
+    """Find the occurrence of a line in a sink's file; returns its key, or an empty list if there is none.
 
     Args:
         db: In a transaction.
@@ -101,7 +101,12 @@ def occurrence_of_line(db: sqlite3.Connection, sink: str, content_keys: Iterable
 
 
 def acknowledge(occurrences: Sequence[tuple[float, bytes]], db: sqlite3.Connection) -> None:
-    """VOD does not have these occurrences any more, since a time by the wall clock."""
+    """Record that VOD no longer has these occurrences.
+
+    Args:
+        occurrences: For each, the time in seconds since 1970, and the key.
+        db: In a transaction.
+    """
     db.executemany("UPDATE occurrences SET acknowledged_at = ? WHERE key = ?", occurrences)
 
 
@@ -119,7 +124,7 @@ def row_of(letter: Letter, *, now: float, run: str) -> dict[str, Any]:
     Args:
         letter: The event, and the sink that lacks it.
         now: The time, in seconds since 1970.
-        run: The process that stores it.
+        run: Identifies the process that stores it.
     """
     return {
         "key": letter.event.key,
@@ -142,15 +147,15 @@ def row_of(letter: Letter, *, now: float, run: str) -> dict[str, Any]:
 def insert_letters(
     db: sqlite3.Connection, wanted: Sequence[tuple[Letter, Mapping[str, Any]]], *, max_bytes: int
 ) -> list[Letter]:
-    """Insert what there is room for, and the ledger does not have: no other thread can take the same room meanwhile.
+    """Insert the events for which there is room, except those in the ledger. No other thread can take the same room.
 
     Args:
         db: In a transaction.
-        wanted: What is to be stored, with its rows.
-        max_bytes: What all stored events may take.
+        wanted: The events that are to be stored, each with its row.
+        max_bytes: Maximum size of all stored events.
 
     Returns:
-        What does not fit, and is not held by the journal already.
+        The events that do not fit and are not in the journal already.
     """
     room = max_bytes - letters_bytes(db)
     dead_room = max_bytes // 2 - dead_bytes(db)
@@ -160,7 +165,7 @@ def insert_letters(
         db.executemany(_INSERT_LETTER, [row for _, row in wanted])
         return []
     refused = []
-    for letter, row in sorted(wanted, key=lambda pair: pair[0].dead):  # pending ones get the room there is
+    for letter, row in sorted(wanted, key=lambda pair: pair[0].dead):  # pending ones get the room first
         size = size_of(letter)
         if size > room or (letter.dead and size > dead_room):
             if not db.execute(_IS_HELD, row).fetchone()[0]:
@@ -172,16 +177,16 @@ def insert_letters(
 
 
 def mark_removed(sinks: Collection[str], db: sqlite3.Connection) -> None:
-    """Give pending events of all sinks but these the reason `sink_removed`, and take it from those of these."""
+    """Set the reason `sink_removed` for pending events of all other sinks, and reset it for events of these sinks."""
     if not letters_bytes(db):
         return
-    marks = ",".join("?" * len(sinks))
+    places = ",".join("?" * len(sinks))
     db.execute(
-        f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({marks})",
+        f"UPDATE letters SET reason = ? WHERE state = 'pending' AND sink NOT IN ({places})",
         (Reason.SINK_REMOVED.value, *sinks),
     )
     db.execute(
-        f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({marks})",
+        f"UPDATE letters SET reason = ? WHERE reason = ? AND sink IN ({places})",
         (Reason.OUT_OF_TIME.value, Reason.SINK_REMOVED.value, *sinks),
     )
 
@@ -189,23 +194,24 @@ def mark_removed(sinks: Collection[str], db: sqlite3.Connection) -> None:
 def delete_slice(
     db: sqlite3.Connection, first: int, *, now: float, confirmed_before: float, before: float
 ) -> tuple[list[bytes], int]:
-    """Delete what the ledger no longer needs, among keys that begin with one byte. Times are in seconds since 1970.
+    """Delete what the ledger no longer needs, among keys with a given first byte. Times are in seconds since 1970.
 
     Args:
         db: In a transaction.
-        first: That byte.
-        now: The time.
-        confirmed_before: Pairs and occurrences that were confirmed before go.
-        before: Pairs that were accepted, and occurrences whose last lease ended, before, and were never confirmed, go.
+        first: The first byte of the keys.
+        now: The present time.
+        confirmed_before: Pairs and occurrences that were confirmed before this time are deleted.
+        before: Pairs that were accepted before this time, and occurrences whose last lease ended before it, are deleted
+            if they were never confirmed.
 
     Returns:
-        The keys of the occurrences that went, and the number of pairs that went without one.
+        The keys of the deleted occurrences, and the number of deleted pairs that had no occurrence.
     """
     limits = {
         "first": bytes([first]),
         "last": bytes([first]) + b"\xff" * 32,
         "confirmed_before": confirmed_before,
-        "future": now + 60,  # rows from the future are of a clock that was set back
+        "future": now + 60,  # times in the future were written before the clock was set back
         "before": before,
     }
     over = db.execute(
@@ -225,14 +231,14 @@ def delete_slice(
 
 
 def shift(db: sqlite3.Connection, secs: float, *, run: str, started_at: float, recent: float) -> None:
-    """Move the times that a process stamped.
+    """Move the times that a process has written.
 
     Args:
         db: In a transaction.
-        secs: By how much.
-        run: The process.
-        started_at: When it began, by the clock before the jump, in seconds since 1970.
-        recent: What was confirmed before stays as it is; the same way.
+        secs: The number of seconds by which they are moved.
+        run: Identifies the process.
+        started_at: When it started, by the clock before the jump, in seconds since 1970.
+        recent: What was confirmed before this time stays unchanged; also by the clock before the jump.
     """
     db.execute(
         "UPDATE letters SET stored_at = stored_at + ?, due_at = due_at + ? WHERE run = ?",
@@ -251,22 +257,22 @@ def shift(db: sqlite3.Connection, secs: float, *, run: str, started_at: float, r
 
 
 def size_of(letter: Letter) -> int:
-    """What it takes of `max_bytes`."""
+    """The size of a stored event, as it counts for `max_bytes`."""
     return len(letter.event.body) + ROW_OVERHEAD_BYTES
 
 
 def letters_bytes(db: sqlite3.Connection) -> int:
-    """What all stored events take; kept by triggers, so that it holds for every program that writes."""
+    """The size of all stored events. Triggers keep it up to date, whichever program writes."""
     (size,) = db.execute(LETTERS_BYTES).fetchone()
     return int(size)
 
 
 def dead_bytes(db: sqlite3.Connection) -> int:
-    """What the dead letters among them take."""
+    """The size of the dead letters."""
     (size,) = db.execute("SELECT dead_bytes FROM totals").fetchone()
     return int(size)
 
 
 def short_text(text: str) -> str:
-    """What a TEXT column takes: no lone surrogates, and not more than 2,000 characters."""
+    """The text as a TEXT column can hold it: without lone surrogates, and with 2,000 characters at most."""
     return text[:2000].encode(errors="replace").decode()

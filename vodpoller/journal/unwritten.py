@@ -1,4 +1,4 @@
-"""What sinks accepted and the journal could not write: kept in memory until it can, with the marks that must wait."""
+"""Accepted pairs that the journal could not write: kept in memory until it can, with the marks that wait for them."""
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -12,11 +12,11 @@ Times = tuple[float, float | None]  # accepted, confirmed: in seconds since 1970
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is unwritten at one moment.
+    """The unwritten pairs and marks at one moment.
 
     Args:
         pairs: The (key, sink) pairs, and when each was accepted and confirmed.
-        positions: The marks that wait, by sink.
+        positions: The positions to which the marks will move, by sink.
     """
 
     pairs: Mapping[Pair, Times]
@@ -24,9 +24,9 @@ class Snapshot:
 
 
 class Unwritten:
-    """Accepted (key, sink) pairs that are in no file, and marks of sinks' files that must not pass them.
+    """Accepted (key, sink) pairs that are not in the file, and marks that must not move beyond them.
 
-    As a collection it is that of the pairs. Reading it needs no lock: a pair leaves only after it was written.
+    `len` and `in` refer to the pairs. They need no lock: a pair is removed only after it was written.
     """
 
     def __init__(self) -> None:
@@ -46,13 +46,13 @@ class Unwritten:
             return {key for key, of in self._pairs if of == sink}
 
     def add(self, sink: str, keys: Sequence[bytes], *, accepted_at: float, position: Position | None) -> None:
-        """Keep what could not be written.
+        """Keep pairs that could not be written.
 
         Args:
             sink: The sink's name.
-            keys: Of the events that it has.
-            accepted_at: Since when, in seconds since 1970.
-            position: Where its file ends now; None if it is not a file.
+            keys: The keys of the events that it has.
+            accepted_at: When it accepted them, in seconds since 1970.
+            position: The present end of its file; None if it is not a file.
         """
         with self._lock:
             self._pairs |= dict.fromkeys([(key, sink) for key in keys], (accepted_at, None))
@@ -60,7 +60,7 @@ class Unwritten:
                 self._positions[sink] = position
 
     def confirm(self, keys: Collection[bytes], at: float) -> set[bytes]:
-        """VOD has forgotten these events, at a time in seconds since 1970.
+        """Note that these events were confirmed at a time in seconds since 1970.
 
         Returns:
             The keys of those that are unwritten.
@@ -78,12 +78,12 @@ class Unwritten:
         return {key for key, _ in waiting}
 
     def snapshot(self) -> Snapshot:
-        """What is unwritten now."""
+        """The pairs and marks that are unwritten now."""
         with self._lock:
             return Snapshot(dict(self._pairs), dict(self._positions))
 
     def remove(self, written: Snapshot) -> None:
-        """What a snapshot holds was written. What was changed since then stays: it is written next."""
+        """Remove what a snapshot holds, since it was written. What has changed since the snapshot stays."""
         with self._lock:
             for pair, times in written.pairs.items():
                 if self._pairs.get(pair) == times:

@@ -1,4 +1,4 @@
-"""The journal's write-ahead log (WAL): kept small, and said if it cannot be."""
+"""The journal's write-ahead log (WAL): it is kept small, and a warning is logged if that is not possible."""
 
 import sqlite3
 import threading
@@ -11,14 +11,14 @@ from vodpoller.journal.group_commit import GroupCommit
 from vodpoller.journal.place import BUSY_SECS
 from vodpoller.telemetry import Scope
 
-WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it below while no process reads
+WAL_KEPT_BYTES: Final = 8 * 1024 * 1024  # SQLite's own checkpoints, at 4 MiB, keep it smaller if no process reads
 WAL_LARGE_BYTES: Final = 64 * 1024 * 1024
 WAL_RETRY_SECS: Final = 5.0
-WAL_WAIT_SECS: Final = 0.1  # all who write wait meanwhile
+WAL_WAIT_SECS: Final = 0.1  # all writes wait meanwhile
 
 
 def limit_wal(db: sqlite3.Connection) -> None:
-    """Have a connection leave no more than `WAL_KEPT_BYTES` of a WAL that it has written into the file."""
+    """Make a connection cut the WAL to `WAL_KEPT_BYTES` after it has transferred it into the file."""
     db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
 
 
@@ -50,7 +50,7 @@ class Wal:
         self._next_try = 0.0
 
     def shrink(self) -> None:
-        """Cut the WAL. SQLite goes on at its end, and cuts nothing, while another process reads at every checkpoint."""
+        """Cut the WAL if it is too long. SQLite lets it grow while another process is reading at each checkpoint."""
         if self._size_bytes() > WAL_KEPT_BYTES and self._monotonic() >= self._next_try:
             self._next_try = self._monotonic() + WAL_RETRY_SECS
             with self._commits.lock, self._read_lock, suppress(sqlite3.Error):
@@ -67,8 +67,8 @@ class Wal:
                     cause="wal",
                     path=f"{self._path}-wal",
                     size_bytes=size_bytes,
-                    hint="another process reads the journal without a pause, which keeps it from being cut:"
-                    f" `fuser {self._path}` names it",
+                    hint="another process reads the journal without a pause, so that the WAL cannot be cut:"
+                    f" `fuser {self._path}` names the process",
                 )
             else:
                 self._telemetry.reset("wal")

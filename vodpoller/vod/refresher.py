@@ -56,7 +56,7 @@ class Refresher:
         draw: Returns a random number from 0 to 1.
     """
 
-    _BACKOFF = Backoff(first_secs=1.0, most_secs=60.0)
+    _BACKOFF = Backoff(first_secs=1.0, max_secs=60.0)
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from vodpoller.durable import HINTS, Folders, check_access
-from vodpoller.logs import Repeats
+from vodpoller.logs import RepeatLimiter
 from vodpoller.sinks.download.path_template import PathTemplate
 
 WRITABLE: Final = os.R_OK | os.W_OK | os.X_OK  # the rights that this user needs in the folder
@@ -49,7 +49,7 @@ class ImageFolder:
         template: PathTemplate,
         *,
         folders: Folders,
-        repeats: Repeats,
+        repeats: RepeatLimiter,
         write: Callable[[int, memoryview], int],
     ) -> None:
         self.root = template.root
@@ -103,7 +103,7 @@ class ImageFolder:
         if saved_key == key or "key" in self._template.fields:
             return
         path = str(self.root.joinpath(*parts))
-        self._repeats.say(
+        self._repeats.log_once(
             "warning",
             "image.skipped",
             cause=f"{key} {path}",

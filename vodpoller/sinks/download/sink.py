@@ -9,7 +9,7 @@ from vodpoller.durable import Folders, check_access, existing_folder, may_pass, 
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import Event
 from vodpoller.events.snapshots import Snapshot, SnapshotsTaken, snapshots_of
-from vodpoller.logs import Repeats
+from vodpoller.logs import RepeatLimiter
 from vodpoller.sinks.contract import Sink, SinkContext
 from vodpoller.sinks.download.config import DownloadConfig
 from vodpoller.sinks.download.fetching import SHOWN_CHARACTERS, Fetcher, Fetching, media_type_of
@@ -66,7 +66,7 @@ class DownloadSink(Sink[DownloadConfig]):
         self._template = PathTemplate(config.path)
         self._closed = False
         folders = Folders(lambda text: context.log.warning("config.warning", message=f"sinks.{name}.path: {text}"))
-        repeats = Repeats(context.log, monotonic=context.monotonic)
+        repeats = RepeatLimiter(context.log, monotonic=context.monotonic)
         self._images = ImageFolder(name, self._template, folders=folders, repeats=repeats, write=write)
         self._unsuitable_types: set[str] = set()
         self._fetcher = Fetcher(name, config, resolve=resolve, wall=context.wall, monotonic=context.monotonic)

@@ -18,7 +18,7 @@ from vodpoller.durable import Folders, may_pass, why
 from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import Event
 from vodpoller.journal.contract import Portion, Position
-from vodpoller.logs import Repeats
+from vodpoller.logs import RepeatLimiter
 from vodpoller.sinks.contract import Sink, SinkConfig, SinkContext
 from vodpoller.sinks.file.appending import Files, OpenFile
 from vodpoller.sinks.file.candidates import CandidateFiles
@@ -109,7 +109,7 @@ class FileSink(Sink[FileConfig]):
         self._folders = Folders(self._warn, make=self._files.make_folder, sync=self._files.sync_folder)
         self._recovery = Recovery(CandidateFiles(self._path), self._files, config.format)
         self._rotation = Rotation(self._path, self._files, rotate=config.rotate, time_zone=config.time_zone)
-        self._repeats = Repeats(context.log, monotonic=context.monotonic)
+        self._repeats = RepeatLimiter(context.log, monotonic=context.monotonic)
         self._lock = threading.Lock()
         self._reopen_wanted = False
         self._tail_checked = False
@@ -267,7 +267,7 @@ class FileSink(Sink[FileConfig]):
         try:
             self._rotation.rename(target)
         except OSError as error:
-            self._repeats.say(
+            self._repeats.log_once(
                 "warning",
                 "file.unrotated",
                 cause=why(error),
@@ -312,7 +312,7 @@ class FileSink(Sink[FileConfig]):
         return bool(added_bytes)
 
     def _log_changed(self, cause: str, what: str, hint: str) -> None:
-        self._repeats.say("warning", "file.changed", cause=cause, path=str(self._path), message=what, hint=hint)
+        self._repeats.log_once("warning", "file.changed", cause=cause, path=str(self._path), message=what, hint=hint)
 
     def _end_position(self) -> Position:
         return Position(inode=self._file.inode, offset_bytes=self._file.end_bytes)
