@@ -511,10 +511,10 @@ def test_the_service_manager_hears_of_the_start_of_life_of_trouble_and_of_the_en
     system.configure(simulator.url, secret_key="a-mistyped-key")
     with ServiceManager(system.folder / "notify") as manager:
         daemon = system.daemon(NOTIFY_SOCKET=manager.path)
-        until(lambda: any("cannot pull" in said for said in manager.said("STATUS=")), secs=12)
-        until(lambda: len(manager.said("WATCHDOG=1")) >= 2)
+        until(lambda: any("cannot pull" in message for message in manager.messages("STATUS=")), secs=12)
+        until(lambda: len(manager.messages("WATCHDOG=1")) >= 2)
         assert daemon.terminate()[0] == 0
-        until(lambda: manager.said("STOPPING=1"))
+        until(lambda: manager.messages("STOPPING=1"))
 
     told = [said for _, said in manager.received]
     assert told[0] == "READY=1"

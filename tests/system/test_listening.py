@@ -181,7 +181,7 @@ def test_while_it_stops_it_is_healthy_and_not_ready(system, port, receiver):
         client = Client(port)
         assert statuses(client)[:2] == (200, 200)
         daemon.signal(signal.SIGTERM)
-        until(lambda: manager.said("STOPPING=1"))
+        until(lambda: manager.messages("STOPPING=1"))
         until(lambda: client.get("/readyz").status == 503)
         assert statuses(client) == (200, 503, 200, 200, 200)
     receiver.released.set()

@@ -29,12 +29,12 @@ def test_a_long_recovery_says_how_far_it_is_and_asks_for_time(system, tmp_path):
     fill(system.archive, range(3 * PORTION))
     with ServiceManager(tmp_path / "notify") as manager:
         daemon = system.daemon(NOTIFY_SOCKET=manager.path)
-        until(lambda: manager.said("READY=1"))
+        until(lambda: manager.messages("READY=1"))
     lines = daemon.log("recovery.progress")
     assert [line["keys"] for line in lines] == [PORTION, 2 * PORTION, 3 * PORTION][: len(lines)]
     assert len(lines) >= 2
     assert all(0 < line["percent"] <= 100 and line["sink"] == "archive" for line in lines)
-    assert len(manager.said("EXTEND_TIMEOUT_USEC=")) > len(lines)
+    assert len(manager.messages("EXTEND_TIMEOUT_USEC=")) > len(lines)
     (line,) = daemon.log("file.recovered")
     assert line["keys"] == 3 * PORTION
     assert daemon.terminate()[0] == 0

@@ -266,18 +266,18 @@ def test_systemd_is_told_when_it_begins_and_when_it_is_over(system):
     system.configure(simulator.url)
     with ServiceManager(system.folder / "notify") as manager:
         daemon = system.daemon(NOTIFY_SOCKET=manager.path)
-        until(lambda: manager.said("READY=1"))
+        until(lambda: manager.messages("READY=1"))
         began_at = time.monotonic_ns() // 1000
         system.configure(simulator.url, sinks=file_sink(system, "other"))
         assert reload(system).returncode == 0
-        until(lambda: len(manager.said("READY=1")) == 2)
-        (said,) = manager.said("RELOADING=1")
+        until(lambda: len(manager.messages("READY=1")) == 2)
+        (said,) = manager.messages("RELOADING=1")
         assert began_at <= int(said.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
         break_file(system)
         assert reload(system).returncode == 78
-        until(lambda: len(manager.said("READY=1")) == 3)
-        until(lambda: manager.said("STATUS=the last reload was refused"))
-        assert manager.said("STOPPING=1") == []
+        until(lambda: len(manager.messages("READY=1")) == 3)
+        until(lambda: manager.messages("STATUS=the last reload was refused"))
+        assert manager.messages("STOPPING=1") == []
         assert daemon.terminate()[0] == 0
 
 
@@ -350,7 +350,7 @@ def test_a_sink_that_hangs_is_left_behind_by_executing_anew(system, plugin):
         assert daemon.process.poll() is None
         (said,) = daemon.await_log("daemon.reloaded")
         assert said["executed_anew_for"] == ["sink never"]
-        until(lambda: len(manager.said("READY=1")) == 2)
+        until(lambda: len(manager.messages("READY=1")) == 2)
         (began,) = (at for at, text in manager.received if text.startswith("RELOADING=1"))
         ended = [at for at, text in manager.received if text == "READY=1"][1]
         assert ended - began < 6 + max(5, 3 * start_secs)

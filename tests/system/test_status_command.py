@@ -151,8 +151,8 @@ def test_what_vod_repeats_of_a_secret_is_not_told(system, receiver):
     with ServiceManager(system.folder / "notify") as manager:
         system.daemon(NOTIFY_SOCKET=manager.path)
         first_problem(system, "UnauthorizedOperation", "your key [secret] may not", what="source main")
-        until(lambda: any("your key [secret] may not" in said for said in manager.said("STATUS=")))
-        assert not any(SECRET_KEY in said for said in manager.said("STATUS="))
+        until(lambda: any("your key [secret] may not" in message for message in manager.messages("STATUS=")))
+        assert not any(SECRET_KEY in message for message in manager.messages("STATUS="))
 
 
 def test_a_full_disk_is_noticed_when_it_is_asked_about_and_when_it_has_room_again(system):
