@@ -150,7 +150,7 @@ Consumer.TestCase.settings = settings(
 TestAnyOrderOfFaults = Consumer.TestCase
 
 
-# --- a crash at each step of critical sequences -------------------------------------------------------------
+# --- a crash at each step of critical sequences -----------------------------------------------------------------------
 
 
 def deliver(world):
@@ -324,7 +324,7 @@ def run_story(story, *, atomic, renamed, last_first, dies_after):
             world.end()
 
 
-# --- critical orders of two threads --------------------------------------------------------------------------
+# --- critical orders of two threads -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

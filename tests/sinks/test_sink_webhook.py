@@ -114,7 +114,7 @@ def test_credentials_in_the_url_are_refused_without_being_shown():
         base64.b64encode(b"\xff" * 32).decode().replace("/", "_"),
     ],
 )
-def test_a_secret_that_cannot_sign_is_refused_with_the_way_to_make_one(secret):
+def test_a_secret_that_cannot_sign_is_refused_with_a_remedy(secret):
     with pytest.raises(ValidationError) as excinfo:
         WebhookConfig(type="webhook", url="https://app.example/", secret=secret)
     (error,) = excinfo.value.errors()
