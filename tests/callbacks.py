@@ -51,7 +51,7 @@ class Route:
 
 @dataclass
 class Receiving:
-    """A receiver and all that it needs. Socket, journal and workers are open at once; `start` starts the receiver."""
+    """A receiver and all that it needs. Socket, journal and workers run from the start; `start` adds the receiver."""
 
     folder: object
     log: object

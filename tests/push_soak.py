@@ -41,7 +41,7 @@ class Result:
         seconds: Time until all events were delivered.
         given_up: Events that VOD would have lost: none of their three pushes was answered.
         lost: Events that the sink does not have.
-        doubled: Deliveries beyond the first of an event.
+        doubled: Deliveries of an event after its first one.
         torn: Lines of the file that are not an event.
         stored: Rows left in the journal, pending or dead.
     """
@@ -62,7 +62,7 @@ class Result:
 
 
 def with_task_ids(number_of_events, seed=1):
-    """Bodies of generated events that have a task id, so that a repeated push is recognised as the same event."""
+    """Bodies of generated events with an id of their own, so that a repeated push is recognised as the same event."""
     generator = EventGenerator(seed)
     found, number = [], 0
     while len(found) < number_of_events:

@@ -35,7 +35,7 @@ class Result:
         kills: Number of times that the daemon was killed.
         redelivered: Number of redeliveries by VOD.
         lost: Events that are in no line.
-        doubled: Lines beyond the first of an event.
+        doubled: Lines of an event after its first one.
         torn: Lines that are not an event that was fed.
         unconfirmed: Events that VOD still holds.
         stored: Rows left in the journal, pending or dead.

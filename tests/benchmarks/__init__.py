@@ -18,9 +18,10 @@ with empty files. The consumers are `vodpoller run` as it is installed (file sin
 one log line per event) and the loop: pull, append JSON lines with flush and fsync (or, if a webhook is measured, post
 each event by `requests.Session`), confirm, with one thread or sixteen.
 
-A window of the steady state is measured, so that the start does not count. Read at its begin and end: the simulator's
-counts of confirmed events, requests and refused requests (in each second of the window), and the CPU time of the
-consumer's and of the simulator's process (user and system, /proc/PID/stat). Peak memory is VmHWM of /proc/PID/status.
+A window of the steady state is measured, so that the start does not count. Read at its beginning and end: the
+simulator's counts of confirmed events, requests and refused requests (the quota applies to the past second), and the
+CPU time of the consumer's and of the simulator's process (user and system, /proc/PID/stat). Peak memory is VmHWM of
+/proc/PID/status.
 
 The time of birth is in the first `Url` of generated snapshot events (`?born=`). Birth to sink: a thread reads the
 growing file of the sink every 0.5 ms and records when each line can be read; that is after the write, before the sync.

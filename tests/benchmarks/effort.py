@@ -17,7 +17,7 @@ class Effort:
     Args:
         folder: Folder for the files of all consumers: its disk is part of the measurement.
         secs: Length of each window of the steady state.
-        warm_secs: Time between the first confirm and the begin of the window.
+        warm_secs: Time between the first confirm and the start of the window.
         idle_secs: Length of the window in the row `idle`.
         pulls: The values of `max_concurrent_pulls` to try.
         connections: Numbers of callbacks to send at once.

@@ -712,9 +712,7 @@ class World:
             for sink in event.sinks:
                 assert has[sink] or (event.key, sink) in dead, f"{sink} never got event {event.number}"
         casts = sum(event.content is CAST for event in self.queue.events)
-        assert (self.archived().count(CAST_KEY), len(self.plain_casts)) == (casts, casts), (
-            "wrong number of equal events"
-        )
+        assert (self.archived().count(CAST_KEY), len(self.plain_casts)) == (casts, casts), "wrong number of casts"
         for path in self.folder.glob("events.jsonl*"):
             data = path.read_bytes()
             torn = [line for line in data.split(b"\n") if line and _key_of(line) is None]

@@ -758,16 +758,14 @@ def test_addresses_that_are_public_are_recognised(address):
 def test_no_connection_is_made_to_an_address_that_is_not_public(opened, host, files, monkeypatch, address, how):
     """Neither from an event's URL nor from a redirect of a public host; the test declares the host public."""
     connected = connections(monkeypatch)
-    declared_public = ["127.0.0.1"]
-    monkeypatch.setattr(
-        "vodpoller.sinks.download.fetching.is_public", lambda ip: ip in declared_public or is_public(ip)
-    )
+    declared = ["127.0.0.1"]
+    monkeypatch.setattr("vodpoller.sinks.download.fetching.is_public", lambda ip: ip in declared or is_public(ip))
     url = f"http://{address}:{host.server_port}/1.png"
     if how == "redirect":
-        start = host.serves("/start.png", lambda handler: (declared_public.clear(), redirect(url)(handler)))
+        start = host.serves("/start.png", lambda handler: (declared.clear(), redirect(url)(handler)))
     else:
         start = url
-        declared_public.clear()
+        declared.clear()
     message = failure_of(opened(hosts=["*"], allow_private=False), event(image(start)), RejectedError)
     assert "no connection may be made" in message
     assert "sinks.images.allow_private" in message

@@ -34,7 +34,7 @@ class Result:
         events: Number of events that were fed.
         kills: Number of kills of the server; the daemon is killed equally often.
         lost: Events that are in no row.
-        doubled: Rows beyond the first of an event.
+        doubled: Rows of an event after its first one.
         foreign: Rows that are not an event that was fed.
         miscounted: Difference between the counter that a statement increments and the number of events.
         stored: Number of stored events that were delivered when the database was back.

@@ -115,9 +115,8 @@ def test_keys_expire_under_load_and_no_pull_fails(system, provider):
     found = run(system, provider=provider, rate=100, life_secs=4, expiries=2)
     assert found["exit_code"] == 0
     assert found["keys_issued"] > 2
-    assert found["failed_pulls"].keys() <= {
-        "RequestLimitExceeded"
-    }  # the two sides count the seconds of the quota by different clocks
+    # Both sides count the seconds of the quota, by different clocks.
+    assert found["failed_pulls"].keys() <= {"RequestLimitExceeded"}
     assert found["arrived_twice"] == found["confirmed_and_missing"] == 0
     assert found["arrived"] > 100
 

@@ -785,9 +785,8 @@ def test_a_journal_that_may_not_be_written_is_reported_at_the_start(system, what
         )
     finally:
         folder.chmod(0o755)
-    assert done.returncode == 78, (
-        done.stderr
-    )  # the operator must act; with another code systemd would restart it for ever
+    # The operator must act; with another code systemd would restart it for ever.
+    assert done.returncode == 78, done.stderr
     assert str(system.journal) in done.stderr
     assert "read-only" in done.stderr or "must belong to the user" in done.stderr
     assert "Traceback" not in done.stderr

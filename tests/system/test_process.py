@@ -139,7 +139,7 @@ def test_an_output_that_cannot_be_written_is_a_clear_error(system, args, redirec
 
 
 def slow_python(folder, module):
-    """An environment in which importing a module waits until the file "go on" exists, for 30 s at most.
+    """An environment in which the import of a module waits until the file "go on" exists, for 30 s at most.
 
     The file "importing" is created when the import begins.
     """

@@ -178,9 +178,8 @@ def test_a_failed_build_restores_the_former_configuration(system):
     system.configure(simulator.url)
     daemon = system.daemon()
     system.configure(simulator.url, sinks=file_sink(system, "taken"))
-    with (system.folder / "taken.jsonl.lock").open(
-        "w"
-    ) as lock:  # a probe only reports the lock, which may be the daemon's own
+    # A probe only reports the lock, since it may be the daemon's own.
+    with (system.folder / "taken.jsonl.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = reload(system)
     assert done.returncode == 78

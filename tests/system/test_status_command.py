@@ -43,7 +43,7 @@ def status_of(system, *args):
 
 
 def first_problem(system, *words, what):
-    """Wait for a problem and check the first one, in the JSON and at the begin of the table."""
+    """Wait for a problem and check the first one, in the JSON and at the top of the table."""
     first = until(lambda: status_of(system)["problems"])[0]
     assert first["what"] == what
     missing = [word for word in words if word not in f"{first['cause']} | {first['remedy']}"]
