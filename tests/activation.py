@@ -1,4 +1,4 @@
-"""Daemons with a callback source whose socket stays open over their lives, as a socket unit of systemd keeps it."""
+"""Daemons with a callback source whose socket stays open across restarts, as a socket unit of systemd keeps it."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 
 from tests.processes import DaemonProcess, environment
 
-# What is executed in place of this has its pid, which LISTEN_PID must name (sd_listen_fds(3)).
+# LISTEN_PID must name the pid of the daemon (sd_listen_fds(3)). `execv` keeps the pid of this program.
 _PASS_ON = """
 import os, sys
 held = int(sys.argv[1])
@@ -20,10 +20,10 @@ os.execv(sys.executable, [sys.executable, "-m", "vodpoller", *sys.argv[2:]])
 
 
 class HeldSocket:
-    """Listens and accepts nothing: connections wait for the daemon to which it is passed. A context manager."""
+    """A listening socket that accepts nothing: connections wait for the daemon that gets it. A context manager."""
 
     def __init__(self):
-        # As long as that of vodpoller.socket.
+        # The same backlog as in vodpoller.socket.
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         self.url = f"http://{self.address}/vod"
@@ -42,8 +42,9 @@ class ActivatedDaemon(DaemonProcess):
     """`vodpoller run` to which a held socket is passed.
 
     Args:
-        system: Has its configuration, and its log beside that.
+        system: Holds the configuration; the log is written to its folder.
         held: The socket.
+        log_name: Name of the log file.
     """
 
     def __init__(self, system, held, *, log_name="daemon.log"):
@@ -64,10 +65,10 @@ def configure(system, held, *, source="", sinks=None, more=""):
     """Write a configuration with one callback source, whose events go to all sinks.
 
     Args:
-        system: Where it is written.
-        held: The socket that is passed.
+        system: The configuration is written to its `config_path`.
+        held: The socket on which the source listens.
         source: Further lines of the source.
-        sinks: The tables of the sinks; None for a file, named archive.
+        sinks: The tables of the sinks; None for one file sink, named archive.
         more: Further tables.
     """
     sinks = system.archive_sink if sinks is None else sinks

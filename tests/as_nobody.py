@@ -1,6 +1,6 @@
 """`python -m tests.as_nobody ARGS`: vodpoller's command line as a user that owns nothing.
 
-The interpreter may lie where no other user may look, so what is needed of it is read before the rights are given up.
+That user may have no right to read the interpreter's folder, so all modules are imported before the rights are dropped.
 """
 
 import codecs

@@ -1,4 +1,4 @@
-"""A receiver of callbacks on a free port, with a journal of its own and sinks in memory; and what pushes to it."""
+"""A receiver of callbacks on a free port, with a journal and sinks in memory, and a client that pushes to it."""
 
 import http.client
 import json
@@ -51,7 +51,7 @@ class Route:
 
 @dataclass
 class Receiving:
-    """What is built, open and started with `start`."""
+    """A receiver and all that it needs. Socket, journal and workers run from the start; `start` adds the receiver."""
 
     folder: object
     log: object
@@ -117,7 +117,7 @@ class Receiving:
         return self.sinks["archive"]
 
     def push(self, content, *, path=PATH, method="POST", timeout=20, **headers):
-        """One request; returns the status and the body of its answer, None if it gets none."""
+        """Send one request; returns the status and the body of the answer, or None if there is no answer."""
         data = content if isinstance(content, bytes | str) else json.dumps(content)
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
             connection.request(method, path, data, {name.replace("_", "-"): it for name, it in headers.items()})
@@ -152,7 +152,7 @@ def request(content, *, method="POST", path=PATH, headers=""):
 
 
 def said(sock):
-    """All that comes until the other side has closed."""
+    """All bytes that arrive until the other side closes the connection."""
     found = b""
     while part := sock.recv(65536):
         found += part

@@ -1,4 +1,4 @@
-"""Certificates that no public CA vouches for, and servers that show them."""
+"""Certificates that no public CA has signed, and servers that use them."""
 
 import ssl
 import subprocess
@@ -19,13 +19,13 @@ class Certificate:
         return context
 
     def serve(self, receiver):
-        """The receiver speaks TLS from now on, at the URL that comes back."""
+        """Switch the receiver to TLS; returns its new URL."""
         receiver.socket = self.context().wrap_socket(receiver.socket, server_side=True)
         return receiver.url.replace("http:", "https:")
 
 
 def make_certificate(folder, names="IP:127.0.0.1", days=2):
-    """A new one that has signed itself."""
+    """A new self-signed certificate in this folder."""
     needs("openssl")
     made = Certificate(folder / "certificate.pem", folder / "key.pem")
     command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} -subj /CN=receiver"

@@ -1,4 +1,4 @@
-"""Events while temporary keys expire: what the system tests do in small, and by hand in large.
+"""Deliver events while temporary keys expire. The system tests run it for a short time; started by hand it runs longer.
 
 .venv/bin/python -m tests.expiring_keys --rate 500 --life-secs 30 --expiries 20
 """
@@ -18,18 +18,18 @@ from tests.processes import differences, running_system
 
 
 def credentials_of(provider, url):
-    """The lines of [credentials] for a simulator, without a lasting key for the role of a machine."""
+    """The lines of [credentials] for a simulator; `cvm_role` needs no permanent key."""
     if provider == "cvm_role":
         return f'provider = "cvm_role"\nmetadata_endpoint = "{url}"\n'
-    lasting = 'secret_id = "simulated-id"\nsecret_key = "simulated-key"\n'
-    return f'provider = "assume_role"\nrole_arn = "qcs::cam::uin/1:roleName/r"\nsts_endpoint = "{url}"\n{lasting}'
+    permanent = 'secret_id = "simulated-id"\nsecret_key = "simulated-key"\n'
+    return f'provider = "assume_role"\nrole_arn = "qcs::cam::uin/1:roleName/r"\nsts_endpoint = "{url}"\n{permanent}'
 
 
 def run(system, *, provider, rate, life_secs, expiries):
-    """Feed and deliver events until that number of keys has been renewed; returns what came of it."""
-    lasting = {} if provider == "cvm_role" else {"secret_id": "simulated-id", "secret_key": "simulated-key"}
+    """Deliver events until `expiries` keys have been renewed; returns counts, as a dict."""
+    permanent = {} if provider == "cvm_role" else {"secret_id": "simulated-id", "secret_key": "simulated-key"}
     simulator = system.simulator(
-        rate=rate, credential_secs=life_secs, visibility_secs=30, poll_secs=5, requests_per_sec=100, **lasting
+        rate=rate, credential_secs=life_secs, visibility_secs=30, poll_secs=5, requests_per_sec=100, **permanent
     )
     system.configure(
         simulator.url,

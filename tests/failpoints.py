@@ -1,8 +1,8 @@
-"""`python -m tests.failpoints ARGS`: vodpoller's command line, which kills itself at a step that `$FAILPOINT` names.
+"""`python -m tests.failpoints ARGS`: vodpoller's command line, which kills itself at the step that `$FAILPOINT` names.
 
-`FAILPOINT=sync:before:3` means SIGKILL right before the third sync, `sync:after:3` right after the third that
-succeeded. The steps are those of `STEPS`; "amid" a write is after half of its bytes. `FAILPOINT=ledger:before:1:hook`
-counts the calls for the sink `hook` only, and `write:after:1:events.jsonl` those for the file of that name.
+`FAILPOINT=sync:before:3` means SIGKILL right before the third sync, `sync:after:3` right after the third successful
+sync. `STEPS` lists the steps; `write:amid:1` kills after half of the bytes are written. `ledger:before:1:hook` counts
+only the calls for the sink `hook`, and `write:after:1:events.jsonl` only those for the file of that name.
 """
 
 import os
@@ -41,11 +41,11 @@ STEPS = {
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-    threading.Event().wait()  # the signal may need a moment; nothing more may happen
+    threading.Event().wait()  # the signal may arrive late; nothing else may run until then
 
 
 def name_of(subject):
-    """The name of what a call is for: of a sink, or of the file that a descriptor is open on."""
+    """The name of a sink, or of the file that a descriptor belongs to."""
     return Path(f"/proc/self/fd/{subject}").readlink().name if isinstance(subject, int) else subject
 
 
@@ -70,7 +70,7 @@ def install(failpoint):
             original(self, fd, memoryview(half))
             die()
         answer = original(self, *args, **kwargs)
-        with lock:  # a call that failed, as a confirm may, has no step after it
+        with lock:  # a failed call, such as a refused confirm, does not count as a return
             returns += counts
             is_now = counts and returns == int(number)
         if is_now and when == "after":

@@ -1,4 +1,4 @@
-"""Doubles that the tests of the core share: a clock, a sink in memory, a ledger in memory, a log that can be read."""
+"""Test doubles that many tests share: a clock, a sink in memory, a ledger in memory, a log that can be read."""
 
 import resource
 import threading
@@ -14,7 +14,7 @@ from vodpoller.sinks.contract import Sink, SinkContext
 
 
 class FakeClock:
-    """A clock that stands still until a test, or a thread that sleeps, moves it."""
+    """A clock that changes only if a test, or a thread that sleeps, advances it."""
 
     def __init__(self, now=1000.0):
         self.now = now
@@ -48,12 +48,12 @@ def event(number=0, *, event_type="NewFileUpload", source="main", sub_app_id=Non
 
 
 def sink_context(log=None, **clocks):
-    """What a sink gets; its log may be one that is not read."""
+    """The context that a sink gets. Without `log`, the sink's log lines are dropped."""
     return SinkContext(log=log_into([]) if log is None else log, **clocks)
 
 
 class MemorySink(Sink):
-    """Takes events, or does what `behaviour` does with them; waits at its gate before that."""
+    """Keeps events in memory. `deliver` first waits until `gate` is set, then calls `behaviour`, which may raise."""
 
     def __init__(self, *, concurrency=1, batch_events=1, timeout_secs=1.0, max_per_minute=None):
         self.concurrency = concurrency
@@ -90,7 +90,7 @@ class MemorySink(Sink):
                 self.running -= 1
 
     def fail_with(self, *errors):
-        """Each call raises the next of these; None accepts; when they are used up all is accepted."""
+        """Each call raises the next of these errors; None accepts. Later calls accept."""
         left = list(errors)
 
         def behave(events):
@@ -108,7 +108,7 @@ class MemorySink(Sink):
 
 
 class MemoryLedger:
-    """Remembers what was accepted; calls `at_accept` at that moment."""
+    """Remembers what was accepted; calls `at_accept` before each entry."""
 
     def __init__(self):
         self.accepted = []
@@ -120,10 +120,10 @@ class MemoryLedger:
 
 
 def send(worker, in_flight, events, *, deadline_in_secs=None):
-    """Claim and submit fresh deliveries, as a puller does, which is at its wait then.
+    """Claim and submit deliveries of these events, as a puller does before it waits.
 
     Returns:
-        The deliveries that stand for them, and a `Sent` that waits for them.
+        The deliveries (one that already runs is joined), and a `Sent` that waits for them.
     """
     deadline = None if deadline_in_secs is None else time.monotonic() + deadline_in_secs
     sent = Sent(in_flight, [Delivery(event, worker.name, deadline=deadline) for event in events])
@@ -142,7 +142,7 @@ class Sent:
         self.fresh = [claim.delivery for claim in claims if not claim.joined]
 
     def wait(self, timeout_secs):
-        """Whether all of them are done in time."""
+        """True if all deliveries are complete before the timeout."""
         return self._wait.wait(timeout_secs) is WaitEnd.COMPLETE
 
     def leave(self):
@@ -151,7 +151,7 @@ class Sent:
 
 @contextmanager
 def full_disk():
-    """What writes to a file fails, as on a full disk; a transaction that changes nothing succeeds."""
+    """Writing to files fails, as on a full disk; a transaction without changes succeeds."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
     try:

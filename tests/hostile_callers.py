@@ -1,4 +1,4 @@
-"""Clients of a callback listener that are not VOD: scanners, the lost, and those that mean harm."""
+"""Clients of a callback listener that are not VOD: scanners, misdirected clients and attackers."""
 
 import socket
 import threading
@@ -17,9 +17,9 @@ class Kind:
     """What such a client sends.
 
     Args:
-        opening: What it sends first.
-        piece: What it sends again and again then; empty if it waits for the end of the connection instead.
-        hangs_up: Whether it ends the connection as soon as the opening is sent.
+        opening: The first bytes.
+        piece: Bytes that it then sends repeatedly; empty if it waits until the server closes the connection.
+        hangs_up: Whether it closes the connection as soon as the opening is sent.
     """
 
     opening: bytes
@@ -62,7 +62,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of a process: memory and open files."""
+    """Memory and number of open files of a process."""
 
     memory_bytes: int
     open_files: int
@@ -75,7 +75,7 @@ class Sizes:
 
 @contextmanager
 def hostile(address, kinds, *, clients):
-    """Clients of these kinds, a number of each, that come again and again.
+    """Run clients of these kinds, each of which connects repeatedly.
 
     Args:
         address: Host and port.
@@ -83,18 +83,18 @@ def hostile(address, kinds, *, clients):
         clients: The number of clients of each kind.
 
     Yields:
-        A function that tells the number of connections of each kind that have ended.
+        A function that returns the number of finished connections of each kind.
     """
     ended = threading.Event()
     counts = dict.fromkeys(kinds, 0)
 
-    def come_again(name):
+    def keep_connecting(name):
         while not ended.wait(PAUSE_SECS):
             with suppress(OSError), closing(socket.create_connection(address, timeout=20)) as connection:
                 _send(connection, KINDS[name], ended)
             counts[name] += 1
 
-    threads = [threading.Thread(target=come_again, args=(name,)) for name in kinds for _ in range(clients)]
+    threads = [threading.Thread(target=keep_connecting, args=(name,)) for name in kinds for _ in range(clients)]
     for thread in threads:
         thread.start()
     try:
@@ -119,7 +119,7 @@ def _send(connection, kind, ended):
 
 
 def sizes_settle(pid, before, *, secs=30.0):
-    """The sizes as soon as no more files are open than before; as they are then if that takes too long."""
+    """The sizes as soon as no more files are open than before, or after `secs` at the latest."""
     ends_at = time.monotonic() + secs
     while (now := Sizes.of(pid)).open_files > before.open_files and time.monotonic() < ends_at:
         time.sleep(0.1)

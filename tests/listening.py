@@ -1,4 +1,4 @@
-"""A listener on a free port, and what it shows: as a test wants it, without a daemon."""
+"""A listener on a free port that shows values which a test sets, without a daemon."""
 
 import http.client
 import socket
@@ -32,7 +32,7 @@ WELL = Status(
 
 @dataclass
 class Shown:
-    """What the listener shows; a test changes it."""
+    """The values that the listener shows; tests change them."""
 
     lines: list = field(default_factory=list)
     status: Status = WELL
@@ -46,9 +46,9 @@ class Shown:
 
     def __post_init__(self):
         self.telemetry = Telemetry(log_into(self.lines))
-        self.report = self.said
+        self.report = self.status_json
 
-    def said(self):
+    def status_json(self):
         return self.status.as_json()
 
     def change(self, **changes):
@@ -91,7 +91,7 @@ class Answer:
 
 
 class Client:
-    """Asks a listener."""
+    """A client of a listener."""
 
     def __init__(self, port):
         self.port = port
@@ -102,8 +102,8 @@ class Client:
             if host:
                 connection.putheader("Host", host)
             if password is not None:
-                said = password if ":" in password else f"vodpoller:{password}"
-                connection.putheader("Authorization", f"Basic {b64encode(said.encode()).decode()}")
+                user_and_password = password if ":" in password else f"vodpoller:{password}"
+                connection.putheader("Authorization", f"Basic {b64encode(user_and_password.encode()).decode()}")
             for name, value in headers.items():
                 connection.putheader(name.replace("_", "-"), value)
             connection.endheaders()
@@ -116,7 +116,7 @@ class Client:
 
 @contextmanager
 def running_listener(shown, *, current=None, **settings):
-    """A listener that shows what `current` says at each request; a client of it."""
+    """Run a listener that shows the view that `current` returns at each request; yields a client of it."""
     sock = socket.create_server(("127.0.0.1", 0))
     port = sock.getsockname()[1]
     listener = Listener(f"127.0.0.1:{port}", current or shown.view, telemetry=shown.telemetry, sock=sock, **settings)

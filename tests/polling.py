@@ -1,22 +1,26 @@
-"""Waiting for what another thread or process is about to do."""
+"""Waiting for a condition that another thread or process makes true."""
 
 import time
 
 FIRST_SECS = 0.002
-MOST_SECS = 0.05
+MAX_SECS = 0.05
 
 
-def until(condition, *, secs=15.0, every_secs=None, what="it did not come true in time"):
-    """Ask again and again for something that is about to come true.
+def until(condition, *, secs=15.0, every_secs=None, what="the condition did not become true in time"):
+    """Call a condition repeatedly until it returns a true value.
 
     Args:
-        condition: What is asked.
+        condition: A function without arguments.
         secs: Maximum time to wait.
-        every_secs: Pause between two questions; if left out it grows, so that little time and little work is lost.
-        what: Says what is missing if it does not come true, or a function that says it then.
+        every_secs: Pause between two calls. By default it grows from 2 to 50 ms: short waits end early, and long ones
+            need few calls.
+        what: The error message if the condition stays false, or a function that returns it.
 
     Returns:
-        What the condition said, which is true.
+        The true value that the condition returned.
+
+    Raises:
+        AssertionError: The time is over.
     """
     ends_at = time.monotonic() + secs
     pause_secs = every_secs or FIRST_SECS
@@ -24,5 +28,5 @@ def until(condition, *, secs=15.0, every_secs=None, what="it did not come true i
         assert time.monotonic() < ends_at, what() if callable(what) else what
         time.sleep(pause_secs)
         if every_secs is None:
-            pause_secs = min(pause_secs * 1.5, MOST_SECS)
+            pause_secs = min(pause_secs * 1.5, MAX_SECS)
     return value

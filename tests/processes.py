@@ -1,4 +1,4 @@
-"""Whole processes for tests: the simulator and the daemon, each as a user starts it, and what can be seen of them."""
+"""Whole processes for tests: the simulator and the daemon, started as a user starts them, and their logs and files."""
 
 import json
 import os
@@ -25,27 +25,27 @@ SECRET_KEY = "the-key-of-the-whole-daemon-tests"
 
 
 def cannot_run(reason):
-    """Ends a test that this machine cannot run: on a laptop it is skipped, in CI it fails, which must run them all."""
+    """End a test that this machine cannot run: skip it on a laptop; in CI, which must run all tests, fail."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI must be able to run this: {reason}")
     pytest.skip(reason)
 
 
 def needs(program):
-    """As `cannot_run` if a program is not installed."""
+    """Call `cannot_run` if a program is not installed."""
     if shutil.which(program) is None:
         cannot_run(f"{program} is not installed")
 
 
 def environment(**changes):
-    """That of this process, without what would change what vodpoller does."""
+    """The environment of this process with changes, without the variables that affect vodpoller."""
     dropped = ("TENCENTCLOUD_", "NOTIFY_SOCKET", "JOURNAL_STREAM", "CREDENTIALS_DIRECTORY", "WATCHDOG_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", **changes}
 
 
 def canonical(text):
-    """What makes two JSON documents the same, by the standard library's understanding of JSON alone."""
+    """A text that is the same for equal JSON documents. It uses the standard library, no code of vodpoller."""
     return json.dumps(json.loads(text, strict=False), sort_keys=True)
 
 
@@ -54,11 +54,11 @@ def run_command(*args, module="vodpoller", answer="", timeout_secs=30, closed=()
 
     Args:
         args: Its arguments.
-        module: What `python -m` is told.
-        answer: What its standard input has.
-        timeout_secs: How long it may take.
-        closed: The descriptors, of 0 to 2, that are closed when it starts.
-        env: Changes of its environment.
+        module: The module that `python -m` runs.
+        answer: The content of its standard input.
+        timeout_secs: Maximum run time.
+        closed: The descriptors (0 to 2) that are closed when it starts.
+        env: Changes to its environment.
     """
     with ExitStack() as open_files:
         stdin, stdout, stderr = (open_files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
@@ -78,7 +78,7 @@ def run_command(*args, module="vodpoller", answer="", timeout_secs=30, closed=()
 
 
 class SimulatorProcess:
-    """`vodpoller simulate` with the options that are given, and its control endpoints."""
+    """`vodpoller simulate` with the given options, and its control endpoints."""
 
     def __init__(self, errors_path, *, wait=True, **options):
         args = []
@@ -88,7 +88,7 @@ class SimulatorProcess:
                 args.append(str(value))
         with errors_path.open("ab") as errors:
             reading, writing = os.pipe()
-            self._output = open(reading)  # noqa: PTH123, SIM115 - a descriptor, open as long as the process
+            self._output = open(reading)  # noqa: PTH123, SIM115 - a descriptor; `stop` closes it
             with open(writing, "wb") as output:  # noqa: PTH123 - as above
                 self.process = warm.start(
                     "vodpoller", ["simulate", *args], stdout=output, stderr=errors, env=environment()
@@ -138,8 +138,8 @@ class DaemonProcess:
     Args:
         config_path: Its configuration.
         log_path: The file.
-        failpoint: The step at which it kills itself, as `tests.failpoints` has it; None for one that does not.
-        env: Changes of its environment.
+        failpoint: The step at which it kills itself, in the form of `tests.failpoints`; None for no failpoint.
+        env: Changes to its environment.
     """
 
     def __init__(self, config_path, log_path, *, failpoint=None, **env):
@@ -151,7 +151,7 @@ class DaemonProcess:
             )
 
     def log(self, event=None):
-        """The whole lines of the log, parsed; those of one event where it is named."""
+        """The complete lines of the log, parsed; only those of `event` if it is given."""
         text = self.log_path.read_bytes()
         lines = map(json.loads, text[: text.rfind(b"\n") + 1].splitlines())
         return [line for line in lines if event is None or line["event"] == event]
@@ -160,7 +160,7 @@ class DaemonProcess:
         return [line for line in self.log() if line["level"] in ("warning", "error", "critical")]
 
     def await_log(self, event, *, secs=15.0, number=1, where=lambda line: True):
-        """The lines of an event as soon as there is that number of them."""
+        """Wait until the log has `number` lines of an event for which `where` is true; returns these lines."""
 
         def found():
             assert self.process.poll() is None or event == "daemon.stopped", f"it ended: {self.tail()}"
@@ -176,10 +176,10 @@ class DaemonProcess:
         self.process.send_signal(number)
 
     def terminate(self, *, secs=30.0):
-        """SIGTERM.
+        """Send SIGTERM and wait for the end.
 
         Returns:
-            The exit code, and how long it took in seconds.
+            The exit code, and the seconds until the end.
         """
         began = time.monotonic()
         self.signal(signal.SIGTERM)
@@ -215,7 +215,7 @@ class System:
             process.stop() if isinstance(process, SimulatorProcess) else process.kill()
 
     def kill_at_end(self, process):
-        """Leave no process behind that a test has started itself."""
+        """Register a process that a test has started itself: it is killed when the test ends."""
         self._running.append(process)
 
     def simulator(self, **options):
@@ -237,17 +237,17 @@ class System:
         credentials=None,
         more="",
     ):
-        """Write the configuration: by default all events go to a file.
+        """Write the configuration. By default all events go to a file.
 
         Args:
             url: The endpoint.
-            lease_secs: As the simulator has it.
+            lease_secs: Must equal the simulator's `visibility_secs`.
             api: Further lines of [api].
             source: Further lines of [[sources]].
-            sinks: The tables of the sinks; None for a file, named archive.
-            routes: The tables of the routes; None for one to each of the sinks.
-            secret_key: What is in the key's file.
-            credentials: The lines of [credentials]; None for a given key.
+            sinks: The tables of the sinks; None for one file sink, named archive.
+            routes: The tables of the routes; None for one route to all sinks.
+            secret_key: The content of the key's file.
+            credentials: The lines of [credentials]; None for the key above.
             more: Further tables.
         """
         sinks = self.archive_sink if sinks is None else sinks
@@ -269,7 +269,7 @@ class System:
         return f'[sinks.archive]\ntype = "file"\npath = "{self.archive}"\n'
 
     def daemon(self, *, started=True, log_name=None, **env):
-        """Start the daemon on the configuration that was written; waits until it says that it has."""
+        """Start the daemon with the written configuration; `started` waits for its `daemon.started` line."""
         self._logs += 1
         daemon = DaemonProcess(self.config_path, self.folder / (log_name or f"daemon{self._logs}.log"), **env)
         self.kill_at_end(daemon)
@@ -278,13 +278,13 @@ class System:
         return daemon
 
     def lines(self, path=None):
-        """The whole lines of a file; None for the archive."""
+        """The complete lines of a file, by default of the archive."""
         path = path or self.archive
         data = path.read_bytes() if path.exists() else b""
         return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
     def lines_of_all_files(self):
-        """Those of rotated files, too."""
+        """The lines of the archive and of its rotated files."""
         return [
             line
             for path in sorted(self.folder.glob("events.jsonl*"))
@@ -294,18 +294,22 @@ class System:
 
 
 def differences(fed, arrived):
-    """What was fed and did not arrive, and what arrived and was not fed or too often: two multisets."""
+    """Compare two multisets of JSON documents.
+
+    Returns:
+        What was fed and did not arrive; what arrived and was not fed, or arrived too often.
+    """
     wanted, got = Counter(map(canonical, fed)), Counter(map(canonical, arrived))
     return list((wanted - got).elements()), list((got - wanted).elements())
 
 
 def bodies_of(ledger):
-    """What the queue was fed with, of a ledger with bodies."""
+    """The bodies of all events that were fed, from a simulator's ledger with bodies."""
     return [row["body"] for row in ledger]
 
 
 class HeldPort:
-    """A port on which no process listens, kept from others until one does that shares addresses."""
+    """A reserved port on which no process listens; a process that sets SO_REUSEADDR can listen on it."""
 
     def __init__(self):
         self._socket = socket.socket()
@@ -322,7 +326,7 @@ class HeldPort:
 
 
 class ServiceManager:
-    """The other end of the notify socket."""
+    """The other end of systemd's notify socket."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -345,17 +349,17 @@ class ServiceManager:
     def _listen(self):
         while not self._stopped.is_set():
             try:
-                said = self._socket.recv(65536).decode()
+                message = self._socket.recv(65536).decode()
             except TimeoutError:
                 continue
-            self.received.append((time.monotonic(), said))
+            self.received.append((time.monotonic(), message))
 
-    def said(self, start):
-        return [said for _, said in self.received if said.startswith(start)]
+    def messages(self, start):
+        return [message for _, message in self.received if message.startswith(start)]
 
 
 @contextmanager
 def running_system(folder):
-    """A System that is over when the test is."""
+    """A System whose processes end with the context."""
     with System(folder) as system:
         yield system

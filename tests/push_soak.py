@@ -1,7 +1,8 @@
-"""Normal callbacks at full size: kills amid faults, the change of the mode, a burst at a slow sink, strangers.
+"""Normal callbacks at full size: kills and faults, a change of mode, a burst to a slow sink, clients other than VOD.
 
-`python -m tests.push_soak` tries all of it, `python -m tests.push_soak kills` one; each prints a line. The exit code is
-0 only if nothing was lost, doubled or left. On a machine that is busy, or slow, give `--rate` and `--limit-secs`.
+`python -m tests.push_soak` runs all trials, `python -m tests.push_soak kills` one; each prints a line. The exit code is
+0 only if no event was lost, duplicated or left in the journal. On a busy or slow machine, set `--rate` and
+`--limit-secs`.
 """
 
 import argparse
@@ -31,16 +32,16 @@ SIGN_KEY = "the-key-of-the-callbacks"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of it; all from `given_up` on should be 0.
+    """The counts of a trial; `given_up` and those after it should be 0.
 
     Args:
         events: Number of events that were fed.
-        kills: How often the daemon was killed.
-        repeated: How often an event was pushed again.
-        seconds: How long it took until all had settled.
+        kills: Number of times that the daemon was killed.
+        repeated: Number of repeated pushes.
+        seconds: Time until all events were delivered.
         given_up: Events that VOD would have lost: none of their three pushes was answered.
         lost: Events that the sink does not have.
-        doubled: Those that it has too often.
+        doubled: Deliveries of an event after its first one.
         torn: Lines of the file that are not an event.
         stored: Rows left in the journal, pending or dead.
     """
@@ -61,7 +62,7 @@ class Result:
 
 
 def with_task_ids(number_of_events, seed=1):
-    """Bodies of generated events; all have what makes them the same event if they come again."""
+    """Bodies of generated events with an id of their own, so that a repeated push is recognised as the same event."""
     generator = EventGenerator(seed)
     found, number = [], 0
     while len(found) < number_of_events:
@@ -84,18 +85,18 @@ def kills(
     limit_secs=5.0,
     tries=3,
 ):
-    """Push events through faults while the daemon is killed, and started again at once with its socket held open.
+    """Push events with faults while the daemon is killed and restarted; its socket stays open.
 
     Args:
-        folder: Where all files go.
+        folder: Folder for all files.
         events: Number of events.
         rate: Events per second.
-        times: How often the daemon is killed.
-        every_secs: Between which bounds a daemon's life lasts from its first answer on.
-        faults: As `vodpoller simulate` takes them.
-        seed: Of the faults and of the kills.
-        limit_secs: How long an answer is awaited.
-        tries: How often an event is pushed at most.
+        times: Number of kills.
+        every_secs: Minimum and maximum life of a daemon after its first answer.
+        faults: In the form of `vodpoller simulate --faults`.
+        seed: Random seed of the faults and of the kills.
+        limit_secs: Maximum wait for an answer.
+        tries: Maximum number of pushes of an event.
     """
     rng = random.Random(seed)
     bodies = folder / "bodies.jsonl"
@@ -122,7 +123,7 @@ def kills(
 
 
 def live(system, held, simulator, *, secs):
-    """The life of a daemon, which is killed that long after its first answer."""
+    """Run a daemon and kill it `secs` after its first answer."""
     before = simulator.stats()["confirmed"]
     daemon = ActivatedDaemon(system, held)
     until(lambda: simulator.stats()["confirmed"] > before, secs=30, what=daemon.tail)
@@ -149,10 +150,10 @@ def ended(daemon, system, simulator, began, **more):
 
 
 def both_modes(folder, *, events=1000):
-    """Push events, change the mode, and let the daemon pull the same ones: a second delivery would be in the file.
+    """Push events, change the mode, and let the daemon pull the same events: the file would show a second delivery.
 
     Args:
-        folder: Where all files go.
+        folder: Folder for all files.
         events: Number of events.
     """
     pulled = with_task_ids(events)
@@ -187,7 +188,7 @@ def both_modes(folder, *, events=1000):
 
 
 def pull_source(system, url):
-    """The tables that a source which pulls needs."""
+    """The tables that a source of type "pull" needs."""
     system.key_path.write_text(SECRET_KEY)
     return (
         f'[api]\nendpoint = "{url}"\nlease_secs = 3.0\n'
@@ -197,20 +198,20 @@ def pull_source(system, url):
 
 
 def without_nulls(body):
-    """As VOD leaves them out of normal callbacks."""
+    """The body without top-level nulls, as VOD sends it in normal callbacks."""
     return json.dumps({name: value for name, value in json.loads(body).items() if value is not None})
 
 
 def burst(folder, *, events=5000, sink_secs=4.0, concurrency=512, source="", limit_secs=5.0):
-    """Push all events at once, to a daemon whose one sink takes longer than VOD waits for an answer.
+    """Push all events at once to a daemon whose only sink needs more time than VOD waits for an answer.
 
     Args:
-        folder: Where all files go.
+        folder: Folder for all files.
         events: Number of events.
-        sink_secs: How long the sink takes for each.
-        concurrency: Number of events that it takes at the same time.
+        sink_secs: Time that the sink needs for each event.
+        concurrency: Number of events that the sink takes at the same time.
         source: Further lines of the source.
-        limit_secs: How long an answer is awaited.
+        limit_secs: Maximum wait for an answer.
     """
     with (
         running_system(folder) as system,
@@ -247,24 +248,24 @@ def burst(folder, *, events=5000, sink_secs=4.0, concurrency=512, source="", lim
 
 
 def all_arrived(url, events):
-    """What the receiver says as soon as it has that number of events; None before."""
+    """The counts of the receiver if it has that number of events, else None."""
     arrived = requests.get(url, timeout=10, proxies={"http": ""}).json()
     return arrived if arrived["events"] == events else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strangers:
-    """What clients that are not VOD did to a daemon.
+    """The effect of clients that are not VOD on a daemon.
 
     Args:
-        connections: Number of theirs, by kind.
-        events: Number of events that were pushed meanwhile.
+        connections: Number of their connections, by kind of client.
+        events: Number of events that were pushed at the same time.
         given_up: Events that VOD would have lost.
         lost: Events that the sink does not have.
-        answer_secs: How long VOD waited for answers: p50 and p99.
-        memory_mb: The daemon's before them, the most while they were there, and after.
-        open_files: The daemon's before them and after.
-        lines: Number of its log lines about them, by event.
+        answer_secs: VOD's wait for answers: p50 and p99.
+        memory_mb: Memory of the daemon before the clients, the maximum during their run, and after them.
+        open_files: Number of the daemon's open files before the clients and after them.
+        lines: Number of the daemon's log lines about the clients, by log event.
     """
 
     connections: dict
@@ -284,11 +285,11 @@ class Strangers:
 
 
 def strangers(folder, *, secs=30.0, clients=4, kinds=tuple(KINDS), rate=20):
-    """Push events while clients that are not VOD come again and again.
+    """Push events while clients that are not VOD connect repeatedly.
 
     Args:
-        folder: Where all files go.
-        secs: How long they come.
+        folder: Folder for all files.
+        secs: Run time of these clients.
         clients: The number of clients of each kind.
         kinds: Names of `KINDS`.
         rate: Events per second.
@@ -329,9 +330,9 @@ TRIALS = {"kills": kills, "modes": both_modes, "burst": burst, "strangers": stra
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.push_soak", description=__doc__.splitlines()[0])
-    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"{', '.join(TRIALS)}; all of them if none is named")
+    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"{', '.join(TRIALS)}; all of them by default")
     parser.add_argument("--rate", type=float, default=500.0, help="events per second of `kills` (500)")
-    parser.add_argument("--limit-secs", type=float, default=5.0, help="what an answer may take; 5 at VOD")
+    parser.add_argument("--limit-secs", type=float, default=5.0, help="maximum wait for an answer (5, as VOD)")
     options = parser.parse_args()
     limit = {"limit_secs": options.limit_secs}
     more = {"kills": {"rate": options.rate, **limit}, "burst": limit}

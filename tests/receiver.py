@@ -1,4 +1,4 @@
-"""Servers on loopback: a webhook's receiver that answers as a test tells it to, and some that no client wants."""
+"""Servers on loopback: a webhook's receiver with the answers that a test sets, and servers that misbehave."""
 
 import socket
 import threading
@@ -57,15 +57,15 @@ class Receiver(ThreadingHTTPServer):
         return self.answer
 
     def handle_error(self, request, client_address):
-        pass  # clients that give up are what some tests are about
+        pass  # some tests have clients that close the connection early
 
 
 class SlowReceiver(Receiver):
-    """Takes everything, and is late with some of its answers.
+    """Accepts everything; some of its answers are late.
 
     Args:
-        every: One in this many is late.
-        after_secs: By this much.
+        every: One of this number of answers is late.
+        after_secs: Delay of a late answer.
     """
 
     def __init__(self, *, every, after_secs):
@@ -78,7 +78,7 @@ class SlowReceiver(Receiver):
         return self.answer if next(self._numbers) % self._every else self._late
 
     def accepted_ids(self):
-        """The `webhook-id` of each event that it has taken."""
+        """The `webhook-id` of each event that it has accepted."""
         return {one.headers["webhook-id"] for one in list(self.accepted)}
 
 
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length")
         body = self.rfile.read(int(length or 0))
         if (self.command == "POST" and length is None) or len(body) < int(length or 0):
-            self.close_connection = True  # it was cut off: the client has died amid it
+            self.close_connection = True  # incomplete: the client ended in the middle of the request
             return
         received = Received(self.command, self.path, dict(self.headers), body, self.client_address)
         with self.server.lock:
@@ -139,12 +139,12 @@ def running_receiver(receiver=None):
         receiver.server_close()
 
 
-# --- servers that are none ---
+# --- servers that misbehave ---
 
 
 @contextmanager
 def raw_server(serve):
-    """A server that does with each connection what no HTTP server would. At its end it awaits no client."""
+    """A server that handles each connection with `serve`, outside HTTP. It does not wait for clients when it ends."""
     stopping = threading.Event()
     connections = []
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
@@ -176,7 +176,7 @@ def raw_server(serve):
 
 @contextmanager
 def black_hole():
-    """An address on which a connection is never made: its backlog is full."""
+    """A port that never accepts a connection: its backlog is full. Yields the port number."""
     with closing(socket.socket()) as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
@@ -194,7 +194,7 @@ def black_hole():
 
 
 def read_request(connection):
-    """All of the next request, or what came of it: closing with bytes unread would reset the connection."""
+    """Read the next request, or as much as arrives: closing a socket with unread bytes would reset the connection."""
     data = bytearray()
     wanted = None
     while wanted is None or len(data) < wanted:

@@ -1,7 +1,7 @@
-"""Bodies of events in all the shapes that VOD's documents and their samples show, and in some that only VOD knows of.
+"""Bodies of events in all shapes that VOD's documents and samples show, and in undocumented shapes.
 
-Each function makes one body by its number. What is written by `json.dumps` is regular; what is written by hand has what
-`json.dumps` would never write. Every body holds its number, so that no two are the same event.
+Each function makes one body from a number. `json.dumps` writes the regular ones; bodies that `json.dumps` would never
+write are written by hand. Every body contains its number, so that no two are the same event.
 """
 
 import json
@@ -20,7 +20,7 @@ MEMBERS = (
     "SnapshotByTimeOffsetCompleteEvent",
 )
 
-# Types and their members, which do not follow from each other. The list is of the event overview and of its samples.
+# Types and their members: neither can be derived from the other. From the event overview and its samples.
 KINDS = (
     ("CreateSnapshotByTimeOffsetComplete", "SnapshotByTimeOffsetCompleteEvent"),
     ("NewFileUpload", "FileUploadEvent"),
@@ -104,7 +104,7 @@ def with_a_type_that_is_null(number):
     return _dumped({"EventType": None, "FileUploadEvent": {"FileId": _file(number)}})
 
 
-def with_a_type_that_is_no_string(number):
+def with_a_type_that_is_not_a_string(number):
     return _dumped({"EventType": number, "FileUploadEvent": {"FileId": _file(number)}})
 
 
@@ -143,7 +143,7 @@ def with_ids_elsewhere(number):
     return _dumped({"EventType": "WechatMiniProgramPublishComplete", "WechatMiniProgramPublishEvent": payload})
 
 
-def with_a_payload_that_is_no_object(number):
+def with_a_payload_that_is_not_an_object(number):
     payload = ([number], number, f"text {number}", True, 0.5 + number)[number % 5]
     return _dumped({"EventType": KINDS[0][0], "SnapshotByTimeOffsetCompleteEvent": payload, "N": number})
 
@@ -227,7 +227,7 @@ SHAPES = (
     each_type_with_null_siblings,
     without_type,
     with_a_type_that_is_null,
-    with_a_type_that_is_no_string,
+    with_a_type_that_is_not_a_string,
     with_a_strange_type,
     with_ids_as_numbers,
     with_an_id_of_thousands_of_digits,
@@ -235,7 +235,7 @@ SHAPES = (
     with_lists_null_empty_absent,
     with_ids_missing,
     with_ids_elsewhere,
-    with_a_payload_that_is_no_object,
+    with_a_payload_that_is_not_an_object,
     with_the_same_key_twice,
     with_dates_of_zero,
     with_unescaped_unicode,
@@ -254,12 +254,12 @@ SHAPES = (
 
 
 def bodies(count):
-    """A number of bodies of distinct events, all shapes in turn, as UTF-8."""
+    """`count` bodies of distinct events, as UTF-8; the shapes alternate."""
     made = [SHAPES[number % len(SHAPES)](number) for number in range(count)]
     return [body.encode() for body in made]
 
 
-# What has a handle and is not an event that can be read, each with what a sink must never see of it.
+# Bodies that cannot be read as an event, although their element of `EventSet` has a handle.
 BROKEN = (
     b'{"EventType":"ClipComplete","ClipCompleteEvent":{"TaskId":oops}}',
     b'{"EventType":"ClipComplete","ClipCompleteEvent":{"TaskId":"a"}',
@@ -271,5 +271,5 @@ BROKEN = (
     b'{"EventType":"ClipComplete","Name":"\\x"}',
 )
 
-# What stands in an event's place and has not even a handle.
+# Elements of `EventSet` without a handle.
 NO_EVENTS = (b"null", b"42", b'"text"', b"[]", b"[1,{}]")

@@ -1,7 +1,7 @@
-"""The whole daemon against a hostile network and `kill -9`, again and again: what is lost, doubled or torn?
+"""The whole daemon on a network with faults, killed repeatedly with `kill -9`: is an event lost, doubled or torn?
 
-`python -m tests.soak --seed 1` takes 200,000 events through it and prints a table. The exit code is 0 only where
-nothing was lost, doubled, torn or left unconfirmed.
+`python -m tests.soak --seed 1` sends 200,000 events and prints a table. The exit code is 0 only if no event was lost,
+doubled, torn or left unconfirmed.
 """
 
 import argparse
@@ -28,19 +28,19 @@ SLOW_SECS = 3.0
 
 @dataclass
 class Result:
-    """What came of a soak; all but the first two, `redelivered` and `seconds` should be 0.
+    """The counts of a soak; all but the first two, `redelivered` and `seconds` should be 0.
 
     Args:
         events: Number of events that were fed.
-        kills: How often the daemon was killed.
-        redelivered: How often VOD brought an event again.
+        kills: Number of times that the daemon was killed.
+        redelivered: Number of redeliveries by VOD.
         lost: Events that are in no line.
-        doubled: Lines too many.
+        doubled: Lines of an event after its first one.
         torn: Lines that are not an event that was fed.
         unconfirmed: Events that VOD still holds.
         stored: Rows left in the journal, pending or dead.
-        lost_by_webhook: Events that the webhook's receiver never accepted; 0 where there is none.
-        seconds: How long it took.
+        lost_by_webhook: Events that the webhook's receiver never accepted; 0 without a webhook.
+        seconds: Duration of the soak.
     """
 
     events: int
@@ -80,20 +80,20 @@ def soak(
     slow_sink=False,
     give_up_secs=3600.0,
 ):
-    """Take generated events through faults and kills until VOD holds none of them.
+    """Deliver generated events with faults and kills until VOD holds none of them.
 
     Args:
-        folder: Where all files go.
-        seed: Of the simulator's faults and of the kills.
+        folder: Folder for all files.
+        seed: Random seed of the simulator's faults and of the kills.
         events: Number of events.
-        kills: The daemon is not killed more often than this; None for no limit.
-        every_secs: Between which bounds a daemon's life lasts.
-        rate: Events per second that are born; 0 has all of them in the queue at the start.
-        faults: As `vodpoller simulate` takes them.
-        webhook: Whether the events go to a webhook, too.
-        slow_sink: The same, and one of `SLOW_EVERY` requests to it is answered after `SLOW_SECS` only: that is when the
-            lease is nearly over, and about as long as the daemon lives.
-        give_up_secs: When what is still unconfirmed counts as such.
+        kills: Maximum number of kills; None for no limit.
+        every_secs: Minimum and maximum life of a daemon.
+        rate: Events per second that are created; with 0 all of them are in the queue at the start.
+        faults: In the form of `vodpoller simulate --faults`.
+        webhook: Whether the events also go to a webhook.
+        slow_sink: As `webhook`, and one of `SLOW_EVERY` requests to it is answered only after `SLOW_SECS`: the lease is
+            then nearly over, and the daemon is about to be killed.
+        give_up_secs: The soak ends after this time, even if events are still unconfirmed.
     """
     rng = random.Random(seed)
     began = time.monotonic()
@@ -125,7 +125,7 @@ def soak(
         while True:
             daemon = system.daemon(started=False, log_name="daemon.log")
             may_be_killed = kills is None or done_kills < kills
-            # On a busy machine a start takes nearly a life: what is stored at the end must be delivered all the same.
+            # On a busy machine the start takes most of a life; the stored events must still be delivered at the end.
             lives = 5 if simulator.all_confirmed() else 1
             ends_at = time.monotonic() + (lives * rng.uniform(*every_secs) if may_be_killed else give_up_secs)
             if lives_until(daemon, ends_at, is_done):
@@ -146,7 +146,7 @@ def soak(
 
 
 def lives_until(daemon, ends_at, is_done):
-    """Wait for the end of a daemon's life; whether there is nothing left to do before."""
+    """Wait until `ends_at`. Returns True as soon as `is_done` is true, False if it was not in that time."""
     while time.monotonic() < ends_at:
         time.sleep(min(0.25, max(ends_at - time.monotonic(), 0)))
         assert daemon.process.poll() is None, f"it ended by itself: {daemon.tail()}"
@@ -156,7 +156,7 @@ def lives_until(daemon, ends_at, is_done):
 
 
 def compared(system, simulator, events):
-    """What was fed against what is in the file, by content alone."""
+    """Compare the events that were fed with the lines of the file, by content only; returns counts, as a dict."""
     wanted, unconfirmed = Counter(), 0
     for first in range(0, events, PAGE_EVENTS):
         for row in simulator.ledger(bodies=True, first=first, count=PAGE_EVENTS):
@@ -180,16 +180,16 @@ def compared(system, simulator, events):
 
 
 def digest(text):
-    """Small, and the same for JSON documents that are equal; of what is none, too."""
+    """A SHA-256 that is the same for equal JSON documents; a text that is not JSON has its own."""
     with suppress(json.JSONDecodeError):
         text = canonical(text)
     return hashlib.sha256(text.encode()).digest()
 
 
 def stored_rows(system):
-    """The number of events that wait in the journal, or are dead letters."""
+    """Number of stored events: pending ones and dead letters."""
     done = run_command("status", "-c", system.config_path, "--json")
-    assert done.stdout, done.stderr  # exit code 1: no daemon runs
+    assert done.stdout, done.stderr  # the exit code may be 1: no daemon runs
     return sum(found["events"] for found in json.loads(done.stdout)["stored"])
 
 
@@ -197,14 +197,14 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--events", type=int, default=200_000)
-    parser.add_argument("--kills", type=int, help="maximum number; default: no limit")
+    parser.add_argument("--kills", type=int, help="maximum number of kills; default: no limit")
     parser.add_argument("--rate", type=float, default=0.0, help="events per second; default: all at once")
     parser.add_argument("--faults", default=FAULTS)
-    parser.add_argument("--webhook", action="store_true", help="to a webhook, too")
+    parser.add_argument("--webhook", action="store_true", help="deliver to a webhook as well")
     parser.add_argument(
         "--slow-sink",
         action="store_true",
-        help=f"to a webhook, too, of which one answer in {SLOW_EVERY} takes {SLOW_SECS:g} s",
+        help=f"deliver to a webhook as well; one of {SLOW_EVERY} answers takes {SLOW_SECS:g} s",
     )
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory(prefix="vodpoller-soak-") as folder:

@@ -18,14 +18,14 @@ _AUTHORIZATION = re.compile(
 
 
 class TencentApi(Receiver):
-    """Takes what is signed with its key for its service, and answers as a test tells it to.
+    """Accepts calls that are signed with its key for its service; tests set the answers.
 
     Attributes:
-        service: In the signature's scope.
-        key: SecretId, SecretKey and token (None: of a lasting key).
-        refuse_with: The code of the error that it answers; None: it takes the call.
-        breaks: Number of the next calls whose connection ends without an answer.
-        answer: In place of all that, unless it is None: this, whatever comes.
+        service: The service in the signature's scope.
+        key: SecretId, SecretKey and token (None for a permanent key).
+        refuse_with: The error code of its answer; None: it accepts the call.
+        breaks: Number of next calls whose connection is closed without an answer.
+        answer: If not None, the answer to all other calls, whatever their signature.
     """
 
     def __init__(self, service="eb"):

@@ -1,4 +1,4 @@
-"""The command; see the package's docstring."""
+"""The command `python -m tests.benchmarks`; see the package's docstring."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from tests.benchmarks.rows import ROWS
 def rows_of(text):
     names = list(ROWS) if text == "all" else text.split(",")
     if unknown := [name for name in names if name not in ROWS]:
-        raise argparse.ArgumentTypeError(f"there is no row {unknown[0]!r}; there are all, {', '.join(ROWS)}")
+        raise argparse.ArgumentTypeError(f"there is no row {unknown[0]!r}; the rows are: all, {', '.join(ROWS)}")
     return names
 
 
@@ -57,22 +57,22 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", type=rows_of, default="all", help=f"all, or some of {', '.join(ROWS)}")
-    parser.add_argument("--secs", type=float, help="how long each steady state is watched (10)")
-    parser.add_argument("--repeats", type=int, default=1, help="make each comparison so often, take the medians (1)")
+    parser.add_argument("--secs", type=float, help="length of each window of the steady state (10)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each comparison; the report has medians (1)")
     parser.add_argument(
         "--baseline",
         type=program,
         metavar="PROGRAM",
-        help="the vodpoller of another version's environment: what compares consumers also measures it, in turns",
+        help="the vodpoller of another version's environment: rows that compare consumers measure it too, alternating",
     )
     parser.add_argument("--quick", action="store_true", help="short windows and few values")
     parser.add_argument("--full", action="store_true", help="also a backlog of 1,000,000 events")
-    parser.add_argument("--folder", type=Path, help="where the files are (the system's folder for temporary ones)")
+    parser.add_argument("--folder", type=Path, help="folder for the files (the system's folder for temporary files)")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vodpoller-benchmarks-", dir=options.folder) as folder:
         effort = effort_of(options, Path(folder))
-        print(machine(effort.folder), flush=True)  # noqa: T201 - stdout is what this is for
+        print(machine(effort.folder), flush=True)  # noqa: T201 - the result goes to stdout
         for name in options.rows:
             sys.stderr.write(f"{name} ({time.monotonic() - began:.0f} s so far)\n")
             for table in ROWS[name](effort):

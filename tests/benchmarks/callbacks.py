@@ -1,4 +1,4 @@
-"""The row of callbacks: what a callback source takes in, and how soon it answers."""
+"""The row `callbacks`: throughput of a callback source, and the time until it answers."""
 
 import json
 import os
@@ -51,13 +51,13 @@ def _measured(effort, connections):
 
 
 def _call(system, held, connections, secs, *, seed):
-    """What the callers say, and the CPU time that they took."""
+    """Run the callers; returns their result and the CPU time that they used."""
     options = ("--url", held.url, "--connections", connections, "--secs", secs, "--seed", seed)
     before = os.times()
     with program("callers", *options, errors_path=system.folder / "callers.err") as process:
-        said = process.stdout.readline()
+        result = process.stdout.readline()
         process.wait()
-    assert said, (system.folder / "callers.err").read_text()
+    assert result, (system.folder / "callers.err").read_text()
     after = os.times()
     used_secs = after.children_user + after.children_system - before.children_user - before.children_system
-    return json.loads(said), used_secs
+    return json.loads(result), used_secs

@@ -1,7 +1,7 @@
-"""Posts events to a URL over a number of connections at once, each event once. A program of its own.
+"""Posts events to a URL over several connections at once, each event once. A separate program.
 
-As VOD does as far as is known: each event has a connection of its own. The next one begins as soon as one is answered.
-Prints what came of it, as JSON, when its time is over.
+As far as is known, it does what VOD does: each event has its own connection. The next one begins as soon as one is
+answered. When its time is over it prints the counts and latencies, as JSON.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from vodpoller.simulator.bodies import EventGenerator
 
 
 class Caller:
-    """One event after the other, each on a new connection.
+    """Posts one event after the other, each on a new connection.
 
     Args:
-        selector: Where it waits.
+        selector: Waits for the answers of all callers.
         url: The parts of the URL.
-        numbers: Of the events that are left.
-        generator: Makes their bodies.
+        numbers: Yields the numbers of the next events; all callers share it.
+        generator: Makes the bodies.
     """
 
     def __init__(self, selector, url, numbers, generator):
@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--url", required=True)
     parser.add_argument("--connections", type=int, required=True)
     parser.add_argument("--secs", type=float, required=True)
-    parser.add_argument("--seed", type=int, required=True, help="of the events' ids: another one brings other events")
+    parser.add_argument("--seed", type=int, required=True, help="random seed of the events' ids")
     options = parser.parse_args()
     numbers, generator = iter(range(sys.maxsize)), EventGenerator(options.seed)
     with selectors.DefaultSelector() as selector:

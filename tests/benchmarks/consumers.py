@@ -1,4 +1,4 @@
-"""The processes that are measured: each is started on a simulator's URL and is gone when the context ends."""
+"""The processes that are measured: each is started with a simulator's URL and ends with its context."""
 
 import subprocess
 import sys
@@ -33,13 +33,13 @@ def started(*command, errors_path, **env):
 
 
 def program(name, *args, errors_path):
-    """One of the programs beside this module."""
+    """Start one of the programs in this package."""
     return started(sys.executable, "-m", f"tests.benchmarks.{name}", *args, errors_path=errors_path)
 
 
 @contextmanager
 def webhook_receiver(folder, *, answer_secs):
-    """A receiver in its own process; yields its URL."""
+    """Run a webhook's receiver in its own process; yields its URL."""
     with program("receiver", "--answer-secs", answer_secs, errors_path=folder / "receiver.err") as process:
         yield process.stdout.readline().strip()
 
@@ -50,10 +50,10 @@ class Vodpoller:
 
     Args:
         requests_per_sec: Its `api.requests_per_sec`.
-        max_concurrent_pulls: Of its one source; None for the default, which another version may know by another name.
-        sinks: The tables of its sinks; `{archive}` stands for that of the file.
+        max_concurrent_pulls: Of its only source; None for the default. Another version may have another name for it.
+        sinks: The tables of its sinks; `{archive}` is replaced by the table of the file sink.
         more: Further tables.
-        label: What the report calls it.
+        label: Its name in the report.
         program: The `vodpoller` of another checkout's environment; None for this one.
     """
 
@@ -80,29 +80,29 @@ class Vodpoller:
             more=self.more,
         )
         if self.program is None:
-            daemon = system.daemon(started=False)  # recovery may come first, and take its time
+            daemon = system.daemon(started=False)  # recovery runs before the first pull and may be slow
             try:
                 yield daemon.process
             finally:
                 daemon.kill()
             return
-        # Without the path to this checkout: the other program must import its own modules.
+        # PYTHONPATH does not contain this checkout: the other program must import its own modules.
         command = (self.program, "run", "-c", system.config_path)
         with started(*command, errors_path=system.folder / "daemon1.log", PYTHONPATH="") as process:
             yield process
 
     def command(self, *args):
-        """One of its commands, from its start to its end; in seconds.
+        """Run one of its commands; returns the run time in seconds.
 
         Args:
-            args: Of the command line.
+            args: Arguments of the command line.
         """
         program = [sys.executable, "-m", "vodpoller"] if self.program is None else [self.program]
         path = {} if self.program is None else {"PYTHONPATH": ""}
         began = time.monotonic()
         ended = subprocess.run(
             [*map(str, (*program, *args))],
-            check=False,  # `status` says with 1 that something is wrong
+            check=False,  # `status` exits with 1 if there is a problem
             timeout=600,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -118,7 +118,7 @@ class SdkLoop:
     """The loop around the official SDK.
 
     Args:
-        threads: Each with a client of its own.
+        threads: Number of threads; each has its own client.
         webhook: The URL that gets the events; None for the file.
     """
 
@@ -139,10 +139,10 @@ class SdkLoop:
 
 @dataclass(frozen=True, kw_only=True)
 class SqlLoop:
-    """The same around PostgreSQL: one INSERT and COMMIT for each event.
+    """The loop with PostgreSQL: one INSERT and COMMIT for each event.
 
     Args:
-        dsn: Of a database with the table.
+        dsn: Address of a database that has the table.
     """
 
     dsn: str
@@ -156,7 +156,7 @@ class SqlLoop:
 
 
 class RawClient:
-    """Sockets and nothing else: shows what the simulator can do."""
+    """The client in `raw_client.py`: shows the maximum throughput of the simulator."""
 
     label: ClassVar = "raw sockets"
 

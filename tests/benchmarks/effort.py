@@ -1,4 +1,4 @@
-"""How much is measured, and in which turns."""
+"""How much is measured, and in which order."""
 
 import sys
 import tempfile
@@ -15,18 +15,18 @@ class Effort:
     """How much is measured.
 
     Args:
-        folder: Where the files of all consumers are: its disk is part of what is measured.
-        secs: How long each window of the steady state is.
-        warm_secs: How long after the first confirm it begins.
-        idle_secs: The same for the row of that name.
+        folder: Folder for the files of all consumers: its disk is part of the measurement.
+        secs: Length of each window of the steady state.
+        warm_secs: Time between the first confirm and the start of the window.
+        idle_secs: Length of the window in the row `idle`.
         pulls: The values of `max_concurrent_pulls` to try.
         connections: Numbers of callbacks to send at once.
-        backlogs: The backlogs to drain.
-        stored_backlog: The number of stored events that a receiver gets when it is back.
-        stored_events: The number of events that a large journal holds, and of lines in a file to recover.
-        starts: How often `run` is started.
-        repeats: How often each comparison is made, in turns; the one of the median CPU time per event counts.
-        baseline: The `vodpoller` of another version, which is then measured in turns with this one; None for none.
+        backlogs: Sizes of the backlogs to drain.
+        stored_backlog: Number of stored events that a receiver gets when it is back.
+        stored_events: Number of events in a large journal, and of lines in a file to recover.
+        starts: Number of starts of `run`.
+        repeats: Number of runs of each comparison; the run with the median CPU time per event is reported.
+        baseline: The `vodpoller` of another version, measured alternately with this one; None for none.
     """
 
     folder: Path
@@ -54,20 +54,20 @@ def say(text):
 
 
 def in_turns(effort, consumers, measure):
-    """All measurements of each consumer.
+    """Measure the consumers alternately; returns all measurements of each consumer.
 
     Args:
-        effort: Says how often.
-        consumers: What is measured.
+        effort: Its `repeats` is the number of rounds.
+        consumers: The consumers to measure.
         measure: Measures one consumer, once.
     """
-    # In turns: what else the machine does changes with the minute, and must hit all of them alike.
+    # The load by other processes changes over time; alternating exposes all consumers to the same load.
     rounds = [[measure(consumer) for consumer in consumers] for _ in range(effort.repeats)]
     return list(zip(*rounds, strict=True))
 
 
 def versions(effort, consumer):
-    """The consumer, and if it is vodpoller, the baseline in the same configuration."""
+    """The consumer and, if it is vodpoller, the baseline with the same configuration."""
     if effort.baseline is None or not isinstance(consumer, Vodpoller):
         return [consumer]
     return [consumer, replace(consumer, program=effort.baseline, label=f"{consumer.label}, baseline")]

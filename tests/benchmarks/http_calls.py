@@ -1,7 +1,7 @@
-"""What a call costs over a connection that is kept: ours, that of a baseline, and that of `requests.Session`.
+"""CPU time of an HTTP call on a kept connection: by vodpoller, by a baseline, and by `requests.Session`.
 
-The row `http`, and the program that it runs: one process a round, in turns, all with the same request to a simulator,
-which refuses it at once. A program of its own so that another version's Python can run it.
+The row `http`, and the program that it runs: one process per round and client, alternating, all with the same request
+to a simulator, which refuses it at once. It is a separate program so that another version's Python can run it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CLIENTS = {"vodpoller": by_deadline_adapter, "session": by_session}
 
 
 def cpu_us_per_call(client, url, calls):
-    # As many headers as a signed request has.
+    # The same number of headers as a signed request.
     headers = {"X-TC-Action": "ConfirmEvents", "X-TC-Version": "2018-07-17", "X-TC-Timestamp": "1700000000"}
     more = {"Content-Type": "application/json", "Accept": "application/json", "Authorization": "x" * 200}
     body = b'{"EventHandles":["%b"]}' % (b"h" * 200)
@@ -54,11 +54,11 @@ def cpu_us_per_call(client, url, calls):
 
 
 def compared(url, calls, baseline):
-    """Medians of the rounds, in microseconds, by what is measured.
+    """Medians of the rounds, in microseconds, by client.
 
     Args:
-        url: Of a simulator without a limit of requests.
-        calls: In each round.
+        url: URL of a simulator without a request limit.
+        calls: Number of calls in each round.
         baseline: The Python of another version's environment; None for none.
     """
     consumers = {"vodpoller": (sys.executable, "vodpoller")}
@@ -68,7 +68,7 @@ def compared(url, calls, baseline):
     found = {label: [] for label in consumers}
     for _ in range(_ROUNDS):
         for label, (python, client) in consumers.items():
-            # -P: each imports the vodpoller that is installed where it runs.
+            # -P: each process imports the vodpoller of its own environment.
             command = (python, "-P", __file__, "--client", client, "--url", url, "--calls", str(calls))
             ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[label].append(float(ended.stdout))

@@ -1,4 +1,4 @@
-"""The row of the listener: what it costs, and what clients that mean harm can do to a request."""
+"""The row `listener`: its memory and CPU time, and the effect of hostile clients on other requests."""
 
 import statistics
 import tempfile
@@ -20,11 +20,11 @@ REQUESTS = 200
 
 
 def listener(effort):
-    """The daemon idle and at 500 events/s, without and with a listener that is scraped, in turns; then the requests."""
+    """Measure the daemon idle and at 500 events/s, without and with a scraped listener, alternating; then requests."""
     runs = {"no listener": [], f"listener, /metrics every {SCRAPE_SECS:g} s": []}
     for _ in range(effort.repeats):
         for label, found in runs.items():
-            found.append(_cost(effort, has_listener=label != "no listener"))
+            found.append(_measured(effort, has_listener=label != "no listener"))
     without = _medians(runs["no listener"])
     lines = []
     for label, found in runs.items():
@@ -43,10 +43,10 @@ def listener(effort):
     heads = (
         "",
         "memory idle",
-        "requests to VOD a minute, idle",
+        "requests to VOD per minute, idle",
         "CPU of a core, idle",
         "CPU µs/event at 500 events/s",
-        "to none",
+        "relative to no listener",
         "memory then",
     )
     return [Table("The listener", heads, lines), _requests(effort)]
@@ -58,7 +58,7 @@ def _medians(runs):
 
 @contextmanager
 def _running(effort, *, has_listener, rate=0):
-    """The simulator, the daemon, and a client of its listener."""
+    """Run a simulator and a daemon; yields them and a client of the listener."""
     with (
         tempfile.TemporaryDirectory(dir=effort.folder) as folder,
         running_system(Path(folder)) as system,
@@ -73,8 +73,8 @@ def _running(effort, *, has_listener, rate=0):
         yield simulator, daemon.process, Client(port.number)
 
 
-def _cost(effort, *, has_listener):
-    """Memory idle, requests a minute, share of a core; CPU per event at 500 events/s, memory then."""
+def _measured(effort, *, has_listener):
+    """Idle: memory, requests per minute, share of a core. At 500 events/s: CPU time per event, memory."""
     with _running(effort, has_listener=has_listener) as (simulator, process, client):
         with _scraping(client if has_listener else None):
             idle = watch(process, simulator, secs=effort.idle_secs)
@@ -107,7 +107,7 @@ def _requests(effort):
     lines = []
     with _running(effort, has_listener=True) as (_, _, client):
         for label, heads, bodies in (("nothing else", 0, 0), ("both", HEADS_THAT_TRICKLE, ENDLESS_BODIES)):
-            with _harmful(client, heads, bodies):
+            with _hostile_clients(client, heads, bodies):
                 for path in ("/healthz", "/metrics", "/"):
                     took = sorted(_took_secs(client, path) for _ in range(REQUESTS))
                     cells = [1000 * took[len(took) // 2], 1000 * took[int(len(took) * 0.99)], 1000 * took[-1]]
@@ -125,8 +125,8 @@ def _took_secs(client, path):
 
 
 @contextmanager
-def _harmful(client, heads, bodies):
-    """Clients that never come to the end of what they send; one that is refused comes again."""
+def _hostile_clients(client, heads, bodies):
+    """Run clients that never finish their requests; a client that is refused connects again."""
     ended = threading.Event()
 
     def send(opening, piece):

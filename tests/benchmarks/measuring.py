@@ -1,4 +1,4 @@
-"""Reading the numbers: of processes, of the simulator, of a file that grows."""
+"""Reads the numbers of processes, of the simulator and of a growing file."""
 
 import math
 import os
@@ -15,28 +15,28 @@ _BORN = re.compile(rb"[?]born=([0-9.]+)")
 
 
 def cpu_secs(pid):
-    """User and system time of a process with all its threads so far."""
+    """User and system CPU time of a process with all its threads, since its start."""
     # The name of the program, in parentheses, may hold blanks; utime and stime are fields 14 and 15 (proc(5)).
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SEC
 
 
 def machine_cpu_secs():
-    """What all processes have used so far, and what the hypervisor gave to others."""
+    """CPU time of all processes since the boot, including time that the hypervisor gave to other machines."""
     # user, nice, system, then idle and iowait, then irq, softirq, steal (proc(5)).
     fields = [int(field) for field in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / _TICKS_PER_SEC
 
 
 def memory_bytes(pid, name):
-    """VmHWM (the peak) or VmRSS (now) of a process."""
+    """VmHWM (peak) or VmRSS (current) of a process."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What was true at one moment of a consumer and of the simulator that it works on."""
+    """The numbers of a consumer and of its simulator at one moment."""
 
     at: float
     wall: float
@@ -47,7 +47,7 @@ class Moment:
 
     @classmethod
     def now(cls, consumer, simulator):
-        # The simulator first: it answers when it comes to it, and the rest must be of the moment that it tells of.
+        # The simulator first: its answer may be late, and the other numbers must be of the moment of the answer.
         stats = simulator.stats()
         return cls(
             at=time.monotonic(),
@@ -67,11 +67,11 @@ class Window:
     ended: Moment
 
     def _grown(self, name):
-        """How much a count of the simulator's grew in the window."""
+        """Increase of a simulator's count in the window."""
         return self.ended.stats[name] - self.began.stats[name]
 
     def grown(self, group, name):
-        """The same of a count in one of the groups, which lacks what has not happened yet."""
+        """Increase of a count in a group; a group has no entry for what has not happened yet."""
         return self.ended.stats[group].get(name, 0) - self.began.stats[group].get(name, 0)
 
     @property
@@ -100,7 +100,7 @@ class Window:
 
     @property
     def simulator_cpu_share(self):
-        """Of one core."""
+        """The simulator's CPU time as a share of one core."""
         return self._simulator_cpu_secs / self.secs
 
     @property
@@ -109,7 +109,7 @@ class Window:
 
     @property
     def other_cpu_share(self):
-        """Of one core, by processes that are neither the consumer nor the simulator: they should be still."""
+        """CPU time of all other processes as a share of one core; it should be near 0."""
         used_secs = self.ended.machine_cpu_secs - self.began.machine_cpu_secs
         return max(used_secs - self.cpu_secs - self._simulator_cpu_secs, 0.0) / self.secs
 
@@ -128,19 +128,19 @@ class Window:
 
     @property
     def ran_dry(self):
-        """Whether a backlog was used up before the end, so that the numbers say nothing."""
+        """Whether the backlog was used up before the end, so that the numbers are useless."""
         return not self.ended.stats["visible"]
 
 
 def watch(consumer, simulator, *, secs):
-    """Wait so long; returns the window."""
+    """Measure for `secs`; returns the window."""
     began = Moment.now(consumer, simulator)
     time.sleep(secs)
     return Window(began=began, ended=Moment.now(consumer, simulator))
 
 
 def percentile(values, share):
-    """NaN where there are none."""
+    """The value at this share of the sorted values; NaN if there are none."""
     ordered = sorted(values)
     return ordered[round((len(ordered) - 1) * share)] if ordered else math.nan
 
@@ -158,14 +158,14 @@ class Latency:
 
 
 def ledger_part(simulator, start, count):
-    """What the simulator knows of a number of events from one on."""
+    """The simulator's ledger rows of `count` events from number `start` on."""
     with requests.Session() as session:
         session.trust_env = False
         return session.get(f"{simulator.url}/_ledger?from={start}&n={count}", timeout=60).json()
 
 
 def births_to_confirm(simulator, window, *, grace_secs=10.0):
-    """The latencies of the events that were born in the window; infinite if they are not confirmed even then."""
+    """Latencies of the events that were born in the window; infinite if still unconfirmed after `grace_secs`."""
     first, last = window.began.stats["fed"], window.ended.stats["fed"]
     ends_at = time.monotonic() + grace_secs
     while True:
@@ -176,11 +176,11 @@ def births_to_confirm(simulator, window, *, grace_secs=10.0):
 
 
 class Tail:
-    """Reads a file as it grows and notes when each line could be read. A context manager.
+    """Reads a growing file and records when each line could be read. A context manager.
 
     Args:
-        path: Made where it is missing.
-        every_secs: How often it looks; what it tells is late by half of that.
+        path: The file; it is created if it is missing.
+        every_secs: Pause between two reads; the recorded times are late by half of it on average.
     """
 
     def __init__(self, path, *, every_secs=0.0005):
@@ -200,7 +200,7 @@ class Tail:
         os.close(self._fd)
 
     def _follow(self):
-        # Nothing is parsed while it runs: on a small machine that would cost what is measured.
+        # Nothing is parsed during the measurement: on a small machine that would affect the result.
         while not self._stopped.is_set():
             if piece := os.read(self._fd, 1 << 20):
                 self._pieces.append((time.time(), piece))

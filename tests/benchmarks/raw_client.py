@@ -1,7 +1,7 @@
-"""The cheapest consumer there can be: bytes over sockets, nothing parsed, nothing kept. A program of its own.
+"""The consumer with the least work: bytes over sockets, nothing parsed, nothing kept. A separate program.
 
-Several connections, each of which asks on as soon as it has its answer, so that the simulator always has work: what
-they get is the simulator's own ceiling.
+Several connections, each of which sends the next request as soon as it has its answer, so that the simulator always has
+work: their throughput is the simulator's maximum.
 """
 
 import argparse
@@ -19,33 +19,33 @@ _HANDLE = re.compile(rb'"EventHandle":("[0-9a-f]{32}")')
 
 
 class Connection:
-    """Pulls and confirms in turn, each as soon as the answer before it is in."""
+    """Pulls and confirms alternately; each request is sent as soon as the previous answer has arrived."""
 
     def __init__(self, address):
         self.socket = socket.create_connection(address)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._answer = b""
-        self._ask(b"PullEvents", b"{}")
+        self._send(b"PullEvents", b"{}")
 
-    def _ask(self, action, body):
+    def _send(self, action, body):
         self._is_pull = action == b"PullEvents"
         self.socket.sendall(_HEAD % (action, len(body), body))
 
     def read(self):
         piece = self.socket.recv(1 << 18)
         if not piece:
-            raise SystemExit("the simulator hung up")
+            raise SystemExit("the simulator closed the connection")
         self._answer += piece
         head, gap, body = self._answer.partition(b"\r\n\r\n")
         if gap and len(body) == int(_LENGTH.search(head)[1]):
             self._answer = b""
-            self._go_on(body)
+            self._send_next(body)
 
-    def _go_on(self, body):
+    def _send_next(self, body):
         if not self._is_pull:
-            self._ask(b"PullEvents", b"{}")
+            self._send(b"PullEvents", b"{}")
         elif handles := _HANDLE.findall(body):
-            self._ask(b"ConfirmEvents", b'{"EventHandles":[%b]}' % b",".join(handles))
+            self._send(b"ConfirmEvents", b'{"EventHandles":[%b]}' % b",".join(handles))
         else:
             raise SystemExit("the simulator has run out of events")
 

@@ -1,7 +1,7 @@
-"""A webhook's receiver that answers every POST after a while, on any number of connections. A program of its own.
+"""A webhook's receiver that answers every POST after a fixed time, on any number of connections. A separate program.
 
-Prints its URL. One thread: waiting costs it nothing, so that it is not what is measured. A GET tells, as JSON, what
-came so far.
+It prints its URL. One thread: waiting needs no CPU time, so that the receiver does not limit the result. A GET returns
+the counts so far, as JSON.
 """
 
 import argparse
@@ -16,8 +16,8 @@ _ID = re.compile(rb"webhook-id: *(\w+)", re.IGNORECASE)
 _ANSWER = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
-class Came:
-    """What came so far."""
+class Counts:
+    """Counts of the requests so far."""
 
     def __init__(self):
         self._requests = 0
@@ -31,20 +31,20 @@ class Came:
         self._first_at = self._first_at or self._last_at
 
     def answer(self):
-        told = {
+        counts = {
             "requests": self._requests,
             "events": len(self._ids),
             "first_at": self._first_at,
             "last_at": self._last_at,
         }
-        body = json.dumps(told).encode()
+        body = json.dumps(counts).encode()
         return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, answer_secs, came):
+    def __init__(self, answer_secs, counts):
         self._answer_secs = answer_secs
-        self._came = came
+        self._counts = counts
         self._buffer = b""
         self._transport = None
 
@@ -56,10 +56,10 @@ class Connection(asyncio.Protocol):
         head, gap, body = self._buffer.partition(b"\r\n\r\n")
         if gap and head.startswith(b"GET "):
             self._buffer = b""
-            self._transport.write(self._came.answer())
+            self._transport.write(self._counts.answer())
         elif gap and len(body) >= int(_LENGTH.search(head)[1]):
             self._buffer = b""
-            self._came.note(head)
+            self._counts.note(head)
             asyncio.get_running_loop().call_later(self._answer_secs, self._answer)
 
     def _answer(self):
@@ -68,9 +68,9 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(answer_secs):
-    came = Came()
+    counts = Counts()
     server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(answer_secs, came), "127.0.0.1", 0, backlog=1024
+        lambda: Connection(answer_secs, counts), "127.0.0.1", 0, backlog=1024
     )
     async with server:
         print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/callback", flush=True)  # noqa: T201 - for the parent

@@ -1,4 +1,4 @@
-"""Writing it down: markdown tables, and the machine that they were made on."""
+"""Markdown tables of the results, and a description of the machine."""
 
 import math
 import os
@@ -28,7 +28,7 @@ class Table:
 
 
 def number(value, digits=0, unit=""):
-    """A cell; a dash for what there is none of."""
+    """A cell; a dash if there is no value."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,.{digits}f}{unit}"
@@ -50,7 +50,7 @@ def milliseconds(latency):
 
 
 def machine(folder):
-    """The machine and the versions, as a list."""
+    """The machine and the versions, as a markdown list."""
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return "\n".join(
         [

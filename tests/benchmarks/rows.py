@@ -1,4 +1,4 @@
-"""What is measured: a function a row, all in `ROWS` by the names that the command takes. Each returns tables."""
+"""What is measured: one function per row, all in `ROWS` by the names of `--rows`. Each returns tables."""
 
 import statistics
 import time
@@ -36,25 +36,26 @@ LOOPS = (SdkLoop(threads=1), SdkLoop(threads=16))
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the simulator does.
+    """The events and limits of the simulator.
 
     Args:
-        options: Of the simulator.
-        backlog_per_sec: Where its queue is never to be empty: more than any consumer takes; 0 for no backlog.
+        options: Options of the simulator.
+        backlog_per_sec: Size of the initial backlog per second of the run: more than any consumer can take, so that the
+            queue never becomes empty; 0 for no backlog.
     """
 
     options: Mapping[str, object] = field(default_factory=dict)
     backlog_per_sec: int = 0
 
     def simulator_options(self, effort):
-        # The lease and the long poll are VOD's, and so is the quota where nothing else is said.
+        # Lease, long poll and (by default) quota are those of VOD.
         defaults = {"poll_secs": 5, "visibility_secs": 30, "requests_per_sec": QUOTA_REQUESTS_PER_SEC}
         backlog = int(self.backlog_per_sec * (effort.secs + effort.warm_secs + 2))
         return {**defaults, "events": backlog, **self.options}
 
     @property
     def quota(self):
-        """Events per second that the quota lets through; None where there is none."""
+        """Events per second that the quota permits; None without a quota."""
         return QUOTA_EVENTS_PER_SEC if "requests_per_sec" not in self.options else None
 
 
@@ -70,7 +71,7 @@ class Measured:
 
     @property
     def to_confirm(self):
-        """None if there are no births to tell of."""
+        """None if the times of birth are not known."""
         return None if self.births_to_confirm is None else Latency.of(self.births_to_confirm)
 
 
@@ -83,8 +84,8 @@ HEADS = (
     "peak memory",
     "birth to sink p50/p99 ms",
     "birth to confirm p50/p99 ms",
-    "events/s to the loop's",
-    "CPU/event to the loop's",
+    "events/s relative to the loop",
+    "CPU/event relative to the loop",
     "simulator's CPU",
     "others' CPU",
 )
@@ -117,7 +118,7 @@ def _line(one, load, loop):
 
 
 def measure(effort, load, consumer):
-    """A fresh simulator, the consumer on it, and a window of its steady state."""
+    """Start a simulator and the consumer, and measure a window of the steady state."""
     say(f"  {consumer.label} ...")
     with fresh_system(effort) as system:
         simulator = system.simulator(**load.simulator_options(effort))
@@ -130,7 +131,7 @@ def measure(effort, load, consumer):
             time.sleep(effort.warm_secs)
             window = watch(process, simulator, secs=effort.secs)
             if window.ran_dry and not paced:
-                say("  !! the backlog was used up before the end: the line says too little")
+                say("  !! the backlog was used up before the end: the line shows too little")
             latencies = births_to_confirm(simulator, window) if paced else None
             return Measured(
                 label=consumer.label,
@@ -221,12 +222,12 @@ CONFIRM_LOADS = {
 
 
 def confirm(effort):
-    """Birth to confirm; a line for each run in the order in which they were made, then one for all runs of a consumer.
+    """Birth to confirm: one line per run, in the order of the runs, then one line for all runs of each consumer.
 
-    That has the medians of the runs' percentiles: a burst of what else the machine does stays in one run.
+    The latter has the medians of the runs' percentiles, so that a short load by other processes affects one run only.
 
-    A confirm that hangs is carried out when it arrives, and its answer is late: what is told is of all events, those of
-    the hung calls are not late by the hang.
+    A confirm that hangs is carried out when it arrives, and only its answer is late. The latencies include the events
+    of such calls; the hang does not delay their confirm.
     """
     return [_confirm_table(effort, title, load) for title, load in CONFIRM_LOADS.items()]
 
@@ -247,8 +248,8 @@ def _confirm_table(effort, title, load):
         "events",
         "p50 ms",
         "p99 ms",
-        "p50 to the baseline's",
-        "p99 to the baseline's",
+        "p50 relative to the baseline",
+        "p99 relative to the baseline",
         "pulls/s",
         "confirms/s",
         "refused by quota",
@@ -348,7 +349,7 @@ def idle(effort):
         percent(window.cpu_secs / window.secs, 2),
         megabytes(peak_bytes),
     ]
-    heads = ("for", "requests", "a minute", "outstanding", "CPU of a core", "peak memory")
+    heads = ("window", "requests", "per minute", "outstanding", "CPU of a core", "peak memory")
     return [Table("Idle", heads, [cells])]
 
 
@@ -467,7 +468,7 @@ def _files(system):
 
 
 def _draining_secs(simulator, events):
-    """From the moment that the first batch was confirmed until the last was."""
+    """Seconds from the first confirm to the last."""
     part = min(events, 1000)
     first = min(row["confirmed_at"] for row in ledger_part(simulator, 0, part))
     last = max(row["confirmed_at"] for row in ledger_part(simulator, events - part, part))
@@ -482,7 +483,7 @@ def http(effort):
         found = http_calls.compared(f"{simulator.url}/", int(300 * effort.secs), baseline)
     session_us = found["requests.Session"]
     lines = [[label, number(us), number(us / session_us, 2)] for label, us in found.items()]
-    return [Table("A call over a kept connection", ("by", "CPU µs", "to requests.Session"), lines)]
+    return [Table("A call over a kept connection", ("client", "CPU µs", "relative to requests.Session"), lines)]
 
 
 ROWS = {

@@ -1,7 +1,7 @@
-"""The loop that a user would write with the official SDK: pull, append lines or post, confirm. A program of its own.
+"""The loop that a user would write with the official SDK: pull, append lines or post, confirm. A separate program.
 
-It does what it must for at-least-once delivery, and no more: no dedupe, no routing, no log, no retries but
-the next turn.
+It does only what at-least-once delivery needs: no dedupe, no routing, no log, and no retry except that VOD delivers
+again.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main():
     to = parser.add_mutually_exclusive_group(required=True)
     to.add_argument("--path", type=Path, help="the file that gets the events")
     to.add_argument("--url", help="the webhook that gets them")
-    parser.add_argument("--threads", type=int, default=1, help="each with a client of its own")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads, each with its own client")
     options = parser.parse_args()
     with ExitStack() as stack:
         if options.path:

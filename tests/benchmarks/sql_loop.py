@@ -1,4 +1,4 @@
-"""The loop that a user would write for a table: pull, an INSERT and COMMIT for each event, confirm. It is a program."""
+"""The loop that a user would write for a table: pull, INSERT and COMMIT each event, confirm. A separate program."""
 
 import argparse
 import hashlib
@@ -35,7 +35,7 @@ def loop(client, db):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--endpoint", required=True, help="host:port of the simulator")
-    parser.add_argument("--dsn", required=True, help="of a database with the table vodpoller_events")
+    parser.add_argument("--dsn", required=True, help="address of a database that has the table vodpoller_events")
     options = parser.parse_args()
     with psycopg.connect(options.dsn) as db:
         loop(make_client(options.endpoint), db)

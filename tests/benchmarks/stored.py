@@ -1,4 +1,4 @@
-"""Rows about what is there already when the daemon starts: stored events, and a file that the ledger does not know."""
+"""Rows about data that exists when the daemon starts: stored events, and a file whose lines are not in the ledger."""
 
 import hashlib
 import math
@@ -27,14 +27,14 @@ HOUR_SECS = 3600.0
 
 
 def make_journal(path, *, pending=0, dead=0, ledger=0, due_in_secs=-1.0):
-    """A journal of version 0.1, which every version can open, full of what is to be measured.
+    """Make a journal of version 0.1, which every version can open, with this number of rows.
 
     Args:
-        path: Where it is made.
-        pending: Number of events that the sink `hook` lacks.
-        dead: Number of its dead letters.
-        ledger: Number of pairs that it has accepted, all confirmed an hour ago.
-        due_in_secs: When the pending events are due.
+        path: Path of the journal.
+        pending: Number of pending events of the sink `hook`.
+        dead: Number of dead letters of the sink `hook`.
+        ledger: Number of pairs that the sink has accepted, all confirmed an hour ago.
+        due_in_secs: Time until the pending events are due; negative: they are due already.
     """
     generator, now = EventGenerator(1), time.time()
     states = ["pending"] * pending + ["dead"] * dead
@@ -67,7 +67,7 @@ def _key(number_of_event):
 
 
 def backlog(effort):
-    """Stored events that are due, and a webhook's receiver that is back."""
+    """Deliver stored events that are due to a webhook's receiver that is back."""
     consumers = versions(effort, Vodpoller())
     of_each = in_turns(effort, consumers, lambda consumer: _delivered(effort, consumer))
     baseline = _medians(of_each[-1]) if len(of_each) > 1 else None
@@ -91,8 +91,8 @@ def backlog(effort):
         "CPU µs/event",
         "peak memory",
         "sent twice",
-        "events/s to the baseline's",
-        "CPU/event to the baseline's",
+        "events/s relative to the baseline",
+        "CPU/event relative to the baseline",
     )
     return [Table(f"{effort.stored_backlog:,} stored events to a webhook that is back", heads, lines)]
 
@@ -142,7 +142,7 @@ def _letters_bytes(path):
 
 
 def stored(effort):
-    """Seconds that the start, the commands and pruning take if much is stored."""
+    """Seconds that the start, the commands and pruning take with many stored events."""
     return _table_of_secs(
         effort,
         f"{effort.stored_events:,} stored events, half of them dead letters, and as many rows to prune: seconds",
@@ -151,7 +151,7 @@ def stored(effort):
 
 
 def recover(effort):
-    """Seconds until a daemon pulls that finds a file of which its ledger knows nothing."""
+    """Seconds until the first pull if the daemon must recover a file whose lines are not in its ledger."""
     return _table_of_secs(effort, f"A file of {effort.stored_events:,} lines to recover: seconds", _recovery_secs)
 
 
@@ -173,12 +173,12 @@ def _secs_of_steps(effort, consumer):
     with fresh_system(effort) as system:
         make_journal(system.journal, pending=half, dead=half, ledger=effort.stored_events, due_in_secs=880.0)
         simulator = system.simulator()
-        _first_pull_secs(hook, system, simulator)  # it brings the journal to its version
+        _first_pull_secs(hook, system, simulator)  # it migrates the journal
         secs = {"start": _first_pull_secs(hook, system, simulator)}
         with hook.running(system, simulator.url):
             for command in ("status", "deadletters list", "deadletters list --pending"):
                 secs[f"`{command}`"] = hook.command(*command.split(), "-c", system.config_path)
-        # That of another version has other names, or a journal that is not ours.
+        # Another version may have another API, or another form of the journal.
         secs["all pruned"] = _pruning_secs(system.journal) if consumer.program is None else math.nan
         return secs
 
@@ -194,7 +194,7 @@ def _recovery_secs(effort, consumer):
 
 
 def _first_pull_secs(consumer, system, simulator):
-    """How long a daemon that is started now takes until it pulls; it is gone then."""
+    """Start a daemon, measure the seconds until its first pull, and kill it."""
 
     def pulls():
         return simulator.stats()["requests"].get("PullEvents", 0)

@@ -1,10 +1,10 @@
-"""Events of equal content without an id of their own, against a model of VOD's queue and with the real journal.
+"""Events of equal content without a task id, with a model of VOD's queue and the real journal.
 
-What VOD and the network may do happens at random, at times that no test chooses: several pulls are outstanding, hang,
-lose their answers, confirms are lost on the way there or back, or refused, and the process is killed. Each event must
-be delivered under a key of its own, and under one only.
+The faults of VOD and the network happen at random times: several pulls are outstanding, hang or lose their answers;
+confirm requests or their answers are lost, or confirms are refused; and the process is killed. Each event must be
+delivered under exactly one key of its own.
 
-The profile of hypothesis has the number of orders that are tried.
+The profile of hypothesis sets the number of sequences that are tried.
 """
 
 import heapq
@@ -50,16 +50,16 @@ class QueuedEvent:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """How bad it is.
+    """Load and rates of the faults.
 
     Args:
         contents: Number of different contents.
-        pullers: Maximum number of pulls that are outstanding together.
+        pullers: Maximum number of outstanding pulls.
         gap_secs: Mean time between two births.
-        lost_pulls: Share of pulls whose answer is lost; of some the request is.
-        lost_confirms: Share of confirm requests that are lost on the way there, and as many on the way back.
-        refused: Share of confirm requests that VOD refuses whole.
-        crashes: Share of batches amid which the process is killed.
+        lost_pulls: Share of pulls that are lost: the request in a quarter of them, else the answer.
+        lost_confirms: Share of confirms whose request is lost; the answers of an equal share are lost.
+        refused: Share of confirm requests that VOD refuses completely.
+        crashes: Share of batches during which the process is killed.
     """
 
     contents: int
@@ -73,28 +73,28 @@ class Circumstances:
 
 @dataclass
 class Found:
-    """What came of it.
+    """Counts of a run.
 
     Args:
         events: Number of events.
-        swallowed: Number of events that VOD has forgotten and that were not delivered.
+        lost: Number of confirmed events that were not delivered.
         doubled: Number of deliveries under a second key.
-        excused: Number of events that may be doubled: VOD refused them, and an answer of theirs had been lost.
-        unheard: Number of events whose confirm was carried out by VOD, and its result did not come: it died with the
-            process, or no answer came until the lease ended. For each, one that equals it may be swallowed.
+        excused: Number of events that may be doubled: VOD refused their confirm after an earlier answer was lost.
+        unacknowledged: Number of events that VOD confirmed without the process knowing it: the process died, or no
+            answer came until the lease ended. For each of them one equal event may be lost.
         crashes: Number of kills.
     """
 
     events: int = 0
-    swallowed: int = 0
+    lost: int = 0
     doubled: int = 0
     excused: int = 0
-    unheard: int = 0
+    unacknowledged: int = 0
     crashes: int = 0
 
 
 class Process:
-    """What one life of the daemon has in memory; what is scheduled for it does not happen after its end."""
+    """The memory of one life of the daemon. Actions that are scheduled for it do not run after its end."""
 
     def __init__(self, journal):
         self.journal = journal
@@ -106,9 +106,9 @@ class Model:
     """VOD's queue, the network, the pullers and a sink, on one clock.
 
     Args:
-        folder: Of the journals, one file for each life.
-        random: Decides all that happens.
-        circumstances: How bad it is.
+        folder: Folder of the journals, one file for each life.
+        random: Decides everything that happens.
+        circumstances: Load and rates of the faults.
     """
 
     folder: Path
@@ -134,11 +134,11 @@ class Model:
     # --- time ---
 
     def at(self, secs, what, process=None):
-        """Do something later, unless the process has died by then."""
+        """Schedule a call, which is skipped if the process has died by then."""
         heapq.heappush(self._agenda, (self.clock() + secs, next(self._order), process, what))
 
     def run(self, births):
-        """Let this number of events be born, and all of them be confirmed."""
+        """Run until this number of events was born and all of them are confirmed."""
         self._birth(births)
         ends_at = inf
         while self._agenda and self.clock() < ends_at:
@@ -146,8 +146,8 @@ class Model:
             if process is None or process.is_alive:
                 what()
             if ends_at == inf and self.found.events == births and all(event.is_confirmed for event in self.queue):
-                ends_at = self.clock() + 2 * LEASE_SECS  # a late delivery would come by then
-        assert ends_at < inf, "it does not come to an end"
+                ends_at = self.clock() + 2 * LEASE_SECS  # time for a late delivery
+        assert ends_at < inf, "not all events are confirmed"
         self._count()
         self._closing.close()
 
@@ -155,16 +155,16 @@ class Model:
         handed_out = Counter(event.content_key for event in self.queue if event.was_handed_out)
         for content_key, number in handed_out.items():
             more = self.delivered[content_key] - number
-            self.found.swallowed += max(-more, 0)
+            self.found.lost += max(-more, 0)
             self.found.doubled += max(more - self.excused[content_key], 0)
         self.found.excused = self.excused.total()
-        self.found.unheard = sum(not event.is_acknowledged for event in self.queue)
+        self.found.unacknowledged = sum(not event.is_acknowledged for event in self.queue)
 
     # --- the process ---
 
     def _start(self):
         path = self.folder / f"journal-{next(self._lives)}.db"
-        if self._path is not None:  # what was written is in the files, whatever the last life had in memory
+        if self._path is not None:  # the new life gets only what is in the files
             shutil.copy(self._path, path)
             shutil.copy(self._path.with_name(f"{self._path.name}-wal"), path.with_name(f"{path.name}-wal"))
         self._path = path
@@ -194,29 +194,29 @@ class Model:
     # --- a pull ---
 
     def _pull(self):
-        """Sent now; VOD answers when it has something, or after up to 5 s."""
+        """Send a pull; VOD answers when it has an event, or after up to 5 s."""
         sent_at, process = self.clock(), self._process
         fate = self.random.random()
         if fate < self.circumstances.lost_pulls / 4:  # the request did not arrive
             self.at(self.random.uniform(0.01, PULL_TIMEOUT_SECS), lambda: self._lost(sent_at), process)
             return
         is_lost = fate < self.circumstances.lost_pulls
-        waits = [sent_at, process, is_lost, self.random.uniform(1.0, 5.0)]
-        self.at(self.random.uniform(0.005, 0.3), lambda: self._arrives(waits))
+        request = [sent_at, process, is_lost, self.random.uniform(1.0, 5.0)]
+        self.at(self.random.uniform(0.005, 0.3), lambda: self._arrives(request))
 
-    def _arrives(self, waits):
-        self._hanging.append(waits)
+    def _arrives(self, request):
+        self._hanging.append(request)
         self._hand_out()
-        if waits in self._hanging:
-            self.at(waits[3], lambda: self._ends_empty(waits))
+        if request in self._hanging:
+            self.at(request[3], lambda: self._ends_empty(request))
 
-    def _ends_empty(self, waits):
-        if waits in self._hanging:
-            self._hanging.remove(waits)
-            self._answer(waits, [])
+    def _ends_empty(self, request):
+        if request in self._hanging:
+            self._hanging.remove(request)
+            self._answer(request, [])
 
     def _hand_out(self):
-        """VOD gives what is visible to the requests that hang, in the order in which they came."""
+        """VOD hands visible events to the hanging requests, in the order of their arrival."""
         while self._hanging:
             visible = [it for it in self.queue if not it.is_confirmed and it.leased_until <= self.clock()]
             if not visible:
@@ -228,8 +228,8 @@ class Model:
                 self.at(LEASE_SECS, self._hand_out)
             self._answer(self._hanging.pop(0), taken)
 
-    def _answer(self, waits, events):
-        sent_at, process, is_lost, _ = waits
+    def _answer(self, request, events):
+        sent_at, process, is_lost, _ = request
         way_secs = self.random.uniform(0.005, 0.3)
         if is_lost:
             secs = self.random.choice([way_secs, max(sent_at + PULL_TIMEOUT_SECS - self.clock(), way_secs)])
@@ -277,7 +277,7 @@ class Model:
 
 
 class Batch:
-    """What one pull brought, on its way to being confirmed."""
+    """The events of one pull, until they are confirmed."""
 
     def __init__(self, model, sent_at, answered_at, events, process):
         self.model = model
@@ -311,7 +311,7 @@ class Batch:
         self._send_confirm()
 
     def _send_confirm(self):
-        """As the confirmer does: again and again while the lease lasts, until there is an answer."""
+        """As the confirmer does: repeat until there is an answer or the lease ends."""
         model = self.model
         if model.clock() < self.sent_at + LEASE_SECS:
             model.at(model.random.uniform(0.002, 0.025), self._confirm_arrives)  # also if the process dies meanwhile
@@ -346,7 +346,7 @@ class Batch:
             self.process.journal.confirmed(self.keys)
 
 
-def tell(seed, circumstances, births):
+def run_model(seed, circumstances, births):
     with folder_in_memory() as folder:
         model = Model(Path(folder), random.Random(seed), circumstances)
         model.run(births)
@@ -367,15 +367,15 @@ CIRCUMSTANCES = st.builds(
 @MODEL
 @given(seed=st.integers(0, 2**32), circumstances=CIRCUMSTANCES)
 @example(seed=5, circumstances=Circumstances(contents=1, pullers=5, gap_secs=2.0, refused=0.3))
-def test_without_a_kill_nothing_is_swallowed_and_nothing_doubled(seed, circumstances):
-    found = tell(seed, circumstances, births=60)
+def test_without_kills_no_event_is_doubled_or_lost(seed, circumstances):
+    found = run_model(seed, circumstances, births=60)
     assert found.doubled == 0, found
-    assert found.swallowed <= found.unheard, found
+    assert found.lost <= found.unacknowledged, found
 
 
 @MODEL
 @given(seed=st.integers(0, 2**32), circumstances=CIRCUMSTANCES)
-def test_kills_swallow_only_what_equals_an_event_whose_confirm_was_unheard(seed, circumstances):
-    found = tell(seed, replace(circumstances, crashes=0.15), births=60)
+def test_kills_lose_only_events_equal_to_unacknowledged_ones(seed, circumstances):
+    found = run_model(seed, replace(circumstances, crashes=0.15), births=60)
     assert found.doubled == 0, found
-    assert found.swallowed <= found.unheard, found
+    assert found.lost <= found.unacknowledged, found

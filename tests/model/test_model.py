@@ -1,4 +1,4 @@
-"""The guarantees, checked against a model of VOD's queue: whatever fails, and wherever the process dies."""
+"""The promises, checked with a model of VOD's queue: whatever fails, and wherever the process dies."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,7 +10,7 @@ from tests.model.world import SINKS_OF, World, folder_in_memory
 
 
 class Consumer(RuleBasedStateMachine):
-    """Events, faults, time and crashes in any order. The profile of hypothesis has the number of orders."""
+    """Events, faults, time and crashes in any order. The profile of hypothesis sets the number of sequences."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ Consumer.TestCase.settings = settings(
 TestAnyOrderOfFaults = Consumer.TestCase
 
 
-# --- a crash at each step of what is known to be delicate -------------------------------------------------------------
+# --- a crash at each step of critical sequences -----------------------------------------------------------------------
 
 
 def deliver(world):
@@ -264,7 +264,7 @@ def equal_events_come_again_since_their_confirm_failed(world):
 def test_a_crash_at_any_step_loses_nothing_and_doubles_nothing(story, atomic, renamed, last_first):
     step, crashed = 1 + len(story.__name__) % STRIDE, True
     while crashed:
-        crashed = tell(story, atomic=atomic, renamed=renamed, last_first=last_first, dies_after=step)
+        crashed = run_story(story, atomic=atomic, renamed=renamed, last_first=last_first, dies_after=step)
         step += STRIDE
     assert step > 10
 
@@ -273,11 +273,11 @@ class DiesError(Exception):
     pass
 
 
-def tell(story, *, atomic, renamed, last_first, dies_after):
-    """Let the story happen up to a step, then a crash, then the rest of life.
+def run_story(story, *, atomic, renamed, last_first, dies_after):
+    """Run the story up to a step, crash, restart, and run until everything is settled.
 
     Returns:
-        Whether it came to that step.
+        Whether the story reached that step.
     """
     with folder_in_memory() as folder:
         world = World(folder, atomic=atomic)
@@ -312,7 +312,7 @@ def tell(story, *, atomic, renamed, last_first, dies_after):
             world.start()
             world.run_dry()
             world.check_end()
-            # VOD has shown since that it has nothing more: what was unheard of at the crash hides no event from now on.
+            # Empty pulls show that VOD has nothing more: a confirm that the crash left open cannot hide an event now.
             for _ in range(2):
                 world.advance(31)
                 deliver(world)
@@ -324,7 +324,7 @@ def tell(story, *, atomic, renamed, last_first, dies_after):
             world.end()
 
 
-# --- orders of two threads that are delicate --------------------------------------------------------------------------
+# --- critical orders of two threads -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def world():
 
 @pytest.mark.parametrize("first", ["puller", "sink-plain"])
 @pytest.mark.parametrize("steps", range(12))
-def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whichever_comes_first(world, first, steps):
+def test_a_late_success_and_the_storing_of_an_event_leave_no_row(world, first, steps):
     world.queue.feed("Plain")
     world.pull()
     while not world.running.total():
@@ -357,15 +357,15 @@ def test_a_late_success_and_the_storing_of_the_same_event_leave_no_row_whichever
     world.stage.run()
     assert len(world.plain_accepted) == 1
     world.journal.flush()
-    assert world.rows("letters") == [], "it would be delivered again when the ledger has forgotten it"
+    assert world.rows("letters") == [], "it would be delivered again after the ledger row is pruned"
     world.advance(700)
     world.run_dry()
     world.check_end()
 
 
-def test_an_event_that_comes_again_while_its_delivery_runs_joins_it(world):
+def test_a_redelivered_event_joins_its_running_delivery(world):
     world.queue.feed("Plain")
-    world.journal_is_broken = True  # so that it is not stored, which would settle it as well
+    world.journal_is_broken = True  # so that it is not stored, which would also settle it
     world.pull()
     while not world.running.total():
         world.stage.step(world.stage.ready()[0])
@@ -383,7 +383,7 @@ def test_an_event_that_comes_again_while_its_delivery_runs_joins_it(world):
     assert len(world.plain_accepted) == 1
 
 
-def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
+def test_the_mark_of_a_file_stays_before_unwritten_rows(world):
     world.journal_is_broken = True
     world.vod.confirm_script.extend(["lost_before"] * 100)
     world.queue.feed("File")
@@ -392,14 +392,14 @@ def test_the_mark_of_a_file_stays_below_what_is_in_memory_only(world):
     assert world.journal.unwritten == 1
     world.journal_is_broken = False
     world.queue.feed("File")
-    world.pull()  # that puller had its permit before the trouble was known
+    world.pull()  # this puller had its permit before the failure was known
     world.stage.run()
     world.crash()
     world.run_dry()
     world.check_end()
 
 
-def test_a_late_success_that_cannot_be_written_down_is_known_when_the_stored_event_is_due(world):
+def test_a_late_success_in_memory_prevents_the_retry(world):
     world.queue.feed("Plain")
     world.pull()
     while not world.running.total():
@@ -419,7 +419,7 @@ def test_a_late_success_that_cannot_be_written_down_is_known_when_the_stored_eve
     assert len(world.plain_accepted) == 1
 
 
-def test_content_that_repeats_after_ten_minutes_is_a_new_event_and_a_crash_does_not_double_it(world):
+def test_equal_content_after_ten_minutes_is_new_even_across_a_crash(world):
     world.queue.feed("File")
     world.run_dry()
     (event,) = world.queue.events

@@ -1,4 +1,4 @@
-"""What was confirmed is on disk: whatever a loss of power leaves of what was never synced."""
+"""Confirmed events are on disk after a loss of power, whatever part of the unsynced data survives."""
 
 from itertools import islice
 
@@ -11,13 +11,13 @@ FULL = 2
 
 
 class Disk:
-    """What a loss of power can leave of the sink's file and of the journal's two files, at each moment of a story.
+    """The possible contents of the sink's file and of the journal's two files after a loss of power, at each moment.
 
-    Bytes of the sink's file are sure once they are synced. Those of the journal's log are sure up to the last commit
-    that synced it, which is asked of SQLite itself; its database changes at checkpoints only, which sync both files.
+    Bytes of the sink's file are safe once they are synced. Those of the journal's WAL are safe up to the last commit
+    that synced it, according to SQLite's own setting; the database changes only at checkpoints, which sync both files.
 
     Args:
-        world: Already open.
+        world: A world that is already open.
     """
 
     def __init__(self, world):
@@ -68,7 +68,7 @@ class Disk:
         self._take_images()
 
     def _take_images(self):
-        """Each file in each state it may be in, while the other has nothing or all of what is not synced."""
+        """Combine each possible state of a file with the other file without, and with all of, its unsynced data."""
         forgotten = frozenset(event.number for event in self._world.queue.events if event.confirmed)
         archives, journals = self._archives(), self._journals()
         pairs = [(archive, journal) for archive in archives for journal in (journals[0], journals[-1])]
@@ -102,13 +102,13 @@ class Disk:
 
 
 def booted_from(image, plain_accepted, dead_world, *, renamed):
-    """Another boot, with what the disk held; VOD's queue is where it was, and other machines are as well."""
+    """A new boot with this disk image. VOD's queue and the plain sink have the state that they had at that moment."""
     archive, (database, log), forgotten = image
     world = World(dead_world.folder)
     rotated = world.folder / "events.jsonl.1"
     if rotated.exists():
         rotated.replace(world.archive)
-    world.archive.write_bytes(archive)  # in place: it keeps its inode
+    world.archive.write_bytes(archive)  # rewritten in place, so that it keeps its inode
     for name, content in (("journal.db", database), ("journal.db-wal", log), ("journal.db-shm", b"")):
         path = world.folder / name
         path.write_bytes(content) if content else path.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def booted_from(image, plain_accepted, dead_world, *, renamed):
         world.queue.feed(event.content["EventType"])
         world.queue.events[-1].confirmed = event.number in forgotten
     world.plain_accepted += plain_accepted
-    world.excused |= set(plain_accepted)  # a ledger row that the disk lost costs a duplicate there, and nowhere else
+    world.excused |= set(plain_accepted)  # a lost ledger row causes a duplicate at this sink only
     world.clock.now, world.wall.now = dead_world.clock.now, dead_world.wall.now
     world.start()
     world.stage.run()
@@ -126,7 +126,7 @@ def booted_from(image, plain_accepted, dead_world, *, renamed):
 
 
 def not_held(world):
-    """The events that VOD forgot, each with a sink that neither has it nor will get it from the journal."""
+    """Confirmed events with each sink that neither has the event nor will get it from the journal."""
     archived, letters = world.archived(), set(world.rows("letters"))
     has = {"file": archived, "plain": world.plain_accepted, "": []}
     return [
@@ -199,7 +199,7 @@ def the_file_fails_until_the_lease_ends(world):
         the_file_fails_until_the_lease_ends,
     ],
 )
-def test_after_a_loss_of_power_what_was_confirmed_is_held_and_no_line_is_torn_or_doubled(story, renamed):
+def test_power_loss_loses_no_event_and_tears_or_doubles_no_line(story, renamed):
     with folder_in_memory() as folder:
         dead_world = World(folder)
         try:
@@ -217,7 +217,7 @@ def test_after_a_loss_of_power_what_was_confirmed_is_held_and_no_line_is_torn_or
         for image, plain_accepted in islice(disk.images.items(), len(story.__name__) % STRIDE, None, STRIDE):
             world = booted_from(image, plain_accepted, dead_world, renamed=renamed)
             try:
-                assert world.is_up, f"it does not start again with the file {image[0]!r}"
+                assert world.is_up, f"it does not start with the file {image[0]!r}"
                 assert not_held(world) == [], f"the file was {image[0]!r}"
                 world.run_dry()
                 world.check_end()

@@ -1,7 +1,7 @@
-"""The daemon's parts against a model of VOD's queue, one step at a time: any of them may be the last before a crash.
+"""The daemon's parts with a model of VOD's queue, one step at a time: a crash may follow any step.
 
-Whatever runs in a thread of its own in the daemon is an actor here. One actor moves at a time, from one pause to the
-next; pauses are where another thread, or the end of the process, could come in between. The test says who moves.
+Each thread of the daemon is an actor here. One actor moves at a time, from one pause to the next. There is a pause
+wherever another thread could run, or the process could end. The test chooses the actor that moves.
 """
 
 import errno
@@ -46,13 +46,13 @@ from vodpoller.vod.confirmer import Confirmer
 
 LEASE_SECS = 30.0
 SINKS_OF = {"Both": ("file", "plain"), "File": ("file",), "Plain": ("plain",), "Unrouted": ("",)}
-# Events that are all equal, without an id of their own.
+# An event without a task id; all events with this content are equal.
 CAST = {"EventType": "Cast", "CastEvent": {"CastId": "c", "Status": "Working"}}
 CAST_KEY = event_key(CAST, None)
 
 
 def folder_in_memory():
-    """A temporary folder where syncing costs nothing, if there is such a place."""
+    """A temporary folder in /dev/shm, where syncs are fast; elsewhere if that is not writable."""
     fast = "/dev/shm"
     return tempfile.TemporaryDirectory(
         prefix="vodpoller-", dir=fast if os.access(fast, os.W_OK) else None, ignore_cleanup_errors=True
@@ -85,14 +85,14 @@ class Actor:
                 self._task()
         except CrashedError:
             pass
-        except BaseException as error:  # noqa: BLE001 - told to the test
+        except BaseException as error:  # noqa: BLE001 - `Stage.step` raises it in the test
             self.error = error
         self.done = True
         self.back.release()
 
 
 class Stage:
-    """Lets actors move, one at a time."""
+    """Moves actors, one at a time."""
 
     def __init__(self):
         self.here = threading.local()
@@ -112,7 +112,7 @@ class Stage:
         return [actor for actor in self.actors if actor.ready()]
 
     def step(self, actor):
-        """The actor moves to its next pause, or to its end."""
+        """Move the actor to its next pause, or to its end."""
         self.steps += 1
         actor.go.release()
         assert actor.back.acquire(timeout=20), f"{actor.name} blocks where it should not"
@@ -123,10 +123,10 @@ class Stage:
                 raise actor.error
 
     def run(self, *, most=100_000):
-        """Let them move until all wait, or a number of steps is done; always the first, or always the last, that can.
+        """Move actors until all wait or `most` steps are done: always the first ready one, or the last (`last_first`).
 
         Returns:
-            Number of steps that there were.
+            The number of steps.
         """
         done = 0
         while done < most and (ready := self.ready()):
@@ -135,7 +135,7 @@ class Stage:
         return done
 
     def pause(self, ready=lambda: True):
-        """Called by what runs in an actor: others may move now, and this one again when it is ready."""
+        """Called in an actor: wait until the stage moves this actor again, which it may do once `ready` is true."""
         actor = getattr(self.here, "actor", None)
         if actor is None:
             return
@@ -147,7 +147,7 @@ class Stage:
             raise CrashedError
 
     def kill(self):
-        """The end of all actors, wherever they are."""
+        """End all actors at their present pause."""
         for actor in self.actors:
             actor.killed = True
             actor.go.release()
@@ -169,7 +169,7 @@ class QueuedEvent:
 
 
 class ModelQueue:
-    """VOD's queue: leases on a clock, a new handle at each redelivery; a refusal concerns all handles or the stale."""
+    """VOD's queue: leases on a clock, a new handle at each delivery; one stale handle refuses all or only itself."""
 
     def __init__(self, clock, *, atomic, lease_secs=LEASE_SECS):
         self._clock = clock
@@ -209,7 +209,7 @@ class ModelQueue:
 
 
 class FakeVod:
-    """The client, as far as cycles use it. Each call does what comes next in its script, or works."""
+    """The part of the client that pullers use. Each call does what its script says next, or succeeds."""
 
     def __init__(self, world):
         self._world = world
@@ -259,7 +259,7 @@ class FakeVod:
 
 
 class StagedFiles(Files):
-    """Pauses before and after each step, knows what is synced, and fails as its script says."""
+    """Pauses before and after each step, records what is synced, and fails according to its scripts."""
 
     def __init__(self, stage):
         self._stage = stage
@@ -307,7 +307,7 @@ class StagedFiles(Files):
 
 
 class PlainSink(Sink):
-    """A sink that knows nothing of the ledger; what it takes it has for good, whatever becomes of the process."""
+    """A sink without idempotency: it keeps what it accepts, also when the process dies."""
 
     concurrency = 2
     batch_events = 4
@@ -391,7 +391,7 @@ class StagedConfirmer(Confirmer):
 
 
 class BreakableConnection:
-    """A connection of the journal, on a disk that can be full."""
+    """A connection of the journal; its disk is full while `journal_is_broken` is true."""
 
     def __init__(self, connection, world):
         self._connection = connection
@@ -410,7 +410,7 @@ class BreakableConnection:
 
 
 class World:
-    """A process that can die at any step, and all that outlives it."""
+    """A process that can die at any step, and everything that outlives it."""
 
     def __init__(self, folder, *, atomic=True):
         self.folder = Path(folder)
@@ -425,7 +425,7 @@ class World:
         self.plain_script = deque()
         self.plain_accepted = []
         self.plain_casts = set()
-        self.excused = set()  # what the plain sink may get again: it has it, and that could not be written down
+        self.excused = set()  # keys that the plain sink may get again: no ledger row was written
         self.journal_is_broken = False
         self.journal_committed = lambda connection: None
         self.violations = []
@@ -439,11 +439,11 @@ class World:
     # --- the process ---
 
     def boot(self):
-        """What the composition root does; an actor, so that the process can die on the way."""
+        """Build the daemon's parts. It runs in an actor, so that the process can die during it."""
         try:
             self._boot()
-        except (ConfigError, StorageError, TransientError):  # it exits, and says why
-            self._let_go()
+        except (ConfigError, StorageError, TransientError):  # the daemon would exit with a message
+            self._close_all()
 
     def _boot(self):
         log = log_into(self.lines, "error")
@@ -531,7 +531,7 @@ class World:
         self.stage.start("boot", self.boot)
 
     def pull(self):
-        """One pull and what comes of it, as a puller does it."""
+        """Pull and process one batch, as a puller does."""
         source = SimpleNamespace(name="main", sub_app_id=None, on_failure="store", unrouted="dead_letter")
 
         def puller():
@@ -550,7 +550,7 @@ class World:
         self.stage.start("puller", puller)
 
     def keep_up(self):
-        """What the scheduler does each second."""
+        """Run the periodic tasks of each second."""
 
         def upkeep():
             self.journal.flush()
@@ -559,7 +559,7 @@ class World:
         self.stage.start("upkeep", upkeep)
 
     def _write_results(self):
-        """What the scheduler does beside that, until the end."""
+        """Write the results of retries, until the end of the process."""
         retrier = self.retrier
         while True:
             self.stage.pause(lambda: retrier.results)
@@ -574,7 +574,7 @@ class World:
             self.archive.rename(f"{self.archive}.{self.rotations}")
 
     def rotate(self, *, reloads=True):
-        """As logrotate does: a rename, and then a signal."""
+        """As logrotate does: rename the file, then reopen it."""
         self.rename()
         if reloads:
             self.sink.reopen()
@@ -588,18 +588,18 @@ class World:
         self.stage.pause()
 
     def crash(self):
-        """kill -9: no actor moves again, and only what is in files is left."""
+        """As `kill -9`: no actor moves again; only files remain."""
         self.crashes += 1
         self.stage.kill()
         self.running.clear()
-        self._let_go()
+        self._close_all()
         self.excused |= set(self.plain_accepted) - self._ledger("plain")
 
     def end(self):
         self.stage.kill()
-        self._let_go()
+        self._close_all()
 
-    def _let_go(self):
+    def _close_all(self):
         if self.sink is not None:
             self.sink.close()
         if self.journal is not None:
@@ -608,7 +608,7 @@ class World:
         self.is_up = False
 
     def run_dry(self):
-        """No more faults: run until VOD and the journal hold nothing that could still go on."""
+        """Run without faults until VOD holds no event and the journal no pending one."""
         self.plain_script.clear()
         self.vod.pull_script.clear()
         self.vod.confirm_script.clear()
@@ -628,7 +628,7 @@ class World:
             self.keep_up()
             self.stage.run()
             self.advance(11)
-        raise AssertionError(f"it does not come to an end: {self.queue.events}, {self.rows('letters')}")
+        raise AssertionError(f"not everything is settled: {self.queue.events}, {self.rows('letters')}")
 
     def _is_settled(self):
         pending = self.rows("letters WHERE state = 'pending'")
@@ -643,7 +643,7 @@ class World:
         try:
             return db.execute(f"SELECT {columns} FROM {what}").fetchall()
         except sqlite3.OperationalError:
-            return []  # it died before there were any tables
+            return []  # it died before the tables were created
         finally:
             db.close()
 
@@ -651,7 +651,7 @@ class World:
         return {key for key, name in self.rows("ledger") if name == sink}
 
     def archived(self, *, only_synced=False):
-        """The keys of the whole lines, of rotated files, too."""
+        """The keys of the complete lines, also of rotated files."""
         keys = []
         for path in sorted(self.folder.glob("events.jsonl*")):
             if path.suffix == ".lock":
@@ -663,11 +663,11 @@ class World:
         return keys
 
     def delivering(self, sink, keys):
-        """Around each call of a sink: no other may be at it, and none may know that the sink has it."""
+        """A context around each call of a sink: no other call may have these events, and the ledger must lack them."""
         return _Delivering(self, sink, keys)
 
     def check_confirm(self, event):
-        """At the moment that VOD forgets an event."""
+        """Check the promises at the moment of a confirm."""
         if event.content is CAST:
             self._check_confirm_of_a_cast()
             return
@@ -690,18 +690,18 @@ class World:
                 self.violations.append(f"{confirmed} equal events are confirmed, and {sink} or the journal have fewer")
 
     def check(self):
-        """Whenever nothing moves."""
+        """Check the promises; no actor may be moving."""
         assert not self.violations, self.violations
         often = [key.hex() for key, times in Counter(self.archived()).items() if times > 1 and key != CAST_KEY]
         assert not often, f"lines that are there twice: {often}"
         taken = Counter(self.plain_accepted)
         again = {key for key, times in taken.items() if times > 1} - self.excused
-        assert not again, f"the plain sink got these twice for nothing: {again}"
+        assert not again, f"the plain sink got these twice without a reason: {again}"
         unforeseen = [line for line in self.lines if line["event"] in ("puller.failed", "worker.failed")]
         assert not unforeseen, unforeseen
 
     def check_end(self):
-        """After everything has settled: each event is at each of its sinks, or a dead letter."""
+        """Check after everything is settled: each event is at each of its sinks, or a dead letter."""
         self.check()
         dead = set(self.rows("letters WHERE state = 'dead'"))
         archived = set(self.archived())
@@ -712,7 +712,7 @@ class World:
             for sink in event.sinks:
                 assert has[sink] or (event.key, sink) in dead, f"{sink} never got event {event.number}"
         casts = sum(event.content is CAST for event in self.queue.events)
-        assert (self.archived().count(CAST_KEY), len(self.plain_casts)) == (casts, casts), "of equal events"
+        assert (self.archived().count(CAST_KEY), len(self.plain_casts)) == (casts, casts), "wrong number of casts"
         for path in self.folder.glob("events.jsonl*"):
             data = path.read_bytes()
             torn = [line for line in data.split(b"\n") if line and _key_of(line) is None]
@@ -721,7 +721,7 @@ class World:
 
 
 def _key_of(line):
-    """The key of the event in a line; None where the line is torn."""
+    """The key of the event in a line; None if the line is torn."""
     try:
         return event_key(json.loads(line.decode()), None)
     except ValueError:

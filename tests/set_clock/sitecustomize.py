@@ -1,7 +1,7 @@
-# ruff: noqa: INP001 - no package: Python finds it by its name
-"""A wall clock that tests set: Python imports this before all else where its folder is on PYTHONPATH.
+# ruff: noqa: INP001 - not a package: Python finds it by its name
+"""A wall clock that tests can set: Python imports this module at its start if the folder is on PYTHONPATH.
 
-It is off by the seconds that the file `$CLOCK_OFFSET_FILE` holds. Monotonic time goes on as it is.
+The file `$CLOCK_OFFSET_FILE` has the offset in seconds. Monotonic time does not change.
 """
 
 import datetime as dt

@@ -1,1 +1,1 @@
-"""Tests of the sinks, one by one and all alike."""
+"""Tests of each sink, and of what all sinks promise."""

@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts a connection around a COMMIT: before the server has it, or before the client has its answer."""
+"""A TCP proxy that cuts a connection at a COMMIT: before the server gets it, or before the client gets the answer."""
 
 import select
 import socket
@@ -9,14 +9,14 @@ CHUNK_BYTES = 1 << 16
 
 
 class CuttingProxy:
-    """Between a client and a server on this machine; a context manager.
+    """A proxy between a client and a server on this machine; a context manager.
 
     Args:
-        port: Of the server.
+        port: Port of the server.
 
     Attributes:
-        port: Where it listens.
-        cuts: For each COMMIT to come "before" or "after"; the connection is cut there. Used up, it passes all on.
+        port: Port on which the proxy listens.
+        cuts: For each of the next COMMITs "before" or "after": the connection is cut there. Later ones are passed on.
     """
 
     def __init__(self, port):
@@ -58,5 +58,5 @@ class CuttingProxy:
                         return
                     (server if ready is client else client).sendall(data)
                     if cut == "after":
-                        server.recv(CHUNK_BYTES)  # so it has taken place
+                        server.recv(CHUNK_BYTES)  # the answer shows that the commit is done
                         return

@@ -1,6 +1,6 @@
-"""Database servers for tests: each is started on a free port as a user without rights, and killed, stopped, restarted.
+"""Database servers for tests: each runs on a free port as a user without rights; tests kill, freeze and restart it.
 
-A server that a worker of pytest has started serves all of its tests, and ends with the worker.
+A server that a worker of pytest has started is used for all tests of this worker, and ends with it.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from tests.as_nobody import NOBODY
 from tests.polling import until
 from tests.processes import cannot_run
 
-PATIENCE_SECS = 60.0
+MAX_WAIT_SECS = 60.0
 POSTGRESQL_FOLDERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 
 
@@ -39,10 +39,10 @@ def program(*names):
 
 
 class Server:
-    """A database server in a folder of its own.
+    """A database server in its own folder.
 
     Attributes:
-        port: Where it listens, also after a restart.
+        port: Port on which it listens, also after a restart.
     """
 
     def __init__(self):
@@ -70,11 +70,11 @@ class Server:
         raise NotImplementedError
 
     def start(self):
-        """Returns when it takes connections."""
-        until(self._has_begun, secs=PATIENCE_SECS, what=self.tail)
+        """Start the server; returns when it accepts connections."""
+        until(self._has_begun, secs=MAX_WAIT_SECS, what=self.tail)
 
     def _has_begun(self):
-        # What a killed one has left may keep it from starting, for an instant.
+        # For a moment, remains of a killed server may prevent the start.
         if self._process is None or self._process.poll() is not None:
             with (self.folder / "log").open("ab") as log:
                 self._process = self._begin(self.command(), stdout=log, stderr=log)
@@ -84,12 +84,12 @@ class Server:
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def kill(self):
-        """SIGKILL, to its helpers, too."""
+        """Send SIGKILL, also to its child processes."""
         self._signal(signal.SIGKILL)
         self._process.wait()
 
     def freeze(self):
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """Send SIGSTOP: connections stay open, and nothing is answered."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self):
@@ -122,13 +122,13 @@ class Server:
 
     def _run(self, *command):
         process = self._begin(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said, _ = process.communicate(timeout=PATIENCE_SECS)
-        assert process.returncode == 0, said
+        output, _ = process.communicate(timeout=MAX_WAIT_SECS)
+        assert process.returncode == 0, output
 
 
 @contextmanager
 def ending(server):
-    """A server of one's own that ends with the block."""
+    """A server that ends with the block."""
     try:
         yield server
     finally:
@@ -218,7 +218,7 @@ class Mariadb(Server):
             return True
 
     def _listens(self):
-        """Asked first, as PyMySQL leaves a socket behind that is refused."""
+        """Tried first, since PyMySQL does not close its socket if the connection is refused."""
         with socket.socket(socket.AF_UNIX) as trying, suppress(OSError):
             trying.connect(f"{self.folder}/socket")
             return True

@@ -1,4 +1,4 @@
-"""Plays the databases in the conformance suite: each harness makes the sink, and stands in its way."""
+"""The databases in the conformance suite: each harness makes the sink, and makes its calls succeed, fail or hang."""
 
 import sqlite3
 
@@ -77,7 +77,7 @@ class PostgresqlHarness(SinkHarness):
         return cursor.fetchall() if cursor.description else []
 
     def reconnect(self):
-        """After the server was restarted."""
+        """Connect again after a restart of the server."""
         self.db.close()
         self.db = self.server.connect()
 
@@ -137,7 +137,7 @@ class MysqlHarness(SinkHarness):
             return cursor.fetchall()
 
     def reconnect(self):
-        """After the server was restarted."""
+        """Connect again after a restart of the server."""
         self.db.close()
         self.db = self.server.connect()
 

@@ -1,4 +1,4 @@
-"""What `format = "cloudevents"` makes, read by the CloudEvents project's own library."""
+"""Documents of `format = "cloudevents"`, read with the CloudEvents project's own library."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_the_attributes_are_those_that_are_documented():
     }
 
 
-def test_what_an_event_lacks_is_left_out_or_said_to_be_unknown():
+def test_missing_fields_are_left_out_or_marked_as_unknown():
     found = attributes(
         encode(make_event({"ComposeMediaCompleteEvent": None}, source="m", sub_app_id=None), "cloudevents")
     )
@@ -93,7 +93,7 @@ def test_the_data_is_the_body_byte_for_byte(more):
         ('"quoted" 雪 \U0001f3bf', '"quoted" 雪 \U0001f3bf'),
     ],
 )
-def test_what_no_attribute_may_hold_is_replaced(event_type, wanted):
+def test_characters_that_no_attribute_may_hold_are_replaced(event_type, wanted):
     sent = event(EventType=event_type, FileUploadEvent={"FileId": event_type})
     document = encode(sent, "cloudevents")
     assert read(document).get_type() == f"com.tencent.vod.{wanted}"
@@ -114,7 +114,7 @@ def test_any_text_makes_valid_attributes(event_type, file_id):
 
 
 @pytest.mark.parametrize("body", [b'{"EventType": "cut of', b"\xff\xfe", b"", b'"},"id":"forged', b"NaN", b"{}]"])
-def test_a_body_that_never_was_json_is_carried_as_bytes(body):
+def test_a_body_that_is_not_json_is_carried_as_bytes(body):
     document = encode(malformed(body), "cloudevents")
     assert read(document).get_data() == body
     assert read(document).get_id() == bytes(range(32)).hex()
@@ -147,13 +147,13 @@ def test_the_media_type_is_that_of_the_format(body_format, wanted):
         {"type": None},
     ],
 )
-def test_what_is_no_cloudevent_of_ours_has_no_key(change):
+def test_a_foreign_or_invalid_cloudevent_has_no_key(change):
     document = json.loads(encode(event(), "cloudevents"))
     assert cloudevent_key(document) == event().key
     assert cloudevent_key({**document, **change}) is None
 
 
-# --- as each sink hands it on ---
+# --- as each sink writes it ---
 
 
 def by_file(tmp_path, sent):
@@ -192,7 +192,7 @@ def by_webhook(tmp_path, sent):
 
 
 @pytest.mark.parametrize("by", [pytest.param(by_exec, marks=pytest.mark.system), by_file, by_stdout, by_webhook])
-def test_every_sink_hands_on_an_event_that_the_library_reads(tmp_path, monkeypatch, by):
+def test_every_sink_writes_an_event_that_the_library_reads(tmp_path, monkeypatch, by):
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     sent = event(7, sub_app_id=1500000001, Title="雪 \0")
@@ -214,7 +214,7 @@ def recovered(path, body_format="cloudevents", sub_app_ids=(None, 1500000001)):
         sink.close()
 
 
-def test_the_keys_of_a_file_are_the_ids_of_its_lines_whatever_the_sub_app_id(tmp_path):
+def test_recovery_takes_keys_from_the_ids_for_any_sub_app_id(tmp_path):
     path = tmp_path / "events.jsonl"
     sent = [event(number, sub_app_id=number * 1000) for number in range(1, 4)]
     path.write_bytes(b"".join(encode(each, "cloudevents") + b"\n" for each in sent) + b'{"specversion":"1.0","id')
@@ -222,7 +222,7 @@ def test_the_keys_of_a_file_are_the_ids_of_its_lines_whatever_the_sub_app_id(tmp
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_lines_that_are_no_cloudevent_are_passed_over_and_kept(tmp_path):
+def test_lines_that_are_not_a_cloudevent_are_skipped_and_kept(tmp_path):
     path = tmp_path / "events.jsonl"
     good = encode(event(), "cloudevents")
     strange = [
@@ -239,12 +239,12 @@ def test_lines_that_are_no_cloudevent_are_passed_over_and_kept(tmp_path):
     assert path.read_bytes() == content
 
 
-def test_the_key_of_a_body_that_never_was_json_is_found_again(tmp_path):
+def test_the_key_of_a_body_that_is_not_json_is_recovered(tmp_path):
     by_file(tmp_path, malformed(b'{\n"broken'))
     assert recovered(tmp_path / "events.jsonl") == [bytes(range(32))]
 
 
-def test_positions_are_those_of_the_lines_with_their_envelopes(tmp_path):
+def test_positions_include_the_envelopes(tmp_path):
     sink = FileSink(
         "it", FileConfig(type="file", path=str(tmp_path / "events.jsonl"), format="cloudevents"), sink_context()
     )

@@ -1,4 +1,4 @@
-"""What `probe` of each sink that comes with the package says, and that it changes nothing."""
+"""The results of `probe` for sinks of the package; a probe changes nothing."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ def no_proxies(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_a_sink_that_says_nothing_of_it_has_nothing_to_reach():
+def test_a_sink_without_a_probe_of_its_own_has_nothing_to_reach():
     assert "probe" not in vars(StdoutSink)
     assert (
         StdoutSink.probe("it", StdoutConfig(type="stdout"), sink_context())
@@ -63,7 +63,7 @@ def file_config(path):
 
 @pytest.fixture
 def used(tmp_path):
-    """A file, and its lock, as a sink leaves them."""
+    """A file and its lock, as a sink leaves them."""
     path = tmp_path / "events.jsonl"
     FileSink("it", file_config(path), sink_context()).close()
     return path
@@ -88,21 +88,21 @@ def another_process(path):
         yield
 
 
-def test_a_file_that_is_there_can_be_written_and_still_be_opened(used, tmp_path):
+def test_an_existing_file_can_be_written_and_still_be_opened(used, tmp_path):
     before = tree(tmp_path)
     assert FileSink.probe("it", file_config(used), sink_context()) == f"{used} can be written"
     assert tree(tmp_path) == before
     FileSink("it", file_config(used), sink_context()).close()
 
 
-def test_a_file_that_is_not_there_is_not_made(tmp_path):
+def test_a_missing_file_is_not_created(tmp_path):
     for path in (tmp_path / "events.jsonl", tmp_path / "one" / "two" / "events.jsonl"):
         assert FileSink.probe("it", file_config(path), sink_context()) == f"{path} can be created"
     assert tree(tmp_path) == []
 
 
 @pytest.mark.system
-def test_a_file_that_another_process_has_is_no_problem(used):
+def test_a_file_in_use_by_another_process_is_not_a_problem(used):
     with another_process(used):
         text = FileSink.probe("it", file_config(used), sink_context())
     assert text == f"{used} is in use by another process (the running daemon?)"
@@ -115,7 +115,7 @@ def test_a_link_is_followed(used, tmp_path):
 
 
 @pytest.mark.system
-def test_a_file_in_the_place_of_a_folder_is_a_problem(used):
+def test_a_file_at_the_path_of_a_folder_is_a_problem(used):
     problem = problem_of(FileSink, file_config(used / "sub" / "events.jsonl"))
     assert problem == (
         f"sinks.it.path: {used} cannot be written: Not a directory (a part of the path is a file, not a folder)"
@@ -124,7 +124,7 @@ def test_a_file_in_the_place_of_a_folder_is_a_problem(used):
 
 @pytest.mark.system
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_regular_file_is_a_problem(tmp_path, make):
+def test_a_path_that_is_not_a_regular_file_is_a_problem(tmp_path, make):
     make(tmp_path / "events.jsonl")
     assert "it is not a regular file (give the path" in problem_of(FileSink, file_config(tmp_path / "events.jsonl"))
 
@@ -146,7 +146,7 @@ def forbid(monkeypatch, path, mode):
         (".", os.X_OK),
     ],
 )
-def test_a_missing_right_is_a_problem_that_says_who_needs_it(used, tmp_path, monkeypatch, place, mode):
+def test_a_missing_right_is_a_problem_that_names_the_user(used, tmp_path, monkeypatch, place, mode):
     forbidden = tmp_path / place
     forbid(monkeypatch, forbidden, mode)
     assert problem_of(FileSink, file_config(used)) == (
@@ -156,7 +156,7 @@ def test_a_missing_right_is_a_problem_that_says_who_needs_it(used, tmp_path, mon
 
 
 @pytest.mark.parametrize("missing", ["events.jsonl", "events.jsonl.lock"])
-def test_the_folder_must_be_writable_only_for_what_is_still_to_be_made(used, tmp_path, monkeypatch, missing):
+def test_the_folder_must_be_writable_only_for_missing_files(used, tmp_path, monkeypatch, missing):
     forbid(monkeypatch, tmp_path, os.W_OK)
     assert FileSink.probe("it", file_config(used), sink_context()) == f"{used} can be written"
     (tmp_path / missing).unlink()
@@ -169,7 +169,7 @@ def test_the_nearest_folder_that_exists_must_be_writable(tmp_path, monkeypatch):
     assert f"{tmp_path} cannot be written" in problem_of(FileSink, file_config(path))
 
 
-def test_a_disk_that_is_mounted_read_only_is_named_as_such(used, tmp_path, monkeypatch):
+def test_a_disk_that_is_mounted_read_only_is_reported_as_such(used, tmp_path, monkeypatch):
     class ReadOnly:
         f_flag = os.ST_RDONLY
 
@@ -187,32 +187,32 @@ def hook(url, **more):
 
 @contextmanager
 def listening():
-    """A server that keeps what comes in on each connection, until it is hung up."""
-    heard = []
+    """A server that records what it receives on one connection: b"" when it opens, its data, None when it closes."""
+    received = []
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
 
         def serve():
             connection, _ = server.accept()
             with connection:
-                heard.append(b"")
+                received.append(b"")
                 while data := connection.recv(4096):
-                    heard.append(data)
-            heard.append(None)
+                    received.append(data)
+            received.append(None)
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield server.getsockname()[1], heard
+        yield server.getsockname()[1], received
         thread.join(5)
         assert not thread.is_alive()
 
 
 def test_a_receiver_that_listens_gets_a_connection_and_no_byte():
-    with listening() as (port, heard):
+    with listening() as (port, received):
         assert WebhookSink.probe("it", hook(f"http://127.0.0.1:{port}/?token=hunter2"), sink_context()) == (
             f"127.0.0.1:{port} accepts connections"
         )
-        until(lambda: None in heard)
-    assert heard == [b"", None]
+        until(lambda: None in received)
+    assert received == [b"", None]
 
 
 def test_an_address_where_nothing_listens_is_a_problem():
@@ -231,7 +231,7 @@ def test_a_name_that_does_not_exist_is_a_problem(monkeypatch):
     assert "unknown.example:443 cannot be found" in problem_of(WebhookSink, hook("https://unknown.example/"))
 
 
-def test_a_receiver_that_does_not_shake_hands_costs_no_more_than_the_time_limit():
+def test_a_missing_tls_handshake_fails_at_the_time_limit():
     with listening() as (port, _):
         began = time.monotonic()
         problem = problem_of(WebhookSink, hook(f"https://127.0.0.1:{port}/", timeout_secs=0.3))
@@ -268,8 +268,8 @@ def test_a_certificate_of_an_unknown_ca_is_a_problem(tls_receiver):
 def test_a_certificate_of_the_environments_ca_bundle_is_trusted(tls_receiver, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     text = WebhookSink.probe("it", hook(tls_receiver.url.replace("http:", "https:")), sink_context())
-    said = f"127.0.0.1:{tls_receiver.server_port} accepts connections, its certificate is trusted, and valid until "
-    assert re.fullmatch(re.escape(said) + r"20\d\d-\d\d-\d\d \(1 day\)", text)
+    expected = f"127.0.0.1:{tls_receiver.server_port} accepts connections, its certificate is trusted, and valid until "
+    assert re.fullmatch(re.escape(expected) + r"20\d\d-\d\d-\d\d \(1 day\)", text)
     assert tls_receiver.received == []
 
 
@@ -281,12 +281,12 @@ def test_a_ca_bundle_that_does_not_exist_is_a_problem(tmp_path, monkeypatch):
 @pytest.mark.parametrize("url", ["http://app.invalid/", "https://app.invalid/"])
 @pytest.mark.parametrize("spelled", ["http://user:hunter2@127.0.0.1:{}", "127.0.0.1:{}"])
 def test_behind_a_proxy_only_the_proxy_is_reached(monkeypatch, url, spelled):
-    with listening() as (port, heard):
+    with listening() as (port, received):
         monkeypatch.setenv("all_proxy", spelled.format(port))
         text = WebhookSink.probe("it", hook(url), sink_context())
-        until(lambda: None in heard)
+        until(lambda: None in received)
     assert text == f"the proxy 127.0.0.1:{port} accepts connections (the server behind it was not tried)"
-    assert heard == [b"", None]
+    assert received == [b"", None]
 
 
 def test_a_proxy_that_does_not_run_is_a_problem(monkeypatch):

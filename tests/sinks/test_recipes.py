@@ -1,4 +1,4 @@
-"""The recipes of the page about sinks, each as a user would take it: against stubs with the documented behaviour."""
+"""The recipes of the page about sinks, unchanged, with stubs that have the documented behaviour."""
 
 import base64
 import hashlib
@@ -50,11 +50,11 @@ def recipes():
 
 
 class Robot(Receiver):
-    """Says yes to a message that is documented, else what the receiver says: with the status 200 if need be.
+    """Accepts messages of the documented form; refuses others as the real receiver does, some with status 200.
 
     Args:
-        check: Gives the code or word for what is wrong with a message, and None if nothing is.
-        answer: Makes the answer of that.
+        check: Returns the error code or word for a message, or None if the message is correct.
+        answer: Makes the answer from the result of `check`.
     """
 
     def __init__(self, check, answer):
@@ -256,7 +256,7 @@ class Trial:
     def deliver(self, content):
         event = make_event(content, source="main", sub_app_id=None)
         assert self.router.route(event).sinks == (self.name,)
-        self.clock.advance(3600.0)  # beyond the pause after a start
+        self.clock.advance(3600.0)  # later than the pause after a start
         (delivery,), sent = send(self.worker, self.in_flight, [event])
         assert sent.wait(10)
         return delivery.result
@@ -276,7 +276,7 @@ def no_proxies(monkeypatch):
 
 @pytest.fixture
 def tried(tmp_path):
-    """Takes a recipe out of the page and tries it."""
+    """Takes a recipe from the page and runs it."""
     running, trials = [], []
 
     def try_it(name):
@@ -304,7 +304,7 @@ def test_a_bad_message_becomes_a_dead_letter(tried, name, code):
 
 
 @pytest.mark.parametrize(("name", "code"), TRIED_AGAIN)
-def test_what_is_no_fault_of_the_message_is_tried_again(tried, name, code):
+def test_errors_that_the_message_did_not_cause_are_tried_again(tried, name, code):
     trial = tried(name)
     trial.robot.wrong = code
     result = trial.deliver(SENT[name][0])
@@ -313,14 +313,14 @@ def test_what_is_no_fault_of_the_message_is_tried_again(tried, name, code):
 
 
 @pytest.mark.parametrize(("name", "content"), SKIPPED)
-def test_an_event_that_is_no_news_is_skipped(tried, name, content):
+def test_an_event_without_a_message_is_skipped(tried, name, content):
     trial = tried(name)
     assert trial.deliver(content).reason is Reason.SKIPPED
     assert trial.robot.received == []
 
 
 @pytest.mark.parametrize("name", ROBOTS)
-def test_the_receiver_takes_the_message_that_a_recipe_makes(tried, name):
+def test_the_receiver_accepts_the_message_of_each_recipe(tried, name):
     trial = tried(name)
     content, wanted = SENT[name]
     assert trial.deliver(content).reason is Reason.DELIVERED
@@ -328,16 +328,16 @@ def test_the_receiver_takes_the_message_that_a_recipe_makes(tried, name):
     assert {key: value for key, value in message.items() if key not in ("timestamp", "sign")} == wanted
 
 
-def test_a_message_of_a_failed_transcode_without_a_name_goes_out(tried):
+def test_a_failed_transcode_without_a_file_name_is_sent(tried):
     trial = tried("wecom")
     content = transcodes(("FAIL", None, None), FileName=None, FileId=5285890784246869930)
     assert trial.deliver(content).reason is Reason.DELIVERED
     (message,) = trial.robot.messages
-    said = "Transcode failed: file 5285890784246869930 (no name) template 100020 code null (no message)"
-    assert message["text"]["content"] == said
+    expected = "Transcode failed: file 5285890784246869930 (no name) template 100020 code null (no message)"
+    assert message["text"]["content"] == expected
 
 
-def test_a_transcode_message_beyond_what_wecom_takes_is_rejected(tried):
+def test_a_transcode_message_too_long_for_wecom_is_rejected(tried):
     trial = tried("wecom")
     result = trial.deliver(transcodes(("FAIL", 1, "x" * 3000)))
     assert result.reason is Reason.REJECTED

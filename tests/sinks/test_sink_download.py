@@ -1,4 +1,4 @@
-"""Images become files; whatever an event, a host or a disk does, nothing else does."""
+"""Images become files; no event, host or disk can make the sink do anything else."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ def image(url, offset=1000, err_code=0):
 
 
 class Host(ThreadingHTTPServer):
-    """Answers each path with what `pages` has for it: bytes, or a function of the handler."""
+    """Answers each path with the entry of `pages`: bytes, or a function that gets the handler."""
 
     daemon_threads = True
     block_on_close = False
@@ -62,7 +62,7 @@ class Host(ThreadingHTTPServer):
         return self.url(path)
 
     def handle_error(self, request, client_address):
-        pass  # clients that give up are what some tests are about
+        pass  # some tests have clients that close the connection early
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -166,7 +166,7 @@ def opened(root, log):
 
 @pytest.fixture
 def files(root, tmp_path):
-    """Every file that there is below the test's folder, by its path below the root; those outside show as '../'."""
+    """All files below the test's folder, by their path relative to the root; those outside begin with '../'."""
 
     def look():
         return {os.path.relpath(path, root): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -186,7 +186,7 @@ def failure_of(sink, sent, kind, timeout_secs=10.0):
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "expected"),
     [
         ("/srv/{file_id}/{nothing}.jpg", "there is no field {nothing} (there are: {file_id}, {task_id}"),
         ("/srv/{file_id}/{}.jpg", "there is no field {}"),
@@ -213,12 +213,12 @@ def failure_of(sink, sent, kind, timeout_secs=10.0):
         ("/srv/{file_id}-{task_id}-{key}-{index}", "longer than 255 bytes"),
     ],
 )
-def test_a_path_that_cannot_be_used_is_refused(path, says):
+def test_a_path_that_cannot_be_used_is_refused(path, expected):
     with pytest.raises(ValidationError) as excinfo:
         DownloadConfig(type="download", path=path, hosts=["*"])
     (error,) = excinfo.value.errors()
     assert error["loc"] == ("path",)
-    assert says in error["msg"]
+    assert expected in error["msg"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_path_that_cannot_be_used_is_refused(path, says):
         "/srv/{{braces}}/{key}-{index}.jpg",
     ],
 )
-def test_a_path_that_can_be_used_is_taken(path):
+def test_a_path_that_can_be_used_is_accepted(path):
     assert DownloadConfig(type="download", path=path, hosts=["*"]).path == path
 
 
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(opened, root):
 
 
 @pytest.mark.parametrize("variable", ["", "SSL_CERT_FILE"])
-def test_an_image_comes_from_a_host_of_a_ca_of_ones_own(opened, host, files, certificate, monkeypatch, variable):
+def test_images_are_downloaded_from_a_host_with_a_private_ca(opened, host, files, certificate, monkeypatch, variable):
     host.socket = certificate.context().wrap_socket(host.socket, server_side=True)
     sent = event(image(host.serves("/1.png").replace("http:", "https:")))
     assert "cannot be trusted: self-signed" in failure_of(opened(), sent, TransientError, timeout_secs=5.0)
@@ -279,7 +279,7 @@ def test_an_image_comes_from_a_host_of_a_ca_of_ones_own(opened, host, files, cer
 
 
 @pytest.mark.parametrize("digits", [20, 5000])
-def test_an_announced_length_of_any_length_is_too_long(opened, host, digits):
+def test_an_announced_length_of_many_digits_is_too_long(opened, host, digits):
     sent = event(image(host.serves("/1.png", status(200, b"", Content_Length="9" * digits))))
     assert "max_bytes" in failure_of(opened(), sent, RejectedError, timeout_secs=5.0)
 
@@ -311,7 +311,7 @@ def test_a_ca_bundle_that_does_not_exist_is_a_config_error(opened, monkeypatch, 
         opened()
 
 
-def test_a_probe_makes_nothing(root, tmp_path):
+def test_a_probe_creates_nothing(root, tmp_path):
     config = DownloadConfig(type="download", path=f"{root}/{{key}}/{{index}}", hosts=["*"])
     assert DownloadSink.probe("images", config, sink_context()) == f"{root} can be created"
     assert list(tmp_path.iterdir()) == []
@@ -319,7 +319,7 @@ def test_a_probe_makes_nothing(root, tmp_path):
     assert DownloadSink.probe("images", config, sink_context()) == f"{root} can be written"
 
 
-def test_a_probe_says_what_is_in_the_way(root):
+def test_a_probe_reports_a_file_at_the_path_of_a_folder(root):
     root.parent.write_text("a file in the way")
     config = DownloadConfig(type="download", path=f"{root}/{{key}}/{{index}}", hosts=["*"])
     with pytest.raises(ConfigError, match=r"sinks\.images\.path: .*: Not a directory"):
@@ -342,7 +342,7 @@ def test_every_field_can_be_used(opened, host, files):
     assert list(files()) == [f"10/387702/task-1/{sent.key.hex()}/0-1500.webp"]
 
 
-def test_files_and_folders_are_not_for_everybody(opened, host, root):
+def test_files_and_folders_are_not_readable_by_others(opened, host, root):
     opened().deliver([event(image(host.serves("/1.png")))], 10.0)
     assert (root / "387702").stat().st_mode & 0o007 == 0
     assert (root / "387702" / "1000.png").stat().st_mode & 0o117 == 0
@@ -366,41 +366,41 @@ def test_the_extension_is_one_of_images(opened, host, files, path, content_type,
     assert files() == {f"387702/1000.{extension}": PNG}
 
 
-def test_what_exists_is_not_fetched_again(opened, host, files):
+def test_an_existing_image_is_not_downloaded_again(opened, host, files):
     sink = opened()
     sent = event(image(host.serves("/1.png")), image(host.serves("/2", status(200, b"2", Content_Type="image/gif")), 2))
     sink.deliver([sent], 10.0)
     host.pages = {"/2": status(200, b"other", Content_Type="image/gif")}
     sink.deliver([sent], 10.0)
     assert files() == {"387702/1000.png": PNG, "387702/2.gif": b"2"}
-    # Only the head of an answer says what the second one is called.
+    # The name of the second one depends on the head of the answer.
     assert [path for path, _, _ in host.asked] == ["/1.png", "/2", "/2"]
 
 
-def test_a_failed_image_keeps_no_other_from_being_saved_and_the_retry_fetches_only_what_lacks(opened, host, files):
+def test_other_images_are_saved_and_a_retry_loads_only_failed_ones(opened, host, files):
     sent = event(*(image(host.url(f"/{n}.png"), n) for n in range(3)))
     host.serves("/0.png", status(503))
     host.serves("/2.png", b"two")
     sink = opened()
-    said = failure_of(sink, sent, TransientError)
-    assert said.startswith("2 of 3 images were not saved: ")
-    assert "/0.png answered 503" in said
+    message = failure_of(sink, sent, TransientError)
+    assert message.startswith("2 of 3 images were not saved: ")
+    assert "/0.png answered 503" in message
     host.serves("/0.png", b"zero")
     assert "/1.png answered 404" in failure_of(sink, sent, RejectedError)
     assert files() == {"387702/0.png": b"zero", "387702/2.png": b"two"}
     assert [path for path, _, _ in host.asked].count("/2.png") == 1
 
 
-def test_two_images_in_the_same_place_are_not_taken_for_one(opened, host, files):
+def test_two_images_with_the_same_path_are_an_error(opened, host, files):
     sent = event(image(host.serves("/1.png", b"one"), None), image(host.serves("/2.png", b"two"), None))
-    said = failure_of(opened(), sent, RejectedError)
-    assert "two images of the event would go to" in said
-    assert "{index}" in said
+    message = failure_of(opened(), sent, RejectedError)
+    assert "two images of the event would go to" in message
+    assert "{index}" in message
     opened("{file_id}/{index}.{ext}").deliver([sent], 10.0)
     assert {"387702/0.png", "387702/1.png"} <= set(files())
 
 
-def test_an_image_that_is_named_twice_is_fetched_once(opened, host):
+def test_an_image_that_is_listed_twice_is_downloaded_once(opened, host):
     url = host.serves("/1.png")
     opened().deliver([event(image(url), image(url))], 10.0)
     assert len(host.asked) == 1
@@ -423,7 +423,7 @@ def without_attributes(*_args, **_more):
 
 @pytest.fixture(params=["with attributes", "without attributes"])
 def attributes(request, monkeypatch, root):
-    """Both kinds of file systems."""
+    """File systems with and without extended attributes."""
     if request.param == "without attributes":
         monkeypatch.setattr(os, "setxattr", without_attributes)
         monkeypatch.setattr(os, "getxattr", without_attributes)
@@ -439,9 +439,7 @@ def attributes(request, monkeypatch, root):
 @pytest.mark.parametrize(
     "other", [{"definition": 20}, {"task_id": "task-2"}, {"definition": 20, "task_id": "task-2", "Extra": 1}]
 )
-def test_an_image_that_another_event_s_file_stands_in_the_way_of_is_said(
-    opened, host, files, skipped, attributes, root, other
-):
+def test_an_image_whose_path_another_event_has_is_reported(opened, host, files, skipped, attributes, root, other):
     sink = opened()
     first, second = event(image(host.serves("/1.png"))), event(image(host.serves("/2.png", b"two")), **other)
     sink.deliver([first], 10.0)
@@ -449,15 +447,15 @@ def test_an_image_that_another_event_s_file_stands_in_the_way_of_is_said(
     for _ in range(3):
         sink.deliver([second], 10.0)
     assert files() == {"387702/1000.png": PNG}
-    (said,) = skipped()
-    assert said["key"] == second.key.hex()
-    assert said["held_by"] == first.key.hex()
-    assert said["path"] == str(root / "387702" / "1000.png")
-    assert "{definition} and {task_id}" in said["hint"]
+    (log_line,) = skipped()
+    assert log_line["key"] == second.key.hex()
+    assert log_line["held_by"] == first.key.hex()
+    assert log_line["path"] == str(root / "387702" / "1000.png")
+    assert "{definition} and {task_id}" in log_line["hint"]
 
 
 @pytest.mark.parametrize("path", ["/1.png", "/1"])
-def test_an_event_s_own_files_are_not_said(opened, host, skipped, attributes, path):
+def test_an_event_s_own_files_are_not_reported(opened, host, skipped, attributes, path):
     host.serves(path, status(200, PNG, Content_Type="image/png"))
     sent = event(image(host.url(path)), image(host.url("/2.png"), 2000))
     sink = opened()
@@ -471,10 +469,10 @@ def test_an_event_s_own_files_are_known_after_a_restart(opened, host, skipped, a
     sent = event(image(host.serves("/1.png")))
     opened().deliver([sent], 10.0)
     opened().deliver([sent], 10.0)
-    assert [said["held_by"] for said in skipped()] == ([] if attributes else ["unknown"])
+    assert [log_line["held_by"] for log_line in skipped()] == ([] if attributes else ["unknown"])
 
 
-def test_a_path_with_the_key_has_no_files_of_others(opened, host, skipped, monkeypatch):
+def test_a_path_with_the_key_has_no_files_of_other_events(opened, host, skipped, monkeypatch):
     monkeypatch.setattr(os, "getxattr", without_attributes)
     sent = event(image(host.serves("/1.png")))
     opened("{key}/{index}.{ext}").deliver([sent], 10.0)
@@ -483,7 +481,7 @@ def test_a_path_with_the_key_has_no_files_of_others(opened, host, skipped, monke
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_of_events_at_once_with_one_name_the_first_has_it_and_the_others_are_said(opened, host, files, skipped, number):
+def test_one_of_several_events_gets_the_path_the_others_are_reported(opened, host, files, skipped, number):
     together = threading.Barrier(number)
 
     def served(body):
@@ -503,11 +501,11 @@ def test_of_events_at_once_with_one_name_the_first_has_it_and_the_others_are_sai
     ((place, content),) = files().items()
     assert place == "387702/1000.png"
     winner = sent[int(content.split()[1])].key.hex()
-    assert {said["held_by"] for said in skipped()} == {winner}
-    assert {said["key"] for said in skipped()} == {each.key.hex() for each in sent} - {winner}
+    assert {log_line["held_by"] for log_line in skipped()} == {winner}
+    assert {log_line["key"] for log_line in skipped()} == {each.key.hex() for each in sent} - {winner}
 
 
-# --- file systems that can do less ---
+# --- file systems that lack a function ---
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
@@ -522,12 +520,12 @@ def test_folders_that_cannot_be_synced_are_a_warning_once(opened, host, files, l
     monkeypatch.setattr(os, "fsync", refuse_folders)
     opened().deliver([event(image(host.serves("/1.png")))], 10.0)
     assert files() == {"387702/1000.png": PNG}
-    (said,) = named(lines, "config.warning")
-    assert said["message"].startswith("sinks.images.path: ")
+    (log_line,) = named(lines, "config.warning")
+    assert log_line["message"].startswith("sinks.images.path: ")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF])
-def test_without_locks_images_are_saved_and_what_others_may_be_writing_is_left(opened, host, root, monkeypatch, number):
+def test_without_locks_images_are_saved_and_partial_files_are_kept(opened, host, root, monkeypatch, number):
     def refuse(_fd, _kind):
         raise OSError(number, os.strerror(number))
 
@@ -541,7 +539,7 @@ def test_without_locks_images_are_saved_and_what_others_may_be_writing_is_left(o
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE])
-def test_a_disk_s_trouble_at_the_start_may_pass(opened, monkeypatch, number):
+def test_a_disk_error_at_the_start_is_transient(opened, monkeypatch, number):
     def refuse(*_args, **_more):
         raise OSError(number, os.strerror(number))
 
@@ -550,10 +548,10 @@ def test_a_disk_s_trouble_at_the_start_may_pass(opened, monkeypatch, number):
         opened()
 
 
-# --- what is not ---
+# --- what is not saved ---
 
 
-def test_what_vod_could_not_take_is_said_and_skipped(opened, host, files, skipped):
+def test_a_snapshot_that_vod_failed_to_take_is_logged_and_skipped(opened, host, files, skipped):
     sent = event(image("", 500, err_code=70_000), image(host.serves("/1.png")), image("x", 700, err_code="Bad"))
     opened().deliver([sent], 10.0)
     assert list(files()) == ["387702/1000.png"]
@@ -565,13 +563,13 @@ def test_what_vod_could_not_take_is_said_and_skipped(opened, host, files, skippe
 
 
 @pytest.mark.parametrize("sent", [event(), event(image("", 500, err_code=1))])
-def test_an_event_without_an_image_is_accepted_with_a_line(opened, files, skipped, sent):
+def test_an_event_without_an_image_is_accepted_with_a_log_line(opened, files, skipped, sent):
     opened().deliver([sent], 10.0)
     assert files() == {}
     assert len(skipped()) == 1
 
 
-def test_types_of_megabytes_are_not_kept(opened, lines):
+def test_very_long_event_types_are_not_kept_in_memory(opened, lines):
     sink = opened()
     tracemalloc.start()
     try:
@@ -587,21 +585,21 @@ def test_types_of_megabytes_are_not_kept(opened, lines):
     assert kept_bytes < 1_000_000
 
 
-def test_events_of_another_type_are_accepted_and_said_once(opened, files, skipped):
+def test_events_of_another_type_are_accepted_and_logged_once(opened, files, skipped):
     sink = opened()
     for number in range(5):
         sink.deliver([make_event({"EventType": "FileDeleted", "N": number}, source="main", sub_app_id=None)], 10.0)
     assert files() == {}
-    (said,) = skipped()
-    assert said["event_type"] == "FileDeleted"
-    assert "'FileDeleted'" in said["message"]
+    (log_line,) = skipped()
+    assert log_line["event_type"] == "FileDeleted"
+    assert "'FileDeleted'" in log_line["message"]
 
 
 # --- what a host may answer ---
 
 
 @pytest.mark.parametrize(
-    ("page", "kind", "says"),
+    ("page", "kind", "expected"),
     [
         (status(404), RejectedError, "answered 404 Not Found"),
         (status(410), RejectedError, "answered 410 Gone"),
@@ -623,51 +621,51 @@ def test_events_of_another_type_are_accepted_and_said_once(opened, files, skippe
         (status(200, PNG, Content_Length="5, 6"), TransientError, "127.0.0.1"),
     ],
 )
-def test_an_answer_that_is_no_image_leaves_no_file(opened, host, files, page, kind, says):
+def test_an_answer_that_is_not_an_image_leaves_no_file(opened, host, files, page, kind, expected):
     sent = event(image(host.serves("/1.png?sign=hunter2", page)))
     began = time.monotonic()
-    said = failure_of(opened(max_bytes=100_000), sent, kind, timeout_secs=0.5)
+    message = failure_of(opened(max_bytes=100_000), sent, kind, timeout_secs=0.5)
     assert time.monotonic() - began < 0.5 + SLACK_SECS
-    assert says in said
-    assert f"{host.url()} " in said
-    assert "hunter2" not in said
+    assert expected in message
+    assert f"{host.url()} " in message
+    assert "hunter2" not in message
     assert files() == {}
 
 
-def test_of_an_answer_that_is_longer_than_it_says_only_that_much_counts(opened, host, files):
+def test_bytes_beyond_the_announced_length_are_ignored(opened, host, files):
     sink = opened()
     sink.deliver([event(image(host.serves("/1.png", ends_too_late)), image(host.serves("/2.png"), 2))], 10.0)
     assert files() == {"387702/1000.png": PNG[:100], "387702/2.png": PNG}
 
 
-def test_an_image_of_just_the_longest_length_is_saved(opened, host, files):
+def test_an_image_of_exactly_the_maximum_length_is_saved(opened, host, files):
     opened(max_bytes=len(PNG)).deliver([event(image(host.serves("/1.png")))], 10.0)
     assert files() == {"387702/1000.png": PNG}
-    said = failure_of(opened("{file_id}/b{index}", max_bytes=len(PNG) - 1), event(image(host.url())), RejectedError)
-    assert "max_bytes" in said
+    message = failure_of(opened("{file_id}/b{index}", max_bytes=len(PNG) - 1), event(image(host.url())), RejectedError)
+    assert "max_bytes" in message
 
 
-def test_the_time_limit_is_that_of_all_images_together(opened, host):
+def test_the_time_limit_applies_to_all_images_together(opened, host):
     def slow(handler):
         handler.server.stopping.wait(0.2)
         handler.answer(200, PNG)
 
     sent = event(*(image(host.serves(f"/{n}.png", slow), n) for n in range(20)))
     began = time.monotonic()
-    said = failure_of(opened(), sent, TransientError, timeout_secs=0.5)
+    message = failure_of(opened(), sent, TransientError, timeout_secs=0.5)
     assert time.monotonic() - began < 0.5 + SLACK_SECS
-    assert "of 20 images were not saved" in said
-    assert "the time limit of 0.5 s for the event is over" in said
+    assert "of 20 images were not saved" in message
+    assert "the time limit of 0.5 s for the event is over" in message
     assert len(host.asked) <= 4
 
 
-def test_a_host_that_swallows_packets_costs_no_more_than_the_time_limit(opened):
+def test_a_host_that_drops_packets_fails_at_the_time_limit(opened):
     with black_hole() as port:
         sent = event(image(f"http://127.0.0.1:{port}/1.png"))
         assert "could not be reached within 0.3 s" in failure_of(opened(), sent, TransientError, timeout_secs=0.3)
 
 
-def test_retry_after_is_handed_on(opened, host):
+def test_retry_after_is_passed_on(opened, host):
     sent = event(
         image(host.serves("/1.png", status(503, Retry_After="7"))), image(host.serves("/2.png", status(500)), 2)
     )
@@ -676,7 +674,7 @@ def test_retry_after_is_handed_on(opened, host):
     assert excinfo.value.retry_after_secs == 7
 
 
-def test_nothing_is_sent_that_could_identify_anybody(opened, host, monkeypatch, tmp_path):
+def test_no_credentials_or_cookies_are_sent(opened, host, monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password hunter2\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
@@ -744,39 +742,39 @@ PRIVATE_6 = [
 
 
 @pytest.mark.parametrize("address", [*PRIVATE[:10], *PRIVATE_6])
-def test_addresses_that_are_not_public_are_known(address):
+def test_addresses_that_are_not_public_are_recognised(address):
     assert not is_public(address)
 
 
 @pytest.mark.parametrize(
     "address", ["1.1.1.1", "119.29.29.29", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"]
 )
-def test_addresses_that_are_public_are_known(address):
+def test_addresses_that_are_public_are_recognised(address):
     assert is_public(address)
 
 
 @pytest.mark.parametrize("address", [*PRIVATE, *(f"[{address}]" for address in PRIVATE_6)])
 @pytest.mark.parametrize("how", ["url", "redirect"])
 def test_no_connection_is_made_to_an_address_that_is_not_public(opened, host, files, monkeypatch, address, how):
-    """Neither by an event nor by a redirect, from a host that is public (here by decree)."""
+    """Neither from an event's URL nor from a redirect of a public host; the test declares the host public."""
     connected = connections(monkeypatch)
-    decreed = ["127.0.0.1"]
-    monkeypatch.setattr("vodpoller.sinks.download.fetching.is_public", lambda ip: ip in decreed or is_public(ip))
+    declared = ["127.0.0.1"]
+    monkeypatch.setattr("vodpoller.sinks.download.fetching.is_public", lambda ip: ip in declared or is_public(ip))
     url = f"http://{address}:{host.server_port}/1.png"
     if how == "redirect":
-        start = host.serves("/start.png", lambda handler: (decreed.clear(), redirect(url)(handler)))
+        start = host.serves("/start.png", lambda handler: (declared.clear(), redirect(url)(handler)))
     else:
         start = url
-        decreed.clear()
-    said = failure_of(opened(hosts=["*"], allow_private=False), event(image(start)), RejectedError)
-    assert "no connection may be made" in said
-    assert "sinks.images.allow_private" in said
+        declared.clear()
+    message = failure_of(opened(hosts=["*"], allow_private=False), event(image(start)), RejectedError)
+    assert "no connection may be made" in message
+    assert "sinks.images.allow_private" in message
     assert len(connected) == (1 if how == "redirect" else 0)
     assert files() == {}
 
 
 def connections(monkeypatch):
-    """To where sockets were connected."""
+    """Records the addresses to which sockets connect."""
     connected = []
 
     class Socket(socket.socket):
@@ -789,15 +787,15 @@ def connections(monkeypatch):
 
 
 @pytest.mark.parametrize("address", [*PRIVATE[:10], *PRIVATE_6])
-def test_no_connection_is_made_to_a_name_of_an_address_that_is_not_public(opened, monkeypatch, address):
+def test_no_connection_is_made_to_a_name_with_a_private_address(opened, monkeypatch, address):
     connected = connections(monkeypatch)
     sink = opened(allow_private=False, edges={"resolve": Resolver(images=[address])})
-    said = failure_of(sink, event(image("http://images.example/1.png")), RejectedError)
-    assert "http://images.example/1.png is at " in said
+    message = failure_of(sink, event(image("http://images.example/1.png")), RejectedError)
+    assert "http://images.example/1.png is at " in message
     assert connected == []
 
 
-def test_the_address_that_was_looked_at_is_the_one_that_is_connected_to(opened, host, monkeypatch):
+def test_the_address_that_was_checked_is_the_one_connected_to(opened, host, monkeypatch):
     connected = connections(monkeypatch)
     answers = iter([["1.2.3.4"], ["127.0.0.1"]])
 
@@ -829,12 +827,12 @@ def refuse():
     ],
 )
 @pytest.mark.parametrize("how", ["url", "redirect"])
-def test_no_other_host_is_asked(opened, host, files, url, how):
+def test_no_other_host_is_contacted(opened, host, files, url, how):
     resolver = Resolver()
     start = host.serves("/start.png", redirect(url)) if how == "redirect" else url
     sink = opened(edges={"resolve": resolver})
-    said = failure_of(sink, event(image(start)), RejectedError)
-    assert "its host is not in sinks.images.hosts" in said or "credentials" in said
+    message = failure_of(sink, event(image(start)), RejectedError)
+    assert "its host is not in sinks.images.hosts" in message or "credentials" in message
     assert resolver.asked == (["127.0.0.1"] if how == "redirect" else [])
     assert files() == {}
 
@@ -874,25 +872,25 @@ def local(host):
         "http://127.0.0.1 /1.png",
     ],
 )
-def test_what_is_no_address_of_http_is_refused(opened, files, url):
+def test_a_url_that_is_not_http_or_https_is_refused(opened, files, url):
     assert "is not an http or https address" in failure_of(opened(), event(image(url)), RejectedError)
     assert files() == {}
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/1.png", "gopher://127.0.0.1:6379/_FLUSHALL"])
 def test_a_redirect_to_another_scheme_is_refused(opened, host, files, url):
-    said = failure_of(opened(), event(image(host.serves("/1.png", redirect(url)))), RejectedError)
-    assert "is not an http or https address" in said
+    message = failure_of(opened(), event(image(host.serves("/1.png", redirect(url)))), RejectedError)
+    assert "is not an http or https address" in message
     assert files() == {}
 
 
 @pytest.mark.parametrize("how", ["url", "redirect"])
-def test_credentials_are_refused_and_not_told(opened, host, how):
+def test_credentials_are_refused_and_not_shown(opened, host, how):
     url = host.serves("/1.png").replace("http://", "http://user:hunter2@")
     start = host.serves("/start.png", redirect(url)) if how == "redirect" else url
-    said = failure_of(opened(), event(image(start)), RejectedError)
-    assert "credentials" in said
-    assert "hunter2" not in said
+    message = failure_of(opened(), event(image(start)), RejectedError)
+    assert "credentials" in message
+    assert "hunter2" not in message
     assert [path for path, _, _ in host.asked] == (["/start.png"] if how == "redirect" else [])
 
 
@@ -906,18 +904,18 @@ def test_redirects_are_followed(opened, host, files, code):
 
 
 def test_redirects_are_followed_three_times_only(opened, host, files):
-    said = failure_of(opened(), event(image(host.serves("/1.png", redirect("/1.png")))), TransientError)
-    assert "redirects more than 3 times" in said
+    message = failure_of(opened(), event(image(host.serves("/1.png", redirect("/1.png")))), TransientError)
+    assert "redirects more than 3 times" in message
     assert len(host.asked) == 4
     assert files() == {}
 
 
 @pytest.mark.parametrize("location", ["http://[::1", "http://127.0.0.1:port/"])
-def test_a_redirect_to_a_strange_place_is_refused(opened, host, location):
+def test_a_redirect_to_an_invalid_url_is_refused(opened, host, location):
     failure_of(opened(), event(image(host.serves("/1.png", redirect(location)))), RejectedError)
 
 
-def test_behind_a_proxy_the_hosts_are_looked_at_and_the_addresses_are_not(opened, host, files, monkeypatch):
+def test_with_a_proxy_hosts_are_checked_and_addresses_are_not(opened, host, files, monkeypatch):
     monkeypatch.setenv("http_proxy", host.url(""))
     resolver = Resolver()
     sink = opened(allow_private=False, edges={"resolve": resolver})
@@ -958,7 +956,7 @@ STRANGE = [
 
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("field", ["file_id", "task_id"])
-def test_ids_cannot_lead_outside(opened, host, files, field, strange):
+def test_ids_cannot_lead_outside_the_root(opened, host, files, field, strange):
     sent = event(image(host.serves("/1.png")), **{field: strange})
     opened("{file_id}/{task_id}/{index}.{ext}").deliver([sent], 10.0)
     digest = hashlib.sha256(strange.encode(errors="surrogatepass")).hexdigest()[:16]
@@ -971,7 +969,7 @@ def test_distinct_values_stay_distinct():
     names = {safe_name(value, 100) for value in values}
     assert len(names) == len(values)
     again = {safe_name(name, 100) for name in names}
-    assert len(names | again) > len(names)  # a name that was made is never that of a value
+    assert len(names | again) > len(names)  # a generated name never equals the name of another value
     assert all(len(name) <= 100 for name in names)
 
 
@@ -981,7 +979,7 @@ def test_harmless_values_stay_as_they_are(value):
 
 
 @pytest.mark.parametrize("offset", [-5, 10**30, None])
-def test_numbers_of_any_kind_are_names(opened, host, files, offset):
+def test_any_time_offset_makes_a_file_name(opened, host, files, offset):
     opened().deliver([event(image(host.serves("/1.png"), offset))], 10.0)
     (name,) = files()
     assert name.startswith("387702/_")
@@ -993,12 +991,12 @@ def test_a_symbolic_link_to_a_folder_is_not_followed(opened, host, files, root, 
     other = root / "other" if inside else tmp_path / "outside"
     other.mkdir()
     (root / "387702").symlink_to(other)
-    said = failure_of(sink, event(image(host.serves("/1.png"))), TransientError)
-    assert "symbolic link" in said
+    message = failure_of(sink, event(image(host.serves("/1.png"))), TransientError)
+    assert "symbolic link" in message
     assert files() == {}
 
 
-def test_a_symbolic_link_in_the_files_place_is_not_written_through(opened, host, root, tmp_path):
+def test_a_symbolic_link_at_the_file_path_is_replaced(opened, host, root, tmp_path):
     sink = opened()
     (root / "387702").mkdir()
     (tmp_path / "victim").write_text("mine")
@@ -1017,7 +1015,7 @@ def test_the_root_itself_may_be_a_symbolic_link(opened, host, files, root, tmp_p
     assert (tmp_path / "disk" / "387702" / "1000.png").read_bytes() == PNG
 
 
-def test_a_folder_in_the_files_place_is_transient(opened, host, files, root):
+def test_a_folder_at_the_file_path_is_a_transient_error(opened, host, files, root):
     sink = opened()
     (root / "387702" / "1000.png").mkdir(parents=True)
     assert "was not saved" in failure_of(sink, event(image(host.serves("/1.png"))), TransientError)
@@ -1027,8 +1025,8 @@ def test_a_folder_in_the_files_place_is_transient(opened, host, files, root):
 def test_a_root_that_was_removed_is_not_made_again(opened, host, root):
     sink = opened()
     root.rmdir()
-    said = failure_of(sink, event(image(host.serves("/1.png"))), TransientError)
-    assert "removed or unmounted" in said
+    message = failure_of(sink, event(image(host.serves("/1.png"))), TransientError)
+    assert "removed or unmounted" in message
     assert not root.exists()
 
 
@@ -1053,7 +1051,7 @@ def test_a_full_disk_is_transient_and_leaves_nothing_behind(opened, host, files)
     assert files() == {"387702/1000.png": PNG}
 
 
-def test_what_a_run_that_was_killed_left_is_removed_and_nothing_else(opened, host, root):
+def test_partial_files_of_a_killed_run_and_no_others_are_removed(opened, host, root):
     folder = root / "387702"
     folder.mkdir(parents=True)
     left = folder / ".vodpoller-0123456789abcdef.part"
@@ -1084,7 +1082,7 @@ def test_a_file_has_its_name_only_when_it_is_whole_and_synced(opened, host, root
     assert steps == [("fsync", []), ("fsync", [True]), ("rename", [True]), ("fsync", [False])]
 
 
-def test_two_events_with_the_same_image_at_once_do_no_harm(opened, host, files):
+def test_two_concurrent_events_may_have_the_same_image(opened, host, files):
     meet = threading.Barrier(2, timeout=10)
 
     def page(handler):

@@ -30,7 +30,7 @@ def event(number=1, *, sub_app_id=None, **more):
 
 @pytest.fixture
 def opened():
-    """Makes the sink of a command, or of a shell script with arguments."""
+    """Makes the sink for a command, or for a shell script with arguments."""
     sinks = []
 
     def open_it(command=None, *, script=None, args=(), environ=None, **more):
@@ -52,7 +52,7 @@ def failure_of(sink, kind=TransientError, timeout_secs=10.0, sent=None):
 
 
 def is_alive(pid):
-    """Whether it runs; an orphan that is not reaped yet does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -114,7 +114,7 @@ def test_the_values_of_variables_are_not_shown():
 # --- opening ---
 
 
-def test_a_program_that_is_nowhere_on_path_is_a_config_error(opened):
+def test_a_program_that_is_not_on_path_is_a_config_error(opened):
     with pytest.raises(ConfigError) as excinfo:
         opened(["no-such-program-anywhere"])
     (problem,) = excinfo.value.problems
@@ -122,7 +122,7 @@ def test_a_program_that_is_nowhere_on_path_is_a_config_error(opened):
     assert problem.endswith("(install it, or give its path)")
 
 
-def test_a_file_that_is_not_executable_is_a_config_error_that_says_chmod(opened, tmp_path):
+def test_a_file_that_is_not_executable_is_an_error_with_a_remedy(opened, tmp_path):
     program = tmp_path / "handler"
     program.write_text("#!/bin/sh\n")
     for command, words in (([str(program)], "cannot be executed (make it executable for this user: chmod +x)"),):
@@ -132,18 +132,18 @@ def test_a_file_that_is_not_executable_is_a_config_error_that_says_chmod(opened,
 
 
 @pytest.mark.parametrize("program", ["/no/such/file", "./no-such-file"])
-def test_a_path_where_nothing_is_is_a_config_error(opened, program):
+def test_a_path_that_does_not_exist_is_a_config_error(opened, program):
     with pytest.raises(ConfigError, match=r"does not exist \(is the path right\?\)"):
         opened([program])
 
 
-def test_a_folder_is_no_program(opened, tmp_path):
+def test_a_folder_is_not_a_program(opened, tmp_path):
     with pytest.raises(ConfigError, match="cannot be executed"):
         opened([str(tmp_path)])
 
 
 @pytest.mark.parametrize("place", ["missing", "file"])
-def test_a_cwd_that_is_no_folder_is_a_config_error(opened, tmp_path, place):
+def test_a_cwd_that_is_not_a_folder_is_a_config_error(opened, tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as excinfo:
         opened(["true"], cwd=str(tmp_path / place))
@@ -174,7 +174,7 @@ def test_a_program_is_looked_up_on_the_path_that_it_gets(opened, tmp_path, by):
     assert failure_of(sink, RejectedError) == f"{tmp_path}/handler exited with 3"
 
 
-def test_a_relative_path_is_below_cwd_which_is_where_it_runs(opened, tmp_path):
+def test_a_relative_path_starts_at_cwd_where_the_command_runs(opened, tmp_path):
     a_program(tmp_path, f"#!{SH}\npwd >place\n")
     opened(["./handler"], cwd=str(tmp_path)).deliver([event()], 10.0)
     assert (tmp_path / "place").read_text() == f"{tmp_path}\n"
@@ -228,7 +228,7 @@ def test_an_id_that_no_environment_can_hold_is_escaped_or_cut(opened, tmp_path, 
     assert variables(tmp_path / "environ")[b"VODPOLLER_EVENT_TYPE"] == variable
 
 
-def test_no_more_is_inherited_than_a_command_needs(opened, tmp_path):
+def test_a_command_inherits_only_the_variables_that_it_needs(opened, tmp_path):
     kept = {"PATH": os.environ["PATH"], "HOME": "/root", "LANG": "C.UTF-8", "LC_TIME": "C", "TZ": "UTC", "TMPDIR": "/x"}
     dropped = {
         "NOTIFY_SOCKET": "/run/systemd/notify",
@@ -250,7 +250,7 @@ def test_no_more_is_inherited_than_a_command_needs(opened, tmp_path):
     }
 
 
-def test_no_descriptor_but_the_three_is_inherited(opened, tmp_path):
+def test_a_command_inherits_only_the_standard_streams(opened, tmp_path):
     with (tmp_path / "secret").open("w") as secret:
         os.set_inheritable(secret.fileno(), True)  # noqa: FBT003 - it takes no keywords
         opened(script='ls -l /proc/$$/fd >"$1/fds"', args=[tmp_path]).deliver([event()], 10.0)
@@ -266,7 +266,7 @@ def test_the_format_is_that_of_the_configuration(opened, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "kind", "said"),
+    ("script", "kind", "expected"),
     [
         ("exit 1", RejectedError, "exited with 1"),
         ("exit 255", RejectedError, "exited with 255"),
@@ -280,11 +280,11 @@ def test_the_format_is_that_of_the_configuration(opened, tmp_path):
         ("echo oh >&2; kill -SEGV $$", TransientError, "was killed by SIGSEGV: oh"),
     ],
 )
-def test_an_end_that_is_no_success_says_what_it_means(opened, script, kind, said):
+def test_an_exit_that_is_not_a_success_is_explained(opened, script, kind, expected):
     sink = opened(script=f"ulimit -c 0; {script}")
     with pytest.raises((RejectedError, TransientError)) as excinfo:
         sink.deliver([event()], 10.0)
-    assert (type(excinfo.value), str(excinfo.value)) == (kind, f"{SH} {said}")
+    assert (type(excinfo.value), str(excinfo.value)) == (kind, f"{SH} {expected}")
 
 
 def test_a_real_time_signal_has_a_number(opened):
@@ -294,7 +294,7 @@ def test_a_real_time_signal_has_a_number(opened):
 
 @pytest.mark.parametrize("size", [10, 5_000_000])
 @pytest.mark.parametrize(("code", "kind"), [(0, None), (3, RejectedError), (75, TransientError)])
-def test_a_command_that_does_not_read_is_judged_by_its_exit_code_alone(opened, size, code, kind):
+def test_a_command_that_does_not_read_counts_by_its_exit_code(opened, size, code, kind):
     sink = opened(script=f"exec <&-; exit {code}")
     sent = event(Text="x" * size)
     if kind is None:
@@ -303,23 +303,23 @@ def test_a_command_that_does_not_read_is_judged_by_its_exit_code_alone(opened, s
         failure_of(sink, kind, sent=sent)
 
 
-def test_a_command_that_says_much_before_it_reads_much_comes_to_its_end(opened, tmp_path):
+def test_a_command_may_write_much_before_it_reads(opened, tmp_path):
     sent = event(Text="0123456789abcdef" * (5 * 65_536))
     script = 'head -c 3000000 /dev/zero >&2; head -c 3000000 /dev/zero; cat >"$1/body"'
     opened(script=script, args=[tmp_path]).deliver([sent], 20.0)
     assert (tmp_path / "body").read_bytes() == sent.body
 
 
-def test_the_reason_is_the_last_of_what_it_wrote_to_stderr_in_one_line(opened):
+def test_the_reason_is_the_end_of_stderr_in_one_line(opened):
     script = "seq 1 100000 >&2; printf '\\033[31mred\\r\\n\\n  end\\377\\n' >&2; echo on stdout; exit 1"
-    said = failure_of(opened(script=script), RejectedError)
-    assert said.endswith(" | 99999 | 100000 | [31mred | end\ufffd")
-    assert len(said) < 8192
-    assert "stdout" not in said
-    assert said.isprintable()
+    message = failure_of(opened(script=script), RejectedError)
+    assert message.endswith(" | 99999 | 100000 | [31mred | end\ufffd")
+    assert len(message) < 8192
+    assert "stdout" not in message
+    assert message.isprintable()
 
 
-def test_what_it_writes_to_stderr_takes_no_memory(opened):
+def test_stderr_of_a_command_takes_no_memory(opened):
     sink = opened(script="yes '0123456789 abcdefghij' | head -c 200000000 >&2; echo last >&2; exit 1")
     before = peak_bytes()
     assert failure_of(sink, RejectedError, timeout_secs=60.0).endswith("last")
@@ -332,24 +332,24 @@ def peak_bytes():
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3000, *range(4080, 4097, 2), 6000])
-def test_the_values_of_variables_are_hidden_in_what_it_says_even_if_cut_in_two(opened, kept_bytes):
+def test_variables_are_hidden_in_stderr_even_if_cut_in_two(opened, kept_bytes):
     dots = f'head -c {kept_bytes} /dev/zero | tr "\\0" .'
     script = f'{{ printf %s "begin $TOKEN"; {dots}; printf %s "$TOKEN"; }} >&2; exit 1'
-    said = failure_of(opened(script=script, env={"TOKEN": "hunter2-hunter3", "VERBOSE": "1"}), RejectedError)
-    assert said.startswith(f"{SH} exited with 1")
-    assert not any(piece in said for piece in ("hunter", "unt", "ter3", "er3", "r3"))
-    assert ("begin ***" in said) == (kept_bytes <= 3000)
-    assert said.endswith("***")
-    assert said.count(".") >= min(kept_bytes, 4000)
+    message = failure_of(opened(script=script, env={"TOKEN": "hunter2-hunter3", "VERBOSE": "1"}), RejectedError)
+    assert message.startswith(f"{SH} exited with 1")
+    assert not any(piece in message for piece in ("hunter", "unt", "ter3", "er3", "r3"))
+    assert ("begin ***" in message) == (kept_bytes <= 3000)
+    assert message.endswith("***")
+    assert message.count(".") >= min(kept_bytes, 4000)
 
 
-def test_a_long_value_that_has_to_be_hidden_does_not_make_the_reason_longer(opened):
+def test_a_long_hidden_value_does_not_make_the_reason_longer(opened):
     script = "head -c 9000 /dev/zero | tr '\\0' . >&2; exit 1"
-    said = failure_of(opened(script=script, env={"TOKEN": "x" * 10_000}), RejectedError)
-    assert said == f"{SH} exited with 1: {'.' * 4096}"
+    message = failure_of(opened(script=script, env={"TOKEN": "x" * 10_000}), RejectedError)
+    assert message == f"{SH} exited with 1: {'.' * 4096}"
 
 
-def test_a_program_that_is_removed_later_may_come_back(opened, tmp_path):
+def test_a_program_that_was_removed_may_be_installed_again(opened, tmp_path):
     program = a_program(tmp_path, f"#!{SH}\nexit 0\n")
     sink = opened([str(program)])
     program.rename(tmp_path / "away")
@@ -358,19 +358,19 @@ def test_a_program_that_is_removed_later_may_come_back(opened, tmp_path):
     sink.deliver([event()], 10.0)
 
 
-def test_a_folder_that_is_removed_later_is_what_the_error_is_about(opened, tmp_path):
+def test_the_error_names_a_cwd_that_was_removed(opened, tmp_path):
     (tmp_path / "place").mkdir()
     sink = opened(["true"], cwd=str(tmp_path / "place"))
     (tmp_path / "place").rmdir()
     assert failure_of(sink).startswith(f"{tmp_path / 'place'} cannot be started: No such file")
 
 
-def test_a_script_without_a_first_line_says_what_is_missing(opened, tmp_path):
+def test_the_error_of_a_script_without_a_shebang_explains_it(opened, tmp_path):
     program = a_program(tmp_path, "exit 0\n")
     assert "Exec format error (a script's first line must be #!" in failure_of(opened([str(program)]))
 
 
-def test_memory_that_is_short_before_the_start_is_transient(opened, monkeypatch):
+def test_a_lack_of_memory_before_the_start_is_transient(opened, monkeypatch):
     def refuse(name):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
@@ -378,7 +378,7 @@ def test_memory_that_is_short_before_the_start_is_transient(opened, monkeypatch)
     assert "cannot be started: Cannot allocate memory (not enough memory" in failure_of(opened(["true"]))
 
 
-def test_an_exit_code_that_somebody_else_took_is_never_a_success(opened):
+def test_a_lost_exit_code_is_never_a_success(opened):
     sink = opened(["true"])
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
@@ -393,8 +393,8 @@ def test_an_exit_code_that_somebody_else_took_is_never_a_success(opened):
 
 def timed(sink, timeout_secs):
     began = time.monotonic()
-    said = failure_of(sink, TransientError, timeout_secs)
-    return said, time.monotonic() - began
+    message = failure_of(sink, TransientError, timeout_secs)
+    return message, time.monotonic() - began
 
 
 FAMILY = """
@@ -415,36 +415,36 @@ FAMILY = """
     ],
     ids=["obeys", "ignores", "succeeds late", "closed stderr", "talks"],
 )
-def test_a_command_that_takes_too_long_dies_with_all_that_it_started(opened, tmp_path, script):
+def test_a_command_that_is_too_slow_is_killed_with_its_children(opened, tmp_path, script):
     sink = opened(script=script, args=[tmp_path])
-    said, took_secs = timed(sink, 0.8)
-    assert said.startswith(f"{SH} did not end within 0.8 s and was killed")
+    message, took_secs = timed(sink, 0.8)
+    assert message.startswith(f"{SH} did not end within 0.8 s and was killed")
     assert 0.7 < took_secs < 0.8 + SLACK_SECS
     pids = [pid_in(tmp_path / name) for name in ("parent", "child", "grandchild")]
     until(lambda: not any(map(is_alive, pids)))
 
 
-def test_a_command_that_is_asked_to_end_has_time_to_say_why_it_was_slow(opened):
+def test_a_command_may_write_a_reason_after_sigterm(opened):
     script = "trap 'echo waited for the database >&2; exit 1' TERM; sleep 60 & wait"
-    said, _ = timed(opened(script=script), 2.0)
-    assert said == f"{SH} did not end within 2 s and was killed: waited for the database"
+    message, _ = timed(opened(script=script), 2.0)
+    assert message == f"{SH} did not end within 2 s and was killed: waited for the database"
 
 
-def test_what_it_started_has_that_time_too_although_the_command_ends_at_once(opened, tmp_path):
+def test_a_child_has_time_after_sigterm_even_if_its_parent_ends(opened, tmp_path):
     child = 'trap \'sleep 0.05; echo >"$1/tidied"; exit\' TERM; echo >"$1/begun"; while :; do sleep 0.01; done'
     script = f'sh -c {shlex.quote(child)} sh "$1" & until [ -e "$1/begun" ]; do :; done; wait'
     timed(opened(script=script, args=[tmp_path]), 3.0)
     assert (tmp_path / "tidied").exists()
 
 
-def test_it_is_in_a_session_of_its_own(opened, tmp_path):
+def test_a_command_runs_in_its_own_session(opened, tmp_path):
     opened(script='echo $$ $(cut -d " " -f 6 /proc/$$/stat) >"$1/ids"', args=[tmp_path]).deliver([event()], 10.0)
     pid, session = (tmp_path / "ids").read_text().split()
     assert pid == session
 
 
-def test_what_it_leaves_running_is_not_waited_for(opened, tmp_path):
-    script = 'sleep 60 & echo $! >"$1/child"; echo said >&2; exit 0'
+def test_a_background_child_is_not_waited_for(opened, tmp_path):
+    script = 'sleep 60 & echo $! >"$1/child"; echo text >&2; exit 0'
     began = time.monotonic()
     opened(script=script, args=[tmp_path]).deliver([event()], 10.0)
     assert time.monotonic() - began < SLACK_SECS
@@ -453,14 +453,14 @@ def test_what_it_leaves_running_is_not_waited_for(opened, tmp_path):
     os.kill(left, signal.SIGKILL)
 
 
-def test_what_it_leaves_talking_is_not_waited_for(opened, tmp_path):
+def test_a_background_child_that_writes_is_not_waited_for(opened, tmp_path):
     script = '(echo $$ >"$1/child"; exec yes >&2) & until [ -e "$1/child" ]; do :; done; exit 1'
     began = time.monotonic()
     assert failure_of(opened(script=script, args=[tmp_path]), RejectedError).startswith(f"{SH} exited with 1")
     assert time.monotonic() - began < SLACK_SECS
 
 
-def test_a_session_of_its_own_does_not_outlast_the_time_limit_either(opened, tmp_path):
+def test_a_child_with_its_own_session_does_not_extend_the_limit(opened, tmp_path):
     code = (
         "import os, sys, time\n"
         "if os.fork() == 0:\n"
@@ -492,7 +492,7 @@ def test_nothing_is_left_of_a_command_that_has_ended(opened, tmp_path):
 # --- several at once ---
 
 
-def test_commands_that_run_at_once_do_not_mix_up_what_they_get_and_say(opened, tmp_path):
+def test_concurrent_commands_do_not_mix_input_and_stderr(opened, tmp_path):
     script = 'cat >"$1/$VODPOLLER_FILE_ID"; echo "about $VODPOLLER_FILE_ID" >&2; exit $((VODPOLLER_FILE_ID % 2))'
     sink = opened(script=script, args=[tmp_path], concurrency=16)
 
@@ -509,7 +509,7 @@ def test_commands_that_run_at_once_do_not_mix_up_what_they_get_and_say(opened, t
     assert all((tmp_path / str(number)).read_bytes() == event(number).body for number in range(200))
 
 
-def test_a_command_that_hangs_holds_no_other(opened, tmp_path):
+def test_a_command_that_hangs_delays_no_other(opened, tmp_path):
     sink = opened(script='[ "$VODPOLLER_FILE_ID" != 0 ] || { echo $$ >"$1/pid"; exec sleep 60; }', args=[tmp_path])
     hanging = threading.Thread(target=failure_of, args=(sink, TransientError, 30.0, event(0)))
     hanging.start()
@@ -529,7 +529,7 @@ def test_a_command_that_hangs_holds_no_other(opened, tmp_path):
     [f"{FAMILY} wait", f"trap '' TERM; {FAMILY} wait; wait; wait", f"trap 'exit 1' TERM; {FAMILY} wait"],
     ids=["obeys", "ignores", "fails"],
 )
-def test_closing_ends_what_runs_without_rejecting_its_event(opened, tmp_path, script):
+def test_closing_ends_running_commands_and_rejects_no_event(opened, tmp_path, script):
     sink = opened(script=script, args=[tmp_path])
     failures = []
     delivering = threading.Thread(target=lambda: failures.append(failure_of(sink, TransientError, 30.0)))
@@ -543,7 +543,7 @@ def test_closing_ends_what_runs_without_rejecting_its_event(opened, tmp_path, sc
     assert failures == [f"{SH} was stopped because the sink is closed"]
 
 
-def test_nothing_is_started_any_more_once_it_is_closed(opened, tmp_path):
+def test_a_closed_sink_starts_no_command(opened, tmp_path):
     sink = opened(script='trap "" TERM; echo $$ > $1/$$; while true; do sleep 1; done', args=[tmp_path], concurrency=16)
     barrier = threading.Barrier(9)
 
@@ -582,7 +582,7 @@ def test_a_probe_finds_the_program_without_starting_it(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{"command": ["no-such-program-anywhere"]}, {"cwd": "/no/such/folder"}])
-def test_a_probe_that_finds_nothing_says_what_to_do(more):
+def test_a_failed_probe_says_what_to_do(more):
     config = ExecConfig(**{"type": "exec", "command": ["true"], **more})
     with pytest.raises(ConfigError) as excinfo:
         ExecSink.probe("script", config, sink_context())

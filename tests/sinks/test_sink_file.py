@@ -22,7 +22,7 @@ from vodpoller.sinks.formats import encode
 
 
 class FailPoints(Files):
-    """Fails where a test wants it to, and records what is done."""
+    """Fails at the steps that a test sets, and records all steps."""
 
     def __init__(self):
         self.steps = []
@@ -96,7 +96,7 @@ def files():
 
 @pytest.fixture
 def changes(lines):
-    """The fields of the lines that were logged under a name."""
+    """The log lines of one event."""
 
     def found(name="file.changed"):
         return named(lines, name)
@@ -106,7 +106,7 @@ def changes(lines):
 
 @pytest.fixture
 def opened(path, files, log):
-    """Opens the sink, as often as the test likes; at the end all are closed."""
+    """Opens the sink, any number of times; all are closed at the end."""
     sinks = []
 
     def open_it(at=path, **more):
@@ -120,7 +120,7 @@ def opened(path, files, log):
 
 @pytest.fixture
 def restarted(opened):
-    """What a new process makes of what an old one left: the sink, and the keys that it found."""
+    """Recovers as a new process does; returns the sink and the recovered keys."""
 
     def restart(mark, sub_app_ids=(None,)):
         sink = opened()
@@ -170,7 +170,7 @@ def test_two_spellings_of_one_file_make_the_same_claim(path, tmp_path, monkeypat
 # --- opening ---
 
 
-def test_a_folder_in_the_files_place_is_a_config_error(opened, path):
+def test_a_folder_at_the_file_path_is_a_config_error(opened, path):
     path.mkdir()
     with pytest.raises(ConfigError) as excinfo:
         opened()
@@ -191,18 +191,18 @@ def a_device(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "expected"),
     [
         (a_pipe, '.*"exec".*a named pipe'),
         (a_socket, '.*"webhook".*a socket'),
         (a_device, '.*"stdout": this is a device'),
     ],
 )
-def test_what_is_no_file_is_refused_with_what_to_use_instead(opened, path, make, says):
+def test_what_is_not_a_file_is_refused_with_the_sink_to_use(opened, path, make, expected):
     make(path)
-    with pytest.raises(ConfigError, match=f"it is not a regular file .*{says}"):
+    with pytest.raises(ConfigError, match=f"it is not a regular file .*{expected}"):
         opened()
-    with pytest.raises(ConfigError, match=f"it is not a regular file .*{says}"):
+    with pytest.raises(ConfigError, match=f"it is not a regular file .*{expected}"):
         FileSink.probe("archive", FileConfig(type="file", path=str(path)), sink_context())
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(opened, tmp_path):
         opened(tmp_path / "file" / "sub" / "events.jsonl")
 
 
-def test_a_missing_right_is_a_config_error_that_says_who_needs_it(opened, files, monkeypatch):
+def test_a_missing_right_is_a_config_error_that_names_the_user(opened, files, monkeypatch):
     def refuse(path, flags):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
@@ -222,7 +222,7 @@ def test_a_missing_right_is_a_config_error_that_says_who_needs_it(opened, files,
         opened()
 
 
-def test_a_failed_opening_gives_the_lock_back(opened, files):
+def test_a_failed_opening_releases_the_lock(opened, files):
     files.failing = {"sync_folder"}
     with pytest.raises(TransientError):
         opened()
@@ -256,7 +256,7 @@ def test_a_relative_path_is_below_the_working_directory(opened, tmp_path, monkey
 
 
 @pytest.mark.system
-def test_another_process_is_kept_out_and_told_how_to_find_the_first(opened, path):
+def test_a_second_process_is_refused_with_a_way_to_find_the_first(opened, path):
     sink = opened()
     code = (
         "import sys\n"
@@ -289,13 +289,15 @@ def test_a_folder_that_cannot_be_synced_is_a_warning_once(opened, path, tmp_path
     (tmp_path / "new" / "events.jsonl").rename(tmp_path / "new" / "events.jsonl.1")
     sink.reopen()
     sink.deliver([event(2)], 5.0)
-    (said,) = changes("config.warning")
-    assert said["message"].startswith(f"sinks.archive.path: {tmp_path} is on a file system that cannot sync folders")
+    (log_line,) = changes("config.warning")
+    assert log_line["message"].startswith(
+        f"sinks.archive.path: {tmp_path} is on a file system that cannot sync folders"
+    )
     assert (tmp_path / "new" / "events.jsonl").read_bytes() == line(2)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_named_and_is_not_another_process(opened, monkeypatch, number):
+def test_a_file_system_without_locks_is_reported_as_such(opened, monkeypatch, number):
     def refuse(_fd, _kind):
         raise OSError(number, os.strerror(number))
 
@@ -306,7 +308,7 @@ def test_a_file_system_without_locks_is_named_and_is_not_another_process(opened,
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE])
-def test_a_disk_s_trouble_at_the_start_may_pass(opened, files, monkeypatch, number):
+def test_a_disk_error_at_the_start_is_transient(opened, files, monkeypatch, number):
     def refuse(_path, _flags):
         raise OSError(number, os.strerror(number))
 
@@ -360,7 +362,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(opened, files, path, room_bytes):
     assert sink.position() == Position(inode=path.stat().st_ino, offset_bytes=len(lines(1, 2, 3)))
 
 
-def test_a_failed_sync_takes_the_lines_back_and_the_retry_writes_them_again(opened, files, path):
+def test_a_failed_sync_cuts_the_lines_and_the_retry_writes_them(opened, files, path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     files.failing = {"fdatasync"}
@@ -375,7 +377,7 @@ def test_a_failed_sync_takes_the_lines_back_and_the_retry_writes_them_again(open
 
 
 @pytest.mark.parametrize("failing", [{"fdatasync", "ftruncate"}, {"ftruncate"}])
-def test_a_tail_that_cannot_be_cut_is_cut_before_anything_else_is_written(opened, files, path, failing):
+def test_a_torn_tail_is_cut_before_anything_else_is_written(opened, files, path, failing):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     files.failing = failing
@@ -392,7 +394,7 @@ def test_a_tail_that_cannot_be_cut_is_cut_before_anything_else_is_written(opened
     assert path.read_bytes() == lines(1, 4)
 
 
-def test_a_file_that_an_operator_emptied_is_not_filled_up_with_zeros(opened, files, path):
+def test_a_file_that_an_operator_emptied_is_not_filled_with_zeros(opened, files, path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     os.truncate(path, 0)
@@ -405,7 +407,7 @@ def test_a_file_that_an_operator_emptied_is_not_filled_up_with_zeros(opened, fil
     assert path.read_bytes() == line(2)
 
 
-def test_a_file_that_was_emptied_while_its_tail_was_dirty_is_not_filled_up_with_zeros(opened, files, path):
+def test_an_emptied_file_with_a_torn_tail_is_not_filled_with_zeros(opened, files, path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     files.room_bytes, files.failing = 5, {"ftruncate"}
@@ -417,7 +419,7 @@ def test_a_file_that_was_emptied_while_its_tail_was_dirty_is_not_filled_up_with_
     assert path.read_bytes() == line(3)
 
 
-def test_a_file_that_was_removed_is_made_anew(opened, path):
+def test_a_file_that_was_removed_is_created_again(opened, path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     path.unlink()
@@ -460,13 +462,13 @@ FOREIGN = [
 
 
 def own_lines(data):
-    """Those of a file's lines that are our events."""
+    """The numbers of the events whose lines are in this data."""
     known = {line(number).rstrip(b"\n"): number for number in range(100)}
     return [known[each] for each in data.split(b"\n") if each in known]
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_an_event_has_a_line_of_its_own_behind_foreign_bytes_which_are_kept_and_told(opened, path, foreign, changes):
+def test_foreign_bytes_are_kept_and_logged_before_the_next_line(opened, path, foreign, changes):
     sink = opened()
     sink.recover(None, [None])
     sink.deliver([event(1)], 5.0)
@@ -477,9 +479,9 @@ def test_an_event_has_a_line_of_its_own_behind_foreign_bytes_which_are_kept_and_
     end = b"" if foreign.endswith(b"\n") else b"\n"
     assert path.read_bytes() == line(1) + foreign + end + lines(2, 3)
     assert sink.position().offset_bytes == path.stat().st_size
-    (said,) = changes()
-    assert f"wrote {len(foreign)} bytes" in said["message"]
-    assert said["path"] == str(path)
+    (log_line,) = changes()
+    assert f"wrote {len(foreign)} bytes" in log_line["message"]
+    assert log_line["path"] == str(path)
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
@@ -518,9 +520,7 @@ def test_foreign_bytes_at_the_end_survive_recovery(opened, restarted, path, fore
 
 @pytest.mark.parametrize("torn_bytes", [1, 2, 17, len(line(3)) - 3])
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_a_torn_line_of_ours_is_cut_and_the_foreign_bytes_before_it_are_kept(
-    opened, restarted, path, foreign, torn_bytes
-):
+def test_a_torn_line_is_cut_and_foreign_bytes_before_it_are_kept(opened, restarted, path, foreign, torn_bytes):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     mark = sink.position()
@@ -537,7 +537,7 @@ def test_a_torn_line_of_ours_is_cut_and_the_foreign_bytes_before_it_are_kept(
 
 
 @pytest.mark.parametrize("body_format", ["callback", "cloudevents"])
-def test_a_line_of_ours_that_lacks_its_end_is_torn(path, body_format):
+def test_an_event_line_without_its_newline_is_torn(path, body_format):
     path.write_bytes(encode(event(1), body_format))
     sink = FileSink("archive", FileConfig(type="file", path=str(path), format=body_format), sink_context())
     try:
@@ -547,7 +547,7 @@ def test_a_line_of_ours_that_lacks_its_end_is_torn(path, body_format):
     assert path.read_bytes() == b""
 
 
-def test_a_line_without_its_end_that_may_be_ours_stays_and_is_told_as_written(restarted, path):
+def test_an_untyped_event_without_its_newline_counts_as_written(restarted, path):
     without_type = make_event({"ComposeMediaCompleteEvent": {"TaskId": "1"}}, source="main", sub_app_id=None)
     path.write_bytes(without_type.body)
     assert restarted(None)[1] == [without_type.key]
@@ -567,7 +567,7 @@ def test_a_line_without_its_end_that_may_be_ours_stays_and_is_told_as_written(re
         b'{"',
     ],
 )
-def test_what_can_be_the_beginning_of_a_line_of_ours_is_cut(restarted, path, text):
+def test_a_possible_beginning_of_an_event_line_is_cut(restarted, path, text):
     path.write_bytes(line(1) + text)
     restarted(None)
     assert path.read_bytes() == line(1)
@@ -575,7 +575,7 @@ def test_what_can_be_the_beginning_of_a_line_of_ours_is_cut(restarted, path, tex
 
 @pytest.mark.parametrize("tail", [line(3)[:-1], line(3)[:-2], b"hello", b'{"a":1}'])
 @pytest.mark.parametrize("mode", [0o640, 0o440])
-def test_a_rotated_file_is_mended_too(opened, restarted, path, tmp_path, tail, mode):
+def test_a_rotated_file_is_repaired_too(opened, restarted, path, tmp_path, tail, mode):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     mark = sink.position()
@@ -593,7 +593,7 @@ def test_a_rotated_file_is_mended_too(opened, restarted, path, tmp_path, tail, m
         assert rotated.read_bytes() == lines(1, 2) + left
 
 
-def test_foreign_bytes_that_recovery_finds_are_told_once(restarted, path, changes):
+def test_foreign_bytes_that_recovery_finds_are_logged_once(restarted, path, changes):
     path.write_bytes(line(1) + b"one\n" + line(2) + b"two\n" + b"three")
     sink, found = restarted(None)
     sink.deliver([event(3)], 5.0)
@@ -601,7 +601,7 @@ def test_foreign_bytes_that_recovery_finds_are_told_once(restarted, path, change
     assert len(changes()) == 1
 
 
-def test_a_file_of_ours_may_hold_nothing_but_foreign_bytes(restarted, path):
+def test_a_known_file_may_hold_only_foreign_bytes(restarted, path):
     path.write_bytes(b"hello")
     sink, _ = restarted(Position(inode=path.stat().st_ino, offset_bytes=len(line(1))))
     sink.deliver([event(2)], 5.0)
@@ -609,7 +609,7 @@ def test_a_file_of_ours_may_hold_nothing_but_foreign_bytes(restarted, path):
 
 
 @pytest.mark.parametrize("rest_bytes", [0, 5, len(line(1))])
-def test_a_file_that_was_cut_is_gone_on_with_and_that_is_told(opened, path, rest_bytes, changes):
+def test_a_file_that_was_cut_is_continued_with_a_log_line(opened, path, rest_bytes, changes):
     sink = opened()
     sink.deliver([event(1), event(2)], 5.0)
     os.truncate(path, rest_bytes)
@@ -617,19 +617,19 @@ def test_a_file_that_was_cut_is_gone_on_with_and_that_is_told(opened, path, rest
     sink.deliver([event(4)], 5.0)
     rest = lines(1, 2)[:rest_bytes]
     assert path.read_bytes() == rest + (b"\n" if rest_bytes == 5 else b"") + lines(3, 4)
-    (said,) = changes()
-    assert f"cut {len(lines(1, 2)) - rest_bytes} bytes off" in said["message"]
+    (log_line,) = changes()
+    assert f"cut {len(lines(1, 2)) - rest_bytes} bytes off" in log_line["message"]
 
 
 @pytest.mark.parametrize("rest_bytes", [0, len(line(1))])
 @pytest.mark.parametrize("marked", [1, 2])
-def test_after_a_cut_no_line_is_skipped_though_one_ends_where_the_mark_was(opened, restarted, path, rest_bytes, marked):
+def test_after_a_cut_no_line_is_skipped_even_if_one_ends_at_the_mark(opened, restarted, path, rest_bytes, marked):
     sink = opened()
     for number in range(1, 1 + marked):
         sink.deliver([event(number)], 5.0)
     mark = sink.position()
     os.truncate(path, min(rest_bytes, mark.offset_bytes))
-    sink.deliver([event(3), event(4), event(5)], 5.0)  # and dies before the mark is moved
+    sink.deliver([event(3), event(4), event(5)], 5.0)  # the process dies before the mark is moved
     sink.close()
     assert path.read_bytes()[mark.offset_bytes - 1 : mark.offset_bytes] == b"\n"
     sink, found = restarted(mark)
@@ -640,7 +640,7 @@ def test_after_a_cut_no_line_is_skipped_though_one_ends_where_the_mark_was(opene
     assert restarted(mark)[1] == keys(6)
 
 
-def test_a_cut_that_is_noted_twice_is_read_from_its_lowest_place(opened, restarted, path):
+def test_after_two_cuts_recovery_starts_at_the_lower_one(opened, restarted, path):
     sink = opened()
     sink.deliver([event(1), event(2), event(3)], 5.0)
     mark = sink.position()
@@ -652,7 +652,7 @@ def test_a_cut_that_is_noted_twice_is_read_from_its_lowest_place(opened, restart
     assert restarted(mark)[1] == keys(4, 6, 7)
 
 
-def test_a_piece_of_a_line_written_in_between_does_not_come_onto_ours(opened, files, path, monkeypatch):
+def test_foreign_bytes_written_meanwhile_do_not_join_an_event_line(opened, files, path, monkeypatch):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     write, done = files.write, []
@@ -669,7 +669,7 @@ def test_a_piece_of_a_line_written_in_between_does_not_come_onto_ours(opened, fi
     assert sink.position().offset_bytes == path.stat().st_size
 
 
-def test_what_is_written_behind_a_failed_append_is_not_cut_with_it(opened, files, path):
+def test_foreign_bytes_after_a_failed_append_are_not_cut(opened, files, path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     files.failing, files.room_bytes = {"ftruncate"}, 5
@@ -693,7 +693,7 @@ def test_reopening_an_unmoved_file_changes_nothing(opened, path):
     assert path.read_bytes() == lines(1, 2)
 
 
-def test_after_a_rename_lines_follow_the_old_file_until_it_is_reopened(opened, path, tmp_path, files):
+def test_after_a_rename_the_old_file_is_used_until_the_reopen(opened, path, tmp_path, files):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     rotated = path.rename(tmp_path / "events.jsonl.1")
@@ -709,7 +709,7 @@ def test_after_a_rename_lines_follow_the_old_file_until_it_is_reopened(opened, p
 
 
 def held_in_its_write(sink, files, monkeypatch):
-    """A thread that delivers, and is in its write until the event that comes with it is set."""
+    """A thread in the write of its delivery, and the event that lets the write go on."""
     in_write, go_on = threading.Event(), threading.Event()
 
     def held_write(fd, data):
@@ -738,7 +738,7 @@ def test_reopening_during_an_append_waits_for_its_end(opened, path, tmp_path, fi
     assert sink.position() == Position(inode=rotated.stat().st_ino, offset_bytes=len(line(1)))
 
 
-def test_a_path_that_cannot_be_reopened_is_tried_again_by_the_next_append(opened, path, tmp_path, files):
+def test_a_failed_reopen_is_tried_again_by_the_next_append(opened, path, tmp_path, files):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     rotated = path.rename(tmp_path / "events.jsonl.1")
@@ -751,7 +751,7 @@ def test_a_path_that_cannot_be_reopened_is_tried_again_by_the_next_append(opened
     assert (rotated.read_bytes(), path.read_bytes()) == (line(1), line(2))
 
 
-def test_a_dirty_tail_is_cut_off_the_old_file_before_the_new_one_is_opened(opened, path, tmp_path, files):
+def test_a_torn_tail_is_cut_before_a_new_file_is_opened(opened, path, tmp_path, files):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     files.room_bytes, files.failing = 5, {"ftruncate"}
@@ -768,7 +768,7 @@ def test_a_dirty_tail_is_cut_off_the_old_file_before_the_new_one_is_opened(opene
 # --- recovery ---
 
 
-def test_a_crash_at_any_byte_of_the_last_batch_leaves_exactly_its_whole_lines(restarted, path):
+def test_a_crash_at_any_byte_of_a_batch_keeps_its_complete_lines(restarted, path):
     known, batch = lines(1, 2), lines(3, 4, 5)
     path.write_bytes(known)
     mark = Position(inode=path.stat().st_ino, offset_bytes=len(known))
@@ -801,7 +801,7 @@ def test_a_file_of_nothing_but_zeros_is_emptied(restarted, path):
 
 
 @pytest.mark.parametrize("content", [b"one torn line of something else", b"SQLite format 3\0"])
-def test_a_file_that_cannot_be_ours_is_refused_and_left_alone(opened, path, content):
+def test_a_file_of_another_format_is_refused_and_not_changed(opened, path, content):
     path.write_bytes(content)
     sink = opened()
     with pytest.raises(ConfigError, match="its content is not JSON lines"):
@@ -816,7 +816,7 @@ def test_without_a_mark_the_whole_file_is_read(restarted, path):
     assert restarted(None)[1] == keys(1, 2, 3)
 
 
-def test_whole_lines_that_are_no_event_are_passed_over_and_kept(restarted, path):
+def test_complete_lines_that_are_not_events_are_skipped_and_kept(restarted, path):
     strange = b'not json\n[1]\n"text"\n\n\xff\xfe\n{"a": NaN}\n{"zero": "\0"}\n'
     path.write_bytes(line(1) + strange + line(2))
     assert restarted(None)[1] == keys(1, 2)
@@ -840,7 +840,7 @@ def test_the_key_of_a_line_is_that_of_the_event(opened, restarted, more):
     assert event(1, **more).key == event_key(event(1, **more).content, None)
 
 
-def test_what_is_found_is_synced_before_it_is_told(opened, path, files):
+def test_recovered_lines_are_synced_before_they_are_reported(opened, path, files):
     path.write_bytes(line(1))
     sink = opened()
     files.failing = {"fdatasync"}
@@ -848,15 +848,13 @@ def test_what_is_found_is_synced_before_it_is_told(opened, path, files):
         sink.recover(None, [None])
 
 
-def test_the_repair_does_not_wait_for_the_keys_to_be_taken(opened, path):
+def test_the_repair_does_not_wait_until_the_keys_are_read(opened, path):
     path.write_bytes(line(1) + b'{"torn')
     opened().recover(None, [None])
     assert path.read_bytes() == line(1)
 
 
-def test_after_a_rename_and_a_restart_the_old_file_is_read_from_the_mark_and_the_new_one_whole(
-    opened, restarted, path, tmp_path
-):
+def test_after_rename_and_restart_both_files_are_read_after_the_mark(opened, restarted, path, tmp_path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     mark = sink.position()
@@ -868,7 +866,7 @@ def test_after_a_rename_and_a_restart_the_old_file_is_read_from_the_mark_and_the
     assert restarted(mark)[1] == keys(2, 3)
 
 
-def test_after_a_rename_without_reopening_the_old_file_is_read_from_the_mark(opened, restarted, path, tmp_path):
+def test_a_file_renamed_without_reopen_is_read_from_the_mark(opened, restarted, path, tmp_path):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     mark = sink.position()
@@ -882,7 +880,7 @@ def test_after_a_rename_without_reopening_the_old_file_is_read_from_the_mark(ope
     assert sink.position() == Position(inode=path.stat().st_ino, offset_bytes=0)
 
 
-def test_files_rotated_since_the_marked_one_are_read_whole_and_older_and_packed_ones_not(restarted, path, tmp_path):
+def test_recovery_reads_newer_rotated_files_not_older_or_packed(restarted, path, tmp_path):
     for name, age_secs, number in [
         ("events.jsonl.4", 400, 4),
         ("events.jsonl.3", 300, 3),
@@ -898,13 +896,13 @@ def test_files_rotated_since_the_marked_one_are_read_whole_and_older_and_packed_
     assert restarted(mark)[1] == keys(31, 20, 21, 10, 11, 0, 1)
 
 
-def test_a_marked_file_that_is_gone_has_the_whole_current_one_read(restarted, path):
+def test_if_the_marked_file_is_gone_the_current_one_is_read_whole(restarted, path):
     path.write_bytes(lines(1, 2))
     assert restarted(Position(inode=1, offset_bytes=500))[1] == keys(1, 2)
 
 
 @pytest.mark.parametrize("offset_bytes", [0, 5, 10_000], ids=["start", "inside a line", "beyond the end"])
-def test_a_mark_that_cannot_be_of_this_content_has_all_of_it_read(restarted, path, offset_bytes):
+def test_a_mark_that_does_not_fit_the_content_makes_recovery_read_all(restarted, path, offset_bytes):
     path.write_bytes(lines(1, 2))
     assert restarted(Position(inode=path.stat().st_ino, offset_bytes=offset_bytes))[1] == keys(1, 2)
 
@@ -917,7 +915,7 @@ def test_a_rename_between_the_repair_and_the_reading_is_followed(opened, path, t
     assert recovered_keys(found) == keys(1, 2)
 
 
-def test_a_line_beyond_all_bounds_is_passed_over(restarted, path, monkeypatch):
+def test_a_line_that_is_too_long_is_skipped(restarted, path, monkeypatch):
     monkeypatch.setattr("vodpoller.sinks.file.lines.LINE_MAX_BYTES", 200)
     path.write_bytes(line(1) + event(2, Text="x" * 1000).body + b"\n" + line(3))
     assert restarted(None)[1] == keys(1, 3)
@@ -927,7 +925,9 @@ def test_a_line_beyond_all_bounds_is_passed_over(restarted, path, monkeypatch):
 
 
 @pytest.mark.parametrize(("bound", "value"), [("PORTION_KEYS", 7), ("PORTION_BYTES", 7 * len(line(1)))])
-def test_a_recovery_goes_on_from_each_of_its_portions(restarted, opened, path, tmp_path, monkeypatch, bound, value):
+def test_a_recovery_can_continue_after_each_of_its_portions(
+    restarted, opened, path, tmp_path, monkeypatch, bound, value
+):
     monkeypatch.setattr(f"vodpoller.sinks.file.recovery.{bound}", value)
     path.write_bytes(lines(*range(10, 40)))
     sink = opened()
@@ -961,7 +961,7 @@ def test_lines_without_a_key_make_portions_too(opened, path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", lines(1, 2)])
-def test_without_anything_beyond_the_mark_there_is_no_portion(opened, path, content):
+def test_without_lines_after_the_mark_there_is_no_portion(opened, path, content):
     path.write_bytes(content)
     sink = opened()
     assert list(sink.recover(sink.position() if content else None, [None])) == []

@@ -1,4 +1,4 @@
-"""The sink renames its file: each line is in one file, once, and recovery finds it there."""
+"""The sink renames its file: each line is in exactly one file, and recovery finds it there."""
 
 import errno
 import os
@@ -77,7 +77,7 @@ def opened(path, log, clock, files):
 
 @pytest.fixture
 def write(clock, path):
-    """Delivers an event at a local time; the file's own time of change is that, too."""
+    """Delivers an event at a local time, and sets the file's modification time to it."""
 
     def deliver(sink, number, at, time_zone="UTC", fold=0):
         clock.now = datetime.fromisoformat(at).replace(tzinfo=ZoneInfo(time_zone), fold=fold).timestamp()
@@ -88,7 +88,7 @@ def write(clock, path):
 
 
 def numbers_in(folder):
-    """The numbers of the events in each file, by what its name has beyond that of the file."""
+    """The numbers of the events in each file, by the suffix of its name."""
     by_line = {event(number).body: number for number in range(20)}
     return {
         found.name.removeprefix("events.jsonl"): [by_line[line] for line in found.read_bytes().splitlines()]
@@ -106,7 +106,7 @@ def recovered(sink, mark):
 
 
 @pytest.mark.parametrize("bad", ["", "Mars/Olympus", "../UTC", "/etc/passwd", "Europe", "UTC\0", "+08:00"])
-def test_what_is_no_time_zone_is_refused_with_what_to_write(bad):
+def test_what_is_not_a_time_zone_is_refused_with_an_example(bad):
     with pytest.raises(ValidationError, match=r"is not a time zone \(write its IANA name, such as"):
         FileConfig(type="file", path="x.jsonl", time_zone=bad)
 
@@ -125,13 +125,13 @@ def test_time_zones_need_no_database_of_the_system(name):
         zoneinfo.reset_tzpath()
 
 
-# --- what keeps a file from being renamed ---
+# --- obstacles to a rename ---
 
 
 @pytest.mark.parametrize(
     "make", [lambda it: it.write_bytes(b"of a person"), lambda it: it.mkdir(), lambda it: it.symlink_to("/nowhere")]
 )
-def test_a_name_that_exists_is_left_alone_and_the_file_goes_on(opened, write, tmp_path, path, lines, make):
+def test_an_existing_name_is_kept_and_the_file_is_not_renamed(opened, write, tmp_path, path, lines, make):
     sink = opened()
     write(sink, 1, "2026-11-25T23:59:59")
     taken = tmp_path / "events.jsonl-20261125"
@@ -143,12 +143,12 @@ def test_a_name_that_exists_is_left_alone_and_the_file_goes_on(opened, write, tm
     assert path.read_bytes() == event(1).body + b"\n" + event(2).body + b"\n"
     write(sink, 3, "2026-11-27T00:00:00")
     assert path.read_bytes() == event(3).body + b"\n"
-    (said,) = named(lines, "file.unrotated")
-    assert f"could not be renamed to {taken}: File exists" in said["message"]
+    (log_line,) = named(lines, "file.unrotated")
+    assert f"could not be renamed to {taken}: File exists" in log_line["message"]
 
 
 @pytest.mark.parametrize("failing", ["claim", "rename"])
-def test_a_file_that_cannot_be_renamed_goes_on_with_a_warning(opened, write, files, tmp_path, lines, failing):
+def test_a_file_that_cannot_be_renamed_is_continued_with_a_warning(opened, write, files, tmp_path, lines, failing):
     sink = opened()
     write(sink, 1, "2026-11-25T12:00:00")
     files.failing = {failing}
@@ -229,11 +229,11 @@ def test_the_first_line_after_a_period_is_in_a_new_file(
     write(sink, 3, after, time_zone)
     write(sink, 4, after, time_zone)
     assert numbers_in(tmp_path) == {name: [1, 2], "": [3, 4]}
-    (said,) = named(lines, "file.rotated")
-    assert said["renamed_to"] == str(tmp_path / f"events.jsonl{name}")
+    (log_line,) = named(lines, "file.rotated")
+    assert log_line["renamed_to"] == str(tmp_path / f"events.jsonl{name}")
 
 
-def test_without_a_period_a_file_goes_on_for_ever(opened, write, tmp_path):
+def test_without_a_period_a_file_is_never_renamed(opened, write, tmp_path):
     sink = opened("none")
     write(sink, 1, "2026-11-25T12:00:00")
     write(sink, 2, "2036-11-25T12:00:00")
@@ -271,7 +271,7 @@ def test_a_restart_after_a_clock_set_back_overwrites_nothing(opened, write, tmp_
     assert numbers_in(tmp_path) == {"-2026112510": [1], "-2026112511": [2, 3, 4], "": [5]}
 
 
-def test_the_hour_twice_at_the_end_of_summer_time_is_one_file(opened, write, tmp_path):
+def test_the_repeated_hour_at_the_end_of_summer_time_is_one_file(opened, write, tmp_path):
     sink = opened("hourly", BERLIN)
     write(sink, 1, "2026-10-25T01:59:59", BERLIN)
     write(sink, 2, "2026-10-25T02:00:00", BERLIN)
@@ -343,18 +343,18 @@ def test_an_empty_file_that_a_crash_left_is_replaced(opened, write, tmp_path):
     assert numbers_in(tmp_path) == {"-20261125": [1], "": [2]}
 
 
-@pytest.mark.parametrize("is_opened_anew", [False, True])
-def test_lines_beyond_the_mark_are_found_in_the_renamed_file(opened, write, path, tmp_path, is_opened_anew):
+@pytest.mark.parametrize("has_new_file", [False, True])
+def test_lines_after_the_mark_are_found_in_the_renamed_file(opened, write, path, tmp_path, has_new_file):
     sink = opened()
     write(sink, 1, "2026-11-25T12:00:00")
     mark = sink.position()
     write(sink, 2, "2026-11-25T13:00:00")
-    if is_opened_anew:
+    if has_new_file:
         write(sink, 3, "2026-11-26T12:00:00")
     else:
         path.rename(tmp_path / "events.jsonl-20261125")
     sink.close()
-    assert recovered(opened(), mark) == ([2, 3] if is_opened_anew else [2])
+    assert recovered(opened(), mark) == ([2, 3] if has_new_file else [2])
 
 
 def test_with_a_clock_set_back_all_files_since_the_mark_are_read(opened, write, tmp_path):

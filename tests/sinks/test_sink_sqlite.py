@@ -1,4 +1,4 @@
-"""What the sinks for databases have in common, shown with SQLite, which needs no server; and the keys of all three."""
+"""The common behaviour of the database sinks, with SQLite, which needs no server; and the keys of all three."""
 
 import sqlite3
 import subprocess
@@ -31,7 +31,7 @@ DSN = "host=db.example dbname=app"
 
 @pytest.fixture
 def db(tmp_path):
-    """The file, with a counter."""
+    """The database file, with a table that counts."""
     db = sqlite3.connect(tmp_path / "rows.db", isolation_level=None)
     db.execute("CREATE TABLE counted (number INTEGER)")
     db.execute("INSERT INTO counted VALUES (0)")
@@ -154,7 +154,7 @@ def test_each_error_of_sqlite_has_its_verdict(name, text, expected):
 # --- what all have in common ---
 
 
-def test_a_statement_is_run_once_however_often_its_event_comes(db, make):
+def test_a_statement_runs_once_for_repeated_deliveries(db, make):
     for sink in (make(statement=COUNT), make(statement=COUNT)):
         sink.deliver([event(1), event(2)], 5.0)
     assert number_in(db) == 2
@@ -176,7 +176,7 @@ def test_a_statement_that_fails_leaves_nothing_in_the_inbox(db, make):
     assert number_in(db) == 1
 
 
-def test_of_a_batch_only_the_events_that_lack_a_parent_wait(db, make):
+def test_only_the_events_of_a_batch_that_lack_a_parent_row_fail(db, make):
     db.execute("CREATE TABLE parent (id TEXT PRIMARY KEY)")
     db.execute("CREATE TABLE child (parent TEXT REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)")
     db.execute("INSERT INTO parent VALUES ('1')")
@@ -189,7 +189,7 @@ def test_of_a_batch_only_the_events_that_lack_a_parent_wait(db, make):
     assert db.execute("SELECT parent FROM child").fetchall() == [("1",), ("2",)]
 
 
-def test_a_row_that_another_unique_index_refuses_is_not_swallowed(db, make):
+def test_a_row_that_another_unique_index_refuses_is_rejected(db, make):
     db.execute("CREATE UNIQUE INDEX one_of_each_file ON vodpoller_events (file_id)")
     sink = make()
     sink.deliver([event(1)], 5.0)
@@ -197,7 +197,7 @@ def test_a_row_that_another_unique_index_refuses_is_not_swallowed(db, make):
         sink.deliver([event(1, More="of the same file")], 5.0)
 
 
-def test_an_event_that_a_trigger_refuses_harms_no_other(db, make):
+def test_an_event_that_a_trigger_refuses_affects_no_other(db, make):
     sink = make(statement="INSERT INTO counted SELECT 1 WHERE json(:body) IS NOT NULL AND :file_id <> '1'")
     db.execute("CREATE TRIGGER refusing BEFORE INSERT ON counted BEGIN SELECT RAISE(ABORT, 'no'); END")
     with pytest.raises(PartialFailureError) as raised:
@@ -216,7 +216,7 @@ def test_old_rows_of_the_inbox_are_deleted_and_those_of_others_kept(db, make):
     assert sorted(keys) == sorted([event(1).key.hex(), "it29", "other31"])
 
 
-def test_what_no_text_can_hold_is_rejected_before_it_is_queued(db, make):
+def test_a_body_that_is_not_utf8_is_rejected_before_it_is_queued(db, make):
     unreadable = replace(event(1), body=b'"\xff"', content={})
     with pytest.raises(RejectedError, match="not UTF-8"):
         make().examine(unreadable)
@@ -226,7 +226,7 @@ def test_what_no_text_can_hold_is_rejected_before_it_is_queued(db, make):
     enveloped.deliver([unreadable], 10.0)
 
 
-def test_a_row_has_what_is_known_of_its_event(db, make):
+def test_a_row_has_the_known_fields_of_its_event(db, make):
     sink = make()
     sink.deliver([event(7, event_type="a\0\ud83c")], 5.0)
     (row,) = db.execute(f"SELECT {', '.join(COLUMNS)} FROM vodpoller_events")
@@ -255,7 +255,7 @@ def test_a_file_that_was_removed_or_replaced_gets_no_more_rows(db, make, tmp_pat
             sink.deliver([event(2)], 5.0)
 
 
-def test_a_table_that_is_gone_is_made_again_if_that_is_asked_for(db, make):
+def test_a_missing_table_is_created_again_with_create_table(db, make):
     sink = make(create_table=True)
     sink.deliver([event(1)], 5.0)
     db.execute("DROP TABLE vodpoller_events")
@@ -265,7 +265,7 @@ def test_a_table_that_is_gone_is_made_again_if_that_is_asked_for(db, make):
     assert db.execute("SELECT count(*) FROM vodpoller_events").fetchone() == (1,)
 
 
-def test_a_file_that_does_not_exist_is_made_only_if_asked_for(tmp_path, make):
+def test_a_missing_file_is_created_only_with_create_table(tmp_path, make):
     path = tmp_path / "rows.db"
     with pytest.raises(TransientError, match="unable to open"):
         make().deliver([event(1)], 5.0)
@@ -348,7 +348,7 @@ def test_a_good_connection_is_kept_and_a_broken_one_replaced_at_once():
         use(Sessions(lambda secs: FakeSession(), time.monotonic), lost)
 
 
-def test_an_unforeseen_error_costs_the_connection():
+def test_an_unexpected_error_closes_the_connection():
     session = FakeSession()
     sessions = Sessions(lambda secs: session, time.monotonic)
     with pytest.raises(ZeroDivisionError):
@@ -356,7 +356,7 @@ def test_an_unforeseen_error_costs_the_connection():
     assert session.closed.is_set()
 
 
-def test_what_is_in_use_at_a_reload_is_closed_when_it_is_done():
+def test_a_connection_in_use_at_a_reload_is_closed_after_its_use():
     sessions = Sessions(lambda secs: FakeSession(), time.monotonic)
 
     def reload_meanwhile(session, secs):
@@ -367,7 +367,7 @@ def test_what_is_in_use_at_a_reload_is_closed_when_it_is_done():
     assert use(sessions, reload_meanwhile).closed.is_set()
 
 
-def test_closing_cuts_what_is_in_use_and_nothing_more_is_opened():
+def test_closing_cuts_used_connections_and_opens_no_more():
     sessions = Sessions(lambda secs: FakeSession(), time.monotonic)
     began = threading.Event()
     held = []
@@ -391,7 +391,7 @@ def test_closing_cuts_what_is_in_use_and_nothing_more_is_opened():
 
 
 @pytest.mark.parametrize(
-    ("config", "settings", "said"),
+    ("config", "settings", "expected"),
     [
         (SqliteConfig, {"path": "x", "table": "a;b"}, "not the name of a table"),
         (SqliteConfig, {"path": "x", "statement": "SELECT :nme"}, "'nme'"),
@@ -409,11 +409,11 @@ def test_closing_cuts_what_is_in_use_and_nothing_more_is_opened():
         (MysqlConfig, {"dsn": "postgresql://u:hunter2@h/db"}, "not a DSN"),
     ],
 )
-def test_what_cannot_be_is_named_without_a_part_of_a_dsn(config, settings, said):
+def test_invalid_keys_are_reported_without_any_part_of_a_dsn(config, settings, expected):
     name = config.__name__.removesuffix("Config").lower()
     with pytest.raises(ValidationError) as raised:
         config(type=name, **settings)
-    assert said in str(raised.value)
+    assert expected in str(raised.value)
     assert "hunter2" not in str(raised.value)
 
 
@@ -480,7 +480,7 @@ def test_the_example_has_both_tables_of_each_database(dialect):
 @pytest.mark.system
 @pytest.mark.parametrize("names", [["webhook"], ["postgresql"], ["mysql"], ["sqlite"]], ids=lambda names: names[0])
 @pytest.mark.long
-def test_a_driver_is_imported_only_if_a_sink_of_its_type_is_there(names, tmp_path):
+def test_a_driver_is_imported_only_for_a_sink_of_its_type(names, tmp_path):
     tables = {
         "webhook": 'url = "http://127.0.0.1:9/"',
         "postgresql": 'dsn = "host=127.0.0.1"',

@@ -59,7 +59,7 @@ def test_a_reader_that_ended_is_a_transient_error(pipe):
         sink.deliver([event(1)], 1.0)
 
 
-def test_what_a_stuck_reader_got_whole_is_accepted_and_a_torn_line_is_completed_before_anything_else(pipe):
+def test_complete_lines_are_accepted_and_a_torn_one_is_completed(pipe):
     reading, writing = pipe
     sink = sink_for(writing)
     with pytest.raises(PartialFailureError) as excinfo:
@@ -125,5 +125,5 @@ def test_standard_output_itself_is_the_default(capfd):
     assert capfd.readouterr().out == line(1).decode()
 
 
-def test_two_sinks_cannot_have_it():
+def test_two_sinks_cannot_share_standard_output():
     assert StdoutConfig(type="stdout").claims() == {"stdout"}

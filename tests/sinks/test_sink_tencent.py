@@ -1,4 +1,4 @@
-"""Calls of Tencent Cloud's APIs, against a stub that verifies each signature with the official SDK's function."""
+"""Calls of Tencent Cloud's APIs, with a stub that verifies each signature by the official SDK's function."""
 
 import json
 import time
@@ -30,7 +30,7 @@ def api():
 
 @pytest.fixture
 def opened(api, log):
-    """Opens the sink for the stub."""
+    """Opens the sink with the stub as its endpoint."""
     sinks = []
 
     def open_it(key=lambda: KEY, clocks=None, sleep=time.sleep, more_context=None, **more):
@@ -64,7 +64,7 @@ def sent_to(api):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "expected"),
     [
         ({"service": "EB"}, "service"),
         ({"service": "eb.tencentcloudapi.com"}, "service"),
@@ -80,8 +80,8 @@ def sent_to(api):
         ({"requests_per_sec": 0.5}, "requests_per_sec"),
     ],
 )
-def test_what_cannot_be_called_is_refused(wrong, says):
-    with pytest.raises(ValidationError, match=says):
+def test_invalid_keys_are_refused(wrong, expected):
+    with pytest.raises(ValidationError, match=expected):
         settings(**wrong)
 
 
@@ -91,17 +91,17 @@ def test_without_an_api_key_the_sink_is_not_made(opened):
 
 
 @pytest.mark.parametrize("status", [200, 502])
-def test_an_answer_that_echoes_the_token_is_told_without_it(opened, api, status):
+def test_an_answer_that_echoes_the_token_is_reported_without_it(opened, api, status):
     token = "a-token/with-a-slash"
-    said = {"Response": {"Error": {"Code": "InvalidParameter", "Message": f"not {token}"}}}
-    text = json.dumps(said).replace("/", "\\/") if status == 200 else f"<p>{token}"
+    answer = {"Response": {"Error": {"Code": "InvalidParameter", "Message": f"not {token}"}}}
+    text = json.dumps(answer).replace("/", "\\/") if status == 200 else f"<p>{token}"
     api.answer = Answer(status, body=text.encode())
     error = failure_of(opened(lambda: Credentials(SECRET_ID, SECRET_KEY, token)))
     assert "[secret]" in str(error)
     assert "slash" not in str(error)
 
 
-def test_a_refused_token_is_told_and_another_key_is_waited_for(opened, api):
+def test_a_refused_token_is_reported_and_another_key_awaited(opened, api):
     keys = iter([Credentials(SECRET_ID, SECRET_KEY, "token-1"), Credentials(SECRET_ID, SECRET_KEY, "token-2")])
     refused = []
     sink = opened(lambda: next(keys), more_context={"on_refused_token": refused.append})
@@ -131,7 +131,7 @@ def test_more_threads_than_the_quota_can_use_are_not_started(opened):
 
 
 @pytest.mark.parametrize(
-    ("params", "says"),
+    ("params", "expected"),
     [
         ("EventType", "the result is a string, but the parameters of an action are an object"),
         ("[EventType]", "the result is a list"),
@@ -141,18 +141,18 @@ def test_more_threads_than_the_quota_can_use_are_not_started(opened):
         ("{A: &EventType}", "cannot be written as JSON"),
     ],
 )
-def test_an_event_without_parameters_is_rejected_and_not_sent(opened, api, params, says):
+def test_an_event_without_parameters_is_rejected_and_not_sent(opened, api, params, expected):
     sink = opened(params=params)
     error = failure_of(sink)
     assert isinstance(error, RejectedError)
     with pytest.raises(RejectedError):
         sink.examine(event(1))
     assert str(error).startswith("sinks.bus.params: ")
-    assert says in str(error)
+    assert expected in str(error)
     assert not api.received
 
 
-def test_for_an_event_of_which_params_make_null_nothing_is_sent(opened, api):
+def test_nothing_is_sent_if_params_are_null(opened, api):
     sink = opened(params="Nothing")
     with pytest.raises(SkippedError, match="the result is null"):
         sink.examine(event(1))
@@ -160,7 +160,7 @@ def test_for_an_event_of_which_params_make_null_nothing_is_sent(opened, api):
 
 
 @pytest.mark.parametrize("form", ["callback", "cloudevents"])
-def test_what_could_never_be_read_is_rejected(opened, api, form):
+def test_an_event_that_cannot_be_read_is_rejected(opened, api, form):
     malformed = restore_event(body=b"{broken", key=b"k", event_type="", source="main", sub_app_id=None)
     assert isinstance(failure_of(opened(format=form), malformed), RejectedError)
     assert not api.received
@@ -178,7 +178,7 @@ def test_without_a_slot_of_the_quota_in_time_nothing_is_sent(opened, api):
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "says"),
+    ("code", "kind", "expected"),
     [
         ("InvalidParameter", RejectedError, ""),
         ("InvalidParameterValue.InvalidEvent", RejectedError, ""),
@@ -200,16 +200,16 @@ def test_without_a_slot_of_the_quota_in_time_nothing_is_sent(opened, api):
         ("", TransientError, "an error without a code"),
     ],
 )
-def test_only_a_refusal_of_the_parameters_rejects_the_event(opened, api, code, kind, says):
+def test_only_a_refusal_of_the_parameters_rejects_the_event(opened, api, code, kind, expected):
     api.refuse_with = code
     error = failure_of(opened())
     assert type(error) is kind
-    assert says in str(error)
+    assert expected in str(error)
     assert "the stub says so" in str(error)
     assert (error.error_code, error.request_id) == (code, "request-0")
 
 
-def test_a_refusal_of_what_was_sent_twice_rejects_nothing(opened, api):
+def test_a_refusal_of_a_repeated_request_rejects_nothing(opened, api):
     sink = opened()
     sink.deliver([event(1)], 5.0)
     api.refuse_with = "InvalidParameterValue.Duplicate"
@@ -219,7 +219,7 @@ def test_a_refusal_of_what_was_sent_twice_rejects_nothing(opened, api):
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "expected"),
     [
         (Answer(500), "answered 500 Internal Server Error: ''"),
         (Answer(404, body=b"<html>nothing here"), "answered 404 Not Found (is sinks.bus.endpoint right?): '<html>"),
@@ -230,14 +230,14 @@ def test_a_refusal_of_what_was_sent_twice_rejects_nothing(opened, api):
         (Answer(204), "answered 204 No Content"),
     ],
 )
-def test_what_is_not_an_answer_of_the_api_accepts_nothing(opened, api, answer, says):
+def test_what_is_not_an_answer_of_the_api_accepts_nothing(opened, api, answer, expected):
     api.answer = answer
     error = failure_of(opened())
     assert type(error) is TransientError
-    assert says in str(error)
+    assert expected in str(error)
 
 
-def test_an_overloaded_api_is_left_alone_as_long_as_it_asks(opened, api):
+def test_retry_after_of_an_overloaded_api_is_passed_on(opened, api):
     api.answer = Answer(429, {"Retry-After": "7"})
     assert failure_of(opened()).retry_after_secs == 7
 
@@ -305,8 +305,8 @@ def test_with_a_wrong_clock_the_server_s_time_is_used(opened, api, lines, off_se
     sink.deliver([event(2)], 5.0)
     assert len(api.calls) == 2
     assert len(api.received) == 3
-    (said,) = named(lines, "clock.corrected")
-    assert said["skew_secs"] == pytest.approx(-off_secs, abs=60)
+    (log_line,) = named(lines, "clock.corrected")
+    assert log_line["skew_secs"] == pytest.approx(-off_secs, abs=60)
 
 
 def test_a_signature_refused_at_the_right_time_is_not_sent_again(opened, api):
@@ -323,7 +323,7 @@ def test_parameters_keep_every_digit_and_character(opened, api):
     assert json.loads(sent["Text"]) == big
 
 
-def test_of_a_cloudevent_the_parameters_can_hold_the_event_s_key(opened, api):
+def test_params_can_use_the_key_of_a_cloudevent(opened, api):
     sent = event(1)
     opened(format="cloudevents", params="{Token: id, Type: type, Own: data.EventType}").deliver([sent], 5.0)
     assert sent_to(api) == [{"Token": sent.key.hex(), "Type": f"com.tencent.vod.{sent.type}", "Own": sent.type}]
@@ -333,7 +333,7 @@ def test_of_a_cloudevent_the_parameters_can_hold_the_event_s_key(opened, api):
 
 
 def paced(opened, rate):
-    """A sink on a clock that moves only while it waits for a slot."""
+    """A sink and its clock, which advances only while the sink waits for a slot."""
     clock = FakeClock()
     return opened(clocks={"monotonic": clock}, sleep=clock.advance, requests_per_sec=rate), clock
 
@@ -363,8 +363,8 @@ def test_after_a_refusal_for_the_quota_calls_come_slower(opened, api):
 
 def test_a_probe_connects_and_calls_nothing(api):
     context = sink_context(credentials=lambda: KEY)
-    said = TencentSink.probe("bus", settings(endpoint=api.endpoint), context)
-    assert said == f"127.0.0.1:{api.server_port} accepts connections"
+    message = TencentSink.probe("bus", settings(endpoint=api.endpoint), context)
+    assert message == f"127.0.0.1:{api.server_port} accepts connections"
     assert not api.received
 
 

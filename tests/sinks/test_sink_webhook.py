@@ -89,13 +89,13 @@ def failure_of(sink, kind=TransientError, timeout_secs=5.0):
         "http://.example:80/",
     ],
 )
-def test_what_is_no_http_address_is_refused(url):
+def test_a_url_that_is_not_http_is_refused(url):
     with pytest.raises(ValidationError) as excinfo:
         WebhookConfig(type="webhook", url=url)
     assert [error["loc"] for error in excinfo.value.errors()] == [("url",)]
 
 
-def test_credentials_in_the_url_are_refused_without_being_told():
+def test_credentials_in_the_url_are_refused_without_being_shown():
     with pytest.raises(ValidationError) as excinfo:
         WebhookConfig(type="webhook", url="https://user:hunter2@app.example/")
     (error,) = excinfo.value.errors()
@@ -114,7 +114,7 @@ def test_credentials_in_the_url_are_refused_without_being_told():
         base64.b64encode(b"\xff" * 32).decode().replace("/", "_"),
     ],
 )
-def test_a_secret_that_cannot_sign_is_refused_with_the_way_to_make_one(secret):
+def test_a_secret_that_cannot_sign_is_refused_with_a_remedy(secret):
     with pytest.raises(ValidationError) as excinfo:
         WebhookConfig(type="webhook", url="https://app.example/", secret=secret)
     (error,) = excinfo.value.errors()
@@ -261,13 +261,13 @@ def test_the_environments_proxy_is_used_and_looked_up_once(opened, receiver, mon
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-def test_success_accepts(opened, receiver, status):
+def test_a_success_status_accepts_the_event(opened, receiver, status):
     receiver.answer = Answer(status)
     opened(receiver.url).deliver([event()], 5.0)
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
-def test_an_event_that_will_never_be_taken_is_rejected_with_what_the_answer_says(opened, receiver, status):
+def test_a_permanent_refusal_rejects_with_the_text_of_the_answer(opened, receiver, status):
     receiver.answer = Answer(status, body=b"no such\n  field: " + "雪".encode() * 300)
     error = failure_of(opened(receiver.url), RejectedError)
     assert f" answered {status} " in str(error)
@@ -275,7 +275,7 @@ def test_an_event_that_will_never_be_taken_is_rejected_with_what_the_answer_says
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 408, 409, 410, 425, 429, 499, 500, 502, 503, 504, 599])
-def test_any_other_answer_may_change(opened, receiver, status):
+def test_any_other_answer_is_transient(opened, receiver, status):
     receiver.answer = Answer(status)
     error = failure_of(opened(receiver.url))
     assert f"127.0.0.1:{receiver.server_port} answered {status}" in str(error)
@@ -283,7 +283,7 @@ def test_any_other_answer_may_change(opened, receiver, status):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_told_and_not_followed(opened, receiver, status):
+def test_a_redirect_is_reported_and_not_followed(opened, receiver, status):
     receiver.answer = Answer(status, {"Location": "/new/place?token=hunter2"}, b"x" * 100_000)
     error = failure_of(opened(receiver.url))
     assert f"points to http://127.0.0.1:{receiver.server_port}/new/place:" in str(error)
@@ -293,7 +293,7 @@ def test_a_redirect_is_told_and_not_followed(opened, receiver, status):
 
 
 @pytest.mark.parametrize("location", ["http://[::1", "http://app.example:port/", "\\\\", "http://user:hunter2@x/"])
-def test_a_redirect_to_a_strange_place_is_no_other_error(opened, receiver, location):
+def test_a_redirect_to_an_invalid_url_is_a_transient_error(opened, receiver, location):
     receiver.answer = Answer(302, {"Location": location})
     assert "hunter2" not in str(failure_of(opened(receiver.url)))
 
@@ -321,7 +321,7 @@ def test_a_redirect_to_a_strange_place_is_no_other_error(opened, receiver, locat
     ],
 )
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_is_handed_on(opened, receiver, status, text, secs):
+def test_retry_after_is_passed_on(opened, receiver, status, text, secs):
     receiver.answer = Answer(status, {"Retry-After": text})
     assert failure_of(opened(receiver.url, wall=lambda: 1_700_000_000.0)).retry_after_secs == secs
 
@@ -366,18 +366,18 @@ def test_an_echo_of_a_part_of_a_secret_is_not_passed_on(opened, more, echo, kind
 
     with raw_server(serve) as url:
         sink = opened(url.rstrip("/") + more.get("query", "/"), **{k: v for k, v in more.items() if k != "query"})
-        said = str(failure_of(sink, RejectedError if kind == "body" else TransientError))
-    assert echo not in said
-    assert ("***" in said) == (kind != "status line")
+        message = str(failure_of(sink, RejectedError if kind == "body" else TransientError))
+    assert echo not in message
+    assert ("***" in message) == (kind != "status line")
 
 
-def test_a_short_value_is_not_looked_for(opened, receiver):
+def test_a_short_value_is_not_hidden(opened, receiver):
     receiver.answer = Answer(400, body=b"no 1 of these 7 fields")
     sink = opened(receiver.url + "?v=1", headers={"X-Version": "7"})
     assert str(failure_of(sink, RejectedError)).endswith(": no 1 of these 7 fields")
 
 
-def test_an_answer_without_end_is_read_to_a_bound_only(opened):
+def test_an_endless_answer_is_read_up_to_a_limit(opened):
     def serve(connection, stopping):
         connection.recv(65_536)
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -396,7 +396,7 @@ TOO_LONG = "answered with a head that is too long to be read"
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "expected"),
     [
         (b"", NOT_WHOLE),
         (b"HTTP/1.1", NOT_WHOLE),
@@ -410,13 +410,13 @@ TOO_LONG = "answered with a head that is too long to be read"
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n", "answered with several lengths that contradict"),
     ],
 )
-def test_what_is_no_answer_is_a_transient_error_that_says_what_came(opened, answer, says):
+def test_an_invalid_answer_is_a_transient_error_that_describes_it(opened, answer, expected):
     def serve(connection, stopping):
         read_request(connection)
         connection.sendall(answer)
 
     with raw_server(serve) as url:
-        assert f":{urlsplit(url).port} {says}" in str(failure_of(opened(url)))
+        assert f":{urlsplit(url).port} {expected}" in str(failure_of(opened(url)))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_an_event_is_accepted_by_its_own_answer_only(opened, interim):
         sink.close()
 
 
-def test_a_connection_that_breaks_after_an_idle_time_costs_no_attempt(opened):
+def test_a_request_on_a_closed_idle_connection_is_repeated(opened):
     requests = []
 
     def serve(connection, stopping):
@@ -462,7 +462,7 @@ def test_a_connection_that_breaks_after_an_idle_time_costs_no_attempt(opened):
 @pytest.mark.parametrize(
     "proxy", ["http://user:hunter2#x@proxy.example:3128", "http://user:hunter2@proxy.example:99999"]
 )
-def test_a_proxy_that_cannot_be_used_is_a_config_error_that_does_not_show_it(opened, monkeypatch, proxy):
+def test_an_unusable_proxy_is_an_error_that_hides_its_password(opened, monkeypatch, proxy):
     monkeypatch.setenv("https_proxy", proxy)
     with pytest.raises(ConfigError, match=r"sinks\.hook\.url: the proxy in the environment") as excinfo:
         opened("https://app.example/")
@@ -473,7 +473,7 @@ def test_a_proxy_that_cannot_be_used_is_a_config_error_that_does_not_show_it(ope
 
 
 @pytest.mark.parametrize("serve", [drip(b"HTTP/1.1 200 OK\r\nX: ", b"x"), drip(b"", b"H"), never_reads, reads_slowly])
-def test_a_receiver_that_goes_on_slowly_forever_costs_no_more_than_the_time_limit(opened, serve):
+def test_an_endlessly_slow_receiver_fails_at_the_time_limit(opened, serve):
     with raw_server(serve) as url:
         sink = opened(url)
         began = time.monotonic()
@@ -482,14 +482,14 @@ def test_a_receiver_that_goes_on_slowly_forever_costs_no_more_than_the_time_limi
         assert time.monotonic() - began < 0.3 + SLACK_SECS
 
 
-def test_once_the_status_says_accepted_a_body_that_never_ends_changes_nothing(opened):
+def test_an_endless_body_after_a_success_status_is_accepted(opened):
     with raw_server(drip(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b"x")) as url:
         began = time.monotonic()
         opened(url).deliver([event()], 0.3)
         assert time.monotonic() - began < 0.3 + SLACK_SECS
 
 
-def test_a_host_that_swallows_packets_costs_no_more_than_the_time_limit(opened):
+def test_a_host_that_drops_packets_fails_at_the_time_limit(opened):
     with black_hole() as port:
         sink = opened(f"http://127.0.0.1:{port}/")
         began = time.monotonic()
@@ -498,7 +498,7 @@ def test_a_host_that_swallows_packets_costs_no_more_than_the_time_limit(opened):
         assert str(error).startswith(f"127.0.0.1:{port} could not be reached within 0.3 s")
 
 
-def test_an_address_that_swallows_packets_leaves_time_for_the_next_one(opened, receiver, monkeypatch):
+def test_an_address_that_drops_packets_leaves_time_for_the_next_one(opened, receiver, monkeypatch):
     with black_hole() as port:
         addresses = [
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", number))
@@ -509,7 +509,7 @@ def test_an_address_that_swallows_packets_leaves_time_for_the_next_one(opened, r
     assert len(receiver.accepted) == 1
 
 
-def test_a_name_server_that_does_not_answer_costs_no_more_than_the_time_limit(opened, monkeypatch):
+def test_a_silent_name_server_fails_at_the_time_limit(opened, monkeypatch):
     released = threading.Event()
     ended = threading.Event()
 
@@ -531,14 +531,14 @@ def test_a_name_server_that_does_not_answer_costs_no_more_than_the_time_limit(op
 # --- connections that fail ---
 
 
-def test_a_refused_connection_says_who_refused(opened):
+def test_a_refused_connection_names_host_and_port(opened):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         port = listening.getsockname()[1]
     error = failure_of(opened(f"http://127.0.0.1:{port}/hook?token=hunter2"))
     assert str(error) == f"127.0.0.1:{port} refused the connection (is anything running there?)"
 
 
-def test_a_name_that_does_not_exist_says_so(opened, monkeypatch):
+def test_a_host_name_that_does_not_exist_is_reported(opened, monkeypatch):
     def look_up(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -546,7 +546,7 @@ def test_a_name_that_does_not_exist_says_so(opened, monkeypatch):
     assert "unknown.example:443 cannot be found: Name or service" in str(failure_of(opened("https://unknown.example/")))
 
 
-def test_a_receiver_that_restarts_is_found_again(opened):
+def test_a_restarted_receiver_gets_events_again(opened):
     with running_receiver() as first:
         port = first.server_port
         sink = opened(first.url)
@@ -569,7 +569,7 @@ def test_plain_http_where_tls_is_expected_is_a_tls_error(opened, receiver):
     assert "failed at TLS" in str(error)
 
 
-def test_a_certificate_of_an_unknown_ca_is_not_accepted_and_the_remedy_is_told(opened, receiver, certificate):
+def test_a_certificate_of_an_unknown_ca_is_refused_with_a_remedy(opened, receiver, certificate):
     error = failure_of(opened(certificate.serve(receiver)))
     assert "cannot be trusted: self" in str(error)
     assert "in ca_file" in str(error)
@@ -602,7 +602,7 @@ def test_ca_file_is_read_again_at_reopen(opened, receiver, certificate, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         (None, "does not exist"),
         (b"", "holds no certificate"),
@@ -610,7 +610,7 @@ def test_ca_file_is_read_again_at_reopen(opened, receiver, certificate, tmp_path
         (b"-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n", "holds a certificate that cannot be read"),
     ],
 )
-def test_a_ca_file_that_cannot_be_used_is_refused(tmp_path, content, says):
+def test_a_ca_file_that_cannot_be_used_is_refused(tmp_path, content, expected):
     path = tmp_path / "ca.pem"
     if content is not None:
         path.write_bytes(content)
@@ -618,7 +618,7 @@ def test_a_ca_file_that_cannot_be_used_is_refused(tmp_path, content, says):
         WebhookConfig(type="webhook", url="https://app.example/", ca_file=str(path))
     (error,) = excinfo.value.errors()
     assert error["loc"] == ("ca_file",)
-    assert says in error["msg"]
+    assert expected in error["msg"]
 
 
 # --- closing ---

@@ -1,4 +1,4 @@
-"""What every sink promises, for each sink type that is installed."""
+"""The promises of every sink, for each installed sink type."""
 
 import errno
 import hashlib
@@ -27,9 +27,9 @@ class FileHarness(SinkHarness):
     sink_type = "file"
     cannot = MappingProxyType(
         {
-            "hang": "a write to a disk that does not answer cannot be given up",
-            "refuse": "a file takes every line",
-            "reject": "a file takes every line",
+            "hang": "a write to a disk that does not answer cannot be cancelled",
+            "refuse": "a file accepts every line",
+            "reject": "a file accepts every line",
         }
     )
 
@@ -64,7 +64,7 @@ class _FailingFiles(Files):
 
 class StdoutHarness(SinkHarness):
     sink_type = "stdout"
-    cannot = MappingProxyType(dict.fromkeys(("refuse", "reject"), "a stream takes every line"))
+    cannot = MappingProxyType(dict.fromkeys(("refuse", "reject"), "a stream accepts every line"))
 
     def __init__(self, tmp_path):
         super().__init__(tmp_path)
@@ -320,7 +320,7 @@ TestWebhook = sink_conformance(WebhookHarness)
 
 
 def test_each_installed_sink_passes_the_suite():
-    """One that has no harness here, or in `test_sinks_of_servers.py`, needs one."""
+    """A new sink needs a harness here or in `test_sinks_of_servers.py`."""
     assert set(available_sinks()) == {
         "download",
         "exec",

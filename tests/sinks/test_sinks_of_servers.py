@@ -1,4 +1,4 @@
-"""The sinks `postgresql` and `mysql` at servers of their own, which are killed, frozen and restarted."""
+"""The sinks `postgresql` and `mysql` with real servers, which are killed, frozen and restarted."""
 
 import threading
 import time
@@ -70,7 +70,7 @@ def raw_event(body, number=0):
 
 
 @pytest.mark.parametrize("cut", ["before", "after"])
-def test_a_lost_answer_to_a_commit_is_found_out_by_the_repetition(database, cut):
+def test_a_repeat_after_a_lost_commit_answer_adds_no_row_twice(database, cut):
     make_counter(database)
     with CuttingProxy(database.server.port) as proxy, opened(database, dsn=database.server.dsn_at(proxy.port)) as sink:
         proxy.cuts.append(cut)
@@ -90,12 +90,12 @@ def test_a_statement_whose_commit_lost_its_answer_has_run_once(database, cut):
     ):
         sink.deliver([event(0)], 10.0)
         proxy.cuts.append(cut)
-        sink.deliver([event(1), event(2)], 10.0)  # over a kept connection, so that it is repeated at once
+        sink.deliver([event(1), event(2)], 10.0)  # on a kept connection, so that it is repeated at once
         assert proxy.cuts == []
         assert counted(database) == 3
 
 
-def test_a_server_that_was_killed_is_found_again(database):
+def test_a_server_that_was_killed_is_used_again_after_its_start(database):
     with opened(database) as sink:
         sink.deliver([event(1)], 10.0)
         database.server.kill()
@@ -117,7 +117,7 @@ def test_a_restart_between_two_calls_fails_neither(database):
         assert rows(database) == 2
 
 
-def test_a_server_that_is_frozen_costs_no_more_than_the_time_limit(database):
+def test_a_frozen_server_fails_at_the_time_limit(database):
     with opened(database, timeout_secs=1) as sink:
         sink.deliver([event(1)], 10.0)
         database.server.freeze()
@@ -127,14 +127,14 @@ def test_a_server_that_is_frozen_costs_no_more_than_the_time_limit(database):
                 with pytest.raises(TransientError, match=r"no (answer|connection) within"):
                     sink.deliver([event(2)], 0.5)
                 assert 0.4 < time.monotonic() - began < 0.5 + SLACK_SECS
-            until(lambda: "connect" not in {thread.name for thread in threading.enumerate()})  # none is left behind
+            until(lambda: "connect" not in {thread.name for thread in threading.enumerate()})  # all threads have ended
         finally:
             database.server.thaw()
         sink.deliver([event(2)], 10.0)
         assert rows(database) == 2
 
 
-def test_a_read_only_server_is_left_and_looked_for_again(database):
+def test_the_connection_to_a_read_only_server_is_replaced(database):
     switch = {
         "postgresql": "ALTER DATABASE postgres SET default_transaction_read_only = {}",
         "mysql": "SET GLOBAL read_only = {}",
@@ -159,7 +159,7 @@ def test_of_several_hosts_the_one_that_works_is_found(tmp_path):
     database.close()
 
 
-def test_a_missing_parent_row_is_awaited_and_holds_up_no_other(database):
+def test_a_missing_parent_row_is_awaited_and_delays_no_other(database):
     make_counter(database)
     database.run("DROP TABLE IF EXISTS child")
     database.run("DROP TABLE IF EXISTS parent")
@@ -203,14 +203,14 @@ def test_a_hostile_body_arrives_byte_for_byte(database):
     assert database.delivered(1) == [HOSTILE]
 
 
-def test_a_body_that_is_not_utf8_is_rejected_and_harms_no_other(database):
+def test_a_body_that_is_not_utf8_is_rejected_and_affects_no_other(database):
     with opened(database) as sink, pytest.raises(PartialFailureError) as raised:
         sink.deliver([raw_event(b'"\xff"'), event(1)], 10.0)
     assert {at: type(error) for at, error in raised.value.failures.items()} == {0: RejectedError}
     assert database.delivered(1) == [event(1).body]
 
 
-def test_a_raw_nul_is_rejected_before_it_is_queued_if_no_text_holds_it(database):
+def test_a_raw_nul_is_rejected_early_if_the_database_forbids_it(database):
     nul = raw_event(b'{"Title":"\0"}')
     with opened(database) as sink:
         if database.sink_type == "postgresql":
@@ -224,7 +224,7 @@ def test_a_raw_nul_is_rejected_before_it_is_queued_if_no_text_holds_it(database)
             assert database.delivered(1) == [nul.body]
 
 
-def test_a_type_that_no_column_of_text_holds_is_written_all_the_same(database):
+def test_characters_that_no_text_column_holds_are_replaced(database):
     with opened(database) as sink:
         sink.deliver([event(1, event_type="a\0b\ud83c")], 10.0)
     assert list(database.run("SELECT event_type FROM vodpoller_events")) == [("a\ufffdb\ufffd",)]
@@ -243,7 +243,7 @@ def test_old_rows_of_the_inbox_are_deleted_by_the_databases_clock(database):
     assert left == ["it", "it", "other"]
 
 
-def test_the_tables_are_made_if_that_is_asked_for(database):
+def test_the_tables_are_created_with_create_table(database):
     database.run("DROP TABLE vodpoller_events")
     with opened(database) as sink, pytest.raises(TransientError, match="vodpoller example sql"):
         sink.deliver([event(1)], 10.0)
@@ -262,10 +262,10 @@ def probe(database, log=None, **settings):
     return database.sink_class.probe("it", config, sink_context(log))
 
 
-def test_the_probe_says_what_is_there_and_writes_nothing(database):
-    said = probe(database)
-    assert "has the table vodpoller_events" in said
-    assert "hunter2" not in said
+def test_the_probe_names_the_tables_and_writes_nothing(database):
+    message = probe(database)
+    assert "has the table vodpoller_events" in message
+    assert "hunter2" not in message
     make_counter(database)
     assert probe(database, statement=COUNT_ONE).endswith("has the table vodpoller_inbox, and the statement is valid")
     assert (rows(database), counted(database)) == (0, 0)
@@ -292,9 +292,9 @@ def test_the_probe_warns_of_commits_that_a_loss_of_power_may_lose(database, log,
     }[database.sink_type]
     database.server.as_admin(setting.format(name, weak))
     try:
-        said = probe(database, log)
+        message = probe(database, log)
     finally:
         database.server.as_admin(setting.format(name, good))
-    assert isinstance(said, Doubt)
-    assert f"; a loss of power may lose committed events, because of {name} = {weak}" in said
+    assert isinstance(message, Doubt)
+    assert f"; a loss of power may lose committed events, because of {name} = {weak}" in message
     assert [line["setting"] for line in named(lines, "database.nondurable")] == [f"{name} = {weak}"]

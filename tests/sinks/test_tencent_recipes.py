@@ -1,4 +1,4 @@
-"""The recipes of the page for services of Tencent Cloud, against a stub that verifies signatures."""
+"""The page's recipes for services of Tencent Cloud, with a stub that verifies signatures."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def no_proxies(monkeypatch):
 
 @pytest.fixture
 def built(tmp_path, log):
-    """Makes the sink of a recipe as the daemon does, with the stub's address in place of the service's."""
+    """Makes the sink of a recipe as the daemon does, with the stub as its endpoint."""
     sinks = []
 
     def build(name, api):

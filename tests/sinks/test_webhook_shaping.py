@@ -1,4 +1,4 @@
-"""Requests that are shaped for their receiver, and answers that are judged by what they say."""
+"""Requests in the form that the receiver needs, and answers whose content decides the outcome."""
 
 import base64
 import gzip
@@ -56,7 +56,7 @@ def opened(receiver):
 
 
 def deliver(sink, *events):
-    """As the worker does: what the sink has nothing against is delivered."""
+    """Examine and deliver each event, as the worker does."""
     for each in events or (event(1),):
         sink.examine(each)
         sink.deliver([each], 5.0)
@@ -74,13 +74,13 @@ def problem_of(**keys):
 
 @pytest.mark.parametrize("key", ["body", "accept_when", "reject_when"])
 def test_an_expression_that_does_not_compile_names_key_and_position(key):
-    named, said = problem_of(url=WITH_TOKEN, **{key: "{a: b,\n c 7}"})
+    named, message = problem_of(url=WITH_TOKEN, **{key: "{a: b,\n c 7}"})
     assert named == key
-    assert '" c 7}" is not a JMESPath expression: line 2, column 4: "7" is not valid here' in said
+    assert '" c 7}" is not a JMESPath expression: line 2, column 4: "7" is not valid here' in message
 
 
 @pytest.mark.parametrize(
-    ("keys", "key", "said"),
+    ("keys", "key", "expected"),
     [
         ({}, "url", "is missing (for example: url ="),
         ({"url": WITH_TOKEN, "url_file": Secret(value=WITH_TOKEN)}, "url_file", "is given together with url"),
@@ -98,14 +98,14 @@ def test_an_expression_that_does_not_compile_names_key_and_position(key):
         ({"url": WITH_TOKEN, "max_per_minute": 60_001}, "max_per_minute", "less than or equal to 60000"),
     ],
 )
-def test_keys_that_do_not_fit_together_are_refused(keys, key, said):
+def test_keys_that_do_not_fit_together_are_refused(keys, key, expected):
     named, message = problem_of(**keys)
     assert named == key
-    assert said in message
+    assert expected in message
     assert "hunter2" not in message
 
 
-def test_a_limit_per_minute_is_the_workers_business(opened):
+def test_max_per_minute_is_left_to_the_worker(opened):
     assert opened(max_per_minute=20).max_per_minute == 20
     assert opened().max_per_minute is None
 
@@ -123,25 +123,25 @@ def test_an_event_that_body_cannot_shape_is_rejected_and_nothing_sent(opened, re
     assert receiver.received == []
 
 
-def test_where_body_finds_null_nothing_is_sent(opened, receiver):
+def test_nothing_is_sent_if_body_is_null(opened, receiver):
     sink = opened(body="Missing.{text: EventType}")
     with pytest.raises(SkippedError):
         sink.examine(event(1))
     assert receiver.received == []
 
 
-def test_without_body_an_event_has_nothing_to_be_examined(opened, receiver):
+def test_without_body_the_event_itself_is_sent(opened, receiver):
     deliver(opened())
     assert receiver.received[0].body == event(1).body
 
 
 @pytest.mark.parametrize("text", ["`false`", "`0`", "''", "`[]`", "`{}`"])
-def test_what_is_not_null_is_sent(opened, receiver, text):
+def test_any_body_that_is_not_null_is_sent(opened, receiver, text):
     deliver(opened(body=text))
     assert json.loads(receiver.received[0].body) == json.loads(text.strip("`").replace("'", '"'))
 
 
-def test_what_body_finds_is_sent_as_json_with_every_digit(opened, receiver):
+def test_the_shaped_body_is_json_with_every_digit(opened, receiver):
     sent = make_event({"EventType": "雪", "FileId": 18446744073709551616123}, source="main", sub_app_id=None)
     deliver(opened(body="{type: EventType, id: FileId}", method="PUT"), sent)
     (received,) = receiver.received
@@ -151,7 +151,7 @@ def test_what_body_finds_is_sent_as_json_with_every_digit(opened, receiver):
     assert received.headers["webhook-id"] == sent.key.hex()
 
 
-def test_a_shaped_body_is_what_is_signed(opened, receiver):
+def test_the_shaped_body_is_signed(opened, receiver):
     deliver(opened(body="{type: EventType}", secret=SECRET))
     (received,) = receiver.received
     signed = f"{event(1).key.hex()}.{int(NOW)}.".encode() + received.body
@@ -160,7 +160,7 @@ def test_a_shaped_body_is_what_is_signed(opened, receiver):
 
 
 @pytest.mark.parametrize("query", ["", "?access_token=abc"])
-def test_dingtalk_finds_its_signature_in_the_query(opened, receiver, query):
+def test_the_signature_for_dingtalk_is_in_the_query(opened, receiver, query):
     secret = "SEC" + "0123456789abcdef" * 4
     deliver(opened(url=receiver.url + query, sign="dingtalk", secret=secret, body="{msgtype: 'text'}"))
     (received,) = receiver.received
@@ -172,7 +172,7 @@ def test_dingtalk_finds_its_signature_in_the_query(opened, receiver, query):
     assert "webhook-signature" not in received.headers
 
 
-def test_feishu_finds_its_signature_in_the_message(opened, receiver):
+def test_the_signature_for_feishu_is_in_the_message(opened, receiver):
     deliver(opened(sign="feishu", secret="feishu-secret", body="{msg_type: 'text'}"))
     (received,) = receiver.received
     digest = hmac.digest(b"1700000000\nfeishu-secret", b"", hashlib.sha256)
@@ -202,7 +202,7 @@ def test_a_url_in_a_file_is_read_again_at_reopen(opened, receiver, tmp_path):
     ]
 
 
-def test_a_url_that_was_read_again_and_is_none_leaves_the_last_one(opened, receiver, tmp_path):
+def test_an_invalid_new_url_keeps_the_last_one(opened, receiver, tmp_path):
     file = tmp_path / "robot_url"
     file.write_text(receiver.url)
     sink = opened(base=tmp_path, url_file="robot_url")
@@ -215,7 +215,7 @@ def test_a_url_that_was_read_again_and_is_none_leaves_the_last_one(opened, recei
     assert len(receiver.received) == 1
 
 
-def test_nothing_shows_more_of_a_url_in_a_file_than_its_host(opened, receiver, tmp_path):
+def test_only_the_host_of_a_url_in_a_file_is_shown(opened, receiver, tmp_path):
     (tmp_path / "robot_url").write_text(f"{receiver.url}/t0ken?key=hunter2&v=1")
     sink = opened(base=tmp_path, url_file="robot_url")
     receiver.answer = Answer(400, body=b"POST /callback/t0ken?key=hunter2&v=1 is not good")
@@ -265,7 +265,7 @@ ROBOT = {"accept_when": "errcode == `0`", "reject_when": "errcode == `45002`"}
         b'{"errcode":0,"errcode":45009}',
     ],
 )
-def test_a_robot_that_says_no_with_200_has_not_accepted(opened, receiver, body):
+def test_a_refusal_with_status_200_is_not_accepted(opened, receiver, body):
     receiver.answer = Answer(200, body=body)
     with pytest.raises(TransientError, match=r"answered 200 OK, but sinks\.hook\.accept_when does not hold") as failure:
         deliver(opened(**ROBOT))
@@ -273,19 +273,19 @@ def test_a_robot_that_says_no_with_200_has_not_accepted(opened, receiver, body):
 
 
 @pytest.mark.parametrize("body", [b'{"errcode":0,"errmsg":"ok"}', b' {"errcode": 0}\n', b'\t{"errcode":0.0}'])
-def test_a_robot_that_says_yes_has_accepted(opened, receiver, body):
+def test_an_answer_that_fulfils_accept_when_accepts(opened, receiver, body):
     receiver.answer = Answer(200, body=body)
     deliver(opened(**ROBOT))
 
 
 @pytest.mark.parametrize("status", [200, 400, 403, 429, 500])
-def test_a_message_that_is_bad_is_rejected_whatever_the_status(opened, receiver, status):
+def test_reject_when_rejects_at_any_status(opened, receiver, status):
     receiver.answer = Answer(status, body=b'{"errcode":45002,"errmsg":"content exceed max length"}')
     with pytest.raises(RejectedError, match=rf"answered {status} .*: .*content exceed max length"):
         deliver(opened(**ROBOT))
 
 
-def test_rejecting_wins_over_accepting(opened, receiver):
+def test_reject_when_wins_over_accept_when(opened, receiver):
     receiver.answer = Answer(200, body=b'{"errcode":0,"bad":true}')
     with pytest.raises(RejectedError):
         deliver(opened(accept_when="errcode == `0`", reject_when="bad"))
@@ -305,28 +305,28 @@ def test_without_reject_when_400_rejects(opened, receiver):
 
 
 @pytest.mark.parametrize("key", ["accept_when", "reject_when"])
-def test_an_answer_that_cannot_be_judged_accepts_nothing(opened, receiver, key):
+def test_an_answer_that_cannot_be_evaluated_accepts_nothing(opened, receiver, key):
     receiver.answer = Answer(200, body=b'{"errcode":0}')
-    said = rf"answered 200 OK, but sinks\.hook\.{key} cannot be evaluated on the answer: .*contains"
-    with pytest.raises(TransientError, match=said):
+    expected = rf"answered 200 OK, but sinks\.hook\.{key} cannot be evaluated on the answer: .*contains"
+    with pytest.raises(TransientError, match=expected):
         deliver(opened(**{key: "contains(errmsg, 'ok')"}))
 
 
-def test_a_failed_status_that_cannot_be_judged_is_what_it_is(opened, receiver):
+def test_a_failed_status_counts_if_the_answer_cannot_be_evaluated(opened, receiver):
     receiver.answer = Answer(503, {"Retry-After": "7"}, body=b"{}")
     with pytest.raises(TransientError, match=r"answered 503 Service Unavailable$") as failure:
         deliver(opened(reject_when="contains(errmsg, 'ok')"))
     assert failure.value.retry_after_secs == 7.0
 
 
-def test_retry_after_counts_beside_200_too(opened, receiver):
+def test_retry_after_counts_with_status_200_too(opened, receiver):
     receiver.answer = Answer(200, {"Retry-After": "30"}, b'{"errcode":45009}')
     with pytest.raises(TransientError) as failure:
         deliver(opened(**ROBOT))
     assert failure.value.retry_after_secs == 30.0
 
 
-def test_a_text_is_judged_as_a_text(opened, receiver):
+def test_a_text_is_evaluated_as_a_text(opened, receiver):
     sink = opened(accept_when="@ == 'ok'", reject_when="contains(['no_text'], @)")
     receiver.answer = Answer(200, body=b"ok\n")
     deliver(sink)
@@ -335,19 +335,19 @@ def test_a_text_is_judged_as_a_text(opened, receiver):
         deliver(sink)
 
 
-def test_an_answer_that_is_compressed_unasked_is_judged(opened, receiver):
+def test_an_unrequested_compressed_answer_is_evaluated(opened, receiver):
     receiver.answer = Answer(200, {"Content-Encoding": "gzip"}, gzip.compress(b'{"errcode":0}'))
     deliver(opened(**ROBOT))
 
 
-def test_an_answer_that_is_too_long_to_be_judged_accepts_nothing(opened, receiver):
+def test_an_answer_that_is_too_long_to_evaluate_accepts_nothing(opened, receiver):
     receiver.answer = Answer(200, body=b'{"errcode":0,"more":"' + b"x" * 70_000 + b'"}')
     with pytest.raises(TransientError, match="cannot be evaluated on an answer of over 65536 bytes"):
         deliver(opened(**ROBOT))
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n" + b'{"errcode":0}', b""])
-def test_an_answer_that_breaks_off_accepts_nothing(opened, answer):
+def test_an_incomplete_answer_accepts_nothing(opened, answer):
     def serve(connection, stopping):
         read_request(connection)
         connection.sendall(answer)
@@ -356,14 +356,14 @@ def test_an_answer_that_breaks_off_accepts_nothing(opened, answer):
         deliver(opened(url=url, **ROBOT))
 
 
-def test_an_echo_of_the_secret_in_what_a_robot_says_is_hidden(opened, receiver):
+def test_an_echo_of_the_secret_in_an_answer_is_hidden(opened, receiver):
     secret = "SEC" + "0123456789abcdef" * 4
     receiver.answer = Answer(200, body=json.dumps({"errcode": 310000, "errmsg": f"sign of {secret}"}).encode())
     with pytest.raises(TransientError, match=re.escape('"errmsg": "sign of ***"')):
         deliver(opened(sign="dingtalk", secret=secret, **ROBOT))
 
 
-def test_a_plain_success_is_not_put_into_words(opened, receiver, monkeypatch):
+def test_a_plain_success_makes_no_status_text(opened, receiver, monkeypatch):
     monkeypatch.setattr("vodpoller.sinks.webhook.sink.status_text", lambda status: pytest.fail("this text is not read"))
     opened().deliver([event(1)], 5.0)
     assert len(receiver.received) == 1

@@ -1,11 +1,11 @@
-"""Carries the Containerfile out without a container engine, and runs what comes of it. It needs root and debootstrap.
+"""Builds the Containerfile without a container engine, and runs the result. It needs root and debootstrap.
 
     .venv/bin/python -m tests.system.containerfile [--base FOLDER] [--ca FILE]
 
-Each stage is a root that debootstrap made of the stage's distribution, and not the image that FROM names: COPY copies,
-RUN runs in a chroot. Then the last stage's entry point runs as its user, in a root that cannot be written, against a
-simulator: it must deliver, write to its volume alone, and stop with exit code 0 by the image's signal. What this does
-not show: that an engine takes the file, and what the base image lacks.
+Each stage is a root folder that debootstrap makes from the stage's distribution, not the image that FROM names: COPY
+copies, RUN runs in a chroot. Then the last stage's entry point runs as its user, in a read-only root, with a simulator:
+it must deliver, write only to its volume, and stop with exit code 0 on the image's signal. This does not show whether
+an engine accepts the file, nor what the base image lacks.
 """
 
 import argparse
@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 EVENTS = 40
 CHROOT = shutil.which("chroot") or "chroot"
 IN_A_NAMESPACE = "VODPOLLER_CONTAINERFILE_NAMESPACE"
-ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}  # what engines give
+ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}  # as container engines set it
 
 
 @dataclass
 class Stage:
-    """One FROM with what follows it."""
+    """One FROM and the instructions after it."""
 
     image: str
     name: str
@@ -47,12 +47,12 @@ class Stage:
 
     @property
     def suite(self):
-        """That of Debian."""
+        """The suite of Debian, such as bookworm."""
         return re.fullmatch(r"docker\.io/library/debian:(\w+)-slim", self.image)[1]
 
 
 def stages_of(text):
-    """The stages of a Containerfile that uses no more than these instructions."""
+    """The stages of a Containerfile. Raises ValueError for an instruction that is not supported here."""
     stages = []
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     for line in re.sub(r"\\\n", " ", lines).splitlines():
@@ -83,9 +83,9 @@ class Builder:
     """Makes the roots of all stages.
 
     Args:
-        folder: For them.
-        base: A root of debootstrap's, which is made if it is not there.
-        ca: PEM with further certificates that pip trusts; None for none.
+        folder: Folder for the roots.
+        base: A root made by debootstrap; it is made if it does not exist.
+        ca: PEM file with further certificates that pip trusts, or None.
     """
 
     def __init__(self, folder, base, ca):
@@ -95,7 +95,7 @@ class Builder:
         self.roots = {}
 
     def build(self, stage, number):
-        """The root of a stage."""
+        """Build the root of a stage; returns its path."""
         root = self.folder / (stage.name or f"stage{number}")
         self.roots[stage.name] = root
         if not self.base.exists():
@@ -140,7 +140,7 @@ def mount(*words):
 
 
 def try_image(root, stage):
-    """Run what the image runs, as its user, with a root that cannot be written."""
+    """Run the image's command as its user, with a read-only root."""
     user, group = map(int, stage.user.split(":"))
     volume = root / "var/lib/vodpoller"
     secrets = root / stage.env["CREDENTIALS_DIRECTORY"].lstrip("/")
@@ -177,7 +177,7 @@ def try_image(root, stage):
 def main():
     """Build and try."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--base", type=Path, help="A root of debootstrap's, kept for the next time.")
+    options.add_argument("--base", type=Path, help="A root made by debootstrap; it is kept for the next run.")
     options.add_argument("--ca", type=Path, help="PEM with certificates that pip trusts, if a proxy opens TLS.")
     chosen = options.parse_args()
     if IN_A_NAMESPACE not in os.environ:
@@ -194,13 +194,13 @@ def main():
                 root = builder.build(stage, number)
             try_image(root, stages[-1])
         finally:
-            # Before the folder is deleted, with all that is in it.
+            # Before the folder is deleted: otherwise mounted files would be deleted as well.
             for place in reversed(list(mounts_in(folder))):
                 subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def mounts_in(folder):
-    """Where something is mounted inside a folder, the outermost first."""
+    """The mount points inside a folder, the outermost first."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         place = line.split()[1]
         if place.startswith(f"{folder}/"):

@@ -1,8 +1,8 @@
-"""A database and a daemon that are killed in turns: each event is one row, and is counted once.
+"""A database and a daemon that are killed alternately: each event is one row, and is counted once.
 
-`python -m tests.system.database_kills --database mariadb` takes 10,000 events through ten kills of each and prints what
-came of it; the exit code is 0 only if each row is there once and the counter is right. The suite does the same with
-small numbers.
+`python -m tests.system.database_kills --database mariadb` delivers 10,000 events across ten kills of each and prints
+the counts; the exit code is 0 only if each row exists once and the counter is right. The suite does the same with fewer
+events and kills.
 """
 
 import argparse
@@ -23,22 +23,22 @@ from vodpoller.sinks.sql.postgresql import DIALECT as POSTGRESQL
 
 DATABASES = {"postgresql": (Postgresql, POSTGRESQL), "mariadb": (Mariadb, MYSQL)}
 LEASE_SECS = 5.0
-PATIENCE_SECS = 300.0
+MAX_WAIT_SECS = 300.0
 
 
 @dataclass
 class Result:
-    """What came of it; `lost`, `doubled`, `foreign` and `miscounted` should be 0.
+    """The counts of a trial; `lost`, `doubled`, `foreign` and `miscounted` should be 0.
 
     Args:
         events: Number of events that were fed.
-        kills: How often the server was killed, and as often the daemon.
+        kills: Number of kills of the server; the daemon is killed equally often.
         lost: Events that are in no row.
-        doubled: Rows too many.
+        doubled: Rows of an event after its first one.
         foreign: Rows that are not an event that was fed.
-        miscounted: How far the counter that a statement increments is from the number of events.
-        stored: How often an event was stored until the database was back.
-        seconds: How long it took.
+        miscounted: Difference between the counter that a statement increments and the number of events.
+        stored: Number of stored events that were delivered when the database was back.
+        seconds: Duration of the trial.
     """
 
     events: int
@@ -56,7 +56,7 @@ class Result:
 
 
 class Trial:
-    """One server, one simulator, and daemons one after the other."""
+    """One server, one simulator, and one daemon after the other."""
 
     def __init__(self, system, server, dialect, seed):
         self.system = system
@@ -90,13 +90,13 @@ class Trial:
         self.fed += bodies
         self.simulator.feed(*bodies)
 
-    def kill_server_amid(self, number):
+    def kill_server_during(self, number):
         self._feed_and_wait_for_some(number)
         self.server.kill()
         time.sleep(self.random.uniform(0.0, 1.0))
         self.server.start()
 
-    def kill_daemon_amid(self, number):
+    def kill_daemon_during(self, number):
         self._feed_and_wait_for_some(number)
         self.daemons[-1].kill()
         self.start_daemon()
@@ -108,7 +108,7 @@ class Trial:
         until(lambda: self.simulator.stats()["confirmed"] >= before + some, secs=60, what=self.daemons[-1].tail)
 
     def result(self, kills, began_at):
-        rows, number = until(self._all_there, secs=PATIENCE_SECS, every_secs=0.5, what=self.daemons[-1].tail)
+        rows, number = until(self._all_there, secs=MAX_WAIT_SECS, every_secs=0.5, what=self.daemons[-1].tail)
         exit_code, _ = self.daemons[-1].terminate()
         assert exit_code == 0
         fed, arrived = Counter(map(canonical, self.fed)), Counter(map(canonical, rows))
@@ -125,7 +125,7 @@ class Trial:
         )
 
     def _all_there(self):
-        """The bodies and the counter, as soon as neither is too small."""
+        """The bodies and the counter, or None while rows or counts are missing."""
         if not self.simulator.all_confirmed():
             return None
         with self.server.connect() as db, db.cursor() as cursor:
@@ -140,15 +140,15 @@ class Trial:
 
 
 def run(database, *, events, kills, seed, folder):
-    """Feed events in portions; amid each, the server or the daemon is killed."""
+    """Feed events in portions; during each, the server or the daemon is killed."""
     kind, dialect = DATABASES[database]
     began_at = time.monotonic()
     with ending(kind()) as server, running_system(folder) as system:
         trial = Trial(system, server, dialect, seed)
         portion = events // (2 * kills)
         for _ in range(kills):
-            trial.kill_server_amid(portion)
-            trial.kill_daemon_amid(portion)
+            trial.kill_server_during(portion)
+            trial.kill_daemon_during(portion)
         trial.feed(events - 2 * kills * portion)
         return trial.result(kills, began_at)
 
@@ -157,7 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--database", choices=sorted(DATABASES), required=True)
     parser.add_argument("--events", type=int, default=10_000)
-    parser.add_argument("--kills", type=int, default=10, help="of the server, and as many of the daemon")
+    parser.add_argument("--kills", type=int, default=10, help="number of kills of the server, and of the daemon")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Reload under a real systemd. Run it as root on a machine (a container, a VM) that may be thrown away, with the program
-# in $VENV and the unit installed as $UNIT: it overwrites $CONFIG and the key, adds a sink of its own to $VENV, and starts
-# and stops the service. It prints what it finds, and ends with 0 if all is as it should be.
+# Tests the reload under a real systemd. Run it as root on a disposable machine (a container or VM), with the program in
+# $VENV and the unit installed as $UNIT: it overwrites $CONFIG and the key, adds a sink to $VENV, and starts and stops
+# the service. It prints its results, and exits with 0 if all checks pass.
 set -euo pipefail
 
 UNIT=${UNIT:-vodpoller.service}
@@ -94,33 +94,33 @@ until_true 120 all_confirmed
 all=$(lines_in "$STATE/before.jsonl" "$STATE/after.jsonl")
 different=$(sort -u "$STATE/before.jsonl" "$STATE/after.jsonl" | wc -l)
 fed=$(stats fed)
-[ "$all" -eq "$fed" ] && [ "$different" -eq "$fed" ] || fail "$fed events, $all lines, $different different ones"
-[ "$(stats redeliveries)" -eq 0 ] || fail "$(stats redeliveries) events came again"
+[ "$all" -eq "$fed" ] && [ "$different" -eq "$fed" ] || fail "$fed events, $all lines, $different of them different"
+[ "$(stats redeliveries)" -eq 0 ] || fail "$(stats redeliveries) events were redelivered"
 good "a changed route: $fed events, $before lines before and $((all - before)) after, none lost, none doubled"
 
 # --- a broken file ---
 cp "$CONFIG" "$CONFIG.good"
 printf '[api\n' >>"$CONFIG"
 mv "$STATE/after.jsonl" "$STATE/after.jsonl.1"
-said=$(systemctl reload "$UNIT" 2>&1) && fail "a broken file was not refused"
-good "a broken file is refused: $said"
-[ "$(systemctl is-active "$UNIT")" = active ] && [ "$(main_pid)" = "$pid" ] || fail "the service does not run on"
+output=$(systemctl reload "$UNIT" 2>&1) && fail "a broken file was not refused"
+good "a broken file is refused: $output"
+[ "$(systemctl is-active "$UNIT")" = active ] && [ "$(main_pid)" = "$pid" ] || fail "the service has stopped or restarted"
 until_true 10 test -e "$STATE/after.jsonl"
-good "the files were reopened all the same"
-journalctl --no-pager -o cat -u "$UNIT" | grep -q "$CONFIG: line " || fail "the log does not say what is wrong"
-systemctl status --no-pager "$UNIT" | grep "the last reload was refused" || fail "systemctl status does not say so"
-said=$("$VODPOLLER" status -c "$CONFIG" 2>&1) && fail "vodpoller status ends with 0"
-grep "PROBLEM configuration" <<<"$said" || fail "vodpoller status does not say so"
+good "the files were reopened anyway"
+journalctl --no-pager -o cat -u "$UNIT" | grep -q "$CONFIG: line " || fail "the log does not show the mistake"
+systemctl status --no-pager "$UNIT" | grep "the last reload was refused" || fail "systemctl status does not show it"
+output=$("$VODPOLLER" status -c "$CONFIG" 2>&1) && fail "vodpoller status ends with 0"
+grep "PROBLEM configuration" <<<"$output" || fail "vodpoller status does not show it"
 cp "$CONFIG.good" "$CONFIG"
 systemctl reload "$UNIT" || fail "the corrected file was refused"
 "$VODPOLLER" status -c "$CONFIG" || fail "vodpoller status still has a problem"
-good "the corrected file is taken"
+good "the corrected file is accepted"
 
-# --- another journal, so that the configuration does not lead to the daemon any more ---
+# --- another journal: the configuration no longer has the path of the daemon's socket ---
 configure "$STATE/other.db" "$(file_sink after)"
 systemctl reload "$UNIT" || fail "another journal was refused, or the daemon was not found"
 [ -S "$STATE/other.db.sock" ] && [ ! -e "$STATE/journal.db.sock" ] || fail "the status socket has not moved"
-good "another journal is taken"
+good "another journal is accepted"
 
 # --- a sink that hangs ---
 never='[sinks.never]
@@ -134,7 +134,7 @@ configure "$STATE/other.db" "$(file_sink last)" "$never"
 began=$(now_ms)
 systemctl reload "$UNIT" || fail "the reload with a sink that hangs was refused"
 took_ms=$(($(now_ms) - began))
-# Beyond the stop: starting the command and the program again. A busy machine takes longer for both, as for the start.
+# Besides the stop: the start of the command, and of the program again. A busy machine is slower at both, as at the start.
 beyond_ms=$((start_ms > 1700 ? 3 * start_ms : 5000))
 [ "$(main_pid)" = "$pid" ] || fail "another process runs"
 [ "$took_ms" -le $((SHUTDOWN_SECS * 1000 + beyond_ms)) ] || fail "it took $took_ms ms, and a start $start_ms ms"
@@ -143,4 +143,4 @@ beyond_ms=$((start_ms > 1700 ? 3 * start_ms : 5000))
 good "with a sink that hangs it took $took_ms ms (shutdown_secs = $SHUTDOWN_SECS, a start $start_ms ms), and the process is the same"
 
 systemctl stop "$UNIT"
-good "all of it"
+good "all checks"

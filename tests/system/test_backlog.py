@@ -1,4 +1,4 @@
-"""A backlog of stored events that a sink gets when it is back: killed at each step, stopped amid it, byte for byte."""
+"""A backlog of stored events that a sink gets when it is back, across kills and stops, byte for byte."""
 
 import json
 import sqlite3
@@ -19,7 +19,7 @@ from vodpoller.telemetry import Telemetry
 pytestmark = pytest.mark.system
 
 EVENTS = 400
-# What no reader and writer of JSON gives back as it was.
+# A body that changes if a JSON library reads and writes it.
 ODD = b'{"EventType":"NewFileUpload",  "FileUploadEvent":{"FileId":"%d","Size":1e2,"Big":%d,"Name":"\\u00e9/\\/"}}'
 
 
@@ -62,7 +62,7 @@ def pending(system):
 
 
 def configure(system, sinks):
-    # VOD is away: all that moves is stored.
+    # VOD cannot be reached: only stored events are delivered.
     system.configure("http://127.0.0.1:9", sinks=sinks)
 
 
@@ -75,13 +75,13 @@ def keys_at(receiver):
 
 
 def is_at_rest():
-    """Whether no receiver reads what a process that died has sent."""
+    """Whether the receiver has handled all requests of a process that died."""
     return not any("process_request_thread" in thread.name for thread in threading.enumerate())
 
 
-def assert_all_came_as_they_were_stored(receiver, bodies):
-    came = {bytes.fromhex(received.headers["webhook-id"]): received.body for received in receiver.accepted}
-    assert came == bodies
+def assert_all_arrived_unchanged(receiver, bodies):
+    received_bodies = {bytes.fromhex(received.headers["webhook-id"]): received.body for received in receiver.accepted}
+    assert received_bodies == bodies
 
 
 @pytest.mark.parametrize(
@@ -94,20 +94,20 @@ def assert_all_came_as_they_were_stored(receiver, bodies):
     ids=lambda failpoints: "-".join(failpoints).replace(":", "_"),
 )
 @pytest.mark.long
-def test_killed_at_each_step_only_what_was_in_flight_comes_twice(system, receiver, failpoints):
+def test_killed_at_each_step_only_events_in_flight_are_sent_twice(system, receiver, failpoints):
     bodies = store(system, "hook")
     configure(system, hook(receiver.url))
-    may_come_again = Counter()
+    may_be_repeated = Counter()
     for failpoint in failpoints:
         system.daemon(started=False, failpoint=failpoint).await_failpoint()
         until(is_at_rest)
-        may_come_again.update(pending(system).intersection(keys_at(receiver)))
+        may_be_repeated.update(pending(system).intersection(keys_at(receiver)))
     daemon = system.daemon()
     until(lambda: not pending(system), secs=60, what=daemon.tail)
     assert daemon.terminate()[0] == 0
-    assert_all_came_as_they_were_stored(receiver, bodies)
+    assert_all_arrived_unchanged(receiver, bodies)
     again = Counter(keys_at(receiver)) - Counter(bodies.keys())
-    assert again - may_come_again == Counter()
+    assert again - may_be_repeated == Counter()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_killed_at_each_step_only_what_was_in_flight_comes_twice(system, receive
     ids=lambda failpoints: "-".join(failpoints).replace(":", "_"),
 )
 def test_killed_at_each_step_a_file_has_each_event_once(system, failpoints):
-    bodies = store(system, "archive", 4 * EVENTS, template=PLAIN)  # a torn line must look like one of ours
+    bodies = store(system, "archive", 4 * EVENTS, template=PLAIN)  # a torn line must look like the sink's own
     configure(system, system.archive_sink)
     for failpoint in failpoints:
         system.daemon(started=False, failpoint=failpoint).await_failpoint()
@@ -131,13 +131,13 @@ def test_killed_at_each_step_a_file_has_each_event_once(system, failpoints):
 
 
 class RejectsSome(Receiver):
-    """Refuses one in three for good, and takes the others."""
+    """Rejects one of three events, and accepts the others."""
 
     def answer_to(self, received):
         return Answer(status=422) if int(received.headers["webhook-id"], 16) % 3 == 0 else self.answer
 
 
-def test_killed_around_the_burying_each_rejected_event_is_one_dead_letter(system):
+def test_killed_around_a_rejection_each_event_is_one_dead_letter(system):
     with running_receiver(RejectsSome()) as receiver:
         bodies = store(system, "hook")
         configure(system, hook(receiver.url, "breaker_failures = 1000\n"))
@@ -152,7 +152,7 @@ def test_killed_around_the_burying_each_rejected_event_is_one_dead_letter(system
 
 
 @pytest.mark.long
-def test_a_stop_amid_a_backlog_writes_down_what_came_of_it(system, receiver):
+def test_a_stop_during_a_backlog_writes_the_results(system, receiver):
     bodies = store(system, "hook", 5 * EVENTS)
     configure(system, hook(receiver.url))
     for number in (1, 2):
@@ -170,7 +170,7 @@ def test_a_stop_amid_a_backlog_writes_down_what_came_of_it(system, receiver):
 
 
 @pytest.mark.long
-def test_a_receiver_that_hangs_amid_a_backlog_keeps_no_other_sink_from_its_own(system, receiver):
+def test_a_hanging_receiver_does_not_block_the_backlog_of_others(system, receiver):
     bodies = store(system, "hook")
     system.journal.rename(system.folder / "hook.db")
     others = store(system, "archive", 2 * EVENTS)
@@ -187,4 +187,4 @@ def test_a_receiver_that_hangs_amid_a_backlog_keeps_no_other_sink_from_its_own(s
     receiver.answer = Answer()
     receiver.released.set()
     until(lambda: not pending(system), secs=90, what=daemon.tail)
-    assert_all_came_as_they_were_stored(receiver, bodies)
+    assert_all_arrived_unchanged(receiver, bodies)

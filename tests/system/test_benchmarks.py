@@ -1,4 +1,4 @@
-"""The benchmark is not a test; this only keeps its command from rotting."""
+"""The benchmark is not a test; these tests only check that its command works."""
 
 import subprocess
 import sys
@@ -25,22 +25,22 @@ def run_benchmarks(*args):
 
 @pytest.fixture
 def refusal_of(monkeypatch, capsys):
-    """What is said of arguments that are refused."""
+    """Runs the command with arguments that it refuses; returns its stderr."""
 
-    def say(*args):
+    def run(*args):
         monkeypatch.setattr(sys, "argv", ["benchmarks", *args])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2
         return capsys.readouterr().err
 
-    return say
+    return run
 
 
-def test_a_row_that_does_not_exist_is_refused_with_the_names_of_those_that_do(refusal_of):
-    said = refusal_of("--rows", "nonsense")
-    assert "there is no row 'nonsense'" in said
-    assert "paced" in said
+def test_an_unknown_row_is_refused_with_the_names_of_all_rows(refusal_of):
+    stderr = refusal_of("--rows", "nonsense")
+    assert "there is no row 'nonsense'" in stderr
+    assert "paced" in stderr
 
 
 @pytest.mark.parametrize("program", ["no/such/program", "README.md"])
@@ -50,14 +50,14 @@ def test_a_baseline_that_is_not_a_program_is_refused(refusal_of, program):
 
 @pytest.fixture
 def other_version(tmp_path):
-    """The program of another checkout's environment; it is this version."""
+    """A program that stands for another version; it runs this version."""
     program = tmp_path / "vodpoller"
     program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m vodpoller "$@"\n')
     program.chmod(0o755)
     return program
 
 
-def test_the_rows_of_what_is_there_already_measure_the_baseline_in_turns(other_version):
+def test_the_rows_of_stored_events_also_measure_the_baseline(other_version):
     ended = run_benchmarks("--quick", "--rows", "backlog,recover", "--baseline", other_version)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
@@ -73,7 +73,7 @@ def test_the_row_of_a_large_journal_has_seconds_for_each_step():
     assert all(float(secs) > 0 for secs in line.strip("| ").split(" | ")[1:])
 
 
-def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(other_version):
+def test_the_row_of_confirms_prints_ratios_to_the_baseline(other_version):
     ended = run_benchmarks("--quick", "--rows", "confirm", "--secs", "1", "--baseline", other_version)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| vodpoller")]
@@ -84,7 +84,7 @@ def test_the_row_of_confirms_measures_the_baseline_in_turns_and_prints_ratios(ot
     assert all(float(line[4]) > 0 for line in lines[2::4])
 
 
-def test_one_quick_row_prints_the_machine_and_a_table_with_a_line_for_each_consumer():
+def test_a_row_prints_the_machine_and_a_line_for_each_consumer():
     ended = run_benchmarks("--quick", "--rows", "zero", "--secs", "2")
     assert ended.returncode == 0, ended.stderr
     assert "tencentcloud-sdk-python-common" in ended.stdout
@@ -95,7 +95,7 @@ def test_one_quick_row_prints_the_machine_and_a_table_with_a_line_for_each_consu
     assert min(events_per_sec) > 0
 
 
-def test_the_row_of_callbacks_has_a_line_for_each_number_of_connections():
+def test_the_row_of_callbacks_has_a_line_per_number_of_connections():
     ended = run_benchmarks("--quick", "--rows", "callbacks")
     assert ended.returncode == 0, ended.stderr
     lines = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")][2:]
@@ -103,7 +103,7 @@ def test_the_row_of_callbacks_has_a_line_for_each_number_of_connections():
     assert all(float(line[1].replace(",", "")) > 0 for line in lines)
 
 
-def test_the_row_of_postgresql_sets_a_table_beside_the_loop():
+def test_the_row_of_postgresql_compares_a_table_with_the_loop():
     ended = run_benchmarks("--quick", "--rows", "postgresql", "--secs", "2")
     assert ended.returncode == 0, ended.stderr
     lines = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")]
@@ -111,7 +111,7 @@ def test_the_row_of_postgresql_sets_a_table_beside_the_loop():
     assert min(float(line[1].replace(",", "")) for line in lines[2:]) > 0
 
 
-def test_the_row_of_calls_sets_ours_beside_those_of_a_session():
+def test_the_row_of_calls_compares_with_a_requests_session():
     ended = run_benchmarks("--quick", "--rows", "http", "--secs", "0.1")
     assert ended.returncode == 0, ended.stderr
     lines = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")][2:]

@@ -1,4 +1,4 @@
-"""The status page in a real browser: Debian's Chromium, with the page's own headers in force."""
+"""The status page in a real browser: Debian's Chromium, which applies the page's own headers."""
 
 import shutil
 import time
@@ -25,7 +25,7 @@ HOSTILE = [
     "W" * 1_000_000,
     '"><style>body{display:none}</style><a href="javascript:alert(1)">',
 ]
-# The least contrast of all texts on the page with what is behind them (WCAG 2.1, "contrast ratio"), and where it is.
+# The lowest contrast of a text on the page with its background (WCAG 2.1, "contrast ratio"), and its element.
 LEAST_CONTRAST = """() => {
     const rgb = color => color.match(/[\\d.]+/g).map(Number);
     const light = ([r, g, b]) => {
@@ -36,7 +36,7 @@ LEAST_CONTRAST = """() => {
         for (; element; element = element.parentElement) {
             const color = rgb(getComputedStyle(element).backgroundColor);
             if (color.length === 3 || color[3] === 1) return color;
-            if (color[3] !== 0) throw new Error("a colour that lets others through: " + element.outerHTML);
+            if (color[3] !== 0) throw new Error("a colour that is partly transparent: " + element.outerHTML);
         }
         return [255, 255, 255];
     };
@@ -72,7 +72,7 @@ def chromium():
 
 @pytest.fixture
 def shown(tmp_path):
-    """A daemon with troubles of every kind, most of them told in texts that mean harm."""
+    """A status with problems of every kind, most of them with hostile texts."""
     shown = Shown(journal_path=tmp_path / "journal.db", password=PASSWORD)
     journal = SqliteJournal(shown.journal_path, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))
     journal.store(
@@ -104,11 +104,11 @@ def shown(tmp_path):
     )
     shown.telemetry.set(Gauge.QUEUE_EVENTS, {(("source", "main"),): 123_456_789})
     for settlement in ("confirm", "store", "leave"):
-        shown.telemetry.remember(time.time(), [fate(text, settlement) for text in HOSTILE])
+        shown.telemetry.remember(time.time(), [settled(text, settlement) for text in HOSTILE])
     return shown
 
 
-def fate(text, settlement):
+def settled(text, settlement):
     return {
         "source": "main",
         "event_type": text[:200],
@@ -128,17 +128,17 @@ def fate(text, settlement):
 
 @contextmanager
 def opened(chromium, shown, *, query="", host="127.0.0.1", password=PASSWORD, **settings):
-    """The page, what the browser answered for it, and what its console says."""
+    """Open the page; yields the page, the HTTP answer, and the messages of console and dialogs."""
     credentials = {"username": "vodpoller", "password": password} if password else None
     with running_listener(shown) as client:
         context = chromium.new_context(http_credentials=credentials, **settings)
         try:
-            page, said = context.new_page(), []
-            page.on("console", lambda message: said.append(message.text))
-            page.on("pageerror", lambda error: said.append(str(error)))
-            page.on("dialog", lambda dialog: said.append(dialog.message))
+            page, messages = context.new_page(), []
+            page.on("console", lambda message: messages.append(message.text))
+            page.on("pageerror", lambda error: messages.append(str(error)))
+            page.on("dialog", lambda dialog: messages.append(dialog.message))
             answer = page.goto(f"http://{host}:{client.port}/{query}")
-            yield page, answer, said
+            yield page, answer, messages
         finally:
             context.close()
 
@@ -154,7 +154,7 @@ def test_the_page_is_readable_and_harmless(chromium, shown, theme, width, javasc
         color_scheme=theme,
         viewport={"width": width, "height": 844},
         java_script_enabled=javascript,
-    ) as (page, answer, said):
+    ) as (page, answer, messages):
         assert answer.status == 200
         assert page.title() == "7 problems · vodpoller"
         page.locator("summary").first.click()
@@ -163,31 +163,31 @@ def test_the_page_is_readable_and_harmless(chromium, shown, theme, width, javasc
         ratio, where, looked_at = page.evaluate(LEAST_CONTRAST)
         assert ratio >= 4.5, where
         assert looked_at > 300
-        assert said == []
+        assert messages == []
         assert page.locator("body > *").count() == 3
         assert page.locator("script, img, main style, iframe").count() == 0
 
 
-def test_all_well_is_calm_and_empty(chromium, tmp_path):
+def test_without_problems_the_page_shows_none(chromium, tmp_path):
     shown = Shown(journal_path=tmp_path / "journal.db")
     for width in (1280, 390):
-        with opened(chromium, shown, password=None, viewport={"width": width, "height": 844}) as (page, _, said):
+        with opened(chromium, shown, password=None, viewport={"width": width, "height": 844}) as (page, _, messages):
             assert page.locator(".state").inner_text() == "Events flow"
             assert page.locator(".problem").count() == 0
             assert page.evaluate(WIDTHS) == [width, width]
             assert page.evaluate(LEAST_CONTRAST)[0] >= 4.5
-            assert said == []
+            assert messages == []
 
 
 def test_a_command_is_selected_whole_by_a_click(chromium, shown):
-    with opened(chromium, shown, query="?refresh=off&sink=hook&reason=rejected") as (page, _, _said):
+    with opened(chromium, shown, query="?refresh=off&sink=hook&reason=rejected") as (page, _, _messages):
         page.locator(".commands .copy").first.click()
         selected = page.evaluate("() => getSelection().toString().trim()")
         assert selected == "vodpoller deadletters replay --sink hook --reason rejected"
 
 
 def test_the_filters_work_without_a_script(chromium, shown):
-    with opened(chromium, shown, java_script_enabled=False) as (page, _, _said):
+    with opened(chromium, shown, java_script_enabled=False) as (page, _, _messages):
         page.get_by_role("textbox", name="sink").fill("hook")
         page.get_by_label("reason").select_option("rejected")
         page.get_by_role("button", name="Show").click()
@@ -204,8 +204,8 @@ def test_the_filters_work_without_a_script(chromium, shown):
     [("127.0.0.1", "wrong", 401), ("evil.example", PASSWORD, 421)],
     ids=["wrong password", "wrong host"],
 )
-def test_others_see_nothing(chromium, shown, host, password, status):
-    with opened(chromium, shown, host=host, password=password) as (page, answer, _said):
+def test_a_wrong_password_or_host_sees_nothing(chromium, shown, host, password, status):
+    with opened(chromium, shown, host=host, password=password) as (page, answer, _messages):
         assert answer.status == status
         assert "hook" not in page.content()
 

@@ -1,4 +1,4 @@
-"""`vodpoller run` with a source of callbacks: restarts, reloads, sockets that systemd has opened."""
+"""`vodpoller run` with a callback source: restarts, reloads, and sockets from systemd."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def body(number):
 
 
 def configure(system, port, *, sinks=None, source="", more=""):
-    """One source of callbacks, without a key of the API."""
+    """Write a configuration with one callback source and no API key."""
     sinks = system.archive_sink if sinks is None else sinks
     names = [line.split(".", 1)[1].rstrip("]") for line in sinks.splitlines() if line.startswith("[sinks.")]
     system.config_path.write_text(
@@ -39,7 +39,7 @@ def configure(system, port, *, sinks=None, source="", more=""):
 
 
 def ask(port, data, *, timeout=30):
-    """Send bytes on a connection of its own; what comes until the other side has closed it."""
+    """Send bytes on a new connection; returns all bytes until the other side closes it."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
         sock.sendall(data)
         found = b""
@@ -49,7 +49,7 @@ def ask(port, data, *, timeout=30):
 
 
 def push(port, text, **more):
-    """The status of the answer; None if there is none."""
+    """Push one event; returns the status of the answer, or None without an answer."""
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text.encode())}\r\n\r\n"
     try:
         answer = ask(port, (head + text).encode(), **more)
@@ -59,7 +59,7 @@ def push(port, text, **more):
 
 
 def status_of(system):
-    """Of the one source, if all is well."""
+    """The status of the only source. The daemon must have no problem."""
     done = run_command("status", "-c", system.config_path, "--json")
     assert done.returncode == 0, done.stdout
     (source,) = json.loads(done.stdout)["sources"]
@@ -85,7 +85,7 @@ def test_without_a_source_that_pulls_it_runs_without_a_key(system, port):
     assert not daemon.problems()
 
 
-def test_without_such_a_source_its_package_is_not_needed():
+def test_without_a_callback_source_h11_is_not_needed():
     modules = "vodpoller.cli.daemons, vodpoller.cli.check, vodpoller.checkup.checks"
     code = f"import sys; sys.modules['h11'] = None; import {modules}"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
@@ -108,7 +108,7 @@ def test_the_status_shows_the_source(system, port):
     assert (source["type"], source["error"]) == ("callback", "")
 
 
-def test_the_check_says_where_callbacks_come_in(system, port):
+def test_check_shows_the_address_of_callbacks(system, port):
     configure(system, port)
     done = run_command("check", "-c", system.config_path)
     assert f"by callbacks to 127.0.0.1:{port}{PATH}, not signed" in done.stdout
@@ -123,7 +123,7 @@ def test_once_delivers_what_is_due_without_a_source_that_pulls(system, port):
 # --- both kinds of source ---------------------------------------------------------------------------------------------
 
 
-def test_what_was_pushed_and_is_pulled_then_is_delivered_once(system, port):
+def test_an_event_that_is_pushed_and_then_pulled_is_delivered_once(system, port):
     simulator = system.simulator()
     texts = [json.dumps({"EventType": "X", "XEvent": {"TaskId": f"1-X-{number}"}}) for number in range(20)]
     pushed = f'[[sources]]\nname = "pushed"\ntype = "callback"\nlisten = "127.0.0.1:{port}"\npath = "{PATH}"'
@@ -145,24 +145,24 @@ def test_what_was_pushed_and_is_pulled_then_is_delivered_once(system, port):
 
 
 def push_all(port, numbers):
-    """The answers, all at once."""
+    """Push these events at the same time; returns the statuses."""
     with ThreadPoolExecutor(len(numbers)) as pushing:
         return list(pushing.map(lambda number: push(port, body(number)), numbers))
 
 
-def test_on_a_full_disk_nothing_is_answered_and_nothing_is_missing_later(system, port):
+def test_on_a_full_disk_nothing_is_answered_and_no_event_is_lost(system, port):
     configure(system, port)
     daemon = system.daemon()
     assert push(port, body(0)) == 200
     limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))  # as if it were full
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))  # as on a full disk
     assert push_all(port, range(1, 21)) == [None] * 20
     resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, limits)
     until(lambda: set(push_all(port, range(1, 21))) == {200}, secs=60)
     until(lambda: file_ids(system) == sorted(map(str, range(21))), secs=60)
 
 
-def test_what_is_tried_again_while_the_daemon_is_killed_is_there_once(system, port):
+def test_callbacks_repeated_across_kills_are_delivered_once(system, port):
     configure(system, port)
     answered = set()
 
@@ -184,7 +184,7 @@ def test_what_is_tried_again_while_the_daemon_is_killed_is_there_once(system, po
     assert file_ids(system) == sorted(map(str, range(300)))
 
 
-def test_a_burst_that_a_slow_sink_cannot_take_is_answered_and_delivered(system, port):
+def test_a_burst_beyond_the_speed_of_a_sink_is_answered_and_delivered(system, port):
     script = json.dumps(f'read -r line; sleep 1; echo "$line" >> {system.archive}')
     sink = f'[sinks.slow]\ntype = "exec"\nconcurrency = 32\ncommand = ["/bin/sh", "-c", {script}]\n'
     configure(system, port, sinks=sink, source="max_events_in_flight = 8")
@@ -200,7 +200,7 @@ def slow_sink(secs):
     return f'[sinks.slow]\ntype = "exec"\ncommand = ["/bin/sh", "-c", "cat > /dev/null; sleep {secs}"]\n'
 
 
-def test_a_stop_sees_a_callback_through(system, port):
+def test_a_stop_waits_for_running_callbacks(system, port):
     configure(system, port, sinks=slow_sink(1))
     daemon = system.daemon()
     answers = []
@@ -220,7 +220,7 @@ def test_a_stop_sees_a_callback_through(system, port):
     assert not daemon.problems()
 
 
-def test_a_client_that_says_nothing_does_not_hold_a_reload_or_a_stop(system, port):
+def test_a_silent_client_delays_neither_a_reload_nor_a_stop(system, port):
     short = "[daemon]\nshutdown_secs = 1\n"
     configure(system, port, more=short)
     daemon = system.daemon()
@@ -307,7 +307,7 @@ def test_a_reload_moves_to_another_address(system, port):
         push(port, body(2))
 
 
-# --- sockets that another has opened ----------------------------------------------------------------------------------
+# --- sockets that another process has opened --------------------------------------------------------------------------
 
 PASS_ON = """
 import os, sys
@@ -319,7 +319,7 @@ os.execv(sys.executable, [sys.executable, "-m", "vodpoller", "run", "-c", sys.ar
 
 
 class Activated(DaemonProcess):
-    """`vodpoller run` as systemd starts it, with a socket that listens."""
+    """`vodpoller run` with a listening socket that is passed to it, as by systemd."""
 
     def __init__(self, config_path, log_path, listening):
         self.log_path = log_path
@@ -354,7 +354,7 @@ def test_a_passed_socket_that_no_source_names_is_exit_78(system, listening, port
         assert f"127.0.0.1:{listening.getsockname()[1]}, and no source names it" in daemon.tail()
 
 
-def test_what_comes_between_two_lives_waits_in_the_passed_socket(system, listening):
+def test_callbacks_between_two_runs_wait_in_the_passed_socket(system, listening):
     port = listening.getsockname()[1]
     configure(system, port)
     answers = []
@@ -374,7 +374,7 @@ def test_what_comes_between_two_lives_waits_in_the_passed_socket(system, listeni
     assert len(ids) >= len(answers) - answers.count(None)
 
 
-def test_what_systemd_passes_is_what_is_used(system, port):
+def test_the_socket_that_systemd_passes_is_used(system, port):
     needs("systemd-socket-activate")
     configure(system, port)
     with (system.folder / "daemon.log").open("wb") as log:

@@ -1,4 +1,4 @@
-"""The command line as a process: what each command says, where it says it, and with which code it ends."""
+"""The command line as a process: the output of each command, its stream, and its exit code."""
 
 import json
 import re
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.system
 EX_CONFIG = 78
 
 
-def assert_says_so(done, code, *phrases):
+def assert_fails(done, code, *phrases):
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -30,9 +30,9 @@ def assert_says_so(done, code, *phrases):
         assert phrase in done.stderr
 
 
-# --- what is configured wrongly ---------------------------------------------------------------------------------------
+# --- wrong configurations ---------------------------------------------------------------------------------------------
 
-SPOILT = {
+MISTAKES = {
     "no TOML": ("[api]", "[api", "line 1"),
     "unknown key": ("lease_secs", "leese_secs", "api.leese_secs: there is no such key here (did you mean lease_secs?)"),
     "wrong type": ('name = "main"', "name = 1", "sources[0].name"),
@@ -41,7 +41,7 @@ SPOILT = {
     "a type of sink that is not there": ('type = "file"', 'type = "fiel"', "sinks.archive.type"),
     "secret file missing": ('secret_key"', 'secret_kez"', "credentials.secret_key_file"),
     "variable not set": ("AKIDwholedaemon", "${VODPOLLER_NOT_SET}", "VODPOLLER_NOT_SET"),
-    "what to do with the rest": (
+    "no choice for unrouted events": (
         'unrouted = "dead_letter"\n[[routes]]',
         '[[routes]]\nevent_types = ["A"]',
         "sources.main.unrouted",
@@ -50,31 +50,31 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
-@pytest.mark.parametrize("mistake", SPOILT)
-def test_a_wrong_configuration_ends_with_78_and_a_sentence_that_names_the_place(system, command, mistake):
-    right, wrong, phrase = SPOILT[mistake]
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_configuration_ends_with_78_and_names_the_place(system, command, mistake):
+    right, wrong, phrase = MISTAKES[mistake]
     path = system.configure("http://127.0.0.1:9")
     text = path.read_text()
     assert right in text
     path.write_text(text.replace(right, wrong))
 
-    assert_says_so(run_command(command, "-c", path), EX_CONFIG, str(path), phrase)
+    assert_fails(run_command(command, "-c", path), EX_CONFIG, str(path), phrase)
     assert not system.journal.exists()
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
-def test_all_mistakes_are_said_in_one_go(system, command):
+def test_all_mistakes_are_reported_at_once(system, command):
     path = system.configure("http://127.0.0.1:9")
     path.write_text(path.read_text().replace("lease_secs", "leese_secs").replace('"file"', '"fiel"'))
 
-    assert_says_so(run_command(command, "-c", path), EX_CONFIG, "leese_secs", "sinks.archive.type")
+    assert_fails(run_command(command, "-c", path), EX_CONFIG, "leese_secs", "sinks.archive.type")
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_missing_configuration_ends_with_78(tmp_path, command):
     done = run_command(command, "-c", tmp_path / "nowhere.toml")
 
-    assert_says_so(done, EX_CONFIG, f"{tmp_path}/nowhere.toml: there is no such file")
+    assert_fails(done, EX_CONFIG, f"{tmp_path}/nowhere.toml: there is no such file")
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -87,25 +87,25 @@ def test_a_secret_file_that_holds_no_secret_ends_with_78(system, command, conten
     else:
         system.key_path.write_bytes(content)
 
-    assert_says_so(run_command(command, "-c", path), EX_CONFIG, str(system.key_path))
+    assert_fails(run_command(command, "-c", path), EX_CONFIG, str(system.key_path))
 
 
 def test_a_sink_that_cannot_be_opened_ends_with_78(system):
     path = system.configure("http://127.0.0.1:9")
     system.archive.mkdir()
 
-    assert_says_so(run_command("run", "-c", path), EX_CONFIG, "sinks.archive", str(system.archive))
+    assert_fails(run_command("run", "-c", path), EX_CONFIG, "sinks.archive", str(system.archive))
 
 
-# --- what is in the way -----------------------------------------------------------------------------------------------
+# --- conflicts with other processes -----------------------------------------------------------------------------------
 
 
-def test_a_second_daemon_on_the_same_journal_ends_with_1_and_the_way_out(system):
+def test_a_second_daemon_on_a_journal_ends_with_1_and_a_remedy(system):
     simulator = system.simulator()
     path = system.configure(simulator.url)
     daemon = system.daemon()
 
-    assert_says_so(run_command("run", "-c", path), 1, str(system.journal), "already running", "another journal.path")
+    assert_fails(run_command("run", "-c", path), 1, str(system.journal), "already running", "another journal.path")
 
     assert daemon.terminate()[0] == 0
 
@@ -116,15 +116,15 @@ def test_a_second_daemon_on_the_same_file_ends_with_78_and_names_it(system):
     system.daemon()
     path.write_text(path.read_text().replace("journal.db", "other.db"))
 
-    assert_says_so(run_command("run", "-c", path), EX_CONFIG, "another process writes to", str(system.archive))
+    assert_fails(run_command("run", "-c", path), EX_CONFIG, "another process writes to", str(system.archive))
 
 
-def test_a_journal_that_is_corrupt_ends_with_78_and_the_way_out(system):
+def test_a_corrupt_journal_ends_with_78_and_a_remedy(system):
     path = system.configure("http://127.0.0.1:9")
     system.journal.write_bytes(b"this is not a database" * 1000)
 
-    said = ["corrupt", "keep a copy", f"sqlite3 {system.journal} .recover", "delivered twice", "A corrupt journal"]
-    assert_says_so(run_command("run", "-c", path), 78, str(system.journal), *said)
+    phrases = ["corrupt", "keep a copy", f"sqlite3 {system.journal} .recover", "delivered twice", "A corrupt journal"]
+    assert_fails(run_command("run", "-c", path), 78, str(system.journal), *phrases)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_a_journal_that_is_corrupt_ends_with_78_and_the_way_out(system):
     ids=" ".join,
 )
 def test_bad_usage_ends_with_2(args):
-    assert_says_so(run_command(*args), 2, "Error: ")
+    assert_fails(run_command(*args), 2, "Error: ")
 
 
-# --- what goes well ---------------------------------------------------------------------------------------------------
+# --- success ----------------------------------------------------------------------------------------------------------
 
 
-def test_check_says_what_the_configuration_does_and_touches_nothing(system):
+def test_check_describes_the_configuration_and_changes_nothing(system):
     path = system.configure("http://127.0.0.1:9")
     before = sorted(system.folder.iterdir())
 
@@ -162,7 +162,7 @@ def test_check_says_what_the_configuration_does_and_touches_nothing(system):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """What the demo says, and the lines of its file."""
+    """The output of the demo, and the lines of its file."""
     folder = tmp_path_factory.mktemp("it's a [red] demo")
     began = time.monotonic()
     done = run_command("demo", "--dir", folder, timeout_secs=40)
@@ -171,24 +171,24 @@ def demo(tmp_path_factory):
     return done.stdout, (folder / "events.jsonl").read_text().splitlines()
 
 
-def told(said, word):
-    """The sentences of the demo that begin with a word."""
-    return re.findall(rf"^\d\d:\d\d:\d\d  {word} +(.+)$", said, re.MULTILINE)
+def sentences(output, word):
+    """The sentences of the demo's output that begin with a word."""
+    return re.findall(rf"^\d\d:\d\d:\d\d  {word} +(.+)$", output, re.MULTILINE)
 
 
-def test_the_demo_delivers_each_snapshot_event_once_and_tells_of_each(demo):
-    said, lines = demo
+def test_the_demo_delivers_and_reports_each_snapshot_event_once(demo):
+    output, lines = demo
     assert len(lines) == len(set(lines)) > 10
     assert all(json.loads(line)["EventType"] == "CreateSnapshotByTimeOffsetComplete" for line in lines)
-    settled, unconfirmed = told(said, "settled"), told(said, "unconfirmed")
+    settled, unconfirmed = sentences(output, "settled"), sentences(output, "unconfirmed")
     assert sum("→ archive" in sentence for sentence in settled + unconfirmed) == len(lines)
     assert len(settled) + len(unconfirmed) == 24
-    assert not re.search(r"Traceback|: [a-z]+\.[a-z]+ ", said)  # a line that it has no sentence for
+    assert not re.search(r"Traceback|: [a-z]+\.[a-z]+ ", output)  # an event for which the demo has no sentence
 
 
-def test_the_demo_shows_a_redelivery_by_a_confirm_that_was_refused(demo):
-    said, _ = demo
-    (unconfirmed,), (again,) = told(said, "unconfirmed"), told(said, "again")
+def test_the_demo_shows_a_redelivery_after_a_refused_confirm(demo):
+    output, _ = demo
+    (unconfirmed,), (again,) = sentences(output, "unconfirmed"), sentences(output, "again")
     assert "InvalidParameterValue" in unconfirmed
     assert again.partition(":")[0] == unconfirmed.partition(" →")[0]
     assert "confirmed without a second delivery" in again
@@ -204,34 +204,34 @@ def test_the_demo_shows_a_redelivery_by_a_confirm_that_was_refused(demo):
         ("dead letters in the journal", 1),
     ],
 )
-def test_the_demo_counts_what_it_told_of(demo, row, number):
-    said, lines = demo
-    assert re.search(rf"│ {row} +│ {number} +│", said)
-    assert re.search(rf"│ snapshot events in the file +│ {len(lines)} +│", said)
+def test_the_demo_prints_the_counts_of_its_events(demo, row, number):
+    output, lines = demo
+    assert re.search(rf"│ {row} +│ {number} +│", output)
+    assert re.search(rf"│ snapshot events in the file +│ {len(lines)} +│", output)
 
 
-def test_the_demo_says_each_thing_once(demo):
-    said, _ = demo
-    (dead,) = told(said, "dead letter")
+def test_the_demo_reports_each_event_once(demo):
+    output, _ = demo
+    (dead,) = sentences(output, "dead letter")
     assert "not JSON" in dead
-    story = re.findall(r"^\d\d:\d\d:\d\d  .+$", said, re.MULTILINE)
-    assert len(story) == 1 + 25 + 1  # the start, each event, and the one that comes again
+    story = re.findall(r"^\d\d:\d\d:\d\d  .+$", output, re.MULTILINE)
+    assert len(story) == 1 + 25 + 1  # the start, each event, and the redelivery
 
 
-def test_what_the_demo_proposes_next_can_be_typed_as_it_stands(demo, tmp_path):
-    said, lines = demo
+def test_the_commands_that_the_demo_proposes_work(demo, tmp_path):
+    output, lines = demo
     outputs = [
         subprocess.run(
             line, shell=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
         ).stdout
-        for line in re.findall(r"^  (.+)$", said.partition("Next")[2], re.MULTILINE)
+        for line in re.findall(r"^  (.+)$", output.partition("Next")[2], re.MULTILINE)
     ]
     assert [output.splitlines() for output in outputs[:-1]] == [lines]
     assert re.search(r"^reason: +malformed$", outputs[-1], re.MULTILINE)
     assert '{"TaskId":oops}' in outputs[-1]
 
 
-def test_the_version_is_said_without_importing_what_commands_need():
+def test_the_version_is_printed_without_importing_large_packages():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "vodpoller", "--version"],
         capture_output=True,
@@ -246,7 +246,7 @@ def test_the_version_is_said_without_importing_what_commands_need():
     assert imported.isdisjoint({"requests", "pydantic", "apscheduler", "sqlite3", "structlog", "asyncio", "rich"})
 
 
-def test_help_names_every_command_that_there_is():
+def test_help_names_every_command():
     done = run_command("--help")
 
     assert done.returncode == 0
@@ -255,7 +255,7 @@ def test_help_names_every_command_that_there_is():
 
 
 @pytest.mark.parametrize("limit", [45, 1000])
-def test_what_is_listed_of_a_command_begins_its_own_help(limit):
+def test_the_short_help_of_a_command_begins_its_own_help(limit):
     listed = [*main.commands.values(), *deadletters.commands.values()]
     lazy = [command for command in listed if isinstance(command, LazyCommand)]
 
@@ -278,7 +278,7 @@ def test_a_list_of_commands_imports_none_of_them(words):
     assert not re.search(r"\| +vodpoller\.(config|daemon|cli\.check)", done.stderr)
 
 
-def test_the_simulator_says_its_address_and_ends_with_0_when_asked(system):
+def test_the_simulator_prints_its_address_and_ends_with_0(system):
     simulator = system.simulator()
     assert simulator.stats()["fed"] == 0
 
@@ -291,7 +291,7 @@ def test_a_simulator_on_a_port_that_is_taken_ends_with_1(system):
     simulator = system.simulator()
     port = simulator.url.rsplit(":", 1)[1]
 
-    assert_says_so(run_command("simulate", "--port", port), 1, "the simulator cannot start")
+    assert_fails(run_command("simulate", "--port", port), 1, "the simulator cannot start")
 
 
 def test_the_key_can_come_from_the_credentials_of_the_service_manager(system):
@@ -305,7 +305,7 @@ def test_the_key_can_come_from_the_credentials_of_the_service_manager(system):
     (credentials / "secret_id").write_text("from-systemd\n")
     (credentials / "secret_key").write_text(SECRET_KEY)
 
-    assert_says_so(run_command("run", "-c", path), EX_CONFIG, "secret_id")
+    assert_fails(run_command("run", "-c", path), EX_CONFIG, "secret_id")
     system.daemon(CREDENTIALS_DIRECTORY=str(credentials))
 
     until(simulator.all_confirmed)
@@ -323,14 +323,14 @@ def test_the_key_can_come_from_the_environment(system):
     until(simulator.all_confirmed)
 
 
-def test_lines_carry_their_priority_where_stderr_is_the_journal(system):
+def test_lines_carry_their_priority_if_stderr_is_journald(system):
     with HeldPort() as port:
         system.configure(port.url)
         log_path = system.folder / "daemon1.log"
         log_path.touch()
         status = log_path.stat()
         daemon = system.daemon(started=False, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}")
-        # They come from two threads, in either order.
+        # The lines come from two threads, in either order.
         until(lambda: all(event in log_path.read_text() for event in ("daemon.started", "pull.failed")))
         daemon.kill()
 

@@ -1,4 +1,4 @@
-"""The wall clock jumps while the daemon runs: nothing waits for it, nothing ages by it."""
+"""The wall clock is set while the daemon runs: no timer waits for it, and no event ages by it."""
 
 import json
 
@@ -19,10 +19,10 @@ class Clock:
 
     def __init__(self, path):
         self._path = path
-        self.ahead_by(0)
+        self.set_ahead(0)
         self.env = {"PYTHONPATH": f"{ROOT / 'tests' / 'set_clock'}:{ROOT}", "CLOCK_OFFSET_FILE": str(path)}
 
-    def ahead_by(self, secs):
+    def set_ahead(self, secs):
         # Replaced, not rewritten: a reader must never see it empty.
         fresh = self._path.with_suffix(".new")
         fresh.write_text(str(secs))
@@ -40,13 +40,13 @@ def system(tmp_path):
         yield running
 
 
-@pytest.mark.parametrize("step_secs", [HOUR_SECS, -HOUR_SECS], ids=["forth", "back"])
+@pytest.mark.parametrize("step_secs", [HOUR_SECS, -HOUR_SECS], ids=["forward", "back"])
 def test_scheduled_pulls_go_on_when_the_clock_is_set_by_an_hour(system, clock, step_secs):
     simulator = system.simulator(rate=20, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     system.configure(simulator.url, source='unrouted = "confirm"\nlong_poll = false')
     daemon = system.daemon(**clock.env)
     until(lambda: len(system.lines()) >= 20)
-    clock.ahead_by(step_secs)
+    clock.set_ahead(step_secs)
     (stepped,) = daemon.await_log("clock.stepped")
     assert stepped["step_secs"] == pytest.approx(step_secs, abs=3)
     before = len(system.lines())
@@ -58,8 +58,8 @@ def test_scheduled_pulls_go_on_when_the_clock_is_set_by_an_hour(system, clock, s
     assert stats["redeliveries"] == 0
 
 
-@pytest.mark.parametrize("step_secs", [HOUR_SECS, -HOUR_SECS], ids=["forth", "back"])
-def test_stored_events_are_retried_in_time_when_the_clock_is_set_by_an_hour(system, clock, step_secs):
+@pytest.mark.parametrize("step_secs", [HOUR_SECS, -HOUR_SECS], ids=["forward", "back"])
+def test_stored_events_are_retried_in_time_after_a_clock_step(system, clock, step_secs):
     simulator = system.simulator(events=30)
     with running_receiver() as receiver:
         receiver.answer = Answer(status=500)
@@ -69,7 +69,7 @@ def test_stored_events_are_retried_in_time_when_the_clock_is_set_by_an_hour(syst
         system.configure(simulator.url, sinks=sinks)
         daemon = system.daemon(**clock.env)
         until(simulator.all_confirmed)
-        clock.ahead_by(step_secs)
+        clock.set_ahead(step_secs)
         daemon.await_log("clock.stepped")
         receiver.answer = Answer(status=200)
         delivered = daemon.await_log("pending.delivered", number=30, secs=60)
@@ -78,28 +78,28 @@ def test_stored_events_are_retried_in_time_when_the_clock_is_set_by_an_hour(syst
         assert sorted(received.body for received in receiver.accepted) == sorted(system.lines())
 
 
-def test_a_clock_that_is_wrong_at_boot_and_then_corrected_changes_nothing(system, clock):
+def test_a_clock_that_is_corrected_after_the_boot_changes_nothing(system, clock):
     simulator = system.simulator(events=50, secret_id=SECRET_ID, secret_key=SECRET_KEY)
-    clock.ahead_by(-20 * 365 * 24 * HOUR_SECS)
+    clock.set_ahead(-20 * 365 * 24 * HOUR_SECS)
     system.configure(simulator.url)
     daemon = system.daemon(**clock.env)
     until(simulator.all_confirmed)
-    clock.ahead_by(0)
+    clock.set_ahead(0)
     daemon.await_log("clock.stepped")
     bodies = [row["body"] for row in simulator.ledger(bodies=True)]
     simulator.feed(*[body for body in bodies if has_own_id(json.loads(body))][:20])
     until(simulator.all_confirmed)
     assert daemon.terminate()[0] == 0
-    assert len(system.lines()) == 50, "what was delivered a moment ago must be known as such"
+    assert len(system.lines()) == 50, "events that were just delivered must be recognised"
 
 
-def test_at_midnight_set_back_and_again_a_daemon_rotates_once(system, clock):
+def test_a_daemon_rotates_once_if_the_clock_passes_midnight_twice(system, clock):
     simulator = system.simulator(events=20)
     system.configure(simulator.url, sinks=system.archive_sink + 'rotate = "daily"\n')
     daemon = system.daemon(**clock.env)
     until(simulator.all_confirmed)
     for number, ahead_secs in enumerate((24 * HOUR_SECS, 0, 24 * HOUR_SECS)):
-        clock.ahead_by(ahead_secs)
+        clock.set_ahead(ahead_secs)
         daemon.await_log("clock.stepped", number=number + 1)
         simulator.feed(*(body(10 * number + each) for each in range(10)))
         until(simulator.all_confirmed)

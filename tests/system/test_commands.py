@@ -1,4 +1,4 @@
-"""What an operator types: each command as a process, with and without a daemon, and what it says when it cannot."""
+"""The operator's commands as processes, with and without a daemon, and their errors."""
 
 import base64
 import fcntl
@@ -61,7 +61,7 @@ def letter(number, sink="archive", **more):
 
 
 def store(system, *letters):
-    """A journal with letters, as a daemon leaves it."""
+    """Store letters in the journal, as a daemon does; returns their bodies."""
     journal = SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))
     journal.store(letters)
     journal.close()
@@ -69,7 +69,7 @@ def store(system, *letters):
 
 
 def prepared(system, *letters):
-    """A configuration with a file, of which nothing but the journal exists yet."""
+    """Write a configuration with a file sink, and store letters; no other file exists yet."""
     system.configure("http://127.0.0.1:9")
     return store(system, *letters)
 
@@ -100,14 +100,14 @@ def tree(folder):
     return sorted((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*"))
 
 
-# --- what a person can get wrong --------------------------------------------------------------------------------------
+# --- mistakes of the operator -----------------------------------------------------------------------------------------
 
 READERS = [["status"], ["deadletters", "list"], ["deadletters", "show", "1"], ["deadletters", "export"]]
 WRITERS = [["deadletters", "replay"], ["deadletters", "purge", "--yes"]]
 
 
 @pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
-def test_without_a_journal_they_say_when_there_will_be_one(system, command):
+def test_without_a_journal_the_error_says_when_it_is_created(system, command):
     path = system.configure("http://127.0.0.1:9")
 
     assert_fails(run_command(*command, "-c", path), 1, str(system.journal), "makes it when it first runs")
@@ -115,14 +115,14 @@ def test_without_a_journal_they_say_when_there_will_be_one(system, command):
 
 
 @pytest.mark.parametrize("command", [*READERS, *WRITERS, ["once"], ["check", "--connect"]], ids=" ".join)
-def test_without_a_configuration_they_end_with_78(tmp_path, command):
+def test_commands_without_a_configuration_end_with_78(tmp_path, command):
     path = tmp_path / "nowhere.toml"
 
     assert_fails(run_command(*command, "-c", path), EX_CONFIG, f"{path}: there is no such file")
 
 
 @pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
-def test_a_journal_of_a_later_version_is_left_alone(system, command):
+def test_a_journal_of_a_later_version_is_refused(system, command):
     prepared(system, letter(1))
     with closing(sqlite3.connect(system.journal)) as db:
         db.execute("PRAGMA user_version = 99")
@@ -132,7 +132,7 @@ def test_a_journal_of_a_later_version_is_left_alone(system, command):
 
 @pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
 @pytest.mark.parametrize("at", ["file is not a database", "malformed"])
-def test_a_journal_that_is_corrupt_ends_with_78_and_the_way_out(system, command, at):
+def test_a_corrupt_journal_ends_with_78_and_a_remedy(system, command, at):
     prepared(system, *(letter(number) for number in range(200)))
     content = bytearray(system.journal.read_bytes())
     start = 0 if at == "file is not a database" else 4096
@@ -146,7 +146,7 @@ def test_a_journal_that_is_corrupt_ends_with_78_and_the_way_out(system, command,
 
 @pytest.mark.parametrize("place", ["folder", "/dev/null"])
 @pytest.mark.parametrize("command", [*READERS, ["run"], ["once"]], ids=" ".join)
-def test_a_journal_that_is_no_file_ends_with_78(system, command, place):
+def test_a_journal_that_is_not_a_file_ends_with_78(system, command, place):
     system.journal = system.folder / "folder" if place == "folder" else Path(place)
     (system.folder / "folder").mkdir()
     path = system.configure("http://127.0.0.1:9")
@@ -174,7 +174,7 @@ def test_a_journal_that_is_no_file_ends_with_78(system, command, place):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_usage_ends_with_2_and_what_would_be_right(system, args, phrase):
+def test_wrong_usage_ends_with_2_and_a_remedy(system, args, phrase):
     prepared(system, letter(1))
 
     assert_fails(letters_command(system, *args), 2, phrase)
@@ -183,7 +183,7 @@ def test_bad_usage_ends_with_2_and_what_would_be_right(system, args, phrase):
 
 @pytest.mark.parametrize("options", [[], ["--pending"]], ids=str)
 @pytest.mark.parametrize("command", ["show", "replay", "purge", "export"])
-def test_an_id_that_is_none_is_named(system, command, options):
+def test_an_unknown_id_is_named(system, command, options):
     prepared(system, letter(1))
 
     done = letters_command(system, command, "77", *options, *(["--yes"] if command == "purge" else []))
@@ -193,7 +193,7 @@ def test_an_id_that_is_none_is_named(system, command, options):
 
 
 @pytest.mark.parametrize("command", ["replay", "purge", "export"])
-def test_an_id_of_the_other_state_is_said_to_be_so(system, command):
+def test_an_id_of_the_other_state_is_reported_as_such(system, command):
     prepared(system, letter(1), letter(2, dead=False, reason="sink_failed"))
     yes = ["--yes"] if command == "purge" else []
 
@@ -206,13 +206,13 @@ def test_an_id_of_the_other_state_is_said_to_be_so(system, command):
 
 @pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
 @pytest.mark.parametrize("of", ["file", "folder"])
-def test_without_the_right_to_the_journal_they_say_whose_is_needed(outsider, command, of):
+def test_without_rights_the_error_names_the_user_that_has_them(outsider, command, of):
     prepared(outsider, letter(1))
     private = outsider.folder / "private"
     private.mkdir(0o700)
     if of == "folder":
         outsider.journal.rename(private / "journal.db")
-        outsider.journal.symlink_to(private / "journal.db")  # as DynamicUser= has it
+        outsider.journal.symlink_to(private / "journal.db")  # as with DynamicUser=
     else:
         outsider.journal.chmod(0o600)
 
@@ -304,7 +304,7 @@ def test_list_takes_filters(system, args, found):
     assert [json.loads(line)["id"] for line in exported] == found
 
 
-def test_the_table_has_a_limit_and_says_so(system):
+def test_the_table_shows_its_limit(system):
     prepared(system, *(letter(number) for number in range(120)))
 
     assert "120 in all, 100 shown (--limit)" in letters_command(system, "list").stdout
@@ -324,13 +324,13 @@ def test_a_narrow_terminal_cuts_nothing_off(system):
     ) as process:
         process.wait(15)
     os.close(follower)
-    said = os.read(leader, 65536).decode()
+    output = os.read(leader, 65536).decode()
     os.close(leader)
 
-    assert "…" not in said
-    assert re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", said)
-    assert max(map(len, said.splitlines())) <= 80
-    parts = [line.split("│")[4].strip() for line in said.splitlines() if line.startswith("│")]
+    assert "…" not in output
+    assert re.search(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", output)
+    assert max(map(len, output.splitlines())) <= 80
+    parts = [line.split("│")[4].strip() for line in output.splitlines() if line.startswith("│")]
     assert "".join(parts) == "CreateSnapshotByTimeOffsetComplete"
 
 
@@ -338,7 +338,7 @@ HOSTILE = "\x1b]52;c;aGk=\x07 \x9b2J \x1b[31m"
 
 
 @pytest.mark.parametrize("command", [["list"], ["show", "1"], ["show", "2"], ["export"]], ids=" ".join)
-def test_a_terminal_gets_no_commands_from_an_event(system, command):
+def test_control_characters_of_an_event_do_not_reach_a_terminal(system, command):
     broken = replace(event(2), body=b"{" + HOSTILE.encode() + b"\n\x00\x1bc")
     prepared(
         system,
@@ -361,7 +361,7 @@ def test_an_empty_journal_has_an_empty_list(system):
     assert listed(system) == []
 
 
-def test_a_reader_that_goes_away_is_no_traceback(system):
+def test_a_closed_output_pipe_is_not_a_traceback(system):
     prepared(system, *(letter(number, error="x" * 500) for number in range(1000)))
 
     done = subprocess.run(
@@ -382,7 +382,7 @@ def test_a_reader_that_goes_away_is_no_traceback(system):
     assert done.stderr == ""
 
 
-def test_show_has_the_body_as_it_came(system):
+def test_show_prints_the_body_unchanged(system):
     (body,) = prepared(system, letter(1))
 
     for_people = letters_command(system, "show", "1")
@@ -394,13 +394,13 @@ def test_show_has_the_body_as_it_came(system):
     assert shown == {**listed(system)[0], "body": body.decode()}
 
 
-def test_show_has_pending_ones_too(system):
+def test_show_finds_pending_events_too(system):
     (body,) = prepared(system, letter(1, dead=False, reason="sink_failed"))
 
     assert json.loads(letters_command(system, "show", "1", "--json").stdout)["body"] == body.decode()
 
 
-def test_show_takes_pending_only_if_it_is_told_to(system):
+def test_show_with_pending_finds_only_pending_events(system):
     prepared(system, letter(1), letter(2, dead=False, reason="sink_failed"))
 
     assert json.loads(letters_command(system, "show", "2", "--pending", "--json").stdout)["state"] == "pending"
@@ -468,7 +468,7 @@ def test_replay_takes_ids_and_filters(system):
     assert [row["id"] for row in listed(system)] == [1, 4]
 
 
-def test_replay_says_what_it_cannot_deliver_and_delivers_the_rest(system):
+def test_replay_reports_what_it_cannot_deliver_and_delivers_others(system):
     bodies = prepared(system, letter(1), letter(2, "gone"), letter(3, "", reason="malformed"))
 
     done = letters_command(system, "replay")
@@ -479,7 +479,7 @@ def test_replay_says_what_it_cannot_deliver_and_delivers_the_rest(system):
     assert [row["id"] for row in listed(system)] == [2, 3]
 
 
-def test_replay_routes_anew_what_no_route_took(system):
+def test_replay_routes_unrouted_events_again(system):
     bodies = prepared(system, letter(1, "", reason="no_route", error="no route takes it"))
 
     assert letters_command(system, "replay").returncode == 0
@@ -488,10 +488,10 @@ def test_replay_routes_anew_what_no_route_took(system):
     assert listed(system) == []
 
 
-def test_what_is_rejected_again_is_a_dead_letter_with_its_new_error(system, receiver):
+def test_a_second_rejection_is_a_dead_letter_with_the_new_error(system, receiver):
     receiver.answer = Answer(status=422, body=b"no such customer")
     system.configure("http://127.0.0.1:9", sinks=hook_sink(receiver.url))
-    store(system, *(letter(number, "hook", error="what it said first") for number in range(3)))
+    store(system, *(letter(number, "hook", error="the first error") for number in range(3)))
 
     done = letters_command(system, "replay")
 
@@ -501,10 +501,10 @@ def test_what_is_rejected_again_is_a_dead_letter_with_its_new_error(system, rece
     assert all("no such customer" in row["error"] for row in listed(system))
 
 
-def test_what_fails_again_stays_pending_with_its_new_error(system):
+def test_an_event_that_fails_again_stays_pending_with_the_new_error(system):
     with HeldPort() as port:
         system.configure("http://127.0.0.1:9", sinks=hook_sink(port.url))
-        store(system, letter(1, "hook", error="what it said first"))
+        store(system, letter(1, "hook", error="the first error"))
 
         done = letters_command(system, "replay")
 
@@ -531,7 +531,7 @@ def test_replay_through_the_running_daemon(system):
     assert_arrived_once(system, bodies)
 
 
-def test_a_replay_of_nothing_says_no_more_than_that(system):
+def test_a_replay_of_nothing_prints_only_that(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -543,7 +543,7 @@ def test_a_replay_of_nothing_says_no_more_than_that(system):
 
 
 @pytest.mark.parametrize("state", ["pending", "dead"])
-def test_what_a_removed_sink_left_goes_to_another(system, state):
+def test_events_of_a_removed_sink_can_be_moved_to_another(system, state):
     options = ["--pending"] if state == "pending" else []
     given = [letter(number, "gone", dead=state == "dead") for number in range(3)]
     bodies = prepared(system, *given, letter(9, "gone", dead=state != "dead"))
@@ -555,8 +555,8 @@ def test_what_a_removed_sink_left_goes_to_another(system, state):
     assert len(listed(system)) + len(listed(system, "--pending")) == 1
 
 
-def test_what_moves_beside_a_running_daemon_arrives_once(system, receiver):
-    """While it is at the old sink, which holds the requests until all are moved."""
+def test_events_moved_beside_a_running_daemon_arrive_once(system, receiver):
+    """The daemon is delivering to the old sink, which fails, while the events are moved."""
     simulator = system.simulator()
     receiver.answer = Answer(status=503)
     path = system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
@@ -598,7 +598,7 @@ def test_purge_of_pending_events_beside_a_running_daemon(system, receiver):
 
 
 def many(system):
-    """Dead letters of a script that rejects, whose name is a file's afterwards."""
+    """Store `MANY` dead letters of the file sink; returns their bodies."""
     return prepared(system, *(letter(number) for number in range(MANY)))
 
 
@@ -614,18 +614,18 @@ def start_replay(system, **options):
     )
 
 
-def most_memory_kb(process):
-    """The high-water mark of its memory so far; 0 when it has ended."""
+def peak_memory_kb(process):
+    """The peak memory of a process so far; 0 if it has ended."""
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def watch(process, *, until_lines, system, secs=60):
-    """Wait for the archive to have a number of lines; returns the most memory that was seen."""
+    """Wait until the archive has a number of lines; returns the peak memory of the process."""
     memory = [0]
 
     def has_them():
-        memory.append(most_memory_kb(process))
+        memory.append(peak_memory_kb(process))
         return process.poll() is not None or len(system.lines()) >= until_lines
 
     until(has_them, secs=secs, every_secs=0.01)
@@ -633,28 +633,28 @@ def watch(process, *, until_lines, system, secs=60):
 
 
 @pytest.mark.long
-def test_ten_thousand_dead_letters_survive_kills_in_the_middle_and_arrive_once(system):
+def test_ten_thousand_dead_letters_replayed_across_kills_arrive_once(system):
     bodies = many(system)
 
     for part in (1, 3000, 6000):
         with start_replay(system) as process:
             watch(process, until_lines=part, system=system)
-            assert process.poll() is None, "it had ended before it could be killed"
+            assert process.poll() is None, "the replay ended before it could be killed"
             process.kill()
     survived = len(system.lines())
     assert 6000 <= survived < MANY
     with start_replay(system) as process:
         memory_kb = watch(process, until_lines=MANY, system=system)
-        said, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
 
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     assert 0 < memory_kb < MEMORY_MAX_KB
     assert_arrived_once(system, bodies)
     assert listed(system) == listed(system, "--pending") == []
 
 
 @pytest.mark.long
-def test_ten_thousand_dead_letters_survive_a_kill_while_they_are_marked(system):
+def test_ten_thousand_dead_letters_survive_a_kill_during_marking(system):
     bodies = many(system)
 
     with start_replay(system) as process, closing(sqlite3.connect(system.journal)) as db:
@@ -674,18 +674,18 @@ def test_ten_thousand_dead_letters_survive_a_kill_while_they_are_marked(system):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.long
-def test_a_replay_that_is_interrupted_ends_in_order_and_is_taken_up_again(system, number):
+def test_an_interrupted_replay_ends_cleanly_and_can_be_continued(system, number):
     bodies = many(system)
 
     with start_replay(system) as process:
         watch(process, until_lines=500, system=system)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
     left = MANY - len(system.lines())
 
-    assert process.returncode == 1, said
-    assert "Traceback" not in said
-    assert "still pending" in said
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert "still pending" in output
     assert 0 < left <= MANY - 500
     again = letters_command(system, "replay", timeout_secs=60)
     assert again.returncode == 0, again.stderr
@@ -694,7 +694,7 @@ def test_a_replay_that_is_interrupted_ends_in_order_and_is_taken_up_again(system
 
 
 @pytest.mark.long
-def test_ten_thousand_dead_letters_through_a_daemon_that_is_killed_in_the_middle(system):
+def test_a_daemon_replays_ten_thousand_dead_letters_across_a_kill(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     bodies = store(system, *(letter(number) for number in range(MANY)))
@@ -709,13 +709,13 @@ def test_ten_thousand_dead_letters_through_a_daemon_that_is_killed_in_the_middle
     memory_kb = watch(daemon.process, until_lines=MANY, system=system, secs=90)
     until(lambda: not listed(system, "--pending"))
 
-    assert 0 < max(memory_kb, most_memory_kb(daemon.process)) < MEMORY_MAX_KB
+    assert 0 < max(memory_kb, peak_memory_kb(daemon.process)) < MEMORY_MAX_KB
     assert daemon.terminate()[0] == 0
     assert_arrived_once(system, bodies)
 
 
-def test_dead_letters_of_a_script_that_rejects_go_to_the_file_that_takes_its_place(system):
-    """From end to end: pulled, rejected, dead; then the sink of that name is another."""
+def test_dead_letters_of_a_script_go_to_the_file_that_replaces_it(system):
+    """End to end: pulled, rejected, dead; then another sink has the name."""
     simulator = system.simulator(events=30)
     script = '[sinks.archive]\ntype = "exec"\ncommand = ["false"]\nbreaker_failures = 1000\n'
     system.configure(simulator.url, sinks=script)
@@ -740,7 +740,7 @@ def purge(system, *args, answer=""):
 
 
 @pytest.mark.parametrize("answer", ["n\n", "\n", ""])
-def test_purge_asks_and_takes_no_for_an_answer(system, answer):
+def test_purge_asks_and_deletes_nothing_without_a_yes(system, answer):
     prepared(system, letter(1), letter(2))
 
     done = purge(system, answer=answer)
@@ -751,7 +751,7 @@ def test_purge_asks_and_takes_no_for_an_answer(system, answer):
 
 
 @pytest.mark.parametrize(("args", "answer"), [([], "y\n"), (["--yes"], "")])
-def test_purge_deletes_what_it_was_told_to(system, args, answer):
+def test_purge_deletes_the_selected_dead_letters(system, args, answer):
     prepared(system, letter(1), letter(2, "hook"), letter(3, dead=False, reason="sink_failed"))
 
     done = purge(system, "--sink", "archive", *args, answer=answer)
@@ -762,7 +762,7 @@ def test_purge_deletes_what_it_was_told_to(system, args, answer):
     assert [row["id"] for row in listed(system, "--pending")] == [3]
 
 
-def test_purge_deletes_pending_events_if_it_is_told_to(system):
+def test_purge_deletes_pending_events_with_the_option_pending(system):
     prepared(
         system,
         letter(1),
@@ -778,7 +778,7 @@ def test_purge_deletes_pending_events_if_it_is_told_to(system):
     assert [row["id"] for row in listed(system, "--pending")] == [3]
 
 
-def test_purge_does_not_ask_about_nothing(system):
+def test_purge_does_not_ask_if_there_is_nothing(system):
     prepared(system)
 
     done = purge(system)
@@ -786,7 +786,7 @@ def test_purge_does_not_ask_about_nothing(system):
     assert (done.returncode, done.stdout) == (0, "0 deleted\n")
 
 
-def test_what_becomes_a_dead_letter_while_purge_waits_for_its_answer_stays(system):
+def test_dead_letters_stored_while_purge_asks_are_kept(system):
     prepared(system, letter(1))
 
     with subprocess.Popen(
@@ -797,9 +797,9 @@ def test_what_becomes_a_dead_letter_while_purge_waits_for_its_answer_stays(syste
     ) as process:
         assert select.select([process.stdout], [], [], 15)[0]
         store(system, letter(2))
-        said, _ = process.communicate(b"y\n", timeout=15)
+        output, _ = process.communicate(b"y\n", timeout=15)
 
-    assert said.endswith(b"1 deleted\n")
+    assert output.endswith(b"1 deleted\n")
     assert [row["id"] for row in listed(system)] == [2]
 
 
@@ -827,7 +827,7 @@ def status_of(system, *args):
     return found
 
 
-def test_status_of_a_journal_with_nothing_in_it(system):
+def test_status_of_an_empty_journal(system):
     prepared(system)
 
     done = run_command("status", "-c", system.config_path)
@@ -840,11 +840,11 @@ def test_status_of_a_journal_with_nothing_in_it(system):
     assert status_of(system)["stored"] == []
 
 
-def test_status_says_how_much_waits_for_which_sink(system):
+def test_status_counts_stored_events_by_sink(system):
     prepared(system, letter(1), letter(2, "", reason="no_route"), letter(3, dead=False, reason="sink_failed"))
 
-    said = status_of(system)
-    assert [(row["sink"], row["state"], row["events"]) for row in said["stored"]] == [
+    status = status_of(system)
+    assert [(row["sink"], row["state"], row["events"]) for row in status["stored"]] == [
         ("archive", "pending", 1),
         ("", "dead", 1),
         ("archive", "dead", 1),
@@ -854,26 +854,26 @@ def test_status_says_how_much_waits_for_which_sink(system):
     assert re.search(r"\(none\) +│ dead +│ 1 ", table)
 
 
-def test_status_knows_whether_a_daemon_runs_and_when_vod_last_answered(system):
+def test_status_shows_if_a_daemon_runs_and_when_vod_last_answered(system):
     simulator = system.simulator(events=3)
     system.configure(simulator.url)
     daemon = system.daemon()
     until(simulator.all_confirmed)
 
-    said = status_of(system)
-    assert (said["running"], said["pid"]) == (True, daemon.process.pid)
-    assert said["sources"][0]["last_pull_at"] <= said["at"]
+    status = status_of(system)
+    assert (status["running"], status["pid"]) == (True, daemon.process.pid)
+    assert status["sources"][0]["last_pull_at"] <= status["at"]
     assert f", process {daemon.process.pid}\n" in run_command("status", "-c", system.config_path).stdout
 
     assert daemon.terminate()[0] == 0
-    said = status_of(system)
-    assert (said["running"], said["pid"]) == (False, None)
-    assert said["started_at"] <= said["last_pull_at"]
-    assert said["started_at"] <= said["journal"]["last_confirm_at"]
+    status = status_of(system)
+    assert (status["running"], status["pid"]) == (False, None)
+    assert status["started_at"] <= status["last_pull_at"]
+    assert status["started_at"] <= status["journal"]["last_confirm_at"]
 
 
 @pytest.mark.parametrize("args", [["status"], ["status", "--json"]], ids=" ".join)
-def test_another_user_is_told_who_may_ask_for_the_status(outsider, args):
+def test_another_user_may_not_ask_for_the_status(outsider, args):
     simulator = outsider.simulator()
     outsider.configure(simulator.url)
     daemon = outsider.daemon()
@@ -885,7 +885,7 @@ def test_another_user_is_told_who_may_ask_for_the_status(outsider, args):
 # --- once -------------------------------------------------------------------------------------------------------------
 
 
-def test_once_takes_what_is_there_and_ends_with_0(system):
+def test_once_delivers_all_waiting_events_and_ends_with_0(system):
     simulator = system.simulator(events=50)
     path = system.configure(simulator.url)
 
@@ -897,19 +897,19 @@ def test_once_takes_what_is_there_and_ends_with_0(system):
     assert run_command("once", "-c", path).returncode == 0
 
 
-def test_once_ends_with_1_while_a_sink_is_dead_and_with_0_when_it_is_back(system, receiver):
+def test_once_ends_with_1_until_a_dead_sink_is_back(system, receiver):
     receiver.answer = Answer(status=503)
     simulator = system.simulator(events=20)
     path = system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url))
 
     assert run_command("once", "-c", path).returncode == 1
-    assert simulator.all_confirmed()  # someone has them: the journal
+    assert simulator.all_confirmed()  # the journal has them
     assert len(system.lines()) == 20
     assert len(listed(system, "--pending")) == 20
 
     receiver.answer = Answer()
     with closing(sqlite3.connect(system.journal)) as db, db:
-        db.execute("UPDATE letters SET due_at = 0")  # the back-off is over
+        db.execute("UPDATE letters SET due_at = 0")  # as if the back-off were over
     done = run_command("once", "-c", path)
 
     assert done.returncode == 0, done.stderr
@@ -920,7 +920,7 @@ def test_once_ends_with_1_while_a_sink_is_dead_and_with_0_when_it_is_back(system
     assert len(system.lines()) == 20
 
 
-def test_once_ends_in_time_where_events_never_end(system):
+def test_once_ends_in_time_if_events_never_end(system):
     simulator = system.simulator(events=100, rate=200)
     path = system.configure(simulator.url)
 
@@ -961,18 +961,18 @@ def test_once_beside_a_running_daemon_says_that_there_is_one(system):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon"])
-def test_once_wants_a_second_at_least(system, value):
+def test_once_refuses_a_max_secs_below_one(system, value):
     path = system.configure("http://127.0.0.1:9")
 
     assert_fails(run_command("once", "--max-secs", value, "-c", path), 2, "--max-secs")
 
 
-# --- what root leaves behind ------------------------------------------------------------------------------------------
+# --- files that root creates ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def outsider():
-    """A system in a folder that another user may enter; pytest's own are closed to others."""
+    """A system in a folder that another user may enter; pytest's own folders forbid that."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         with running_system(Path(folder)) as running:
@@ -1005,7 +1005,7 @@ def owners(folder):
 
 @contextmanager
 def state_folder(system):
-    """A folder as systemd gives it to the service's user; the journal and the archive go there."""
+    """A state folder of the service's user, as systemd makes it, for the journal and the archive."""
     folder = system.folder / "state"
     folder.mkdir(0o755)
     os.chown(folder, NOBODY, NOBODY)
@@ -1014,7 +1014,7 @@ def state_folder(system):
 
 
 @pytest.mark.parametrize("command", ["once", "replay"])
-def test_what_root_makes_belongs_to_the_owner_of_the_folder(outsider, command):
+def test_files_that_root_makes_belong_to_the_owner_of_the_folder(outsider, command):
     simulator = outsider.simulator(events=5)
     with state_folder(outsider) as folder:
         outsider.configure(simulator.url)
@@ -1042,7 +1042,7 @@ def test_the_copy_of_an_older_journal_belongs_to_the_owner_too(outsider):
         assert owners(folder)[f"journal.db.v{SCHEMA_VERSION - 1}"] == (NOBODY, NOBODY)
 
 
-def test_what_root_leaves_when_it_is_killed_belongs_to_the_owner_too(outsider):
+def test_files_of_a_killed_root_process_belong_to_the_owner_too(outsider):
     simulator = outsider.simulator(rate=50)
     with state_folder(outsider) as folder:
         path = outsider.configure(simulator.url)
@@ -1060,7 +1060,7 @@ def test_what_root_leaves_when_it_is_killed_belongs_to_the_owner_too(outsider):
         assert "Traceback" not in done.stderr
 
 
-def test_what_root_reads_leaves_nothing_that_the_daemon_cannot_write(outsider):
+def test_commands_by_root_leave_no_file_the_daemon_cannot_write(outsider):
     with state_folder(outsider) as folder:
         outsider.configure("http://127.0.0.1:9")
         store(outsider, letter(1))
@@ -1078,7 +1078,7 @@ def test_what_root_reads_leaves_nothing_that_the_daemon_cannot_write(outsider):
 
 
 def findings(done):
-    """The table's rows: what was looked at, with the verdict and the text."""
+    """The rows of the table: verdict and text, by what was checked."""
     assert "Traceback" not in done.stderr
     assert SECRET_KEY not in done.stdout + done.stderr
     found = {}
@@ -1100,7 +1100,7 @@ def connect(system, code, **env):
     return found
 
 
-def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system, receiver):
+def test_check_connect_consumes_and_writes_nothing_if_all_is_well(system, receiver):
     simulator = system.simulator(events=5, secret_id=SECRET_ID, secret_key=SECRET_KEY)
     script = '[sinks.script]\ntype = "exec"\ncommand = ["true"]\n'
     system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url) + script)
@@ -1109,9 +1109,9 @@ def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system
 
     found = connect(system, 0)
 
-    looked_at = ["source main", "callback of main", "queue of main", "clock"]
+    checked = ["source main", "callback of main", "queue of main", "clock"]
     assert {*found} == {
-        *looked_at,
+        *checked,
         "sink archive",
         "sink hook",
         "sink script",
@@ -1132,7 +1132,7 @@ def test_where_all_is_well_it_says_so_consumes_nothing_and_writes_nothing(system
     assert receiver.received == []
 
 
-def test_it_looks_on_while_the_daemon_works_too(system):
+def test_check_connect_works_beside_a_running_daemon(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -1147,7 +1147,7 @@ def test_it_looks_on_while_the_daemon_works_too(system):
 
 
 @pytest.mark.parametrize(("secret_key", "warns"), [("y", True), ("1234567", True), ("12345678", False)])
-def test_a_secret_too_short_to_be_looked_for_is_a_warning(system, secret_key, warns):
+def test_a_secret_too_short_to_be_hidden_is_a_warning(system, secret_key, warns):
     path = system.configure("http://127.0.0.1:9", secret_key=secret_key)
 
     done = run_command("check", "-c", path)
@@ -1156,7 +1156,7 @@ def test_a_secret_too_short_to_be_looked_for_is_a_warning(system, secret_key, wa
     assert (f"{path}: warning: credentials.secret_key: it is too short" in done.stderr) is warns
 
 
-def test_a_wrong_key_is_told_from_a_wrong_id(system):
+def test_a_wrong_key_and_a_wrong_id_are_distinguished(system):
     simulator = system.simulator(secret_id=SECRET_ID, secret_key="another")
     system.configure(simulator.url)
 
@@ -1169,7 +1169,7 @@ def test_a_wrong_key_is_told_from_a_wrong_id(system):
     assert "AuthFailure.SecretIdNotFound" in connect(system, 1)["source main"][1]
 
 
-def test_a_key_without_the_right_is_told_which_rights_it_needs(system):
+def test_a_key_without_rights_is_reported_with_the_rights_it_needs(system):
     refusal = {
         "Error": {"Code": "UnauthorizedOperation", "Message": "you may not (vod:ConfirmEvents)"},
         "RequestId": "of-the-refusal",
@@ -1185,7 +1185,7 @@ def test_a_key_without_the_right_is_told_which_rights_it_needs(system):
         assert phrase in text
 
 
-def test_a_sub_app_id_that_is_none_is_named_as_what_is_wrong(system):
+def test_an_unknown_sub_app_id_is_reported(system):
     simulator = system.simulator(sub_app_id=1500000001)
     system.configure(simulator.url, source='unrouted = "confirm"\nsub_app_id = 42')
 
@@ -1196,7 +1196,7 @@ def test_a_sub_app_id_that_is_none_is_named_as_what_is_wrong(system):
 
 
 @pytest.mark.parametrize(("skew_secs", "side"), [(7200, "behind"), (-7200, "ahead of")])
-def test_a_clock_that_is_off_is_measured_and_does_not_spoil_the_key(system, skew_secs, side):
+def test_a_wrong_clock_is_measured_and_does_not_invalidate_the_key(system, skew_secs, side):
     simulator = system.simulator(secret_id=SECRET_ID, secret_key=SECRET_KEY, clock_skew_secs=skew_secs)
     system.configure(simulator.url)
 
@@ -1209,7 +1209,7 @@ def test_a_clock_that_is_off_is_measured_and_does_not_spoil_the_key(system, skew
     assert "NTP" in text
 
 
-def test_an_endpoint_that_is_not_there_is_said_to_be_so(system):
+def test_an_unreachable_endpoint_is_reported(system):
     with HeldPort() as port:
         system.configure(port.url)
         found = connect(system, 1)
@@ -1221,7 +1221,7 @@ def test_an_endpoint_that_is_not_there_is_said_to_be_so(system):
     assert found["sink archive"][0] == found["journal"][0] == "OK"
 
 
-def test_sinks_that_cannot_be_reached_are_each_told_apart(system):
+def test_unreachable_sinks_are_each_reported(system):
     simulator = system.simulator()
     system.archive.mkdir()
     with HeldPort() as port:
@@ -1237,7 +1237,7 @@ def test_sinks_that_cannot_be_reached_are_each_told_apart(system):
 
 
 @pytest.mark.parametrize(("state", "option"), [("pending", "--pending "), ("dead", "")])
-def test_what_is_stored_for_a_sink_that_is_gone_is_told_with_the_commands(system, state, option):
+def test_stored_events_of_a_removed_sink_are_reported_with_commands(system, state, option):
     simulator = system.simulator()
     system.configure(simulator.url)
     store(
@@ -1256,7 +1256,7 @@ def test_what_is_stored_for_a_sink_that_is_gone_is_told_with_the_commands(system
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "of a later version", "a device"])
-def test_a_journal_that_cannot_be_used_is_told_before_the_daemon_finds_out(system, fault):
+def test_check_connect_reports_a_journal_that_cannot_be_used(system, fault):
     simulator = system.simulator()
     if fault == "a device":
         system.journal = Path("/dev/null")
@@ -1270,8 +1270,8 @@ def test_a_journal_that_cannot_be_used_is_told_before_the_daemon_finds_out(syste
 
     found = connect(system, 1)
 
-    said = {"corrupt": ".recover", "of a later version": "version 99", "a device": "this is a device"}[fault]
-    assert [verdict for verdict, text in found.values() if said in text] == ["PROBLEM"] * (
+    expected = {"corrupt": ".recover", "of a later version": "version 99", "a device": "this is a device"}[fault]
+    assert [verdict for verdict, text in found.values() if expected in text] == ["PROBLEM"] * (
         2 if fault == "a device" else 1
     )
 
@@ -1319,7 +1319,7 @@ KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "integer
 
 
 def problems_of(value, schema, whole, place=""):
-    """As much of JSON Schema as the configuration's has, looked up by hand."""
+    """The errors of a value, for the part of JSON Schema that the configuration's schema uses."""
     if "$ref" in schema:
         return problems_of(value, whole["$defs"][schema["$ref"].removeprefix("#/$defs/")], whole, place)
     found = []
@@ -1333,7 +1333,7 @@ def problems_of(value, schema, whole, place=""):
     if "enum" in schema and value not in schema["enum"]:
         found.append(f"{place}: not of {schema['enum']}")
     if "type" in schema and not isinstance(value, KINDS.get(schema["type"], type(None))):
-        found.append(f"{place}: no {schema['type']}")
+        found.append(f"{place}: not of type {schema['type']}")
     return found + problems_inside(value, schema, whole, place)
 
 
@@ -1361,7 +1361,7 @@ def schema():
 
 
 def uncommented(text):
-    """The example with every setting that it shows switched on."""
+    """The example with all commented settings switched on."""
     return re.sub(r"^# (?=\[|[a-z_]+ = )", "", text, flags=re.MULTILINE)
 
 
@@ -1385,7 +1385,7 @@ def test_the_example_is_valid_by_the_schema(schema, change):
         ("[journal]", "[jurnal]"),
     ],
 )
-def test_what_is_wrong_is_wrong_by_the_schema_too(schema, right, wrong):
+def test_mistakes_are_invalid_by_the_schema_too(schema, right, wrong):
     text = (ROOT / "config.example.toml").read_text()
     assert right in text
 
@@ -1431,7 +1431,7 @@ def test_completion_knows_commands_and_options():
 
 
 @pytest.mark.parametrize("event_type", ["CreateSnapshotByTimeOffsetCompleted", "FileUploadEvent"])
-def test_check_warns_of_types_that_do_not_exist_and_is_strict_if_asked(system, event_type):
+def test_check_warns_of_unknown_types_and_fails_with_strict(system, event_type):
     path = system.configure("http://127.0.0.1:9")
     good = run_command("check", "--strict", "-c", path)
     assert (good.returncode, good.stderr) == (0, "")
@@ -1462,7 +1462,7 @@ def test_warnings_are_logged_at_the_start(system, command):
     assert 'did you mean "FileDeleted"?' in warning["message"]
 
 
-# --- what check says of places ----------------------------------------------------------------------------------------
+# --- addresses in the output of check ---------------------------------------------------------------------------------
 
 
 def test_check_shows_where_events_go_and_where_the_key_is(system, tmp_path):
@@ -1492,7 +1492,7 @@ def test_check_warns_of_a_lease_beyond_vod_s(system):
 
 @pytest.mark.parametrize("command", [["check"], ["run"], ["check", "--connect"]])
 @pytest.mark.parametrize("place", ["/dev/stdout", "/dev/stderr", "pipe", "folder"])
-def test_what_is_no_file_ends_with_78_and_a_sentence(system, tmp_path, command, place):
+def test_a_sink_path_that_is_not_a_file_ends_with_78(system, tmp_path, command, place):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     path = system.configure("http://127.0.0.1:9")

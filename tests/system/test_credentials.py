@@ -1,4 +1,4 @@
-"""Temporary keys over a whole run: renewed under load, kept through every fault of their issuer, and never shown."""
+"""Temporary keys in a whole daemon: renewed under load, kept during faults of their issuer, and never shown."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.system
 
 
 class Issuer(Receiver):
-    """A metadata service that hands out keys of the simulator, or what a test has in its place; notes all secrets."""
+    """A metadata service that issues keys of the simulator, or the answer of a test; records all secrets."""
 
     def __init__(self, simulator):
         super().__init__()
@@ -43,7 +43,7 @@ class Issuer(Receiver):
 
 @pytest.fixture
 def started(system):
-    """Starts a simulator, an issuer in front of it and a daemon."""
+    """Starts a simulator, an issuer that takes its keys, and a daemon."""
     with contextlib.ExitStack() as opened:
 
         def start(*, life_secs, more="", **env):
@@ -80,20 +80,20 @@ def test_pulls_go_on_with_the_last_key_while_its_issuer_fails(started):
     issuer.is_good = False
     for number, answer in enumerate(FAULTS, 1):
         issuer.answer = answer
-        daemon.signal(signal.SIGHUP)  # renews at once, and says a cause again
+        daemon.signal(signal.SIGHUP)  # it renews at once and logs the cause again
         daemon.await_log("credentials.failed", number=number, secs=30)
     pulls = simulator.stats()["pulls"]
     until(lambda: simulator.stats()["pulls"] > pulls + 3)
     issuer.is_good = True
     daemon.await_log("credentials.refreshed", number=2, secs=70)
-    said = {line["error_message"] for line in daemon.log("credentials.failed")}
-    assert len(said) == len(FAULTS)
+    causes = {line["error_message"] for line in daemon.log("credentials.failed")}
+    assert len(causes) == len(FAULTS)
     assert daemon.log("pull.failed") == []
     assert simulator.stats()["errors"] == {}
     assert re.search("half-of-a-key|lied-", daemon.log_path.read_text()) is None
 
 
-def test_pulls_that_stopped_for_want_of_a_key_go_on_when_there_is_one(started, system):
+def test_pulls_that_stopped_without_a_key_continue_with_a_new_one(started, system):
     simulator, issuer, daemon = started(life_secs=5)
     daemon.await_log("credentials.refreshed")
     issuer.is_good, issuer.answer = False, Answer(status=500)
@@ -115,7 +115,8 @@ def test_keys_expire_under_load_and_no_pull_fails(system, provider):
     found = run(system, provider=provider, rate=100, life_secs=4, expiries=2)
     assert found["exit_code"] == 0
     assert found["keys_issued"] > 2
-    assert found["failed_pulls"].keys() <= {"RequestLimitExceeded"}  # two clocks judge the quota
+    # Both sides count the seconds of the quota, by different clocks.
+    assert found["failed_pulls"].keys() <= {"RequestLimitExceeded"}
     assert found["arrived_twice"] == found["confirmed_and_missing"] == 0
     assert found["arrived"] > 100
 
@@ -131,7 +132,7 @@ def test_no_secret_of_a_key_is_shown_anywhere(started, system):
         assert "role simulated-role of this machine: a key until" in shown[1]
         status = json.loads(shown[3])["credentials"]
         assert (status["provider"], status["role"]) == ("cvm_role", "role simulated-role of this machine")
-        # Each member of a key by itself, in an answer that cannot be used; then the key ends.
+        # An unusable answer that contains each secret of a key; then the key ends.
         issuer.is_good, issuer.answer = False, Answer(status=200, body=json.dumps(issuer.secrets).encode())
         daemon.await_log("credentials.failed", secs=30)
         daemon.await_log("pull.failed", secs=30)
@@ -147,14 +148,14 @@ def test_no_secret_of_a_key_is_shown_anywhere(started, system):
 
 
 def test_no_secret_of_an_assumed_role_is_shown_anywhere(system):
-    lasting = "the-lasting-key-of-the-role"
+    permanent = "the-permanent-key-of-the-role"
     with HeldPort() as port:
         simulator = system.simulator(
-            credential_secs=5, rate=20, poll_secs=0.5, secret_id="simulated-id", secret_key=lasting
+            credential_secs=5, rate=20, poll_secs=0.5, secret_id="simulated-id", secret_key=permanent
         )
         system.configure(
             simulator.url,
-            credentials=credentials_of("assume_role", simulator.url).replace("simulated-key", lasting),
+            credentials=credentials_of("assume_role", simulator.url).replace("simulated-key", permanent),
             more=f'[log]\nlevel = "debug"\n[listener]\naddress = "127.0.0.1:{port.number}"\n',
         )
         daemon = system.daemon()
@@ -168,5 +169,5 @@ def test_no_secret_of_an_assumed_role_is_shown_anywhere(system):
         daemon.terminate()
     everything = daemon.log_path.read_text() + "".join(shown)
     assert "roleName/r" in everything
-    assert lasting not in everything
+    assert permanent not in everything
     assert re.search(r"simTmp|simToken", everything) is None

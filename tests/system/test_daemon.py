@@ -1,4 +1,4 @@
-"""The daemon as a process, against the simulator as another: what arrives, what is confirmed, what an operator sees."""
+"""The daemon and the simulator as processes: deliveries, confirms, and what the operator sees."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def held_by_the_journal(system, sink):
 
 
 def await_end(system, simulator, *, secs=30):
-    """All is confirmed, and the file has all: on a machine that is busy, some may take the way through the journal."""
+    """Wait until all is confirmed and in the file: on a busy machine, some events are stored in the journal first."""
     until(simulator.all_confirmed, secs=secs, what=lambda: str(simulator.stats()))
     fed = simulator.stats()["fed"]
     until(lambda: len(system.lines_of_all_files()) >= fed, secs=secs, what=lambda: str(stored(system)))
@@ -81,7 +81,7 @@ def test_events_of_every_documented_shape_arrive_once_and_json_equal(system):
     assert len(daemon.log("event.settled")) == len(fed)
 
 
-def test_what_cannot_be_read_costs_no_other_event_and_becomes_a_dead_letter(system):
+def test_an_unreadable_event_is_a_dead_letter_and_affects_no_other(system):
     good = shapes.bodies(200)
     fed = [*good, *shapes.BROKEN, *shapes.NO_EVENTS]
     random.Random(7).shuffle(fed)
@@ -98,11 +98,11 @@ def test_what_cannot_be_read_costs_no_other_event_and_becomes_a_dead_letter(syst
 
     assert differences(good, system.lines()) == ([], [])
     assert stored(system) == {("", "dead", "malformed"): len(shapes.BROKEN)}
-    said = Counter(line["has_handle"] for line in daemon.log("event.malformed"))
-    assert said == {True: len(shapes.BROKEN), False: len(shapes.NO_EVENTS)}
+    counts = Counter(line["has_handle"] for line in daemon.log("event.malformed"))
+    assert counts == {True: len(shapes.BROKEN), False: len(shapes.NO_EVENTS)}
 
 
-def test_with_faults_of_all_kinds_all_events_arrive_once_and_are_confirmed(system):
+def test_with_all_faults_events_arrive_once_and_are_confirmed(system):
     simulator = system.simulator(rate=300, feed=1500, faults=ALL_FAULTS, slow_secs=1.5, requests_per_sec=100)
     system.configure(simulator.url, api="")
     daemon = system.daemon()
@@ -115,7 +115,7 @@ def test_with_faults_of_all_kinds_all_events_arrive_once_and_are_confirmed(syste
     assert stored(system) == {}
 
 
-def test_all_events_arrive_once_across_ten_times_kill_9_in_mid_flow(system):
+def test_all_events_arrive_once_across_ten_kills_under_load(system):
     chance = random.Random()
     simulator = system.simulator(events=2000, rtt_secs=0.02, visibility_secs=2)
     system.configure(simulator.url, lease_secs=2, api="requests_per_sec = 100")
@@ -137,7 +137,7 @@ def test_all_events_arrive_once_across_ten_times_kill_9_in_mid_flow(system):
 
 
 @pytest.mark.parametrize("rtt_secs", [0.0, 0.05, 0.2])
-def test_sigterm_in_mid_flow_confirms_all_that_was_pulled(system, rtt_secs):
+def test_sigterm_under_load_confirms_all_that_was_pulled(system, rtt_secs):
     simulator = system.simulator(events=4000, rtt_secs=rtt_secs, requests_per_sec=100, visibility_secs=4)
     system.configure(simulator.url, lease_secs=4, api="", more="[daemon]\nshutdown_secs = 10")
     daemon = system.daemon()
@@ -154,7 +154,7 @@ def test_sigterm_in_mid_flow_confirms_all_that_was_pulled(system, rtt_secs):
     assert differences(bodies_of(pulled), system.lines() + held_by_the_journal(system, "archive")) == ([], [])
 
 
-def test_sigterm_awaits_the_outstanding_pull_and_sees_through_what_it_brings(system):
+def test_sigterm_awaits_the_outstanding_pull_and_delivers_its_events(system):
     simulator = system.simulator(poll_secs=3)
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -185,7 +185,7 @@ def test_a_second_sigterm_ends_the_process_at_once_with_143(system):
     assert took_secs < 1
 
 
-def test_sigterm_while_a_webhook_hangs_stores_what_it_has_not_taken(system):
+def test_sigterm_while_a_webhook_hangs_stores_unaccepted_events(system):
     with running_receiver() as receiver:
         receiver.answer = Answer(hangs=True)
         simulator = system.simulator(events=40, visibility_secs=30)
@@ -211,7 +211,7 @@ def test_sigterm_while_a_webhook_hangs_stores_what_it_has_not_taken(system):
 
 
 class PickyReceiver(Receiver):
-    """Answers 500 to whatever holds the poison."""
+    """Answers 500 to each body that contains `poison`."""
 
     poison = b"\x00"
 
@@ -220,7 +220,7 @@ class PickyReceiver(Receiver):
 
 
 def feed_one_by_one(system, simulator, numbers, *, within_secs=2.0):
-    """Each event must be in the file so soon, whatever another sink does."""
+    """Feed events; each must be in the file within `within_secs`, whatever another sink does."""
     for number in numbers:
         before = len(system.lines())
         simulator.feed(numbered(number))
@@ -234,7 +234,7 @@ def assert_each_accepted_once(receiver, simulator):
 
 
 @pytest.mark.parametrize("outage", ["refuses", "hangs"])
-def test_a_webhook_that_is_away_holds_up_nothing_and_gets_each_event_once_when_it_is_back(system, outage):
+def test_a_webhook_that_was_down_gets_each_event_once_and_delays_none(system, outage):
     simulator = system.simulator(visibility_secs=8)
     with HeldPort() as port:
         system.configure(simulator.url, lease_secs=8, sinks=system.archive_sink + hook_sink(port.url))
@@ -265,7 +265,7 @@ def test_a_webhook_that_is_away_holds_up_nothing_and_gets_each_event_once_when_i
     assert len(daemon.log("breaker.closed")) == 1
 
 
-def test_an_event_that_a_webhook_cannot_take_holds_up_no_other(system):
+def test_an_event_that_a_webhook_refuses_delays_no_other(system):
     simulator = system.simulator()
     receiver = PickyReceiver()
     receiver.poison = b"task-5-"
@@ -291,24 +291,22 @@ def test_an_event_that_a_webhook_cannot_take_holds_up_no_other(system):
 # --- VOD refuses or cannot be reached ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wrong_at", "quiet_secs", "most_requests"), [("daemon", 6, 4), ("vod", 1.5, 2)])
-def test_a_wrong_key_is_said_with_what_to_do_and_costs_few_requests_until_it_is_right(
-    system, wrong_at, quiet_secs, most_requests
-):
+@pytest.mark.parametrize(("wrong_at", "quiet_secs", "max_requests"), [("daemon", 6, 4), ("vod", 1.5, 2)])
+def test_a_wrong_key_is_logged_with_a_remedy_and_needs_few_requests(system, wrong_at, quiet_secs, max_requests):
     simulator = system.simulator(
         events=40, secret_id=SECRET_ID, secret_key=SECRET_KEY if wrong_at == "daemon" else "a-former-key"
     )
     system.configure(simulator.url, secret_key="a-mistyped-key" if wrong_at == "daemon" else SECRET_KEY)
     daemon = system.daemon()
-    (said,) = daemon.await_log("pull.failed")
+    (line,) = daemon.await_log("pull.failed")
     time.sleep(quiet_secs)
 
     assert daemon.process.poll() is None
-    assert simulator.requests <= most_requests
-    assert said["level"] == "error"
-    assert said["error_code"] == "AuthFailure.SignatureFailure"
-    assert said["request_id"]
-    assert "secret_key does not belong to secret_id" in said["error_message"]
+    assert simulator.requests <= max_requests
+    assert line["level"] == "error"
+    assert line["error_code"] == "AuthFailure.SignatureFailure"
+    assert line["request_id"]
+    assert "secret_key does not belong to secret_id" in line["error_message"]
     if wrong_at == "daemon":
         system.key_path.write_text(SECRET_KEY)
     else:
@@ -318,7 +316,7 @@ def test_a_wrong_key_is_said_with_what_to_do_and_costs_few_requests_until_it_is_
     assert len(daemon.log("pull.failed")) == 1
 
 
-def test_a_reload_that_does_not_help_says_again_what_is_wrong(system):
+def test_a_reload_that_does_not_help_logs_the_error_again(system):
     simulator = system.simulator(events=1, **VERIFYING)
     system.configure(simulator.url, secret_key="a-mistyped-key")
     daemon = system.daemon()
@@ -331,16 +329,16 @@ def test_a_reload_that_does_not_help_says_again_what_is_wrong(system):
     daemon.await_log("pull.failed", number=2, secs=3)
 
 
-def test_an_endpoint_where_nothing_listens_is_said_and_tried_seldom_until_something_does(system):
+def test_a_closed_endpoint_is_logged_and_tried_seldom(system):
     with HeldPort() as port:
         system.configure(port.url, more='[log]\nlevel = "debug"')
         daemon = system.daemon()
-        (said,) = daemon.await_log("pull.failed")
+        (line,) = daemon.await_log("pull.failed")
         time.sleep(6)
 
         assert daemon.process.poll() is None
         assert 2 <= len(daemon.log("api.answered")) <= 5
-        assert "is api.endpoint right" in said["error_message"]
+        assert "is api.endpoint right" in line["error_message"]
         simulator = system.simulator(port=port.number, events=40)
         daemon.signal(signal.SIGHUP)
         until(simulator.all_confirmed, secs=3)
@@ -349,20 +347,20 @@ def test_an_endpoint_where_nothing_listens_is_said_and_tried_seldom_until_someth
 
 
 @pytest.mark.parametrize("skew_secs", [600, -600])
-def test_a_clock_that_is_ten_minutes_off_is_corrected_by_the_servers_time_and_said(system, skew_secs):
+def test_a_clock_ten_minutes_off_is_corrected_and_logged(system, skew_secs):
     simulator = system.simulator(events=40, clock_skew_secs=skew_secs, **VERIFYING)
     system.configure(simulator.url)
     daemon = system.daemon()
 
     until(simulator.all_confirmed, secs=5)
 
-    (said,) = daemon.problems()
-    assert (said["event"], said["level"]) == ("clock.corrected", "warning")
-    assert said["skew_secs"] == pytest.approx(skew_secs, abs=5)
+    (line,) = daemon.problems()
+    assert (line["event"], line["level"]) == ("clock.corrected", "warning")
+    assert line["skew_secs"] == pytest.approx(skew_secs, abs=5)
     assert simulator.stats()["errors"] == {"AuthFailure.SignatureExpire": 1}
 
 
-def test_an_idle_daemon_has_one_pull_outstanding_and_nothing_to_say(system):
+def test_an_idle_daemon_has_one_pull_outstanding_and_logs_nothing(system):
     simulator = system.simulator(poll_secs=5, empty="mixed")
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -384,7 +382,7 @@ def test_an_idle_daemon_has_one_pull_outstanding_and_nothing_to_say(system):
 # --- what an operator sees --------------------------------------------------------------------------------------------
 
 
-def test_no_secret_is_in_any_line_of_a_log_at_debug_level_and_every_line_is_in_the_catalogue(system):
+def test_debug_logs_have_no_secret_and_only_events_of_the_catalogue(system):
     secrets = {
         "wrong key": "wrong+key/with=odd:characters",
         "key": "right+key/with=odd:characters",
@@ -452,7 +450,7 @@ def test_each_event_has_one_line_with_its_ids_and_its_fate(system):
 
 
 @pytest.mark.parametrize(("events", "refused"), [(10, 3), (40, 1)])
-def test_events_whose_confirms_were_refused_come_again_and_are_not_delivered_twice(system, events, refused):
+def test_redelivered_events_of_refused_confirms_are_delivered_once(system, events, refused):
     simulator = system.simulator(events=events, forget_confirms=refused, visibility_secs=2)
     system.configure(simulator.url, lease_secs=2)
     daemon = system.daemon()
@@ -465,7 +463,7 @@ def test_events_whose_confirms_were_refused_come_again_and_are_not_delivered_twi
     assert sum(line["redelivered"] for line in settled) == simulator.stats()["redeliveries"] == refused
 
 
-def test_sighup_after_a_rename_splits_the_file_and_loses_or_doubles_no_line(system):
+def test_sighup_after_a_rename_loses_and_doubles_no_line(system):
     simulator = system.simulator(rate=200, feed=600)
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -506,21 +504,21 @@ def test_a_kill_between_rename_and_sighup_doubles_nothing(system):
 # --- the service manager ----------------------------------------------------------------------------------------------
 
 
-def test_the_service_manager_hears_of_the_start_of_life_of_trouble_and_of_the_end(system):
+def test_systemd_is_notified_of_start_watchdog_problems_and_stop(system):
     simulator = system.simulator(**VERIFYING)
     system.configure(simulator.url, secret_key="a-mistyped-key")
     with ServiceManager(system.folder / "notify") as manager:
         daemon = system.daemon(NOTIFY_SOCKET=manager.path)
-        until(lambda: any("cannot pull" in said for said in manager.said("STATUS=")), secs=12)
-        until(lambda: len(manager.said("WATCHDOG=1")) >= 2)
+        until(lambda: any("cannot pull" in message for message in manager.messages("STATUS=")), secs=12)
+        until(lambda: len(manager.messages("WATCHDOG=1")) >= 2)
         assert daemon.terminate()[0] == 0
-        until(lambda: manager.said("STOPPING=1"))
+        until(lambda: manager.messages("STOPPING=1"))
 
-    told = [said for _, said in manager.received]
-    assert told[0] == "READY=1"
-    assert told[-1] == "STOPPING=1"
-    assert "AuthFailure.SignatureFailure" in next(said for said in told if "cannot pull" in said)
-    assert SECRET_KEY not in "".join(told)
+    messages = [message for _, message in manager.received]
+    assert messages[0] == "READY=1"
+    assert messages[-1] == "STOPPING=1"
+    assert "AuthFailure.SignatureFailure" in next(message for message in messages if "cannot pull" in message)
+    assert SECRET_KEY not in "".join(messages)
 
 
 NEVER = '''
@@ -550,7 +548,7 @@ class NeverSink(Sink):
 
 @pytest.fixture
 def plugin(tmp_path):
-    """A folder with another author's package that has a sink which never comes back."""
+    """A folder with a plug-in package whose sink never returns from `deliver`."""
     folder = tmp_path / "plugin"
     (folder / "vodpoller_never-1.0.dist-info").mkdir(parents=True)
     (folder / "vodpoller_never.py").write_text(NEVER)
@@ -560,7 +558,7 @@ def plugin(tmp_path):
     return folder
 
 
-def test_a_sink_that_never_comes_back_holds_up_neither_the_others_nor_the_end(system, plugin):
+def test_a_sink_that_hangs_delays_neither_other_sinks_nor_the_stop(system, plugin):
     simulator = system.simulator(events=100, visibility_secs=2)
     sinks = system.archive_sink + '[sinks.never]\ntype = "never"\n'
     system.configure(simulator.url, lease_secs=2, sinks=sinks, more="[daemon]\nshutdown_secs = 6")
@@ -580,7 +578,7 @@ def test_a_sink_that_never_comes_back_holds_up_neither_the_others_nor_the_end(sy
 
 
 class Manager:
-    """Stands in the notifier's place and keeps what it is told."""
+    """A notifier that records what the service reports."""
 
     def __init__(self):
         self.fed = itertools.count()
@@ -601,7 +599,7 @@ class Manager:
         self.feedings = next(self.fed) + 1
 
 
-def test_the_watchdog_is_fed_until_a_thread_hangs_and_again_when_it_is_back(system, plugin, monkeypatch):
+def test_the_watchdog_is_fed_only_while_no_thread_hangs(system, plugin, monkeypatch):
     monkeypatch.syspath_prepend(plugin)
     monkeypatch.setattr(service_module, "HEARTBEAT_SECS", 0.05)
     monkeypatch.setattr(daemon_module, "OVERDUE_SECS", 0.5)

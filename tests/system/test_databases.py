@@ -1,4 +1,4 @@
-"""Events into databases through whole daemons: kills in turns, and the recipe of the page."""
+"""Whole daemons that deliver to databases: with alternating kills, and the recipe of the page."""
 
 import json
 import re
@@ -21,14 +21,14 @@ PAGE = Path(vodpoller.__file__).parent / "sinks" / "README.md"
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("database", DATABASES)
-def test_killed_in_turns_each_row_is_there_once_and_counted_once(tmp_path, database):
+def test_with_alternating_kills_each_row_exists_and_counts_once(tmp_path, database):
     result = run(database, events=200, kills=2, seed=1, folder=tmp_path)
     assert result.is_clean, result
 
 
 @pytest.fixture
 def recipe():
-    """The page's files of the recipe, by name."""
+    """The files of the page's recipe, by name."""
     text = PAGE.read_text()
     section = text[text.index("### Snapshot URLs into") : text.index("## exec")]
     return dict(re.findall(r"^```\w+\n(?:#|--) (\S+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
@@ -43,7 +43,7 @@ def db():
         yield db
 
 
-def test_the_recipe_brings_snapshot_urls_once_their_video_is_there(system, recipe, db):
+def test_the_recipe_inserts_snapshot_urls_once_their_video_exists(system, recipe, db):
     db.execute(recipe["models.sql"])
     (system.folder / "events_dsn").write_text(postgresql().dsn)
     sample = json.loads(SAMPLE.read_text())

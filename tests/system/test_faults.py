@@ -1,4 +1,4 @@
-"""The guarantees under fault, each shown from end to end: the daemon and the simulator as processes of their own."""
+"""The promises under faults, end to end: the daemon and the simulator as separate processes."""
 
 import gzip
 import http.client
@@ -49,7 +49,7 @@ def stored(system):
 
 
 def failed(system):
-    """As `stored`; what was stored while an attempt ran after one that failed counts as failed."""
+    """As `stored`, but `out_of_time` counts as `sink_failed`: an attempt was running after a failed one."""
     found = Counter()
     for (sink, state, reason), number in stored(system).items():
         found[sink, state, "sink_failed" if reason == "out_of_time" else reason] += number
@@ -74,7 +74,7 @@ def assert_each_accepted_once(receiver, count):
 
 
 def holds(condition, *, secs, every_secs=0.1):
-    """Something stays true for so long."""
+    """Assert that a condition stays true for `secs`."""
     ends_at = time.monotonic() + secs
     while time.monotonic() < ends_at:
         assert condition()
@@ -84,17 +84,17 @@ def holds(condition, *, secs, every_secs=0.1):
 # --- between the daemon and the simulator -----------------------------------------------------------------------------
 
 
-class Middleman(ThreadingHTTPServer):
-    """Passes requests on to the simulator, after `meddle`, which may answer them in another way."""
+class InterceptingProxy(ThreadingHTTPServer):
+    """Passes requests on to the simulator. `intercept` gets each of them first, and may answer differently."""
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, target):
-        super().__init__(("127.0.0.1", 0), _Between)
+        super().__init__(("127.0.0.1", 0), _Exchange)
         self.target = urlsplit(target).netloc
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.meddle = lambda exchange: exchange.pass_on()
+        self.intercept = lambda exchange: exchange.pass_on()
         self.asked = []
         self.over = threading.Event()
 
@@ -110,7 +110,7 @@ class Middleman(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        pass  # a daemon that hangs up is what some tests are about
+        pass  # in some tests the daemon closes the connection early
 
     def confirms(self):
         return [body["EventHandles"] for action, body in list(self.asked) if action == "ConfirmEvents"]
@@ -119,7 +119,7 @@ class Middleman(ThreadingHTTPServer):
         return sum(action == "PullEvents" for action, _ in list(self.asked))
 
 
-class _Between(BaseHTTPRequestHandler):
+class _Exchange(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -127,10 +127,10 @@ class _Between(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers["Content-Length"]))
         self.action = self.headers["X-TC-Action"]
         self.server.asked.append((self.action, json.loads(self.body)))
-        self.server.meddle(self)
+        self.server.intercept(self)
 
     def ask(self, target=None):
-        """What the simulator answers; that at another URL if it is named."""
+        """The answer of the simulator, or of the one at `target`."""
         netloc = urlsplit(target).netloc if target else self.server.target
         with closing(http.client.HTTPConnection(netloc, timeout=30)) as connection:
             connection.request("POST", "/", self.body, dict(self.headers))
@@ -152,7 +152,7 @@ class _Between(BaseHTTPRequestHandler):
 
 
 def with_other_handles(answer, change):
-    """A pull's answer whose handles are what `change` makes of their list."""
+    """A pull's answer with other handles: `change` gets the list of handles and returns the new one."""
     document = json.loads(answer)
     events = document["Response"].get("EventSet") or []
     for event, handle in zip(events, change([event["EventHandle"] for event in events]), strict=True):
@@ -160,10 +160,10 @@ def with_other_handles(answer, change):
     return json.dumps(document).encode()
 
 
-# --- in-flight hand-over, late success --------------------------------------------------------------------------------
+# --- redelivery during a delivery, late success -----------------------------------------------------------------------
 
 
-def test_where_events_are_left_those_that_come_again_join_the_delivery_that_runs(system, receiver):
+def test_if_events_are_left_redeliveries_join_the_running_delivery(system, receiver):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
     receiver.answer = Answer(after_secs=2.5)
     system.configure(
@@ -181,12 +181,12 @@ def test_where_events_are_left_those_that_come_again_join_the_delivery_that_runs
     assert_each_asked_once(receiver, 8)
     stats = simulator.stats()
     assert stats["redeliveries"] >= 8
-    assert stats["confirms_stale"] == 0  # each by its newest handle
+    assert stats["confirms_stale"] == 0  # each was confirmed by its newest handle
     assert stored(system) == {}
     assert daemon.log("event.settled")[-1]["redelivered"]
 
 
-def test_what_a_slow_sink_has_not_taken_is_stored_and_confirmed_and_its_late_success_ends_it(system, receiver):
+def test_a_late_success_of_a_slow_sink_ends_the_stored_event(system, receiver):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
     receiver.answer = Answer(after_secs=7)  # beyond the lease, and beyond the first retry of a stored event
     system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=hook_sink(receiver.url, "timeout_secs = 20"))
@@ -206,19 +206,19 @@ def test_what_a_slow_sink_has_not_taken_is_stored_and_confirmed_and_its_late_suc
 
 
 @pytest.mark.parametrize("stale", ["atomic", "per_handle"])
-def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(system, stale):
+def test_one_stale_handle_among_sixteen_needs_at_most_nine_calls(system, stale):
     simulator = system.simulator(visibility_secs=8, poll_secs=0.3, stale=stale)
     simulator.feed(*map(numbered, range(16)))
-    with Middleman(simulator.url) as middleman:
+    with InterceptingProxy(simulator.url) as proxy:
 
-        def spoil_the_first_answer(exchange):
+        def change_the_first_answer(exchange):
             answer = exchange.ask()
-            if exchange.action == "PullEvents" and middleman.pulls() == 1:
+            if exchange.action == "PullEvents" and proxy.pulls() == 1:
                 answer = with_other_handles(answer, lambda handles: [*handles[:11], "0" * 32, *handles[12:]])
             exchange.answer(answer)
 
-        middleman.meddle = spoil_the_first_answer
-        system.configure(middleman.url, lease_secs=8)
+        proxy.intercept = change_the_first_answer
+        system.configure(proxy.url, lease_secs=8)
         daemon = system.daemon()
 
         until(lambda: simulator.stats()["confirmed"] == 15, what=daemon.tail)
@@ -226,7 +226,7 @@ def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(syst
         until(simulator.all_confirmed, secs=30, what=daemon.tail)
         assert daemon.terminate()[0] == 0
 
-        calls = middleman.confirms()
+        calls = proxy.confirms()
         assert sum(len(handles) > 1 for handles in calls) <= 7
         assert len(calls) <= 9 + 1
     assert simulator.stats()["redeliveries"] == 1
@@ -234,35 +234,35 @@ def test_one_stale_handle_costs_the_other_fifteen_nothing_within_nine_calls(syst
     assert_all_arrived_once(system, simulator)
 
 
-def test_a_refusal_after_a_lost_answer_costs_one_call(system):
+def test_a_refusal_after_a_lost_answer_needs_one_call(system):
     simulator = system.simulator(visibility_secs=4, poll_secs=0.3)
     simulator.feed(*map(numbered, range(16)))
-    with Middleman(simulator.url) as middleman:
+    with InterceptingProxy(simulator.url) as proxy:
 
         def lose_the_first_confirm(exchange):
             answer = exchange.ask()
-            if exchange.action == "ConfirmEvents" and len(middleman.confirms()) == 1:
+            if exchange.action == "ConfirmEvents" and len(proxy.confirms()) == 1:
                 exchange.close_connection = True
                 return
             exchange.answer(answer)
 
-        middleman.meddle = lose_the_first_confirm
-        system.configure(middleman.url, lease_secs=4)
+        proxy.intercept = lose_the_first_confirm
+        system.configure(proxy.url, lease_secs=4)
         daemon = system.daemon()
 
         until(lambda: daemon.log("event.settled"))
-        holds(lambda: len(middleman.confirms()) == 2, secs=4.5)  # longer than the lease
+        holds(lambda: len(proxy.confirms()) == 2, secs=4.5)  # longer than the lease
         assert daemon.terminate()[0] == 0
     assert simulator.all_confirmed()
     assert simulator.stats()["redeliveries"] == 0
     assert_all_arrived_once(system, simulator)
 
 
-def test_sixteen_stale_handles_again_and_again_do_not_storm_and_the_sub_app_id_is_suspected(system):
+def test_repeated_stale_handles_cause_few_calls_and_a_sub_app_id_hint(system):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.5)
     simulator.feed(*map(numbered, range(16)))
     spoiled = threading.Event()
-    with Middleman(simulator.url) as middleman:
+    with InterceptingProxy(simulator.url) as proxy:
 
         def spoil(exchange):
             answer = exchange.ask()
@@ -270,14 +270,14 @@ def test_sixteen_stale_handles_again_and_again_do_not_storm_and_the_sub_app_id_i
                 answer = with_other_handles(answer, lambda handles: [f"no-{handle}" for handle in handles])
             exchange.answer(answer)
 
-        middleman.meddle = spoil
-        system.configure(middleman.url, lease_secs=LEASE_SECS)
+        proxy.intercept = spoil
+        system.configure(proxy.url, lease_secs=LEASE_SECS)
         daemon = system.daemon()
         refused = daemon.await_log("confirm.refused")
         spoiled.set()
         leases = simulator.stats()["redeliveries"] // 16 + 2  # one more may have begun
-        assert len(middleman.confirms()) <= 9 * leases
-        assert middleman.pulls() <= 8 * leases
+        assert len(proxy.confirms()) <= 9 * leases
+        assert proxy.pulls() <= 8 * leases
 
         until(simulator.all_confirmed, what=daemon.tail)
         assert daemon.terminate()[0] == 0
@@ -286,7 +286,7 @@ def test_sixteen_stale_handles_again_and_again_do_not_storm_and_the_sub_app_id_i
     assert_all_arrived_once(system, simulator)
 
 
-def test_a_wrong_sub_app_id_is_named_and_asked_seldom_until_it_is_right(system):
+def test_a_wrong_sub_app_id_is_reported_and_tried_seldom(system):
     simulator = system.simulator(poll_secs=0.3, sub_app_id=1500000001)
     simulator.feed(*map(numbered, range(5)))
     system.configure(simulator.url, source='sub_app_id = 1500000002\nunrouted = "dead_letter"')
@@ -309,13 +309,13 @@ def test_a_wrong_sub_app_id_is_named_and_asked_seldom_until_it_is_right(system):
     [("UnauthorizedOperation", "confirm.failed"), ("InvalidParameterValue", "confirm.refused")],
 )
 @pytest.mark.long
-def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_other(system, code, noticed):
+def test_a_source_without_confirms_stops_pulling_and_slows_no_other(system, code, noticed):
     refused = system.simulator(events=1000, visibility_secs=30)
     other = system.simulator(rate=40, visibility_secs=30)
     confirms, pulls = [], []
-    with Middleman(other.url) as middleman:
+    with InterceptingProxy(other.url) as proxy:
 
-        def meddle(exchange):
+        def intercept(exchange):
             if json.loads(exchange.body)["SubAppId"] == 2:
                 exchange.pass_on()
             elif exchange.action == "PullEvents":
@@ -326,9 +326,9 @@ def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_o
                 error = {"Code": code, "Message": "It cannot be confirmed."}
                 exchange.answer(json.dumps({"Response": {"Error": error, "RequestId": "r"}}).encode())
 
-        middleman.meddle = meddle
+        proxy.intercept = intercept
         system.configure(
-            middleman.url,
+            proxy.url,
             lease_secs=30,
             api="requests_per_sec = 100",
             source='sub_app_id = 1\nunrouted = "dead_letter"\n[[sources]]\nname = "other"\nsub_app_id = 2\n',
@@ -336,8 +336,8 @@ def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_o
         )
         daemon = system.daemon()
         daemon.await_log(noticed)
-        # Until all pullers wait with what they pulled; at most sixteen calls were under way when it was noticed. Less
-        # than 4 s without a pull may also be the pause after one that failed.
+        # Wait until all pullers hold events that they cannot confirm; at most sixteen calls were running before that. A
+        # gap of less than 4 s may also be the pause after a failed pull.
         until(lambda: pulls and time.time() - pulls[-1] > 4 and time.time() - confirms[-1][0] > 1, what=daemon.tail)
         began, pulled, fed = time.time(), len(pulls), other.stats()["fed"]
         holds(lambda: len(pulls) == pulled, secs=6)
@@ -361,14 +361,14 @@ def test_a_source_of_which_nothing_can_be_confirmed_comes_to_rest_and_slows_no_o
 
 @contextmanager
 def locked(path):
-    """As a command does that works on the journal for too long."""
+    """Lock the journal, as a command that works on it for too long."""
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")
 
 
-def test_while_somebody_locks_the_journal_pulling_waits_and_goes_on_by_itself_without_a_doubled_event(system):
+def test_pulling_waits_while_the_journal_is_locked_and_then_continues(system):
     simulator = system.simulator(rate=100, feed=900, visibility_secs=LEASE_SECS, poll_secs=0.3)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     daemon = system.daemon()
@@ -380,7 +380,7 @@ def test_while_somebody_locks_the_journal_pulling_waits_and_goes_on_by_itself_wi
         until(lambda: not simulator.stats()["outstanding"])
         pulls = simulator.stats()["pulls"]
         time.sleep(max(began + 6 - time.monotonic(), 0))
-        assert simulator.stats()["pulls"] <= pulls + 1  # one may have been on its way
+        assert simulator.stats()["pulls"] <= pulls + 1  # one may have been sent already
         assert simulator.stats()["visible"] > 100
 
     daemon.await_log("journal.recovered")
@@ -390,7 +390,7 @@ def test_while_somebody_locks_the_journal_pulling_waits_and_goes_on_by_itself_wi
     assert_all_arrived_once(system, simulator)
 
 
-def test_killed_while_the_ledger_is_in_memory_only_nothing_is_doubled(system):
+def test_a_kill_before_the_ledger_is_written_doubles_nothing(system):
     simulator = system.simulator(rate=100, feed=300, visibility_secs=LEASE_SECS, poll_secs=0.3)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     daemon = system.daemon()
@@ -406,7 +406,7 @@ def test_killed_while_the_ledger_is_in_memory_only_nothing_is_doubled(system):
 
 
 class FullDisk:
-    """A daemon on a disk of its own, which can be filled: a small file system where this user may mount one."""
+    """A daemon with its own small disk, which can be filled. The user must be allowed to mount a file system."""
 
     def __init__(self, system, folder):
         self._folder = folder
@@ -423,7 +423,7 @@ class FullDisk:
         return self._process
 
     def seen(self, path):
-        """A path as this process can use it."""
+        """The path by which the test can open a file of the daemon."""
         return type(path)(f"/proc/{self._process.process.pid}/root{path}")
 
     def fill(self):
@@ -437,7 +437,7 @@ class FullDisk:
 
 
 class Limit:
-    """A daemon whose files cannot grow when its disk is "full": needs no rights."""
+    """A daemon whose files cannot grow while the disk is "full": a process limit, which needs no rights."""
 
     def __init__(self, system, folder):
         pass
@@ -458,7 +458,7 @@ class Limit:
 
 
 class _PipedDaemon(DaemonProcess):
-    """Its log goes through a pipe, which no disk and no limit stops."""
+    """A daemon whose log goes through a pipe, so that neither the disk nor the limit stops it."""
 
     def __init__(self, command, log_path, **more):
         self.log_path = log_path
@@ -490,14 +490,14 @@ def _started(system, before):
 @pytest.mark.parametrize(
     ("kind", "on_it"), [(FullDisk, "journal"), (FullDisk, "both"), (Limit, "both")], ids=["journal", "both", "limit"]
 )
-def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(system, kind, on_it):
+def test_a_full_disk_loses_nothing_and_needs_no_restart_afterwards(system, kind, on_it):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
     folder = system.folder / "disk"
     folder.mkdir()
     system.journal = folder / "journal.db"
     if on_it == "both":
         system.archive = folder / "events.jsonl"
-    # No breaker: it would only make the end of this test later.
+    # No breaker: it would only prolong the test.
     system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + "breaker_failures = 1000\n")
     disk = kind(system, folder)
     daemon = disk.daemon(system)
@@ -528,7 +528,7 @@ def test_a_full_disk_tears_loses_and_doubles_nothing_and_ends_without_a_restart(
 
 
 @pytest.mark.long
-def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
+def test_a_dead_sink_delays_no_other_and_later_gets_each_event_once(system):
     simulator = system.simulator(rate=500, feed=2000, poll_secs=0.5)
     with HeldPort() as port:
         system.configure(simulator.url, sinks=system.archive_sink + hook_sink(port.url))
@@ -539,7 +539,7 @@ def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
         with running_receiver(receiver):
             until(simulator.all_confirmed, secs=60, what=lambda: str(simulator.stats()))
             attempts = len(receiver.received)
-            # On a busy machine a puller may store for the file, too, since it is needed for the next pull.
+            # On a busy machine a puller may also store events of the file, because it is needed for the next pull.
             held = sum(number for (sink, _, _), number in stored(system).items() if sink == "hook")
             receiver.answer = Answer()
             until(lambda: not stored(system), secs=60, every_secs=0.2, what=daemon.tail)
@@ -548,7 +548,7 @@ def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
             order = [received.body for received in receiver.accepted]
 
     assert_all_arrived_once(system, simulator)
-    # Nearly none waited for the dead sink; what that means in seconds is a row of the benchmark.
+    # Nearly no event waited for the dead sink; the row `slow-sink` of the benchmarks shows the seconds.
     reasons = Counter(line["sinks"]["hook"]["reason"] for line in daemon.log("event.settled"))
     assert reasons["sink_down"] > 0.9 * reasons.total()
     assert held == simulator.stats()["fed"]
@@ -559,7 +559,7 @@ def test_a_dead_sink_is_alone_and_gets_all_once_when_it_is_back(system):
 
 
 def assert_oldest_first(simulator, order):
-    """Roughly: due times have no more to do with birth than a second, and several requests run at once."""
+    """Only roughly: due times differ from births by up to a second, and several requests run at once."""
     number_of = {row["body"].encode(): row["number"] for row in simulator.ledger(bodies=True)}
     numbers = [number_of[body] for body in order]
     fifth = len(numbers) // 5
@@ -569,18 +569,18 @@ def assert_oldest_first(simulator, order):
 @pytest.mark.long
 def test_a_sink_that_is_slower_than_events_come_delays_no_other(system, receiver):
     simulator = system.simulator(rate=300, feed=1050, poll_secs=0.5)
-    receiver.answer = Answer(after_secs=1)  # eight requests at once, so eight events a second
+    receiver.answer = Answer(after_secs=1)  # eight requests at once, so eight events per second
     system.configure(simulator.url, sinks=system.archive_sink + hook_sink(receiver.url, "timeout_secs = 5"))
     daemon = system.daemon()
     until(simulator.all_confirmed, secs=60, what=daemon.tail)
-    # On a busy machine a puller may store for the file, too, since it is needed for the next pull.
+    # On a busy machine a puller may also store events of the file, because it is needed for the next pull.
     until(lambda: len(system.lines()) >= simulator.stats()["fed"], secs=60, what=daemon.tail)
     assert len(receiver.accepted) < simulator.stats()["fed"] / 2, "the file has all of them"
     assert_all_arrived_once(system, simulator)
     assert daemon.log("breaker.opened") == []
 
 
-def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiver):
+def test_a_receiver_that_always_answers_404_makes_no_dead_letter(system, receiver):
     simulator = system.simulator(rate=100, feed=300, poll_secs=0.3)
     receiver.answer = Answer(status=404)
     system.configure(simulator.url, sinks=hook_sink(receiver.url))
@@ -595,7 +595,7 @@ def test_a_receiver_that_answers_404_to_everything_buries_nothing(system, receiv
     assert_each_accepted_once(receiver, 300)
 
 
-# --- poison -----------------------------------------------------------------------------------------------------------
+# --- bad events -------------------------------------------------------------------------------------------------------
 
 PLUGIN = """
 from typing import Literal
@@ -630,7 +630,7 @@ echo "$body" >> "$0"
 
 
 def is_alive(pid):
-    """Whether it runs; a zombie whose end was not asked for does not."""
+    """Whether the process runs; a zombie does not."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
@@ -643,7 +643,7 @@ class Picky(Receiver):
         return Answer(status=422 if b"task-5-" in received.body else 204)
 
 
-def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
+def test_bad_events_of_every_kind_affect_no_other_event_and_no_worker(system):
     plugin = system.folder / "plugin"
     info = plugin / "vodpoller_picky-1.0.dist-info"
     info.mkdir(parents=True)
@@ -713,7 +713,7 @@ def test_poison_of_every_kind_costs_no_other_event_and_no_worker(system):
 # --- giving up --------------------------------------------------------------------------------------------------------
 
 
-def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system, receiver):
+def test_stored_events_are_given_up_by_age_even_across_restarts(system, receiver):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
     simulator.feed(*map(numbered, range(4)))
     receiver.answer = Answer(status=503)
@@ -723,7 +723,7 @@ def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system,
     until(simulator.all_confirmed, what=daemon.tail)
     daemon.kill()
 
-    # As if it had been off for days: the first is older than a week, the second nearly, the third's sink is gone.
+    # As if it had been stopped for days: the first is older than a week, the second nearly; the third's sink is gone.
     ages_secs = {1: 604_801, 2: 600_000, 3: 5_000_000, 4: 10}
     with closing(sqlite3.connect(system.journal)) as journal, journal:
         for row, age_secs in ages_secs.items():
@@ -755,11 +755,11 @@ def test_only_age_makes_a_sink_give_up_whatever_restarts_come_in_between(system,
     assert_each_accepted_once(receiver, 2)
 
 
-# --- trouble with the storage -----------------------------------------------------------------------------------------
+# --- problems with the storage ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_a_journal_that_may_not_be_written_is_said_at_the_start(system, what):
+def test_a_journal_that_may_not_be_written_is_reported_at_the_start(system, what):
     simulator = system.simulator(poll_secs=0.3)
     folder = system.folder / "state"
     folder.mkdir()
@@ -772,7 +772,7 @@ def test_a_journal_that_may_not_be_written_is_said_at_the_start(system, what):
     else:
         folder.chmod(0o555)
     requests = simulator.requests
-    # Root may write whatever it likes, unless it gives up that right.
+    # Root may write to any file unless it drops that capability.
     without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     try:
         done = subprocess.run(
@@ -785,7 +785,8 @@ def test_a_journal_that_may_not_be_written_is_said_at_the_start(system, what):
         )
     finally:
         folder.chmod(0o755)
-    assert done.returncode == 78, done.stderr  # a person must act: without that, systemd would try for ever
+    # The operator must act; with another code systemd would restart it for ever.
+    assert done.returncode == 78, done.stderr
     assert str(system.journal) in done.stderr
     assert "read-only" in done.stderr or "must belong to the user" in done.stderr
     assert "Traceback" not in done.stderr
@@ -793,7 +794,7 @@ def test_a_journal_that_may_not_be_written_is_said_at_the_start(system, what):
 
 
 @pytest.mark.parametrize("damage", ["no database", "a page", "cut"])
-def test_a_corrupt_journal_is_refused_with_the_way_out(system, damage):
+def test_a_corrupt_journal_is_refused_with_a_remedy(system, damage):
     simulator = system.simulator(events=50, poll_secs=0.3)
     system.configure(simulator.url, sinks=hook_sink("http://127.0.0.1:9/nothing"))
     daemon = system.daemon()
@@ -815,7 +816,7 @@ def test_a_corrupt_journal_is_refused_with_the_way_out(system, damage):
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_under_a_journal_that_was_deleted_or_replaced_events_stay_with_vod_until_a_restart(system, replaced):
+def test_with_a_deleted_or_replaced_journal_events_stay_at_vod(system, replaced):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     daemon = system.daemon()
@@ -843,14 +844,14 @@ def test_under_a_journal_that_was_deleted_or_replaced_events_stay_with_vod_until
     assert_all_arrived_once(system, simulator)
 
 
-def test_where_the_journal_is_full_events_stay_with_vod_and_all_arrive_once_there_is_room(system):
+def test_with_a_full_journal_events_stay_at_vod_until_there_is_room(system):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3, batch=1)
     simulator.feed(*(numbered(number, Name="x" * 400_000) for number in range(12)))
     with HeldPort() as port:
         system.configure(
             simulator.url,
             lease_secs=LEASE_SECS,
-            # Without a breaker many pullers want to store what they have at the same moment, when their leases end.
+            # Without a breaker many pullers store their events at the same moment, when their leases end.
             sinks=system.archive_sink + hook_sink(port.url, "timeout_secs = 1\nbreaker_failures = 1000"),
             more="max_bytes = 1048576",
         )
@@ -893,7 +894,7 @@ def one_long_header(exchange):
     _raw(exchange, b"HTTP/1.1 200 OK\r\nX: ", *[b"y" * 65536] * 160, b"\r\n\r\n")
 
 
-BOMB = gzip.compress(bytes(30_000_000), 1) * 10  # members, one after the other: made here, since it takes its time
+BOMB = gzip.compress(bytes(30_000_000), 1) * 10  # ten gzip members; made once, since that is slow
 
 
 def gzip_bomb(exchange):
@@ -931,7 +932,7 @@ def values_without_end(exchange):
     exchange.answer(b'{"Response":{"EventSet":[%b],"RequestId":"values"}}' % event)
 
 
-MANNERS = {
+HOSTILE_ANSWERS = {
     "endless body": (endless_body, "pull.failed", "longer than|did not end in time"),
     "endless head": (endless_head, "pull.failed", "a head that is too long"),
     "one long header": (one_long_header, "pull.failed", "a head that is too long"),
@@ -949,18 +950,18 @@ def peak_bytes(process):
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("kind", HOSTILE_ANSWERS)
 @pytest.mark.long
-def test_a_hostile_endpoint_costs_bounded_memory_and_no_event(system, manner):
-    behave, event, said = MANNERS[manner]
+def test_a_hostile_endpoint_needs_limited_memory_and_loses_no_event(system, kind):
+    behave, event, expected = HOSTILE_ANSWERS[kind]
     simulator = system.simulator(visibility_secs=3, poll_secs=0.3)
     simulator.feed(*map(numbered, range(40)))
-    with Middleman(simulator.url) as middleman:
+    with InterceptingProxy(simulator.url) as proxy:
         hostile = threading.Event()
         hostile.set()
-        middleman.meddle = lambda x: behave(x) if hostile.is_set() and x.action == "PullEvents" else x.pass_on()
+        proxy.intercept = lambda x: behave(x) if hostile.is_set() and x.action == "PullEvents" else x.pass_on()
         system.configure(
-            middleman.url,
+            proxy.url,
             api="timeout_secs = 1\nrequests_per_sec = 1000",
             source='unrouted = "confirm"',
             routes='[[routes]]\nname = "numbered"\nevent_types = ["Numbered"]\nsinks = ["archive"]\n',
@@ -975,15 +976,15 @@ def test_a_hostile_endpoint_costs_bounded_memory_and_no_event(system, manner):
         peak = peak_bytes(daemon.process)
         assert daemon.terminate()[0] == 0
     assert peak < 250 * 2**20
-    assert any(part in lines[0]["error_message"] for part in said.split("|")), lines[0]["error_message"]
+    assert any(part in lines[0]["error_message"] for part in expected.split("|")), lines[0]["error_message"]
     assert daemon.log("puller.failed") == daemon.log("worker.failed") == []
     assert_all_arrived_once(system, simulator)
 
 
-def test_an_event_that_comes_twice_in_an_answer_is_delivered_once_and_its_handle_confirmed_once(system):
+def test_an_event_twice_in_an_answer_is_delivered_and_confirmed_once(system):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.3)
     simulator.feed(*map(numbered, range(8)))
-    with Middleman(simulator.url) as middleman:
+    with InterceptingProxy(simulator.url) as proxy:
 
         def double(exchange):
             answer = json.loads(exchange.ask())
@@ -991,8 +992,8 @@ def test_an_event_that_comes_twice_in_an_answer_is_delivered_once_and_its_handle
                 answer["Response"]["EventSet"] = (answer["Response"].get("EventSet") or []) * 2
             exchange.answer(json.dumps(answer).encode())
 
-        middleman.meddle = double
-        system.configure(middleman.url, lease_secs=LEASE_SECS)
+        proxy.intercept = double
+        system.configure(proxy.url, lease_secs=LEASE_SECS)
         daemon = system.daemon()
         until(simulator.all_confirmed, what=daemon.tail)
         assert daemon.terminate()[0] == 0
@@ -1004,7 +1005,7 @@ def test_an_event_that_comes_twice_in_an_answer_is_delivered_once_and_its_handle
 def test_credentials_and_signatures_go_to_no_target_of_a_redirect(system):
     simulator = system.simulator(poll_secs=0.3)
     simulator.feed(*map(numbered, range(8)))
-    with running_receiver() as elsewhere, Middleman(simulator.url) as middleman:
+    with running_receiver() as elsewhere, InterceptingProxy(simulator.url) as proxy:
         redirecting = threading.Event()
         redirecting.set()
 
@@ -1012,14 +1013,14 @@ def test_credentials_and_signatures_go_to_no_target_of_a_redirect(system):
             if not redirecting.is_set():
                 exchange.pass_on()
                 return
-            status = 301 + len(middleman.asked) % 2 * 6
+            status = 301 + len(proxy.asked) % 2 * 6
             _raw(exchange, b"HTTP/1.1 %d Elsewhere\r\nLocation: %b\r\n\r\n" % (status, elsewhere.url.encode()))
 
-        middleman.meddle = redirect
-        system.configure(middleman.url)
+        proxy.intercept = redirect
+        system.configure(proxy.url)
         daemon = system.daemon()
         (failed, *_) = daemon.await_log("pull.failed")
-        until(lambda: middleman.pulls() >= 2)
+        until(lambda: proxy.pulls() >= 2)
         redirecting.clear()
         daemon.signal(signal.SIGHUP)
         until(simulator.all_confirmed)

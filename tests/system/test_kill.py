@@ -1,4 +1,4 @@
-"""SIGKILL at each step of the daemon: into a file each event goes exactly once, whatever comes in between."""
+"""SIGKILL at each step of the daemon: each event is in the file exactly once."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def bodies(count, *, first):
 
 
 def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None):
-    """Run the daemon until its failpoint has killed it; feeding brings one more write, sync, confirm."""
+    """Run the daemon until its failpoint has killed it; `feed` causes further writes, syncs and confirms."""
     daemon = system.daemon(started=False, failpoint=failpoint)
     meanwhile(daemon)
 
@@ -42,7 +42,7 @@ def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None)
 
 
 def assert_all_arrived_once(system, simulator, *, and_until=lambda: True):
-    """A daemon without failpoints brings everything to its end."""
+    """Run a daemon without failpoints until everything is delivered, and check the files."""
     daemon = system.daemon()
     until(simulator.all_confirmed, what=daemon.tail)
     until(and_until, secs=60, what=daemon.tail)
@@ -67,8 +67,8 @@ def assert_all_arrived_once(system, simulator, *, and_until=lambda: True):
     ],
     ids=lambda failpoints: "-".join(dict.fromkeys(failpoint.split(":")[0] for failpoint in failpoints)),
 )
-def test_killed_before_amid_and_after_each_step_each_event_is_in_the_file_once_and_confirmed(system, failpoints):
-    # Small batches and several pullers: the worker takes what came of several pulls as one write.
+def test_killed_around_each_step_each_event_is_in_the_file_once(system, failpoints):
+    # Small batches and several pullers: the worker writes the events of several pulls at once.
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4, rtt_secs=0.01)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     numbers = count(10_000, 4)
@@ -104,7 +104,7 @@ def test_killed_before_the_ledger_each_event_is_one_row_counted_once(system):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_around_a_reopen_after_a_rename_each_event_is_in_one_of_the_files_once(system, when):
+def test_killed_around_a_reopen_each_event_is_in_one_file_once(system, when):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     simulator.feed(*bodies(30, first=0))
@@ -121,7 +121,7 @@ def test_killed_around_a_reopen_after_a_rename_each_event_is_in_one_of_the_files
 
 
 @pytest.mark.parametrize("failpoint", ["write:amid:2", "sync:before:3", "ledger:before:2"])
-def test_killed_and_renamed_before_the_restart_nothing_is_torn_lost_or_doubled(system, failpoint):
+def test_a_rename_after_a_kill_tears_loses_and_doubles_nothing(system, failpoint):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     simulator.feed(*bodies(60, first=0))
@@ -152,7 +152,7 @@ def test_killed_at_each_step_of_a_rotation_an_event_is_there_once(system, failpo
     assert len([path for path in system.folder.glob("events.jsonl-*") if path.stat().st_size]) >= 3
 
 
-def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_is_in_the_file_once(system):
+def test_killed_around_a_store_each_event_is_in_the_file_once(system):
     simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
     dead = '[sinks.hook]\ntype = "webhook"\nurl = "http://127.0.0.1:9/nothing"\nbreaker_failures = 1\n'
     system.configure(simulator.url, lease_secs=LEASE_SECS, sinks=system.archive_sink + dead)
@@ -172,8 +172,8 @@ def test_killed_around_the_storing_of_what_a_dead_sink_did_not_take_each_event_i
     ids=lambda failpoints: "-".join(dict.fromkeys(failpoint.split(":")[0] for failpoint in failpoints)),
 )
 @pytest.mark.long
-def test_killed_beside_a_slow_sink_each_event_is_in_the_file_once_and_reaches_the_slow_one(system, failpoints):
-    # A late answer comes after the lease: what is awaited then is stored, and the daemon is killed while it runs.
+def test_killed_beside_a_slow_sink_each_event_reaches_both_sinks(system, failpoints):
+    # A late answer comes after the end of the lease: the event is stored, and the daemon is killed during the delivery.
     with running_receiver(SlowReceiver(every=5, after_secs=2 * LEASE_SECS)) as receiver:
         simulator = system.simulator(visibility_secs=LEASE_SECS, poll_secs=0.2, batch=4)
         slow = f'[sinks.slow]\ntype = "webhook"\nurl = "{receiver.url}"\nconcurrency = 8\ntimeout_secs = 4\n'
@@ -188,7 +188,7 @@ def test_killed_beside_a_slow_sink_each_event_is_in_the_file_once_and_reaches_th
 
 @pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.long
-def test_cut_at_every_byte_of_the_last_batch_the_file_ends_with_each_event_once(renamed):
+def test_cut_at_any_byte_of_a_batch_the_file_gets_each_event_once(renamed):
     with folder_in_memory() as folder:
         world, whole, mark, journal = two_batches(folder)
         tails = [whole[:cut] for cut in range(mark, len(whole) + 1)]
@@ -200,10 +200,10 @@ def test_cut_at_every_byte_of_the_last_batch_the_file_ends_with_each_event_once(
 
 
 def two_batches(folder):
-    """A world whose second batch is in the file and nowhere else.
+    """A world whose second batch is only in the file, not in the journal.
 
     Returns:
-        The world, the file, where its last batch starts, and a copy of the journal from before.
+        The world, the content of the file, the offset of the second batch, and a copy of the journal from before it.
     """
     world = World(folder)
     world.start()
@@ -227,11 +227,11 @@ def two_batches(folder):
 
 
 def restarted(world, content, journal, *, renamed):
-    """What comes of the file if the process died when it held this."""
+    """Restart with this content of the file, and check that each event arrives once."""
     rotated = world.folder / "events.jsonl.1"
     if rotated.exists():
         rotated.replace(world.archive)
-    world.archive.write_bytes(content)  # in place: it keeps its inode
+    world.archive.write_bytes(content)  # rewritten in place, so that it keeps its inode
     (world.folder / "journal.db-wal").unlink(missing_ok=True)
     shutil.copy(journal, world.journal_path)
     if renamed:

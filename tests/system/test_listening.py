@@ -1,4 +1,4 @@
-"""The listener of a whole daemon: what it answers in each state, and that nothing is there without it."""
+"""The listener of a whole daemon: its answers in each state, and a daemon without it."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tests.listening import Client
 from tests.polling import until
 from tests.processes import HeldPort, ServiceManager, environment, run_command
 from tests.receiver import Answer
-from tests.system.test_faults import Middleman, numbered
+from tests.system.test_faults import InterceptingProxy, numbered
 from vodpoller.config.load import load
 from vodpoller.logs import make_logger
 from vodpoller.service import Service
@@ -50,13 +50,13 @@ def problems(client):
 
 
 def metrics(client, name):
-    """By label set, the values of a metric."""
+    """The values of a metric by label set."""
     found = re.findall(rf"^vodpoller_{name}(?:\{{(.*)\}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
     return {frozenset(re.findall(r'(\w+)="([^"]*)"', labels)): float(value) for labels, value in found}
 
 
 def listening(pid):
-    """Number of TCP sockets of a process that listen."""
+    """Number of listening TCP sockets of a process."""
     listening = {
         line.split()[9] for name in ("tcp", "tcp6") for line in _lines(f"/proc/{pid}/net/{name}") if " 0A " in line
     }
@@ -107,7 +107,7 @@ def run_program(path, *args):
 # --- in each state ----------------------------------------------------------------------------------------------------
 
 
-def test_all_is_answered_while_all_is_well_as_the_command_does(system, port):
+def test_without_problems_all_paths_answer_and_match_the_command(system, port):
     simulator = system.simulator(events=3)
     system.configure(simulator.url, more=with_listener(port))
     daemon = system.daemon()
@@ -131,7 +131,7 @@ def test_all_is_answered_while_all_is_well_as_the_command_does(system, port):
         client.get("/healthz")
 
 
-def test_a_vod_that_cannot_be_reached_is_not_ill_health(system, port):
+def test_an_unreachable_vod_is_not_unhealthy(system, port):
     with HeldPort() as closed:
         system.configure(closed.url, more=with_listener(port))
         system.daemon()
@@ -142,7 +142,7 @@ def test_a_vod_that_cannot_be_reached_is_not_ill_health(system, port):
         assert metrics(client, "pull_errors_total")[frozenset({("source", "main"), ("code", "connection")})] >= 1
 
 
-def test_a_dead_sink_is_not_ill_health(system, port, receiver):
+def test_a_dead_sink_is_not_unhealthy(system, port, receiver):
     receiver.answer = Answer(status=503)
     simulator = system.simulator(events=3)
     hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\nbreaker_failures = 1\n'
@@ -155,7 +155,7 @@ def test_a_dead_sink_is_not_ill_health(system, port, receiver):
     assert metrics(client, "sink_up") == {frozenset({("sink", "archive")}): 1, frozenset({("sink", "hook")}): 0}
 
 
-def test_a_full_disk_is_not_ill_health(system, port):
+def test_a_full_disk_is_not_unhealthy(system, port):
     simulator = system.simulator()
     system.configure(simulator.url, more=with_listener(port))
     daemon = system.daemon()
@@ -168,7 +168,7 @@ def test_a_full_disk_is_not_ill_health(system, port):
     assert "Make room on the disk" in problems(client)[0]
 
 
-def test_while_it_stops_it_is_healthy_and_not_ready(system, port, receiver):
+def test_a_stopping_daemon_is_healthy_and_not_ready(system, port, receiver):
     receiver.answer = Answer(hangs=True)
     simulator = system.simulator(events=1)
     hook = f'[sinks.hook]\ntype = "webhook"\nurl = "{receiver.url}"\ntimeout_secs = 30\n'
@@ -181,14 +181,14 @@ def test_while_it_stops_it_is_healthy_and_not_ready(system, port, receiver):
         client = Client(port)
         assert statuses(client)[:2] == (200, 200)
         daemon.signal(signal.SIGTERM)
-        until(lambda: manager.said("STOPPING=1"))
+        until(lambda: manager.messages("STOPPING=1"))
         until(lambda: client.get("/readyz").status == 503)
         assert statuses(client) == (200, 503, 200, 200, 200)
     receiver.released.set()
     assert daemon.process.wait(30) == 0
 
 
-def test_a_puller_that_is_blocked_is_ill_health_until_it_is_back(system, port, monkeypatch):
+def test_a_blocked_puller_is_unhealthy_until_it_continues(system, port, monkeypatch):
     monkeypatch.setattr(daemon_module, "OVERDUE_SECS", 0.2)
     released = threading.Event()
     pull = VodClient.pull
@@ -264,42 +264,42 @@ def test_outcomes_over_sinks_are_events_times_their_sinks(system, port, receiver
     assert metrics(client, "sink_deliveries_total")[frozenset({("sink", "hook"), ("outcome", "stored")})] > 0
 
 
-@pytest.mark.parametrize("answer", ["told", "forbidden"])
-def test_vod_is_asked_for_its_backlog_with_a_listener_only(system, port, answer):
+@pytest.mark.parametrize("answer", ["allowed", "forbidden"])
+def test_the_backlog_is_requested_only_with_a_listener(system, port, answer):
     simulator = system.simulator()
     error = {"Code": "UnauthorizedOperation", "Message": "you may not (vod:DescribeEventsState)"}
-    said = {"CountOfEventsToPull": 4321} if answer == "told" else {"Error": error}
+    response = {"CountOfEventsToPull": 4321} if answer == "allowed" else {"Error": error}
 
-    def meddle(exchange):
+    def intercept(exchange):
         if exchange.action == "DescribeEventsState":
-            exchange.answer(json.dumps({"Response": {**said, "RequestId": "r-1"}}).encode())
+            exchange.answer(json.dumps({"Response": {**response, "RequestId": "r-1"}}).encode())
         else:
             exchange.pass_on()
 
-    with Middleman(simulator.url) as middleman:
-        middleman.meddle = meddle
-        system.configure(middleman.url, more=with_listener(port))
+    with InterceptingProxy(simulator.url) as proxy:
+        proxy.intercept = intercept
+        system.configure(proxy.url, more=with_listener(port))
         daemon = system.daemon()
         client = Client(port)
-        until(lambda: "DescribeEventsState" in dict(middleman.asked))
-        told = {frozenset({("source", "main")}): 4321.0}
-        if answer == "told":
-            assert until(lambda: metrics(client, "queue_events")) == told
+        until(lambda: "DescribeEventsState" in dict(proxy.asked))
+        expected = {frozenset({("source", "main")}): 4321.0}
+        if answer == "allowed":
+            assert until(lambda: metrics(client, "queue_events")) == expected
         else:
-            until(lambda: middleman.pulls() > 1)
+            until(lambda: proxy.pulls() > 1)
             assert metrics(client, "queue_events") == {}
             assert problems(client) == []
         assert daemon.problems() == []
         daemon.terminate()
 
-        middleman.asked.clear()
-        system.configure(middleman.url)
+        proxy.asked.clear()
+        system.configure(proxy.url)
         system.daemon()
-        until(lambda: middleman.pulls() > 2)
-        assert "DescribeEventsState" not in dict(middleman.asked)
+        until(lambda: proxy.pulls() > 2)
+        assert "DescribeEventsState" not in dict(proxy.asked)
 
 
-def test_another_password_counts_after_a_sighup(system, port):
+def test_a_new_password_is_used_after_a_sighup(system, port):
     simulator = system.simulator()
     path = system.folder / "password"
     path.write_text("the first password\n")

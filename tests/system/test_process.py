@@ -1,4 +1,4 @@
-"""What a process has from the one that started it, tried with processes."""
+"""What a process inherits: descriptors, signals, locale, orphans."""
 
 import json
 import os
@@ -30,7 +30,7 @@ STDOUT_SINK = '[sinks.out]\ntype = "stdout"\n'
 
 
 def started(args, *, redirections="", under=(), cwd=None, **env):
-    """A command of vodpoller, started by a shell, which can close descriptors as a cron or a container may."""
+    """Start a command of vodpoller from a shell, which can close descriptors as cron or a container may do."""
     return subprocess.Popen(
         [*under, "bash", "-c", f'exec "$0" -m vodpoller "$@" {redirections}', sys.executable, *map(str, args)],
         stdin=subprocess.DEVNULL,
@@ -42,14 +42,14 @@ def started(args, *, redirections="", under=(), cwd=None, **env):
 
 
 def ended(process, *, secs=60):
-    """The exit code and what it said; a traceback is never right."""
-    said, errors = process.communicate(timeout=secs)
-    assert b"Traceback" not in errors + said, errors
-    return process.returncode, said, errors
+    """Wait for the end; returns exit code, stdout and stderr. A traceback fails the test."""
+    output, errors = process.communicate(timeout=secs)
+    assert b"Traceback" not in errors + output, errors
+    return process.returncode, output, errors
 
 
 def dead_letters(system, simulator, *bodies):
-    """A journal that holds these as dead letters."""
+    """Store these events in the journal as dead letters."""
     system.configure(
         simulator.url,
         sinks=system.archive_sink,
@@ -66,7 +66,7 @@ def dead_letters(system, simulator, *bodies):
 
 @pytest.mark.parametrize("closed", CLOSED)
 @pytest.mark.long
-def test_commands_end_as_ever_whatever_is_closed(system, closed):
+def test_exit_codes_are_the_same_with_closed_descriptors(system, closed):
     simulator = system.simulator()
     dead_letters(system, simulator, '{"EventType":"Other"}')
     config = ["-c", system.config_path]
@@ -96,7 +96,7 @@ def test_commands_end_as_ever_whatever_is_closed(system, closed):
 @pytest.mark.parametrize("redirection", ["1>&-", "0<&- 1>&- 2>&-", "1</dev/null"])
 @pytest.mark.parametrize("command", ["run", "once"])
 @pytest.mark.long
-def test_a_stdout_sink_refuses_a_standard_output_that_takes_nothing(system, command, redirection):
+def test_a_stdout_sink_refuses_an_unwritable_standard_output(system, command, redirection):
     simulator = system.simulator(events=5)
     system.configure(simulator.url, sinks=STDOUT_SINK)
     code, _, errors = ended(started([command, "-c", system.config_path], redirections=redirection))
@@ -108,7 +108,7 @@ def test_a_stdout_sink_refuses_a_standard_output_that_takes_nothing(system, comm
 
 @pytest.mark.parametrize("closed", CLOSED)
 @pytest.mark.long
-def test_the_daemon_works_whatever_is_closed_and_writes_into_no_file_of_its_own(system, closed):
+def test_the_daemon_works_with_closed_descriptors_and_harms_no_file(system, closed):
     simulator = system.simulator(events=20)
     system.configure(simulator.url)
     process = started(["run", "-c", system.config_path], redirections=closed)
@@ -125,7 +125,7 @@ def test_the_daemon_works_whatever_is_closed_and_writes_into_no_file_of_its_own(
 
 @pytest.mark.parametrize("redirection", [">/dev/full", "1</dev/null"])
 @pytest.mark.parametrize("args", [["schema"], ["--help"], ["check"], ["status"]])
-def test_an_output_that_cannot_be_written_is_a_sentence(system, args, redirection):
+def test_an_output_that_cannot_be_written_is_a_clear_error(system, args, redirection):
     if args[0] in ("check", "status"):
         simulator = system.simulator()
         dead_letters(system, simulator)
@@ -139,7 +139,10 @@ def test_an_output_that_cannot_be_written_is_a_sentence(system, args, redirectio
 
 
 def slow_python(folder, module):
-    """An environment in which importing a module of vodpoller's takes half a minute, and says when it begins."""
+    """An environment in which the import of a module waits until the file "go on" exists, for 30 s at most.
+
+    The file "importing" is created when the import begins.
+    """
     (folder / "sitecustomize.py").write_text(
         "import os, sys, time\n"
         "class Slow:\n"
@@ -157,7 +160,7 @@ def slow_python(folder, module):
 
 @pytest.mark.parametrize("module", ["click", "vodpoller.config.load", "vodpoller.daemon"])
 @pytest.mark.long
-def test_a_sighup_before_the_daemon_is_there_is_done_when_it_is(system, module):
+def test_a_sighup_during_the_start_is_done_after_it(system, module):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon(started=False, **slow_python(system.folder, module))
@@ -171,7 +174,7 @@ def test_a_sighup_before_the_daemon_is_there_is_done_when_it_is(system, module):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("module", ["click", "vodpoller.config.load", "vodpoller.daemon"])
-def test_a_request_to_end_before_the_daemon_is_there_ends_it_with_0(system, module, number):
+def test_a_stop_signal_during_the_start_ends_it_with_0(system, module, number):
     simulator = system.simulator(events=3)
     system.configure(simulator.url)
     daemon = system.daemon(started=False, **slow_python(system.folder, module))
@@ -184,14 +187,14 @@ def test_a_request_to_end_before_the_daemon_is_there_ends_it_with_0(system, modu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_to_end_during_recovery_ends_it_with_0_and_enters_nothing(system, number):
+def test_a_stop_signal_during_recovery_ends_it_with_0(system, number):
     simulator = system.simulator()
     system.configure(simulator.url)
     line = '{"EventType":"T","TEvent":{"TaskId":"%d"}}\n'
     system.archive.write_text("".join(line % turn for turn in range(400_000)))
     daemon = system.daemon(started=False)
     until(system.journal.exists)
-    time.sleep(0.5)  # anywhere in the seconds that it takes: each place is right
+    time.sleep(0.5)  # any moment of the recovery is fine
     daemon.signal(number)
     assert daemon.process.wait(30) == 0
     assert daemon.log("daemon.started") == []
@@ -216,12 +219,12 @@ def test_ctrl_c_prints_no_traceback(system, args, module):
     assert ended(process)[0] in (1, -signal.SIGINT)
 
 
-# --- nothing reads ----------------------------------------------------------------------------------------------------
+# --- output that is not read ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 @pytest.mark.long
-def test_a_log_without_a_reader_holds_neither_events_nor_the_end(system, kind):
+def test_an_unread_log_delays_neither_events_nor_the_stop(system, kind):
     simulator = system.simulator(rate=400, feed=1500)
     system.configure(simulator.url, more="[daemon]\nshutdown_secs = 8")
     if kind == "pipe":
@@ -249,7 +252,7 @@ def test_a_log_without_a_reader_holds_neither_events_nor_the_end(system, kind):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("args", [["schema"], ["deadletters", "list", "--json"]], ids=" ".join)
-def test_a_command_whose_reader_is_stuck_ends_when_it_is_told_to(system, args, number):
+def test_a_command_with_a_stuck_reader_ends_by_a_signal(system, args, number):
     if args[0] == "deadletters":
         simulator = system.simulator()
         dead_letters(system, simulator, '{"EventType":"Other"}')
@@ -298,7 +301,7 @@ def test_a_stdout_sink_whose_reader_is_stuck_delays_no_other(system):
 
 
 def beats(manager):
-    return [at for at, said in manager.received if said.startswith("WATCHDOG=1")]
+    return [at for at, message in manager.received if message.startswith("WATCHDOG=1")]
 
 
 @pytest.mark.parametrize("watchdog_secs", [1.5, 3])
@@ -345,14 +348,14 @@ def test_a_command_that_outlasts_the_stop_ends_with_the_daemon(system, stubborn)
 
 @pytest.mark.parametrize("locale", LOCALES)
 @pytest.mark.long
-def test_no_command_fails_on_a_character(system, locale):
+def test_no_command_fails_on_any_character(system, locale):
     simulator = system.simulator()
     dead_letters(system, simulator, '{"EventType":"视频\U0001f600","X":"\U0001f600 ü ß \\u202e"}', '{"EventType":"é"}')
     for args in (["list"], ["list", "--json"], ["show", "1"], ["show", "2"], ["show", "1", "--json"], ["replay", "1"]):
         process = started(["deadletters", *args, "-c", system.config_path], **LOCALES[locale])
-        code, said, _ = ended(process)
+        code, output, _ = ended(process)
         assert code == (1 if args[0] == "replay" else 0)
-        assert said
+        assert output
     assert ended(started(["status", "-c", system.config_path], **LOCALES[locale]))[0] == 1  # no daemon runs
 
 
@@ -362,7 +365,7 @@ def test_no_command_fails_on_a_character(system, locale):
 def test_paths_of_any_characters_work_in_any_locale(tmp_path, name, locale):
     folder = tmp_path / name
     folder.mkdir()
-    # What is not text cannot be written in TOML: such a folder comes in as the working directory.
+    # TOML cannot contain a name that is not text: such a folder is the working directory instead.
     written = "" if name == os.fsdecode(b"\xff\xfe") else f"{folder}/"
     with running_system(tmp_path) as system:
         simulator = system.simulator(events=5)
@@ -417,7 +420,7 @@ def test_orphans_are_reaped_and_no_exit_code_is_lost(code):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_as_process_1_signals_reach_the_program_and_its_end_is_that_of_the_process(number):
+def test_process_1_passes_signals_on_and_returns_the_exit_code(number):
     process = subprocess.Popen(
         [sys.executable, "-c", f"{AS_PROCESS_1}time.sleep(60)"], env=environment(), stdout=subprocess.PIPE
     )

@@ -1,4 +1,4 @@
-"""Normal callbacks in small; `python -m tests.push_soak` is the large one."""
+"""Short runs of the trials with normal callbacks; `python -m tests.push_soak` runs them at full size."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from tests.push_soak import both_modes, burst, kills, strangers
 pytestmark = [pytest.mark.long, pytest.mark.system]
 
 
-def test_pushed_amid_faults_and_kills_each_event_is_there_once(tmp_path):
-    # More tries than VOD's, each with more time: what is lost must not depend on the machine.
+def test_pushes_with_faults_and_kills_deliver_each_event_once(tmp_path):
+    # More tries than VOD's and more time for each: the result must not depend on the speed of the machine.
     result = kills(
         tmp_path,
         events=900,
@@ -21,7 +21,7 @@ def test_pushed_amid_faults_and_kills_each_event_is_there_once(tmp_path):
     )
     assert result.is_clean, result
     assert (result.events, result.kills) == (900, 2)
-    assert result.repeated > 0, "no fault and no kill made VOD push an event again"
+    assert result.repeated > 0, "no fault and no kill caused a repeated push"
 
 
 def test_pushed_and_then_pulled_an_event_is_delivered_once(tmp_path):
@@ -29,11 +29,11 @@ def test_pushed_and_then_pulled_an_event_is_delivered_once(tmp_path):
     assert result.is_clean, result
 
 
-def test_a_burst_at_a_slow_sink_is_answered_and_delivered(tmp_path):
+def test_a_burst_to_a_slow_sink_is_answered_and_delivered(tmp_path):
     result = burst(tmp_path, events=60, concurrency=64, source="max_events_in_flight = 40", limit_secs=20.0)
     assert result.is_clean, result
 
 
-def test_strangers_cost_little_and_delay_no_event(tmp_path):
+def test_strangers_need_few_resources_and_delay_no_event(tmp_path):
     result = strangers(tmp_path, secs=6.0, clients=1)
     assert result.is_clean, result

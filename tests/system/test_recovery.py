@@ -1,4 +1,4 @@
-"""A file with much in it that the ledger does not know, and one that other processes write to: the whole daemon."""
+"""Recovery by a whole daemon: of a file with many lines that are not in the ledger, and of one that others change."""
 
 import json
 import os
@@ -23,18 +23,18 @@ def fill(path, numbers):
 
 
 @pytest.mark.long
-def test_a_long_recovery_says_how_far_it_is_and_asks_for_time(system, tmp_path):
+def test_a_long_recovery_logs_its_progress_and_extends_the_timeout(system, tmp_path):
     simulator = system.simulator()
     system.configure(simulator.url)
     fill(system.archive, range(3 * PORTION))
     with ServiceManager(tmp_path / "notify") as manager:
         daemon = system.daemon(NOTIFY_SOCKET=manager.path)
-        until(lambda: manager.said("READY=1"))
+        until(lambda: manager.messages("READY=1"))
     lines = daemon.log("recovery.progress")
     assert [line["keys"] for line in lines] == [PORTION, 2 * PORTION, 3 * PORTION][: len(lines)]
     assert len(lines) >= 2
     assert all(0 < line["percent"] <= 100 and line["sink"] == "archive" for line in lines)
-    assert len(manager.said("EXTEND_TIMEOUT_USEC=")) > len(lines)
+    assert len(manager.messages("EXTEND_TIMEOUT_USEC=")) > len(lines)
     (line,) = daemon.log("file.recovered")
     assert line["keys"] == 3 * PORTION
     assert daemon.terminate()[0] == 0
@@ -42,7 +42,7 @@ def test_a_long_recovery_says_how_far_it_is_and_asks_for_time(system, tmp_path):
 
 @pytest.mark.parametrize(("when", "entered"), [("before:2", PORTION), ("after:2", 2 * PORTION)])
 @pytest.mark.long
-def test_a_recovery_that_is_killed_goes_on_where_it_was_and_doubles_nothing(system, when, entered):
+def test_a_killed_recovery_continues_and_doubles_nothing(system, when, entered):
     simulator = system.simulator()
     system.configure(simulator.url)
     fill(system.archive, range(3 * PORTION + 5))
@@ -83,11 +83,11 @@ def test_foreign_bytes_and_a_kill_lose_nothing_and_double_nothing(system, foreig
 
 
 @pytest.mark.parametrize("rest_bytes", [0, 30])
-def test_a_file_that_is_emptied_while_it_runs_gets_what_comes_then_once(system, rest_bytes):
+def test_a_file_emptied_at_run_time_gets_later_events_once(system, rest_bytes):
     simulator = system.simulator(visibility_secs=1.2, poll_secs=0.2)
     system.configure(simulator.url, lease_secs=1.2)
     simulator.feed(*map(body, range(5)))
-    # Killed between the lines after the cut and their ledger rows: at the old mark there is the end of a line again.
+    # Killed between the lines after the cut and their ledger rows: a line ends at the old mark again.
     doomed = system.daemon(started=False, failpoint="ledger:before:2")
     until(simulator.all_confirmed, secs=30, what=doomed.tail)
     os.truncate(system.archive, rest_bytes)

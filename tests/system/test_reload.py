@@ -1,4 +1,4 @@
-"""A reload of a whole daemon: by the command, by SIGHUP, refused, with a thread that hangs, and killed amid it."""
+"""Reloads of a whole daemon: by command, by SIGHUP, refused, with a thread that hangs, and with a kill."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ from tests.polling import until
 from tests.processes import ServiceManager, bodies_of, differences, environment, run_command
 
 LEASE_SECS = 3.0
-SLOW_SECS = 60.0  # of a machine that is busy: only what hangs takes longer
+SLOW_SECS = 60.0  # enough for a busy machine
 
 NEVER = """
 import threading
@@ -34,7 +34,7 @@ class NeverSink(Sink):
 
 @pytest.fixture
 def plugin(tmp_path):
-    """A folder that brings a sink whose calls never come back, of the type "never"."""
+    """A plug-in folder with a sink of type "never", whose `deliver` never returns."""
     folder = tmp_path / "plugin"
     folder.mkdir()
     (folder / "vodpoller_hang.py").write_text(NEVER)
@@ -51,7 +51,7 @@ def numbered(number):
 
 @contextmanager
 def two_hundred_events_per_second(simulator):
-    """Events for as long as it takes; what must come after it is in the block, too."""
+    """Feed events as long as the block runs."""
     numbers, over = count(), threading.Event()
 
     def feed():
@@ -101,20 +101,20 @@ def assert_all_arrived_once(simulator, *paths):
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_daemon_it_is_exit_1(system):
+def test_a_reload_without_a_daemon_is_exit_1(system):
     system.configure("http://127.0.0.1:9")
     done = reload(system)
     assert done.returncode == 1
     assert "no daemon listens there" in done.stderr
 
 
-def test_a_file_that_is_missing_leads_to_no_other_daemon(system):
+def test_a_missing_configuration_reloads_no_other_daemon(system):
     done = run_command("reload", "-c", system.folder / "mistyped.toml")
     assert done.returncode == 78
     assert "mistyped.toml: there is no such file" in done.stderr
 
 
-def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
+def test_a_broken_file_is_refused_and_the_daemon_continues(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -129,7 +129,7 @@ def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
     assert done.returncode == 78
     assert f"{system.config_path}: line " in done.stderr
     assert "the daemon continues with the former configuration" in done.stderr
-    until(system.archive.exists)  # reopened all the same, as logrotate needs it
+    until(system.archive.exists)  # the files are reopened in any case, as logrotate needs it
     (failed,) = daemon.await_log("reload.failed")
     assert failed["level"] == "error"
     assert str(system.config_path) in failed["problems"][0]
@@ -137,13 +137,13 @@ def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
     until(simulator.all_confirmed)
     assert len(system.lines()) == 1
 
-    done = run_command("status", "-c", system.config_path)  # the daemon is asked although the file is broken
+    done = run_command("status", "-c", system.config_path)  # it reaches the daemon although the file is broken
     assert done.returncode == 1
     assert done.stdout.startswith("PROBLEM configuration: the reload at ")
     system.config_path.write_text(good)
-    said = status_of(system)["reload"]
-    assert (said["successful"], len(said["problems"])) == (False, 1)
-    assert said["last_success_at"] <= said["at"]
+    last = status_of(system)["reload"]
+    assert (last["successful"], len(last["problems"])) == (False, 1)
+    assert last["last_success_at"] <= last["at"]
 
     assert reload(system).returncode == 0
     assert status_of(system)["problems"] == []
@@ -159,7 +159,7 @@ def test_a_broken_file_is_refused_and_the_former_one_runs_on(system):
     ],
     ids=["unknown type", "receiver that cannot be reached", "program that is missing"],
 )
-def test_what_cannot_be_used_is_refused_and_nothing_stopped(system, sinks, words):
+def test_an_unusable_configuration_is_refused_without_a_stop(system, sinks, words):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -173,12 +173,13 @@ def test_what_cannot_be_used_is_refused_and_nothing_stopped(system, sinks, words
     assert len(system.lines()) == 1
 
 
-def test_what_only_building_finds_brings_the_former_one_back(system):
+def test_a_failed_build_restores_the_former_configuration(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
     system.configure(simulator.url, sinks=file_sink(system, "taken"))
-    with (system.folder / "taken.jsonl.lock").open("w") as lock:  # a probe only says so: it may be the daemon itself
+    # A probe only reports the lock, since it may be the daemon's own.
+    with (system.folder / "taken.jsonl.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = reload(system)
     assert done.returncode == 78
@@ -204,7 +205,7 @@ def test_the_journal_may_change_once_nothing_is_stored_in_it(system):
     done = reload(system, "--pid", daemon.process.pid)
     assert done.returncode == 78
     assert "journal.path: cannot be changed while 1 events are stored" in done.stderr
-    assert reload(system).returncode == 1  # at the new place no daemon listens
+    assert reload(system).returncode == 1  # no daemon listens at the new path
 
     with system.config_path.open() as given:
         text = given.read()
@@ -243,7 +244,7 @@ def test_a_changed_route_under_load_loses_and_doubles_nothing(system, by):
     until(simulator.all_confirmed, secs=SLOW_SECS)
 
     assert before.stat().st_size == first
-    until(lambda: status_of(system)["settled_events"] == simulator.stats()["fed"])  # counts live over a reload
+    until(lambda: status_of(system)["settled_events"] == simulator.stats()["fed"])  # counts survive a reload
     assert daemon.terminate()[0] == 0
     assert simulator.stats()["redeliveries"] == 0
     assert_all_arrived_once(simulator, before, after)
@@ -261,33 +262,33 @@ def test_the_same_configuration_stops_nothing(system):
     assert len(daemon.log("daemon.started")) == 1
 
 
-def test_systemd_is_told_when_it_begins_and_when_it_is_over(system):
+def test_systemd_is_notified_of_begin_and_end_of_a_reload(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     with ServiceManager(system.folder / "notify") as manager:
         daemon = system.daemon(NOTIFY_SOCKET=manager.path)
-        until(lambda: manager.said("READY=1"))
+        until(lambda: manager.messages("READY=1"))
         began_at = time.monotonic_ns() // 1000
         system.configure(simulator.url, sinks=file_sink(system, "other"))
         assert reload(system).returncode == 0
-        until(lambda: len(manager.said("READY=1")) == 2)
-        (said,) = manager.said("RELOADING=1")
-        assert began_at <= int(said.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+        until(lambda: len(manager.messages("READY=1")) == 2)
+        (message,) = manager.messages("RELOADING=1")
+        assert began_at <= int(message.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
         break_file(system)
         assert reload(system).returncode == 78
-        until(lambda: len(manager.said("READY=1")) == 3)
-        until(lambda: manager.said("STATUS=the last reload was refused"))
-        assert manager.said("STOPPING=1") == []
+        until(lambda: len(manager.messages("READY=1")) == 3)
+        until(lambda: manager.messages("STATUS=the last reload was refused"))
+        assert manager.messages("STOPPING=1") == []
         assert daemon.terminate()[0] == 0
 
 
 def sizes(daemon):
-    """The number of its threads and of its descriptors."""
+    """The numbers of threads and of descriptors of a daemon."""
     return [sum(1 for _ in Path(f"/proc/{daemon.process.pid}/{it}").iterdir()) for it in ("task", "fd")]
 
 
 def sizes_at_rest(daemon):
-    """These, once they stay the same: some threads begin only with the first thing they do."""
+    """The `sizes` once they stay the same: some threads start only at their first task."""
     seen = []
 
     def stay():
@@ -327,11 +328,11 @@ def test_fifty_reloads_leave_no_thread_and_no_descriptor(system, receiver):
     assert len(system.lines()) == 50
 
 
-# --- what goes wrong amid it ------------------------------------------------------------------------------------------
+# --- problems during a reload -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
-def test_a_sink_that_hangs_is_left_behind_by_executing_anew(system, plugin):
+def test_a_hanging_sink_is_ended_by_executing_the_program_again(system, plugin):
     simulator = system.simulator()
     shutdown = "[daemon]\nshutdown_secs = 6"
     system.configure(simulator.url, sinks='[sinks.never]\ntype = "never"\n', more=shutdown)
@@ -348,9 +349,9 @@ def test_a_sink_that_hangs_is_left_behind_by_executing_anew(system, plugin):
         assert done.returncode == 0, done.stderr
         assert "executed itself again, because a thread hung: sink never" in done.stdout
         assert daemon.process.poll() is None
-        (said,) = daemon.await_log("daemon.reloaded")
-        assert said["executed_anew_for"] == ["sink never"]
-        until(lambda: len(manager.said("READY=1")) == 2)
+        (line,) = daemon.await_log("daemon.reloaded")
+        assert line["executed_anew_for"] == ["sink never"]
+        until(lambda: len(manager.messages("READY=1")) == 2)
         (began,) = (at for at, text in manager.received if text.startswith("RELOADING=1"))
         ended = [at for at, text in manager.received if text == "READY=1"][1]
         assert ended - began < 6 + max(5, 3 * start_secs)
@@ -380,7 +381,7 @@ def test_status_is_answered_while_a_reload_lasts(system, plugin):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.long
-def test_a_signal_amid_a_reload_ends_it_in_time(system, plugin, number):
+def test_a_stop_signal_during_a_reload_ends_it_in_time(system, plugin, number):
     simulator = system.simulator()
     shutdown = "[daemon]\nshutdown_secs = 6"
     system.configure(simulator.url, sinks='[sinks.never]\ntype = "never"\n', more=shutdown)
@@ -400,7 +401,7 @@ def test_a_signal_amid_a_reload_ends_it_in_time(system, plugin, number):
     "failpoint",
     [f"{step}-journal:{when}:{number}" for step, number in (("close", 1), ("open", 2)) for when in ("before", "after")],
 )
-def test_killed_amid_a_reload_nothing_is_lost_or_doubled(system, failpoint):
+def test_a_kill_during_a_reload_loses_and_doubles_nothing(system, failpoint):
     simulator = system.simulator(visibility_secs=LEASE_SECS)
     system.configure(simulator.url, lease_secs=LEASE_SECS)
     daemon = system.daemon(failpoint=failpoint)

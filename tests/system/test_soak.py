@@ -1,4 +1,4 @@
-"""A small soak; `python -m tests.soak` is the large one."""
+"""A short soak; `python -m tests.soak` runs it at full size."""
 
 import pytest
 
@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.long, pytest.mark.system]
 
 
 @pytest.mark.parametrize("slow_sink", [False, True], ids=["a file", "and a slow sink"])
-def test_through_faults_and_kills_nothing_is_lost_doubled_torn_or_left(tmp_path, slow_sink):
+def test_faults_and_kills_lose_double_tear_and_leave_nothing(tmp_path, slow_sink):
     result = soak(
         tmp_path,
         seed=20261123,
@@ -21,4 +21,4 @@ def test_through_faults_and_kills_nothing_is_lost_doubled_torn_or_left(tmp_path,
     )
     assert result.is_clean, f"\n{result}"
     assert (result.events, result.kills) == (3000, 3), f"\n{result}"
-    assert result.redelivered > 0, "no kill and no fault made VOD bring an event again"
+    assert result.redelivered > 0, "no kill and no fault caused a redelivery"

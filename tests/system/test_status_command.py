@@ -1,4 +1,4 @@
-"""What `vodpoller status` says of a whole daemon, well and in each kind of trouble."""
+"""The output of `vodpoller status` for a whole daemon, without problems and with each kind of problem."""
 
 import json
 import re
@@ -33,17 +33,17 @@ MEMBERS = [
 
 
 def status_of(system, *args):
-    """The JSON; that the exit code agrees with it holds at any moment."""
+    """The JSON of the status; the exit code must agree with it."""
     done = run_command("status", "--json", *args, "-c", system.config_path)
     assert done.stdout, done.stderr
-    said = json.loads(done.stdout)
-    assert done.returncode == (1 if said["problems"] else 0)
-    assert set(MEMBERS) <= set(said)
-    return said
+    status = json.loads(done.stdout)
+    assert done.returncode == (1 if status["problems"] else 0)
+    assert set(MEMBERS) <= set(status)
+    return status
 
 
 def first_problem(system, *words, what):
-    """The first problem, as soon as there is one; the table for people begins with the same."""
+    """Wait for a problem and check the first one, in the JSON and at the top of the table."""
     first = until(lambda: status_of(system)["problems"])[0]
     assert first["what"] == what
     missing = [word for word in words if word not in f"{first['cause']} | {first['remedy']}"]
@@ -51,8 +51,8 @@ def first_problem(system, *words, what):
     done = run_command("status", "-c", system.config_path)
     assert done.returncode == 1
     assert done.stdout.startswith(f"PROBLEM {what}: ")
-    said = done.stdout.replace("\n  ", " | ")
-    assert not [word for word in words if word not in said], done.stdout
+    output = done.stdout.replace("\n  ", " | ")
+    assert not [word for word in words if word not in output], done.stdout
 
 
 def seconds_between(first, second):
@@ -71,27 +71,27 @@ def store(system, *letters):
     journal.close()
 
 
-def test_all_well_is_exit_0_with_a_young_pull(system):
+def test_without_problems_it_is_exit_0_with_a_recent_pull(system):
     simulator = system.simulator(events=3)
     system.configure(simulator.url)
     daemon = system.daemon()
     until(simulator.all_confirmed)
     until(lambda: status_of(system)["settled_events"] == 3)
 
-    said = status_of(system)
-    assert said["journal"]["last_confirm_at"]
-    assert said["problems"] == []
-    assert (said["running"], said["pid"]) == (True, daemon.process.pid)
-    (source,), (sink,) = said["sources"], said["sinks"]
-    assert seconds_between(source["last_pull_at"], said["at"]) < 10
+    status = status_of(system)
+    assert status["journal"]["last_confirm_at"]
+    assert status["problems"] == []
+    assert (status["running"], status["pid"]) == (True, daemon.process.pid)
+    (source,), (sink,) = status["sources"], status["sinks"]
+    assert seconds_between(source["last_pull_at"], status["at"]) < 10
     assert (source["error"], sink["down_since"]) == ("", None)
-    assert said["journal"]["writable"] is True
-    assert (said["stored"], said["credentials"]["provider"]) == ([], "static")
-    assert seconds_between(said["reload"].pop("built_at"), said["at"]) < 60
-    assert said["reload"] == {
+    assert status["journal"]["writable"] is True
+    assert (status["stored"], status["credentials"]["provider"]) == ([], "static")
+    assert seconds_between(status["reload"].pop("built_at"), status["at"]) < 60
+    assert status["reload"] == {
         "successful": True,
         "at": None,
-        "last_success_at": said["started_at"],
+        "last_success_at": status["started_at"],
         "under_way": False,
         "problems": [],
     }
@@ -105,7 +105,7 @@ def test_all_well_is_exit_0_with_a_young_pull(system):
     assert not system.journal.with_name("journal.db.sock").exists()
 
 
-def test_an_api_that_cannot_be_reached_is_told_right_after_the_start(system):
+def test_an_unreachable_api_is_reported_right_after_the_start(system):
     with HeldPort() as port:
         system.configure(port.url)
         system.daemon()
@@ -123,7 +123,7 @@ def test_an_api_that_cannot_be_reached_is_told_right_after_the_start(system):
     ],
     ids=["key", "id", "application"],
 )
-def test_what_vod_refuses_is_told_with_what_to_do(system, options, sub_app_id, words):
+def test_refusals_by_vod_are_reported_with_a_remedy(system, options, sub_app_id, words):
     simulator = system.simulator(**options)
     system.configure(simulator.url, source=f"sub_app_id = {sub_app_id}" if sub_app_id else "")
     system.daemon()
@@ -131,7 +131,7 @@ def test_what_vod_refuses_is_told_with_what_to_do(system, options, sub_app_id, w
 
 
 def refuse(system, receiver, message):
-    """VOD refuses every request, and says this."""
+    """Configure a VOD that refuses every request with this message."""
     error = {"Code": "UnauthorizedOperation", "Message": message}
     refusal = {"Response": {"Error": error, "RequestId": "of-the-refusal"}}
     receiver.answer = Answer(status=200, body=json.dumps(refusal).encode())
@@ -139,30 +139,30 @@ def refuse(system, receiver, message):
 
 
 @pytest.mark.parametrize("action", ["PullEvents", "ConfirmEvents"])
-def test_a_missing_right_is_told_by_its_name(system, receiver, action):
+def test_a_missing_right_is_reported_by_its_name(system, receiver, action):
     refuse(system, receiver, f"you may not (vod:{action})")
     system.daemon()
     words = [f"(vod:{action})", "RequestId of-the-refusal", "vod:PullEvents", "vod:ConfirmEvents"]
     first_problem(system, *words, what="source main")
 
 
-def test_what_vod_repeats_of_a_secret_is_not_told(system, receiver):
+def test_a_secret_that_vod_repeats_is_not_shown(system, receiver):
     refuse(system, receiver, f"your key {SECRET_KEY} may not")
     with ServiceManager(system.folder / "notify") as manager:
         system.daemon(NOTIFY_SOCKET=manager.path)
         first_problem(system, "UnauthorizedOperation", "your key [secret] may not", what="source main")
-        until(lambda: any("your key [secret] may not" in said for said in manager.said("STATUS=")))
-        assert not any(SECRET_KEY in said for said in manager.said("STATUS="))
+        until(lambda: any("your key [secret] may not" in message for message in manager.messages("STATUS=")))
+        assert not any(SECRET_KEY in message for message in manager.messages("STATUS="))
 
 
-def test_a_full_disk_is_noticed_when_it_is_asked_about_and_when_it_has_room_again(system):
+def test_a_full_disk_is_reported_until_it_has_room_again(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
     assert until(lambda: status_of(system)["sources"][0]["last_pull_at"])
     limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
 
-    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))  # as if it were full
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, limits[1]))  # as on a full disk
     first_problem(system, "disk", "Make room on the disk", str(system.journal), what="journal")
     assert status_of(system)["journal"]["writable"] is False
 
@@ -170,7 +170,7 @@ def test_a_full_disk_is_noticed_when_it_is_asked_about_and_when_it_has_room_agai
     until(lambda: not status_of(system)["problems"])
 
 
-def test_a_journal_that_was_deleted_is_told(system):
+def test_a_journal_that_was_deleted_is_reported(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     system.daemon()
@@ -179,7 +179,7 @@ def test_a_journal_that_was_deleted_is_told(system):
 
 
 @pytest.mark.parametrize("kind", ["refusing", "unreachable"])
-def test_a_dead_sink_is_told_with_since_and_why(system, receiver, kind):
+def test_a_dead_sink_is_reported_with_time_and_cause(system, receiver, kind):
     receiver.answer = Answer(status=503)
     simulator = system.simulator(events=3)
     with HeldPort() as port:
@@ -191,7 +191,7 @@ def test_a_dead_sink_is_told_with_since_and_why(system, receiver, kind):
         first_problem(system, "down since 20", *words, "Bring its receiver back", what="sink hook")
 
 
-def test_stored_events_of_a_removed_sink_are_told_at_the_start(system):
+def test_stored_events_of_a_removed_sink_are_reported_at_the_start(system):
     store(system, *(letter(number, "gone", dead=False) for number in range(3)))
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -201,7 +201,7 @@ def test_stored_events_of_a_removed_sink_are_told_at_the_start(system):
 
 
 @pytest.mark.parametrize("end", ["terminate", "kill"])
-def test_a_stopped_daemon_is_told_with_what_the_journal_knows(system, end):
+def test_a_stopped_daemon_is_reported_with_data_of_the_journal(system, end):
     simulator = system.simulator(events=3)
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -209,12 +209,12 @@ def test_a_stopped_daemon_is_told_with_what_the_journal_knows(system, end):
     getattr(daemon, end)()
 
     first_problem(system, "no daemon runs", "systemctl status vodpoller", "journalctl -u vodpoller -e", what="daemon")
-    said = status_of(system)
-    assert (said["running"], said["pid"]) == (False, None)
-    assert said["started_at"]
+    status = status_of(system)
+    assert (status["running"], status["pid"]) == (False, None)
+    assert status["started_at"]
 
 
-def test_without_a_daemon_a_removed_sink_is_told_too(system):
+def test_without_a_daemon_a_removed_sink_is_reported_too(system):
     store(system, letter(1, "gone", dead=False), letter(2, "archive", dead=True))
     system.configure("http://127.0.0.1:9")
     assert [found["what"] for found in status_of(system)["problems"]] == ["daemon", "sink gone"]
@@ -225,7 +225,7 @@ def test_without_a_daemon_a_removed_sink_is_told_too(system):
     ]
 
 
-def test_dead_letters_count_only_if_that_is_wanted(system):
+def test_dead_letters_are_problems_only_with_strict(system):
     store(system, letter(1, "archive", dead=True), letter(2, "", dead=True))
     simulator = system.simulator()
     system.configure(simulator.url)
@@ -235,7 +235,7 @@ def test_dead_letters_count_only_if_that_is_wanted(system):
 
 
 @pytest.mark.long
-def test_a_daemon_that_hangs_is_told(system):
+def test_a_daemon_that_hangs_is_reported(system):
     simulator = system.simulator()
     system.configure(simulator.url)
     daemon = system.daemon()
@@ -248,13 +248,13 @@ def test_a_daemon_that_hangs_is_told(system):
         daemon.signal(signal.SIGCONT)
 
 
-def test_another_process_with_the_journal_is_not_taken_for_no_daemon(system):
+def test_another_process_with_the_journal_is_reported_as_such(system):
     system.configure("http://127.0.0.1:9")
     with closing(SqliteJournal(system.journal, max_bytes=10**9, ledger_days=5, telemetry=Telemetry(log_into([])))):
         first_problem(system, "has the journal open", "starting or stopping", what="daemon")
 
 
-def test_a_socket_that_cannot_be_made_is_a_warning_and_nothing_else(system):
+def test_a_socket_that_cannot_be_made_is_only_a_warning(system):
     simulator = system.simulator(events=3)
     system.configure(simulator.url)
     (system.folder / "journal.db.sock").mkdir()  # a folder is not replaced
@@ -267,8 +267,8 @@ def test_a_socket_that_cannot_be_made_is_a_warning_and_nothing_else(system):
 
 
 @pytest.mark.parametrize("command", ["once", "run"])
-def test_what_the_journal_is_asked_for_stays_out_of_the_way(system, command):
-    """A status that is asked all the time loses and doubles nothing."""
+def test_frequent_status_calls_lose_and_double_nothing(system, command):
+    """The status is requested without a pause."""
     simulator = system.simulator(events=200)
     system.configure(simulator.url)
     if command == "run":

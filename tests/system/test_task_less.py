@@ -1,12 +1,12 @@
-"""Events that do not say which event they are: whatever comes in between, each is in both files once, under one id.
+"""Events without an id of their own: across all faults each is in both files once, under one id.
 
-The events of the types in `BODIES` name neither a task nor an upload, so two of them can be equal to the byte. Each
-test feeds some of every type to a daemon with three sinks: a file of bodies, a file of CloudEvents, and a webhook. In
-the end each file has as many lines of a type as there were events, the CloudEvents have different ids, and the receiver
-got each event under the id that its CloudEvent has, in `webhook-id`. Only what was on its way to the receiver when the
-process was killed may come there twice, and then with the same id.
+The events of the types in `BODIES` have neither a task id nor an upload, so two of them can be equal to the byte. Each
+test feeds some of every type to a daemon with three sinks: a file of bodies, a file of CloudEvents, and a webhook. At
+the end the number of lines of each type equals the number of its events, the CloudEvents have different ids, and the
+receiver got each event with the id of its CloudEvent in `webhook-id`. Only events that were in flight to the receiver
+when the process was killed may arrive there twice, with the same id.
 
-The types do not disturb each other: one run tries all of them.
+The types do not affect each other: one run tests all of them.
 """
 
 import json
@@ -22,9 +22,9 @@ from tests.receiver import Answer
 pytestmark = pytest.mark.system
 
 LEASE_SECS = 2.0
-VOD_HOLDS_SECS = 5.0  # a pull, also one whose connection broke
+VOD_HOLDS_SECS = 5.0  # maximum time that VOD holds a pull, also one whose connection broke
 
-# Members as of `EventContent` and its parts ("Data structures", product/266/31773), less those that are null.
+# Members as in `EventContent` and its parts ("Data structures", product/266/31773), without those that are null.
 BODIES = {
     event_type: json.dumps({"EventType": event_type, member: payload})
     for event_type, member, payload in (
@@ -83,19 +83,19 @@ def cloud_path(system):
 
 
 def feed(simulator, number=1):
-    """A number of equal events of each type are born, one type after the other and then all again."""
+    """Feed a number of equal events of each type: one of each type, then one of each again, and so on."""
     simulator.feed(*list(BODIES.values()) * number)
 
 
 def await_settled(daemon, number, **fields):
-    """Lines of the log by which a number of events of each type have had their confirm's result."""
+    """Wait for the log lines of `number` settled events of each type; returns the lines."""
     return daemon.await_log(
         "event.settled", number=number * TYPES, where=lambda line: fields.items() <= line.items(), secs=30
     )
 
 
 def recovered_lines(daemon, sink):
-    """The number of lines that it found beyond the mark of a sink's file, if there were any."""
+    """The numbers of lines that a daemon found beyond the mark of a sink's file."""
     return [line["keys"] for line in daemon.log("file.recovered") if line["sink"] == sink]
 
 
@@ -103,16 +103,16 @@ def await_moment(moment):
     until(lambda: time.monotonic() >= moment)
 
 
-def end(system, simulator, receiver, daemon, number, *, calls_an_event=1):
-    """Wait until all is done, stop the daemon, and compare what is in the files and at the receiver, to the event.
+def end(system, simulator, receiver, daemon, number, *, calls_per_event=1):
+    """Wait until all is done, stop the daemon, and check the files and the receiver for each event.
 
     Args:
-        system: With the files.
-        simulator: What was fed to it must get confirmed.
-        receiver: The webhook's.
-        daemon: The one that runs.
-        number: Of the events of each type.
-        calls_an_event: How often the receiver may have got one of them.
+        system: Has the files.
+        simulator: All its events must be confirmed.
+        receiver: The webhook's receiver.
+        daemon: The running daemon.
+        number: Number of events of each type.
+        calls_per_event: Maximum number of requests to the receiver for one event.
     """
     wanted = number * TYPES
 
@@ -134,15 +134,15 @@ def end(system, simulator, receiver, daemon, number, *, calls_an_event=1):
     assert set(ids.values()) == {1}
     calls = Counter((received.headers["webhook-id"], canonical(received.body)) for received in receiver.received)
     assert calls.keys() == {(event["id"], canonical(json.dumps(event["data"]))) for event in events}
-    assert max(calls.values()) <= calls_an_event
+    assert max(calls.values()) <= calls_per_event
 
 
-# --- equal events, and none comes again -------------------------------------------------------------------------------
+# --- equal events without redelivery ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_equal_events_of_one_answer_are_as_many_events(system, receiver, number):
-    # 18 are more than an answer holds: the last of them comes in an answer of its own.
+def test_equal_events_of_one_answer_are_separate_events(system, receiver, number):
+    # 18 are more than an answer holds: the last ones come in another answer.
     simulator = set_up(system, receiver, lease_secs=5)
     feed(simulator, number)
     daemon = system.daemon()
@@ -152,7 +152,7 @@ def test_equal_events_of_one_answer_are_as_many_events(system, receiver, number)
     assert max(answers.values()) == number
 
 
-def test_an_equal_event_within_the_lease_of_one_that_is_not_confirmed_yet_is_another(system, receiver):
+def test_an_equal_event_within_the_lease_of_another_is_separate(system, receiver):
     simulator = set_up(system, receiver, lease_secs=15)
     receiver.answer = Answer(after_secs=20)  # or when it is released
     daemon = system.daemon()
@@ -167,8 +167,8 @@ def test_an_equal_event_within_the_lease_of_one_that_is_not_confirmed_yet_is_ano
     assert simulator.stats()["redeliveries"] == 0
 
 
-def test_an_equal_event_after_the_acknowledged_confirm_is_another(system, receiver):
-    # The pull that hangs brings them: it is the acknowledgement alone that says that VOD does not have the first ones.
+def test_an_equal_event_after_the_acknowledged_confirm_is_separate(system, receiver):
+    # The hanging pull brings the events: only the acknowledgement shows that VOD no longer has the first ones.
     simulator = set_up(system, receiver, poll_secs=9)
     daemon = system.daemon()
     feed(simulator)
@@ -184,28 +184,28 @@ def test_an_equal_event_after_the_acknowledged_confirm_is_another(system, receiv
 
 
 @pytest.mark.parametrize("signal_of_the_end", ["kill", "terminate"])
-def test_an_equal_event_after_the_acknowledged_confirm_and_a_restart_is_another(system, receiver, signal_of_the_end):
+def test_an_equal_event_after_confirm_and_restart_is_separate(system, receiver, signal_of_the_end):
     simulator = set_up(system, receiver)
     daemon = system.daemon()
     feed(simulator)
     await_settled(daemon, 1, confirmed=True)
     getattr(daemon, signal_of_the_end)()
-    await_moment(time.monotonic() + LEASE_SECS)  # else it is another since the old one is leased
+    await_moment(time.monotonic() + LEASE_SECS)  # during the lease it would be separate anyway
     feed(simulator)
 
     end(system, simulator, receiver, system.daemon(), 2)
 
 
-# --- events that VOD brings again -------------------------------------------------------------------------------------
+# --- redelivered events -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("equal_ones", [0, 1])
-def test_an_event_whose_confirm_was_refused_comes_again_as_the_same_event(system, receiver, equal_ones):
+def test_a_redelivery_after_a_refused_confirm_is_the_same_event(system, receiver, equal_ones):
     simulator = set_up(system, receiver, forget_confirms=TYPES)
     daemon = system.daemon()
     feed(simulator)
     await_settled(daemon, 1, confirm_result="refused")
-    feed(simulator, equal_ones)  # while the first ones wait for the end of their lease
+    feed(simulator, equal_ones)  # before the leases of the first ones end
 
     end(system, simulator, receiver, daemon, 1 + equal_ones)
     assert simulator.stats()["confirms_forgotten"] == TYPES
@@ -213,9 +213,7 @@ def test_an_event_whose_confirm_was_refused_comes_again_as_the_same_event(system
 
 
 @pytest.mark.parametrize("equal_ones", [0, 1])
-def test_an_event_that_comes_again_and_again_since_no_confirm_is_allowed_is_the_same_event(
-    system, receiver, equal_ones
-):
+def test_repeated_redeliveries_without_confirms_are_the_same_event(system, receiver, equal_ones):
     simulator = set_up(system, receiver, deny="ConfirmEvents")
     daemon = system.daemon()
     feed(simulator)
@@ -228,8 +226,8 @@ def test_an_event_that_comes_again_and_again_since_no_confirm_is_allowed_is_the_
 
 
 KILLS = (
-    # What must be in the two files when it dies (None: whatever is), and how often the receiver may get one event:
-    # twice only if the process dies between the receiver's answer and the row that remembers it.
+    # Lines that must be in the two files at the kill (None: any number), and maximum requests per event to the
+    # receiver: two only if the process dies between the receiver's answer and the ledger row.
     ("identify:before:1", (0, 0), 1),
     ("identify:after:1", (0, 0), 1),
     ("write:before:1:events.jsonl", (0, None), 2),
@@ -244,24 +242,24 @@ KILLS = (
 )
 
 
-@pytest.mark.parametrize(("failpoint", "lines", "calls_an_event"), KILLS, ids=[failpoint for failpoint, *_ in KILLS])
-def test_killed_at_a_step_of_an_event_it_comes_again_as_the_same_event_and_an_equal_one_is_another(
-    system, receiver, failpoint, lines, calls_an_event
+@pytest.mark.parametrize(("failpoint", "lines", "calls_per_event"), KILLS, ids=[failpoint for failpoint, *_ in KILLS])
+def test_after_a_kill_a_redelivery_is_the_same_an_equal_event_is_not(
+    system, receiver, failpoint, lines, calls_per_event
 ):
     simulator = set_up(system, receiver)
     feed(simulator)
     system.daemon(started=False, failpoint=failpoint).await_failpoint()
     in_files = len(system.lines()), len(system.lines(cloud_path(system)))
     assert all(wanted in (None, found) for wanted, found in zip(lines, in_files, strict=True)), in_files
-    feed(simulator)  # before VOD brings the first ones again
+    feed(simulator)  # before VOD delivers the first ones again
 
-    end(system, simulator, receiver, system.daemon(), 2, calls_an_event=calls_an_event)
+    end(system, simulator, receiver, system.daemon(), 2, calls_per_event=calls_per_event)
 
 
-def test_killed_between_the_confirm_and_its_result_an_equal_event_is_another_once_a_pull_was_empty(system, receiver):
-    # VOD has forgotten the first ones and the journal does not know. Until a pull has come back empty that was sent a
-    # lease after VOD let go of the pulls of the killed process, an equal event may be taken for one of them: this is
-    # not promised.
+def test_after_a_kill_and_an_empty_pull_an_equal_event_is_separate(system, receiver):
+    # VOD has confirmed the first ones, and the journal does not know it. An equal event may be taken for one of them
+    # until a pull is empty that was sent a lease after VOD dropped the pulls of the killed process: this is not
+    # promised.
     simulator = set_up(system, receiver)
     feed(simulator)
     system.daemon(started=False, failpoint="confirm:after:1").await_failpoint()
@@ -276,7 +274,7 @@ def test_killed_between_the_confirm_and_its_result_an_equal_event_is_another_onc
     end(system, simulator, receiver, daemon, 2)
 
 
-# --- lines that the journal does not know of --------------------------------------------------------------------------
+# --- lines that are not in the journal --------------------------------------------------------------------------------
 
 
 UNKNOWN_LINES = (
@@ -290,9 +288,7 @@ UNKNOWN_LINES = (
 @pytest.mark.parametrize(
     ("failpoint", "sink", "whole_lines"), UNKNOWN_LINES, ids=[failpoint for failpoint, *_ in UNKNOWN_LINES]
 )
-def test_of_two_equal_events_of_an_answer_those_lines_that_a_killed_process_wrote_are_not_written_again(
-    system, receiver, failpoint, sink, whole_lines
-):
+def test_lines_of_equal_events_before_a_kill_are_not_written_again(system, receiver, failpoint, sink, whole_lines):
     simulator = set_up(system, receiver)
     feed(simulator, 2)
     system.daemon(started=False, failpoint=failpoint).await_failpoint()
@@ -300,13 +296,11 @@ def test_of_two_equal_events_of_an_answer_those_lines_that_a_killed_process_wrot
     daemon = system.daemon()
     assert recovered_lines(daemon, sink) == [whole_lines]
 
-    end(system, simulator, receiver, daemon, 2, calls_an_event=2)
+    end(system, simulator, receiver, daemon, 2, calls_per_event=2)
 
 
-def test_of_two_equal_events_of_which_the_journal_knows_and_one_line_was_written_the_other_gets_its_line(
-    system, receiver
-):
-    # One lane: the second answer of six is not asked for before the lines of the first are in the ledger.
+def test_after_a_kill_the_second_of_two_equal_events_gets_its_line(system, receiver):
+    # One puller: the second answer of six is not pulled before the lines of the first are in the ledger.
     simulator = set_up(system, receiver, source='unrouted = "dead_letter"\nmax_concurrent_pulls = 1')
     feed(simulator, 2)
     system.daemon(started=False, failpoint="identify:after:1").await_failpoint()
@@ -316,4 +310,4 @@ def test_of_two_equal_events_of_which_the_journal_knows_and_one_line_was_written
     daemon = system.daemon()
     assert recovered_lines(daemon, "archive") == [TYPES]
 
-    end(system, simulator, receiver, daemon, 2, calls_an_event=2)
+    end(system, simulator, receiver, daemon, 2, calls_per_event=2)

@@ -1,4 +1,4 @@
-"""The sink `tencent` in a daemon: it signs with the daemon's own key, also with one that was put in its place."""
+"""The sink `tencent` in a daemon: it signs with the daemon's own key, also after a change of the key."""
 
 import json
 import signal
@@ -52,17 +52,17 @@ def test_a_daemon_signs_with_its_own_key_and_with_a_renewed_one(system):
 
 
 class RoleApi(TencentApi):
-    """The same with a temporary key, which it hands out as the metadata service of a machine and as STS."""
+    """The stub with a temporary key, which it issues as a machine's metadata service and as STS."""
 
     def __init__(self, service="scf"):
         super().__init__(service)
         self.is_issuing = True
         self.numbers = count(1)
-        self.handed_out = []
+        self.issued = []
         self.renew()
 
     def renew(self):
-        """Take another token from now on."""
+        """Accept only a new token."""
         self.key = (SECRET_ID, "temporary-key-0001", f"temporary-token-{next(self.numbers):04}")
 
     def answer_to(self, received):
@@ -71,15 +71,15 @@ class RoleApi(TencentApi):
             return super().answer_to(received)
         if not self.is_issuing:
             return Answer(500)
-        self.handed_out.append("cvm_role" if of_metadata else "assume_role")
+        self.issued.append("cvm_role" if of_metadata else "assume_role")
         key = dict(zip(("TmpSecretId", "TmpSecretKey", "Token"), self.key, strict=True))
         end = {"ExpiredTime": int(time.time()) + 3600}
-        said = {**key, **end, "Code": "Success"} if of_metadata else {"Response": {"Credentials": key, **end}}
-        return Answer(200, body=json.dumps(said).encode())
+        answer = {**key, **end, "Code": "Success"} if of_metadata else {"Response": {"Credentials": key, **end}}
+        return Answer(200, body=json.dumps(answer).encode())
 
 
 def configure_callbacks(system, port, api, provider):
-    """A source of callbacks only, and the sink, with keys of a role."""
+    """Write a configuration with a callback source only, the sink, and keys of a role."""
     credentials = credentials_of(provider, api.endpoint) + ('role = "r"\n' if provider == "cvm_role" else "")
     system.config_path.write_text(
         f'[credentials]\n{credentials}[[sources]]\nname = "pushed"\ntype = "callback"\nlisten = "127.0.0.1:{port}"\n'
@@ -105,16 +105,16 @@ def test_a_sink_uses_the_key_of_the_role_and_has_it_renewed(system, provider, ot
         daemon = system.daemon()
         assert push(port.number, 1) == 200
         until(lambda: ids_at(api) == [1], what=daemon.tail)
-        api.renew()  # it refuses the token of the former one: the sink asks for another
+        api.renew()  # the stub refuses the former token: the sink requests another
         assert push(port.number, 2) == 200
         until(lambda: ids_at(api) == [1, 2], what=daemon.tail)
-        assert set(api.handed_out) == {provider}
+        assert set(api.issued) == {provider}
         configure_callbacks(system, port.number, api, other)
         reloaded = run_command("reload", "-c", system.config_path)
         assert reloaded.returncode == 0, reloaded.stdout + reloaded.stderr
         assert push(port.number, 3) == 200
         until(lambda: ids_at(api) == [1, 2, 3], what=daemon.tail)
-        assert set(api.handed_out) == {provider, other}
+        assert set(api.issued) == {provider, other}
         assert daemon.terminate()[0] == 0
     shown = daemon.log_path.read_text() + checked.stdout + checked.stderr
     assert "temporary-" not in shown

@@ -1,4 +1,4 @@
-"""Which root certificates count."""
+"""The root certificates that are used."""
 
 import subprocess
 
@@ -22,7 +22,7 @@ def number_in(roots):
     return roots.context().cert_store_stats()["x509"]
 
 
-def test_without_a_word_the_public_ones_count(monkeypatch):
+def test_by_default_the_public_roots_are_used(monkeypatch):
     monkeypatch.setattr("requests.utils.DEFAULT_CA_BUNDLE_PATH", certifi.where())  # all of them; see tests/conftest.py
     assert number_in(Roots(env={})) > 50
 
@@ -35,7 +35,7 @@ def test_without_a_word_the_public_ones_count(monkeypatch):
         {"SSL_CERT_DIR": "/nowhere", "REQUESTS_CA_BUNDLE": "/nowhere", "CURL_CA_BUNDLE": "/nowhere"},
     ],
 )
-def test_what_is_configured_replaces_all_else(certificate, env):
+def test_configured_roots_replace_all_others(certificate, env):
     assert number_in(Roots(certificate.path, env=env)) == 1
 
 
@@ -47,7 +47,7 @@ def test_what_is_configured_replaces_all_else(certificate, env):
         {"CURL_CA_BUNDLE": "{}"},
     ],
 )
-def test_of_the_environment_the_first_that_is_set_counts(certificate, env):
+def test_the_first_variable_that_is_set_counts(certificate, env):
     assert number_in(Roots(env={name: text.format(certificate.path) for name, text in env.items()})) == 1
 
 
@@ -58,20 +58,20 @@ def test_file_and_folder_of_openssl_count_together(certificate, another):
     ).stdout.decode()
     another.path.rename(folder / f"{name.strip()}.0")
     roots = Roots(env={"SSL_CERT_FILE": str(certificate.path), "SSL_CERT_DIR": f"/nowhere:{folder}"})
-    assert number_in(roots) == 1  # those of a folder are looked up when they are asked for
+    assert number_in(roots) == 1  # certificates of a folder are loaded on demand
     assert number_in(Roots(env={"SSL_CERT_DIR": str(folder)})) == 0
     assert number_in(Roots(env={"REQUESTS_CA_BUNDLE": str(folder)})) == 0
 
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_a_variable_that_leads_nowhere_is_named(tmp_path, name):
+def test_a_variable_with_a_missing_path_is_named(tmp_path, name):
     with pytest.raises(RootsError, match=rf"\${name} is .*none.*, which does not exist"):
         Roots(env={name: str(tmp_path / "none")}).context()
 
 
-def test_a_file_is_read_again_when_it_is_asked_for(certificate, another):
+def test_a_file_is_read_again_by_reread(certificate, another):
     roots = Roots(certificate.path, env={})
-    roots.reread()  # nothing was read so far
+    roots.reread()  # nothing has been read yet
     first = roots.context()
     assert roots.context() is first
     certificate.path.write_bytes(certificate.path.read_bytes() + another.path.read_bytes())

@@ -1,4 +1,4 @@
-"""The package that the tutorial "A sink of your own" makes is complete, and passes the conformance suite."""
+"""The package of the tutorial "A sink of your own" is complete and passes the conformance suite."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PAGE = Path(vodpoller.__file__).parent / "sinks" / "README.md"
 
 @pytest.fixture
 def package(tmp_path):
-    """A folder with the files of the page, installed: its entry points can be found."""
+    """A folder with the files of the page, with metadata so that its entry points are found."""
     blocks = re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     for name, text in blocks:
         (tmp_path / name).write_text(text)
