@@ -6,15 +6,12 @@ import socket
 from contextlib import closing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from urllib3 import HTTPHeaderDict
 
 from vodpoller.httpclient.answer import HttpAnswer, Incoming
 from vodpoller.httpclient.words import UnforeseenAnswerError
-
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
 
 EXTRA = b"HTTP/1.1 500 Extra\r\n\r\n"
 

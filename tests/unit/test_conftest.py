@@ -4,6 +4,7 @@ import os
 import subprocess
 
 import pytest
+from hypothesis import settings
 
 from tests.processes import cannot_run, needs
 
@@ -65,3 +66,7 @@ def test_what_a_laptop_skips_fails_in_ci(monkeypatch, ci, ends, call):
 def test_an_installed_program_neither_skips_nor_fails_a_test(monkeypatch):
     monkeypatch.setenv("CI", "true")
     needs("sh")
+
+
+def test_no_module_replaces_the_profile_of_hypothesis(request):
+    assert settings.get_current_profile_name() == (request.config.getoption("hypothesis_profile") or "quick")

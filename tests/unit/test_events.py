@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vodpoller.events.codec import DEPTH_MAX, UnreadableError, decode_json, encode_json
@@ -22,10 +22,6 @@ from vodpoller.events.event import (
 )
 from vodpoller.events.salvage import is_whole, salvage_events
 from vodpoller.events.snapshots import Snapshot, file_id_of, payload_of, snapshots_of, task_id_of
-
-# No deadline: a loaded machine is slow, which is not a failure.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 

@@ -16,7 +16,7 @@ import pytest
 import requests
 import responses
 import structlog
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
 
@@ -43,10 +43,6 @@ from vodpoller.vod.application import EventConfig
 from vodpoller.vod.client import VodClient
 from vodpoller.vod.credentials import Credentials
 from vodpoller.vod.limiter import RateLimiter
-
-# A slow example on a busy machine is not a failure.
-settings.register_profile("without-deadline", deadline=None)
-settings.load_profile("without-deadline")
 
 URL = "https://vod.tencentcloudapi.com/"
 SAMPLE = (Path(__file__).parents[1] / "samples" / "reliable-callback.json").read_bytes()
