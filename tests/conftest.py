@@ -1,4 +1,5 @@
 import functools
+import gc
 import os
 import signal
 import sys
@@ -30,10 +31,11 @@ settings.load_profile("quick")
 
 
 def pytest_xdist_auto_num_workers(config):
-    """For `-n auto`: tests of processes wait more than they compute, but not the long ones."""
-    return (2 if config.option.markexpr == "long" else 4) * (os.cpu_count() or 1)
+    """For `-n auto`: tests of processes wait more than they compute, except the long ones."""
+    return (2 if config.option.markexpr in {"long", "not system"} else 4) * (os.cpu_count() or 1)
 
 
+ONLY_SYSTEM = {Path(__file__).parent / name for name in ("model", "sinks", "system")}
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 
 
@@ -43,9 +45,19 @@ STARTING = {"certificate", "system", "tls_receiver"}  # fixtures, wherever they 
 @pytest.hookimpl(tryfirst=True)  # before -m is obeyed
 def pytest_collection_modifyitems(items):
     for item in items:
-        if STARTING.intersection(item.fixturenames):
+        if ONLY_SYSTEM.intersection(item.path.parents) or STARTING.intersection(item.fixturenames):
             item.add_marker(pytest.mark.system)
     items[:] = spread(items)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not import the folders of which `-m "not system"` deselects every test."""
+    return True if config.option.markexpr == "not system" and collection_path in ONLY_SYSTEM else None
+
+
+def pytest_collection_finish():
+    """Exclude the thousands of collected tests, which live to the end, from every later garbage collection."""
+    gc.freeze()
 
 
 def spread(items):
@@ -62,7 +74,7 @@ def spread(items):
 
 
 class Guard:
-    """Keeps the mark `system` true: what is run without it, on every Python of CI, starts no process."""
+    """Keeps the mark `system` true: a test without it starts no process."""
 
     def __init__(self):
         self.forbids = False

@@ -191,7 +191,7 @@ def by_webhook(tmp_path, sent):
     return received.body
 
 
-@pytest.mark.parametrize("by", [pytest.param(by_exec, marks=pytest.mark.system), by_file, by_stdout, by_webhook])
+@pytest.mark.parametrize("by", [by_exec, by_file, by_stdout, by_webhook])
 def test_every_sink_writes_an_event_that_the_library_reads(tmp_path, monkeypatch, by):
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

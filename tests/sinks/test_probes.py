@@ -101,7 +101,6 @@ def test_a_missing_file_is_not_created(tmp_path):
     assert tree(tmp_path) == []
 
 
-@pytest.mark.system
 def test_a_file_in_use_by_another_process_is_not_a_problem(used):
     with another_process(used):
         text = FileSink.probe("it", file_config(used), sink_context())
@@ -114,7 +113,6 @@ def test_a_link_is_followed(used, tmp_path):
     assert FileSink.probe("it", file_config(tmp_path / "link"), sink_context()) == f"{used} can be written"
 
 
-@pytest.mark.system
 def test_a_file_at_the_path_of_a_folder_is_a_problem(used):
     problem = problem_of(FileSink, file_config(used / "sub" / "events.jsonl"))
     assert problem == (
@@ -122,7 +120,6 @@ def test_a_file_at_the_path_of_a_folder_is_a_problem(used):
     )
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_a_path_that_is_not_a_regular_file_is_a_problem(tmp_path, make):
     make(tmp_path / "events.jsonl")

@@ -17,8 +17,6 @@ from vodpoller.errors import ConfigError, RejectedError, TransientError
 from vodpoller.events.event import make_event, restore_event
 from vodpoller.sinks.exec import ExecConfig, ExecSink
 
-pytestmark = pytest.mark.system
-
 SLACK_SECS = 1.5
 SH = "/bin/sh"
 

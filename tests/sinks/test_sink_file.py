@@ -255,7 +255,6 @@ def test_a_relative_path_is_below_the_working_directory(opened, tmp_path, monkey
     assert (tmp_path / "events.jsonl").read_bytes() == line(1)
 
 
-@pytest.mark.system
 def test_a_second_process_is_refused_with_a_way_to_find_the_first(opened, path):
     sink = opened()
     code = (

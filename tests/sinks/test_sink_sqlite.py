@@ -477,7 +477,6 @@ def test_the_example_has_both_tables_of_each_database(dialect):
     assert inbox.startswith("CREATE TABLE IF NOT EXISTS vodpoller_inbox (")
 
 
-@pytest.mark.system
 @pytest.mark.parametrize("names", [["webhook"], ["postgresql"], ["mysql"], ["sqlite"]], ids=lambda names: names[0])
 @pytest.mark.long
 def test_a_driver_is_imported_only_for_a_sink_of_its_type(names, tmp_path):

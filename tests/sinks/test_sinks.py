@@ -311,7 +311,7 @@ def no_proxies(monkeypatch):
 
 
 TestDownload = sink_conformance(DownloadHarness)
-TestExec = pytest.mark.system(sink_conformance(ExecHarness))
+TestExec = sink_conformance(ExecHarness)
 TestFile = sink_conformance(FileHarness)
 TestSqlite = sink_conformance(SqliteHarness)
 TestStdout = sink_conformance(StdoutHarness)

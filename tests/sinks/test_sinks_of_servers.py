@@ -17,7 +17,7 @@ from vodpoller.sinks.sql.mysql import DIALECT as MYSQL
 from vodpoller.sinks.sql.postgresql import DIALECT as POSTGRESQL
 from vodpoller.testing import SLACK_SECS, sink_conformance
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 TestPostgresql = sink_conformance(PostgresqlHarness)
 TestMysql = sink_conformance(MysqlHarness)

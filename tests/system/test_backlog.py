@@ -16,8 +16,6 @@ from vodpoller.journal.contract import Letter
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
-pytestmark = pytest.mark.system
-
 EVENTS = 400
 # A body that changes if a JSON library reads and writes it.
 ODD = b'{"EventType":"NewFileUpload",  "FileUploadEvent":{"FileId":"%d","Size":1e2,"Big":%d,"Name":"\\u00e9/\\/"}}'

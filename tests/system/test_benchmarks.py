@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.__main__ import main
 from tests.processes import ROOT, environment
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 
 def run_benchmarks(*args):

@@ -15,7 +15,7 @@ from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.status import PullError, SinkStatus, SourceStatus, StoredStatus
 from vodpoller.telemetry import Gauge, Telemetry
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 PASSWORD = "correct horse, battery"
 HOSTILE = [

@@ -17,8 +17,6 @@ import pytest
 from tests.polling import until
 from tests.processes import DaemonProcess, HeldPort, environment, needs, run_command
 
-pytestmark = pytest.mark.system
-
 PATH = "/vod"
 
 

@@ -16,8 +16,6 @@ from vodpoller.cli.app import main
 from vodpoller.cli.deadletters import deadletters
 from vodpoller.cli.lazy import LazyCommand
 
-pytestmark = pytest.mark.system
-
 EX_CONFIG = 78
 
 

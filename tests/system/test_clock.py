@@ -9,7 +9,7 @@ from tests.processes import ROOT, SECRET_ID, SECRET_KEY, System
 from tests.receiver import Answer, running_receiver
 from vodpoller.events.identity import has_own_id
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 HOUR_SECS = 3600
 

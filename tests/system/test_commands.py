@@ -40,8 +40,6 @@ from vodpoller.journal.schema import SCHEMA_VERSION
 from vodpoller.journal.sqlite import SqliteJournal
 from vodpoller.telemetry import Telemetry
 
-pytestmark = pytest.mark.system
-
 EX_CONFIG = 78
 
 MANY = 10_000

@@ -15,8 +15,6 @@ from tests.polling import until
 from tests.processes import HeldPort, run_command
 from tests.receiver import Answer, Receiver, running_receiver
 
-pytestmark = pytest.mark.system
-
 
 class Issuer(Receiver):
     """A metadata service that issues keys of the simulator, or the answer of a test; records all secrets."""

@@ -21,8 +21,6 @@ from vodpoller import service as service_module
 from vodpoller.config.load import load
 from vodpoller.logs import CATALOGUE, LINE_MAX_BYTES, make_logger
 
-pytestmark = pytest.mark.system
-
 ALL_FAULTS = "reset=0.02,http_5xx=0.02,internal_error=0.02,limit=0.02,truncated=0.02,lost=0.02,slow=0.005"
 VERIFYING = {"secret_id": SECRET_ID, "secret_key": SECRET_KEY}
 

@@ -13,7 +13,7 @@ from tests.sinks.servers import postgresql
 from tests.system.database_kills import DATABASES, run
 from vodpoller.sinks.sql.postgresql import DIALECT
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "normal-callback.json"
 PAGE = Path(vodpoller.__file__).parent / "sinks" / "README.md"

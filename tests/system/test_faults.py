@@ -23,8 +23,6 @@ from tests.polling import until
 from tests.processes import ROOT, SECRET_ID, DaemonProcess, HeldPort, bodies_of, cannot_run, differences, environment
 from tests.receiver import Answer, Receiver, running_receiver
 
-pytestmark = pytest.mark.system
-
 LEASE_SECS = 1.5
 
 

@@ -16,8 +16,6 @@ from tests.polling import until
 from tests.processes import bodies_of, differences
 from tests.receiver import SlowReceiver, running_receiver
 
-pytestmark = pytest.mark.system
-
 LEASE_SECS = 1.2
 
 

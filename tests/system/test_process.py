@@ -16,8 +16,6 @@ import pytest
 from tests.polling import until
 from tests.processes import ServiceManager, cannot_run, environment, run_command, running_system
 
-pytestmark = pytest.mark.system
-
 EX_CONFIG = 78
 CLOSED = ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"]
 LOCALES = {

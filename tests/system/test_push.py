@@ -4,7 +4,7 @@ import pytest
 
 from tests.push_soak import both_modes, burst, kills, strangers
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 
 def test_pushes_with_faults_and_kills_deliver_each_event_once(tmp_path):

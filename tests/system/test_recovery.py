@@ -9,8 +9,6 @@ import pytest
 from tests.polling import until
 from tests.processes import ServiceManager, bodies_of, canonical, differences
 
-pytestmark = pytest.mark.system
-
 PORTION = 10_000
 
 

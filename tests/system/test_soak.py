@@ -4,7 +4,7 @@ import pytest
 
 from tests.soak import soak
 
-pytestmark = [pytest.mark.long, pytest.mark.system]
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("slow_sink", [False, True], ids=["a file", "and a slow sink"])

@@ -19,8 +19,6 @@ from tests.polling import until
 from tests.processes import canonical
 from tests.receiver import Answer
 
-pytestmark = pytest.mark.system
-
 LEASE_SECS = 2.0
 VOD_HOLDS_SECS = 5.0  # maximum time that VOD holds a pull, also one whose connection broke
 

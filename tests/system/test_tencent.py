@@ -14,8 +14,6 @@ from tests.processes import SECRET_ID, SECRET_KEY, HeldPort, run_command
 from tests.receiver import Answer, running_receiver
 from tests.tencent_api import TencentApi
 
-pytestmark = pytest.mark.system
-
 
 def bodies(numbers):
     return [

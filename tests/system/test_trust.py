@@ -8,8 +8,6 @@ import pytest
 from tests.certificates import make_certificate
 from vodpoller.httpclient.trust import Roots, RootsError
 
-pytestmark = pytest.mark.system  # openssl makes the certificates
-
 
 @pytest.fixture
 def another(tmp_path):

@@ -30,7 +30,6 @@ def package(tmp_path):
     return tmp_path
 
 
-@pytest.mark.system
 @pytest.mark.long
 def test_the_tutorial_s_sink_passes_the_conformance_suite(package):
     path = f"{package}:{Path(vodpoller.__file__).parents[1]}"

@@ -43,6 +43,7 @@ class Vod:
         return "r"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("content", [CAST, DELETED])
 def test_equal_event_after_a_confirmed_lease_is_new_during_the_call(tmp_path, log, content):
     bench = Bench(tmp_path, log, sinks=("a",))

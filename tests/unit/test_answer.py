@@ -177,6 +177,7 @@ def test_http_client_reads_an_odd_head_and_the_connection_ends(data):
         assert not is_used_again(data + EXTRA)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("data", [*PLAIN.values(), *LAST.values(), *ODD.values()], ids=[*PLAIN, *LAST, *ODD])
 def test_it_does_not_matter_how_an_answer_is_split(data):
     wanted = by_http_client(data)

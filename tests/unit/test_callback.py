@@ -48,6 +48,7 @@ def test_an_event_that_cannot_be_stored_is_not_answered(receiving, lines, monkey
     until(lambda: receiving.counted("unanswered") == 1)
 
 
+@pytest.mark.system
 def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, monkeypatch, quick):
     receiving.start()
     receiving.sink.fail_always(RejectedError("never"))
@@ -134,6 +135,7 @@ def test_what_no_route_takes_is_dropped_if_so_configured(receiving, lines):
     assert reason_of(receiving, lines, {"EventType": "Unknown"}) == (OK, "confirm", "no_route")
 
 
+@pytest.mark.system
 def test_an_event_for_a_failing_sink_is_stored_before_the_answer(receiving, lines):
     receiving.start()
     receiving.sink.fail_always(TransientError("away"))
@@ -156,6 +158,7 @@ def test_an_event_for_a_sink_in_a_pause_is_stored(receiving, lines):
     assert reason_of(receiving, lines, body(2)) == (OK, "store", "sink_paused")
 
 
+@pytest.mark.system
 def test_an_event_is_stored_if_its_sink_is_not_done_in_time(receiving, lines):
     receiving.start()
     receiving.sink.gate.clear()
@@ -430,6 +433,7 @@ def test_equal_content_without_a_task_id_is_new_after_an_answer(receiving, lines
     assert len(set(receiving.sink.accepted)) == 2
 
 
+@pytest.mark.system
 def test_an_unanswered_event_without_a_task_id_keeps_its_key(receiving, lines, monkeypatch, quick):
     monkeypatch.setattr(receiver, "LEASE_SECS", 1.0)
     receiving.start()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 from vodpoller.checkup.places import files_of_sinks
 from vodpoller.config import load as config
@@ -1179,7 +1179,7 @@ def example_with_everything(*, files: bool, folder: Path) -> dict[str, Any]:
     data = tomllib.loads(text)
     for table in (data["api"], *data["sinks"].values()):
         if "ca_file" in table:
-            table["ca_file"] = DEFAULT_CA_BUNDLE_PATH
+            table["ca_file"] = requests.utils.DEFAULT_CA_BUNDLE_PATH
     for table in (data["credentials"], *data["sources"], *data["sinks"].values()):
         for twin in [key for key in table if f"{key}_file" in table]:
             name = table[f"{twin}_file"]

@@ -463,6 +463,7 @@ def test_handles_whose_lease_is_nearly_over_mix_with_no_other_pull(pullers):
     assert sorted(map(sorted, vod.calls)) == [["a0", "b0"], ["a1", "b1"], ["a2", "b2"], ["a3", "b3"], ["c"]]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("position", [0, 7, 15])
 def test_a_stale_handle_does_not_affect_handles_of_other_pulls(pullers, position):
     stale = f"h{position}"
@@ -522,6 +523,7 @@ def test_handles_left_undecided_are_not_mixed_with_other_pulls(pullers, stale):
     assert ["x0", "x1"] in vod.calls
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("lease_left_secs", [0.6, 1.0])
 def test_a_handle_that_no_call_takes_ends_with_its_own_lease(pullers, lease_left_secs):
     vod = Vod(slots_per_sec=0.4)
@@ -539,6 +541,7 @@ def test_a_handle_that_no_call_takes_ends_with_its_own_lease(pullers, lease_left
     assert max(group.took_secs.values()) < lease_left_secs + lateness.allowed_secs
 
 
+@pytest.mark.system
 def test_a_lease_that_ends_during_a_call_affects_no_other_handle(pullers):
     vod = Vod(slots_per_sec=4)
     vod.limiter.acquire()
@@ -574,6 +577,7 @@ def test_a_call_that_hangs_delays_only_its_own_handles(pullers):
     assert hung.is_alive()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("error", "result", "calls_before"),
     [
@@ -599,6 +603,7 @@ def test_a_source_whose_confirms_are_refused_calls_rarely(pullers, error, result
     assert min(group.took_secs[f"h{number}"] for number in range(6)) <= 2.5
 
 
+@pytest.mark.system
 def test_the_pause_between_two_tries_begins_at_the_first_answer(pullers):
     vod = Vod()
     vod.refusal = RefusedHandlesError("what is that", error_code="InvalidParameterValue")
@@ -680,6 +685,7 @@ class Source:
         assert not any(thread.is_alive() for thread in self.threads), "a puller waits for ever"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("error", "result"),
     [
@@ -720,6 +726,7 @@ def test_a_source_that_is_refused_comes_to_rest_and_delays_no_other(log, lines, 
     assert not broken.handles
 
 
+@pytest.mark.system
 def test_a_stop_ends_the_waits(pullers):
     vod = Vod(slots_per_sec=0.4)
     vod.limiter.acquire()
@@ -804,6 +811,7 @@ BATCH = st.tuples(
 )
 
 
+@pytest.mark.system
 @settings(  # each example takes a second or more
     max_examples=settings().max_examples // 6, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -312,6 +312,7 @@ def test_an_attempt_is_repeated_within_the_deadline(bench):
     assert worker.sink.calls == [keys(1), keys(1)]
 
 
+@pytest.mark.system
 def test_retry_after_is_honoured(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(TransientError("busy", retry_after_secs=0.9))
@@ -591,6 +592,7 @@ def test_a_probe_waits_for_the_end_of_a_pause_too(bench, paused):
     assert len(paused.sink.calls) == 2
 
 
+@pytest.mark.system
 def test_events_that_can_wait_for_a_pauses_end_stay_in_the_queue(bench):
     worker = bench.worker(MemorySink())
     worker.sink.fail_with(TransientError("busy", retry_after_secs=0.7))

@@ -221,6 +221,7 @@ def test_the_time_limit_ends_a_lookup_that_hangs(adapter_of):
     until(ended.is_set)
 
 
+@pytest.mark.system
 def test_all_steps_of_a_call_share_one_time_limit(adapter_of):
     def serve(connection, stopping):
         connection.recv(65_536)
@@ -580,6 +581,7 @@ def test_a_request_that_may_have_arrived_is_not_sent_again(adapter_of, answered,
     assert len(script.requests) == len(answered[:2])
 
 
+@pytest.mark.system
 def test_a_dead_idle_connection_leaves_time_for_a_new_one(adapter_of):
     kept = []
 

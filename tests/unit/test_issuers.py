@@ -186,6 +186,7 @@ def test_a_refusal_of_sts_is_an_operator_or_a_transient_error(receiver, code, ki
 # --- no answer --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system
 def test_a_call_to_a_metadata_service_that_hangs_ends_after_2_s(receiver):
     receiver.answer = Answer(hangs=True)
     began = time.monotonic()
@@ -204,6 +205,7 @@ def test_two_calls_share_the_two_seconds():
         assert "did not answer within 2 s" in problem_of(metadata(url, role="", monotonic=lambda: times[0]))
 
 
+@pytest.mark.system
 def test_an_address_where_nothing_answers_is_a_no_answer_error(receiver):
     with black_hole() as port:
         assert "127.0.0.1" in problem_of(metadata(f"http://127.0.0.1:{port}"), NoAnswerError)

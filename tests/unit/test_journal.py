@@ -115,6 +115,7 @@ class Locked:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system
 def test_a_second_journal_on_the_same_file_is_refused(journal, opened):
     with pytest.raises(JournalError, match="another process has this journal open"):
         opened()

@@ -112,6 +112,7 @@ def test_an_incomplete_or_invalid_answer_does_not_count(run, raw, answer):
     assert (stats["lost"], stats["pushes_unanswered"], stats["push_answers"]) == (1, 3, {})
 
 
+@pytest.mark.system
 def test_the_next_try_comes_as_soon_as_one_has_failed(run, receiver):
     receiver.answer = Answer(hangs=True)
     simulator = run(receiver.url, push_limit_secs=2.0)
@@ -178,6 +179,7 @@ def test_concurrent_pushes_are_limited_by_open_files(run, receiver, monkeypatch)
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.system
 def test_the_fault_push_lost_spares_the_last_try(run, receiver):
     simulator = run(receiver.url, faults={"push.lost": 1.0}, push_limit_secs=2.0)
     simulator.feed(bodies(4))
@@ -196,6 +198,7 @@ def test_the_fault_push_reset_spares_the_last_try(run, receiver, name):
     assert 30 < len(receiver.received) < 90
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("slow_secs", "limit_secs", "pushes"), [(0.3, 20.0, 1), (30.0, 2.0, 2)])
 def test_a_slow_answer_counts_if_it_is_in_time(run, receiver, slow_secs, limit_secs, pushes):
     began = time.monotonic()

@@ -113,6 +113,7 @@ def test_the_cache_of_an_event_type_leaves_out_the_result_of_where():
     assert router.route(event(8, event_type="A")).sinks == ("all",)
 
 
+@pytest.mark.system
 @pytest.mark.long
 def test_very_many_event_types_do_not_fill_the_memory():
     router = Router([Route()])

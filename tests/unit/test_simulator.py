@@ -746,6 +746,7 @@ def test_the_right_sub_app_id_gets_its_events(run, client):
     assert len(api.call("PullEvents", {"SubAppId": 5})["EventSet"]) == 1
 
 
+@pytest.mark.system
 def test_the_quota_holds_over_a_sliding_second_for_each_action(run, client):
     simulator = run(requests_per_sec=3)
     api = client(simulator)
@@ -839,6 +840,7 @@ def test_confirms_of_one_application_can_be_refused_in_every_lease(run, client, 
     assert simulator.stats()["confirmed"] == 2
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("stale", "confirmed"), [("atomic", 0), ("per_handle", 3)])
 def test_a_refused_confirm_is_a_parameter_error_until_redelivery(run, client, stale, confirmed):
     simulator = run(events=4, stale=stale, forget_confirms=1, visibility_secs=1.0, poll_secs=10.0)
@@ -1017,6 +1019,7 @@ def test_a_truncated_answer_breaks_the_connection_or_the_json(run, client):
     assert simulator.stats()["outstanding"] == 20
 
 
+@pytest.mark.system
 def test_the_lease_of_a_slow_answer_starts_before_its_delay(run, client):
     simulator = run(events=1, faults={"slow": 1.0}, slow_secs=0.4, visibility_secs=0.1)
     api = client(simulator)
@@ -1026,6 +1029,7 @@ def test_the_lease_of_a_slow_answer_starts_before_its_delay(run, client):
     assert code_of(api.confirm(handles)) == "InvalidParameterValue.EventHandle"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("slow", ["confirm", "pull"])
 def test_calls_of_one_action_can_hang_while_the_other_answers_at_once(run, client, slow):
     simulator = run(events=16, faults={f"{slow}.slow": 1.0}, slow_secs=1.5)

@@ -94,6 +94,7 @@ def test_parts_of_two_issued_keys_cannot_be_mixed(run):
     assert code_of(simulator, mixed) == "AuthFailure.SignatureFailure"
 
 
+@pytest.mark.system
 def test_a_key_that_has_ended_is_refused(run):
     simulator = run(credential_secs=1.0)
     key = key_of(simulator)
