@@ -780,7 +780,7 @@ def test_a_key_that_does_not_fit_the_provider_is_a_problem(tmp_path, table, key,
     assert "a-secret-id" not in problem
 
 
-def test_an_assumed_role_needs_a_lasting_key(tmp_path):
+def test_an_assumed_role_needs_a_permanent_key(tmp_path):
     problems = problems_of(VALID + ASSUME_ROLE, tmp_path, {})
     assert [problem.split(": ")[0] for problem in problems] == ["credentials.secret_id", "credentials.secret_key"]
 
@@ -811,7 +811,7 @@ def test_commands_that_do_not_call_vod_need_neither_key_nor_role(tmp_path):
     assert config.load(tmp_path / "config.toml", env={}, needs_key=False).role is None
     (tmp_path / "config.toml").write_text(text)
     loaded = config.load(tmp_path / "config.toml", env=ENV, needs_key=False)
-    assert (loaded.role, loaded.credentials().secret_id) == (None, "")  # the lasting key is not used in its place
+    assert (loaded.role, loaded.credentials().secret_id) == (None, "")  # the permanent key is not used in its place
 
 
 def test_a_reload_keeps_the_temporary_key_of_the_same_role_only(tmp_path):

@@ -244,7 +244,7 @@ def test_the_role_of_the_machine_is_requested_if_it_is_not_given(role):
     assert 55 < issued.life_secs < 60
 
 
-def test_sts_accepts_the_signature_of_the_lasting_key():
+def test_sts_accepts_the_signature_of_the_permanent_key():
     options = SimulatorOptions(credential_secs=60, **LASTING)
     with Simulator(options) as simulator:
         with closing(sts(simulator.url, external_id="partner")) as issuer:

@@ -184,7 +184,7 @@ def test_requests_go_on_as_soon_as_there_is_a_key_again(bench):
     assert bench.recoveries == 1
 
 
-def test_an_operator_error_rereads_the_lasting_key(bench):
+def test_an_operator_error_rereads_the_permanent_key(bench):
     bench.problem = PROBLEMS[1]
     bench.refresher.step()
     assert bench.reread == 1

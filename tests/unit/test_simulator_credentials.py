@@ -103,7 +103,7 @@ def test_a_key_that_has_ended_is_refused(run):
     assert code_of(simulator, key) == "AuthFailure.TokenFailure"
 
 
-def test_a_wrong_lasting_key_may_not_assume_a_role(run, monkeypatch):
+def test_a_wrong_permanent_key_may_not_assume_a_role(run, monkeypatch):
     simulator = run(**LASTING)
     provider = assumed_role(simulator, monkeypatch, secret_key="another-key")
     with pytest.raises(TencentCloudSDKException, match="SignatureFailure"):

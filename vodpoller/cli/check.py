@@ -64,6 +64,6 @@ def _key_of(config: Config) -> str:
         case CvmRole():
             return f"{config.role}; it is renewed automatically"
         case AssumedRole():
-            return f"{config.role}; it is renewed automatically. The lasting key: {given}"
+            return f"{config.role}; it is renewed automatically. The permanent key: {given}"
         case _:
             assert_never(config.role)

@@ -126,7 +126,7 @@ def _with_key(
     """
     given = dict(found)
     places = {key: _find_credential(draft, key, found) for key in ("secret_id", "secret_key")}
-    # A token belongs to one key: a token found in another place would make a lasting key invalid.
+    # A token belongs to one key: a token found in another place would make a permanent key invalid.
     token_place = _find_credential(draft, "token", found, only=places["secret_key"])
     is_missing = None in places.values() or (provider == "assume_role" and "role_arn" not in found)
     if is_missing and not needs_key:

@@ -235,7 +235,7 @@ class Api:
     def _assume_role(self, call: _Call) -> bytes:
         options = self._options
         if options.secret_id is not None:
-            self._verify(call.request, key_of=self._lasting_key_of, service="sts")
+            self._verify(call.request, key_of=self._permanent_key_of, service="sts")
         return self._issuing.assume_role(call.request, life_secs=options.credential_secs, now=self._now())
 
     def _authorize(self, call: _Call) -> None:
@@ -259,9 +259,9 @@ class Api:
         verify(request, key_of=key_of, now=self._now(), service=service)
 
     def _key_of(self, secret_id: str) -> Key | None:
-        return self._lasting_key_of(secret_id) or self._issuing.key_of(secret_id)
+        return self._permanent_key_of(secret_id) or self._issuing.key_of(secret_id)
 
-    def _lasting_key_of(self, secret_id: str) -> Key | None:
+    def _permanent_key_of(self, secret_id: str) -> Key | None:
         options = self._options
         if options.secret_key is None or secret_id != options.secret_id:
             return None

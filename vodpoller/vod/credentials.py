@@ -22,7 +22,7 @@ class Credentials:
     Args:
         secret_id: Identifies the key; not secret.
         secret_key: Signs requests; never sent.
-        token: The token of a temporary key; empty for a lasting key.
+        token: The token of a temporary key; empty for a permanent key.
     """
 
     secret_id: str
@@ -37,7 +37,7 @@ class StaticCredentials:
     Args:
         secret_id: Tencent's SecretId.
         secret_key: The SecretKey that belongs to it.
-        token: The token of a temporary key; None for a lasting key.
+        token: The token of a temporary key; None for a permanent key.
         origins: For messages: the place where each of them was found, by its name.
     """
 
@@ -104,7 +104,7 @@ class CvmRole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssumedRole:
-    """A role that a lasting key may assume. STS issues its temporary keys.
+    """A role that a permanent key may assume. STS issues its temporary keys.
 
     Args:
         role_arn: `qcs::cam::uin/ACCOUNT:roleName/NAME`.

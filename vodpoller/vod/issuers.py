@@ -140,12 +140,12 @@ class MetadataService:
 
 
 class Sts:
-    """Issues keys of a role that a lasting key may assume.
+    """Issues keys of a role that a permanent key may assume.
 
     Args:
         settings: The role, and the address of STS.
-        key: The lasting key.
-        key_renewal: What the operator must do after replacing the lasting key, so that the new one is used.
+        key: The permanent key.
+        key_renewal: What the operator must do after replacing the permanent key, so that the new one is used.
         ca_file: PEM file with the root certificates for the certificate of STS; None: those of the environment, or of
             the public CAs.
         transport: Sends the requests; None: a `DeadlineAdapter` with `ca_file`.
@@ -242,8 +242,8 @@ class Sts:
             return TransientError(message, error_code=code, request_id=request_id)
         return OperatorError(
             message,
-            advice="is role_arn right, does the role trust the account of the lasting key, and may that key call"
-            f" sts:AssumeRole? After replacing the lasting key, {self._key_renewal}",
+            advice="is role_arn right, does the role trust the account of the permanent key, and may that key call"
+            f" sts:AssumeRole? After replacing the permanent key, {self._key_renewal}",
             error_code=code,
             request_id=request_id,
         )

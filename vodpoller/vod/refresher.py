@@ -47,7 +47,7 @@ class Refresher:
         provider: `credentials.provider`, for log lines and the status.
         keys: The key in use, and the former keys, which are hidden; may already hold a key from before a reload.
         telemetry: Destination of log lines and counts.
-        on_operator_error: Called if only the operator can end the cause of a failed renewal; reads the lasting key
+        on_operator_error: Called if only the operator can end the cause of a failed renewal; reads the permanent key
             again.
         on_recovered: Called if requests failed because there was no key, and a key is there now.
         liveness: Records each attempt, for the watchdog.
@@ -297,8 +297,8 @@ def issuer_of(role: Role, *, key: StaticCredentials, key_renewal: str, ca_file: 
 
     Args:
         role: The role.
-        key: The lasting key that assumes it.
-        key_renewal: What the operator must do after replacing the lasting key, so that the new one is used.
+        key: The permanent key that assumes it.
+        key_renewal: What the operator must do after replacing the permanent key, so that the new one is used.
         ca_file: PEM file with the root certificates for the certificate of STS.
     """
     match role:
