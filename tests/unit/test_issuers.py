@@ -191,7 +191,7 @@ def test_a_call_to_a_metadata_service_that_hangs_ends_after_2_s(receiver):
     receiver.answer = Answer(hangs=True)
     began = time.monotonic()
     assert "did not answer within 2 s" in problem_of(metadata(base_of(receiver)), NoAnswerError)
-    assert time.monotonic() - began >= METADATA_SECS
+    assert METADATA_SECS <= time.monotonic() - began < METADATA_SECS + 10.0
 
 
 def test_two_calls_share_the_two_seconds():

@@ -89,3 +89,25 @@ def test_without_a_limit_no_call_is_delayed():
     pause.end()
     assert not pause.holds
     assert pause.room(1000) is None
+
+
+@pytest.mark.parametrize("passed_secs", [0.0, 10.0], ids=["during it", "at its end"])
+def test_a_wait_that_the_receiver_asked_for_is_named(passed_secs):
+    clock = FakeClock()
+    pause = Pause(max_per_minute=None, call_secs=5.0, monotonic=clock)
+    pause.ask(10.0)
+    clock.advance(passed_secs)
+    assert (
+        pause.why("503 Service Unavailable", "noon") == "the receiver asked to wait until noon: 503 Service Unavailable"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked_secs", "words"),
+    [(3600.0, "the receiver asked to wait"), (1.0, "max_per_minute = 20")],
+    ids=["asked", "limit"],
+)
+def test_of_two_reasons_to_wait_the_longer_one_is_named(asked_secs, words):
+    pause = Pause(max_per_minute=20, call_secs=5.0, monotonic=FakeClock())
+    pause.ask(asked_secs)
+    assert words in pause.why("429 Too Many Requests", "noon")

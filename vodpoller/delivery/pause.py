@@ -127,7 +127,7 @@ class Pause:
             error: The receiver's error that asked to wait.
             until: The time from which the event may be sent.
         """
-        if self.is_asked:
+        if self._spacing is None or self.asked_until >= self._spacing.free_at():
             return f"the receiver asked to wait until {until}: {error}"
         return f"it may be sent at {until} (max_per_minute = {self._max_per_minute}), when its lease has ended"
 

@@ -6,9 +6,7 @@ is held. Writes are many short transactions. The daemon refers to a row that it 
 moved meanwhile; and a row that was only made due again is deleted as usual when its delivery succeeds.
 """
 
-import fcntl
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
+from vodpoller.durable import is_locked
 from vodpoller.errors import JournalError, UnusableJournalError
 from vodpoller.events.event import Event, restore_event
 from vodpoller.events.snapshots import event_fields
@@ -296,13 +295,7 @@ class Letters:
     def is_in_use(self) -> bool:
         """Whether a daemon (or another command that delivers) has the journal."""
         with suppress(OSError):
-            lock_fd = os.open(f"{self._path}.lock", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            finally:
-                os.close(lock_fd)
+            return is_locked(Path(f"{self._path}.lock"))
         return False
 
     def count(self, wanted: Filter) -> int:
