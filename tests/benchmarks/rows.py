@@ -318,7 +318,8 @@ def postgresql(effort):
                 db.execute(statement)
         consumers = [Vodpoller(sinks=sink), SqlLoop(dsn=server.dsn)]
         title = "A table of PostgreSQL on the same machine; 50 ms round trip, 100 requests/s"
-        return compare(effort, title, load, consumers)
+        # The baseline may be version 0.1, which has no such sink.
+        return compare(replace(effort, baseline=None), title, load, consumers)
 
 
 def slow_sink(effort):
