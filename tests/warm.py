@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE_THE_FIRST_LINE = ("PYTHON", "LC_", "LANG")
 CLOSED = -4  # beside subprocess.PIPE, STDOUT and DEVNULL
+NEVER_FORK = threading.Event()  # set for measurements: a fork starts sooner, shares memory and has imported more
 
 
 class WarmProcess:
@@ -78,9 +79,8 @@ def start(module, args, *, env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVN
         stderr: As stdin.
     """
     command = [sys.executable, "-m", module, *map(str, args)]
-    warm = _the_warm_process()
     asked = (stdin, stdout, stderr)
-    if _before_the_first_line(env) != _before_the_first_line(warm.env):
+    if NEVER_FORK.is_set() or _before_the_first_line(env) != _before_the_first_line((warm := _the_warm_process()).env):
         assert CLOSED not in asked, "only what is forked can be started with a closed stream"
         return subprocess.Popen(command, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
     sys.audit("subprocess.Popen", sys.executable, command, None, env)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import benchmarks
+from tests import benchmarks, warm
 from tests.benchmarks.effort import Effort
 from tests.benchmarks.report import machine
 from tests.benchmarks.rows import ROWS
@@ -51,6 +51,7 @@ def effort_of(options, folder):
 
 
 def main():
+    warm.NEVER_FORK.set()
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
         description=benchmarks.__doc__,
