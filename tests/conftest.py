@@ -2,7 +2,6 @@ import functools
 import gc
 import os
 import signal
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from itertools import accumulate, groupby
@@ -29,14 +28,6 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("quick")
-
-
-def pytest_xdist_setupnodes():
-    """In a fresh clone, compile the test modules once; otherwise each worker would compile all of them."""
-    compiled = f"*.{sys.implementation.cache_tag}-pytest-*.pyc"
-    if sys.pycache_prefix is None and not any((Path(__file__).parent / "unit" / "__pycache__").glob(compiled)):
-        collect = [sys.executable, "-m", "pytest", "--collect-only", "--quiet"]
-        subprocess.run(collect, stdout=subprocess.DEVNULL, check=False)  # the workers report what is wrong
 
 
 def pytest_xdist_auto_num_workers(config):
