@@ -265,7 +265,7 @@ def test_only_errors_that_a_person_must_fix_stop_the_service(tmp_path, log, monk
             raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Path, "mkdir", lambda self, *mode, **more: (fails(self), make(self, *mode, **more)))
-    monkeypatch.setattr(os, "open", lambda name, *more: (fails(name), open_file(name, *more))[1])
+    monkeypatch.setattr(os, "open", lambda name, *args, **more: (fails(name), open_file(name, *args, **more))[1])
     with pytest.raises(JournalError, match=os.strerror(code)) as raised:
         SqliteJournal(path, max_bytes=1, ledger_days=1, telemetry=Telemetry(log))
     assert type(raised.value) is kind
