@@ -117,7 +117,7 @@ class Receiving:
         return self.sinks["archive"]
 
     def push(self, content, *, path=PATH, method="POST", timeout=20, **headers):
-        """Send one request; returns the status and the body of the answer, or None if there is no answer."""
+        """Send one request; returns the status and the body of the answer, or None without an answer."""
         data = content if isinstance(content, bytes | str) else json.dumps(content)
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
             connection.request(method, path, data, {name.replace("_", "-"): it for name, it in headers.items()})

@@ -1,4 +1,4 @@
-"""Pulling: decides when to pull, and how many pulls are outstanding, with pullers and their permits."""
+"""Pulling: decides when to pull, and the number of outstanding pulls, with pullers and their permits."""
 
 import threading
 import time

@@ -257,7 +257,7 @@ class Status:
         key = self.credentials
         if key.failing_since is None or self.at - key.failing_since < RENEWAL_SECS <= (key.expires_at or 0) - self.at:
             return
-        until = f"the temporary key ends at {timestamp(key.expires_at)}" if key.expires_at else "there is no key yet"
+        until = f"the temporary key ends at {timestamp(key.expires_at)}" if key.expires_at else "no key was issued yet"
         yield Problem(
             what="credentials",
             cause=f"renewing has failed since {timestamp(key.failing_since)}, and {until}: {key.error}",

@@ -201,7 +201,7 @@ class Upkeep:
         for source, ask in queues.items():
             if self._stopping:
                 return
-            with suppress(VodpollerError):  # the key may lack the right to ask: then there is no value
+            with suppress(VodpollerError):  # the key may lack the right to ask: then the value is missing
                 waiting[("source", source),] = ask()
         if not self._stopping:  # else the daemon that replaces this one may have set newer values already
             self._telemetry.set(Gauge.QUEUE_EVENTS, waiting)

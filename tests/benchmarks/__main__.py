@@ -17,7 +17,7 @@ from tests.benchmarks.rows import ROWS
 def rows_of(text):
     names = list(ROWS) if text == "all" else text.split(",")
     if unknown := [name for name in names if name not in ROWS]:
-        raise argparse.ArgumentTypeError(f"there is no row {unknown[0]!r}; the rows are: all, {', '.join(ROWS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a row; the rows are: all, {', '.join(ROWS)}")
     return names
 
 

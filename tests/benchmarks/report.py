@@ -28,7 +28,7 @@ class Table:
 
 
 def number(value, digits=0, unit=""):
-    """A cell; a dash if there is no value."""
+    """A cell; a dash without a value."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,.{digits}f}{unit}"

@@ -86,7 +86,9 @@ def test_invalid_keys_are_refused(wrong, expected):
 
 
 def test_without_an_api_key_the_sink_is_not_made(opened):
-    with pytest.raises(ConfigError, match=r"^sinks\.bus: there is no API key .*\[credentials\]"):
+    with pytest.raises(
+        ConfigError, match=r"^sinks\.bus: the API key that signs its requests is missing .*\[credentials\]"
+    ):
         opened(None)
 
 
@@ -376,5 +378,5 @@ def test_a_probe_says_what_cannot_be_reached():
 
 
 def test_a_probe_without_an_api_key_says_so():
-    with pytest.raises(ConfigError, match="there is no API key"):
+    with pytest.raises(ConfigError, match="the API key that signs its requests is missing"):
         TencentSink.probe("bus", settings(), sink_context())

@@ -39,7 +39,7 @@ def refusal_of(monkeypatch, capsys):
 
 def test_an_unknown_row_is_refused_with_the_names_of_all_rows(refusal_of):
     stderr = refusal_of("--rows", "nonsense")
-    assert "there is no row 'nonsense'" in stderr
+    assert "'nonsense' is not a row" in stderr
     assert "paced" in stderr
 
 

@@ -32,7 +32,11 @@ def assert_fails(done, code, *phrases):
 
 MISTAKES = {
     "no TOML": ("[api]", "[api", "line 1"),
-    "unknown key": ("lease_secs", "leese_secs", "api.leese_secs: there is no such key here (did you mean lease_secs?)"),
+    "unknown key": (
+        "lease_secs",
+        "leese_secs",
+        "api.leese_secs: this key does not exist here (did you mean lease_secs?)",
+    ),
     "wrong type": ('name = "main"', "name = 1", "sources[0].name"),
     "plain http elsewhere": ("127.0.0.1", "vod.example", "api.endpoint"),
     "a route to no sink": ('sinks = ["archive"]', 'sinks = ["archiv"]', "routes"),
@@ -72,7 +76,7 @@ def test_all_mistakes_are_reported_at_once(system, command):
 def test_a_missing_configuration_ends_with_78(tmp_path, command):
     done = run_command(command, "-c", tmp_path / "nowhere.toml")
 
-    assert_fails(done, EX_CONFIG, f"{tmp_path}/nowhere.toml: there is no such file")
+    assert_fails(done, EX_CONFIG, f"{tmp_path}/nowhere.toml: the file does not exist")
 
 
 @pytest.mark.parametrize("command", ["run", "check"])

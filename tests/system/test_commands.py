@@ -116,7 +116,7 @@ def test_without_a_journal_the_error_says_when_it_is_created(system, command):
 def test_commands_without_a_configuration_end_with_78(tmp_path, command):
     path = tmp_path / "nowhere.toml"
 
-    assert_fails(run_command(*command, "-c", path), EX_CONFIG, f"{path}: there is no such file")
+    assert_fails(run_command(*command, "-c", path), EX_CONFIG, f"{path}: the file does not exist")
 
 
 @pytest.mark.parametrize("command", READERS + WRITERS, ids=" ".join)
@@ -402,7 +402,7 @@ def test_show_with_pending_finds_only_pending_events(system):
     prepared(system, letter(1), letter(2, dead=False, reason="sink_failed"))
 
     assert json.loads(letters_command(system, "show", "2", "--pending", "--json").stdout)["state"] == "pending"
-    assert_fails(letters_command(system, "show", "1", "--pending"), 1, "there is no pending event 1")
+    assert_fails(letters_command(system, "show", "1", "--pending"), 1, "the pending event 1 does not exist")
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

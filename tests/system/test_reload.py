@@ -111,7 +111,7 @@ def test_a_reload_without_a_daemon_is_exit_1(system):
 def test_a_missing_configuration_reloads_no_other_daemon(system):
     done = run_command("reload", "-c", system.folder / "mistyped.toml")
     assert done.returncode == 78
-    assert "mistyped.toml: there is no such file" in done.stderr
+    assert "mistyped.toml: the file does not exist" in done.stderr
 
 
 def test_a_broken_file_is_refused_and_the_daemon_continues(system):

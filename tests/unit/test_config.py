@@ -177,7 +177,7 @@ def test_the_tilde_of_a_named_user_is_that_users_home_folder(tmp_path):
         ("$HOME/x", 'has a "$" without a variable (write ${HOME};'),
         ("/srv/$${x/$1", 'has a "$" without a variable (write ${NAME};'),
         ("/srv/x$", 'has a "$" without a variable (write ${NAME};'),
-        ("~no-such-user/x", 'begins with a ~, but there is no user "no-such-user" (write'),
+        ("~no-such-user/x", 'begins with a ~, but the user "no-such-user" does not exist (write'),
     ],
 )
 def test_a_dollar_or_tilde_that_means_nothing_in_a_path_is_an_error(key, place, path, words, tmp_path):
@@ -303,10 +303,10 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
     ("text", "key", "words"),
     [
         # keys that do not exist
-        (VALID + "[api]\ntimout_secs = 3", "api.timout_secs", ["no such key", "did you mean timeout_secs?"]),
-        (VALID + "[lok]\nlevel = 'info'", "lok", ["no such key", "did you mean log?"]),
-        (VALID + "[log]\nzzz = 1", "log.zzz", ["no such key", "level, format"]),
-        ("level = 'info'" + VALID, "level", ["no such key here", "[log]"]),
+        (VALID + "[api]\ntimout_secs = 3", "api.timout_secs", ["this key does not exist", "did you mean timeout_secs?"]),
+        (VALID + "[lok]\nlevel = 'info'", "lok", ["this key does not exist", "did you mean log?"]),
+        (VALID + "[log]\nzzz = 1", "log.zzz", ["this key does not exist", "level, format"]),
+        ("level = 'info'" + VALID, "level", ["this key does not exist here", "[log]"]),
         (VALID + "[log]\nmax_concurrent_pulls = 3", "log.max_concurrent_pulls", ["[[sources]]"]),
         (
             replaced('name = "main"', 'name = "main"\nmax_lanes = 3'),
@@ -397,7 +397,7 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
         (
             replaced('["archive"]', '["archive", "archvie"]'),
             "routes.all.sinks",
-            ['there is no sink "archvie" (did you mean "archive"?', 'there are: "archive"'],
+            ['the sink "archvie" does not exist (did you mean "archive"?', 'there are: "archive"'],
         ),
         (replaced('["archive"]', '["archive"]\nsources = ["mian"]'), "routes.all.sources", ['did you mean "main"?']),
         (replaced('["archive"]', '["archive"]\nsources = []'), "routes.all.sources", ["is empty"]),
@@ -521,7 +521,7 @@ def test_text_that_is_not_toml_is_one_problem_with_line_and_column(tmp_path, tex
 
 
 def test_the_error_of_a_missing_file_names_the_file_to_copy(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.toml: there is no such file \(copy config\.example\.toml"):
+    with pytest.raises(ConfigError, match=r"none\.toml: the file does not exist \(copy config\.example\.toml"):
         config.load(tmp_path / "none.toml", env=ENV)
 
 

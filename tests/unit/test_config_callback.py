@@ -37,7 +37,7 @@ def problems_of(folder, *sources, **tables):
 def test_a_pull_key_at_a_callback_source_is_refused(tmp_path, key):
     (problem,) = problems_of(tmp_path, {**CALLBACK, key: 1})
     assert problem.startswith(
-        f"sources.pushed.{key}: there is no such key here (it belongs under [[sources]] with type"
+        f"sources.pushed.{key}: this key does not exist here (it belongs under [[sources]] with type"
     )
     assert '"pull"' in problem
 
@@ -48,7 +48,7 @@ def test_a_pull_key_at_a_callback_source_is_refused(tmp_path, key):
 )
 def test_a_callback_key_at_a_pull_source_is_refused(tmp_path, key):
     (problem,) = problems_of(tmp_path, {"name": "main", key: "x"}, env=KEY)
-    assert problem.startswith(f"sources.main.{key}: there is no such key here (it belongs under ")
+    assert problem.startswith(f"sources.main.{key}: this key does not exist here (it belongs under ")
     assert '[[sources]] with type = "callback"' in problem
 
 

@@ -823,7 +823,7 @@ def test_nothing_stays_in_flight_if_the_ledger_fails(bench, error):
 def test_a_requeued_event_belongs_to_the_thread_that_takes_it(bench, monkeypatch):
     worker = bench.worker(MemorySink(concurrency=2, batch_events=2))
     hold_first(bench, worker)
-    give_back, slow = worker._give_back, [True]  # noqa: SLF001 - there is no public seam between these two steps
+    give_back, slow = worker._give_back, [True]  # noqa: SLF001 - these two steps have no public seam between them
 
     def late(taken):
         if slow and len(taken) == 2:  # the thread that had the batch waits until another has its events

@@ -81,7 +81,7 @@ def replay(letters, *sinks, router=None, to=None, **wanted):
 
 
 def test_a_missing_journal_is_reported_with_when_it_is_made(path):
-    with pytest.raises(JournalError, match="there is no journal yet: vodpoller makes it when it first runs"):
+    with pytest.raises(JournalError, match="the journal does not exist yet: vodpoller makes it when it first runs"):
         Letters(path)
     assert not path.exists()
 

@@ -168,7 +168,7 @@ def test_a_key_that_ends_soon_is_logged_once_as_an_error(bench):
 def test_a_first_attempt_that_fails_is_not_repeated_by_requests(bench):
     bench.problem = PROBLEMS[0]
     for _ in range(5):
-        with pytest.raises(NoKeyError, match="there is no temporary key yet"):
+        with pytest.raises(NoKeyError, match="no temporary key was issued yet"):
             bench.refresher()
     assert len(bench.asked_at) == 1
 

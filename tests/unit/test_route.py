@@ -86,7 +86,7 @@ def test_a_missing_file_ends_with_1(run, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ('sinks = ["hook"]', 'routes.uploads.sinks: there is no sink "hok"'),
+        ('sinks = ["hook"]', 'routes.uploads.sinks: the sink "hok" does not exist'),
         ('unrouted = "dead_letter"', "sources.main.unrouted: is missing"),
         ("where = \"FileUploadEvent.FileId == '5285890784246869930'\"", "routes.uploads.where"),
     ],

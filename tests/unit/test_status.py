@@ -91,7 +91,7 @@ def test_a_callback_source_without_callbacks_is_not_a_problem():
         (
             {"credentials": key(failing_since=NOW - 1, error="it hangs", is_usable=False)},
             "credentials",
-            ["there is no key yet: it hangs"],
+            ["no key was issued yet: it hangs"],
         ),
         (
             {"sinks": [SinkStatus(name="hook", down_since=NOW - 90, next_try_at=NOW + 9, error="HTTP 503")]},

@@ -92,7 +92,7 @@ def show(letter_id: int, config_path: Path, *, pending: bool, as_json: bool) -> 
         found = next((pair for which in wanted for pair in letters.with_bodies(which)), None)
     if found is None:
         what = "pending event" if pending else "stored event"
-        fail([f"there is no {what} {letter_id} (see `vodpoller deadletters list`)"], EXIT_FAILURE)
+        fail([f"the {what} {letter_id} does not exist (see `vodpoller deadletters list`)"], EXIT_FAILURE)
     row, body = found
     text = body.decode(errors="replace")
     if as_json:

@@ -107,7 +107,7 @@ def report_missing(letters: Letters, ids: Sequence[int], *, pending: bool, also_
         elif number in existing["pending"]:
             why = f"{number} is a pending event, not a dead letter (add --pending)"
         else:
-            why = f"there is no {'pending event' if pending else 'dead letter'} {number}"
+            why = f"the {'pending event' if pending else 'dead letter'} {number} does not exist"
             why += " (see `vodpoller deadletters list`)"
         click.echo(f"vodpoller: {why}", err=True)
     return bool(missing)

@@ -34,7 +34,7 @@ def reload(config_path: Path, *, pid: int | None) -> None:
     Exit code 0: the reload is done. 78: the configuration was refused. 1: no daemon runs, or it did not answer in time.
     """
     if not pid and not config_path.exists():  # the default journal may belong to another daemon
-        fail([f"{config_path}: there is no such file"], EXIT_CONFIG)
+        fail([f"{config_path}: the file does not exist"], EXIT_CONFIG)
     journal, daemon = read_leniently(config_path, env=os.environ)
     path = (socket_of_process(pid) if pid else None) or socket_path(journal.path)
     _print_result(_ask_reload(path, daemon.shutdown_secs + BEYOND_STOP_SECS))

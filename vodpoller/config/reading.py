@@ -29,7 +29,7 @@ def read_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(
-            [f"{path}: there is no such file (copy config.example.toml there and edit it, or name a file with -c)"]
+            [f"{path}: the file does not exist (copy config.example.toml there and edit it, or name a file with -c)"]
         ) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -94,7 +94,7 @@ class _Replacement:
         try:
             home = (user == "~" and self._env.get("HOME")) or _home_of(user[1:])
         except KeyError:
-            whose = f"there is no user {quoted(user[1:])}" if user != "~" else "this user has no home"
+            whose = f"the user {quoted(user[1:])} does not exist" if user != "~" else "this user has no home"
             self._problems.add(
                 where, f"begins with a ~, but {whose} (write the whole path; or ./~ if the name itself begins with ~)"
             )

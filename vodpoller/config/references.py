@@ -150,7 +150,9 @@ def _check_names_exist(draft: Draft, where: Location, names: Any, known: Collect
     for at, name in texts_in(names).items():
         if name not in known and not draft.problems.any_at((*where, at)):
             others = f"there are: {quoted_all(known)}" if known else f"there are no {kind} at all"
-            draft.problems.add(where, f"there is no {kind[:-1]} {quoted(name)} ({suggestion(name, known)}{others})")
+            draft.problems.add(
+                where, f"the {kind[:-1]} {quoted(name)} does not exist ({suggestion(name, known)}{others})"
+            )
 
 
 def _check_event_types(draft: Draft) -> None:
@@ -199,7 +201,7 @@ def _check_listener(draft: Draft, listener: Listener | None) -> None:
     if listener.is_exposed:
         draft.problems.add(
             ("listener", "unauthenticated"),
-            "is false, there is no password_file, and other machines can reach the address (set password_file; or"
+            "is false, password_file is missing, and other machines can reach the address (set password_file; or"
             " unauthenticated = true, if everyone who can reach it may see its pages; or an address that only this"
             " machine can reach, such as 127.0.0.1:9464)",
         )

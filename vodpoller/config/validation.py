@@ -75,7 +75,7 @@ class Validation:
         Args:
             name: The name of the list.
             model_of: Gives the model of a table.
-            example: What to write, for the message if there is no table.
+            example: What to write, for the message about a missing table.
         """
         items = self._draft.data.get(name)
         if not items and isinstance(items, list | None):

@@ -171,7 +171,7 @@ def unknown_key(key: str, known: Collection[str], elsewhere: Mapping[str, type[B
         hint = f"did you mean {near}?"
     else:
         hint = f"keys of this table: {', '.join(known)}" if known else "delete it"
-    return f"there is no such key here ({hint})"
+    return f"this key does not exist here ({hint})"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:

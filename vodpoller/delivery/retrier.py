@@ -237,7 +237,7 @@ class Retrier:
         """Wait for a result, gather others for `gather_secs`, and write all of them.
 
         Args:
-            within_secs: Time after which it returns if there is no result.
+            within_secs: Time after which it returns without a result.
         """
         with self._condition:
             self._condition.wait_for(lambda: self._results or self._stopped, within_secs)

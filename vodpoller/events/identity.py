@@ -126,7 +126,7 @@ class _Pulls:
 
         Returns:
             Monotonic time in seconds: VOD certainly no longer had occurrences whose lease was over at this time. Minus
-            infinity if there is no proof.
+            infinity without proof.
         """
         proofs = (
             empty.sent_at

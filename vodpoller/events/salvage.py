@@ -12,7 +12,7 @@ from typing import Final
 from vodpoller.events.codec import DEPTH_MAX, UnreadableError, decode_json
 from vodpoller.events.event import Malformed, PulledEvent, make_malformed, read_event
 
-# Quantifiers are possessive: there is no backtracking, so no text is scanned repeatedly.
+# Quantifiers are possessive, without backtracking, so no text is scanned repeatedly.
 _GAP: Final = r"[ \t\n\r]*+"
 _STRING: Final = r'"(?:[^"\\]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"'
 _NUMBER: Final = r"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+"

@@ -41,7 +41,7 @@ def events_in(text: str, *, source: str, sub_app_id: int | None) -> Iterator[Fou
 
     Args:
         text: Any text. An answer may have the form in which VOD sends it, or in which SDKs and tccli print it; if it
-            holds no event, there is no result.
+            holds no event, nothing is returned.
         source: Name of the source from which the events are assumed to be.
         sub_app_id: The SubAppId of the source.
     """

@@ -160,7 +160,7 @@ class DeadlineAdapter:
             The answer with its body unread. The caller closes it.
 
         Raises:
-            requests.RequestException: There is no answer. `failure_text` describes the reason.
+            requests.RequestException: No answer came. `failure_text` describes the reason.
             RootsError: The root certificates cannot be read.
             UnusableProxyError: The proxy in the environment cannot be used.
             ValueError: The head of the request holds a character that cannot be sent.

@@ -176,7 +176,7 @@ def http_date(text: str | None) -> float | None:
     """The Unix time in seconds of a date in a header (RFC 9110, section 5.6.7); None if it is not a valid date.
 
     Args:
-        text: The header's value; None if there is no such header.
+        text: The header's value; None without such a header.
     """
     try:
         date = parsedate_to_datetime(text) if text else None

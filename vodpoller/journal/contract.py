@@ -239,7 +239,7 @@ class Journal(Protocol):
 
         When this returns, it survives a loss of power. A pair that is in the ledger stays as it is. A line that does
         not name its event is taken as the oldest occurrence of its content that may come again and is not in the sink's
-        ledger. If there is no such occurrence, the line is skipped: either its event will not come again, or it will be
+        ledger. Without such an occurrence, the line is skipped: either its event will not come again, or it will be
         written twice.
 
         Raises:

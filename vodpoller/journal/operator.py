@@ -234,7 +234,7 @@ class Letters:
 
     Raises:
         UnusableJournalError: It is corrupt, of a later version, or not a journal.
-        JournalError: There is no journal, or it cannot be read now.
+        JournalError: The journal is missing, or cannot be read now.
     """
 
     def __init__(
@@ -256,7 +256,8 @@ class Letters:
             raise UnusableJournalError(problem)
         if not is_there:
             raise JournalError(
-                f"{path}: there is no journal yet: vodpoller makes it when it first runs (or journal.path is another)"
+                f"{path}: the journal does not exist yet: vodpoller makes it when it first runs"
+                " (or journal.path is another)"
             )
         options = "mode=rw" if writable else "mode=ro"
         try:
@@ -347,7 +348,7 @@ class Letters:
         return int(number)
 
     def body(self, row: int) -> bytes | None:
-        """The body of one stored event; None if there is no such row."""
+        """The body of one stored event; None if the row does not exist."""
         rows = self._read("SELECT body FROM letters WHERE id = ?", [row])
         return bytes(rows[0][0]) if rows else None
 

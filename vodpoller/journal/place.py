@@ -122,7 +122,7 @@ def lock_journal(path: Path) -> int:
 
 
 def device_and_inode(path: Path) -> tuple[int, int] | None:
-    """The device and inode of the file at a path; None if there is no file, or it cannot be examined."""
+    """The device and inode of the file at a path; None if it is missing or cannot be examined."""
     try:
         status = path.stat()
     except OSError:

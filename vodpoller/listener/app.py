@@ -93,7 +93,7 @@ class App:
         answer = self._paths.get(path)
         if answer is None:
             known = ", ".join(("/healthz", "/readyz", *self._paths))
-            return _text_answer(HTTPStatus.NOT_FOUND, f"there is no such page; the pages are {known}")
+            return _text_answer(HTTPStatus.NOT_FOUND, f"this page does not exist; the pages are {known}")
         return answer(view, environ)
 
     def _status(self, view: View, _environ: "WSGIEnvironment") -> Answer:

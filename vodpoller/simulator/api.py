@@ -290,8 +290,8 @@ class Api:
             raise ApiError("InvalidParameter", "SubAppId is an integer.")
         if self._options.sub_app_id is not None and sub_app_id != self._options.sub_app_id:
             if call.action == "PullEvents":
-                raise ApiError("ResourceNotFound.UserNotExist", "There is no such SubAppId.")
-            raise ApiError("InvalidParameterValue.SubAppId", "There is no such SubAppId.")
+                raise ApiError("ResourceNotFound.UserNotExist", "The SubAppId is not found.")
+            raise ApiError("InvalidParameterValue.SubAppId", "The SubAppId is not found.")
         return parameters
 
     def _execute(self, call: _Call, parameters: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ def answer_control(controlled: Controlled, request: Request, connection: Connect
 
 
 def _answer_of(controlled: Controlled, method: str, path: str, query: Mapping[str, list[str]], body: bytes) -> Any:
-    """The answer of the endpoint; None if there is no such endpoint."""
+    """The answer of the endpoint; None if the endpoint does not exist."""
     match method, path:
         case "GET", "/_stats":
             return controlled.stats()

@@ -58,7 +58,7 @@ def verify(request: Request, *, key_of: Callable[[str], Key | None], now: float,
         raise ApiError("AuthFailure.InvalidAuthorization", "The Authorization header is not that of signature v3.")
     key = key_of(claim["id"])
     if key is None:
-        raise ApiError("AuthFailure.SecretIdNotFound", "There is no such SecretId.")
+        raise ApiError("AuthFailure.SecretIdNotFound", "The SecretId is not found.")
     if not DIGITS.fullmatch(timestamp) or abs(now - int(timestamp)) > _SIGNATURE_SECS:
         raise ApiError("AuthFailure.SignatureExpire", f"X-TC-Timestamp is more than {_SIGNATURE_SECS} s off.")
     names = claim["headers"].split(";")

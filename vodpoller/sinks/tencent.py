@@ -120,7 +120,7 @@ class TencentSink(Sink[TencentConfig]):
         sleep: Waits that number of seconds, to keep to the quota.
 
     Raises:
-        ConfigError: There is no API key, or the proxy or certificate settings of the environment cannot be used.
+        ConfigError: The API key is missing, or the proxy or certificate settings of the environment cannot be used.
     """
 
     Config = TencentConfig
@@ -145,7 +145,7 @@ class TencentSink(Sink[TencentConfig]):
         self._expression = Expression(config.params)
         self._limiter = RateLimiter(rate, monotonic=context.monotonic, sleep=sleep)
         if context.credentials is None:
-            raise ConfigError([f"sinks.{name}: there is no API key to sign its requests with (see [credentials])"])
+            raise ConfigError([f"sinks.{name}: the API key that signs its requests is missing (see [credentials])"])
         self._sign = Tc3Auth(context.credentials, service=config.service, wall=self._time)
         self._headers = _headers(config)
         self._host = host_and_port(config.url)

@@ -189,7 +189,7 @@ def response_of(answer: Answer) -> Mapping[str, Any]:
     """The `Response` of an answer without an error code.
 
     Raises:
-        TransientError: There is no `Response`, or the HTTP status is not 200.
+        TransientError: `Response` is missing, or the HTTP status is not 200.
     """
     if answer.status != HTTPStatus.OK:
         raise _http_failure(answer)
@@ -224,7 +224,7 @@ def event_set(answer: Answer) -> list[Any]:
     """The elements of `EventSet` in an answer without an error code; none if `EventSet` is null or missing.
 
     Raises:
-        TransientError: There is no `Response`, or it does not have the form of VOD's answer to a pull.
+        TransientError: `Response` is missing, or it does not have the form of VOD's answer to a pull.
     """
     elements = response_of(answer).get("EventSet")
     if elements is None:

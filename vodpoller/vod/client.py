@@ -287,7 +287,7 @@ class VodClient:
             timeout_secs: The maximum time to wait.
 
         Returns:
-            False, without waiting, if there is no slot within the time.
+            False, without waiting, if no slot comes within the time.
         """
         return self._confirm.limiter.acquire(timeout_secs)
 
@@ -351,7 +351,7 @@ class VodClient:
 
     @property
     def skew_secs(self) -> float | None:
-        """VOD's time minus this machine's time, by the date of VOD's last answer; None if there is no such date."""
+        """VOD's time minus this machine's time, by the date of VOD's last answer; None without such a date."""
         header, received_at = self._last_date or (None, 0.0)
         server_time = http_date(header)
         return None if server_time is None else server_time - received_at

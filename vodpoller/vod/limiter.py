@@ -50,7 +50,7 @@ class RateLimiter:
             timeout_secs: The maximum time to wait; None: no maximum.
 
         Returns:
-            False, without waiting and without using a slot, if there is no slot within the time.
+            False, without waiting and without using a slot, if no slot comes within the time.
         """
         with self._lock:
             now = self._monotonic()

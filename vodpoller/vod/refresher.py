@@ -102,7 +102,7 @@ class Refresher:
         """The current key. The only wait is for the end of the first attempt to get a key.
 
         Raises:
-            NoKeyError: There is no key, or it has ended.
+            NoKeyError: The key is missing or has ended.
         """
         if not self._has_tried:
             with self._attempt_lock:
@@ -111,8 +111,8 @@ class Refresher:
         in_use = self._keys.in_use
         if in_use is not None and self._monotonic() < in_use.ends_at:
             return in_use.credentials
-        state = "there is no temporary key yet" if in_use is None else "the temporary key has ended"
-        # The text does not contain why there is no new key: that may change with each attempt, and the texts must be
+        state = "no temporary key was issued yet" if in_use is None else "the temporary key has ended"
+        # The text does not contain why a new key is missing: that may change with each attempt, and the texts must be
         # equal to count as one cause.
         raise NoKeyError(
             f"nothing was sent: {state}, and no new one was issued (see credentials.failed, or `vodpoller status`)",
@@ -187,7 +187,7 @@ class Refresher:
             issued = self._issuer()
         except VodpollerError as error:
             self._failed(error)
-        except Exception as error:  # noqa: BLE001 - any error means that there is no new key
+        except Exception as error:  # noqa: BLE001 - any error means that the new key is missing
             self._failed(TransientError(f"unexpected error: {type(error).__name__}"))  # its text may quote the key
         else:
             if self._stopping:

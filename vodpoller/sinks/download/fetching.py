@@ -161,7 +161,7 @@ class Fetcher:
 
         Raises:
             RejectedError: The image can never be fetched.
-            TransientError: There is no image in this answer; a later request may get it.
+            TransientError: This answer has no image; a later request may get it.
         """
         status = response.status_code
         where = shown(str(response.url))

@@ -61,7 +61,7 @@ class PathTemplate:
         there_are = ", ".join(f"{{{name}}}" for name in FIELDS)
         for _, name, spec, conversion in pieces:
             if name is not None and (name not in FIELDS or spec or conversion):
-                raise ValueError(f"there is no field {{{name}}} (there are: {there_are})")
+                raise ValueError(f"the field {{{name}}} does not exist (there are: {there_are})")
         for wanted, what in ((_EVENT_FIELDS, "events"), (_IMAGE_FIELDS, "images of an event")):
             if self.fields.isdisjoint(wanted):
                 fields = " or ".join(f"{{{name}}}" for name in wanted)

@@ -84,7 +84,7 @@ class ImageFolder:
         return saved_key is not None
 
     def _key_of_file(self, folder: int, parts: tuple[str, ...]) -> str | None:
-        """The key of the event whose image a file holds; empty if it is not known, None if there is no file."""
+        """The key of the event whose image a file holds; empty if it is not known, None without a file."""
         try:
             status = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:

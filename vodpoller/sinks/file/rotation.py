@@ -21,7 +21,7 @@ def zone(name: str) -> ZoneInfo:
         name: Its name in the IANA database, such as "Asia/Shanghai".
 
     Raises:
-        ValueError: There is no time zone with this name.
+        ValueError: The time zone does not exist.
     """
     try:
         return ZoneInfo(name)
