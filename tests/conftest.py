@@ -1,5 +1,4 @@
 import functools
-import gc
 import os
 import signal
 import sys
@@ -53,11 +52,6 @@ def pytest_collection_modifyitems(items):
 def pytest_ignore_collect(collection_path, config):
     """Do not import the folders of which `-m "not system"` deselects every test."""
     return True if config.option.markexpr == "not system" and collection_path in ONLY_SYSTEM else None
-
-
-def pytest_collection_finish():
-    """Exclude the thousands of collected tests, which live to the end, from every later garbage collection."""
-    gc.freeze()
 
 
 def spread(items):

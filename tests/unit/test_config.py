@@ -303,7 +303,11 @@ def test_the_origin_of_each_part_of_the_key_is_recorded(tmp_path):
     ("text", "key", "words"),
     [
         # keys that do not exist
-        (VALID + "[api]\ntimout_secs = 3", "api.timout_secs", ["this key does not exist", "did you mean timeout_secs?"]),
+        (
+            VALID + "[api]\ntimout_secs = 3",
+            "api.timout_secs",
+            ["this key does not exist", "did you mean timeout_secs?"],
+        ),
         (VALID + "[lok]\nlevel = 'info'", "lok", ["this key does not exist", "did you mean log?"]),
         (VALID + "[log]\nzzz = 1", "log.zzz", ["this key does not exist", "level, format"]),
         ("level = 'info'" + VALID, "level", ["this key does not exist here", "[log]"]),

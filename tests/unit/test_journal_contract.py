@@ -1034,6 +1034,7 @@ SILENT = {
 }
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("method", RAISING)
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
 def test_a_journal_that_is_broken_raises_storage_errors_only(place, how, method):
@@ -1043,6 +1044,7 @@ def test_a_journal_that_is_broken_raises_storage_errors_only(place, how, method)
         RAISING[method](journal, claimed)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("method", SILENT)
 @pytest.mark.parametrize("how", ["closed", "unwritable", "corrupt"])
 def test_silent_methods_do_not_raise_on_a_broken_journal(place, how, method):
