@@ -84,6 +84,21 @@ class FakePipeline:
     def answer(self, events=0, *, hung_secs=5.0, after="wait", may_lack_events=False):
         self.answers.put((events, hung_secs, after, may_lack_events))
 
+    def feed_until_pulling(self, number):
+        """Give full answers, one at a time, until this number of pulls is outstanding.
+
+        Pulls grow if an answer finds a free puller. On a busy machine, several answers in a row may find none.
+        """
+
+        def is_reached():
+            if self.answers.empty():
+                if self.pulling == number:
+                    return True
+                self.answer(16, hung_secs=0.0, after=None)
+            return False
+
+        until(is_reached, what=lambda: f"pulls outstanding: {self.pulling}, not {number}")
+
     def fail(self, error):
         self.answers.put(error)
 
@@ -242,18 +257,17 @@ def test_another_puller_pulls_before_a_puller_delivers(bench):
 
 def test_pulls_grow_with_the_backlog_up_to_max_concurrent_pulls(bench):
     poller, pipeline = bench.poller(max_concurrent_pulls=4)
+    pipeline.feed_until_pulling(4)
     for _ in range(40):
         pipeline.answer(16, hung_secs=0.0, after=None)
-    assert settles(lambda: (len(pipeline.pulls_at) > 40, pipeline.pulling), (True, 4))
+    assert settles(lambda: (pipeline.answers.empty(), pipeline.pulling), (True, 4))
     assert pipeline.most_pulling == 4
     assert sum(thread.name.startswith(f"puller-{poller.name}-") for thread in threading.enumerate()) == 4
 
 
 def test_pulls_shrink_to_one_when_the_backlog_is_gone(bench):
     _, pipeline = bench.poller(max_concurrent_pulls=4)
-    for _ in range(40):
-        pipeline.answer(16, hung_secs=0.0, after=None)
-    until(lambda: pipeline.pulling == 4)
+    pipeline.feed_until_pulling(4)
     for _ in range(3):
         pipeline.answer()
     assert settles(lambda: pipeline.pulling, 1)
@@ -419,10 +433,7 @@ def test_a_repeated_failure_makes_few_lines(bench, lines):
 def test_pulls_that_fail_together_count_as_one_failure(bench, lines):
     clock = FakeClock()  # so that they fail at the same time on a busy machine too
     _, pipeline = bench.poller(FakePipeline(clock), clock=clock, wait=waiting_on(clock), max_concurrent_pulls=4)
-    for _ in range(10):
-        pipeline.answer(16, hung_secs=0.0, after=None)
-    until(lambda: pipeline.pulling == 4)
-    until(pipeline.answers.empty)
+    pipeline.feed_until_pulling(4)
     for _ in range(4):
         pipeline.fail(TransientError("down"))
     assert settles(lambda: pipeline.pulling, 1)
