@@ -4,7 +4,7 @@ import signal
 import sys
 from importlib.metadata import entry_points
 from itertools import accumulate, groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import certifi
@@ -43,9 +43,11 @@ STARTING = {"certificate", "system", "tls_receiver"}  # fixtures, wherever they 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is obeyed
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if ONLY_SYSTEM.intersection(item.path.parents) or STARTING.intersection(item.fixturenames):
-            item.add_marker(pytest.mark.system)
+    for path, tests in groupby(items, key=attrgetter("path")):
+        is_system = not ONLY_SYSTEM.isdisjoint(path.parents)
+        for item in tests:
+            if is_system or not STARTING.isdisjoint(item.fixturenames):
+                item.add_marker(pytest.mark.system)
     items[:] = spread(items)
 
 
@@ -57,7 +59,7 @@ def pytest_ignore_collect(collection_path, config):
 def spread(items):
     """The modules of tests/system evenly among the others, so that no process of `-n auto` gets only such as wait."""
     parts = {True: [], False: []}
-    for _, tests in groupby(items, key=lambda item: item.path):
+    for _, tests in groupby(items, key=attrgetter("path")):
         module = list(tests)
         parts["system" in module[0].path.parts].append(module)
     placed = []

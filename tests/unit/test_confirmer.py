@@ -481,6 +481,7 @@ def test_a_stale_handle_does_not_affect_handles_of_other_pulls(pullers, position
     assert sum(set(call) <= sent_together for call in vod.calls) <= 9
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("stale", [["h0", "h1", "h2"], ["h0", "h7", "h15"], ["h4", "h20", "h39"]])
 def test_three_stale_handles_let_no_lease_of_other_pulls_end(pullers, stale):
     vod = Vod(slots_per_sec=40, stale=stale)

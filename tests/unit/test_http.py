@@ -138,6 +138,7 @@ def entry(address, port):
 # --- the time limit ---
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "serve",
     [

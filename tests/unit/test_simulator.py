@@ -821,6 +821,7 @@ def test_a_wrong_signature_is_reported_before_a_missing_right(run, sdk):
     assert sdk_code(sdk(simulator)) == "UnauthorizedOperation"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("stale", ["atomic", "per_handle"])
 @pytest.mark.parametrize(("refused", "other"), [(5, 6), (0, None)])
 def test_confirms_of_one_application_can_be_refused_in_every_lease(run, client, stale, refused, other):

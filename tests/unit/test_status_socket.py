@@ -97,6 +97,7 @@ def test_an_unreadable_request_does_not_stop_the_socket(listen, path, sent):
     assert ask(path, {}, timeout_secs=5) == {"asked": {}}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("sent", [b"", b"{"])
 def test_a_silent_client_delays_others_only_briefly(listen, path, sent, monkeypatch):
     monkeypatch.setattr(status_socket, "CLIENT_SECS", 0.3)

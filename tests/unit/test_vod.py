@@ -1089,6 +1089,7 @@ def test_the_whole_events_of_an_answer_beyond_the_deadline_are_kept(client_of):
     assert server.connections == 2
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", None])
 def test_silence_is_transient_within_the_timeout(client_of, sent):
     done = threading.Event()
