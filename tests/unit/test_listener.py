@@ -219,6 +219,17 @@ def test_a_body_beyond_the_limit_ends_the_connection(client, head):
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_body_within_the_limit_needs_no_file(client, monkeypatch):
+    made = []
+    monkeypatch.setattr("tempfile.TemporaryFile", made.append)
+    with closing(client.connect()) as connection:
+        length = BODY_MAX_BYTES - 1
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length)
+        connection.sendall(b"x" * length)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert made == []
+
+
 @pytest.mark.parametrize(
     "request_line", [b"nonsense\r\n\r\n", b"GET /healthz\r\n\r\n\x00", b"\x16\x03\x01\x02\x00\r\n\r\n"]
 )

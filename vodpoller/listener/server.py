@@ -27,11 +27,10 @@ CONNECTIONS: Final = 100
 IDLE_SECS: Final = 10
 CONNECTION_SECS: Final = 30.0
 HEAD_MAX_BYTES: Final = 16 * 1024
-BODY_MAX_BYTES: Final = 1024 * 1024
+BODY_MAX_BYTES: Final = 64 * 1024  # no body is used here; waitress keeps one of this size in memory
 RETRY_SECS: Final = 5.0
 STOP_SECS: Final = 2
 LOOP_SECS: Final = 0.2  # interval at which the loop checks whether it must stop
-_IN_MEMORY_BYTES: Final = 64 * 1024  # part of a body that waitress keeps in memory; no body is used here
 _OWN_DESCRIPTORS: Final = 2  # descriptors of its own that waitress counts as connections
 
 
@@ -132,7 +131,6 @@ class Listener:
             cleanup_interval=1,
             max_request_header_size=HEAD_MAX_BYTES,
             max_request_body_size=BODY_MAX_BYTES,
-            inbuf_overflow=_IN_MEMORY_BYTES,
             clear_untrusted_proxy_headers=True,
             log_socket_errors=False,
             asyncore_use_poll=True,
