@@ -27,7 +27,7 @@ def receiving(tmp_path, log):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """An unanswered request keeps its connection for less time."""
+    """An unanswered request keeps its connection for less time. An answer would have to come within that time, too."""
     monkeypatch.setattr(server, "ANSWER_SECS", 0.3)
 
 
@@ -49,12 +49,14 @@ def test_an_event_that_cannot_be_stored_is_not_answered(receiving, lines, monkey
 
 
 @pytest.mark.system
-def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, monkeypatch, quick):
+def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, lines, monkeypatch):
     receiving.start()
     receiving.sink.fail_always(RejectedError("never"))
     with monkeypatch.context() as full:
+        full.setattr(server, "ANSWER_SECS", 0.3)
         full.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
         assert [receiving.push(body(number)) for number in range(3)] == [None] * 3
+        settled(lines, 3)
     receiving.sink.behaviour = lambda events: None
     assert [receiving.push(body(number)) for number in range(3)] == [OK] * 3
     assert len(set(receiving.sink.accepted)) == 3
@@ -224,22 +226,28 @@ def test_the_old_format_is_stored_and_logged_with_its_remedy(receiving, lines):
 
 @pytest.fixture
 def together(receiving, monkeypatch):
-    """Callbacks that arrive while the first is at its sink wait; `push` then lets it go on and returns all answers."""
+    """Callbacks that arrive while the first is at its sink wait; `push` then lets it go on and returns all answers.
+
+    The connection of the one that is to stay unanswered ends soon.
+    """
     monkeypatch.setattr(receiver, "BATCHES_AT_ONCE", 1)
     monkeypatch.setattr(receiver, "LINGER_SECS", 60.0)
 
     def arrived():
         return receiving.receiver.status()[0].callbacks_in_flight + receiving.counted("unanswered")
 
-    def push(contents):
+    def push(contents, *, unanswered=None):
         receiving.sink.gate.clear()
         with ThreadPoolExecutor(8) as threads:
             first = threads.submit(receiving.push, body(0))
             until(lambda: receiving.sink.calls)
             later = []
             for content in contents:  # in this order
-                later.append(threads.submit(receiving.push, content))
-                until(lambda: arrived() == 1 + len(later))
+                with monkeypatch.context() as patched:
+                    if content is unanswered:
+                        patched.setattr(server, "ANSWER_SECS", 0.3)
+                    later.append(threads.submit(receiving.push, content))
+                    until(lambda: arrived() == 1 + len(later))
             receiving.sink.gate.set()
             return [answer.result() for answer in (first, *later)]
 
@@ -274,7 +282,7 @@ def test_an_event_that_waits_twice_reaches_its_sink_once(receiving, together):
     assert len(receiving.sink.accepted) == 2
 
 
-def test_an_error_in_reading_one_callback_affects_no_other(receiving, together, lines, monkeypatch, quick):
+def test_an_error_in_reading_one_callback_affects_no_other(receiving, together, lines, monkeypatch):
     receiving.start()
     read = receiver.read_callback
 
@@ -284,7 +292,7 @@ def test_an_error_in_reading_one_callback_affects_no_other(receiving, together, 
         return read(data, *args, **more)
 
     monkeypatch.setattr(receiver, "read_callback", fail_at_two)
-    assert together([body(1), body(2), body(3)]) == [OK, OK, None, OK]
+    assert together([body(1), failing := body(2), body(3)], unanswered=failing) == [OK, OK, None, OK]
     assert receiving.counted("unanswered") == 1
     assert named(lines, "callback.failed")
 
@@ -296,14 +304,14 @@ def test_the_newest_waiting_callback_is_processed_first(receiving, together, lin
     assert [line["file_id"] for line in settled(lines, 4)] == ["0", "3", "2", "1"]
 
 
-def test_if_too_many_callbacks_wait_the_oldest_is_not_answered(receiving, together, monkeypatch, quick):
+def test_if_too_many_callbacks_wait_the_oldest_is_not_answered(receiving, together, monkeypatch):
     monkeypatch.setattr(receiver, "WAITING_MAX", 2)
     receiving.start()
-    assert together([body(1), body(2), body(3)]) == [OK, None, OK, OK]
+    assert together([oldest := body(1), body(2), body(3)], unanswered=oldest) == [OK, None, OK, OK]
     assert receiving.counted("unanswered") == 1
 
 
-def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monkeypatch, quick):
+def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monkeypatch):
     receiving.start()
     start = threading.Thread.start
 
@@ -314,6 +322,7 @@ def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
+        patched.setattr(server, "ANSWER_SECS", 0.3)
         assert receiving.push(body(1)) is None
     assert receiving.push(body(2)) == OK
     until(lambda: len(receiving.sink.accepted) == 2)
@@ -434,15 +443,17 @@ def test_equal_content_without_a_task_id_is_new_after_an_answer(receiving, lines
 
 
 @pytest.mark.system
-def test_an_unanswered_event_without_a_task_id_keeps_its_key(receiving, lines, monkeypatch, quick):
+def test_an_unanswered_event_without_a_task_id_keeps_its_key(receiving, lines, monkeypatch):
     monkeypatch.setattr(receiver, "LEASE_SECS", 1.0)
     receiving.start()
     deleted = {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["1"]}}
     receiving.sink.fail_always(RejectedError("never"))
     began_at = time.monotonic()
     with monkeypatch.context() as full:
+        full.setattr(server, "ANSWER_SECS", 0.3)
         full.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
         assert receiving.push(deleted) is None
+        settled(lines)
     receiving.sink.behaviour = lambda events: None
     until(lambda: time.monotonic() > began_at + 1.0)
     assert receiving.push(deleted) == OK

@@ -44,8 +44,8 @@ class Feeder:
     def start(self) -> None:
         """Add the first events; the event loop then adds the others at the rate."""
         options = self._options
-        self._started_at = time.monotonic()
         self._queue.generate(options.events)
+        self._started_at = time.monotonic()  # making the first events takes a while if there are many
         if not options.rate:
             self._queue.feed(self._lines or ())
             return
