@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,13 @@ class System:
         if started:
             daemon.await_log("daemon.started")
         return daemon
+
+    def has_delivered_all(self, simulator):
+        """Whether VOD's queue is empty and no event waits in the journal, as it does if a puller was needed sooner."""
+        if not simulator.all_confirmed():
+            return False
+        with closing(sqlite3.connect(f"file:{self.journal}?mode=ro", uri=True)) as journal:
+            return journal.execute("SELECT count(*) FROM letters WHERE state = 'pending'").fetchone() == (0,)
 
     def lines(self, path=None):
         """The complete lines of a file, by default of the archive."""

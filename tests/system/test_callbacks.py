@@ -129,7 +129,7 @@ def test_an_event_that_is_pushed_and_then_pulled_is_delivered_once(system, port)
     daemon = system.daemon()
     assert [push(port, text) for text in texts] == [200] * 20
     simulator.feed(*(text[:-1] + ', "YEvent": null}' for text in texts))
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     assert len(system.lines()) == 20
 
     def pulled():

@@ -277,7 +277,7 @@ def test_repeated_stale_handles_cause_few_calls_and_a_sub_app_id_hint(system):
         assert len(proxy.confirms()) <= 9 * leases
         assert proxy.pulls() <= 8 * leases
 
-        until(simulator.all_confirmed, what=daemon.tail)
+        until(lambda: system.has_delivered_all(simulator), what=daemon.tail)
         assert daemon.terminate()[0] == 0
     assert refused[0]["level"] == "error"
     assert "sub_app_id" in refused[0]["hint"]
@@ -294,7 +294,7 @@ def test_a_wrong_sub_app_id_is_reported_and_tried_seldom(system):
     holds(lambda: simulator.requests <= 2, secs=1)
     simulator.control(sub_app_id=1500000002)
     daemon.signal(signal.SIGHUP)
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     assert daemon.terminate()[0] == 0
 
     assert failed["level"] == "error"
@@ -397,7 +397,7 @@ def test_a_kill_before_the_ledger_is_written_doubles_nothing(system):
         daemon.await_log("journal.failed")
         daemon.kill()
     daemon = system.daemon()
-    until(simulator.all_confirmed, what=daemon.tail)
+    until(lambda: system.has_delivered_all(simulator), what=daemon.tail)
     assert daemon.terminate()[0] == 0
     assert daemon.log("file.recovered")
     assert_all_arrived_once(system, simulator)
@@ -836,7 +836,7 @@ def test_with_a_deleted_or_replaced_journal_events_stay_at_vod(system, replaced)
     assert daemon.terminate()[0] == 0
 
     daemon = system.daemon()
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     assert daemon.terminate()[0] == 0
     assert "restart vodpoller" in failed["error_message"]
     assert_all_arrived_once(system, simulator)
@@ -860,7 +860,7 @@ def test_with_a_full_journal_events_stay_at_vod_until_there_is_room(system):
         assert simulator.stats()["confirmed"] == 2
         with running_receiver(Receiver(("127.0.0.1", port.number))) as receiver:
             until(simulator.all_confirmed, secs=20, what=daemon.tail)
-            until(lambda: len(receiver.accepted) >= 12, secs=20)
+            until(lambda: len(receiver.accepted) >= 12 and system.has_delivered_all(simulator), secs=20)
             assert daemon.terminate()[0] == 0
             assert_each_accepted_once(receiver, 12)
     assert_all_arrived_once(system, simulator)
@@ -993,7 +993,7 @@ def test_an_event_twice_in_an_answer_is_delivered_and_confirmed_once(system):
         proxy.intercept = double
         system.configure(proxy.url, lease_secs=LEASE_SECS)
         daemon = system.daemon()
-        until(simulator.all_confirmed, what=daemon.tail)
+        until(lambda: system.has_delivered_all(simulator), what=daemon.tail)
         assert daemon.terminate()[0] == 0
     assert simulator.stats()["redeliveries"] == 0
     assert simulator.stats()["confirms_stale"] == 0
@@ -1021,7 +1021,7 @@ def test_credentials_and_signatures_go_to_no_target_of_a_redirect(system):
         until(lambda: proxy.pulls() >= 2)
         redirecting.clear()
         daemon.signal(signal.SIGHUP)
-        until(simulator.all_confirmed)
+        until(lambda: system.has_delivered_all(simulator))
         assert daemon.terminate()[0] == 0
         assert elsewhere.connections == []
     assert "redirects" in failed["error_message"]

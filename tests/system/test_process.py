@@ -111,7 +111,7 @@ def test_the_daemon_works_with_closed_descriptors_and_harms_no_file(system, clos
     system.configure(simulator.url)
     process = started(["run", "-c", system.config_path], redirections=closed)
     try:
-        until(simulator.all_confirmed)
+        until(lambda: system.has_delivered_all(simulator))
         for fd in range(3):
             assert system.folder not in Path(f"/proc/{process.pid}/fd/{fd}").readlink().parents
         process.send_signal(signal.SIGTERM)

@@ -51,7 +51,7 @@ def test_a_killed_recovery_continues_and_doubles_nothing(system, when, entered):
     daemon = system.daemon()
     (line,) = daemon.log("file.recovered")
     assert line["keys"] == 3 * PORTION + 5 - entered
-    until(simulator.all_confirmed, what=daemon.tail)
+    until(lambda: system.has_delivered_all(simulator), what=daemon.tail)
     assert daemon.terminate()[0] == 0
     assert len(system.lines()) == 3 * PORTION + 5
 
@@ -70,7 +70,7 @@ def test_foreign_bytes_and_a_kill_lose_nothing_and_double_nothing(system, foreig
     until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
     assert doomed.process.returncode == -signal.SIGKILL
     daemon = system.daemon()
-    until(simulator.all_confirmed, what=daemon.tail)
+    until(lambda: system.has_delivered_all(simulator), what=daemon.tail)
     assert daemon.terminate()[0] == 0
     data = system.archive.read_bytes()
     assert foreign in data
@@ -87,12 +87,12 @@ def test_a_file_emptied_at_run_time_gets_later_events_once(system, rest_bytes):
     simulator.feed(*map(body, range(5)))
     # Killed between the lines after the cut and their ledger rows: a line ends at the old mark again.
     doomed = system.daemon(started=False, failpoint="ledger:before:2")
-    until(simulator.all_confirmed, secs=30, what=doomed.tail)
+    until(lambda: system.has_delivered_all(simulator), secs=30, what=doomed.tail)
     os.truncate(system.archive, rest_bytes)
     simulator.feed(*map(body, range(5, 9)), *map(body, range(1, 9)))
     until(lambda: doomed.process.poll() is not None, secs=30, what=doomed.tail)
     daemon = system.daemon()
-    until(simulator.all_confirmed, what=daemon.tail)
+    until(lambda: system.has_delivered_all(simulator), what=daemon.tail)
     assert daemon.terminate()[0] == 0
     lines = [canonical(line) for line in system.lines() if line.endswith(b"}}")]
     assert sorted(lines) == sorted(set(lines))

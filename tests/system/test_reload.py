@@ -119,7 +119,7 @@ def test_a_broken_file_is_refused_and_the_daemon_continues(system):
     system.configure(simulator.url)
     daemon = system.daemon()
     simulator.feed(numbered(1))
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     good = system.config_path.read_text()
     break_file(system)
     system.archive.rename(f"{system.archive}.1")
@@ -134,7 +134,7 @@ def test_a_broken_file_is_refused_and_the_daemon_continues(system):
     assert failed["level"] == "error"
     assert str(system.config_path) in failed["problems"][0]
     simulator.feed(numbered(2))
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     assert len(system.lines()) == 1
 
     done = run_command("status", "-c", system.config_path)  # it reaches the daemon although the file is broken
@@ -169,7 +169,7 @@ def test_an_unusable_configuration_is_refused_without_a_stop(system, sinks, word
     assert words in done.stderr
     assert len(daemon.log("daemon.started")) == 1
     simulator.feed(numbered(1))
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     assert len(system.lines()) == 1
 
 
@@ -186,7 +186,7 @@ def test_a_failed_build_restores_the_former_configuration(system):
     assert "another process writes to" in done.stderr
     assert len(daemon.await_log("daemon.started", number=2)) == 2
     simulator.feed(numbered(1))
-    until(simulator.all_confirmed)
+    until(lambda: system.has_delivered_all(simulator))
     assert len(system.lines()) == 1
     assert reload(system).returncode == 0
     assert daemon.terminate()[0] == 0
@@ -241,7 +241,7 @@ def test_a_changed_route_under_load_loses_and_doubles_nothing(system, by):
             assert daemon.await_log("daemon.reloaded", secs=SLOW_SECS)[0]["changed"] is True
         first = before.stat().st_size
         until(lambda: len(system.lines(after)) >= 100)
-    until(simulator.all_confirmed, secs=SLOW_SECS)
+    until(lambda: system.has_delivered_all(simulator), secs=SLOW_SECS)
 
     assert before.stat().st_size == first
     until(lambda: status_of(system)["settled_events"] == simulator.stats()["fed"])  # counts survive a reload
@@ -411,5 +411,5 @@ def test_a_kill_during_a_reload_loses_and_doubles_nothing(system, failpoint):
         daemon.signal(signal.SIGHUP)
         daemon.await_failpoint()
         system.daemon()
-    until(simulator.all_confirmed, secs=SLOW_SECS)
+    until(lambda: system.has_delivered_all(simulator), secs=SLOW_SECS)
     assert_all_arrived_once(simulator, system.archive)

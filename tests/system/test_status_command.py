@@ -275,6 +275,7 @@ def test_frequent_status_calls_lose_and_double_nothing(system, command):
         system.daemon()
         while not simulator.all_confirmed():
             assert status_of(system)["running"]
+        until(lambda: system.has_delivered_all(simulator))
     else:
         assert run_command("once", "-c", system.config_path).returncode == 0
         assert not (system.folder / "journal.db.sock").exists()
