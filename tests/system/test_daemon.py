@@ -67,8 +67,8 @@ def test_events_of_every_documented_shape_arrive_once_and_json_equal(system):
     assert len(set(map(canonical, fed))) == len(fed)
     events_file = system.folder / "events"
     events_file.write_bytes(b"\n".join(fed))
-    simulator = system.simulator(events_file=events_file)
-    system.configure(simulator.url)
+    simulator = system.simulator(events_file=events_file, visibility_secs=30)
+    system.configure(simulator.url, lease_secs=30)
     daemon = system.daemon()
 
     await_end(system, simulator, secs=60)
