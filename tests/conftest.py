@@ -1,4 +1,5 @@
 import functools
+import logging
 import os
 import signal
 import sys
@@ -111,6 +112,18 @@ def read_once(tmp_path_factory):
 def no_roots_of_the_machine(monkeypatch):
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    """Undo what `make_logger` sets for the process: its handler would write to a descriptor that others then have."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(capture=False)
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -27,15 +27,11 @@ SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
 
 @pytest.fixture
 def restored_logging():
-    """Restore what `make_logger` sets for the whole process."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """Show every warning, and restore what `make_logger` sets for the whole process."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         yield
         logging.captureWarnings(capture=False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture
@@ -150,17 +146,10 @@ nasty = st.recursive(
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), nasty, max_size=30), st.booleans())
 def test_any_fields_make_one_json_line_within_the_limit(fields, has_error):
     reserved = {"event", "level", "timestamp", "exc_info", "exception", "stack_info"}
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     stream = StringIO()
-    try:
-        log = make_logger(stream, log_format="json", secrets=lambda: [SECRET])
-        error = ValueError("x" * 40_000) if has_error else None
-        log.info("event.settled", **{n: v for n, v in fields.items() if n not in reserved}, exc_info=error)
-    finally:
-        logging.captureWarnings(capture=False)
-        root.handlers[:] = handlers
-        root.setLevel(level)
+    log = make_logger(stream, log_format="json", secrets=lambda: [SECRET])
+    error = ValueError("x" * 40_000) if has_error else None
+    log.info("event.settled", **{n: v for n, v in fields.items() if n not in reserved}, exc_info=error)
     line = stream.getvalue()
     assert len(line.encode()) <= LINE_MAX_BYTES
     assert line.count("\n") == 1
