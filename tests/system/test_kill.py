@@ -55,6 +55,7 @@ def assert_all_arrived_once(system, simulator, *, and_until=lambda: True):
     assert daemon.log("puller.failed") == daemon.log("worker.failed") == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "failpoints",
     [

@@ -240,6 +240,7 @@ KILLS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("failpoint", "lines", "calls_per_event"), KILLS, ids=[failpoint for failpoint, *_ in KILLS])
 def test_after_a_kill_a_redelivery_is_the_same_an_equal_event_is_not(
     system, receiver, failpoint, lines, calls_per_event
