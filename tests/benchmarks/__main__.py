@@ -51,7 +51,6 @@ def effort_of(options, folder):
 
 
 def main():
-    warm.NEVER_FORK.set()
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
         description=benchmarks.__doc__,
@@ -81,4 +80,5 @@ def main():
 
 
 if __name__ == "__main__":
+    warm.NEVER_FORK.set()
     main()
