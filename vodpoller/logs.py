@@ -122,8 +122,8 @@ class _Stream(Protocol):
 class LineLogger:
     """Writes rendered lines to a file descriptor, each of them whole, from any thread, and waits for a reader once.
 
-    A line without room waits for `PATIENCE_SECS` at most. From then on lines are dropped at once, until
-    a separate thread has written the rest of the line that was begun and the number of dropped lines. After any other
+    If the pipe is full, a line waits for `PATIENCE_SECS` at most. From then on lines are dropped at once, until a
+    separate thread has written the rest of the line that was begun and the number of dropped lines. After any other
     failure (the reader is gone, the disk is full), the same bytes are tried again with the next line.
 
     Args:
@@ -183,7 +183,7 @@ class LineLogger:
         return True
 
     def _flush(self, outlet: Outlet, within_secs: float) -> bool:
-        """Write what is owed. Returns False without room; after another failure it stays owed."""
+        """Write what is owed. Returns False if the pipe is full; after another failure it stays owed."""
         ends_at = time.monotonic() + within_secs
         with suppress(OSError):
             while self._owed:

@@ -88,7 +88,7 @@ class Secret:
         self.take(self.read())
 
     def read(self) -> str:
-        """The secret in the file now, or the value without a file. This does not change the value.
+        """The secret in the file now, or the value if it is not from a file. This does not change the value.
 
         Raises:
             OSError: The file cannot be read, is empty, or holds a value that `restrict` refuses.
@@ -225,7 +225,7 @@ def _validated_secret(value: Any, info: ValidationInfo) -> Secret:
         case str() if value.strip("\r\n"):
             return Secret(value=value)
         case str():
-            raise _problem("", "is empty (leave the key out without a secret)")
+            raise _problem("", "is empty (if no secret is needed, leave the key out)")
         case _:
             raise _problem("", "must be text in quotes")
 

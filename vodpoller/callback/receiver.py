@@ -35,9 +35,7 @@ from vodpoller.vod.confirmation import Confirmation
 LEASE_SECS: Final = 4.0  # VOD waits 5 s for an answer
 RESERVE_SECS: Final = 0.5
 EVENTS_MAX: Final = 64  # maximum number of events of a batch
-BATCHES_AT_ONCE: Final = (
-    2  # per source; if this number is running, the next batch waits for LINGER_SECS for more events
-)
+BATCHES_AT_ONCE: Final = 2  # per source; beside so many, the next batch waits for LINGER_SECS for more events
 LINGER_SECS: Final = 0.02
 SPAN_SECS: Final = 1.0  # from the first to the last request of a batch: it never holds two tries of one event
 WAITING_MAX: Final = 4096  # if there are more, the oldest is dropped: VOD no longer waits for its answer

@@ -12,7 +12,7 @@ How a request changes threads:
     closes when the client has closed
 
 A request without an answer keeps its connection until `ANSWER_SECS` after it was complete: VOD ignores the status, and
-tries an event again only without an answer. Only the server's thread uses connections and their data; other threads
+tries an event again only if no answer came. Only the server's thread uses connections and their data; other threads
 pass their answers through `_to_answer`.
 """
 

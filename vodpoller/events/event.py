@@ -70,7 +70,7 @@ class Malformed:
     """An element of an answer that cannot be read as an event.
 
     Args:
-        handle: The handle that confirms it; None without a usable one, so that it cannot be confirmed.
+        handle: The handle that confirms it; None if no handle is usable, so that it cannot be confirmed.
         event: The received text, as an event without content, to be stored as a dead letter.
         why: What is wrong, for messages.
     """

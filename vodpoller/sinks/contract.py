@@ -86,9 +86,9 @@ class SinkContext:
         wall: The clock for times that a person reads, in seconds since 1970.
         credentials: Returns Tencent Cloud's API key as it is at this moment. A sink calls it for each request, and
             never shows the key. It does not block, except that it waits for the first temporary key; it raises
-            `NoKeyError` while a temporary key is missing. None without a key.
+            `NoKeyError` while a temporary key is missing. None if no key is configured.
         on_refused_token: A sink calls it with the token of a temporary key that Tencent Cloud has refused. It returns
-            soon; a new key is then requested, or read from its files. None without a temporary key.
+            soon; a new key is then requested, or read from its files. None if the key is not temporary.
     """
 
     log: Logger

@@ -331,7 +331,7 @@ class Confirmer:
                 sent = live()
                 if not sent:
                     raise last
-                # Without an answer when the first lease ends, the set is sent again without that handle.
+                # If no answer has come when the first lease ends, the set is sent again without that handle.
                 return self._send_once(queue, sent, self._before_stop(min(entry.lease.ends_at for entry in sent)))
             except RefusedHandlesError as error:
                 if maybe_done:
