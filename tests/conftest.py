@@ -108,10 +108,12 @@ def read_once(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def no_roots_of_the_machine(monkeypatch):
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture(scope="session", autouse=True)
+def no_roots_of_the_machine():
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            patched.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)

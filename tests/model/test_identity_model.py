@@ -17,7 +17,6 @@ from itertools import count
 from math import inf
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -374,7 +373,6 @@ def test_without_kills_no_event_is_doubled_or_lost(seed, circumstances):
     assert found.lost <= found.unacknowledged, found
 
 
-@pytest.mark.long
 @MODEL
 @given(seed=st.integers(0, 2**32), circumstances=CIRCUMSTANCES)
 def test_kills_lose_only_events_equal_to_unacknowledged_ones(seed, circumstances):

@@ -108,6 +108,7 @@ def test_killed_at_each_step_only_events_in_flight_are_sent_twice(system, receiv
     assert again - may_be_repeated == Counter()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "failpoints",
     [

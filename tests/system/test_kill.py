@@ -130,6 +130,7 @@ def test_a_rename_after_a_kill_tears_loses_and_doubles_nothing(system, failpoint
     assert_all_arrived_once(system, simulator)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "failpoints",
     [

@@ -31,9 +31,9 @@ numbers = st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=Fal
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, texts),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
-    max_leaves=8,
+    max_leaves=12,
 )
-contents = st.dictionaries(texts.filter(lambda name: name != "EventHandle"), json_values, max_size=4)
+contents = st.dictionaries(texts.filter(lambda name: name != "EventHandle"), json_values, max_size=6)
 handles = st.text(st.characters(codec="utf-8"), min_size=1)
 
 

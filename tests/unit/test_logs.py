@@ -26,19 +26,11 @@ SECRET = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE"
 
 
 @pytest.fixture
-def restored_logging():
-    """Show every warning, and restore what `make_logger` sets for the whole process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        yield
-        logging.captureWarnings(capture=False)
-
-
-@pytest.fixture
-def output(tmp_path, restored_logging):
+def output(tmp_path):
     """Makes a logger on a file, and reads what it wrote."""
     path = tmp_path / "stderr"
-    with path.open("w", encoding="utf-8") as stream:
+    with path.open("w", encoding="utf-8") as stream, warnings.catch_warnings():
+        warnings.simplefilter("always")
 
         class Output:
             def __init__(self):
@@ -338,7 +330,7 @@ def test_lines_have_no_priority_on_any_other_stream(output, journald_stream):
     assert output.bytes.startswith(b"{")
 
 
-def test_a_stream_without_a_descriptor_is_not_journald(restored_logging):
+def test_a_stream_without_a_descriptor_is_not_journald():
     stream = StringIO()
     make_logger(stream, log_format="json", journald_stream="8:1").info("daemon.started")
     assert stream.getvalue().startswith("{")
@@ -347,7 +339,7 @@ def test_a_stream_without_a_descriptor_is_not_journald(restored_logging):
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_pipe_raises_no_error(restored_logging):
+def test_a_closed_pipe_raises_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stream:
@@ -414,7 +406,7 @@ def read_lines(fd, *, until_event):
 
 
 @pytest.fixture(params=[pipe_pair, socket_pair])
-def unread(request, restored_logging):
+def unread(request):
     """A logger on a pipe or socket that nothing reads: (logger, descriptor to read, descriptor to write)."""
     reading, writing = request.param()
     with os.fdopen(writing, "w") as stream:
@@ -469,7 +461,7 @@ def test_a_shared_descriptor_stays_blocking(unread):
 
 
 @pytest.mark.parametrize("trouble", ["reader gone", "no reader yet"])
-def test_a_named_pipe_reports_dropped_lines_to_its_next_reader(tmp_path, restored_logging, trouble):
+def test_a_named_pipe_reports_dropped_lines_to_its_next_reader(tmp_path, trouble):
     os.mkfifo(tmp_path / "fifo")
     reading = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     with (tmp_path / "fifo").open("w") as stream:
@@ -662,7 +654,7 @@ def test_the_test_logger_logs_as_the_real_one_does():
 
 
 @pytest.fixture
-def pipe(restored_logging):
+def pipe():
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with open(writing, "w", encoding="utf-8") as stream:  # noqa: PTH123 - a descriptor
