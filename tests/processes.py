@@ -285,6 +285,12 @@ class System:
         with closing(sqlite3.connect(f"file:{self.journal}?mode=ro", uri=True)) as journal:
             return journal.execute("SELECT count(*) FROM letters WHERE state = 'pending'").fetchone() == (0,)
 
+    def await_archived(self, simulator, *, secs=30):
+        """Wait until VOD's queue is empty and the archive has all events, whatever other sinks still lack."""
+        until(simulator.all_confirmed, secs=secs, what=lambda: str(simulator.stats()))
+        fed = simulator.stats()["fed"]
+        until(lambda: len(self.lines_of_all_files()) >= fed, secs=secs, what=lambda: f"not {fed} lines")
+
     def lines(self, path=None):
         """The complete lines of a file, by default of the archive."""
         path = path or self.archive

@@ -48,13 +48,6 @@ def held_by_the_journal(system, sink):
     return [body for (body,) in rows]
 
 
-def await_end(system, simulator, *, secs=30):
-    """Wait until all is confirmed and in the file: on a busy machine, some events are stored in the journal first."""
-    until(simulator.all_confirmed, secs=secs, what=lambda: str(simulator.stats()))
-    fed = simulator.stats()["fed"]
-    until(lambda: len(system.lines_of_all_files()) >= fed, secs=secs, what=lambda: str(stored(system)))
-
-
 def assert_all_arrived_once(system, simulator):
     assert differences(bodies_of(simulator.ledger(bodies=True)), system.lines_of_all_files()) == ([], [])
 
@@ -71,7 +64,7 @@ def test_events_of_every_documented_shape_arrive_once_and_json_equal(system):
     system.configure(simulator.url, lease_secs=30)
     daemon = system.daemon()
 
-    await_end(system, simulator, secs=60)
+    system.await_archived(simulator, secs=60)
     assert daemon.terminate()[0] == 0
 
     assert differences(fed, system.lines()) == ([], [])
@@ -105,7 +98,7 @@ def test_with_all_faults_events_arrive_once_and_are_confirmed(system):
     system.configure(simulator.url, api="")
     daemon = system.daemon()
 
-    await_end(system, simulator, secs=60)
+    system.await_archived(simulator, secs=60)
     assert daemon.terminate()[0] == 0
 
     assert sum(simulator.stats()["faults"].values()) >= 5
@@ -125,7 +118,7 @@ def test_all_events_arrive_once_across_ten_kills_under_load(system):
         daemon.kill()
     assert not simulator.all_confirmed()
     daemon = system.daemon()
-    await_end(system, simulator, secs=60)
+    system.await_archived(simulator, secs=60)
 
     assert simulator.stats()["redeliveries"] > 0
     assert_all_arrived_once(system, simulator)
@@ -478,7 +471,7 @@ def test_sighup_after_a_rename_loses_and_doubles_no_line(system):
         until(system.archive.exists)
         before = [path.stat().st_size for path in rotated]
     simulator.feed(numbered("last"))
-    await_end(system, simulator)
+    system.await_archived(simulator)
 
     assert [path.stat().st_size for path in rotated] == before
     assert all(path.read_bytes().count(b"\n") for path in [*rotated, system.archive])
@@ -494,7 +487,7 @@ def test_a_kill_between_rename_and_sighup_doubles_nothing(system):
     system.archive.rename(system.folder / "events.jsonl.1")
     daemon.kill()
     system.daemon()
-    await_end(system, simulator)
+    system.await_archived(simulator)
 
     assert_all_arrived_once(system, simulator)
 
@@ -563,7 +556,7 @@ def test_a_sink_that_hangs_delays_neither_other_sinks_nor_the_stop(system, plugi
     with_plugin = f"{plugin}:{system.config_path.parent}"
     daemon = system.daemon(PYTHONPATH=f"{with_plugin}:{shapes.__file__.rsplit('/', 2)[0]}")
 
-    await_end(system, simulator)
+    system.await_archived(simulator)
     code, took_secs = daemon.terminate()
 
     assert code == 0

@@ -382,8 +382,7 @@ def test_pulling_waits_while_the_journal_is_locked_and_then_continues(system):
         assert simulator.stats()["visible"] > 100
 
     daemon.await_log("journal.recovered")
-    until(simulator.all_confirmed, what=daemon.tail)
-    until(lambda: not stored(system), secs=30, what=daemon.tail)
+    until(lambda: system.has_delivered_all(simulator), secs=30, what=daemon.tail)
     assert daemon.terminate()[0] == 0
     assert_all_arrived_once(system, simulator)
 

@@ -42,8 +42,7 @@ def dies(system, failpoint, *, meanwhile=lambda daemon: None, feed=lambda: None)
 def assert_all_arrived_once(system, simulator, *, and_until=lambda: True):
     """Run a daemon without failpoints until everything is delivered, and check the files."""
     daemon = system.daemon()
-    until(simulator.all_confirmed, what=daemon.tail)
-    until(lambda: len(system.lines_of_all_files()) >= simulator.stats()["fed"], what=daemon.tail)
+    system.await_archived(simulator)
     until(and_until, secs=60, what=daemon.tail)
     exit_code, _ = daemon.terminate()
     assert exit_code == 0

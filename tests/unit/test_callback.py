@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from ipaddress import ip_network
 
 import pytest
@@ -26,9 +26,16 @@ def receiving(tmp_path, log):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """An unanswered request keeps its connection for less time. An answer would have to come within that time, too."""
-    monkeypatch.setattr(server, "ANSWER_SECS", 0.3)
+def unanswered(monkeypatch):
+    """A context for requests that are to get no answer: their connections end sooner. Others would get none in time."""
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patched:
+            patched.setattr(server, "ANSWER_SECS", 0.3)
+            yield
+
+    return context
 
 
 def settled(lines, number=1):
@@ -38,22 +45,22 @@ def settled(lines, number=1):
 # --- answered, and not answered ---------------------------------------------------------------------------------------
 
 
-def test_an_event_that_cannot_be_stored_is_not_answered(receiving, lines, monkeypatch, quick):
+def test_an_event_that_cannot_be_stored_is_not_answered(receiving, lines, monkeypatch, unanswered):
     receiving.start()
     receiving.sink.fail_always(RejectedError("never"))
     monkeypatch.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
-    assert receiving.push(body()) is None
+    with unanswered():
+        assert receiving.push(body()) is None
     (line,) = settled(lines)
     assert (line["settlement"], line["reason"], line["confirmed"]) == ("leave", "journal_failed", False)
     until(lambda: receiving.counted("unanswered") == 1)
 
 
 @pytest.mark.system
-def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, lines, monkeypatch):
+def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, lines, monkeypatch, unanswered):
     receiving.start()
     receiving.sink.fail_always(RejectedError("never"))
-    with monkeypatch.context() as full:
-        full.setattr(server, "ANSWER_SECS", 0.3)
+    with monkeypatch.context() as full, unanswered():
         full.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
         assert [receiving.push(body(number)) for number in range(3)] == [None] * 3
         settled(lines, 3)
@@ -62,10 +69,11 @@ def test_events_that_come_again_after_a_full_disk_are_delivered(receiving, lines
     assert len(set(receiving.sink.accepted)) == 3
 
 
-def test_an_occurrence_that_cannot_be_written_is_not_answered(receiving, lines, monkeypatch, quick):
+def test_an_occurrence_that_cannot_be_written_is_not_answered(receiving, lines, monkeypatch, unanswered):
     receiving.start()
     monkeypatch.setattr(receiving.journal, "identify", raise_(StorageError("the disk is full")))
-    assert receiving.push({"EventType": "FileDeleted", "FileDeleteEvent": {}}) is None
+    with unanswered():
+        assert receiving.push({"EventType": "FileDeleted", "FileDeleteEvent": {}}) is None
     assert settled(lines)[0]["reason"] == "journal_failed"
     assert not receiving.sink.accepted
 
@@ -197,11 +205,12 @@ def test_an_event_is_stored_if_a_stop_runs_out_of_time(receiving, lines):
     assert settled(lines)[0]["reason"] == "stopping"
 
 
-def test_a_journal_without_room_leaves_the_event(tmp_path, log, lines, quick):
+def test_a_journal_without_room_leaves_the_event(tmp_path, log, lines, unanswered):
     made = Receiving(tmp_path, log, journal_max_bytes=200)
     with closing(made.start()) as receiving:
         receiving.sink.fail_always(RejectedError("never"))
-        assert reason_of(receiving, lines) == (None, "leave", "journal_full")
+        with unanswered():
+            assert reason_of(receiving, lines) == (None, "leave", "journal_full")
 
 
 def test_an_unreadable_body_that_looks_like_an_event_is_stored(receiving, lines):
@@ -225,27 +234,22 @@ def test_the_old_format_is_stored_and_logged_with_its_remedy(receiving, lines):
 
 
 @pytest.fixture
-def together(receiving, monkeypatch):
-    """Callbacks that arrive while the first is at its sink wait; `push` then lets it go on and returns all answers.
-
-    The connection of the one that is to stay unanswered ends soon.
-    """
+def together(receiving, monkeypatch, unanswered):
+    """Callbacks that arrive while the first is at its sink wait; `push` then lets it go on and returns all answers."""
     monkeypatch.setattr(receiver, "BATCHES_AT_ONCE", 1)
     monkeypatch.setattr(receiver, "LINGER_SECS", 60.0)
 
     def arrived():
         return receiving.receiver.status()[0].callbacks_in_flight + receiving.counted("unanswered")
 
-    def push(contents, *, unanswered=None):
+    def push(contents, *, in_vain=None):
         receiving.sink.gate.clear()
         with ThreadPoolExecutor(8) as threads:
             first = threads.submit(receiving.push, body(0))
             until(lambda: receiving.sink.calls)
             later = []
             for content in contents:  # in this order
-                with monkeypatch.context() as patched:
-                    if content is unanswered:
-                        patched.setattr(server, "ANSWER_SECS", 0.3)
+                with unanswered() if content is in_vain else nullcontext():
                     later.append(threads.submit(receiving.push, content))
                     until(lambda: arrived() == 1 + len(later))
             receiving.sink.gate.set()
@@ -292,7 +296,7 @@ def test_an_error_in_reading_one_callback_affects_no_other(receiving, together, 
         return read(data, *args, **more)
 
     monkeypatch.setattr(receiver, "read_callback", fail_at_two)
-    assert together([body(1), failing := body(2), body(3)], unanswered=failing) == [OK, OK, None, OK]
+    assert together([body(1), failing := body(2), body(3)], in_vain=failing) == [OK, OK, None, OK]
     assert receiving.counted("unanswered") == 1
     assert named(lines, "callback.failed")
 
@@ -307,11 +311,11 @@ def test_the_newest_waiting_callback_is_processed_first(receiving, together, lin
 def test_if_too_many_callbacks_wait_the_oldest_is_not_answered(receiving, together, monkeypatch):
     monkeypatch.setattr(receiver, "WAITING_MAX", 2)
     receiving.start()
-    assert together([oldest := body(1), body(2), body(3)], unanswered=oldest) == [OK, None, OK, OK]
+    assert together([oldest := body(1), body(2), body(3)], in_vain=oldest) == [OK, None, OK, OK]
     assert receiving.counted("unanswered") == 1
 
 
-def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monkeypatch):
+def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monkeypatch, unanswered):
     receiving.start()
     start = threading.Thread.start
 
@@ -320,9 +324,8 @@ def test_a_callback_without_a_thread_waits_for_the_next_callback(receiving, monk
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, unanswered():
         patched.setattr(threading.Thread, "start", refuse)
-        patched.setattr(server, "ANSWER_SECS", 0.3)
         assert receiving.push(body(1)) is None
     assert receiving.push(body(2)) == OK
     until(lambda: len(receiving.sink.accepted) == 2)
@@ -443,14 +446,13 @@ def test_equal_content_without_a_task_id_is_new_after_an_answer(receiving, lines
 
 
 @pytest.mark.system
-def test_an_unanswered_event_without_a_task_id_keeps_its_key(receiving, lines, monkeypatch):
+def test_an_unanswered_event_without_a_task_id_keeps_its_key(receiving, lines, monkeypatch, unanswered):
     monkeypatch.setattr(receiver, "LEASE_SECS", 1.0)
     receiving.start()
     deleted = {"EventType": "FileDeleted", "FileDeleteEvent": {"FileIdSet": ["1"]}}
     receiving.sink.fail_always(RejectedError("never"))
     began_at = time.monotonic()
-    with monkeypatch.context() as full:
-        full.setattr(server, "ANSWER_SECS", 0.3)
+    with monkeypatch.context() as full, unanswered():
         full.setattr(receiving.journal, "store", raise_(StorageError("the disk is full")))
         assert receiving.push(deleted) is None
         settled(lines)

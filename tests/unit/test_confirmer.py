@@ -443,19 +443,20 @@ def pullers(log):
         one.join()
 
 
-def confirm_17_at_once(vod, group):
+def confirm_17_at_once(pullers, vod):
     """Confirm h0 to h16, each of a pull of its own: no call is made before all of them wait."""
+    group = pullers(vod)
     vod.has_slots.clear()
     for number in range(17):
         group.confirm(f"h{number}")
     until(lambda: vod.slots_awaited == 2)  # one call takes 16
     vod.has_slots.set()
+    return group.join()
 
 
 def test_handles_of_pulls_that_wait_for_a_slot_share_calls(pullers):
     vod = Vod()
-    confirm_17_at_once(vod, group := pullers(vod))
-    assert set(group.join().values()) == {"confirmed"}
+    assert set(confirm_17_at_once(pullers, vod).values()) == {"confirmed"}
     assert sorted(map(len, vod.calls)) == [1, 16]
 
 
@@ -475,12 +476,11 @@ def test_handles_whose_lease_is_nearly_over_mix_with_no_other_pull(pullers):
 def test_a_stale_handle_does_not_affect_handles_of_other_pulls(pullers, position):
     stale = f"h{position}"
     vod = Vod(stale=[stale])
-    confirm_17_at_once(vod, group := pullers(vod))
-    results = group.join()
+    results = confirm_17_at_once(pullers, vod)
     assert {handle for handle, result in results.items() if result != "confirmed"} == {stale}
-    sent_together = {*HANDLES}
-    assert sent_together in [{*call} for call in vod.calls]
-    assert sum({*call} <= sent_together for call in vod.calls) <= 9
+    sent_together = set(HANDLES)
+    assert sent_together in map(set, vod.calls)
+    assert sum(set(call) <= sent_together for call in vod.calls) <= 9
 
 
 @pytest.mark.system
